@@ -1,0 +1,44 @@
+"""Block arithmetic. Pure.
+
+A file is cut into blocks of one size; the last one may be shorter. Offsets and sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+
+class BlockId(NamedTuple):
+    """One block of one file."""
+
+    inode: int
+    number: int
+
+
+class Span(NamedTuple):
+    """The part of a read that falls into one block: bytes `start` to `stop` of it."""
+
+    number: int
+    start: int
+    stop: int
+
+
+def block_count(size_bytes: int, block_size: int) -> int:
+    """How many blocks a file of that size has; an empty file has none."""
+    return -(-size_bytes // block_size)
+
+
+def block_length(size_bytes: int, block_size: int, number: int) -> int:
+    """How long block `number` is."""
+    return min(block_size, size_bytes - number * block_size)
+
+
+def spans(offset: int, length: int, size_bytes: int, block_size: int) -> Iterator[Span]:
+    """The parts of blocks that a read of `length` at `offset` covers, cut at the end of file."""
+    end = min(offset + length, size_bytes)
+    while offset < end:
+        number, start = divmod(offset, block_size)
+        stop = min(block_size, start + end - offset)
+        yield Span(number, start, stop)
+        offset += stop - start

@@ -1,0 +1,286 @@
+"""Blocks on the node's disk, kept by diskcache and shared by every mount that names the directory.
+
+Each block is one file; SQLite knows which block it is and when it was used. A block is named by
+what it is (endpoint, bucket, key, ETag, size, block size, number), so a replaced object is never
+served from the cache and two mounts of one model share one copy.
+
+All calls block: they are made from worker threads.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import mmap
+import os
+import sqlite3
+import stat
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diskcache
+from diskcache.core import MODE_BINARY
+
+from lazyfs.blocks import block_count, block_length
+from lazyfs.errors import CacheError
+from lazyfs.tree import File
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+log = logging.getLogger(__name__)
+
+# How long a full or failing disk is left alone before the next block is offered to it.
+REST_S = 30.0
+# Direct reads must be multiples of the device's block; no device of today has larger ones.
+ALIGNMENT = 4096
+
+
+class BlockDisk(diskcache.Disk):  # type: ignore[misc]
+    """How diskcache stores a block: a string as key, raw bytes in a file.
+
+    diskcache's own serialiser unpickles what it finds (CVE-2025-69872). This one has no pickle:
+    whatever is not a raw file under a string key is refused.
+    """
+
+    def put(self, key: Any) -> tuple[str, bool]:
+        if not isinstance(key, str):
+            raise TypeError(f"a block's key is a str, not {type(key).__name__}")
+        return key, True
+
+    def get(self, key: Any, raw: Any) -> str:
+        if not raw or not isinstance(key, str):
+            raise ValueError("not a block's key")
+        return key
+
+    def store(self, value: Buffer, read: bool, key: Any = None) -> tuple[int, int, str, None]:
+        """Write a block to a new file. Raises OSError; a part that was written is removed."""
+        filename, path = self.filename()
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        view = memoryview(value)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            written = 0
+            while written < len(view):
+                written += os.write(descriptor, view[written:])
+        except OSError:
+            Path(path).unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+        return len(view), MODE_BINARY, filename, None
+
+    def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Path:
+        """The path of a block's file. Raises OSError, which diskcache takes for a miss."""
+        if mode != MODE_BINARY or filename is None:
+            raise OSError(errno.EINVAL, "not a block")
+        return Path(self._directory) / filename
+
+
+class BlockCache:
+    """The cache directory, opened.
+
+    Args:
+        directory: made if it is missing.
+        size_limit: bytes, or a share (float) of the space that is free or already the cache's.
+        block_size: of the mount that uses it.
+        namespace: endpoint and bucket of that mount.
+
+    Raises:
+        CacheError: the directory cannot be made, written, or trusted.
+    """
+
+    def __init__(self, directory: Path, size_limit: float, block_size: int, namespace: str) -> None:
+        self.directory = directory
+        self._block_size = block_size
+        self._namespace = namespace
+        self._rest_until = 0.0
+        self._lock = threading.Lock()
+        self.writes_failed = 0
+        _check_directory(directory)
+        try:
+            self._cache: Any = diskcache.Cache(
+                str(directory),
+                disk=BlockDisk,
+                eviction_policy="least-recently-used",
+                statistics=0,
+                # SQLite's own cache and memory map would count against the daemon's memory.
+                sqlite_cache_size=256,
+                sqlite_mmap_size=0,
+            )
+            self._cache.reset("size_limit", self._limit_bytes(size_limit))
+        except (OSError, sqlite3.Error, diskcache.Timeout) as error:
+            raise CacheError(f"--cache-dir: {directory}: cannot be opened: {error}") from error
+
+    def present(self, file: File) -> list[int]:
+        """Which blocks of a file are on disk. Costs about 15 microseconds a block."""
+        content = self._content(file)
+        try:
+            return [
+                number
+                for number in range(block_count(file.size_bytes, self._block_size))
+                if f"{content}:{number}" in self._cache
+            ]
+        except (sqlite3.Error, diskcache.Timeout) as error:
+            self._rest(f"cannot be read: {error}")
+            return []
+
+    def load(self, file: File, number: int, into: BlockBuffers) -> memoryview | None:
+        """A block's bytes in a buffer of `into`, or None when the cache does not hold it.
+
+        What the kernel still has of the block's file is copied; the rest is read past the page
+        cache, which is to hold the mounted file and not a second copy of it.
+        """
+        length = block_length(file.size_bytes, self._block_size, number)
+        key = f"{self._content(file)}:{number}"
+        try:
+            path = self._cache.get(key)
+            if path is None:
+                return None
+            view = _read_file(path, length, into)
+        except FileNotFoundError:
+            return None  # evicted between the two lines above
+        except (OSError, sqlite3.Error, diskcache.Timeout) as error:
+            self._rest(f"cannot be read: {error}")
+            return None
+        if view is None:
+            log.warning("dropped a block of wrong length from the cache: %s", path)
+            self._delete(key)
+        return view
+
+    def put(self, file: File, number: int, data: Buffer) -> bool:
+        """Keep a block, and let the least recently used ones go when the cache is full.
+
+        Returns:
+            False if it was not kept: the disk is full or failing. That is logged, and the disk
+            is left alone for half a minute; a mount works without it.
+        """
+        if time.monotonic() < self._rest_until:
+            self.writes_failed += 1
+            return False
+        try:
+            return bool(self._cache.set(f"{self._content(file)}:{number}", data))
+        except (OSError, sqlite3.Error, diskcache.Timeout) as error:
+            self.writes_failed += 1
+            self._rest(f"cannot be written: {error}")
+            return False
+
+    def close(self) -> None:
+        """Close this thread's and the main connection."""
+        self._cache.close()
+
+    def _content(self, file: File) -> str:
+        identity = "\0".join(
+            (self._namespace, file.key, file.etag, str(file.size_bytes), str(self._block_size))
+        )
+        return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+
+    def _delete(self, key: str) -> None:
+        try:
+            self._cache.delete(key)
+        except (OSError, sqlite3.Error, diskcache.Timeout) as error:
+            self._rest(f"cannot be written: {error}")
+
+    def _rest(self, why: str) -> None:
+        with self._lock:
+            if time.monotonic() >= self._rest_until:
+                log.warning(
+                    "cache directory %s %s; going on without it for %.0f s",
+                    self.directory,
+                    why,
+                    REST_S,
+                )
+            self._rest_until = time.monotonic() + REST_S
+
+    def _limit_bytes(self, size_limit: float) -> int:
+        if isinstance(size_limit, int):
+            return size_limit
+        disk = os.statvfs(self.directory)
+        return int(size_limit * (disk.f_bavail * disk.f_frsize + self._cache.volume()))
+
+
+class BlockBuffers:
+    """Page-aligned buffers of one block each, reused: a fresh one costs a page fault a page."""
+
+    def __init__(self, block_size: int) -> None:
+        self._size = -(-block_size // ALIGNMENT) * ALIGNMENT
+        self._free: list[mmap.mmap] = []
+
+    def take(self) -> mmap.mmap:
+        """A buffer of at least one block; called from any thread."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return mmap.mmap(-1, self._size)
+
+    def give_back(self, view: memoryview) -> None:
+        """Take a block's buffer back; a view of other memory is only let go."""
+        if isinstance(view.obj, mmap.mmap) and len(self._free) < 4:
+            self._free.append(view.obj)
+
+
+def _read_file(path: Path, length: int, buffers: BlockBuffers) -> memoryview | None:
+    """`length` bytes of a file, or None if it is not exactly that long. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if os.fstat(descriptor).st_size != length:
+            return None
+        buffer = buffers.take()
+        view = memoryview(buffer)
+        done = 0
+        try:
+            done = os.preadv(descriptor, [view[:length]], 0, os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+                raise
+        done -= done % ALIGNMENT if done < length else 0
+        if done < length:
+            done += _read_direct(path, descriptor, view, done)
+        return view[:length] if done >= length else None
+    finally:
+        os.close(descriptor)
+
+
+def _read_direct(path: Path, descriptor: int, view: memoryview, start: int) -> int:
+    """Read from `start` to the end past the page cache; buffered where that is not possible."""
+    try:
+        direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.preadv(descriptor, [view[start:]], start)
+    try:
+        return os.preadv(direct, [view[start:]], start)
+    finally:
+        os.close(direct)
+
+
+def _check_directory(directory: Path) -> None:
+    """Make the directory if need be, and refuse one that others could write into."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = directory.stat()
+    except OSError as error:
+        raise CacheError(
+            f"--cache-dir: {directory}: cannot be made: {error.strerror}; name another or 'none'"
+        ) from error
+    if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
+        raise CacheError(
+            f"--cache-dir: {directory}: not writable; name another directory or 'none'"
+        )
+    if status.st_uid not in (os.geteuid(), 0) or status.st_mode & stat.S_IWOTH:
+        raise CacheError(
+            f"--cache-dir: {directory}: other users could put bytes into it; "
+            f"chown it to this user and chmod go-w"
+        )
+
+
+def default_directory() -> Path:
+    """Where the cache is when no option says: for root, and for a person."""
+    if os.geteuid() == 0:
+        return Path("/var/cache/lazyfs")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "lazyfs"

@@ -1,0 +1,119 @@
+"""What the mount shows: the tree, listed from S3 as far as anyone has looked.
+
+A source of up to 1,000 objects is listed by one request, whole. Of a larger one each directory is
+listed when it is first looked at, so that a mount of a huge prefix is ready after one request.
+Either way a directory is listed once and stays as it was: the mount is a snapshot.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from fnmatch import fnmatchcase
+
+import trio
+
+from lazyfs.errors import ObjectGoneError
+from lazyfs.options import MountOptions
+from lazyfs.retry import patiently
+from lazyfs.source import Page, Source
+from lazyfs.tree import Directory, Hidden, ListedObject, Node, Tree
+
+log = logging.getLogger(__name__)
+
+# Of a directory with more hidden keys than this, the log names the first ones only.
+HIDDEN_SHOWN = 5
+
+
+class Catalog:
+    """The tree of one source.
+
+    Args:
+        source: where to list.
+        options: which files are wanted, and how long to wait for S3.
+    """
+
+    def __init__(self, source: Source, options: MountOptions) -> None:
+        self._source = source
+        self._options = options
+        self.tree = Tree(source.url.prefix, self._wanted)
+        self._listing: defaultdict[int, trio.Lock] = defaultdict(trio.Lock)
+
+    async def open(self) -> None:
+        """Ask for the first page, which shows whether there is anything to mount.
+
+        Raises:
+            SourceError: nothing below the prefix, or S3 does not let us list it.
+        """
+        page = await self._page(self.tree.root.prefix, None, "")
+        if not page.objects:
+            raise ObjectGoneError(
+                f"{self._source.url}: no objects below this prefix; check its spelling"
+            )
+        if page.next_token is None:
+            self._plant(self.tree.root, page.objects, [], whole=True)
+
+    async def children(self, directory: Directory) -> dict[str, Node]:
+        """The nodes of a directory by name, listed now if nobody looked before.
+
+        Raises:
+            SourceError: S3 did not answer within `--io-timeout`, or refused.
+        """
+        if directory.children is None:
+            async with self._listing[directory.inode]:
+                # Somebody else may have listed it while this task waited for the lock.
+                if directory.children is None:
+                    await self._list(directory)
+            self._listing.pop(directory.inode, None)
+        assert directory.children is not None
+        return directory.children
+
+    async def _list(self, directory: Directory) -> None:
+        objects: list[ListedObject] = []
+        prefixes: list[str | None] = []
+        token: str | None = None
+        while True:
+            page = await patiently(
+                lambda: self._page(directory.prefix, token, "/"),  # noqa: B023 - awaited right here
+                what=f"listing of s3://{self._source.url.bucket}/{directory.prefix}",
+                timeout_s=lambda: self._options.io_timeout,
+            )
+            objects += page.objects
+            prefixes += page.prefixes
+            token = page.next_token
+            if token is None:
+                self._plant(directory, objects, prefixes, whole=False)
+                return
+
+    async def _page(self, prefix: str, token: str | None, delimiter: str) -> Page:
+        return await trio.to_thread.run_sync(
+            lambda: self._source.list_page(prefix, token, delimiter=delimiter),
+            abandon_on_cancel=True,
+        )
+
+    def _plant(
+        self,
+        directory: Directory,
+        objects: list[ListedObject],
+        prefixes: list[str | None],
+        *,
+        whole: bool,
+    ) -> None:
+        hidden = self.tree.plant(directory, objects, prefixes, whole=whole)
+        if hidden:
+            log.warning("%s", _hidden_sentence(hidden))
+
+    def _wanted(self, path: str) -> bool:
+        include, exclude = self._options.include, self._options.exclude
+        return (not include or _matches(path, include)) and not _matches(path, exclude)
+
+
+def _matches(path: str, globs: tuple[str, ...]) -> bool:
+    name = path.rpartition("/")[2]
+    return any(fnmatchcase(path, glob) or fnmatchcase(name, glob) for glob in globs)
+
+
+def _hidden_sentence(hidden: list[Hidden]) -> str:
+    shown = "; ".join(f"{item.key!r} ({item.reason})" for item in hidden[:HIDDEN_SHOWN])
+    more = f"; and {len(hidden) - HIDDEN_SHOWN} more" if len(hidden) > HIDDEN_SHOWN else ""
+    return f"keys that cannot be shown as files: {shown}{more}"

@@ -1,0 +1,119 @@
+"""How many ranged GETs to keep in flight. Pure: it is told times and bytes, and has no clock.
+
+The rule is hill climbing on throughput. Over a round of as many answers as the limit allows, the
+rate is measured while there was always more to ask for. A larger limit that brought more is kept
+and raised again; one that brought nothing is taken back, and the next try waits for some rounds,
+because requests beyond what the link carries only make each of them slower. When S3 throttles, the
+limit is halved at once.
+"""
+
+from __future__ import annotations
+
+START = 16
+GROWTH = 1.5
+WORTH = 1.05
+ROUNDS_BEFORE_RETRY = 8
+
+
+class Concurrency:
+    """The limit of requests in flight.
+
+    Args:
+        most: what the limit never exceeds.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.limit = min(START, most)
+        self._before_growth: int | None = None
+        self._rate_before_growth = 0.0
+        self._rounds_to_wait = 0
+        self._began_s = 0.0
+        self._bytes = 0
+        self._answers = 0
+
+    def answered(self, now_s: float, size_bytes: int, *, saturated: bool) -> None:
+        """A request brought `size_bytes`; `saturated` says that more was waiting to be asked."""
+        if not saturated or not self._answers:
+            self._begin_round(now_s)
+            self._answers = 1
+            return
+        self._answers += 1
+        self._bytes += size_bytes
+        if self._answers > self.limit and now_s > self._began_s:
+            self._end_round(self._bytes / (now_s - self._began_s))
+            self._begin_round(now_s)
+            self._answers = 1
+
+    def throttled(self) -> None:
+        """S3 asked for fewer requests."""
+        self.limit = max(1, self.limit // 2)
+        self._before_growth = None
+        self._rounds_to_wait = ROUNDS_BEFORE_RETRY
+        self._answers = 0
+
+    def _begin_round(self, now_s: float) -> None:
+        self._began_s = now_s
+        self._bytes = 0
+        self._answers = 0
+
+    def _end_round(self, rate: float) -> None:
+        if self._before_growth is not None:
+            if rate < self._rate_before_growth * WORTH:
+                self.limit = self._before_growth
+                self._rounds_to_wait = ROUNDS_BEFORE_RETRY
+            self._before_growth = None
+        if self._rounds_to_wait:
+            self._rounds_to_wait -= 1
+        elif self.limit < self.most:
+            self._before_growth = self.limit
+            self._rate_before_growth = rate
+            self.limit = min(self.most, max(self.limit + 1, int(self.limit * GROWTH)))
+
+
+class HedgeTimer:
+    """When a request has taken so long that asking a second time is better than waiting.
+
+    After twice the usual slowest: the mean plus four deviations of recent answers, as TCP times
+    its retransmissions (RFC 6298), and never below `least_s`.
+    """
+
+    def __init__(self, least_s: float = 1.0, unknown_s: float = 5.0) -> None:
+        self._least_s = least_s
+        self._mean_s = unknown_s / 2
+        self._deviation_s = unknown_s / 8
+        self._known = False
+
+    def answered(self, took_s: float) -> None:
+        """A request was answered after that time."""
+        if not self._known:
+            self._known = True
+            self._mean_s, self._deviation_s = took_s, took_s / 2
+            return
+        self._deviation_s += (abs(took_s - self._mean_s) - self._deviation_s) / 4
+        self._mean_s += (took_s - self._mean_s) / 8
+
+    @property
+    def delay_s(self) -> float:
+        """How long to wait for an answer before asking again."""
+        return max(self._least_s, 2 * (self._mean_s + 4 * self._deviation_s))
+
+
+class Pacer:
+    """Spreads requests so that they take at most so many bytes a second.
+
+    Args:
+        rate: bytes a second, or `off`.
+    """
+
+    def __init__(self, rate: int | str) -> None:
+        self._rate = rate
+        self._free_at_s = 0.0
+
+    def delay_s(self, now_s: float, size_bytes: int) -> float:
+        """How long to wait before a request for that many bytes, which is counted from now on."""
+        if not isinstance(self._rate, int):
+            return 0.0
+        begin_s = max(now_s, self._free_at_s)
+        self._free_at_s = begin_s + size_bytes / self._rate
+        return begin_s - now_s

@@ -1,0 +1,137 @@
+"""One mount, wired together and run until it ends.
+
+The order matters: everything that can fail (credentials, bucket, prefix, cache directory) is tried
+before the mountpoint is touched, so that a refused mount leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from lazyfs.cache import BlockCache, default_directory
+from lazyfs.catalog import Catalog
+from lazyfs.fetcher import BlockFetcher
+from lazyfs.filesystem import Filesystem
+from lazyfs.kinds import format_size
+from lazyfs.options import MountOptions
+from lazyfs.pagecache import PageCache, tune_kernel
+from lazyfs.planner import Planner
+from lazyfs.prefetch import Prefetcher
+from lazyfs.runtime import MountRecord, RunningMount
+from lazyfs.session import Session, check_mountpoint
+from lazyfs.source import Source, SourceUrl
+
+log = logging.getLogger(__name__)
+
+# Requests answered at once. Reads that wait for S3 take a place each; metadata must still get one.
+MOST_REQUESTS = 4096
+# How long threads in the kernel may take to come back when the mount ends.
+SHUTDOWN_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """What to mount where, and how."""
+
+    url: SourceUrl
+    mountpoint: Path
+    options: MountOptions
+
+
+def run(mount: Mount, on_ready: Callable[[], None]) -> None:
+    """Mount and serve until SIGTERM, SIGINT or an unmount.
+
+    Args:
+        on_ready: called once the mount can be used.
+
+    Raises:
+        LazyfsError: it could not be mounted; nothing is left behind.
+    """
+    trio.run(_serve, mount, on_ready)
+
+
+async def _serve(mount: Mount, on_ready: Callable[[], None]) -> None:
+    options = mount.options
+    check_mountpoint(mount.mountpoint)
+    record = RunningMount(MountRecord(str(mount.mountpoint), str(mount.url), os.getpid()))
+    try:
+        source = await trio.to_thread.run_sync(Source, mount.url, options)
+        catalog = Catalog(source, options)
+        await catalog.open()
+        cache = await _open_cache(mount, source)
+        prefetcher = Prefetcher(options.prefetch, options.block_size)
+        page_cache = PageCache(options.page_cache)
+        fetcher = BlockFetcher(source, cache, page_cache, prefetcher, options)
+        planner = Planner(catalog, fetcher, prefetcher)
+        session = Session.mount(str(mount.url), mount.mountpoint, allow_other=options.allow_other)
+        try:
+            tune_kernel(session.device, options.read_ahead)
+            filesystem = Filesystem(catalog, fetcher, options, session.adopt)
+            session.attach(filesystem)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_end_on_signal, nursery.cancel_scope)
+                await nursery.start(fetcher.run)
+                nursery.start_soon(planner.run)
+                if page_cache.supported and options.prefetch == "model":
+                    nursery.start_soon(_show_to_kernel, mount.mountpoint)
+                log.info("mounted %s at %s", mount.url, mount.mountpoint)
+                on_ready()
+                await pyfuse3.main(max_tasks=MOST_REQUESTS)
+                nursery.cancel_scope.cancel()
+        finally:
+            session.close()
+            counters = fetcher.counters
+            log.info(
+                "unmounted %s: %d reads; %s from S3 in %d blocks, %s from disk, %s put into the "
+                "page cache",
+                mount.mountpoint,
+                filesystem.reads,
+                format_size(counters.fetched_bytes),
+                counters.fetched_blocks,
+                format_size(counters.loaded_bytes),
+                format_size(page_cache.pushed_bytes),
+            )
+    finally:
+        record.close()
+
+
+async def _open_cache(mount: Mount, source: Source) -> BlockCache | None:
+    options = mount.options
+    if options.cache_dir == "none":
+        return None
+    directory = Path(options.cache_dir) if options.cache_dir else default_directory()
+    namespace = f"{source.endpoint}\0{mount.url.bucket}"
+    return await trio.to_thread.run_sync(
+        BlockCache, directory, options.cache_size, options.block_size, namespace
+    )
+
+
+async def _end_on_signal(scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            log.info("ending on %s", signal.Signals(number).name)
+            scope.cancel()
+
+
+async def _show_to_kernel(mountpoint: Path) -> None:
+    """Let the kernel look every file up once, so that blocks can be put into its page cache.
+
+    A process of its own does that: one that serves a mount must not walk it, or the two wait for
+    each other when it is killed.
+    """
+    walk = (
+        "import os, sys\n"
+        "for step, _ in zip(os.walk(sys.argv[1]), range(1000)):\n"
+        "    for name in step[2]: os.lstat(os.path.join(step[0], name))\n"
+    )
+    command = [sys.executable, "-I", "-S", "-c", walk, str(mountpoint)]
+    await trio.run_process(command, check=False, cwd="/")

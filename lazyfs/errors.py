@@ -1,0 +1,177 @@
+"""Every error of the project, and the only map from an S3 answer to an errno.
+
+A message is one line for a person: what happened, to which object or path, and what to do.
+`SourceError` carries what a reader of the mount gets (`errno`) and whether waiting may help
+(`transient`): the retry loop asks for nothing else.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from typing import ClassVar
+
+
+class LazyfsError(Exception):
+    """Base of all errors that are shown to a person as one line."""
+
+    exit_code: int = 1
+
+
+class OptionError(LazyfsError):
+    """An option or argument is unknown, malformed or out of its bounds."""
+
+    exit_code = 2
+
+
+class MountError(LazyfsError):
+    """The mountpoint or FUSE itself is not as it must be."""
+
+
+class DaemonError(LazyfsError):
+    """What a background daemon said when it refused to mount."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class CacheError(LazyfsError):
+    """The cache directory cannot be used."""
+
+
+class SourceError(LazyfsError):
+    """S3 did not give what was asked for.
+
+    Attributes:
+        errno: what a read of the mount fails with when this error is final.
+        transient: waiting and asking again may help.
+    """
+
+    errno: ClassVar[int] = errno.EIO
+    transient: ClassVar[bool] = False
+
+
+class AccessDeniedError(SourceError):
+    """The credentials are not allowed to do this, or there are none."""
+
+    errno = errno.EACCES
+
+
+class NoSuchBucketError(SourceError):
+    """The bucket does not exist."""
+
+    errno = errno.ENOENT
+
+
+class ObjectGoneError(SourceError):
+    """The object was deleted after the mount listed it."""
+
+    errno = errno.ESTALE
+
+
+class ObjectChangedError(SourceError):
+    """The object was replaced after the mount listed it (its ETag differs)."""
+
+    errno = errno.ESTALE
+
+
+class WrongRegionError(SourceError):
+    """The bucket lives in another region than the one that was named."""
+
+
+class BadRequestError(SourceError):
+    """S3 refused the request in a way that asking again does not change."""
+
+
+class ThrottledError(SourceError):
+    """S3 asks for fewer requests (503 SlowDown, 429)."""
+
+    transient = True
+
+
+class UnavailableError(SourceError):
+    """No usable answer: 5xx, connection refused or broken, DNS, time-out."""
+
+    transient = True
+
+
+class CredentialsExpiredError(SourceError):
+    """The credentials ran out; a refresh is tried before the next attempt."""
+
+    errno = errno.EACCES
+    transient = True
+
+
+class BadResponseError(SourceError):
+    """The body is not the range that was asked for (short, long, other range)."""
+
+    transient = True
+
+
+# Codes from https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html and what MinIO,
+# Ceph and moto send for the same causes. A code that is not here is judged by its HTTP status.
+_BY_CODE: dict[str, type[SourceError]] = {
+    "AccessDenied": AccessDeniedError,
+    "AllAccessDisabled": AccessDeniedError,
+    "AccountProblem": AccessDeniedError,
+    "InvalidAccessKeyId": AccessDeniedError,
+    "SignatureDoesNotMatch": AccessDeniedError,
+    "InvalidToken": AccessDeniedError,
+    "InvalidObjectState": AccessDeniedError,  # archived in Glacier
+    "ExpiredToken": CredentialsExpiredError,
+    "TokenRefreshRequired": CredentialsExpiredError,
+    "RequestTimeTooSkewed": CredentialsExpiredError,
+    "NoSuchBucket": NoSuchBucketError,
+    "NoSuchKey": ObjectGoneError,
+    "NoSuchVersion": ObjectGoneError,
+    "PreconditionFailed": ObjectChangedError,
+    "InvalidRange": ObjectChangedError,  # the object became shorter
+    "PermanentRedirect": WrongRegionError,
+    "AuthorizationHeaderMalformed": WrongRegionError,
+    "IllegalLocationConstraintException": WrongRegionError,
+    "SlowDown": ThrottledError,
+    "Throttling": ThrottledError,
+    "RequestLimitExceeded": ThrottledError,
+    "RequestTimeout": UnavailableError,
+}
+
+_BY_STATUS: dict[int, type[SourceError]] = {
+    301: WrongRegionError,
+    401: AccessDeniedError,
+    403: AccessDeniedError,
+    404: ObjectGoneError,
+    408: UnavailableError,
+    412: ObjectChangedError,
+    416: ObjectChangedError,
+    429: ThrottledError,
+}
+
+
+def classify(status: int | None, code: str | None) -> type[SourceError]:
+    """The error for an HTTP status and the `<Code>` of S3's error body, either may be missing."""
+    if code in _BY_CODE:
+        return _BY_CODE[code]
+    if status is None or status >= 500:
+        return UnavailableError
+    return _BY_STATUS.get(status, BadRequestError)
+
+
+_STATUS = re.compile(r"status code: (\d{3})")
+_CODE = re.compile(r"<Code>(\w+)</Code>")
+
+
+def classify_text(text: str) -> tuple[type[SourceError], str]:
+    """The error, and its cause in a few words, for a client that only has a message.
+
+    obstore's exceptions carry the HTTP status and S3's body as text
+    (`Server returned non-2xx status code: 503 ...: <Error><Code>SlowDown</Code>`).
+    """
+    status = _STATUS.search(text)
+    code = _CODE.search(text)
+    kind = classify(int(status[1]) if status else None, code[1] if code else None)
+    if status or code:
+        cause = " ".join(found[1] for found in (status, code) if found)
+    else:
+        cause = text.split("Debug source")[0].strip().replace("\n", " ")[:300]
+    return kind, cause

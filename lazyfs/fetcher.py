@@ -1,0 +1,543 @@
+"""Brings blocks: from memory, from disk, from S3, each once however many wait for it.
+
+The life of a block. A reader or the prefetcher asks for it: a *job* starts, or the job that runs
+already is joined. The job takes a slot and room in the memory budget, and one worker thread brings
+the bytes, from the cache directory if they are there, else by one ranged GET. Now the block is
+*held*: its waiters are answered at once; then it is pushed into the page cache and written to the
+disk, each by tasks of their own that no reader waits for. After that it stays in memory until its
+room is needed.
+
+All decisions are made in the trio thread, so nothing here needs a lock; worker threads only move
+bytes. Demand overtakes prefetch for slots and for room. What can be brought again is given up for
+demand: blocks nobody uses, then blocks that only wait to be written to a slow disk. A block that is
+being pushed or written cannot be taken, but those are at most `PUSHERS + WRITERS`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import trio
+
+from lazyfs.blocks import BlockId, block_length
+from lazyfs.cache import BlockBuffers, BlockCache
+from lazyfs.concurrency import Concurrency, HedgeTimer, Pacer
+from lazyfs.errors import SourceError, ThrottledError
+from lazyfs.options import MountOptions
+from lazyfs.pagecache import PageCache
+from lazyfs.prefetch import Place, Prefetcher
+from lazyfs.retry import patiently
+from lazyfs.source import Source
+from lazyfs.tree import File
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PUSHERS = 2
+WRITERS = 1
+# Blocks that are read from the disk at once, ahead of readers.
+LOADERS = 3
+# Requests of waiting readers that may be in flight beyond the adaptive limit.
+URGENT_EXTRA = 8
+# Second attempts under way at once; when more are slow, it is the link.
+HEDGES = 4
+# A prefetch is given up after this time; a reader who needs the block tries on his own account.
+PREFETCH_PATIENCE_S = 20.0
+
+
+@dataclass(slots=True)
+class Held:
+    """A block in memory.
+
+    Attributes:
+        users: how many tasks need the bytes to stay: waiters, a push, a write.
+        was_read: a reader had it; it need not be kept for one.
+        on_disk: it can be had again without S3.
+        to_write: it waits for the disk.
+    """
+
+    file: File
+    data: memoryview
+    users: int = 0
+    was_read: bool = False
+    on_disk: bool = False
+    to_write: bool = False
+
+
+@dataclass(slots=True)
+class Job:
+    """A block that is being brought, or is to be.
+
+    Attributes:
+        waiters: readers that wait for it; none: a prefetch.
+        attempts: threads that run a GET for it.
+        hedged: a second GET was started, which has room of its own.
+    """
+
+    file: File
+    block: BlockId
+    length: int
+    waiters: int = 0
+    started: bool = False
+    attempts: int = 0
+    hedged: bool = False
+    done: trio.Event = field(default_factory=trio.Event)
+    held: Held | None = None
+    error: SourceError | None = None
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened since mount. Bytes unless the name says otherwise."""
+
+    fetched_bytes: int = 0
+    fetched_blocks: int = 0
+    loaded_bytes: int = 0
+    written_bytes: int = 0
+    shed_blocks: int = 0
+    retries: int = 0
+    hedges: int = 0
+
+
+class BlockFetcher:
+    """All blocks of one mount.
+
+    Args:
+        source: where blocks come from.
+        cache: the disk, or None.
+        page_cache: where they go ahead of readers.
+        prefetcher: what to bring next.
+        options: limits.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        cache: BlockCache | None,
+        page_cache: PageCache,
+        prefetcher: Prefetcher,
+        options: MountOptions,
+    ) -> None:
+        self._source = source
+        self._cache = cache
+        self._page_cache = page_cache
+        self._prefetcher = prefetcher
+        self._options = options
+        self._block_size = options.block_size
+        self._files: dict[int, File] = {}
+        self._held: OrderedDict[BlockId, Held] = OrderedDict()
+        self._jobs: dict[BlockId, Job] = {}
+        self._urgent: deque[Job] = deque()
+        self._used_bytes = 0
+        self._fetching = 0
+        self._loading = 0
+        # Work for the pushers and writers; a bare block id, its bytes are in `_held`.
+        self._pushes = _Queue()
+        self._writes = _Queue()
+        self._ahead_bytes = 0
+        self._hedges_running = 0
+        self._direct: set[int] = set()
+        self._concurrency = Concurrency(options.max_concurrency)
+        self._hedge = HedgeTimer()
+        self._pacer = Pacer(options.bandwidth_limit)
+        self._buffers = BlockBuffers(options.block_size)
+        self._nursery: trio.Nursery | None = None
+        # Threads are bounded by slots; trio's own limit of 40 must not stand in the way.
+        self._threads = trio.CapacityLimiter(4 * options.max_concurrency + 64)
+        self.counters = Counters()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            for _ in range(PUSHERS):
+                nursery.start_soon(self._push_forever)
+            for _ in range(WRITERS if self._cache else 0):
+                nursery.start_soon(self._write_forever)
+            task_status.started()
+            self.pump()
+            await trio.sleep_forever()
+
+    def add_file(self, file: File) -> None:
+        """A file of the mount that is known from now on; adding it again changes nothing."""
+        if file.inode not in self._files:
+            self._files[file.inode] = file
+            self._prefetcher.add_file(file.inode, file.size_bytes)
+
+    async def scan(self, file: File) -> None:
+        """Find which blocks of a file are on disk already, so that they are not fetched ahead."""
+        self.add_file(file)
+        if self._cache is None:
+            return
+        for number in await self._thread(self._cache.present, file):
+            block = BlockId(file.inode, number)
+            if self._prefetcher.place(block) == Place.ABSENT:
+                self._prefetcher.moved(block, Place.LOCAL)
+
+    def was_read(self, file: File, offset: int) -> None:
+        """A reader asked for bytes at `offset` of a file."""
+        self._ahead_bytes = 0
+        self.add_file(file)
+        self._prefetcher.was_read(file.inode, offset)
+
+    def set_known(self, file: File, known: bool) -> None:
+        """The kernel looked a file up, or forgot it."""
+        self.add_file(file)
+        self._prefetcher.set_known(file.inode, known)
+        self.pump()
+
+    async def cached_bytes(self, file: File) -> int:
+        """How much of a file is on disk."""
+        if self._cache is None:
+            return 0
+        numbers = await self._thread(self._cache.present, file)
+        return sum(block_length(file.size_bytes, self._block_size, number) for number in numbers)
+
+    def set_direct(self, file: File, direct: bool) -> None:
+        """A file was opened; `direct`: with O_DIRECT, which passes by the page cache."""
+        (self._direct.add if direct else self._direct.discard)(file.inode)
+
+    async def block(self, file: File, number: int) -> memoryview:
+        """A block's bytes, brought if need be.
+
+        The view is valid until the caller next waits for anything: then its memory may be reused.
+
+        Raises:
+            SourceError: it cannot be had, or not within `--io-timeout`.
+        """
+        self.add_file(file)
+        block = BlockId(file.inode, number)
+        held = self._held.get(block)
+        if held is not None:
+            self._held.move_to_end(block)
+            if not held.was_read:
+                held.was_read = True
+                self.pump()
+            return held.data
+        job = self._jobs.get(block)
+        if job is None:
+            job = self._new_job(block)
+        if not job.waiters and not job.started:
+            self._urgent.append(job)
+        job.waiters += 1
+        self.pump()
+        await job.done.wait()
+        if job.held is None:
+            assert job.error is not None
+            raise job.error
+        job.held.users -= 1
+        self.pump()
+        return job.held.data
+
+    def pump(self) -> None:
+        """Start whatever may start now. Called after everything that could make a difference."""
+        if self._nursery is None:
+            return
+        while self._urgent and self._fetching < self._concurrency.limit + URGENT_EXTRA:
+            if not self._make_room(self._urgent[0].length, urgent=True):
+                break
+            self._start(self._urgent.popleft())
+        if not self._urgent:
+            self._prefetch_from_s3()
+            self._prefetch_from_disk()
+
+    def _prefetch_from_s3(self) -> None:
+        while self._fetching < self._concurrency.limit:
+            block = self._prefetcher.next_fetch(self._fetch_allowance())
+            if block is None or not self._make_room(self._length(block), urgent=False):
+                return
+            self._start(self._new_job(block))
+
+    def _prefetch_from_disk(self) -> None:
+        while self._loading < LOADERS and self._page_cache.supported:
+            block = self._prefetcher.next_load(self._push_allowance())
+            if block is None:
+                return
+            held = self._held.get(block)
+            if held is not None:
+                self._prefetcher.moved(block, Place.COMING)
+                self._queue_push(block, held)
+            elif self._make_room(self._length(block), urgent=False):
+                self._start(self._new_job(block), from_disk=True)
+            else:
+                return
+
+    def _new_job(self, block: BlockId) -> Job:
+        job = Job(self._files[block.inode], block, self._length(block))
+        self._jobs[block] = job
+        return job
+
+    def _start(self, job: Job, *, from_disk: bool = False) -> None:
+        assert self._nursery is not None
+        job.started = True
+        self._used_bytes += job.length
+        self._prefetcher.moved(job.block, Place.COMING)
+        if from_disk:
+            self._loading += 1
+        else:
+            self._fetching += 1
+        self._nursery.start_soon(self._bring, job, from_disk)
+
+    async def _bring(self, job: Job, from_disk: bool) -> None:
+        """One job, from its start until its waiters are answered."""
+        try:
+            data, fetched = await self._obtain(job)
+            self._land(job, data, fetched)
+        except SourceError as error:
+            self._used_bytes -= job.length
+            self._prefetcher.failed(job.block)
+            level = logging.ERROR if job.waiters else logging.WARNING
+            log.log(level, "block %d of %s: %s", job.block.number, job.file.key, error)
+            job.error = error
+        finally:
+            if from_disk:
+                self._loading -= 1
+            else:
+                self._fetching -= 1
+            del self._jobs[job.block]
+            job.done.set()
+            self.pump()
+
+    async def _obtain(self, job: Job) -> tuple[memoryview, bool]:
+        """The bytes of a job's block, and whether they came from S3."""
+        if self._cache is not None:
+            data = await self._thread(self._cache.load, job.file, job.block.number, self._buffers)
+            if data is not None:
+                self.counters.loaded_bytes += len(data)
+                return data, False
+        data = await patiently(
+            lambda: self._get_hedged(job),
+            what=f"s3://{self._source.url.bucket}/{job.file.key}",
+            timeout_s=lambda: self._options.io_timeout if job.waiters else PREFETCH_PATIENCE_S,
+            on_retry=self._on_retry,
+        )
+        self.counters.fetched_bytes += len(data)
+        self.counters.fetched_blocks += 1
+        return data, True
+
+    async def _get_hedged(self, job: Job) -> memoryview:
+        """One ranged GET; a second one when the first is much slower than usual; the first wins.
+
+        Raises:
+            SourceError: the attempts failed.
+        """
+        await trio.sleep(self._pacer.delay_s(trio.current_time(), job.length))
+        began_s = trio.current_time()
+        answer: memoryview | SourceError | None = None
+        async with trio.open_nursery() as nursery:
+            send, receive = trio.open_memory_channel[memoryview | SourceError](2)
+            nursery.start_soon(self._get, job, send)
+            with trio.move_on_after(self._hedge.delay_s):
+                answer = await receive.receive()
+            if answer is None and self._may_hedge(job):
+                nursery.start_soon(self._get, job, send)
+                answer = await receive.receive()
+                if not isinstance(answer, SourceError):
+                    nursery.cancel_scope.cancel()
+            if answer is None or (isinstance(answer, SourceError) and job.attempts):
+                answer = await receive.receive()
+            # Whoever is still under way is let go; its thread ends by itself (`_attempt_ended`).
+            nursery.cancel_scope.cancel()
+        if isinstance(answer, SourceError):
+            raise answer
+        now_s = trio.current_time()
+        self._hedge.answered(now_s - began_s)
+        self._concurrency.answered(now_s, job.length, saturated=self._saturated())
+        return answer
+
+    async def _get(
+        self, job: Job, answers: trio.MemorySendChannel[memoryview | SourceError]
+    ) -> None:
+        job.attempts += 1
+        ended = partial(_tell, trio.lowlevel.current_trio_token(), self._attempt_ended, job)
+        start = job.block.number * self._block_size
+
+        def get() -> memoryview | SourceError:
+            try:
+                return self._source.read_range(job.file.key, job.file.etag, start, job.length)
+            except SourceError as error:
+                return error
+            finally:
+                ended()
+
+        answers.send_nowait(await self._thread(get))
+
+    def _may_hedge(self, job: Job) -> bool:
+        """Take room for a second attempt, unless many are under way already."""
+        if self._hedges_running >= HEDGES or not self._make_room(job.length, urgent=False):
+            return False
+        log.debug("block %d of %s is slow: asking again", job.block.number, job.file.key)
+        self._hedges_running += 1
+        self._used_bytes += job.length
+        job.hedged = True
+        self.counters.hedges += 1
+        return True
+
+    def _attempt_ended(self, job: Job) -> None:
+        job.attempts -= 1
+        if job.hedged and not job.attempts:
+            job.hedged = False
+            self._hedges_running -= 1
+            self._used_bytes -= job.length
+            self.pump()
+
+    def _on_retry(self, error: SourceError) -> None:
+        self.counters.retries += 1
+        if isinstance(error, ThrottledError):
+            self._concurrency.throttled()
+
+    def _saturated(self) -> bool:
+        return bool(self._urgent) or self._fetching >= self._concurrency.limit
+
+    def _land(self, job: Job, data: memoryview, fetched: bool) -> None:
+        """A block's bytes are here: hold them, answer who waits, and see to the other tiers."""
+        held = Held(
+            job.file, data, users=job.waiters, was_read=job.waiters > 0, on_disk=not fetched
+        )
+        self._held[job.block] = job.held = held
+        self._prefetcher.moved(job.block, Place.LOCAL)
+        if self._may_push(job.block):
+            self._queue_push(job.block, held)
+        if fetched and self._cache is not None:
+            held.to_write = True
+            held.users += 1
+            self._writes.put(job.block)
+
+    def _may_push(self, block: BlockId) -> bool:
+        return (
+            self._prefetcher.is_known(block.inode)
+            and block.inode not in self._direct
+            and self._length(block) <= self._push_allowance()
+        )
+
+    def _queue_push(self, block: BlockId, held: Held) -> None:
+        held.users += 1
+        self._ahead_bytes += len(held.data)
+        self._prefetcher.moved(block, Place.COMING)
+        self._pushes.put(block)
+
+    async def _push_forever(self) -> None:
+        while True:
+            block = await self._pushes.get()
+            held = self._held[block]
+            offset = block.number * self._block_size
+            pushed = await self._thread(self._page_cache.push, block.inode, offset, held.data)
+            self._prefetcher.moved(block, Place.NEAR if pushed else Place.LOCAL)
+            if not pushed:
+                self._prefetcher.set_known(block.inode, False)
+            held.users -= 1
+            self.pump()
+
+    async def _write_forever(self) -> None:
+        assert self._cache is not None
+        while True:
+            block = await self._writes.get()
+            held = self._held[block]
+            held.to_write = False
+            held.on_disk = await self._thread(self._cache.put, held.file, block.number, held.data)
+            self.counters.written_bytes += len(held.data) if held.on_disk else 0
+            held.users -= 1
+            self.pump()
+
+    def _make_room(self, length: int, *, urgent: bool) -> bool:
+        """Let blocks go until `length` more bytes fit.
+
+        A prefetch leaves room for the demand that may come, and never drops a block that was
+        brought for a reader who has not come yet. Demand drops that too, and what waits for the
+        disk.
+        """
+        limit = self._options.memory_limit - (0 if urgent else 2 * self._block_size)
+        while self._used_bytes + length > limit:
+            victim = self._victim(urgent)
+            if victim is None:
+                return False
+            self._drop(victim)
+        return True
+
+    def _victim(self, urgent: bool) -> BlockId | None:
+        """The block to let go next: of the least needed kind, the least recently used one."""
+        for block, held in self._held.items():
+            if not held.users and not self._is_volatile(block, held):
+                return block
+        for block, held in self._held.items():
+            # Written to the disk later or never: of those in the page cache nothing is lost.
+            if held.to_write and held.users == 1 and self._prefetcher.place(block) == Place.NEAR:
+                return block
+        if urgent:
+            for block, held in self._held.items():
+                if held.users == held.to_write:
+                    return block
+        return None
+
+    def _drop(self, block: BlockId) -> None:
+        held = self._held.pop(block)
+        if held.to_write:
+            self._writes.discard(block)
+            self.counters.shed_blocks += 1
+        if not held.on_disk and self._prefetcher.place(block) == Place.LOCAL:
+            self._prefetcher.moved(block, Place.ABSENT)
+        self._used_bytes -= len(held.data)
+        self._buffers.give_back(held.data)
+
+    def _is_volatile(self, block: BlockId, held: Held) -> bool:
+        """Whether the bytes are nowhere else, and nobody has read them yet."""
+        return (
+            not held.on_disk and not held.was_read and self._prefetcher.place(block) != Place.NEAR
+        )
+
+    def _fetch_allowance(self) -> int:
+        """How much may be fetched ahead: half the memory, less what only memory holds."""
+        volatile = sum(
+            len(held.data) for block, held in self._held.items() if self._is_volatile(block, held)
+        )
+        return self._options.memory_limit // 2 - volatile
+
+    def _push_allowance(self) -> int:
+        """How much may be put into the page cache ahead of readers.
+
+        Reads of pages that are there make no request, so nobody tells how far a reader is. A
+        request does: whoever makes one has used up what lay before it.
+        """
+        return self._page_cache.budget() - self._ahead_bytes
+
+    def _length(self, block: BlockId) -> int:
+        return block_length(self._files[block.inode].size_bytes, self._block_size, block.number)
+
+    async def _thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await trio.to_thread.run_sync(
+            function, *arguments, abandon_on_cancel=True, limiter=self._threads
+        )
+
+
+class _Queue:
+    """Blocks in the order in which they came; one that is no longer to be done can be taken out."""
+
+    def __init__(self) -> None:
+        self._blocks: OrderedDict[BlockId, None] = OrderedDict()
+        self._news = trio.Event()
+
+    def put(self, block: BlockId) -> None:
+        self._blocks[block] = None
+        self._news.set()
+
+    def discard(self, block: BlockId) -> None:
+        self._blocks.pop(block, None)
+
+    async def get(self) -> BlockId:
+        while not self._blocks:
+            self._news = trio.Event()
+            await self._news.wait()
+        return self._blocks.popitem(last=False)[0]
+
+
+def _tell(token: trio.lowlevel.TrioToken, function: Callable[[Job], None], job: Job) -> None:
+    """Call a function in the trio thread, from a thread that may outlive it."""
+    with contextlib.suppress(trio.RunFinishedError):
+        token.run_sync_soon(function, job)

@@ -1,0 +1,282 @@
+"""The kinds of value that an option can have: how its text is read, and what is allowed."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+class Kind(ABC):
+    """How the text of an option becomes its value."""
+
+    repeatable: ClassVar[bool] = False
+    metavar: ClassVar[str] = "TEXT"
+
+    @property
+    @abstractmethod
+    def allowed(self) -> str:
+        """What is allowed, as the end of the sentence "... is not allowed: "."""
+
+    @abstractmethod
+    def parse(self, text: str) -> Any:
+        """The value. Raises ValueError when the text is not allowed."""
+
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "K": KIB,
+    "KIB": KIB,
+    "KB": 10**3,
+    "M": MIB,
+    "MIB": MIB,
+    "MB": 10**6,
+    "G": GIB,
+    "GIB": GIB,
+    "GB": 10**9,
+    "T": 1 << 40,
+    "TIB": 1 << 40,
+    "TB": 10**12,
+}
+_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a text such as `8MiB`, `1.5G` or `4096`. Raises ValueError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if not found or found[2].upper() not in _UNITS:
+        raise ValueError(text)
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def format_size(size_bytes: float) -> str:
+    """A size for people: the largest binary unit that leaves at least 1, as `8MiB` or `1.5GiB`."""
+    for unit, scale in (("TiB", 1 << 40), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if size_bytes >= scale:
+            return f"{size_bytes / scale:.4g}{unit}"
+    return f"{size_bytes:.0f}B"
+
+
+@dataclass(frozen=True)
+class Size(Kind):
+    """A number of bytes; `words` are values that are not sizes, such as `auto`."""
+
+    metavar = "SIZE"
+
+    minimum: int
+    maximum: int
+    power_of_two: bool = False
+    words: tuple[str, ...] = ()
+
+    @property
+    def allowed(self) -> str:
+        words = "".join(f"{word}, or " for word in self.words)
+        top = format_size(self.maximum)
+        power = ", a power of two" if self.power_of_two else ""
+        return f"{words}a size from {format_size(self.minimum)} to {top}{power}"
+
+    def parse(self, text: str) -> int | str:
+        if text.lower() in self.words:
+            return text.lower()
+        size = parse_size(text)
+        if not self.minimum <= size <= self.maximum or (self.power_of_two and size & (size - 1)):
+            raise ValueError(text)
+        return size
+
+
+@dataclass(frozen=True)
+class Share(Kind):
+    """A number of bytes, or a share of a whole as a percentage."""
+
+    metavar = "SIZE|%"
+
+    minimum: int
+
+    @property
+    def allowed(self) -> str:
+        return f"a size of at least {format_size(self.minimum)}, or a share from 1% to 100%"
+
+    def parse(self, text: str) -> int | float:
+        """Bytes as int, or a share between 0 and 1 as float."""
+        if found := re.fullmatch(r"(\d+(?:\.\d+)?)%", text.strip()):
+            share = float(found[1]) / 100
+            if not 0.01 <= share <= 1:
+                raise ValueError(text)
+            return share
+        size = parse_size(text)
+        if size < self.minimum:
+            raise ValueError(text)
+        return size
+
+
+@dataclass(frozen=True)
+class Duration(Kind):
+    """A time in seconds, written with a unit: `500ms`, `30s`, `10m`."""
+
+    metavar = "TIME"
+
+    minimum: float
+    maximum: float
+
+    @property
+    def allowed(self) -> str:
+        return f"a time from {self.minimum:g}s to {self.maximum:g}s, such as 30s or 10m"
+
+    def parse(self, text: str) -> float:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text.strip())
+        if not found:
+            raise ValueError(text)
+        seconds = float(found[1]) * _SECONDS[found[2]]
+        if not self.minimum <= seconds <= self.maximum:
+            raise ValueError(text)
+        return seconds
+
+
+@dataclass(frozen=True)
+class Count(Kind):
+    """A whole number."""
+
+    metavar = "N"
+
+    minimum: int
+    maximum: int
+
+    @property
+    def allowed(self) -> str:
+        return f"a whole number from {self.minimum} to {self.maximum}"
+
+    def parse(self, text: str) -> int:
+        number = int(text)
+        if not self.minimum <= number <= self.maximum:
+            raise ValueError(text)
+        return number
+
+
+@dataclass(frozen=True)
+class Mode(Kind):
+    """Permission bits, in octal; write bits are refused because the mount is read-only."""
+
+    metavar = "MODE"
+
+    @property
+    def allowed(self) -> str:
+        return "an octal mode without write bits, such as 444 or 0555"
+
+    def parse(self, text: str) -> int:
+        mode = int(text, 8)
+        if not 0 <= mode <= 0o777 or mode & 0o222:
+            raise ValueError(text)
+        return mode
+
+
+@dataclass(frozen=True)
+class Choice(Kind):
+    """One of a few words."""
+
+    metavar = "WORD"
+
+    words: tuple[str, ...]
+
+    @property
+    def allowed(self) -> str:
+        return ", ".join(self.words[:-1]) + " or " + self.words[-1]
+
+    def parse(self, text: str) -> str:
+        if text not in self.words:
+            raise ValueError(text)
+        return text
+
+
+@dataclass(frozen=True)
+class Flag(Kind):
+    """On or off; the command line gives it without a value."""
+
+    @property
+    def allowed(self) -> str:
+        return "true or false"
+
+    def parse(self, text: str) -> bool:
+        value = {"": True, "true": True, "1": True, "yes": True, "on": True}
+        value |= {"false": False, "0": False, "no": False, "off": False}
+        try:
+            return value[text.lower()]
+        except KeyError:
+            raise ValueError(text) from None
+
+
+@dataclass(frozen=True)
+class Text(Kind):
+    """Any non-empty text without control characters; `what` says what it stands for."""
+
+    what: str
+
+    @property
+    def allowed(self) -> str:
+        return self.what
+
+    def parse(self, text: str) -> str:
+        if not text or not text.isprintable():
+            raise ValueError(text)
+        return text
+
+
+@dataclass(frozen=True)
+class Url(Kind):
+    """An http or https URL of an S3 endpoint; it must not carry a user or password."""
+
+    metavar = "URL"
+
+    @property
+    def allowed(self) -> str:
+        return "an http:// or https:// URL without user and password"
+
+    def parse(self, text: str) -> str:
+        parts = urlsplit(text)
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+            raise ValueError(text)
+        _ = parts.port  # raises ValueError when it is not a number
+        return text.rstrip("/")
+
+
+@dataclass(frozen=True)
+class LocalPath(Kind):
+    """A path of this machine, made absolute; `words` are values that are not paths."""
+
+    metavar = "PATH"
+
+    words: tuple[str, ...] = ()
+
+    @property
+    def allowed(self) -> str:
+        return " or ".join((*self.words, "a path"))
+
+    def parse(self, text: str) -> Path | str:
+        if text in self.words:
+            return text
+        if not text or "\0" in text:
+            raise ValueError(text)
+        return Path(text).expanduser().absolute()
+
+
+@dataclass(frozen=True)
+class Glob(Kind):
+    """One shell pattern; the option may be given several times."""
+
+    metavar = "GLOB"
+
+    repeatable = True
+
+    @property
+    def allowed(self) -> str:
+        return "a shell pattern, such as '*.safetensors' or 'original/*'"
+
+    def parse(self, text: str) -> str:
+        if not text:
+            raise ValueError(text)
+        return text

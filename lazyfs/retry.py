@@ -1,0 +1,64 @@
+"""Asking S3 again, patiently, while waiting can help."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import trio
+
+from lazyfs.errors import SourceError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 5.0
+LOG_AFTER_S = 3.0
+
+
+async def patiently(
+    ask: Callable[[], Awaitable[T]],
+    *,
+    what: str,
+    timeout_s: Callable[[], float],
+    on_retry: Callable[[SourceError], None] = lambda error: None,
+) -> T:
+    """The answer of `ask`, asked again after transient errors.
+
+    Pauses double from 0.1 s to 5 s with full jitter, so that many mounts that failed together do
+    not come back together
+    (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/).
+
+    Args:
+        what: the object, for the log.
+        timeout_s: how long to go on since the first attempt; asked anew before each pause,
+            because a prefetch becomes more patient once a reader waits for it.
+        on_retry: told of each error that is followed by another attempt.
+
+    Raises:
+        SourceError: the last one, when it is final or the time is over.
+    """
+    began = trio.current_time()
+    pause_s = FIRST_PAUSE_S
+    logged = False
+    while True:
+        try:
+            answer = await ask()
+        except SourceError as error:
+            waited = trio.current_time() - began
+            if not error.transient or waited >= timeout_s():
+                raise
+            on_retry(error)
+            if waited >= LOG_AFTER_S and not logged:
+                logged = True
+                log.warning("waiting for %s since %.0f s: %s", what, waited, error)
+            await trio.sleep(min(pause_s * random.random(), max(0.0, timeout_s() - waited)))  # noqa: S311
+            pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+        else:
+            if logged:
+                log.info("%s answered after %.1f s", what, trio.current_time() - began)
+            return answer

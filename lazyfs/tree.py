@@ -1,0 +1,233 @@
+"""A listing of keys made into directories and files.
+
+Pure: keys in, nodes with stable inode numbers out. The rules, which `docs/SEMANTICS.md` promises:
+
+- A key is cut at `/`. Its last part is a file, the parts before it are directories.
+- A key that ends in `/` is a directory marker: the directory exists, even if it is empty.
+- Where one name is both, the directory is shown and the object of that name is hidden.
+- A key that no path can name is hidden: an empty part, `.` or `..`, a part over 255 bytes, control
+  characters, bytes that are not UTF-8.
+- An inode number is a hash of what the node is: key, ETag and size of a file, the prefix of a
+  directory. It is the same in every mount and after every restart, and a replaced object is
+  another inode.
+
+A directory is planted once and never changes afterwards; that makes a mount a snapshot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+ROOT_INODE = 1
+NAME_MAX_BYTES = 255
+
+
+@dataclass(frozen=True, slots=True)
+class ListedObject:
+    """One object of a listing. `key` is None when it is not UTF-8; `shown` is for messages."""
+
+    key: str | None
+    size_bytes: int
+    etag: str
+    modified_ns: int
+    shown: str
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file: one object, pinned by its ETag."""
+
+    inode: int
+    parent: int
+    name: str
+    key: str
+    size_bytes: int
+    etag: str
+    modified_ns: int
+
+
+@dataclass(slots=True)
+class Directory:
+    """A directory: all keys that begin with `prefix`. `children` is None until it was listed."""
+
+    inode: int
+    parent: int
+    name: str
+    prefix: str
+    children: dict[str, Node] | None = field(default=None, repr=False)
+    _in_order: tuple[Node, ...] = field(default=(), repr=False)
+
+    def in_order(self) -> tuple[Node, ...]:
+        """The children in the order of their keys; made once, for readers that come in parts."""
+        if not self._in_order and self.children:
+            self._in_order = tuple(self.children.values())
+        return self._in_order
+
+
+Node = File | Directory
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """A key that the mount does not show, and why."""
+
+    key: str
+    reason: str
+
+
+def file_inode(key: str, etag: str, size_bytes: int) -> int:
+    """The inode number of an object: 63 bits, so that no tool takes it for negative."""
+    return _inode(f"file\0{key}\0{etag}\0{size_bytes}")
+
+
+def directory_inode(prefix: str) -> int:
+    """The inode number of a directory below the root."""
+    return _inode(f"directory\0{prefix}")
+
+
+def _inode(identity: str) -> int:
+    digest = hashlib.blake2b(identity.encode(), digest_size=8).digest()
+    # 0 means "none" to FUSE and 1 is the root.
+    return (int.from_bytes(digest, "little") >> 1) | 2
+
+
+def refusal(relative_key: str) -> str | None:
+    """Why no path can name this key (without the mount's prefix), or None if one can."""
+    for part in relative_key.removesuffix("/").split("/"):
+        if not part:
+            return "an empty part between slashes"
+        if part in (".", ".."):
+            return f"a part that is {part!r}"
+        if len(part.encode()) > NAME_MAX_BYTES:
+            return f"a part over {NAME_MAX_BYTES} bytes"
+        if any(ord(letter) < 32 or ord(letter) == 127 for letter in part):
+            return "a control character"
+    return None
+
+
+class Tree:
+    """All nodes that the mount has met so far.
+
+    Args:
+        prefix: what every key of the mount begins with; empty or ending in `/`.
+        wanted: which files are shown, by their path below the root.
+    """
+
+    def __init__(self, prefix: str, wanted: Callable[[str], bool] = lambda path: True) -> None:
+        self.root = Directory(ROOT_INODE, ROOT_INODE, "", prefix)
+        self._wanted = wanted
+        self._nodes: dict[int, Node] = {ROOT_INODE: self.root}
+        self.file_count = 0
+        self.total_bytes = 0
+
+    def get(self, inode: int) -> Node | None:
+        """The node of that inode number, if it was met."""
+        return self._nodes.get(inode)
+
+    def path(self, node: Node) -> str:
+        """The path of a node below the root, without a leading slash."""
+        key = node.key if isinstance(node, File) else node.prefix.removesuffix("/")
+        return key[len(self.root.prefix) :]
+
+    def files(self) -> Iterable[File]:
+        """All files met so far."""
+        return (node for node in self._nodes.values() if isinstance(node, File))
+
+    def plant(
+        self,
+        directory: Directory,
+        objects: Iterable[ListedObject],
+        prefixes: Iterable[str | None] = (),
+        *,
+        whole: bool,
+    ) -> list[Hidden]:
+        """Give a directory its children, for good.
+
+        Args:
+            directory: one that has no children yet.
+            objects: what was listed below its prefix.
+            prefixes: the common prefixes of a listing by `/`; None for one that is not UTF-8.
+            whole: the objects are all that lies below, at any depth, so that the directories
+                below are complete as well; otherwise they are listed when they are looked at.
+
+        Returns:
+            The keys that are not shown.
+        """
+        directory.children = {}
+        hidden = [
+            Hidden(listed.shown, reason)
+            for listed in objects
+            if (reason := self._plant_object(directory, listed, whole))
+        ]
+        for prefix in prefixes:
+            name = prefix and prefix[len(directory.prefix) :]
+            if not name:
+                hidden.append(Hidden("a common prefix", "not UTF-8"))
+            elif reason := refusal(name) or self._grow(directory, name[:-1], False)[1]:
+                hidden.append(Hidden(prefix or "", reason))
+        return hidden
+
+    def _plant_object(self, top: Directory, listed: ListedObject, whole: bool) -> str | None:
+        """Add one object below `top`; the reason when it cannot be shown."""
+        if listed.key is None:
+            return "not UTF-8"
+        relative = listed.key[len(top.prefix) :]
+        if not relative:
+            return None  # the marker of `top` itself
+        if reason := refusal(relative):
+            return reason
+        *parents, name = relative.split("/")
+        directory = top
+        for part in parents:
+            grown, reason = self._grow(directory, part, whole)
+            if grown is None:
+                return reason
+            directory = grown
+        return self._add_file(directory, name, listed) if name else None
+
+    def _grow(self, parent: Directory, name: str, whole: bool) -> tuple[Directory | None, str]:
+        """The directory `name` of `parent`, made if need be; or None and the reason."""
+        siblings = _children(parent)
+        found = siblings.get(name)
+        if isinstance(found, Directory):
+            return found, ""
+        prefix = f"{parent.prefix}{name}/"
+        inode = directory_inode(prefix)
+        if inode in self._nodes:
+            return None, "its inode number is taken"
+        if found is not None:
+            self._forget(found)
+        directory = Directory(inode, parent.inode, name, prefix, {} if whole else None)
+        self._nodes[inode] = siblings[name] = directory
+        return directory, ""
+
+    def _add_file(self, parent: Directory, name: str, listed: ListedObject) -> str | None:
+        assert listed.key is not None
+        siblings = _children(parent)
+        if name in siblings:
+            return "a directory has the same name"
+        inode = file_inode(listed.key, listed.etag, listed.size_bytes)
+        if inode in self._nodes:
+            return "its inode number is taken"
+        file = File(
+            inode, parent.inode, name, listed.key, listed.size_bytes, listed.etag,
+            listed.modified_ns,
+        )  # fmt: skip
+        if self._wanted(self.path(file)):
+            self._nodes[inode] = siblings[name] = file
+            self.file_count += 1
+            self.total_bytes += file.size_bytes
+        return None
+
+    def _forget(self, file: File) -> None:
+        """Take a file out again because a directory of its name was met after it."""
+        del self._nodes[file.inode]
+        self.file_count -= 1
+        self.total_bytes -= file.size_bytes
+
+
+def _children(directory: Directory) -> dict[str, Node]:
+    assert directory.children is not None, f"{directory.prefix!r} is not listed yet"
+    return directory.children

@@ -1,0 +1,42 @@
+"""Fixtures: one S3 server for the whole run, mounts that are always taken down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from mounting import Mounted
+from s3 import S3
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[S3]:
+    """The S3 server."""
+    running = S3()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def s3(server: S3) -> Iterator[S3]:
+    """The S3 server, with nothing counted and no fault planned."""
+    server.forget()
+    yield server
+    server.forget()
+
+
+@pytest.fixture
+def mount(server: S3, tmp_path: Path) -> Iterator[Callable[..., Mounted]]:
+    """Make mounts with `mount(source, *options)`; all are taken down at the end of the test."""
+    made: list[Mounted] = []
+
+    def make(source: str, *options: str) -> Mounted:
+        path = tmp_path / f"mnt{len(made)}"
+        mounted = Mounted(source, path, tmp_path / "cache", server.url, *options)
+        made.append(mounted)
+        return mounted
+
+    yield make
+    for mounted in reversed(made):
+        mounted.end()

@@ -1,0 +1,137 @@
+"""Mounts for tests, by the command line, as a user makes them.
+
+A mount is only ever read from other processes than its daemon, each with a timeout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from s3 import CREDENTIALS
+
+TIMEOUT_S = 60
+
+
+def environment(**more: str) -> dict[str, str]:
+    """What lazyfs runs with in tests: nothing of the developer's own AWS set-up."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "LAZYFS_"))}
+    nowhere = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/nonexistent"}
+    return {**kept, **nowhere, "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent", **CREDENTIALS, **more}
+
+
+def lazyfs(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command line."""
+    return subprocess.run(
+        [sys.executable, "-m", "lazyfs", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        env=env or environment(),
+        check=False,
+    )
+
+
+def python(code: str, *arguments: object, timeout_s: float = TIMEOUT_S) -> str:
+    """Run a piece of Python in a process of its own; its output."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=True,
+    ).stdout
+
+
+def shell(command: str, cwd: Path, timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess[str]:
+    """Run a shell command in a directory."""
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+class Mounted:
+    """A mount that stands; `end` takes it down and checks that nothing is left."""
+
+    def __init__(self, source: str, path: Path, cache: Path, endpoint: str, *options: str) -> None:
+        self.path = path
+        self.log_file = path.with_name(f"{path.name}.log")
+        self.arguments = [
+            f"--endpoint-url={endpoint}",
+            f"--cache-dir={cache}",
+            f"--log-file={self.log_file}",
+            *options,
+        ]
+        path.mkdir(exist_ok=True)
+        answer = lazyfs("mount", source, path, *self.arguments)
+        assert answer.returncode == 0, answer.stderr + self.log()
+        assert answer.stderr == ""
+        self.pid = daemon_pid(path)
+
+    def log(self) -> str:
+        """What the daemon logged."""
+        return self.log_file.read_text() if self.log_file.exists() else ""
+
+    def kill(self, number: signal.Signals) -> None:
+        """Send the daemon a signal."""
+        os.kill(self.pid, number)
+
+    def end(self) -> None:
+        """Unmount, by force if that must be, and see that the daemon is gone."""
+        if is_mounted(self.path):
+            answer = lazyfs("umount", self.path)
+            if answer.returncode != 0:
+                os.kill(self.pid, signal.SIGKILL)
+                lazyfs("umount", "--lazy", self.path)
+                raise AssertionError(answer.stderr)
+        assert not is_mounted(self.path)
+        wait_until_gone(self.pid)
+
+
+def is_mounted(path: Path) -> bool:
+    """Whether something is mounted there."""
+    return any(line.split()[4] == str(path) for line in open("/proc/self/mountinfo"))
+
+
+def daemon_pid(path: Path) -> int:
+    """The process that serves a mount, found as anyone can find it."""
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            try:
+                words = (process / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"--foreground" in words and str(path).encode() in words:
+                return int(process.name)
+    raise AssertionError(f"no daemon serves {path}")
+
+
+def wait_until_gone(pid: int, timeout_s: float = 10) -> None:
+    """Wait for the end of a process that is not our child."""
+    deadline = time.monotonic() + timeout_s
+    while Path(f"/proc/{pid}").exists():
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        if state == "Z":  # ended; whoever is its parent has not looked yet
+            return
+        assert time.monotonic() < deadline, f"process {pid} did not end"
+        time.sleep(0.02)
+
+
+def descriptors(pid: int) -> int:
+    """How many descriptors a process has open."""
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def load_json(text: str) -> object:
+    """The last line of a program's output, as JSON."""
+    return json.loads(text.strip().splitlines()[-1])

@@ -1,0 +1,82 @@
+"""The tests' hand on the S3 server of `s3_server.py`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import boto3
+
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "test-access-key",
+    "AWS_SECRET_ACCESS_KEY": "test-secret-key",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+
+class S3:
+    """A running server and a client of it."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("s3_server.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        self.url = f"http://127.0.0.1:{int(self._process.stdout.readline())}"
+        self.client = boto3.client(
+            "s3",
+            endpoint_url=self.url,
+            aws_access_key_id=CREDENTIALS["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
+            region_name="us-east-1",
+        )
+
+    def put(self, bucket: str, files: dict[str, bytes]) -> None:
+        """Make a bucket if need be, and put objects into it."""
+        self.client.create_bucket(Bucket=bucket)
+        for key, body in files.items():
+            self.client.put_object(Bucket=bucket, Key=key, Body=body)
+
+    def requests(self) -> list[str]:
+        """`METHOD /path` of all GETs and HEADs since `forget`."""
+        return [request["line"] for request in self._control("GET", "requests")]
+
+    def data_requests(self) -> list[tuple[str, str | None]]:
+        """Path and range of the GETs of objects since `forget`."""
+        return [
+            (line.split()[1].split("?")[0], request["range"])
+            for request in self._control("GET", "requests")
+            if (line := request["line"]).startswith("GET /")
+            and line.count("/") > 1
+            and "list-type" not in line
+        ]
+
+    def forget(self) -> None:
+        """Forget the requests and faults so far."""
+        self._control("DELETE", "requests")
+        self._control("DELETE", "fault")
+
+    def fault(self, match: str, kind: str, times: int = 1, **details: Any) -> None:
+        """Let the next `times` requests that match go wrong."""
+        self._control("PUT", "fault", {"match": match, "kind": kind, "times": times, **details})
+
+    def stop(self) -> None:
+        """End the server."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=10)
+        self._process.stdout.close()
+
+    def _control(self, method: str, what: str, body: Any = None) -> Any:
+        request = urllib.request.Request(
+            f"{self.url}/_test/{what}", method=method, data=json.dumps(body).encode()
+        )
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return json.load(answer)

@@ -1,0 +1,126 @@
+"""A moto S3 that counts requests and misbehaves on demand; run as a program of its own.
+
+It is a process apart from the tests and from the daemon, so that none of them waits for another's
+interpreter lock. Below `/_test/` it takes orders: `GET requests`, `DELETE requests`, `PUT fault`.
+A fault is JSON: {"match": regex on "METHOD /path?query", "kind": ..., "times": N}, with kinds
+`status` (with "status" and "code"), `hang` (with "seconds"), `truncate`, `reset`, `corrupt_range`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import WSGIRequestHandler, make_server
+
+
+class Middleware:
+    """Counts, and applies faults."""
+
+    def __init__(self, application: Any) -> None:
+        self.application = application
+        self.requests: list[dict[str, Any]] = []
+        self.faults: list[dict[str, Any]] = []
+        self.lock = threading.Lock()
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        method, path = environ["REQUEST_METHOD"], environ.get("RAW_URI") or environ["PATH_INFO"]
+        if path.startswith("/_test/"):
+            return self.control(method, path, environ, start_response)
+        line = f"{method} {path}"
+        with self.lock:
+            if method in ("GET", "HEAD"):
+                self.requests.append({"line": line, "range": environ.get("HTTP_RANGE")})
+            fault = next((f for f in self.faults if re.search(f["match"], line)), None)
+            if fault:
+                fault["times"] -= 1
+                self.faults = [f for f in self.faults if f["times"] > 0]
+        if fault:
+            return self.misbehave(fault, environ, start_response)
+        return self.application(environ, start_response)
+
+    def control(
+        self, method: str, path: str, environ: dict[str, Any], start_response: Any
+    ) -> Iterable[bytes]:
+        answer: Any = None
+        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        with self.lock:
+            if path == "/_test/requests":
+                answer = self.requests
+                if method == "DELETE":
+                    self.requests = []
+            elif method == "DELETE":
+                self.faults = []
+            else:
+                self.faults.append(json.loads(body))
+        start_response("200 OK", [("Content-Type", "application/json")])
+        return [json.dumps(answer).encode()]
+
+    def misbehave(
+        self, fault: dict[str, Any], environ: dict[str, Any], start_response: Any
+    ) -> Iterable[bytes]:
+        if fault["kind"] == "status":
+            code = fault.get("code", "Fault")
+            headers = [("Content-Type", "application/xml"), *fault.get("headers", {}).items()]
+            start_response(f"{fault['status']} Fault", headers)
+            return [f"<Error><Code>{code}</Code><Message>as told</Message></Error>".encode()]
+        if fault["kind"] == "hang":
+            time.sleep(fault["seconds"])
+            return self.application(environ, start_response)
+        if fault["kind"] == "reset":
+            environ["werkzeug.socket"].setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0"
+            )
+            environ["werkzeug.socket"].close()
+            raise ConnectionResetError
+        if fault["kind"] == "corrupt_range":
+
+            def shifted(status: str, headers: list[tuple[str, str]], info: Any = None) -> Any:
+                wrong = [(k, v if k.lower() != "content-range" else "bytes 1-2/3") for k, v in headers]
+                return start_response(status, wrong, info)
+
+            return self.application(environ, shifted)
+        assert fault["kind"] == "truncate"
+        return self.half(self.application(environ, start_response))
+
+    @staticmethod
+    def half(body: Iterable[bytes]) -> Iterator[bytes]:
+        whole = b"".join(body)
+        yield whole[: len(whole) // 2]
+        raise ConnectionResetError
+
+
+class Handler(WSGIRequestHandler):
+    """HTTP/1.1 with connections kept open, as S3 has them, and a quiet log."""
+
+    protocol_version = "HTTP/1.1"
+
+    def make_environ(self) -> dict[str, Any]:
+        environ = super().make_environ()
+        environ["RAW_URI"] = self.path
+        return environ
+
+    def log(self, type: str, message: str, *args: Any) -> None:
+        pass
+
+
+def main() -> None:
+    """Serve until standard input ends; prints the port."""
+    logging.disable(logging.CRITICAL)
+    application = Middleware(DomainDispatcherApplication(create_backend_app))
+    server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    print(server.server_port, flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()
