@@ -78,7 +78,7 @@ class HedgeTimer:
     its retransmissions (RFC 6298), and never below `least_s`.
     """
 
-    def __init__(self, least_s: float = 1.0, unknown_s: float = 5.0) -> None:
+    def __init__(self, least_s: float = 1.0, unknown_s: float = 1.0) -> None:
         self._least_s = least_s
         self._mean_s = unknown_s / 2
         self._deviation_s = unknown_s / 8

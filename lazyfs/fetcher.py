@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import trio
 
-from lazyfs.blocks import BlockId, block_length
+from lazyfs.blocks import BlockId, Span, block_length
 from lazyfs.cache import BlockBuffers, BlockCache
 from lazyfs.concurrency import Concurrency, HedgeTimer, Pacer
 from lazyfs.errors import SourceError, ThrottledError
@@ -58,7 +58,8 @@ class Held:
 
     Attributes:
         users: how many tasks need the bytes to stay: waiters, a push, a write.
-        was_read: a reader had it; it need not be kept for one.
+        unread: bytes that no reader had yet; when there are none, it need not be kept for one.
+        demanded: a reader waited for it when it came.
         on_disk: it can be had again without S3.
         to_write: it waits for the disk.
     """
@@ -66,7 +67,8 @@ class Held:
     file: File
     data: memoryview
     users: int = 0
-    was_read: bool = False
+    unread: int = 0
+    demanded: bool = False
     on_disk: bool = False
     to_write: bool = False
 
@@ -204,26 +206,31 @@ class BlockFetcher:
         """A file was opened; `direct`: with O_DIRECT, which passes by the page cache."""
         (self._direct.add if direct else self._direct.discard)(file.inode)
 
-    async def block(self, file: File, number: int) -> memoryview:
-        """A block's bytes, brought if need be.
+    async def read(self, file: File, span: Span) -> memoryview:
+        """The bytes of a part of a block, brought if need be.
 
         The view is valid until the caller next waits for anything: then its memory may be reused.
 
         Raises:
-            SourceError: it cannot be had, or not within `--io-timeout`.
+            SourceError: they cannot be had, or not within `--io-timeout`.
         """
         self.add_file(file)
-        block = BlockId(file.inode, number)
+        block = BlockId(file.inode, span.number)
         held = self._held.get(block)
-        if held is not None:
+        if held is None:
+            held = await self._wait_for(block)
+            held.users -= 1
+        else:
             self._held.move_to_end(block)
-            if not held.was_read:
-                held.was_read = True
-                self.pump()
-            return held.data
-        job = self._jobs.get(block)
-        if job is None:
-            job = self._new_job(block)
+        unread = held.unread
+        held.unread -= span.stop - span.start
+        if held.unread <= 0 < unread:
+            self.pump()  # its room can be used
+        return held.data[span.start : span.stop]
+
+    async def _wait_for(self, block: BlockId) -> Held:
+        """A block that somebody waits for; its `users` count him until he says otherwise."""
+        job = self._jobs.get(block) or self._new_job(block)
         if not job.waiters and not job.started:
             self._urgent.append(job)
         job.waiters += 1
@@ -232,9 +239,7 @@ class BlockFetcher:
         if job.held is None:
             assert job.error is not None
             raise job.error
-        job.held.users -= 1
-        self.pump()
-        return job.held.data
+        return job.held
 
     def pump(self) -> None:
         """Start whatever may start now. Called after everything that could make a difference."""
@@ -250,7 +255,7 @@ class BlockFetcher:
 
     def _prefetch_from_s3(self) -> None:
         while self._fetching < self._concurrency.limit:
-            block = self._prefetcher.next_fetch(self._fetch_allowance())
+            block = self._prefetcher.next_fetch()
             if block is None or not self._make_room(self._length(block), urgent=False):
                 return
             self._start(self._new_job(block))
@@ -399,7 +404,12 @@ class BlockFetcher:
     def _land(self, job: Job, data: memoryview, fetched: bool) -> None:
         """A block's bytes are here: hold them, answer who waits, and see to the other tiers."""
         held = Held(
-            job.file, data, users=job.waiters, was_read=job.waiters > 0, on_disk=not fetched
+            job.file,
+            data,
+            users=job.waiters,
+            unread=len(data),
+            demanded=job.waiters > 0,
+            on_disk=not fetched,
         )
         self._held[job.block] = job.held = held
         self._prefetcher.moved(job.block, Place.LOCAL)
@@ -450,10 +460,11 @@ class BlockFetcher:
         """Let blocks go until `length` more bytes fit.
 
         A prefetch leaves room for the demand that may come, and never drops a block that was
-        brought for a reader who has not come yet. Demand drops that too, and what waits for the
-        disk.
+        brought for a reader who has not come yet: so without a disk it runs ahead as far as memory
+        reaches, and no further.
         """
-        limit = self._options.memory_limit - (0 if urgent else 2 * self._block_size)
+        reserve = max(2 * self._block_size, self._options.memory_limit // 8)
+        limit = self._options.memory_limit - (0 if urgent else reserve)
         while self._used_bytes + length > limit:
             victim = self._victim(urgent)
             if victim is None:
@@ -462,18 +473,23 @@ class BlockFetcher:
         return True
 
     def _victim(self, urgent: bool) -> BlockId | None:
-        """The block to let go next: of the least needed kind, the least recently used one."""
+        """The block to let go next, or None if none can be spared."""
         for block, held in self._held.items():
             if not held.users and not self._is_volatile(block, held):
                 return block
         for block, held in self._held.items():
-            # Written to the disk later or never: of those in the page cache nothing is lost.
-            if held.to_write and held.users == 1 and self._prefetcher.place(block) == Place.NEAR:
+            # It waits for a slow disk and the page cache has it: this load loses nothing.
+            if held.users == held.to_write and self._prefetcher.place(block) == Place.NEAR:
                 return block
         if urgent:
-            for block, held in self._held.items():
-                if held.users == held.to_write:
+            spare = [
+                (block, held) for block, held in self._held.items() if held.users == held.to_write
+            ]
+            for block, held in spare:
+                if held.demanded:
                     return block
+            if spare:
+                return spare[-1][0]  # what was fetched ahead last is needed last
         return None
 
     def _drop(self, block: BlockId) -> None:
@@ -482,22 +498,13 @@ class BlockFetcher:
             self._writes.discard(block)
             self.counters.shed_blocks += 1
         if not held.on_disk and self._prefetcher.place(block) == Place.LOCAL:
-            self._prefetcher.moved(block, Place.ABSENT)
+            self._prefetcher.moved(block, Place.USED if held.unread <= 0 else Place.ABSENT)
         self._used_bytes -= len(held.data)
         self._buffers.give_back(held.data)
 
     def _is_volatile(self, block: BlockId, held: Held) -> bool:
-        """Whether the bytes are nowhere else, and nobody has read them yet."""
-        return (
-            not held.on_disk and not held.was_read and self._prefetcher.place(block) != Place.NEAR
-        )
-
-    def _fetch_allowance(self) -> int:
-        """How much may be fetched ahead: half the memory, less what only memory holds."""
-        volatile = sum(
-            len(held.data) for block, held in self._held.items() if self._is_volatile(block, held)
-        )
-        return self._options.memory_limit // 2 - volatile
+        """Whether the bytes are nowhere else, and a reader is still to have them."""
+        return not held.on_disk and held.unread > 0 and self._prefetcher.place(block) != Place.NEAR
 
     def _push_allowance(self) -> int:
         """How much may be put into the page cache ahead of readers.

@@ -126,16 +126,16 @@ class Filesystem(pyfuse3.Operations):
         file = self._file(InodeT(fh))
         self.reads += 1
         self._fetcher.was_read(file, off)
-        parts: list[memoryview | bytes] = []
+        parts: list[bytes] = []
         for span in spans(off, size, file.size_bytes, self._options.block_size):
             try:
-                block = await self._fetcher.block(file, span.number)
+                part = await self._fetcher.read(file, span)
             except SourceError as error:
                 raise FUSEError(error.errno) from error
             if span.stop - span.start == size:
-                return block[span.start : span.stop]  # type: ignore[return-value] # any buffer
+                return part  # type: ignore[return-value] # pyfuse3 takes any buffer
             # The view is only valid until the next wait.
-            parts.append(bytes(block[span.start : span.stop]))
+            parts.append(bytes(part))
         return b"".join(parts)
 
     async def release(self, fh: FileHandleT) -> None:

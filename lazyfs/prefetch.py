@@ -7,6 +7,7 @@ for each block where it is:
     COMING   asked for
     LOCAL    on this node's disk (or in the daemon's memory)
     NEAR     in the kernel's page cache: a reader gets it without asking us
+    USED     it was read and let go, and is only in S3 again; a load reads each block once
 
 It is told what was read and what landed, and answers two questions. `next_fetch`: which absent
 block to bring from S3. `next_load`: which local block to bring nearer. Both walk the files in one
@@ -21,8 +22,8 @@ A file that is not in the loading order (or every file, with the policy `sequent
 only ahead of a reader, and twice as far as was read of it so far: a look at the end of a large
 file costs little, a copy of it runs at full speed.
 
-Whoever keeps fetched blocks only in memory must not run far ahead, or it drops them before they
-are read. `allowance` says how far: bytes that may still be brought ahead of the readers.
+How far ahead of the readers all this runs is the caller's to say: he knows what memory and disk
+can hold until it is read.
 """
 
 from __future__ import annotations
@@ -42,12 +43,13 @@ NEIGHBOURHOOD = 8
 
 
 class Place(IntEnum):
-    """Where a block is, ordered by how near to the reader."""
+    """Where a block is."""
 
     ABSENT = 0
     COMING = 1
     LOCAL = 2
     NEAR = 3
+    USED = 4
 
 
 @dataclass(slots=True)
@@ -139,6 +141,8 @@ class Prefetcher:
         progress = self._files[inode]
         number = offset // self._block_size
         progress.failed.discard(number)
+        if progress.places[number] == Place.USED:
+            self._begin_again(progress, number)
         if number != progress.last_read:
             progress.last_read = number
             progress.blocks_read += 1
@@ -147,8 +151,8 @@ class Prefetcher:
         if len(self._focus) > FOLLOWED_FILES:
             self._focus.popitem(last=False)
 
-    def next_fetch(self, allowance: int) -> BlockId | None:
-        """The absent block to bring from S3 next, or None if there is none or it is over that."""
+    def next_fetch(self) -> BlockId | None:
+        """The absent block to bring from S3 next, or None."""
         for inode, start, stop in self._plan():
             progress = self._files[inode]
             begin = max(start, progress.first_absent)
@@ -158,11 +162,15 @@ class Prefetcher:
             if number >= 0:
                 if begin == progress.first_absent and not progress.failed:
                     progress.first_absent = number
-                return self._within(allowance, inode, number)
+                return BlockId(inode, number)
         return None
 
     def next_load(self, allowance: int) -> BlockId | None:
-        """The local block to put into the page cache next, or None."""
+        """The local block to put into the page cache next, or None.
+
+        Args:
+            allowance: how many bytes may still be put there ahead of the readers.
+        """
         for inode, start, stop in self._plan():
             progress = self._files[inode]
             begin = max(start, progress.first_local)
@@ -170,12 +178,9 @@ class Prefetcher:
             if number >= 0:
                 if begin == progress.first_local:
                     progress.first_local = number
-                return self._within(allowance, inode, number)
+                length = block_length(progress.size_bytes, self._block_size, number)
+                return BlockId(inode, number) if length <= allowance else None
         return None
-
-    def _within(self, allowance: int, inode: int, number: int) -> BlockId | None:
-        length = block_length(self._files[inode].size_bytes, self._block_size, number)
-        return BlockId(inode, number) if length <= allowance else None
 
     def _plan(self) -> Iterator[tuple[int, int, int]]:
         """Files and the range of blocks that is wanted of each, most wanted first."""
@@ -194,6 +199,12 @@ class Prefetcher:
         position = self._order.index(last) + 1 if last is not None else 0
         for inode in (*self._order[position:], *self._order[:position]):
             yield inode, 0, len(self._files[inode].places)
+
+    def _begin_again(self, progress: _Progress, number: int) -> None:
+        """A file is read a second time: what follows is wanted again."""
+        again = progress.places[number:].replace(bytes([Place.USED]), bytes([Place.ABSENT]))
+        progress.places[number:] = again
+        progress.first_absent = min(progress.first_absent, number)
 
     def _start_of_stream(self, progress: _Progress, offset: int) -> int:
         """The block where the thing begins that a read at `offset` is part of."""

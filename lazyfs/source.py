@@ -32,7 +32,6 @@ from lazyfs.errors import (
     BadRequestError,
     BadResponseError,
     NoSuchBucketError,
-    ObjectGoneError,
     OptionError,
     SourceError,
     UnavailableError,
@@ -157,8 +156,6 @@ class Source:
             if result.range != (start, start + length):
                 raise BadResponseError(f"{where}: asked for {start}+{length}, got {result.range}")
             body = result.bytes()
-        except FileNotFoundError as error:
-            raise ObjectGoneError(f"{where}: deleted since the mount listed it") from error
         except (ObstoreError, OSError, ValueError) as error:
             kind, cause = classify_text(str(error))
             raise kind(f"{where}: {cause}") from error

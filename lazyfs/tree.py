@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 ROOT_INODE = 1
 NAME_MAX_BYTES = 255
+SAME_NAME = "a directory has the same name"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,7 @@ class Tree:
         self._nodes: dict[int, Node] = {ROOT_INODE: self.root}
         self.file_count = 0
         self.total_bytes = 0
+        self._shadowed: list[Hidden] = []
 
     def get(self, inode: int) -> Node | None:
         """The node of that inode number, if it was met."""
@@ -156,6 +158,7 @@ class Tree:
             The keys that are not shown.
         """
         directory.children = {}
+        self._shadowed = []
         hidden = [
             Hidden(listed.shown, reason)
             for listed in objects
@@ -167,7 +170,7 @@ class Tree:
                 hidden.append(Hidden("a common prefix", "not UTF-8"))
             elif reason := refusal(name) or self._grow(directory, name[:-1], False)[1]:
                 hidden.append(Hidden(prefix or "", reason))
-        return hidden
+        return hidden + self._shadowed
 
     def _plant_object(self, top: Directory, listed: ListedObject, whole: bool) -> str | None:
         """Add one object below `top`; the reason when it cannot be shown."""
@@ -207,7 +210,7 @@ class Tree:
         assert listed.key is not None
         siblings = _children(parent)
         if name in siblings:
-            return "a directory has the same name"
+            return SAME_NAME
         inode = file_inode(listed.key, listed.etag, listed.size_bytes)
         if inode in self._nodes:
             return "its inode number is taken"
@@ -226,6 +229,7 @@ class Tree:
         del self._nodes[file.inode]
         self.file_count -= 1
         self.total_bytes -= file.size_bytes
+        self._shadowed.append(Hidden(file.key, SAME_NAME))
 
 
 def _children(directory: Directory) -> dict[str, Node]:

@@ -25,7 +25,9 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, **nowhere, "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent", **CREDENTIALS, **more}
 
 
-def lazyfs(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def lazyfs(
+    *arguments: object, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run the command line."""
     return subprocess.run(
         [sys.executable, "-m", "lazyfs", *map(str, arguments)],
@@ -48,7 +50,9 @@ def python(code: str, *arguments: object, timeout_s: float = TIMEOUT_S) -> str:
     ).stdout
 
 
-def shell(command: str, cwd: Path, timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess[str]:
+def shell(
+    command: str, cwd: Path, timeout_s: float = TIMEOUT_S
+) -> subprocess.CompletedProcess[str]:
     """Run a shell command in a directory."""
     return subprocess.run(
         ["bash", "-c", command],

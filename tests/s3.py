@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ class S3:
         for key, body in files.items():
             self.client.put_object(Bucket=bucket, Key=key, Body=body)
 
+    def put_many(self, bucket: str, keys: Iterable[str]) -> None:
+        """Put many small objects quickly; the content of each is its key."""
+        self.client.create_bucket(Bucket=bucket)
+        self._control("PUT", "objects", {"bucket": bucket, "keys": list(keys)})
+
     def requests(self) -> list[str]:
         """`METHOD /path` of all GETs and HEADs since `forget`."""
         return [request["line"] for request in self._control("GET", "requests")]
@@ -78,5 +84,5 @@ class S3:
         request = urllib.request.Request(
             f"{self.url}/_test/{what}", method=method, data=json.dumps(body).encode()
         )
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)

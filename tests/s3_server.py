@@ -1,7 +1,8 @@
 """A moto S3 that counts requests and misbehaves on demand; run as a program of its own.
 
 It is a process apart from the tests and from the daemon, so that none of them waits for another's
-interpreter lock. Below `/_test/` it takes orders: `GET requests`, `DELETE requests`, `PUT fault`.
+interpreter lock. Below `/_test/` it takes orders: `GET requests`, `DELETE requests`, `PUT fault`,
+`PUT objects`.
 A fault is JSON: {"match": regex on "METHOD /path?query", "kind": ..., "times": N}, with kinds
 `status` (with "status" and "code"), `hang` (with "seconds"), `truncate`, `reset`, `corrupt_range`.
 """
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from moto.s3.models import s3_backends
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 
@@ -57,6 +59,8 @@ class Middleware:
                 answer = self.requests
                 if method == "DELETE":
                     self.requests = []
+            elif path == "/_test/objects":
+                put_many(**json.loads(body))
             elif method == "DELETE":
                 self.faults = []
             else:
@@ -76,15 +80,14 @@ class Middleware:
             time.sleep(fault["seconds"])
             return self.application(environ, start_response)
         if fault["kind"] == "reset":
-            environ["werkzeug.socket"].setsockopt(
-                socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0"
-            )
-            environ["werkzeug.socket"].close()
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
             raise ConnectionResetError
         if fault["kind"] == "corrupt_range":
 
             def shifted(status: str, headers: list[tuple[str, str]], info: Any = None) -> Any:
-                wrong = [(k, v if k.lower() != "content-range" else "bytes 1-2/3") for k, v in headers]
+                wrong = [
+                    (k, v if k.lower() != "content-range" else "bytes 1-2/3") for k, v in headers
+                ]
                 return start_response(status, wrong, info)
 
             return self.application(environ, shifted)
@@ -98,6 +101,13 @@ class Middleware:
         raise ConnectionResetError
 
 
+def put_many(bucket: str, keys: list[str]) -> None:
+    """Put objects whose content is their key, without a request for each."""
+    backend = s3_backends["123456789012"]["aws"]
+    for key in keys:
+        backend.put_object(bucket, key, key.encode())
+
+
 class Handler(WSGIRequestHandler):
     """HTTP/1.1 with connections kept open, as S3 has them, and a quiet log."""
 
@@ -108,7 +118,7 @@ class Handler(WSGIRequestHandler):
         environ["RAW_URI"] = self.path
         return environ
 
-    def log(self, type: str, message: str, *args: Any) -> None:
+    def log(self, *args: Any) -> None:
         pass
 
 

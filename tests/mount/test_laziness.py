@@ -1,0 +1,133 @@
+"""What is fetched, and how often: counted at the server."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+
+import pytest
+from mounting import Mounted, python, shell
+from s3 import S3
+
+pytestmark = pytest.mark.fuse
+
+BLOCK = 256 * 1024
+READ_AT = """
+import os, sys
+os.pread(os.open(sys.argv[1], os.O_RDONLY), 100, int(sys.argv[2]))
+"""
+READ_BY_THREADS = """
+import sys, threading
+def read(): open(sys.argv[1], "rb").read()
+threads = [threading.Thread(target=read) for _ in range(24)]
+[t.start() for t in threads]; [t.join() for t in threads]
+"""
+OFF = ["--prefetch=off", "--block-size=256KiB", "--read-ahead=0"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bucket(server: S3) -> None:
+    body = random.Random(3).randbytes(10 * BLOCK - 5)
+    server.put("lazy", {"m/big.bin": body, "m/small.json": b"{}", "m/sub/other.bin": body})
+
+
+def test_a_mount_and_a_listing_fetch_nothing(mount: Callable[..., Mounted], s3: S3) -> None:
+    mounted = mount("s3://lazy/m", *OFF)
+    assert shell("ls -laR && du -s && stat big.bin", mounted.path).returncode == 0
+    assert s3.data_requests() == []
+    assert len(s3.requests()) == 1, "one listing is all that a small source needs"
+
+
+def test_only_the_block_that_is_read_is_fetched(mount: Callable[..., Mounted], s3: S3) -> None:
+    mounted = mount("s3://lazy/m", *OFF)
+    python(READ_AT, mounted.path / "big.bin", 5 * BLOCK + 10)
+    assert s3.data_requests() == [
+        ("/lazy/m/big.bin", f"bytes={5 * BLOCK}-{6 * BLOCK - 1}"),
+    ]
+    python(READ_AT, mounted.path / "small.json", 0)
+    assert s3.data_requests()[1:] == [("/lazy/m/small.json", "bytes=0-1")]
+
+
+def test_one_fetch_however_many_wait(mount: Callable[..., Mounted], s3: S3) -> None:
+    s3.fault("GET /lazy/m/big.bin", "hang", times=4, seconds=0.5)
+    mounted = mount("s3://lazy/m", "--prefetch=off", "--block-size=256KiB")
+    python(READ_BY_THREADS, mounted.path / "big.bin")
+    ranges = [wanted for _, wanted in s3.data_requests()]
+    assert len(ranges) == 10
+    assert len(set(ranges)) == 10
+
+
+def test_a_second_mount_fetches_nothing(mount: Callable[..., Mounted], s3: S3) -> None:
+    first = mount("s3://lazy/m", "--prefetch=off", "--block-size=256KiB")
+    expected = shell("sha256sum big.bin small.json sub/*", first.path).stdout
+    wait_for_cached(first, "big.bin")
+    wait_for_cached(first, "sub/other.bin")
+    wait_for_cached(first, "small.json")
+    first.end()
+    s3.forget()
+    for prefetch in ("off", "model"):
+        second = mount("s3://lazy/m", f"--prefetch={prefetch}", "--block-size=256KiB")
+        assert shell("sha256sum big.bin small.json sub/*", second.path).stdout == expected
+        second.end()
+    assert s3.data_requests() == []
+
+
+def wait_for_cached(mounted: Mounted, name: str) -> None:
+    """Writing to the cache goes on after the read; see it through."""
+    deadline = time.monotonic() + 20
+    while True:
+        seen = shell(f"getfattr --only-values -n user.lazyfs.cached {name}", mounted.path).stdout
+        have, _, whole = seen.partition("/")
+        if have == whole:
+            return
+        assert time.monotonic() < deadline, f"{name}: {seen} cached"
+        time.sleep(0.05)
+
+
+def test_the_cache_keeps_to_its_size(mount: Callable[..., Mounted], s3: S3, tmp_path) -> None:
+    files = {f"{i}.bin": random.Random(i).randbytes(8 << 20) for i in range(12)}
+    s3.put("large", files)
+    options = ["--cache-size=64MiB", "--prefetch=off", "--block-size=1MiB"]
+    mounted = mount("s3://large", *options)
+    shell("cat * > /dev/null", mounted.path)
+    wait_for_cached(mounted, "9.bin")
+    used = int(shell("du -sb . | cut -f1", tmp_path / "cache").stdout)
+    assert 32 << 20 < used < 72 << 20
+    # The files read last are still there, the first ones had to go.
+    assert attribute(mounted, "0.bin") == "0/8388608"
+
+
+def attribute(mounted: Mounted, name: str) -> str:
+    """How much of a file is cached."""
+    return shell(f"getfattr --only-values -n user.lazyfs.cached {name}", mounted.path).stdout
+
+
+def test_model_prefetch_brings_the_whole_model_once(mount: Callable[..., Mounted], s3: S3) -> None:
+    body = random.Random(5).randbytes(9 * BLOCK + 1)
+    names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    s3.put("model", dict.fromkeys(names, body) | {"config.json": b"{}", "old.bin": body})
+    s3.forget()
+    mounted = mount("s3://model", "--block-size=256KiB")
+    wait_for_cached(mounted, names[-1])
+    assert shell("cat *.safetensors config.json | wc -c", mounted.path).stdout.strip() == str(
+        3 * len(body) + 2
+    )
+    fetched = s3.data_requests()
+    assert len(fetched) == len(set(fetched)) == 31
+    assert not [path for path, _ in fetched if path.endswith("old.bin")]
+
+
+def test_a_larger_model_than_memory_is_still_fetched_once(
+    mount: Callable[..., Mounted], s3: S3
+) -> None:
+    """No disk and no page cache: the prefetch must wait for the reader, not drop blocks."""
+    body = random.Random(6).randbytes(40 << 20)
+    names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    s3.put("larger", dict.fromkeys(names, body))
+    s3.forget()
+    options = ["--cache-dir=none", "--page-cache=off", "--memory-limit=64MiB", "--block-size=1MiB"]
+    mounted = mount("s3://larger", *options)
+    assert shell("sha256sum *", mounted.path).stdout.split()[::2] != []
+    fetched = s3.data_requests()
+    assert len(fetched) == len(set(fetched)) == 120

@@ -1,0 +1,179 @@
+"""Mounts come and go without a trace."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mounting import (
+    Mounted,
+    descriptors,
+    environment,
+    is_mounted,
+    lazyfs,
+    shell,
+    wait_until_gone,
+)
+from s3 import S3
+
+pytestmark = pytest.mark.fuse
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bucket(server: S3) -> None:
+    server.put("life", {"m/file": b"content", "m/big": bytes(20 << 20)})
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("busy", [False, True])
+def test_signals_unmount(mount: Callable[..., Mounted], number: signal.Signals, busy: bool) -> None:
+    mounted = mount("s3://life/m")
+    code = "import sys, time; f = open(sys.argv[1]); f.read(1); print(flush=True); time.sleep(60)"
+    reader = subprocess.Popen(
+        [sys.executable, "-c", code, mounted.path / "file"], stdout=subprocess.PIPE
+    )
+    assert reader.stdout is not None
+    try:
+        reader.stdout.readline()
+        if not busy:
+            reader.kill()
+            reader.wait(timeout=10)
+        mounted.kill(number)
+        wait_until_gone(mounted.pid)
+        assert not is_mounted(mounted.path)
+        assert "unmounted" in mounted.log()
+        assert "Traceback" not in mounted.log()
+    finally:
+        reader.kill()
+        reader.wait(timeout=10)
+        reader.stdout.close()
+
+
+def test_foreground_exits_with_zero(s3: S3, tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lazyfs", "mount", "-f", "s3://life/m", str(tmp_path / "mnt"),
+         f"--endpoint-url={s3.url}", f"--cache-dir={tmp_path}/cache", "--log-format=json"],
+        env=environment(), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 30
+    while not is_mounted(tmp_path / "mnt"):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    assert shell("cat mnt/file", tmp_path).stdout == "content"
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert all(line.startswith('{"time": "20') for line in log.splitlines())
+    assert not is_mounted(tmp_path / "mnt")
+
+
+def test_umount_after_sigkill(mount: Callable[..., Mounted]) -> None:
+    mounted = mount("s3://life/m")
+    assert shell("cat file", mounted.path).stdout == "content"
+    mounted.kill(signal.SIGKILL)
+    wait_until_gone(mounted.pid)
+    assert is_mounted(mounted.path)
+    answer = lazyfs("umount", mounted.path)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert not is_mounted(mounted.path)
+
+
+def test_umount_of_a_busy_mount(mount: Callable[..., Mounted]) -> None:
+    mounted = mount("s3://life/m")
+    user = subprocess.Popen(["sleep", "60"], cwd=mounted.path)
+    try:
+        answer = lazyfs("umount", mounted.path)
+        assert answer.returncode == 1
+        assert "in use" in answer.stderr and "--lazy" in answer.stderr
+        assert shell("cat file", mounted.path).stdout == "content"
+        assert lazyfs("umount", "--lazy", mounted.path).returncode == 0
+        assert not is_mounted(mounted.path)
+    finally:
+        user.kill()
+        user.wait(timeout=10)
+    wait_until_gone(mounted.pid)
+
+
+def test_umount_of_other_things(tmp_path: Path) -> None:
+    assert "nothing is mounted" in lazyfs("umount", tmp_path).stderr
+    assert "not of lazyfs" in lazyfs("umount", "/proc").stderr
+
+
+def test_repeated_mounts_leave_nothing(mount: Callable[..., Mounted], tmp_path: Path) -> None:
+    for _ in range(5):
+        mounted = mount("s3://life/m")
+        assert shell("cat big | wc -c", mounted.path).stdout.strip() == str(20 << 20)
+        mounted.end()
+    runtime = Path("/run/lazyfs") if os.geteuid() == 0 else tmp_path
+    assert not list(runtime.glob("*.json"))
+
+
+def test_descriptors_do_not_grow(mount: Callable[..., Mounted]) -> None:
+    mounted = mount("s3://life/m", "--page-cache=off", "--memory-limit=64MiB", "--block-size=1MiB")
+    read = "for i in 1 2 3 4 5; do dd if=big of=/dev/null bs=1M iflag=direct status=none; done"
+    shell(read, mounted.path)
+    before = descriptors(mounted.pid)
+    shell(read, mounted.path)
+    shell(read, mounted.path)
+    assert descriptors(mounted.pid) <= before + 2
+
+
+def test_an_ordinary_user_mounts_through_fusermount3(s3: S3, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("every other test here is this one when not run by root")
+    home = Path("/tmp") / f"lazyfs-test-{os.getpid()}"
+    home.mkdir(mode=0o755)
+    os.chown(home, 65534, 65534)
+    run = [sys.executable, "-m", "lazyfs"]
+    # Root's own interpreter may lie where others cannot read.
+    env = environment(HOME=str(home), XDG_RUNTIME_DIR=str(home))
+
+    def as_nobody(command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", "-c", command], user=65534, group=65534, extra_groups=[], cwd="/", env=env,
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+
+    try:
+        if as_nobody(f"{run[0]} -c 'import lazyfs.cli'").returncode != 0:
+            pytest.skip("this interpreter cannot be read by an ordinary user")
+        mnt = home / "mnt"
+        answer = as_nobody(
+            f"mkdir {mnt} && {' '.join(run)} mount s3://life/m {mnt} --endpoint-url={s3.url}"
+        )
+        assert answer.returncode == 0, answer.stderr
+        assert as_nobody(f"cat {mnt}/file").stdout == "content"
+        answer = as_nobody(f"{' '.join(run)} umount {mnt}")
+        assert answer.returncode == 0, answer.stderr
+        assert not is_mounted(mnt)
+    finally:
+        subprocess.run(["umount", "-l", str(home / "mnt")], check=False, capture_output=True)
+        subprocess.run(["rm", "-rf", "--one-file-system", str(home)], check=True)
+
+
+def test_mount_helper(s3: S3, tmp_path: Path) -> None:
+    """As mount(8) calls it for `mount -t lazyfs` and for fstab."""
+    (tmp_path / "mnt").mkdir()
+    options = f"ro,nofail,_netdev,x-systemd.automount,endpoint-url={s3.url},cache_dir={tmp_path}/c"
+    options += f",block-size=1MiB,log-file={tmp_path}/log,allow_other"
+    code = "import lazyfs.fstab as f; f.main()"
+    answer = subprocess.run(
+        [sys.executable, "-c", code, "s3://life/m", str(tmp_path / "mnt"), "-o", options],
+        env=environment(), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    try:
+        assert shell("cat mnt/file", tmp_path).stdout == "content"
+        mounts = Path("/proc/mounts").read_text()
+        line = next(line for line in mounts.splitlines() if str(tmp_path) in line)
+        assert line.startswith(f"s3://life/m {tmp_path}/mnt fuse.lazyfs ro,nosuid,nodev")
+        assert "allow_other" in line
+    finally:
+        assert lazyfs("umount", tmp_path / "mnt").returncode == 0
