@@ -1,0 +1,28 @@
+# make demo   see it work: an S3, a model, a mount, a load
+# make test   lint, types and all tests
+# Both install what is missing first (see .ci/setup).
+
+.PHONY: setup demo lint test docs lock
+
+setup:
+	@./.ci/setup
+
+demo: setup
+	@PYTHONPATH=tests .venv/bin/python bench/demo.py
+
+lint: setup
+	@.venv/bin/ruff format --check .
+	@.venv/bin/ruff check .
+	@.venv/bin/mypy
+
+test: lint
+	@.venv/bin/python -m pytest
+
+# The option reference, made from lazyfs/options.py.
+docs: setup
+	@.venv/bin/python docs/make_options.py
+
+# Newest versions that fit pyproject.toml, pinned; needs the tool uv.
+lock:
+	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
+	    --no-annotate --no-header -U -q -o constraints.txt
