@@ -15,11 +15,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 # The tests' S3 and environment; `make demo` puts the folder tests/ on the path.
 from mounting import environment
 from s3 import S3
+from safetensors.numpy import save_file
 
 SHARDS = 4
 TENSORS = 3
@@ -113,7 +113,9 @@ class Demo:
         gets = self.s3.data_requests()
         fetched = sum(length(span or "", size) for _, span in gets)
         rate = loaded["bytes"] / loaded["seconds"] / MIB
-        print(f"   {loaded['bytes'] / MIB:.0f} MiB of tensors in {loaded['seconds']:.2f} s: ", end="")
+        print(
+            f"   {loaded['bytes'] / MIB:.0f} MiB of tensors in {loaded['seconds']:.2f} s: ", end=""
+        )
         print(f"{rate:.0f} MiB/s")
         print(f"   fetched from S3: {fetched / MIB:.0f} MiB in {len(gets)} requests")
 

@@ -9,6 +9,7 @@ has read it, whatever it came from, so every source gets the same checks and the
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -242,10 +243,7 @@ class MountOptions:
             for name, text in texts.items():
                 option = find_option(name)
                 if option is None:
-                    raise OptionError(
-                        f"{pattern.format(name=name)}: no such option; options are "
-                        + ", ".join(option.name for option in OPTIONS)
-                    )
+                    raise _unknown(pattern, name)
                 where = pattern.format(name=option.name, environment=option.environment)
                 if option.kind.repeatable:
                     many = [text] if isinstance(text, str) else list(text)
@@ -272,6 +270,13 @@ _BY_NAME = {
     for option in OPTIONS
     for spelling in (option.name, option.attribute, option.camel_case)
 }
+
+
+def _unknown(pattern: str, name: str) -> OptionError:
+    place = pattern.format(name=name, environment=name)
+    near = difflib.get_close_matches(name, [option.name for option in OPTIONS], 1)
+    hint = f"did you mean {near[0]}?" if near else "see docs/OPTIONS.md for all"
+    return OptionError(f"{place}: no such option; {hint}")
 
 
 def find_option(name: str) -> Option | None:

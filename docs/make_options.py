@@ -1,0 +1,51 @@
+"""Writes `docs/OPTIONS.md`, the reference of all options, from the table in `lazyfs/options.py`.
+
+Run by `make docs`; a test compares the file with what this prints (`--print`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+from lazyfs.options import OPTIONS, Option
+
+HEAD = """\
+# Options
+
+Made from `lazyfs/options.py` by `make docs`; do not edit.
+
+Each option can be given on the command line (`--block-size 16MiB`), with `mount -t lazyfs -o
+block-size=16MiB`, in the environment (`LAZYFS_BLOCK_SIZE=16MiB`) or in a TOML file named by
+`--config` or `LAZYFS_CONFIG` (`block-size = "16MiB"`), in that order of precedence. Sizes are
+written as `8MiB` (`KiB`, `MiB`, `GiB`, `TiB`; `K`, `M`, `G`, `T` mean the same; `MB` is 10^6), times
+as `500ms`, `30s`, `10m`, `1h`. Patterns are shell patterns; on the command line they may be given
+several times, in the environment they are separated by commas.
+"""
+
+
+def reference() -> str:
+    """The whole page."""
+    sections = [HEAD]
+    for group, options in itertools.groupby(OPTIONS, key=lambda option: option.group):
+        rows = "".join(row(option) for option in options)
+        sections.append(
+            f"\n## {group}\n\n| option | default | allowed | what it does |\n|---|---|---|---|\n{rows}"
+        )
+    return "".join(sections)
+
+
+def row(option: Option) -> str:
+    """One line of a table."""
+    default = f"`{option.default_text}`" if option.default_text else ""
+    allowed = option.kind.allowed.replace("|", "\\|")
+    text = option.help.replace("|", "\\|")
+    return f"| `--{option.name}` | {default} | {allowed} | {text} |\n"
+
+
+if __name__ == "__main__":
+    if "--print" in sys.argv:
+        print(reference(), end="")
+    else:
+        Path(__file__).with_name("OPTIONS.md").write_text(reference())
