@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
-import mmap
 import os
 import sqlite3
 import stat
@@ -25,6 +24,7 @@ import diskcache
 from diskcache.core import MODE_BINARY
 
 from lazyfs.blocks import block_count, block_length
+from lazyfs.directio import BlockBuffers, read_file, write_file
 from lazyfs.errors import CacheError
 from lazyfs.tree import File
 
@@ -35,8 +35,6 @@ log = logging.getLogger(__name__)
 
 # How long a full or failing disk is left alone before the next block is offered to it.
 REST_S = 30.0
-# Direct reads must be multiples of the device's block; no device of today has larger ones.
-ALIGNMENT = 4096
 
 
 class BlockDisk(diskcache.Disk):  # type: ignore[misc]
@@ -61,16 +59,11 @@ class BlockDisk(diskcache.Disk):  # type: ignore[misc]
         filename, path = self.filename()
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         view = memoryview(value)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            written = 0
-            while written < len(view):
-                written += os.write(descriptor, view[written:])
+            write_file(Path(path), view)
         except OSError:
             Path(path).unlink(missing_ok=True)
             raise
-        finally:
-            os.close(descriptor)
         return len(view), MODE_BINARY, filename, None
 
     def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Path:
@@ -140,7 +133,7 @@ class BlockCache:
             path = self._cache.get(key)
             if path is None:
                 return None
-            view = _read_file(path, length, into)
+            view = read_file(path, length, into)
         except FileNotFoundError:
             return None  # evicted between the two lines above
         except (OSError, sqlite3.Error, diskcache.Timeout) as error:
@@ -200,62 +193,6 @@ class BlockCache:
             return size_limit
         disk = os.statvfs(self.directory)
         return int(size_limit * (disk.f_bavail * disk.f_frsize + self._cache.volume()))
-
-
-class BlockBuffers:
-    """Page-aligned buffers of one block each, reused: a fresh one costs a page fault a page."""
-
-    def __init__(self, block_size: int) -> None:
-        self._size = -(-block_size // ALIGNMENT) * ALIGNMENT
-        self._free: list[mmap.mmap] = []
-
-    def take(self) -> mmap.mmap:
-        """A buffer of at least one block; called from any thread."""
-        try:
-            return self._free.pop()
-        except IndexError:
-            return mmap.mmap(-1, self._size)
-
-    def give_back(self, view: memoryview) -> None:
-        """Take a block's buffer back; a view of other memory is only let go."""
-        if isinstance(view.obj, mmap.mmap) and len(self._free) < 4:
-            self._free.append(view.obj)
-
-
-def _read_file(path: Path, length: int, buffers: BlockBuffers) -> memoryview | None:
-    """`length` bytes of a file, or None if it is not exactly that long. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if os.fstat(descriptor).st_size != length:
-            return None
-        buffer = buffers.take()
-        view = memoryview(buffer)
-        done = 0
-        try:
-            done = os.preadv(descriptor, [view[:length]], 0, os.RWF_NOWAIT)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
-                raise
-        done -= done % ALIGNMENT if done < length else 0
-        if done < length:
-            done += _read_direct(path, descriptor, view, done)
-        return view[:length] if done >= length else None
-    finally:
-        os.close(descriptor)
-
-
-def _read_direct(path: Path, descriptor: int, view: memoryview, start: int) -> int:
-    """Read from `start` to the end past the page cache; buffered where that is not possible."""
-    try:
-        direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return os.preadv(descriptor, [view[start:]], start)
-    try:
-        return os.preadv(direct, [view[start:]], start)
-    finally:
-        os.close(direct)
 
 
 def _check_directory(directory: Path) -> None:

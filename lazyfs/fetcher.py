@@ -26,8 +26,9 @@ from typing import Any, TypeVar
 import trio
 
 from lazyfs.blocks import BlockId, Span, block_length
-from lazyfs.cache import BlockBuffers, BlockCache
+from lazyfs.cache import BlockCache
 from lazyfs.concurrency import Concurrency, HedgeTimer, Pacer
+from lazyfs.directio import BlockBuffers
 from lazyfs.errors import SourceError, ThrottledError
 from lazyfs.options import MountOptions
 from lazyfs.pagecache import PageCache

@@ -1,0 +1,75 @@
+"""What a plain client gets out of an origin: the limit, and the download that lazyfs replaces.
+
+    python bench/fetch.py raw ENDPOINT SOURCE_DIRECTORY CONCURRENCY
+    python bench/fetch.py download ENDPOINT SOURCE_DIRECTORY CONCURRENCY TARGET_DIRECTORY
+
+`raw` gets every byte of the model by ranged GETs of 8 MiB and throws it away. `download` writes
+it to local disk. Both by obstore, the client that lazyfs uses.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import obstore
+from obstore.store import S3Store
+
+BLOCK = 8 << 20
+
+
+def main() -> None:
+    """Fetch once; one line of JSON."""
+    mode, endpoint, source, concurrency = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4]
+    target = Path(sys.argv[5]) if mode == "download" else None
+    store = S3Store(
+        "bench",
+        endpoint=endpoint,
+        region="us-east-1",
+        skip_signature=True,
+        client_options={"allow_http": True, "timeout": "10 minutes"},
+    )
+    descriptors = {}
+    jobs = []
+    for path in sorted(source.iterdir()):
+        size = path.stat().st_size
+        jobs += [(path, at, min(at + BLOCK, size)) for at in range(0, size, BLOCK)]
+        if target is not None:
+            target.mkdir(exist_ok=True)
+            flags = os.O_CREAT | os.O_WRONLY | os.O_TRUNC
+            descriptors[path] = os.open(target / path.name, flags)
+
+    def fetch(job: tuple[Path, int, int]) -> int:
+        path, begin, end = job
+        key = f"{source.name}/{path.name}"
+        data = obstore.get(store, key, options={"range": (begin, end)}).bytes()
+        if target is not None:
+            os.pwrite(descriptors[path], data, begin)
+        return len(data)
+
+    began = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor(int(concurrency)) as pool:
+        size = sum(pool.map(fetch, jobs))
+    for descriptor in descriptors.values():
+        os.close(descriptor)
+    seconds = time.perf_counter() - began
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "bytes": size,
+                "cpu_s": usage.ru_utime + usage.ru_stime,
+                "peak_mib": usage.ru_maxrss / 1024,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

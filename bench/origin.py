@@ -1,0 +1,303 @@
+"""An S3 on this machine that is fast, or as slow as is wanted: nginx over a directory.
+
+It speaks as much of S3 as lazyfs and its peers use: ListObjects (both versions), HeadBucket,
+HeadObject, GetObject with Range and If-Match. Bodies go out by sendfile, so the origin costs little
+of the two cores that it shares with its client. Needs Debian's `nginx-light` or `nginx` with
+`libnginx-mod-http-lua`, and root for the throttled link.
+
+Profiles:
+
+    unlimited   nothing in the way
+    s3like      30 ms to the first byte, 90 MB/s a connection, as one sees from one S3 host
+    throttled   all connections together share one link, by default 250 MB/s: the origin runs in a
+                network namespace of its own behind a shaped virtual link
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+BUCKET = "bench"
+PROFILES = ("unlimited", "s3like", "throttled")
+DEFAULT_LINK = 250_000_000
+_NAMESPACE = "lazyfs-bench"
+_NEAR, _FAR = "192.0.2.1", "192.0.2.2"  # TEST-NET-1 (RFC 5737): no real host has them
+
+CONFIG = """
+daemon off;
+load_module /usr/lib/nginx/modules/ndk_http_module.so;
+load_module /usr/lib/nginx/modules/ngx_http_lua_module.so;
+worker_processes 2;
+pid {base}/nginx.pid;
+error_log {base}/error.log warn;
+events {{ worker_connections 4096; }}
+http {{
+    log_format counted '$request_method $status $body_bytes_sent $request_uri';
+    access_log {base}/access.log counted;
+    client_body_temp_path {base}/body; proxy_temp_path {base}/proxy; fastcgi_temp_path {base}/fcgi;
+    uwsgi_temp_path {base}/uwsgi; scgi_temp_path {base}/scgi;
+    sendfile on; tcp_nopush on; keepalive_requests 1000000; etag on;
+    default_type application/octet-stream;
+    lua_package_path "{base}/?.lua;;";
+    init_by_lua_block {{ listing = require "listing" }}
+    server {{
+        listen {address}:{port} backlog=1024;
+        root {root};
+        location = /{bucket} {{ content_by_lua_block {{ listing.answer() }} }}
+        location = /{bucket}/ {{ content_by_lua_block {{ listing.answer() }} }}
+        location /{bucket}/ {{
+            alias {directory}/;
+            access_by_lua_block {{ {delay} }}
+            {rate}
+            error_page 404 = @missing;
+        }}
+        location @missing {{
+            internal;
+            content_by_lua_block {{
+                ngx.status = 404
+                ngx.say("<Error><Code>NoSuchKey</Code><Message>missing</Message></Error>")
+            }}
+        }}
+    }}
+}}
+"""
+
+LISTING = """
+local objects = {{
+{rows}
+}}
+local M = {{}}
+
+local function encode(text)
+    return (text:gsub("[^%w%-%._~/]", function(c) return string.format("%%%02X", c:byte()) end))
+end
+
+function M.answer()
+    local args = ngx.req.get_uri_args()
+    if ngx.req.get_method() == "HEAD" then return ngx.exit(200) end
+    if args.location ~= nil then
+        ngx.header.content_type = "application/xml"
+        return ngx.say("<LocationConstraint></LocationConstraint>")
+    end
+    local prefix, delimiter = args.prefix or "", args.delimiter or ""
+    if type(prefix) ~= "string" then prefix = "" end
+    if type(delimiter) ~= "string" then delimiter = "" end
+    local most = tonumber(args["max-keys"]) or 1000
+    local v2 = args["list-type"] == "2"
+    local after = args["continuation-token"] or args["start-after"] or args.marker or ""
+    if type(after) ~= "string" then after = "" end
+    local out, seen, count, last, more = {{}}, {{}}, 0, nil, false
+    for _, o in ipairs(objects) do
+        local key = o[1]
+        if key:sub(1, #prefix) == prefix then
+            local cut = delimiter ~= "" and key:find(delimiter, #prefix + 1, true)
+            local shown = cut and key:sub(1, cut) or key
+            if shown > after and not seen[shown] then
+                if count == most then more = true break end
+                seen[shown] = true
+                count = count + 1
+                last = shown
+                if cut then
+                    out[#out + 1] = "<CommonPrefixes><Prefix>" .. encode(shown)
+                        .. "</Prefix></CommonPrefixes>"
+                else
+                    out[#out + 1] = "<Contents><Key>" .. encode(key) .. "</Key><Size>" .. o[2]
+                        .. "</Size><ETag>&quot;" .. o[3] .. "&quot;</ETag><LastModified>" .. o[4]
+                        .. "</LastModified><StorageClass>STANDARD</StorageClass></Contents>"
+                end
+            end
+        end
+    end
+    ngx.header.content_type = "application/xml"
+    ngx.say('<?xml version="1.0" encoding="UTF-8"?>',
+        '<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Name>{bucket}</Name>',
+        "<Prefix>", encode(prefix), "</Prefix><MaxKeys>", most, "</MaxKeys><KeyCount>", count,
+        "</KeyCount><EncodingType>url</EncodingType><IsTruncated>", tostring(more),
+        "</IsTruncated>",
+        more and ("<NextContinuationToken>" .. encode(last) .. "</NextContinuationToken>"
+            .. "<NextMarker>" .. encode(last) .. "</NextMarker>") or "",
+        table.concat(out), "</ListBucketResult>")
+end
+
+return M
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """What the origin was asked since a mark."""
+
+    lists: int
+    heads: int
+    gets: int
+    bytes: int
+
+
+class Origin:
+    """A running origin.
+
+    Attributes:
+        url: its endpoint.
+        directory: what it serves, as the bucket `bench`.
+    """
+
+    def __init__(self, directory: Path, url: str, base: Path) -> None:
+        self.directory = directory
+        self.url = url
+        self._log = base / "access.log"
+        self._mark = 0
+
+    def mark(self) -> None:
+        """Count from here on."""
+        self._mark = self._log.stat().st_size
+
+    def requests(self) -> Requests:
+        """What was asked since the mark."""
+        lists = heads = gets = size = 0
+        with open(self._log) as log:
+            log.seek(self._mark)
+            for line in log:
+                method, status, sent, uri = line.split(" ", 3)
+                if "?" in uri or not uri.strip().removeprefix(f"/{BUCKET}").strip("/"):
+                    lists += method == "GET"
+                elif method == "HEAD":
+                    heads += 1
+                elif status in ("200", "206"):
+                    gets += 1
+                    size += int(sent)
+        return Requests(lists, heads, gets, size)
+
+
+@contextlib.contextmanager
+def serve(directory: Path, profile: str, link: int = DEFAULT_LINK) -> Iterator[Origin]:
+    """Serve a directory tree as the bucket `bench`.
+
+    Args:
+        profile: one of `PROFILES`.
+        link: bytes a second of the throttled link.
+    """
+    if shutil.which("nginx") is None:
+        raise SystemExit("bench: nginx is missing: apt-get install nginx libnginx-mod-http-lua")
+    with contextlib.ExitStack() as stack:
+        base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lazyfs-origin-")))
+        base.chmod(0o755)
+        address, inside = "127.0.0.1", []
+        if profile == "throttled":
+            stack.enter_context(_shaped_link(link))
+            address, inside = _FAR, ["ip", "netns", "exec", _NAMESPACE]
+        port = _free_port() if profile != "throttled" else 8080
+        settings = {
+            "base": base, "root": directory, "directory": directory, "bucket": BUCKET,
+            "address": address, "port": port,
+            "delay": "" if profile == "unlimited" else "ngx.sleep(0.03)",
+            "rate": "limit_rate 90m;" if profile == "s3like" else "",
+        }  # fmt: skip
+        (base / "nginx.conf").write_text("user root;\n" + CONFIG.format(**settings))
+        (base / "listing.lua").write_text(LISTING.format(rows=_index(directory), bucket=BUCKET))
+        process = subprocess.Popen(
+            [*inside, "nginx", "-p", str(base), "-e", str(base / "error.log"), "-c",
+             str(base / "nginx.conf")],
+        )  # fmt: skip
+        stack.callback(_stop, process)
+        origin = Origin(directory, f"http://{address}:{port}", base)
+        _wait_until_up(origin.url, process, base)
+        origin.mark()
+        yield origin
+
+
+def _index(directory: Path) -> str:
+    """All files in key order, as rows of a Lua table; ETags as nginx makes them."""
+    rows = []
+    for path in sorted(directory.rglob("*"), key=lambda p: p.relative_to(directory).as_posix()):
+        if path.is_file():
+            status = path.stat()
+            moment = int(status.st_mtime)
+            modified = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(moment))
+            key = path.relative_to(directory).as_posix().replace('"', '\\"')
+            etag = f"{moment:x}-{status.st_size:x}"
+            rows.append(f'{{"{key}", "{status.st_size}", "{etag}", "{modified}"}},')
+    return "\n".join(rows)
+
+
+@contextlib.contextmanager
+def _shaped_link(rate: int) -> Iterator[None]:
+    """A network namespace at the other end of a virtual cable of `rate` bytes a second."""
+    _ip("netns", "add", _NAMESPACE)
+    try:
+        _ip("link", "add", "lazyfs-near", "type", "veth", "peer", "name", "lazyfs-far")
+        try:
+            _ip("link", "set", "lazyfs-far", "netns", _NAMESPACE)
+            _ip("addr", "add", f"{_NEAR}/30", "dev", "lazyfs-near")
+            _ip("link", "set", "lazyfs-near", "up")
+            _ip("-n", _NAMESPACE, "addr", "add", f"{_FAR}/30", "dev", "lazyfs-far")
+            _ip("-n", _NAMESPACE, "link", "set", "lazyfs-far", "up")
+            # Headers are about 0.1 % of the segments that such a cable carries.
+            _run("ip", "netns", "exec", _NAMESPACE, "tc", "qdisc", "add", "dev", "lazyfs-far",
+                 "root", "tbf", "rate", f"{rate * 8}bit", "burst", "1mb", "latency", "100ms")  # fmt: skip
+            yield
+        finally:
+            _ip("link", "del", "lazyfs-near")
+    finally:
+        _ip("netns", "del", _NAMESPACE)
+
+
+def _ip(*arguments: str) -> None:
+    _run("ip", *arguments)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, timeout=20)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _wait_until_up(url: str, process: subprocess.Popen[bytes], base: Path) -> None:
+    deadline = time.monotonic() + 15
+    while True:
+        try:
+            urllib.request.urlopen(f"{url}/{BUCKET}?list-type=2&max-keys=1", timeout=2).close()
+            return
+        except OSError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                log = base / "error.log"
+                text = log.read_text() if log.exists() else ""
+                raise SystemExit(f"bench: nginx did not start: {text.strip()}") from None
+            time.sleep(0.05)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(timeout=10)
+
+
+def environment() -> dict[str, str]:
+    """What clients of the origin run with: any credentials, and nothing of the user's own."""
+    kept = {k: v for k, v in os.environ.items() if not re.match("AWS_|LAZYFS_|RCLONE_", k)}
+    return {
+        **kept,
+        "AWS_ACCESS_KEY_ID": "bench",
+        "AWS_SECRET_ACCESS_KEY": "bench",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": "/dev/null",
+        "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+    }

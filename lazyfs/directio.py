@@ -1,0 +1,137 @@
+"""Whole files read and written past the kernel's page cache.
+
+The page cache is to hold the files of the mount, not a second copy of each block in the cache
+directory; and a direct write costs a fortieth of the processor time of a buffered one, because no
+page is allocated, copied to and written back later (`docs/ARCHITECTURE.md`, measured). Where a
+filesystem has no direct I/O, ordinary reads and writes do the same, slower.
+
+Direct I/O wants memory and lengths in multiples of the device's block.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from pathlib import Path
+
+# No device of today has larger blocks.
+ALIGNMENT = 4096
+KEPT_BUFFERS = 8
+
+
+class BlockBuffers:
+    """Page-aligned buffers of one block each, reused: a fresh one costs a page fault a page."""
+
+    def __init__(self, block_size: int) -> None:
+        self._size = _align(block_size)
+        self._free: list[mmap.mmap] = []
+
+    def take(self) -> mmap.mmap:
+        """A buffer of at least one block; called from any thread."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return mmap.mmap(-1, self._size)
+
+    def give_back(self, view: memoryview) -> None:
+        """Take a block's buffer back; a view of other memory is only let go."""
+        if isinstance(view.obj, mmap.mmap) and len(self._free) < KEPT_BUFFERS:
+            self._free.append(view.obj)
+
+
+def read_file(path: Path, length: int, buffers: BlockBuffers) -> memoryview | None:
+    """`length` bytes of a file, or None if it is not exactly that long.
+
+    What the page cache has anyway is copied from there, the rest comes from the device.
+
+    Raises:
+        OSError: the file cannot be opened or read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if os.fstat(descriptor).st_size != length:
+            return None
+        view = memoryview(buffers.take())
+        done = 0
+        try:
+            done = os.preadv(descriptor, [view[:length]], 0, os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+                raise
+        done -= done % ALIGNMENT if done < length else 0
+        if done < length:
+            done += _read_rest(path, descriptor, view, done)
+        return view[:length] if done >= length else None
+    finally:
+        os.close(descriptor)
+
+
+def _read_rest(path: Path, descriptor: int, view: memoryview, start: int) -> int:
+    try:
+        direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.preadv(descriptor, [view[start:]], start)
+    try:
+        return os.preadv(direct, [view[start:]], start)
+    finally:
+        os.close(direct)
+
+
+def write_file(path: Path, data: memoryview) -> None:
+    """Write a new file, readable by its owner only.
+
+    Raises:
+        OSError: it exists, or cannot be written; what was written is left for the caller.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags | os.O_DIRECT, 0o600)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        path.unlink(missing_ok=True)
+        descriptor = os.open(path, flags, 0o600)
+    try:
+        staging = _stagings.pop() if _stagings else _Staging()
+        aligned = staging.fill(data)
+        written = 0
+        while written < len(aligned):
+            written += os.write(descriptor, aligned[written:])
+        os.ftruncate(descriptor, len(data))
+        _stagings.append(staging)
+    finally:
+        os.close(descriptor)
+
+
+class _Staging:
+    """Aligned memory from which a file is written.
+
+    It belongs to a memory file, so that filling it is a system call, which lets other threads run
+    meanwhile; a copy between two Python buffers would hold the interpreter's lock.
+    """
+
+    def __init__(self) -> None:
+        self._file = os.memfd_create("lazyfs-staging", os.MFD_CLOEXEC)
+        self._memory: mmap.mmap | None = None
+
+    def fill(self, data: memoryview) -> memoryview:
+        """The same bytes in aligned memory, padded to a multiple of the alignment."""
+        size = _align(len(data))
+        if self._memory is None or len(self._memory) < size:
+            os.ftruncate(self._file, size)
+            self._memory = mmap.mmap(self._file, size)
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._file, data[done:], done)
+        return memoryview(self._memory)[:size]
+
+
+# As many as there are writers at once; kept for the next ones.
+_stagings: list[_Staging] = []
+
+
+def _align(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
