@@ -1,4 +1,4 @@
-"""Writes a safetensors model of any size: the layers of a Llama, in shards, with its small files."""
+"""Writes a safetensors model of any size: layers of a Llama, in shards, with its small files."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ Profiles:
 
     unlimited   nothing in the way
     s3like      30 ms to the first byte, 90 MB/s a connection, as one sees from one S3 host
-    throttled   all connections together share one link, by default 250 MB/s: the origin runs in a
-                network namespace of its own behind a shaped virtual link
+    throttled   30 ms to the first byte, and all connections share one link of 250 MB/s: a token
+                bucket (tc-tbf) on the loopback device
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ from pathlib import Path
 BUCKET = "bench"
 PROFILES = ("unlimited", "s3like", "throttled")
 DEFAULT_LINK = 250_000_000
-_NAMESPACE = "lazyfs-bench"
-_NEAR, _FAR = "192.0.2.1", "192.0.2.2"  # TEST-NET-1 (RFC 5737): no real host has them
 
 CONFIG = """
 daemon off;
@@ -52,7 +50,7 @@ http {{
     lua_package_path "{base}/?.lua;;";
     init_by_lua_block {{ listing = require "listing" }}
     server {{
-        listen {address}:{port} backlog=1024;
+        listen 127.0.0.1:{port} backlog=1024;
         root {root};
         location = /{bucket} {{ content_by_lua_block {{ listing.answer() }} }}
         location = /{bucket}/ {{ content_by_lua_block {{ listing.answer() }} }}
@@ -192,25 +190,22 @@ def serve(directory: Path, profile: str, link: int = DEFAULT_LINK) -> Iterator[O
     with contextlib.ExitStack() as stack:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lazyfs-origin-")))
         base.chmod(0o755)
-        address, inside = "127.0.0.1", []
+        port = _free_port()
         if profile == "throttled":
             stack.enter_context(_shaped_link(link))
-            address, inside = _FAR, ["ip", "netns", "exec", _NAMESPACE]
-        port = _free_port() if profile != "throttled" else 8080
         settings = {
             "base": base, "root": directory, "directory": directory, "bucket": BUCKET,
-            "address": address, "port": port,
+            "port": port,
             "delay": "" if profile == "unlimited" else "ngx.sleep(0.03)",
             "rate": "limit_rate 90m;" if profile == "s3like" else "",
         }  # fmt: skip
         (base / "nginx.conf").write_text("user root;\n" + CONFIG.format(**settings))
         (base / "listing.lua").write_text(LISTING.format(rows=_index(directory), bucket=BUCKET))
         process = subprocess.Popen(
-            [*inside, "nginx", "-p", str(base), "-e", str(base / "error.log"), "-c",
-             str(base / "nginx.conf")],
-        )  # fmt: skip
+            ["nginx", "-p", base, "-e", base / "error.log", "-c", base / "nginx.conf"]
+        )
         stack.callback(_stop, process)
-        origin = Origin(directory, f"http://{address}:{port}", base)
+        origin = Origin(directory, f"http://127.0.0.1:{port}", base)
         _wait_until_up(origin.url, process, base)
         origin.mark()
         yield origin
@@ -232,32 +227,17 @@ def _index(directory: Path) -> str:
 
 @contextlib.contextmanager
 def _shaped_link(rate: int) -> Iterator[None]:
-    """A network namespace at the other end of a virtual cable of `rate` bytes a second."""
-    _ip("netns", "add", _NAMESPACE)
+    """Let all that the loopback device carries share a link of `rate` bytes a second."""
+    _tc("add", "dev", "lo", "root", "tbf", "rate", f"{rate * 8}bit", "burst", "1mb",
+        "latency", "200ms")  # fmt: skip
     try:
-        _ip("link", "add", "lazyfs-near", "type", "veth", "peer", "name", "lazyfs-far")
-        try:
-            _ip("link", "set", "lazyfs-far", "netns", _NAMESPACE)
-            _ip("addr", "add", f"{_NEAR}/30", "dev", "lazyfs-near")
-            _ip("link", "set", "lazyfs-near", "up")
-            _ip("-n", _NAMESPACE, "addr", "add", f"{_FAR}/30", "dev", "lazyfs-far")
-            _ip("-n", _NAMESPACE, "link", "set", "lazyfs-far", "up")
-            # Headers are about 0.1 % of the segments that such a cable carries.
-            _run("ip", "netns", "exec", _NAMESPACE, "tc", "qdisc", "add", "dev", "lazyfs-far",
-                 "root", "tbf", "rate", f"{rate * 8}bit", "burst", "1mb", "latency", "100ms")  # fmt: skip
-            yield
-        finally:
-            _ip("link", "del", "lazyfs-near")
+        yield
     finally:
-        _ip("netns", "del", _NAMESPACE)
+        _tc("del", "dev", "lo", "root")
 
 
-def _ip(*arguments: str) -> None:
-    _run("ip", *arguments)
-
-
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, timeout=20)
+def _tc(*arguments: str) -> None:
+    subprocess.run(["tc", "qdisc", *arguments], check=True, timeout=20)
 
 
 def _free_port() -> int:

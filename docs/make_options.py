@@ -19,9 +19,9 @@ Made from `lazyfs/options.py` by `make docs`; do not edit.
 Each option can be given on the command line (`--block-size 16MiB`), with `mount -t lazyfs -o
 block-size=16MiB`, in the environment (`LAZYFS_BLOCK_SIZE=16MiB`) or in a TOML file named by
 `--config` or `LAZYFS_CONFIG` (`block-size = "16MiB"`), in that order of precedence. Sizes are
-written as `8MiB` (`KiB`, `MiB`, `GiB`, `TiB`; `K`, `M`, `G`, `T` mean the same; `MB` is 10^6), times
-as `500ms`, `30s`, `10m`, `1h`. Patterns are shell patterns; on the command line they may be given
-several times, in the environment they are separated by commas.
+written as `8MiB` (`KiB`, `MiB`, `GiB`, `TiB`; `K`, `M`, `G`, `T` mean the same; `MB` is 10^6),
+times as `500ms`, `30s`, `10m`, `1h`. Patterns are shell patterns; on the command line they may be
+given several times, in the environment they are separated by commas.
 """
 
 
@@ -30,9 +30,8 @@ def reference() -> str:
     sections = [HEAD]
     for group, options in itertools.groupby(OPTIONS, key=lambda option: option.group):
         rows = "".join(row(option) for option in options)
-        sections.append(
-            f"\n## {group}\n\n| option | default | allowed | what it does |\n|---|---|---|---|\n{rows}"
-        )
+        head = "| option | default | allowed | what it does |\n|---|---|---|---|\n"
+        sections.append(f"\n## {group}\n\n{head}{rows}")
     return "".join(sections)
 
 

@@ -5,7 +5,7 @@ A file is cut into blocks of one size; the last one may be shorter. Offsets and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 
@@ -42,3 +42,15 @@ def spans(offset: int, length: int, size_bytes: int, block_size: int) -> Iterato
         stop = min(block_size, start + end - offset)
         yield Span(number, start, stop)
         offset += stop - start
+
+
+def gaps(taken: Iterable[Span], length: int) -> Iterator[Span]:
+    """The parts of a block of that length that none of the spans covers."""
+    begin = 0
+    number = 0
+    for number, start, stop in sorted(taken, key=lambda span: span.start):
+        if start > begin:
+            yield Span(number, begin, start)
+        begin = max(begin, stop)
+    if begin < length:
+        yield Span(number, begin, length)

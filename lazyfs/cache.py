@@ -24,7 +24,7 @@ import diskcache
 from diskcache.core import MODE_BINARY
 
 from lazyfs.blocks import block_count, block_length
-from lazyfs.directio import BlockBuffers, read_file, write_file
+from lazyfs.directio import read_file, write_file
 from lazyfs.errors import CacheError
 from lazyfs.tree import File
 
@@ -121,8 +121,8 @@ class BlockCache:
             self._rest(f"cannot be read: {error}")
             return []
 
-    def load(self, file: File, number: int, into: BlockBuffers) -> memoryview | None:
-        """A block's bytes in a buffer of `into`, or None when the cache does not hold it.
+    def load(self, file: File, number: int) -> memoryview | None:
+        """A block's bytes, or None when the cache does not hold it.
 
         What the kernel still has of the block's file is copied; the rest is read past the page
         cache, which is to hold the mounted file and not a second copy of it.
@@ -133,7 +133,7 @@ class BlockCache:
             path = self._cache.get(key)
             if path is None:
                 return None
-            view = read_file(path, length, into)
+            view = read_file(path, length)
         except FileNotFoundError:
             return None  # evicted between the two lines above
         except (OSError, sqlite3.Error, diskcache.Timeout) as error:

@@ -6,6 +6,8 @@ before the mountpoint is touched, so that a refused mount leaves nothing behind.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -34,8 +36,8 @@ log = logging.getLogger(__name__)
 
 # Requests answered at once. Reads that wait for S3 take a place each; metadata must still get one.
 MOST_REQUESTS = 4096
-# How long threads in the kernel may take to come back when the mount ends.
-SHUTDOWN_S = 2.0
+# malloc.h
+M_ARENA_MAX = -8
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,19 @@ def run(mount: Mount, on_ready: Callable[[], None]) -> None:
     Raises:
         LazyfsError: it could not be mounted; nothing is left behind.
     """
+    _share_one_heap()
     trio.run(_serve, mount, on_ready)
+
+
+def _share_one_heap() -> None:
+    """Let all threads allocate from one heap of the C library, where it is glibc's.
+
+    Each worker thread receives blocks into memory of its own arena otherwise, and what one thread
+    frees another cannot use: twice the memory, and a page fault for every page of every block
+    (mallopt(3), M_ARENA_MAX; `bench/`: 385 MiB at the peak instead of 560, a sixth less time).
+    """
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 async def _serve(mount: Mount, on_ready: Callable[[], None]) -> None:
@@ -86,19 +100,22 @@ async def _serve(mount: Mount, on_ready: Callable[[], None]) -> None:
                 log.info("mounted %s at %s", mount.url, mount.mountpoint)
                 on_ready()
                 await pyfuse3.main(max_tasks=MOST_REQUESTS)
+                await fetcher.finish_writing()
                 nursery.cancel_scope.cancel()
         finally:
             session.close()
             counters = fetcher.counters
             log.info(
-                "unmounted %s: %d reads; %s from S3 in %d blocks, %s from disk, %s put into the "
-                "page cache",
+                "unmounted %s: %d reads; %s from S3 in %d blocks, %s from disk; %s put into the "
+                "page cache, %s written to disk, %d blocks not (it was too slow)",
                 mount.mountpoint,
                 filesystem.reads,
                 format_size(counters.fetched_bytes),
                 counters.fetched_blocks,
                 format_size(counters.loaded_bytes),
                 format_size(page_cache.pushed_bytes),
+                format_size(counters.written_bytes),
+                counters.shed_blocks,
             )
     finally:
         record.close()

@@ -10,6 +10,7 @@ Direct I/O wants memory and lengths in multiples of the device's block.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -17,30 +18,41 @@ from pathlib import Path
 
 # No device of today has larger blocks.
 ALIGNMENT = 4096
-KEPT_BUFFERS = 8
 
 
-class BlockBuffers:
-    """Page-aligned buffers of one block each, reused: a fresh one costs a page fault a page."""
+def aligned_buffer(size: int) -> memoryview:
+    """Memory of at least that size that direct I/O can fill; freed with its last view.
 
-    def __init__(self, block_size: int) -> None:
-        self._size = _align(block_size)
-        self._free: list[mmap.mmap] = []
+    It comes from the C library's heap, as the blocks that obstore receives do, so that one can be
+    put where the other was.
 
-    def take(self) -> mmap.mmap:
-        """A buffer of at least one block; called from any thread."""
-        try:
-            return self._free.pop()
-        except IndexError:
-            return mmap.mmap(-1, self._size)
-
-    def give_back(self, view: memoryview) -> None:
-        """Take a block's buffer back; a view of other memory is only let go."""
-        if isinstance(view.obj, mmap.mmap) and len(self._free) < KEPT_BUFFERS:
-            self._free.append(view.obj)
+    Raises:
+        MemoryError: there is none.
+    """
+    buffer_type = _buffer_types.setdefault(size, _make_buffer_type(_align(size)))
+    address = ctypes.c_void_p()
+    if _libc.posix_memalign(ctypes.byref(address), ALIGNMENT, _align(size)) != 0:
+        raise MemoryError(f"no {size} bytes for a block")
+    assert address.value is not None
+    return memoryview(buffer_type.from_address(address.value)).cast("B")
 
 
-def read_file(path: Path, length: int, buffers: BlockBuffers) -> memoryview | None:
+def _make_buffer_type(size: int) -> type[ctypes.Array[ctypes.c_ubyte]]:
+    class AlignedBuffer(ctypes.Array[ctypes.c_ubyte]):
+        _type_ = ctypes.c_ubyte
+        _length_ = size
+
+        def __del__(self) -> None:
+            _libc.free(ctypes.c_void_p(ctypes.addressof(self)))
+
+    return AlignedBuffer
+
+
+_libc = ctypes.CDLL(None)
+_buffer_types: dict[int, type[ctypes.Array[ctypes.c_ubyte]]] = {}
+
+
+def read_file(path: Path, length: int) -> memoryview | None:
     """`length` bytes of a file, or None if it is not exactly that long.
 
     What the page cache has anyway is copied from there, the rest comes from the device.
@@ -52,7 +64,7 @@ def read_file(path: Path, length: int, buffers: BlockBuffers) -> memoryview | No
     try:
         if os.fstat(descriptor).st_size != length:
             return None
-        view = memoryview(buffers.take())
+        view = aligned_buffer(length)
         done = 0
         try:
             done = os.preadv(descriptor, [view[:length]], 0, os.RWF_NOWAIT)

@@ -25,10 +25,9 @@ from typing import Any, TypeVar
 
 import trio
 
-from lazyfs.blocks import BlockId, Span, block_length
+from lazyfs.blocks import BlockId, Span, block_length, gaps
 from lazyfs.cache import BlockCache
 from lazyfs.concurrency import Concurrency, HedgeTimer, Pacer
-from lazyfs.directio import BlockBuffers
 from lazyfs.errors import SourceError, ThrottledError
 from lazyfs.options import MountOptions
 from lazyfs.pagecache import PageCache
@@ -42,7 +41,11 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PUSHERS = 2
-WRITERS = 1
+WRITERS = 2
+# Readers are not kept waiting longer than this for the rest of their block to be pushed.
+LONGEST_PUSH_S = 0.05
+# When the mount ends, blocks that wait for the disk may take so long.
+LAST_WRITES_S = 5.0
 # Blocks that are read from the disk at once, ahead of readers.
 LOADERS = 3
 # Requests of waiting readers that may be in flight beyond the adaptive limit.
@@ -79,7 +82,7 @@ class Job:
     """A block that is being brought, or is to be.
 
     Attributes:
-        waiters: readers that wait for it; none: a prefetch.
+        waiting: what readers wait for; empty: a prefetch.
         attempts: threads that run a GET for it.
         hedged: a second GET was started, which has room of its own.
     """
@@ -87,7 +90,7 @@ class Job:
     file: File
     block: BlockId
     length: int
-    waiters: int = 0
+    waiting: list[Span] = field(default_factory=list)
     started: bool = False
     attempts: int = 0
     hedged: bool = False
@@ -141,6 +144,7 @@ class BlockFetcher:
         self._used_bytes = 0
         self._fetching = 0
         self._loading = 0
+        self._writing = 0
         # Work for the pushers and writers; a bare block id, its bytes are in `_held`.
         self._pushes = _Queue()
         self._writes = _Queue()
@@ -150,7 +154,6 @@ class BlockFetcher:
         self._concurrency = Concurrency(options.max_concurrency)
         self._hedge = HedgeTimer()
         self._pacer = Pacer(options.bandwidth_limit)
-        self._buffers = BlockBuffers(options.block_size)
         self._nursery: trio.Nursery | None = None
         # Threads are bounded by slots; trio's own limit of 40 must not stand in the way.
         self._threads = trio.CapacityLimiter(4 * options.max_concurrency + 64)
@@ -167,6 +170,12 @@ class BlockFetcher:
             task_status.started()
             self.pump()
             await trio.sleep_forever()
+
+    async def finish_writing(self) -> None:
+        """Write what waits for the disk, so that the next mount finds it; for some seconds."""
+        with trio.move_on_after(LAST_WRITES_S):
+            while self._writes or self._writing:
+                await trio.sleep(0.01)
 
     def add_file(self, file: File) -> None:
         """A file of the mount that is known from now on; adding it again changes nothing."""
@@ -210,8 +219,6 @@ class BlockFetcher:
     async def read(self, file: File, span: Span) -> memoryview:
         """The bytes of a part of a block, brought if need be.
 
-        The view is valid until the caller next waits for anything: then its memory may be reused.
-
         Raises:
             SourceError: they cannot be had, or not within `--io-timeout`.
         """
@@ -219,22 +226,26 @@ class BlockFetcher:
         block = BlockId(file.inode, span.number)
         held = self._held.get(block)
         if held is None:
-            held = await self._wait_for(block)
+            held = await self._wait_for(block, span)
             held.users -= 1
         else:
             self._held.move_to_end(block)
+            if self._pushes.discard(block):
+                held.users += 1
+                await self._push_around(block, held, [span])
+                held.users -= 1
         unread = held.unread
         held.unread -= span.stop - span.start
         if held.unread <= 0 < unread:
             self.pump()  # its room can be used
         return held.data[span.start : span.stop]
 
-    async def _wait_for(self, block: BlockId) -> Held:
+    async def _wait_for(self, block: BlockId, span: Span) -> Held:
         """A block that somebody waits for; its `users` count him until he says otherwise."""
         job = self._jobs.get(block) or self._new_job(block)
-        if not job.waiters and not job.started:
+        if not job.waiting and not job.started:
             self._urgent.append(job)
-        job.waiters += 1
+        job.waiting.append(span)
         self.pump()
         await job.done.wait()
         if job.held is None:
@@ -295,33 +306,42 @@ class BlockFetcher:
         """One job, from its start until its waiters are answered."""
         try:
             data, fetched = await self._obtain(job)
-            self._land(job, data, fetched)
         except SourceError as error:
-            self._used_bytes -= job.length
-            self._prefetcher.failed(job.block)
-            level = logging.ERROR if job.waiters else logging.WARNING
-            log.log(level, "block %d of %s: %s", job.block.number, job.file.key, error)
-            job.error = error
-        finally:
-            if from_disk:
-                self._loading -= 1
+            self._fail(job, error)
+        else:
+            self._land(job, data, fetched)
+        if from_disk:
+            self._loading -= 1
+        else:
+            self._fetching -= 1
+        del self._jobs[job.block]
+        if job.held is not None and self._may_push(job.block):
+            if job.waiting:
+                job.held.users += 1
+                await self._push_around(job.block, job.held, job.waiting)
             else:
-                self._fetching -= 1
-            del self._jobs[job.block]
-            job.done.set()
-            self.pump()
+                self._queue_push(job.block, job.held)
+        job.done.set()
+        self.pump()
+
+    def _fail(self, job: Job, error: SourceError) -> None:
+        self._used_bytes -= job.length
+        self._prefetcher.failed(job.block)
+        level = logging.ERROR if job.waiting else logging.WARNING
+        log.log(level, "block %d of %s: %s", job.block.number, job.file.key, error)
+        job.error = error
 
     async def _obtain(self, job: Job) -> tuple[memoryview, bool]:
         """The bytes of a job's block, and whether they came from S3."""
         if self._cache is not None:
-            data = await self._thread(self._cache.load, job.file, job.block.number, self._buffers)
+            data = await self._thread(self._cache.load, job.file, job.block.number)
             if data is not None:
                 self.counters.loaded_bytes += len(data)
                 return data, False
         data = await patiently(
             lambda: self._get_hedged(job),
             what=f"s3://{self._source.url.bucket}/{job.file.key}",
-            timeout_s=lambda: self._options.io_timeout if job.waiters else PREFETCH_PATIENCE_S,
+            timeout_s=lambda: self._options.io_timeout if job.waiting else PREFETCH_PATIENCE_S,
             on_retry=self._on_retry,
         )
         self.counters.fetched_bytes += len(data)
@@ -403,19 +423,17 @@ class BlockFetcher:
         return bool(self._urgent) or self._fetching >= self._concurrency.limit
 
     def _land(self, job: Job, data: memoryview, fetched: bool) -> None:
-        """A block's bytes are here: hold them, answer who waits, and see to the other tiers."""
+        """A block's bytes are here: hold them, and have them written to disk if they are new."""
         held = Held(
             job.file,
             data,
-            users=job.waiters,
+            users=len(job.waiting),
             unread=len(data),
-            demanded=job.waiters > 0,
+            demanded=bool(job.waiting),
             on_disk=not fetched,
         )
         self._held[job.block] = job.held = held
         self._prefetcher.moved(job.block, Place.LOCAL)
-        if self._may_push(job.block):
-            self._queue_push(job.block, held)
         if fetched and self._cache is not None:
             held.to_write = True
             held.users += 1
@@ -430,7 +448,6 @@ class BlockFetcher:
 
     def _queue_push(self, block: BlockId, held: Held) -> None:
         held.users += 1
-        self._ahead_bytes += len(held.data)
         self._prefetcher.moved(block, Place.COMING)
         self._pushes.put(block)
 
@@ -438,13 +455,44 @@ class BlockFetcher:
         while True:
             block = await self._pushes.get()
             held = self._held[block]
-            offset = block.number * self._block_size
-            pushed = await self._thread(self._page_cache.push, block.inode, offset, held.data)
-            self._prefetcher.moved(block, Place.NEAR if pushed else Place.LOCAL)
-            if not pushed:
-                self._prefetcher.set_known(block.inode, False)
-            held.users -= 1
+            await self._push(block, held, [Span(block.number, 0, len(held.data))])
             self.pump()
+
+    async def _push_around(self, block: BlockId, held: Held, waiting: list[Span]) -> None:
+        """Push what nobody waits for, so that whoever is answered then finds the rest in place.
+
+        Without this he would ask for it piece by piece while it is being pushed. What is waited
+        for is left out: its pages are locked until the answer. The kernel may lock pages beyond
+        a request's range, so this ends after a while whatever happens.
+        """
+        assert self._nursery is not None
+        self._prefetcher.moved(block, Place.COMING)
+        pushed = trio.Event()
+        rest = list(gaps(waiting, len(held.data)))
+        self._nursery.start_soon(self._push, block, held, rest, pushed)
+        self.pump()
+        with trio.move_on_after(LONGEST_PUSH_S):
+            await pushed.wait()
+
+    async def _push(
+        self, block: BlockId, held: Held, spans: list[Span], pushed: trio.Event | None = None
+    ) -> None:
+        """Put parts of a held block, which has a user for this, into the page cache."""
+        offset = block.number * self._block_size
+        self._ahead_bytes += len(held.data)
+        for span in spans:
+            data = held.data[span.start : span.stop]
+            if not await self._thread(
+                self._page_cache.push, block.inode, offset + span.start, data
+            ):
+                self._prefetcher.set_known(block.inode, False)
+                self._prefetcher.moved(block, Place.LOCAL)
+                break
+        else:
+            self._prefetcher.moved(block, Place.NEAR)
+        held.users -= 1
+        if pushed is not None:
+            pushed.set()
 
     async def _write_forever(self) -> None:
         assert self._cache is not None
@@ -452,7 +500,9 @@ class BlockFetcher:
             block = await self._writes.get()
             held = self._held[block]
             held.to_write = False
+            self._writing += 1
             held.on_disk = await self._thread(self._cache.put, held.file, block.number, held.data)
+            self._writing -= 1
             self.counters.written_bytes += len(held.data) if held.on_disk else 0
             held.users -= 1
             self.pump()
@@ -478,8 +528,10 @@ class BlockFetcher:
         for block, held in self._held.items():
             if not held.users and not self._is_volatile(block, held):
                 return block
-        for block, held in self._held.items():
-            # It waits for a slow disk and the page cache has it: this load loses nothing.
+        # What waits for a slow disk is given up when a reader would wait for the disk otherwise, if
+        # the page cache has it: this load loses nothing then.
+        reader_waits = urgent or any(job.waiting for job in self._jobs.values())
+        for block, held in self._held.items() if reader_waits else ():
             if held.users == held.to_write and self._prefetcher.place(block) == Place.NEAR:
                 return block
         if urgent:
@@ -501,7 +553,6 @@ class BlockFetcher:
         if not held.on_disk and self._prefetcher.place(block) == Place.LOCAL:
             self._prefetcher.moved(block, Place.USED if held.unread <= 0 else Place.ABSENT)
         self._used_bytes -= len(held.data)
-        self._buffers.give_back(held.data)
 
     def _is_volatile(self, block: BlockId, held: Held) -> bool:
         """Whether the bytes are nowhere else, and a reader is still to have them."""
@@ -535,8 +586,12 @@ class _Queue:
         self._blocks[block] = None
         self._news.set()
 
-    def discard(self, block: BlockId) -> None:
-        self._blocks.pop(block, None)
+    def discard(self, block: BlockId) -> bool:
+        """Take a block out; whether it was in."""
+        return self._blocks.pop(block, self) is None
+
+    def __len__(self) -> int:
+        return len(self._blocks)
 
     async def get(self) -> BlockId:
         while not self._blocks:

@@ -126,7 +126,7 @@ class Filesystem(pyfuse3.Operations):
         file = self._file(InodeT(fh))
         self.reads += 1
         self._fetcher.was_read(file, off)
-        parts: list[bytes] = []
+        parts: list[memoryview] = []
         for span in spans(off, size, file.size_bytes, self._options.block_size):
             try:
                 part = await self._fetcher.read(file, span)
@@ -134,8 +134,7 @@ class Filesystem(pyfuse3.Operations):
                 raise FUSEError(error.errno) from error
             if span.stop - span.start == size:
                 return part  # type: ignore[return-value] # pyfuse3 takes any buffer
-            # The view is only valid until the next wait.
-            parts.append(bytes(part))
+            parts.append(part)
         return b"".join(parts)
 
     async def release(self, fh: FileHandleT) -> None:

@@ -170,7 +170,7 @@ class MountOptions:
         "Reading",
         "Most bytes of blocks that the daemon holds in memory, requests in flight included; at "
         "least 4 blocks.",
-        "320MiB",
+        "256MiB",
     )
     prefetch: str = _option(
         Choice(("model", "sequential", "off")),
