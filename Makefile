@@ -26,3 +26,10 @@ docs: setup
 lock:
 	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
 	    --no-annotate --no-header -U -q -o constraints.txt
+
+# lazyfs beside a download, rclone and s3fs, on this machine; some minutes. Needs root.
+.PHONY: bench
+bench: setup
+	@command -v rclone >/dev/null && command -v s3fs >/dev/null && command -v nginx >/dev/null \
+	    || apt-get install -y -qq nginx libnginx-mod-http-lua iproute2 rclone s3fs >/dev/null
+	@.venv/bin/python bench/run.py

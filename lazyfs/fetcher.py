@@ -150,7 +150,8 @@ class BlockFetcher:
         self._writes = _Queue()
         self._ahead_bytes = 0
         self._hedges_running = 0
-        self._direct: set[int] = set()
+        # Files that were opened, and whether with O_DIRECT the last time.
+        self._direct: dict[int, bool] = {}
         self._concurrency = Concurrency(options.max_concurrency)
         self._hedge = HedgeTimer()
         self._pacer = Pacer(options.bandwidth_limit)
@@ -214,7 +215,7 @@ class BlockFetcher:
 
     def set_direct(self, file: File, direct: bool) -> None:
         """A file was opened; `direct`: with O_DIRECT, which passes by the page cache."""
-        (self._direct.add if direct else self._direct.discard)(file.inode)
+        self._direct[file.inode] = direct
 
     async def read(self, file: File, span: Span) -> memoryview:
         """The bytes of a part of a block, brought if need be.
@@ -442,7 +443,7 @@ class BlockFetcher:
     def _may_push(self, block: BlockId) -> bool:
         return (
             self._prefetcher.is_known(block.inode)
-            and block.inode not in self._direct
+            and not self._direct.get(block.inode)
             and self._length(block) <= self._push_allowance()
         )
 
@@ -528,12 +529,14 @@ class BlockFetcher:
         for block, held in self._held.items():
             if not held.users and not self._is_volatile(block, held):
                 return block
-        # What waits for a slow disk is given up when a reader would wait for the disk otherwise, if
-        # the page cache has it: this load loses nothing then.
-        reader_waits = urgent or any(job.waiting for job in self._jobs.values())
-        for block, held in self._held.items() if reader_waits else ():
-            if held.users == held.to_write and self._prefetcher.place(block) == Place.NEAR:
-                return block
+        if urgent or any(job.waiting for job in self._jobs.values()):
+            # A reader would wait for a slow disk. A block that he had, or gets out of the page
+            # cache, need not be written: this load loses nothing.
+            for block, held in self._held.items():
+                near = self._prefetcher.place(block) == Place.NEAR
+                mapped = near and self._direct.get(block.inode) is False
+                if held.users == held.to_write and (mapped or held.unread <= 0):
+                    return block
         if urgent:
             spare = [
                 (block, held) for block, held in self._held.items() if held.users == held.to_write
