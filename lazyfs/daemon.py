@@ -31,6 +31,7 @@ from lazyfs.prefetch import Prefetcher
 from lazyfs.runtime import MountRecord, RunningMount
 from lazyfs.session import Session, check_mountpoint
 from lazyfs.source import Source, SourceUrl
+from lazyfs.tree import File
 
 log = logging.getLogger(__name__)
 
@@ -89,14 +90,16 @@ async def _serve(mount: Mount, on_ready: Callable[[], None]) -> None:
         session = Session.mount(str(mount.url), mount.mountpoint, allow_other=options.allow_other)
         try:
             tune_kernel(session.device, options.read_ahead)
-            filesystem = Filesystem(catalog, fetcher, options, session.adopt)
+            on_open = planner.opened if options.prefetch == "model" else _ignore
+            filesystem = Filesystem(catalog, fetcher, options, session.adopt, on_open)
             session.attach(filesystem)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_end_on_signal, nursery.cancel_scope)
                 await nursery.start(fetcher.run)
-                nursery.start_soon(planner.run)
-                if page_cache.supported and options.prefetch == "model":
-                    nursery.start_soon(_show_to_kernel, mount.mountpoint)
+                if options.prefetch == "model":
+                    nursery.start_soon(planner.run)
+                    if page_cache.supported:
+                        nursery.start_soon(_show_to_kernel, mount.mountpoint)
                 log.info("mounted %s at %s", mount.url, mount.mountpoint)
                 on_ready()
                 await pyfuse3.main(max_tasks=MOST_REQUESTS)
@@ -115,10 +118,14 @@ async def _serve(mount: Mount, on_ready: Callable[[], None]) -> None:
                 format_size(counters.loaded_bytes),
                 format_size(page_cache.pushed_bytes),
                 format_size(counters.written_bytes),
-                counters.shed_blocks,
+                fetcher.shed_blocks,
             )
     finally:
         record.close()
+
+
+def _ignore(file: File) -> None:
+    """Without a plan it does not matter which files are opened."""
 
 
 async def _open_cache(mount: Mount, source: Source) -> BlockCache | None:

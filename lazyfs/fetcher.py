@@ -15,24 +15,22 @@ being pushed or written cannot be taken, but those are at most `PUSHERS + WRITER
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 import trio
 
 from lazyfs.blocks import BlockId, Span, block_length, gaps
 from lazyfs.cache import BlockCache
-from lazyfs.concurrency import Concurrency, HedgeTimer, Pacer
-from lazyfs.errors import SourceError, ThrottledError
+from lazyfs.errors import SourceError
+from lazyfs.getter import BlockGetter
+from lazyfs.memory import BlockMemory, Held
 from lazyfs.options import MountOptions
 from lazyfs.pagecache import PageCache
 from lazyfs.prefetch import Place, Prefetcher
-from lazyfs.retry import patiently
 from lazyfs.source import Source
 from lazyfs.tree import File
 
@@ -50,31 +48,8 @@ LAST_WRITES_S = 5.0
 LOADERS = 3
 # Requests of waiting readers that may be in flight beyond the adaptive limit.
 URGENT_EXTRA = 8
-# Second attempts under way at once; when more are slow, it is the link.
-HEDGES = 4
 # A prefetch is given up after this time; a reader who needs the block tries on his own account.
 PREFETCH_PATIENCE_S = 20.0
-
-
-@dataclass(slots=True)
-class Held:
-    """A block in memory.
-
-    Attributes:
-        users: how many tasks need the bytes to stay: waiters, a push, a write.
-        unread: bytes that no reader had yet; when there are none, it need not be kept for one.
-        demanded: a reader waited for it when it came.
-        on_disk: it can be had again without S3.
-        to_write: it waits for the disk.
-    """
-
-    file: File
-    data: memoryview
-    users: int = 0
-    unread: int = 0
-    demanded: bool = False
-    on_disk: bool = False
-    to_write: bool = False
 
 
 @dataclass(slots=True)
@@ -83,8 +58,6 @@ class Job:
 
     Attributes:
         waiting: what readers wait for; empty: a prefetch.
-        attempts: threads that run a GET for it.
-        hedged: a second GET was started, which has room of its own.
     """
 
     file: File
@@ -92,8 +65,6 @@ class Job:
     length: int
     waiting: list[Span] = field(default_factory=list)
     started: bool = False
-    attempts: int = 0
-    hedged: bool = False
     done: trio.Event = field(default_factory=trio.Event)
     held: Held | None = None
     error: SourceError | None = None
@@ -107,9 +78,6 @@ class Counters:
     fetched_blocks: int = 0
     loaded_bytes: int = 0
     written_bytes: int = 0
-    shed_blocks: int = 0
-    retries: int = 0
-    hedges: int = 0
 
 
 class BlockFetcher:
@@ -131,33 +99,25 @@ class BlockFetcher:
         prefetcher: Prefetcher,
         options: MountOptions,
     ) -> None:
-        self._source = source
         self._cache = cache
         self._page_cache = page_cache
         self._prefetcher = prefetcher
         self._options = options
         self._block_size = options.block_size
         self._files: dict[int, File] = {}
-        self._held: OrderedDict[BlockId, Held] = OrderedDict()
+        self._memory = BlockMemory(options.memory_limit, options.block_size, prefetcher)
         self._jobs: dict[BlockId, Job] = {}
         self._urgent: deque[Job] = deque()
-        self._used_bytes = 0
         self._fetching = 0
         self._loading = 0
         self._writing = 0
-        # Work for the pushers and writers; a bare block id, its bytes are in `_held`.
         self._pushes = _Queue()
         self._writes = _Queue()
         self._ahead_bytes = 0
-        self._hedges_running = 0
-        # Files that were opened, and whether with O_DIRECT the last time.
-        self._direct: dict[int, bool] = {}
-        self._concurrency = Concurrency(options.max_concurrency)
-        self._hedge = HedgeTimer()
-        self._pacer = Pacer(options.bandwidth_limit)
-        self._nursery: trio.Nursery | None = None
         # Threads are bounded by slots; trio's own limit of 40 must not stand in the way.
         self._threads = trio.CapacityLimiter(4 * options.max_concurrency + 64)
+        self._getter = BlockGetter(source, self._memory, options, self._threads, self.pump)
+        self._nursery: trio.Nursery | None = None
         self.counters = Counters()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -177,6 +137,16 @@ class BlockFetcher:
         with trio.move_on_after(LAST_WRITES_S):
             while self._writes or self._writing:
                 await trio.sleep(0.01)
+
+    @property
+    def block_size(self) -> int:
+        """Bytes of a block."""
+        return self._block_size
+
+    @property
+    def shed_blocks(self) -> int:
+        """How many blocks were not written to disk because it was too slow."""
+        return self._memory.shed_blocks
 
     def add_file(self, file: File) -> None:
         """A file of the mount that is known from now on; adding it again changes nothing."""
@@ -213,9 +183,10 @@ class BlockFetcher:
         numbers = await self._thread(self._cache.present, file)
         return sum(block_length(file.size_bytes, self._block_size, number) for number in numbers)
 
-    def set_direct(self, file: File, direct: bool) -> None:
+    def opened(self, file: File, *, direct: bool) -> None:
         """A file was opened; `direct`: with O_DIRECT, which passes by the page cache."""
-        self._direct[file.inode] = direct
+        self.add_file(file)
+        self._prefetcher.opened(file.inode, direct=direct)
 
     async def read(self, file: File, span: Span) -> memoryview:
         """The bytes of a part of a block, brought if need be.
@@ -225,20 +196,18 @@ class BlockFetcher:
         """
         self.add_file(file)
         block = BlockId(file.inode, span.number)
-        held = self._held.get(block)
+        held = self._memory.get(block)
         if held is None:
             held = await self._wait_for(block, span)
             held.users -= 1
-        else:
-            self._held.move_to_end(block)
-            if self._pushes.discard(block):
-                held.users += 1
-                await self._push_around(block, held, [span])
-                held.users -= 1
-        unread = held.unread
-        held.unread -= span.stop - span.start
-        if held.unread <= 0 < unread:
-            self.pump()  # its room can be used
+        elif self._pushes.discard(block):
+            held.users += 1
+            await self._push_around(block, held, [span])
+            held.users -= 1
+        if held.unread:
+            held.unread = max(0, held.unread - (span.stop - span.start))
+            if not held.unread:
+                self.pump()  # its room can be used
         return held.data[span.start : span.stop]
 
     async def _wait_for(self, block: BlockId, span: Span) -> Held:
@@ -258,7 +227,7 @@ class BlockFetcher:
         """Start whatever may start now. Called after everything that could make a difference."""
         if self._nursery is None:
             return
-        while self._urgent and self._fetching < self._concurrency.limit + URGENT_EXTRA:
+        while self._urgent and self._fetching < self._getter.limit + URGENT_EXTRA:
             if not self._make_room(self._urgent[0].length, urgent=True):
                 break
             self._start(self._urgent.popleft())
@@ -267,7 +236,7 @@ class BlockFetcher:
             self._prefetch_from_disk()
 
     def _prefetch_from_s3(self) -> None:
-        while self._fetching < self._concurrency.limit:
+        while self._fetching < self._getter.limit:
             block = self._prefetcher.next_fetch()
             if block is None or not self._make_room(self._length(block), urgent=False):
                 return
@@ -278,9 +247,8 @@ class BlockFetcher:
             block = self._prefetcher.next_load(self._push_allowance())
             if block is None:
                 return
-            held = self._held.get(block)
+            held = self._memory.get(block)
             if held is not None:
-                self._prefetcher.moved(block, Place.COMING)
                 self._queue_push(block, held)
             elif self._make_room(self._length(block), urgent=False):
                 self._start(self._new_job(block), from_disk=True)
@@ -295,7 +263,7 @@ class BlockFetcher:
     def _start(self, job: Job, *, from_disk: bool = False) -> None:
         assert self._nursery is not None
         job.started = True
-        self._used_bytes += job.length
+        self._memory.reserve(job.length)
         self._prefetcher.moved(job.block, Place.COMING)
         if from_disk:
             self._loading += 1
@@ -326,7 +294,7 @@ class BlockFetcher:
         self.pump()
 
     def _fail(self, job: Job, error: SourceError) -> None:
-        self._used_bytes -= job.length
+        self._memory.release(job.length)
         self._prefetcher.failed(job.block)
         level = logging.ERROR if job.waiting else logging.WARNING
         log.log(level, "block %d of %s: %s", job.block.number, job.file.key, error)
@@ -339,89 +307,19 @@ class BlockFetcher:
             if data is not None:
                 self.counters.loaded_bytes += len(data)
                 return data, False
-        data = await patiently(
-            lambda: self._get_hedged(job),
-            what=f"s3://{self._source.url.bucket}/{job.file.key}",
-            timeout_s=lambda: self._options.io_timeout if job.waiting else PREFETCH_PATIENCE_S,
-            on_retry=self._on_retry,
+        data = await self._getter.get(
+            job.file,
+            job.block.number * self._block_size,
+            job.length,
+            patience_s=lambda: self._options.io_timeout if job.waiting else PREFETCH_PATIENCE_S,
+            saturated=self._saturated,
         )
         self.counters.fetched_bytes += len(data)
         self.counters.fetched_blocks += 1
         return data, True
 
-    async def _get_hedged(self, job: Job) -> memoryview:
-        """One ranged GET; a second one when the first is much slower than usual; the first wins.
-
-        Raises:
-            SourceError: the attempts failed.
-        """
-        await trio.sleep(self._pacer.delay_s(trio.current_time(), job.length))
-        began_s = trio.current_time()
-        answer: memoryview | SourceError | None = None
-        async with trio.open_nursery() as nursery:
-            send, receive = trio.open_memory_channel[memoryview | SourceError](2)
-            nursery.start_soon(self._get, job, send)
-            with trio.move_on_after(self._hedge.delay_s):
-                answer = await receive.receive()
-            if answer is None and self._may_hedge(job):
-                nursery.start_soon(self._get, job, send)
-                answer = await receive.receive()
-                if not isinstance(answer, SourceError):
-                    nursery.cancel_scope.cancel()
-            if answer is None or (isinstance(answer, SourceError) and job.attempts):
-                answer = await receive.receive()
-            # Whoever is still under way is let go; its thread ends by itself (`_attempt_ended`).
-            nursery.cancel_scope.cancel()
-        if isinstance(answer, SourceError):
-            raise answer
-        now_s = trio.current_time()
-        self._hedge.answered(now_s - began_s)
-        self._concurrency.answered(now_s, job.length, saturated=self._saturated())
-        return answer
-
-    async def _get(
-        self, job: Job, answers: trio.MemorySendChannel[memoryview | SourceError]
-    ) -> None:
-        job.attempts += 1
-        ended = partial(_tell, trio.lowlevel.current_trio_token(), self._attempt_ended, job)
-        start = job.block.number * self._block_size
-
-        def get() -> memoryview | SourceError:
-            try:
-                return self._source.read_range(job.file.key, job.file.etag, start, job.length)
-            except SourceError as error:
-                return error
-            finally:
-                ended()
-
-        answers.send_nowait(await self._thread(get))
-
-    def _may_hedge(self, job: Job) -> bool:
-        """Take room for a second attempt, unless many are under way already."""
-        if self._hedges_running >= HEDGES or not self._make_room(job.length, urgent=False):
-            return False
-        log.debug("block %d of %s is slow: asking again", job.block.number, job.file.key)
-        self._hedges_running += 1
-        self._used_bytes += job.length
-        job.hedged = True
-        self.counters.hedges += 1
-        return True
-
-    def _attempt_ended(self, job: Job) -> None:
-        job.attempts -= 1
-        if job.hedged and not job.attempts:
-            job.hedged = False
-            self._hedges_running -= 1
-            self._used_bytes -= job.length
-            self.pump()
-
-    def _on_retry(self, error: SourceError) -> None:
-        self.counters.retries += 1
-        if isinstance(error, ThrottledError):
-            self._concurrency.throttled()
-
     def _saturated(self) -> bool:
-        return bool(self._urgent) or self._fetching >= self._concurrency.limit
+        return bool(self._urgent) or self._fetching >= self._getter.limit
 
     def _land(self, job: Job, data: memoryview, fetched: bool) -> None:
         """A block's bytes are here: hold them, and have them written to disk if they are new."""
@@ -433,29 +331,26 @@ class BlockFetcher:
             demanded=bool(job.waiting),
             on_disk=not fetched,
         )
-        self._held[job.block] = job.held = held
+        self._memory.hold(job.block, held)
+        job.held = held
         self._prefetcher.moved(job.block, Place.LOCAL)
         if fetched and self._cache is not None:
             held.to_write = True
             held.users += 1
-            self._writes.put(job.block)
+            self._writes.put(job.block, held)
 
     def _may_push(self, block: BlockId) -> bool:
-        return (
-            self._prefetcher.is_known(block.inode)
-            and not self._direct.get(block.inode)
-            and self._length(block) <= self._push_allowance()
-        )
+        fits = self._length(block) <= self._push_allowance()
+        return fits and self._prefetcher.takes_pages(block.inode)
 
     def _queue_push(self, block: BlockId, held: Held) -> None:
         held.users += 1
         self._prefetcher.moved(block, Place.COMING)
-        self._pushes.put(block)
+        self._pushes.put(block, held)
 
     async def _push_forever(self) -> None:
         while True:
-            block = await self._pushes.get()
-            held = self._held[block]
+            block, held = await self._pushes.get()
             await self._push(block, held, [Span(block.number, 0, len(held.data))])
             self.pump()
 
@@ -498,8 +393,9 @@ class BlockFetcher:
     async def _write_forever(self) -> None:
         assert self._cache is not None
         while True:
-            block = await self._writes.get()
-            held = self._held[block]
+            block, held = await self._writes.get()
+            if not held.to_write:
+                continue  # shed meanwhile
             held.to_write = False
             self._writing += 1
             held.on_disk = await self._thread(self._cache.put, held.file, block.number, held.data)
@@ -509,57 +405,8 @@ class BlockFetcher:
             self.pump()
 
     def _make_room(self, length: int, *, urgent: bool) -> bool:
-        """Let blocks go until `length` more bytes fit.
-
-        A prefetch leaves room for the demand that may come, and never drops a block that was
-        brought for a reader who has not come yet: so without a disk it runs ahead as far as memory
-        reaches, and no further.
-        """
-        reserve = max(2 * self._block_size, self._options.memory_limit // 8)
-        limit = self._options.memory_limit - (0 if urgent else reserve)
-        while self._used_bytes + length > limit:
-            victim = self._victim(urgent)
-            if victim is None:
-                return False
-            self._drop(victim)
-        return True
-
-    def _victim(self, urgent: bool) -> BlockId | None:
-        """The block to let go next, or None if none can be spared."""
-        for block, held in self._held.items():
-            if not held.users and not self._is_volatile(block, held):
-                return block
-        if urgent or any(job.waiting for job in self._jobs.values()):
-            # A reader would wait for a slow disk. A block that he had, or gets out of the page
-            # cache, need not be written: this load loses nothing.
-            for block, held in self._held.items():
-                near = self._prefetcher.place(block) == Place.NEAR
-                mapped = near and self._direct.get(block.inode) is False
-                if held.users == held.to_write and (mapped or held.unread <= 0):
-                    return block
-        if urgent:
-            spare = [
-                (block, held) for block, held in self._held.items() if held.users == held.to_write
-            ]
-            for block, held in spare:
-                if held.demanded:
-                    return block
-            if spare:
-                return spare[-1][0]  # what was fetched ahead last is needed last
-        return None
-
-    def _drop(self, block: BlockId) -> None:
-        held = self._held.pop(block)
-        if held.to_write:
-            self._writes.discard(block)
-            self.counters.shed_blocks += 1
-        if not held.on_disk and self._prefetcher.place(block) == Place.LOCAL:
-            self._prefetcher.moved(block, Place.USED if held.unread <= 0 else Place.ABSENT)
-        self._used_bytes -= len(held.data)
-
-    def _is_volatile(self, block: BlockId, held: Held) -> bool:
-        """Whether the bytes are nowhere else, and a reader is still to have them."""
-        return not held.on_disk and held.unread > 0 and self._prefetcher.place(block) != Place.NEAR
+        reader_waits = any(job.waiting for job in self._jobs.values())
+        return self._memory.make_room(length, urgent=urgent, reader_waits=reader_waits)
 
     def _push_allowance(self) -> int:
         """How much may be put into the page cache ahead of readers.
@@ -582,28 +429,22 @@ class _Queue:
     """Blocks in the order in which they came; one that is no longer to be done can be taken out."""
 
     def __init__(self) -> None:
-        self._blocks: OrderedDict[BlockId, None] = OrderedDict()
+        self._blocks: OrderedDict[BlockId, Held] = OrderedDict()
         self._news = trio.Event()
-
-    def put(self, block: BlockId) -> None:
-        self._blocks[block] = None
-        self._news.set()
-
-    def discard(self, block: BlockId) -> bool:
-        """Take a block out; whether it was in."""
-        return self._blocks.pop(block, self) is None
 
     def __len__(self) -> int:
         return len(self._blocks)
 
-    async def get(self) -> BlockId:
+    def put(self, block: BlockId, held: Held) -> None:
+        self._blocks[block] = held
+        self._news.set()
+
+    def discard(self, block: BlockId) -> bool:
+        """Take a block out; whether it was in."""
+        return self._blocks.pop(block, None) is not None
+
+    async def get(self) -> tuple[BlockId, Held]:
         while not self._blocks:
             self._news = trio.Event()
             await self._news.wait()
-        return self._blocks.popitem(last=False)[0]
-
-
-def _tell(token: trio.lowlevel.TrioToken, function: Callable[[Job], None], job: Job) -> None:
-    """Call a function in the trio thread, from a thread that may outlive it."""
-    with contextlib.suppress(trio.RunFinishedError):
-        token.run_sync_soon(function, job)
+        return self._blocks.popitem(last=False)

@@ -41,6 +41,7 @@ class Filesystem(pyfuse3.Operations):
         fetcher: nodes to bytes.
         options: owner and modes.
         on_init: called once, when libfuse has taken the kernel's first message.
+        on_open: told of each file that is opened.
     """
 
     supports_dot_lookup = False
@@ -52,6 +53,7 @@ class Filesystem(pyfuse3.Operations):
         fetcher: BlockFetcher,
         options: MountOptions,
         on_init: Callable[[], None],
+        on_open: Callable[[File], None],
     ) -> None:
         super().__init__()
         self._catalog = catalog
@@ -62,6 +64,7 @@ class Filesystem(pyfuse3.Operations):
         self._gid = os.getgid() if options.gid is None else options.gid
         self._mounted_ns = time.time_ns()
         self._on_init = on_init
+        self._on_open = on_open
         # How often the kernel was given each inode, less how often it forgot it.
         self._lookups: Counter[int] = Counter()
         self.reads = 0
@@ -118,7 +121,8 @@ class Filesystem(pyfuse3.Operations):
         file = self._file(inode)
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise FUSEError(errno.EROFS)
-        self._fetcher.set_direct(file, bool(flags & os.O_DIRECT))
+        self._fetcher.opened(file, direct=bool(flags & os.O_DIRECT))
+        self._on_open(file)
         # An inode's bytes never change, so its pages stay valid from one open to the next.
         return FileInfo(fh=FileHandleT(inode), keep_cache=True)
 

@@ -59,6 +59,8 @@ class _Progress:
     size_bytes: int
     places: bytearray
     known: bool = False
+    # Opened, and not with O_DIRECT: its readers find what is in the page cache. None: not opened.
+    reads_pages: bool | None = None
     ordered: bool = False
     blocks_read: int = 0
     last_read: int = -1
@@ -100,6 +102,10 @@ class Prefetcher:
         for inode in self._order:
             self._files[inode].ordered = self._policy == "model"
 
+    def is_ordered(self, inode: int) -> bool:
+        """Whether the file has a place in the loading order."""
+        return inode in self._files and self._files[inode].ordered
+
     def set_tensors(self, inode: int, starts: Sequence[int]) -> None:
         """Where the tensors of a file begin, in ascending order of bytes."""
         self._files[inode].tensor_starts = starts
@@ -114,9 +120,18 @@ class Prefetcher:
                 if place == Place.NEAR:
                     self.moved(BlockId(inode, number), Place.LOCAL)
 
-    def is_known(self, inode: int) -> bool:
-        """Whether the kernel knows the inode."""
-        return self._files[inode].known
+    def opened(self, inode: int, *, direct: bool) -> None:
+        """A file was opened; `direct`: with O_DIRECT, which passes by the page cache."""
+        self._files[inode].reads_pages = not direct
+
+    def reads_pages(self, inode: int) -> bool:
+        """Whether the file is open to someone who finds what is in the page cache."""
+        return self._files[inode].reads_pages is True
+
+    def takes_pages(self, inode: int) -> bool:
+        """Whether blocks of the file can and should be put into the page cache."""
+        progress = self._files[inode]
+        return progress.known and progress.reads_pages is not False
 
     def moved(self, block: BlockId, place: Place) -> None:
         """A block is now there."""
@@ -174,7 +189,9 @@ class Prefetcher:
         for inode, start, stop in self._plan():
             progress = self._files[inode]
             begin = max(start, progress.first_local)
-            number = progress.places.find(Place.LOCAL, begin, stop) if progress.known else -1
+            number = (
+                progress.places.find(Place.LOCAL, begin, stop) if self.takes_pages(inode) else -1
+            )
             if number >= 0:
                 if begin == progress.first_local:
                     progress.first_local = number

@@ -1,0 +1,177 @@
+"""One block from S3: not too many at once, not too fast, asked twice when slow, and patiently.
+
+Each attempt is one ranged GET in a worker thread. A thread cannot be stopped: an attempt whose
+answer is no longer wanted goes on until it ends by itself, and its memory is counted until then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from lazyfs.concurrency import Concurrency, HedgeTimer, Pacer
+from lazyfs.errors import SourceError, ThrottledError
+from lazyfs.memory import BlockMemory
+from lazyfs.options import MountOptions
+from lazyfs.retry import patiently
+from lazyfs.source import Source
+from lazyfs.tree import File
+
+log = logging.getLogger(__name__)
+
+# Second attempts under way at once; when more are slow, it is the link.
+HEDGES = 4
+
+
+@dataclass(slots=True)
+class _Request:
+    """A range that is wanted, and the attempts at it that are under way."""
+
+    file: File
+    start: int
+    length: int
+    attempts: int = 0
+    hedged: bool = False
+
+
+class BlockGetter:
+    """Gets blocks from S3.
+
+    Args:
+        source: where from.
+        memory: where second attempts reserve room.
+        options: limits of concurrency and bandwidth.
+        threads: limits the worker threads.
+        room_made: called when an attempt that nobody waits for has given back its room.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        memory: BlockMemory,
+        options: MountOptions,
+        threads: trio.CapacityLimiter,
+        room_made: Callable[[], None],
+    ) -> None:
+        self._room_made = room_made
+        self._source = source
+        self._memory = memory
+        self._threads = threads
+        self._concurrency = Concurrency(options.max_concurrency)
+        self._timer = HedgeTimer()
+        self._pacer = Pacer(options.bandwidth_limit)
+        self._hedges_running = 0
+        self.retries = 0
+        self.hedges = 0
+
+    @property
+    def limit(self) -> int:
+        """How many blocks should be asked for at once now."""
+        return self._concurrency.limit
+
+    async def get(
+        self,
+        file: File,
+        start: int,
+        length: int,
+        *,
+        patience_s: Callable[[], float],
+        saturated: Callable[[], bool],
+    ) -> memoryview:
+        """`length` bytes of a file from `start`.
+
+        Args:
+            patience_s: how long to go on after transient errors; asked anew each time.
+            saturated: whether as much is under way as `limit` allows; else speed says nothing.
+
+        Raises:
+            SourceError: they cannot be had, or not in that time.
+        """
+
+        async def attempt() -> memoryview:
+            await trio.sleep(self._pacer.delay_s(trio.current_time(), length))
+            began_s = trio.current_time()
+            data = await self._first_answer(_Request(file, start, length))
+            now_s = trio.current_time()
+            self._timer.answered(now_s - began_s)
+            self._concurrency.answered(now_s, length, saturated=saturated())
+            return data
+
+        what = f"s3://{self._source.url.bucket}/{file.key}"
+        return await patiently(attempt, what=what, timeout_s=patience_s, on_retry=self._on_retry)
+
+    async def _first_answer(self, request: _Request) -> memoryview:
+        """The answer to one GET, or to a second one if the first is much slower than usual.
+
+        Raises:
+            SourceError: all attempts failed.
+        """
+        answer: memoryview | SourceError | None = None
+        async with trio.open_nursery() as nursery:
+            send, receive = trio.open_memory_channel[memoryview | SourceError](2)
+            nursery.start_soon(self._attempt, request, send)
+            with trio.move_on_after(self._timer.delay_s):
+                answer = await receive.receive()
+            unanswered = 1 if answer is None else 0
+            if unanswered and self._may_hedge(request):
+                nursery.start_soon(self._attempt, request, send)
+                unanswered += 1
+            while unanswered and not isinstance(answer, memoryview):
+                answer = await receive.receive()
+                unanswered -= 1
+            nursery.cancel_scope.cancel()
+        if isinstance(answer, SourceError):
+            raise answer
+        assert answer is not None
+        return answer
+
+    async def _attempt(
+        self, request: _Request, answers: trio.MemorySendChannel[memoryview | SourceError]
+    ) -> None:
+        request.attempts += 1
+        token = trio.lowlevel.current_trio_token()
+
+        def get() -> memoryview | SourceError:
+            try:
+                return self._source.read_range(
+                    request.file.key, request.file.etag, request.start, request.length
+                )
+            except SourceError as error:
+                return error
+            finally:
+                with contextlib.suppress(trio.RunFinishedError):  # the mount has ended
+                    token.run_sync_soon(self._ended, request)
+
+        answers.send_nowait(
+            await trio.to_thread.run_sync(get, abandon_on_cancel=True, limiter=self._threads)
+        )
+
+    def _may_hedge(self, request: _Request) -> bool:
+        """Reserve room for a second attempt, unless many are under way already."""
+        if self._hedges_running >= HEDGES:
+            return False
+        if not self._memory.make_room(request.length, urgent=False, reader_waits=False):
+            return False
+        log.debug("%s at %d is slow: asking again", request.file.key, request.start)
+        self._memory.reserve(request.length)
+        self._hedges_running += 1
+        self.hedges += 1
+        request.hedged = True
+        return True
+
+    def _ended(self, request: _Request) -> None:
+        """The thread of an attempt came back, wanted or not."""
+        request.attempts -= 1
+        if request.hedged and not request.attempts:
+            self._hedges_running -= 1
+            self._memory.release(request.length)
+            self._room_made()
+
+    def _on_retry(self, error: SourceError) -> None:
+        self.retries += 1
+        if isinstance(error, ThrottledError):
+            self._concurrency.throttled()

@@ -1,0 +1,138 @@
+"""The blocks that the daemon holds in memory, and which of them to let go. No I/O, no clock.
+
+What is counted: the blocks held, and the room reserved for those on their way. The sum stays within
+`--memory-limit`, whoever asks. Blocks differ in what it costs to let them go:
+
+    nothing      nobody uses it, and it is on disk, or in the page cache, or every byte was read
+    the cache    it only waits for a slow disk, and this load has or gets its bytes otherwise
+    a fetch      it must be fetched again, by a reader who is still to come
+
+A prefetch pays nothing, or the cache if a reader waits. Demand pays whatever it must. What is in
+use (being pushed, being written, being waited for) is never let go.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from lazyfs.blocks import BlockId
+from lazyfs.prefetch import Place, Prefetcher
+from lazyfs.tree import File
+
+
+@dataclass(slots=True)
+class Held:
+    """A block in memory.
+
+    Attributes:
+        users: how many tasks need the bytes to stay: waiters, a push, a write.
+        unread: bytes that no reader had yet; when there are none, it need not be kept for one.
+        demanded: a reader waited for it when it came.
+        on_disk: it can be had again without S3.
+        to_write: it waits for the disk, which is one of its users.
+    """
+
+    file: File
+    data: memoryview
+    users: int = 0
+    unread: int = 0
+    demanded: bool = False
+    on_disk: bool = False
+    to_write: bool = False
+
+    @property
+    def spare(self) -> bool:
+        """Whether nobody needs it now, but perhaps the disk."""
+        return self.users == self.to_write
+
+
+class BlockMemory:
+    """All blocks in memory.
+
+    Args:
+        limit_bytes: of blocks held and on their way together.
+        block_size: of the mount.
+        prefetcher: knows where else a block is, and is told when one was let go.
+    """
+
+    def __init__(self, limit_bytes: int, block_size: int, prefetcher: Prefetcher) -> None:
+        self._limit_bytes = limit_bytes
+        # Only demand may use this: it finds room without waiting for a prefetch to land.
+        self._reserve_bytes = max(2 * block_size, limit_bytes // 8)
+        self._prefetcher = prefetcher
+        self._held: OrderedDict[BlockId, Held] = OrderedDict()
+        self.used_bytes = 0
+        self.shed_blocks = 0
+
+    def reserve(self, size_bytes: int) -> None:
+        """Count a block that is on its way; `make_room` said that it fits."""
+        self.used_bytes += size_bytes
+
+    def release(self, size_bytes: int) -> None:
+        """A block that was on its way does not come."""
+        self.used_bytes -= size_bytes
+
+    def hold(self, block: BlockId, held: Held) -> None:
+        """A block is here; it takes the room that was reserved for it."""
+        self._held[block] = held
+
+    def get(self, block: BlockId) -> Held | None:
+        """A block, if it is held; it counts as used just now."""
+        held = self._held.get(block)
+        if held is not None:
+            self._held.move_to_end(block)
+        return held
+
+    def make_room(self, size_bytes: int, *, urgent: bool, reader_waits: bool) -> bool:
+        """Let blocks go until there is room; False if there are not enough to spare.
+
+        Args:
+            urgent: the room is for demand, not for a prefetch.
+            reader_waits: some reader waits for a block, not necessarily for this one.
+        """
+        limit = self._limit_bytes - (0 if urgent else self._reserve_bytes)
+        while self.used_bytes + size_bytes > limit:
+            victim = self._costs_nothing()
+            if victim is None and (urgent or reader_waits):
+                victim = self._costs_the_cache()
+            if victim is None and urgent:
+                victim = self._costs_a_fetch()
+            if victim is None:
+                return False
+            self._drop(victim)
+        return True
+
+    def _costs_nothing(self) -> BlockId | None:
+        for block, held in self._held.items():
+            if not held.users and (held.on_disk or not held.unread or self._is_near(block)):
+                return block
+        return None
+
+    def _costs_the_cache(self) -> BlockId | None:
+        for block, held in self._held.items():
+            mapped = self._is_near(block) and self._prefetcher.reads_pages(block.inode)
+            if held.spare and (mapped or not held.unread):
+                return block
+        return None
+
+    def _costs_a_fetch(self) -> BlockId | None:
+        spare = [(block, held) for block, held in self._held.items() if held.spare]
+        for block, held in spare:
+            if held.demanded:
+                return block
+        # What was fetched ahead last is needed last.
+        return spare[-1][0] if spare else None
+
+    def _is_near(self, block: BlockId) -> bool:
+        return self._prefetcher.place(block) == Place.NEAR
+
+    def _drop(self, block: BlockId) -> None:
+        held = self._held.pop(block)
+        self.used_bytes -= len(held.data)
+        if held.to_write:
+            held.to_write = False
+            held.data = memoryview(b"")  # the writers' queue must not keep it
+            self.shed_blocks += 1
+        if not held.on_disk and self._prefetcher.place(block) == Place.LOCAL:
+            self._prefetcher.moved(block, Place.ABSENT if held.unread else Place.USED)

@@ -1,0 +1,450 @@
+"""From a listing to what a loader of models will read, and in which order. Pure.
+
+A directory that holds weights is a model and gets a `ModelLayout`. The rules, most important first:
+
+- **One format is read.** The loaders take safetensors if there are any, then PyTorch's pickles
+  (`*.bin`, else `*.pt`, `*.pth`, `*.ckpt`), as vLLM's `DefaultModelLoader._prepare_weights` does;
+  then GGUF, then anything else. Weights of another format beside them are copies: excluded.
+- **Shards**, of safetensors: those that `*.safetensors.index.json` names; without a usable index
+  all but `consolidated*`, which is Mistral's own second copy (vLLM's
+  `filter_duplicate_safetensors_files`). Shards are read in the natural order of their names
+  (`shard-2` before `shard-10`; vLLM's `safetensors_weights_iterator`). vLLM's newest loader prefers
+  the second copy when nobody says `--load-format`; nothing in the listing shows which it will be.
+- **Variants** (`model.fp16.safetensors`, `*.non_ema.*`) are read only when someone asks for them
+  by name, so they are excluded where the plain file is there, and used where it is not.
+- **Copies in directories** (`original/`, `onnx/`, `openvino/`, ...) below a model are excluded.
+- **Pipelines** (diffusers): a directory with `model_index.json` above models. It gets a layout of
+  its own for its small files, first; the components follow by name, which is the order in which
+  diffusers loads them (`sorted` in `DiffusionPipeline.from_pretrained`). Weights beside
+  `model_index.json` are single-file copies of the pipeline: excluded; so are directories with
+  ONNX or the like alone, which another kind of pipeline reads.
+- **GGUF**: one model, split (`-00001-of-00003.gguf`) or not, with its projector (`mmproj*`). Of
+  several models in one directory one is read, and only the reader knows which: all are excluded.
+- **Small files** (configuration, tokenizer, code) are wanted first. Those of a directory without
+  weights belong to the nearest model above, or to the root.
+
+An index has to be fetched before it can be read. So ask twice: `layouts(files)` says where the
+indexes are (`index_paths`), `layouts(files, indexes=...)` uses them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from posixpath import basename, dirname, join, split, splitext
+from types import MappingProxyType
+from typing import Literal, TypeAlias
+
+Format: TypeAlias = Literal["safetensors", "gguf", "pytorch", "other"]
+
+INDEX_SUFFIX = ".safetensors.index.json"
+PIPELINE_INDEX = "model_index.json"
+# The index of DeepSeek-V3, 90,000 tensors, has 9 MB; a parsed one takes up to 25 times its size.
+MAX_INDEX_BYTES = 32 << 20
+
+# A file below this is small whatever its name; one with a suffix of `_SMALL_SUFFIXES` is small as
+# long as the small files of a model fit into these limits together.
+SMALL_FILE_BYTES = 1 << 20
+SMALL_TOTAL_BYTES = 64 << 20
+SMALL_COUNT = 512
+
+NAMES_SHOWN = 3
+NO_INDEXES: Mapping[str, bytes] = MappingProxyType({})
+
+_FORMATS: Mapping[str, Format] = MappingProxyType(
+    {
+        ".safetensors": "safetensors",
+        ".bin": "pytorch",
+        ".pt": "pytorch",
+        ".pth": "pytorch",
+        ".ckpt": "pytorch",
+        ".gguf": "gguf",
+        ".h5": "other",
+        ".mlmodel": "other",
+        ".msgpack": "other",
+        ".onnx": "other",
+        ".onnx_data": "other",
+        ".ot": "other",
+        ".tflite": "other",
+    }
+)
+# Which format is read where several are, and which of PyTorch's suffixes.
+_FORMAT_ORDER: Sequence[Format] = ("safetensors", "pytorch", "gguf", "other")
+_PYTORCH_ORDER = (".bin", ".pt", ".pth", ".ckpt")
+# Directories in which publishers put copies of the model above.
+_COPY_DIRECTORIES = frozenset(
+    {"coreml", "flax", "metal", "onnx", "openvino", "original", "tf", "tflite"}
+)
+# What the transformers Trainer leaves beside a model; vLLM's filter_files_not_needed_for_inference.
+_TRAINING_STATE = re.compile(
+    r"(training_args\.bin|optimizer\.(bin|pt)|scheduler\.pt|scaler\.pt|rng_state.*\.pth)$"
+)
+_VARIANT = re.compile(r"(?P<stem>.+)\.(bf16|fp16|fp32|fp8|ema|non_ema)(?P<part>-\d+-of-\d+)?$")
+_PART = re.compile(r"-\d+-of-\d+$")
+
+_SMALL_SUFFIXES = frozenset(
+    {".jinja", ".json", ".model", ".py", ".spm", ".tiktoken", ".txt", ".yaml", ".yml"}
+)
+# In the order in which transformers and vLLM open them.
+_SMALL_ORDER = (
+    re.compile(r"(model_index|config|params|adapter_config)\.json$"),
+    re.compile(r".*\.index(\.\w+)?\.json$"),
+    re.compile(r"\w*(generation|quant|processor|scheduler)\w*\.json$"),
+    re.compile(r"tokenizer_config\.json$"),
+    re.compile(r"(tokenizer|tekken|vocab|special_tokens_map|added_tokens|merges)\b|.*\.tiktoken$"),
+    re.compile(r".*\.(json|jinja|py)$"),
+    re.compile(r".*\.(txt|model|spm|ya?ml)$"),
+)
+
+
+class MalformedIndexError(ValueError):
+    """A `*.safetensors.index.json` is not what its name says. The message is one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A listed file; `path` is relative to the mount, with `/` between its parts."""
+
+    path: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Excluded:
+    """A file of weights that no loader is expected to read, and a phrase that says why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLayout:
+    """What a loader wants of one directory. Paths are relative to the mount.
+
+    Attributes:
+        directory: where the model is; empty for the root of the mount.
+        format: of the weights that are read; `other` as well where there are none.
+        small: files to have right after mounting, the one that is read first at the front; within
+            `SMALL_TOTAL_BYTES` and `SMALL_COUNT`.
+        shards: the weights, in the order in which a loader reads them.
+        excluded: weights that are not worth prefetching.
+        index_paths: the indexes of the shards, for a second call of `layouts`.
+        warnings: what is odd with this model, each a sentence for the log.
+    """
+
+    directory: str
+    format: Format
+    small: tuple[str, ...] = ()
+    shards: tuple[str, ...] = ()
+    excluded: tuple[Excluded, ...] = ()
+    index_paths: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def parse_index(data: bytes) -> tuple[str, ...]:
+    """The distinct file names in an index, in the order in which they first appear.
+
+    The names are as they are written; nothing says that such files exist or what they contain.
+
+    Args:
+        data: the whole `*.safetensors.index.json`.
+
+    Raises:
+        MalformedIndexError: too long, no JSON, or without a `weight_map` of strings.
+
+    >>> parse_index(b'{"weight_map": {"a": "1.safetensors", "b": "1.safetensors"}}')
+    ('1.safetensors',)
+    """
+    if len(data) > MAX_INDEX_BYTES:
+        raise MalformedIndexError(f"it has {len(data)} bytes, the limit is {MAX_INDEX_BYTES}")
+    try:
+        parsed = json.loads(data.decode("utf-8"))
+    except RecursionError:
+        raise MalformedIndexError("it is nested too deeply") from None
+    except ValueError as error:
+        raise MalformedIndexError(f"it is not valid JSON: {error}") from None
+    weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
+    if not isinstance(weight_map, dict):
+        raise MalformedIndexError("it has no object 'weight_map'")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise MalformedIndexError("its 'weight_map' names something that is no string as a file")
+    return tuple(dict.fromkeys(weight_map.values()))
+
+
+def layouts(
+    files: Iterable[ModelFile], *, indexes: Mapping[str, bytes] = NO_INDEXES
+) -> tuple[ModelLayout, ...]:
+    """The models of a listing, in the order of their directories, parents first.
+
+    Args:
+        files: all files of the mount, in any order.
+        indexes: the contents of indexes by their path, as far as they were fetched. One that is
+            malformed or names nothing that exists leaves a warning and the order of the names.
+
+    >>> layouts([ModelFile("a.safetensors", 9), ModelFile("b.bin", 9)])[0].shards
+    ('a.safetensors',)
+    """
+    directories = _directories(files)
+    for path, directory in directories.items():
+        above = directories.get(dirname(path)) if path else None
+        if above and directory.format != "other" and basename(path) not in _COPY_DIRECTORIES:
+            above.is_pipeline = above.has_pipeline_index
+    models: dict[str, _Directory] = {}
+    for path, directory in directories.items():
+        owner = _owner_of_copy(directory, directories)
+        if owner:
+            place = owner.path or "the root"
+            reason = f"a copy of the model in {place}, which loaders read instead"
+            owner.exclude(directory.weights, reason, directory=path)
+        elif directory.weights or directory.is_pipeline:
+            models[path] = directory
+    root = directories.setdefault("", _Directory(""))
+    for path, directory in directories.items():
+        # A directory that has weights and is no model is a copy; nobody reads its small files.
+        if path and path not in models and not directory.weights:
+            (_nearest(path, models) or root).others += directory.others
+    if root.others:
+        models.setdefault("", root)
+    return tuple(
+        models[path].layout(indexes) for path in sorted(models, key=lambda path: path.split("/"))
+    )
+
+
+def _directories(files: Iterable[ModelFile]) -> dict[str, _Directory]:
+    directories: dict[str, _Directory] = {}
+    for file in files:
+        path, name = split(file.path)
+        if path not in directories:
+            directories[path] = _Directory(path)
+        directories[path].add(name, file)
+    return directories
+
+
+class _Directory:
+    """What is known of one directory while the listing is sorted out."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        # Names of weights, and all that is not weights, which others may add to.
+        self.weights: list[str] = []
+        self.others: list[ModelFile] = []
+        self.has_pipeline_index = False
+        self.is_pipeline = False
+        self._excluded: list[Excluded] = []
+        self._warnings: list[str] = []
+
+    def add(self, name: str, file: ModelFile) -> None:
+        if _TRAINING_STATE.fullmatch(name):
+            self.exclude([name], "training state, which only a trainer reads")
+        elif _format(name):
+            self.weights.append(name)
+        else:
+            self.others.append(file)
+            self.has_pipeline_index |= name == PIPELINE_INDEX
+
+    @property
+    def format(self) -> Format:
+        """Of the weights that loaders read."""
+        there = {_format(name) for name in self.weights}
+        return next((candidate for candidate in _FORMAT_ORDER if candidate in there), "other")
+
+    def exclude(self, names: Iterable[str], reason: str, *, directory: str | None = None) -> None:
+        """Leave out weights of this directory or of one below."""
+        path = self.path if directory is None else directory
+        self._excluded += (Excluded(join(path, name), reason) for name in names)
+
+    def layout(self, indexes: Mapping[str, bytes]) -> ModelLayout:
+        """Decide; to be called once, when all directories were added."""
+        index_paths: tuple[str, ...] = ()
+        if self.is_pipeline:
+            self.exclude(self.weights, "a single-file copy of the pipeline in the directories here")
+            self.weights = []
+        chosen = self.format
+        names = [name for name in self.weights if _format(name) == chosen]
+        self.exclude(
+            (name for name in self.weights if _format(name) != chosen),
+            f"a copy in another format than {chosen}, which loaders read instead",
+        )
+        if chosen == "safetensors":
+            index_paths = self._index_paths(names)
+            names = self._safetensors(names, index_paths, indexes)
+        elif chosen == "pytorch":
+            names = self._pytorch(names)
+        elif chosen == "gguf":
+            names = self._gguf(names)
+        return ModelLayout(
+            directory=self.path,
+            format=chosen,
+            small=self._small(),
+            shards=tuple(join(self.path, name) for name in sorted(names, key=_natural)),
+            excluded=tuple(sorted(self._excluded, key=lambda excluded: excluded.path)),
+            index_paths=index_paths,
+            warnings=tuple(self._warnings),
+        )
+
+    def _index_paths(self, shards: list[str]) -> tuple[str, ...]:
+        """The indexes of the shards that are read, not of Mistral's second copy of them."""
+        second = all(_is_consolidated(name) for name in shards)
+        return tuple(
+            sorted(
+                file.path
+                for file in self.others
+                if file.path.endswith(INDEX_SUFFIX)
+                and dirname(file.path) == self.path
+                and _is_consolidated(basename(file.path)) == second
+            )
+        )
+
+    def _safetensors(
+        self, names: list[str], index_paths: Iterable[str], indexes: Mapping[str, bytes]
+    ) -> list[str]:
+        named: set[str] = set()
+        for path in index_paths:
+            if path in indexes:
+                named |= self._named(path, indexes[path], set(names))
+        if named:
+            self.exclude(
+                (name for name in names if name not in named),
+                "not named in the index of the shards",
+            )
+            return [name for name in names if name in named]
+        consolidated = [name for name in names if _is_consolidated(name)]
+        if 0 < len(consolidated) < len(names):
+            self.exclude(consolidated, "Mistral's second copy of the shards beside it")
+            names = [name for name in names if not _is_consolidated(name)]
+        return self._without_variants(names)
+
+    def _named(self, path: str, index: bytes, listed: set[str]) -> set[str]:
+        """The shards that an index names and that exist; for anything else a warning."""
+        try:
+            names = parse_index(index)
+        except MalformedIndexError as error:
+            self._warnings.append(f"{path} is ignored: {error}; shards are read by their names")
+            return set()
+        foreign = [name for name in names if _is_foreign(name)]
+        missing = [name for name in names if name not in listed and not _is_foreign(name)]
+        if foreign:
+            self._warnings.append(f"{path} names files outside its directory: {_some(foreign)}")
+        if missing:
+            self._warnings.append(f"{path} names shards that do not exist: {_some(missing)}")
+        found = listed.intersection(names)
+        if not found:
+            self._warnings.append(f"{path} is ignored: it names none of the shards beside it")
+        return found
+
+    def _without_variants(self, names: list[str]) -> list[str]:
+        plain = {
+            _PART.sub("", _stem(name)) for name in names if not _VARIANT.fullmatch(_stem(name))
+        }
+        kept = []
+        for name in names:
+            variant = _VARIANT.fullmatch(_stem(name))
+            if variant and _PART.sub("", variant["stem"]) in plain:
+                self.exclude([name], "a variant, read only where its name is asked for")
+            else:
+                kept.append(name)
+        return kept
+
+    def _pytorch(self, names: list[str]) -> list[str]:
+        there = {_suffix(name) for name in names}
+        chosen = next(suffix for suffix in _PYTORCH_ORDER if suffix in there)
+        self.exclude(
+            (name for name in names if _suffix(name) != chosen),
+            f"a copy under another suffix than {chosen}, which loaders read instead",
+        )
+        return self._without_variants([name for name in names if _suffix(name) == chosen])
+
+    def _gguf(self, names: list[str]) -> list[str]:
+        models = {_PART.sub("", _stem(name)) for name in names if "mmproj" not in name}
+        if len(models) <= 1:
+            return names
+        self.exclude(names, f"one of {len(models)} GGUF models; the one that is opened is read")
+        return []
+
+    def _small(self) -> tuple[str, ...]:
+        def order(file: ModelFile) -> tuple[int, bool, str]:
+            return _small_rank(basename(file.path)), dirname(file.path) != self.path, file.path
+
+        chosen: list[str] = []
+        total = 0
+        for file in sorted(filter(_is_small, self.others), key=order):
+            if len(chosen) == SMALL_COUNT:
+                break
+            if total + file.size_bytes <= SMALL_TOTAL_BYTES:
+                chosen.append(file.path)
+                total += file.size_bytes
+        return tuple(chosen)
+
+
+def _owner_of_copy(
+    directory: _Directory, directories: Mapping[str, _Directory]
+) -> _Directory | None:
+    """The model of which this is a copy, as `m` for `m/original/x`; None if it is none."""
+    parts = directory.path.split("/")
+    for depth, part in enumerate(parts):
+        above = directories.get("/".join(parts[:depth])) if part in _COPY_DIRECTORIES else None
+        if above and (above.weights or above.is_pipeline):
+            return above
+    above = directories.get(dirname(directory.path)) if directory.path else None
+    return above if above and above.is_pipeline and directory.format == "other" else None
+
+
+def _nearest(path: str, models: Mapping[str, _Directory]) -> _Directory | None:
+    """The model of the closest directory above `path`."""
+    while path:
+        path = path.rpartition("/")[0]
+        if path in models:
+            return models[path]
+    return None
+
+
+def _is_small(file: ModelFile) -> bool:
+    return file.size_bytes < SMALL_FILE_BYTES or _suffix(basename(file.path)) in _SMALL_SUFFIXES
+
+
+def _small_rank(name: str) -> int:
+    for rank, pattern in enumerate(_SMALL_ORDER):
+        if pattern.match(name):
+            return rank
+    return len(_SMALL_ORDER)
+
+
+def _is_foreign(name: str) -> bool:
+    return "/" in name or name in ("", ".", "..")
+
+
+def _is_consolidated(name: str) -> bool:
+    return name.startswith("consolidated")
+
+
+def _natural(name: str) -> tuple[tuple[str | tuple[int, str], ...], str]:
+    """A key that sorts numbers by value without making them integers, however long they are."""
+    parts = re.split(r"([0-9]+)", name)
+    values: list[str | tuple[int, str]] = []
+    for index, part in enumerate(parts):
+        digits = part.lstrip("0")
+        values.append((len(digits), digits) if index % 2 else part)
+    return tuple(values), name
+
+
+def _suffix(name: str) -> str:
+    return splitext(name)[1]
+
+
+def _stem(name: str) -> str:
+    return splitext(name)[0]
+
+
+def _format(name: str) -> Format | None:
+    """The format of a file of weights; None for any other file."""
+    if name.startswith("openvino") and name.endswith(".bin"):
+        return "other"
+    return _FORMATS.get(_suffix(name))
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of many names, for a warning."""
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(ascii(name) for name in names[:NAMES_SHOWN]) + more

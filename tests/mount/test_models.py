@@ -1,0 +1,91 @@
+"""What is prefetched of which model, counted at the server."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from mounting import Mounted, python, shell
+from s3 import S3
+from safetensors.numpy import save
+
+pytestmark = pytest.mark.fuse
+
+LOAD = """
+import sys
+from safetensors import safe_open
+with safe_open(sys.argv[1], framework="np") as opened:
+    print({name: float(opened.get_tensor(name).sum()) for name in sorted(opened.keys())})
+"""
+
+
+def model(prefix: str, shards: int = 2) -> dict[str, bytes]:
+    """The objects of a small sharded model: two tensors of 1 MiB in each shard."""
+    files, weight_map = {}, {}
+    for shard in range(1, shards + 1):
+        name = f"model-{shard:05d}-of-{shards:05d}.safetensors"
+        tensors = {
+            f"{shard}.{part}": np.full(1 << 18, shard + part, "float32") for part in range(2)
+        }
+        weight_map |= dict.fromkeys(tensors, name)
+        files[f"{prefix}{name}"] = save(tensors)
+    index = json.dumps({"weight_map": weight_map}).encode()
+    return {**files, f"{prefix}model.safetensors.index.json": index, f"{prefix}config.json": b"{}"}
+
+
+def settle(s3: S3) -> set[str]:
+    """The objects that were fetched, once fetching has come to rest."""
+    seen = -1
+    while seen != len(requests := s3.data_requests()):
+        seen = len(requests)
+        time.sleep(0.7)
+    return {path.split("/", 2)[2] for path, _ in requests}
+
+
+def test_of_one_model_all_that_a_loader_reads(mount: Callable[..., Mounted], s3: S3) -> None:
+    extra = ["consolidated.safetensors", "pytorch_model.bin", "original/weights.pth", "odd.gguf"]
+    s3.put("one", model("") | dict.fromkeys(extra, bytes(1 << 20)))
+    s3.forget()
+    mounted = mount("s3://one", "--block-size=256KiB")
+    assert settle(s3) == set(model(""))
+    assert python(LOAD, mounted.path / "model-00002-of-00002.safetensors") == (
+        "{'2.0': 524288.0, '2.1': 786432.0}\n"
+    )
+    assert shell("cat pytorch_model.bin | wc -c", mounted.path).stdout.strip() == str(1 << 20)
+
+
+def test_of_several_models_the_one_that_is_opened(mount: Callable[..., Mounted], s3: S3) -> None:
+    s3.put("several", model("a/") | model("b/") | {"README.md": b"x"})
+    s3.forget()
+    mounted = mount("s3://several", "--block-size=256KiB")
+    assert settle(s3) == set()
+    shell("ls -lR; cat README.md", mounted.path)
+    assert settle(s3) == {"README.md"}
+    shell("cat b/config.json", mounted.path)
+    assert settle(s3) == {"README.md", *model("b/")}
+
+
+def test_a_lying_index_costs_only_the_order(mount: Callable[..., Mounted], s3: S3) -> None:
+    files = model("")
+    lie = {"weight_map": {"a": "missing.safetensors", "b": "../../etc/passwd"}}
+    files["model.safetensors.index.json"] = json.dumps(lie).encode()
+    s3.put("lying", files)
+    mounted = mount("s3://lying")
+    assert python(LOAD, mounted.path / "model-00001-of-00002.safetensors").startswith("{'1.0'")
+    assert "missing.safetensors" in mounted.log()
+
+
+@pytest.mark.parametrize("body", [b"", b"short", b"\xff" * 100, bytes(100)], ids=repr)
+def test_a_wrong_header_costs_only_the_prefetch(
+    mount: Callable[..., Mounted], s3: S3, body: bytes
+) -> None:
+    bucket = f"wrong{len(body)}{len(set(body))}"
+    s3.put(bucket, {"model.safetensors": body})
+    mounted = mount(f"s3://{bucket}")
+    code = "import sys; sys.stdout.write(open(sys.argv[1], 'rb').read().hex())"
+    for _ in range(2):
+        assert python(code, mounted.path / "model.safetensors") == body.hex()
+    assert "its header is not valid" in mounted.log()

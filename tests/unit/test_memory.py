@@ -1,0 +1,103 @@
+"""Which block is let go, and which never."""
+
+from __future__ import annotations
+
+import pytest
+
+from lazyfs.blocks import BlockId
+from lazyfs.memory import BlockMemory, Held
+from lazyfs.prefetch import Place, Prefetcher
+from lazyfs.tree import File
+
+FILE = File(2, 1, "f", "f", 1000, "e", 0)
+
+
+class Room:
+    """A memory of ten blocks of one byte, of which two are for demand only."""
+
+    def __init__(self) -> None:
+        self.prefetcher = Prefetcher("model", 1)
+        self.prefetcher.add_file(2, 1000)
+        self.memory = BlockMemory(10, 1, self.prefetcher)
+
+    def hold(self, number: int, place: Place = Place.LOCAL, **state: object) -> Held:
+        held = Held(FILE, memoryview(b"x"), **{"unread": 1, **state})  # type: ignore[arg-type]
+        self.memory.reserve(1)
+        self.memory.hold(BlockId(2, number), held)
+        self.prefetcher.moved(BlockId(2, number), place)
+        return held
+
+    def left(self) -> set[int]:
+        return {n for n in range(20) if self.memory.get(BlockId(2, n)) is not None}
+
+    def ask(self, urgent: bool = False, reader_waits: bool = False) -> bool:
+        return self.memory.make_room(1, urgent=urgent, reader_waits=reader_waits)
+
+
+@pytest.fixture
+def room() -> Room:
+    return Room()
+
+
+def test_a_prefetch_never_drops_what_a_reader_is_still_to_have(room: Room) -> None:
+    for number in range(8):
+        room.hold(number)
+    assert not room.ask()
+    assert not room.ask(reader_waits=True)
+    assert room.left() == set(range(8))
+
+
+@pytest.mark.parametrize(
+    "state", [{"on_disk": True}, {"unread": 0}, {"place": Place.NEAR}], ids=str
+)
+def test_what_can_be_had_again_goes_first_and_oldest_first(room: Room, state: dict) -> None:
+    for number in range(8):
+        room.hold(number, **(state if number in (3, 5) else {}))
+    assert room.ask()
+    assert room.left() == set(range(8)) - {3}
+
+
+def test_what_is_in_use_stays_even_for_demand(room: Room) -> None:
+    for number in range(10):
+        room.hold(number, users=1, on_disk=True)
+    assert not room.ask(urgent=True)
+    assert len(room.left()) == 10
+
+
+def test_the_disk_is_given_up_only_when_a_reader_would_wait_for_it(room: Room) -> None:
+    room.prefetcher.opened(2, direct=False)
+    held = [room.hold(n, Place.NEAR, users=1, to_write=True) for n in range(8)]
+    assert not room.ask()
+    assert room.ask(reader_waits=True)
+    assert room.memory.shed_blocks == 1
+    assert not held[0].to_write and len(held[0].data) == 0
+
+
+def test_pages_are_no_use_to_direct_readers(room: Room) -> None:
+    room.prefetcher.opened(2, direct=True)
+    for number in range(8):
+        room.hold(number, Place.NEAR, users=1, to_write=True)
+    assert not room.ask(reader_waits=True)
+
+
+def test_demand_takes_what_was_fetched_ahead_last(room: Room) -> None:
+    for number in range(10):
+        room.hold(number)
+    assert room.ask(urgent=True)
+    assert room.left() == set(range(9))
+    assert room.prefetcher.place(BlockId(2, 9)) == Place.ABSENT
+
+
+def test_demand_finds_room_that_a_prefetch_must_leave(room: Room) -> None:
+    for number in range(8):
+        room.hold(number)
+    assert not room.ask()
+    assert room.ask(urgent=True)
+    assert len(room.left()) == 8
+
+
+def test_a_block_that_was_read_is_not_wished_for_again(room: Room) -> None:
+    for number in range(8):
+        room.hold(number, unread=0)
+    assert room.ask()
+    assert room.prefetcher.place(BlockId(2, 0)) == Place.USED

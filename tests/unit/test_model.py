@@ -1,0 +1,305 @@
+"""Listings of models as they are published, and what a loader reads of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lazyfs.model import (
+    MAX_INDEX_BYTES,
+    SMALL_COUNT,
+    SMALL_TOTAL_BYTES,
+    MalformedIndexError,
+    ModelFile,
+    ModelLayout,
+    layouts,
+    parse_index,
+)
+
+LAYOUT = Path(__file__).parent.parent / "data" / "llama-6-shards.layout.json"
+INDEX = "model.safetensors.index.json"
+GB = 10**9
+MIB = 1 << 20
+
+
+def listing(*paths: str, weights: int = GB) -> list[ModelFile]:
+    """Files of the sizes that such files have."""
+    small = (".json", ".txt", ".md", ".py", ".jinja", ".png")
+    return [ModelFile(path, 2_000 if path.endswith(small) else weights) for path in paths]
+
+
+def index(*names: object) -> bytes:
+    return json.dumps({"weight_map": {f"t{i}": name for i, name in enumerate(names)}}).encode()
+
+
+def only(*paths: str, indexes: Mapping[str, bytes] | None = None) -> ModelLayout:
+    """The layout of a listing that holds one model."""
+    (found,) = layouts(listing(*paths), indexes=indexes or {})
+    return found
+
+
+def left_out(layout: ModelLayout) -> set[str]:
+    assert all(excluded.reason for excluded in layout.excluded)
+    return {excluded.path for excluded in layout.excluded}
+
+
+def test_the_recorded_model() -> None:
+    recorded = json.loads(LAYOUT.read_text())
+    files = [ModelFile(name, file["size_bytes"]) for name, file in recorded.items()]
+    shards = tuple(f"model-0000{i}-of-00006.safetensors" for i in range(1, 7))
+    (before,) = layouts(reversed(files))
+    assert (before.directory, before.format, before.shards) == ("", "safetensors", shards)
+    assert before.small == ("config.json", INDEX, "generation_config.json")
+    assert before.index_paths == (INDEX,)
+    contents = json.dumps(recorded[INDEX]["json"]).encode()
+    assert layouts(files, indexes={INDEX: contents}) == (before,)
+
+
+def test_the_order_of_shards_is_natural() -> None:
+    names = [f"model-{i}-of-12.safetensors" for i in range(1, 13)]
+    assert only(*sorted(names)).shards == tuple(names)
+    assert len(only("a" + "1" * 5000 + ".safetensors", "a2.safetensors").shards) == 2
+
+
+def test_duplicates_of_a_published_model_are_excluded() -> None:
+    shards = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    copies = (
+        "consolidated.safetensors",
+        "flax_model.msgpack",
+        "tf_model.h5",
+        "rust_model.ot",
+        "model.gguf",
+        "pytorch_model-00001-of-00001.bin",
+        "original/consolidated.00.pth",
+        "original/model.safetensors",
+        "onnx/model.onnx",
+        "onnx/fp16/model.onnx_data",
+        "openvino/openvino_model.bin",
+        "optimizer.pt",
+        "training_args.bin",
+        "rng_state_0.pth",
+    )
+    layout = only(*copies, *shards, "config.json", "onnx/config.json", "README.md")
+    assert layout.shards == shards
+    assert left_out(layout) == set(copies)
+    assert layout.small == ("config.json", "README.md")
+
+
+def test_the_index_says_which_shards_are_read() -> None:
+    files = (INDEX, "a.safetensors", "b.safetensors", "extra.safetensors")
+    layout = only(*files, indexes={INDEX: index("b.safetensors", "a.safetensors")})
+    assert layout.shards == ("a.safetensors", "b.safetensors")
+    assert left_out(layout) == {"extra.safetensors"}
+    assert layout.warnings == ()
+
+
+def test_an_index_that_lies_is_believed_as_far_as_it_is_true() -> None:
+    named = ["a.safetensors", "gone.safetensors", "../b.safetensors", "d/b.safetensors", "..", ""]
+    layout = only(INDEX, "a.safetensors", "b.safetensors", indexes={INDEX: index(*named)})
+    assert layout.shards == ("a.safetensors",)
+    foreign, missing = layout.warnings
+    assert "outside its directory" in foreign and "and 1 more" in foreign
+    assert "do not exist: 'gone.safetensors'" in missing
+
+
+@pytest.mark.parametrize(
+    "contents", [b"", b"[" * 100_000, b"\xff", b"{}", index(), index("no.safetensors"), index(1)]
+)
+def test_a_useless_index_leaves_the_order_of_the_names_and_a_warning(contents: bytes) -> None:
+    files = (INDEX, "b.safetensors", "a.safetensors", "consolidated.safetensors")
+    layout = only(*files, indexes={INDEX: contents})
+    assert layout.shards == ("a.safetensors", "b.safetensors")
+    assert left_out(layout) == {"consolidated.safetensors"}
+    assert any(INDEX in warning and "ignored" in warning for warning in layout.warnings)
+    assert not any("\n" in warning for warning in layout.warnings)
+
+
+@pytest.mark.parametrize(
+    ("contents", "said"),
+    [
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe{}", "not valid JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[]", "no object 'weight_map'"),
+        (b'{"weight_map":["a"]}', "no object 'weight_map'"),
+        (b'{"weight_map":{"a":null}}', "no string"),
+        (b" " * (MAX_INDEX_BYTES + 1), "limit"),
+    ],
+)
+def test_a_malformed_index_says_what_is_wrong(contents: bytes, said: str) -> None:
+    with pytest.raises(MalformedIndexError, match=said):
+        parse_index(contents)
+
+
+def test_consolidated_shards_alone_are_the_model() -> None:
+    name = "consolidated.safetensors.index.json"
+    layout = only(name, "consolidated-1.safetensors", "consolidated-2.safetensors", "params.json")
+    assert layout.shards == ("consolidated-1.safetensors", "consolidated-2.safetensors")
+    assert layout.index_paths == (name,)
+    assert only(name, INDEX, "consolidated.safetensors", "x.safetensors").index_paths == (INDEX,)
+
+
+def test_small_files_are_in_the_order_in_which_they_are_read() -> None:
+    wanted = (
+        "config.json",
+        INDEX,
+        "generation_config.json",
+        "preprocessor_config.json",
+        "tokenizer_config.json",
+        "tokenizer.json",
+        "modeling_new.py",
+        "NOTICE.txt",
+        "README.md",
+    )
+    assert only(*sorted(wanted), "a.safetensors").small == wanted
+
+
+def test_small_files_are_bounded() -> None:
+    files = [ModelFile(f"{i}.json", 30 * MIB) for i in range(4)] + listing("a.safetensors")
+    files += [ModelFile("config.json", 1), ModelFile("video.mp4", 2 * MIB)]
+    (layout,) = layouts(files)
+    assert layout.small == ("config.json", "0.json", "1.json")
+    sizes = {file.path: file.size_bytes for file in files}
+    assert sum(sizes[path] for path in layout.small) <= SMALL_TOTAL_BYTES
+    (many,) = layouts(listing("a.safetensors", *(f"{i}.txt" for i in range(2 * SMALL_COUNT))))
+    assert len(many.small) == SMALL_COUNT
+
+
+def test_several_models_below_a_prefix() -> None:
+    found = layouts(
+        listing(
+            "README.md",
+            "llama/config.json",
+            "llama/model.safetensors",
+            "llama/original/consolidated.00.pth",
+            "old/pytorch_model.bin",
+            "old/consolidated.pth",
+            "lora/adapter_config.json",
+            "lora/adapter_model.safetensors",
+            "lora/checkpoint-5/adapter_model.safetensors",
+        )
+    )
+    assert [(layout.directory, layout.format, layout.shards) for layout in found] == [
+        ("", "other", ()),
+        ("llama", "safetensors", ("llama/model.safetensors",)),
+        ("lora", "safetensors", ("lora/adapter_model.safetensors",)),
+        ("lora/checkpoint-5", "safetensors", ("lora/checkpoint-5/adapter_model.safetensors",)),
+        ("old", "pytorch", ("old/pytorch_model.bin",)),
+    ]
+    assert found[0].small == ("README.md",)
+    assert found[2].small == ("lora/adapter_config.json",)
+    assert left_out(found[1]) == {"llama/original/consolidated.00.pth"}
+    assert left_out(found[4]) == {"old/consolidated.pth"}
+
+
+def test_original_is_a_model_where_nothing_is_above_it() -> None:
+    assert only("m/original/consolidated.00.pth").directory == "m/original"
+
+
+def test_a_diffusers_pipeline() -> None:
+    found = layouts(
+        listing(
+            "sd/model_index.json",
+            "sd/v1-5-pruned.safetensors",
+            "sd/v1-5-pruned.ckpt",
+            "sd/scheduler/scheduler_config.json",
+            "sd/tokenizer/vocab.json",
+            "sd/vae/config.json",
+            "sd/vae/diffusion_pytorch_model.safetensors",
+            "sd/vae/diffusion_pytorch_model.fp16.safetensors",
+            "sd/vae/diffusion_pytorch_model.bin",
+            "sd/vae_decoder/model.onnx",
+            "sd/vae_decoder/openvino_model.bin",
+            "sd/unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+            "sd/unet/diffusion_pytorch_model-00002-of-00002.safetensors",
+            "sd/unet/diffusion_pytorch_model.fp16-00001-of-00001.safetensors",
+            "sd/unet/diffusion_pytorch_model.non_ema.safetensors",
+            "sd/text_encoder/model.fp16.safetensors",
+        )
+    )
+    assert [layout.directory for layout in found] == ["sd", "sd/text_encoder", "sd/unet", "sd/vae"]
+    root, text_encoder, unet, vae = found
+    assert root.shards == ()
+    assert root.small == (
+        "sd/model_index.json",
+        "sd/scheduler/scheduler_config.json",
+        "sd/tokenizer/vocab.json",
+    )
+    assert left_out(root) == {
+        "sd/v1-5-pruned.safetensors",
+        "sd/v1-5-pruned.ckpt",
+        "sd/vae_decoder/model.onnx",
+        "sd/vae_decoder/openvino_model.bin",
+    }
+    assert text_encoder.shards == ("sd/text_encoder/model.fp16.safetensors",)
+    assert [path.rpartition("model")[2] for path in unet.shards] == [
+        "-00001-of-00002.safetensors",
+        "-00002-of-00002.safetensors",
+    ]
+    assert len(left_out(unet)) == 2
+    assert vae.shards == ("sd/vae/diffusion_pytorch_model.safetensors",)
+    assert len(left_out(vae)) == 2
+
+
+def test_gguf() -> None:
+    split = tuple(f"q8-0000{i}-of-00003.gguf" for i in (1, 2, 3))
+    layout = only(*reversed(split), "mmproj-f16.gguf", "config.json")
+    assert (layout.format, layout.shards) == ("gguf", ("mmproj-f16.gguf", *split))
+    several = only("q4.gguf", *split)
+    assert several.shards == () and left_out(several) == {"q4.gguf", *split}
+
+
+def test_plain_files_are_no_model() -> None:
+    assert layouts([]) == ()
+    layout = only("data/a.parquet", "data/b.txt")
+    assert layout == ModelLayout("", "other", small=("data/b.txt",))
+    for order in (("d/e/b.txt", "a.txt"), ("a.txt", "d/e/b.txt")):
+        assert only(*order).small == ("a.txt", "d/e/b.txt")
+    assert only("model.onnx", "model.onnx_data").shards == ("model.onnx", "model.onnx_data")
+
+
+def test_two_thousand_shards_and_a_hundred_thousand_files() -> None:
+    names = [f"model-{i:05}-of-02000.safetensors" for i in range(1, 2001)]
+    files = listing(*reversed(names), INDEX, *(f"set/{i % 997}/{i}.txt" for i in range(98_000)))
+    found = layouts(files, indexes={INDEX: index(*names, *(f"gone-{i}" for i in range(50_000)))})
+    assert [layout.shards for layout in found] == [tuple(names)]
+    assert len(found[0].warnings) == 1 and len(found[0].warnings[0]) < 200
+
+
+PARTS = st.sampled_from(
+    ["m", "unet", "original", "onnx", "model_index.json", "config.json", INDEX, "optimizer.pt",
+     "a.safetensors", "a.fp16.safetensors", "consolidated.safetensors", "a.bin", "b.pth", "c.gguf",
+     "d-00001-of-00002.gguf", "e.onnx", "f"]
+)  # fmt: skip
+PATHS = st.lists(PARTS, min_size=1, max_size=4).map("/".join)
+
+
+@given(st.lists(PATHS, unique=True), st.lists(st.one_of(PARTS, st.text(max_size=4))), st.data())
+def test_any_listing_is_sorted_out_once(
+    paths: list[str], named: list[str], data: st.DataObject
+) -> None:
+    indexes = {path: index(*named) for path in paths if path.endswith(INDEX)}
+    found = layouts(listing(*paths), indexes=indexes)
+    assert found == layouts(listing(*data.draw(st.permutations(paths))), indexes=indexes)
+    assert len({layout.directory for layout in found}) == len(found)
+    told = [path for layout in found for path in (*layout.shards, *left_out(layout), *layout.small)]
+    assert len(told) == len(set(told)) and set(told) <= set(paths)
+    # No weights are lost, but for training state in a directory that holds nothing else.
+    weights = (".safetensors", ".bin", ".pth", ".gguf", ".onnx")
+    assert {path for path in paths if path.endswith(weights)} <= set(told)
+    for layout in found:
+        assert all(path.rpartition("/")[0] == layout.directory for path in layout.shards)
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_as_an_index_do_no_harm(contents: bytes) -> None:
+    try:
+        names = parse_index(contents)
+    except MalformedIndexError:
+        return
+    assert all(isinstance(name, str) for name in names)
