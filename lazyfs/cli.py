@@ -71,9 +71,9 @@ def _click_option(option: Option) -> Callable[[Callable[..., None]], Callable[..
     default = f" [default: {option.default_text}]" if option.default_text else ""
     text = f"{option.help}{default}"
     if option.is_flag:
-        return click.option(f"--{option.name}/--no-{option.name}", default=None, help=text)
+        return click.option(f"--{option.name}/--{option.negation}", default=None, help=text)
     return click.option(
-        f"--{option.name}", multiple=option.kind.repeatable, help=text, metavar=option.kind.metavar
+        f"--{option.name}", multiple=option.kind.repeatable, help=text, metavar=option.metavar
     )
 
 
@@ -151,7 +151,7 @@ def _as_arguments(layer: dict[str, str | tuple[str, ...]]) -> list[str]:
     for name, value in layer.items():
         option = find_option(name)
         if option is not None and option.is_flag:
-            arguments.append(f"--{name}" if value == "true" else f"--no-{name}")
+            arguments.append(f"--{name}" if value == "true" else f"--{option.negation}")
         else:
             texts = (value,) if isinstance(value, str) else value
             arguments += [f"--{name}={text}" for text in texts]

@@ -83,5 +83,5 @@ def _translate_option(text: str) -> list[str]:
     if option is not None:
         name = option.name
         if option.is_flag:
-            return [f"--{name}" if option.parse(value, f"-o {name}") else f"--no-{name}"]
+            return [f"--{name}" if option.parse(value, f"-o {name}") else f"--{option.negation}"]
     return [f"--{name}={value}" if equals else f"--{name}"]

@@ -179,8 +179,6 @@ class Mode(Kind):
 class Choice(Kind):
     """One of a few words."""
 
-    metavar = "WORD"
-
     words: tuple[str, ...]
 
     @property

@@ -52,6 +52,17 @@ class Option:
         return isinstance(self.kind, Flag)
 
     @property
+    def negation(self) -> str:
+        """What takes back a flag that the environment or a file has set: `no-allow-other`."""
+        positive = self.name.removeprefix("no-")
+        return positive if positive != self.name else f"no-{self.name}"
+
+    @property
+    def metavar(self) -> str:
+        """What stands for the value in the help of the command line."""
+        return "|".join(self.kind.words) if isinstance(self.kind, Choice) else self.kind.metavar
+
+    @property
     def environment(self) -> str:
         """The environment variable that sets it: `LAZYFS_BLOCK_SIZE`."""
         return "LAZYFS_" + self.name.upper().replace("-", "_")

@@ -88,6 +88,9 @@ def test_mount_helper_arguments() -> None:
     assert translate(
         ["s3://b/p", "/mnt", "-n", "-o", "rw,noatime,block_size=1MiB,allow_other,x-systemd.y=1"]
     ) == ["mount", "s3://b/p", "/mnt", "--block-size=1MiB", "--allow-other"]
+    assert translate(["s3://b", "/mnt", "-o", "no-sign-request=false,allow-other=no"]) == [
+        "mount", "s3://b", "/mnt", "--sign-request", "--no-allow-other",
+    ]  # fmt: skip
     assert translate(["s3://b", "/mnt", "-f"]) is None
     assert translate(["s3://b", "/mnt", "-o", "nope=1"]) == ["mount", "s3://b", "/mnt", "--nope=1"]
     with pytest.raises(SystemExit, match="usage"):
