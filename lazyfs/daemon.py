@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 
 # Requests answered at once. Reads that wait for S3 take a place each; metadata must still get one.
 MOST_REQUESTS = 4096
+# After an unmount: how soon it is noticed, and how long replies and writes under way may take.
+SESSION_CHECK_S = 0.5
+LAST_REPLIES_S = 6.0
 # malloc.h
 M_ARENA_MAX = -8
 
@@ -95,6 +98,7 @@ async def _serve(mount: Mount, on_ready: Callable[[], None]) -> None:
             session.attach(filesystem)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_end_on_signal, nursery.cancel_scope)
+                nursery.start_soon(_end_with_session, session, nursery.cancel_scope)
                 await nursery.start(fetcher.run)
                 if options.prefetch == "model":
                     nursery.start_soon(planner.run)
@@ -122,6 +126,14 @@ async def _serve(mount: Mount, on_ready: Callable[[], None]) -> None:
             )
     finally:
         record.close()
+
+
+async def _end_with_session(session: Session, scope: trio.CancelScope) -> None:
+    """End when the kernel has ended the session, even if a read still waits for S3."""
+    while not session.ended:
+        await trio.sleep(SESSION_CHECK_S)
+    await trio.sleep(LAST_REPLIES_S)
+    scope.cancel()
 
 
 def _ignore(file: File) -> None:

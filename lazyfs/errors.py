@@ -84,6 +84,10 @@ class BadRequestError(SourceError):
     """S3 refused the request in a way that asking again does not change."""
 
 
+class UntrustedError(SourceError):
+    """The endpoint's certificate is not one that we may trust."""
+
+
 class ThrottledError(SourceError):
     """S3 asks for fewer requests (503 SlowDown, 429)."""
 
@@ -157,6 +161,9 @@ def classify(status: int | None, code: str | None) -> type[SourceError]:
     return _BY_STATUS.get(status, BadRequestError)
 
 
+# rustls names the reason of a refused certificate deep in the details.
+_CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(?:Other\(\s*OtherError\(\s*)?(\w+)")
+_REASON = re.compile(r'message: "([^"]+)"')
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 
@@ -167,11 +174,15 @@ def classify_text(text: str) -> tuple[type[SourceError], str]:
     obstore's exceptions carry the HTTP status and S3's body as text
     (`Server returned non-2xx status code: 503 ...: <Error><Code>SlowDown</Code>`).
     """
+    if untrusted := _CERTIFICATE.search(text):
+        return UntrustedError, f"certificate refused: {untrusted[1]}; see --ca-bundle"
     status = _STATUS.search(text)
     code = _CODE.search(text)
     kind = classify(int(status[1]) if status else None, code[1] if code else None)
     if status or code:
         cause = " ".join(found[1] for found in (status, code) if found)
     else:
-        cause = text.split("Debug source")[0].strip().replace("\n", " ")[:300]
+        summary, _, details = text.partition("Debug source")
+        reasons = _REASON.findall(details)
+        cause = " ".join(summary.split())[:300] + (f": {reasons[-1]}" if reasons else "")
     return kind, cause

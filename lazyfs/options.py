@@ -131,7 +131,7 @@ class MountOptions:
         Flag(), "Source", "Accept to be charged for requests to a requester-pays bucket.", "false"
     )
     ca_bundle: Path | None = _option(
-        LocalPath(), "Source", "PEM file of certificate authorities to trust besides the system's."
+        LocalPath(), "Source", "PEM file of the certificate authority of a private endpoint."
     )
     io_timeout: float = _option(
         Duration(1, 86400),

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ class RunningMount:
 
     def __init__(self, record: MountRecord) -> None:
         self._path = _path(Path(record.mountpoint))
-        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _make_directory(self._path.parent)
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,6 +77,14 @@ class DaemonWatch:
                 time.sleep(0.01)
         self._path.unlink(missing_ok=True)  # left behind by a daemon that was killed
         return True
+
+
+def _make_directory(directory: Path) -> None:
+    """Raises MountError if others could have put something there."""
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status = directory.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise MountError(f"{directory}: is not a directory of this user alone; remove it")
 
 
 def runtime_directory() -> Path:

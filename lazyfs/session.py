@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import select
 import shutil
 import socket
 import subprocess
@@ -90,6 +91,13 @@ class Session:
         assert self._ours is not None and self._theirs is not None
         os.dup2(self._descriptor, self._theirs)
         self._ours.close()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the kernel has ended the session: unmounted, or aborted."""
+        watch = select.poll()
+        watch.register(self._descriptor, select.POLLIN)
+        return any(events & select.POLLERR for _, events in watch.poll(0))
 
     def close(self) -> None:
         """Unmount if that was not done yet, and let go of the descriptor.

@@ -20,23 +20,30 @@ CREDENTIALS = {
 
 
 class S3:
-    """A running server and a client of it."""
+    """A running server and a client of it.
 
-    def __init__(self) -> None:
+    Args:
+        tls: a certificate and its key, to serve https.
+        authority: that the client is to trust.
+    """
+
+    def __init__(self, *tls: Path, authority: Path | None = None) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("s3_server.py")],
+            [sys.executable, Path(__file__).with_name("s3_server.py"), *tls],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         assert self._process.stdout is not None
-        self.url = f"http://127.0.0.1:{int(self._process.stdout.readline())}"
+        scheme = "https" if tls else "http"
+        self.url = f"{scheme}://127.0.0.1:{int(self._process.stdout.readline())}"
         self.client = boto3.client(
             "s3",
             endpoint_url=self.url,
             aws_access_key_id=CREDENTIALS["AWS_ACCESS_KEY_ID"],
             aws_secret_access_key=CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
             region_name="us-east-1",
+            verify=str(authority) if authority else None,
         )
 
     def put(self, bucket: str, files: dict[str, bytes]) -> None:

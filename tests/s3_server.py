@@ -123,10 +123,13 @@ class Handler(WSGIRequestHandler):
 
 
 def main() -> None:
-    """Serve until standard input ends; prints the port."""
+    """Serve until standard input ends; prints the port. Arguments, for TLS: certificate, key."""
     logging.disable(logging.CRITICAL)
     application = Middleware(DomainDispatcherApplication(create_backend_app))
-    server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=Handler)
+    tls = (sys.argv[1], sys.argv[2]) if len(sys.argv) > 1 else None
+    server = make_server(
+        "127.0.0.1", 0, application, threaded=True, request_handler=Handler, ssl_context=tls
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(server.server_port, flush=True)
     sys.stdin.read()

@@ -101,6 +101,22 @@ def test_umount_of_a_busy_mount(mount: Callable[..., Mounted]) -> None:
     wait_until_gone(mounted.pid)
 
 
+def test_umount_while_a_read_waits_for_s3(mount: Callable[..., Mounted], s3: S3) -> None:
+    mounted = mount("s3://life/m", "--prefetch=off")
+    s3.fault("GET /life/m/big", "status", status=503, code="SlowDown", times=100_000)
+    reader = subprocess.Popen(["cat", mounted.path / "big"], stdout=subprocess.DEVNULL)
+    try:
+        time.sleep(1)
+        assert reader.poll() is None, "it waits"
+        assert lazyfs("umount", "--lazy", mounted.path).returncode == 0
+        mounted.kill(signal.SIGTERM)
+        wait_until_gone(mounted.pid)
+        assert reader.wait(timeout=10) == 1
+    finally:
+        reader.kill()
+        reader.wait(timeout=10)
+
+
 def test_umount_of_other_things(tmp_path: Path) -> None:
     assert "nothing is mounted" in lazyfs("umount", tmp_path).stderr
     assert "not of lazyfs" in lazyfs("umount", "/proc").stderr

@@ -38,5 +38,13 @@ def test_text() -> None:
         "503 Service Unavailable: <Error><Code>SlowDown</Code></Error>\n\nDebug source: ..."
     )
     assert kind.transient and cause == "503 SlowDown"
-    kind, cause = classify_text("HTTP error: error sending request\n\nDebug source:\nGeneric {")
-    assert kind.transient and cause == "HTTP error: error sending request"
+    kind, cause = classify_text(
+        "HTTP error: error sending request\n\nDebug source:\nOs {\n  code: 111,\n"
+        '  kind: ConnectionRefused,\n  message: "Connection refused",\n}'
+    )
+    assert kind.transient and cause == "HTTP error: error sending request: Connection refused"
+    kind, cause = classify_text(
+        "HTTP error: error sending request\n\nDebug source:\nerror: InvalidCertificate(\n"
+        "    Other(\n  OtherError(\n   CaUsedAsEndEntity,\n"
+    )
+    assert not kind.transient and "CaUsedAsEndEntity" in cause

@@ -1,0 +1,85 @@
+"""A private endpoint with a certificate of its own."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mounting import Mounted, lazyfs, shell
+from s3 import S3
+
+pytestmark = pytest.mark.fuse
+
+
+def openssl(directory: Path, name: str, *arguments: str) -> tuple[Path, Path]:
+    """Make a certificate; its file and its key's."""
+    pem, key = directory / f"{name}.pem", directory / f"{name}.key"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+         "-subj", f"/CN={name}", "-out", pem, "-keyout", key, *arguments],
+        check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    return pem, key
+
+
+NAME = ["-addext", "subjectAltName=IP:127.0.0.1"]
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """An authority, a certificate of it, and its key."""
+    directory = tmp_path_factory.mktemp("tls")
+    authority, authority_key = openssl(directory, "authority")
+    signed = ["-CA", str(authority), "-CAkey", str(authority_key)]
+    leaf = ["-addext", "basicConstraints=critical,CA:FALSE"]
+    return authority, *openssl(directory, "server", *signed, *leaf, *NAME)
+
+
+@pytest.fixture(scope="module")
+def tls_s3(certificate: tuple[Path, Path, Path]) -> Iterator[S3]:
+    authority, pem, key = certificate
+    running = S3(pem, key, authority=authority)
+    yield running
+    running.stop()
+
+
+def test_a_private_authority(
+    tls_s3: S3, certificate: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    tls_s3.put("tls", {"m/file": b"secret" * 100_000})
+    options = [f"--ca-bundle={certificate[0]}"]
+    mounted = Mounted("s3://tls/m", tmp_path / "mnt", tmp_path / "cache", tls_s3.url, *options)
+    try:
+        assert shell("cat file", mounted.path).stdout == "secret" * 100_000
+    finally:
+        mounted.end()
+
+
+def test_an_unknown_authority_is_refused(tls_s3: S3, tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    answer = lazyfs("mount", "s3://tls/m", tmp_path / "mnt", f"--endpoint-url={tls_s3.url}")
+    assert answer.returncode == 1
+    assert answer.stderr.count("\n") == 1
+    assert "certificate" in answer.stderr.lower()
+
+
+def test_a_certificate_that_only_the_listing_takes(tmp_path: Path) -> None:
+    """OpenSSL (boto3) takes an authority for a server's certificate; rustls (obstore) does not.
+
+    Waiting cannot help, so the read fails at once and the log says why.
+    """
+    pem, key = openssl(tmp_path, "both", *NAME)
+    server = S3(pem, key, authority=pem)
+    try:
+        server.put("tls", {"m/file": b"x"})
+        options = [f"--ca-bundle={pem}"]
+        mounted = Mounted("s3://tls/m", tmp_path / "mnt", tmp_path / "cache", server.url, *options)
+        try:
+            assert "Input/output error" in shell("cat file", mounted.path, timeout_s=20).stderr
+            assert "certificate refused: CaUsedAsEndEntity" in mounted.log()
+        finally:
+            mounted.end()
+    finally:
+        server.stop()
