@@ -90,11 +90,11 @@ async def _serve(mount: Mount, on_ready: Callable[[], None]) -> None:
         page_cache = PageCache(options.page_cache)
         fetcher = BlockFetcher(source, cache, page_cache, prefetcher, options)
         planner = Planner(catalog, fetcher, prefetcher)
+        on_open = planner.opened if options.prefetch == "model" else _ignore
         session = Session.mount(str(mount.url), mount.mountpoint, allow_other=options.allow_other)
+        filesystem = Filesystem(catalog, fetcher, options, session.adopt, on_open)
         try:
             tune_kernel(session.device, options.read_ahead)
-            on_open = planner.opened if options.prefetch == "model" else _ignore
-            filesystem = Filesystem(catalog, fetcher, options, session.adopt, on_open)
             session.attach(filesystem)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_end_on_signal, nursery.cancel_scope)
@@ -111,21 +111,27 @@ async def _serve(mount: Mount, on_ready: Callable[[], None]) -> None:
                 nursery.cancel_scope.cancel()
         finally:
             session.close()
-            counters = fetcher.counters
-            log.info(
-                "unmounted %s: %d reads; %s from S3 in %d blocks, %s from disk; %s put into the "
-                "page cache, %s written to disk, %d blocks not (it was too slow)",
-                mount.mountpoint,
-                filesystem.reads,
-                format_size(counters.fetched_bytes),
-                counters.fetched_blocks,
-                format_size(counters.loaded_bytes),
-                format_size(page_cache.pushed_bytes),
-                format_size(counters.written_bytes),
-                fetcher.shed_blocks,
-            )
+            _log_summary(mount, filesystem, fetcher, page_cache)
     finally:
         record.close()
+
+
+def _log_summary(
+    mount: Mount, filesystem: Filesystem, fetcher: BlockFetcher, page_cache: PageCache
+) -> None:
+    counters = fetcher.counters
+    log.info(
+        "unmounted %s: %d reads; %s from S3 in %d blocks, %s from disk; %s put into the page "
+        "cache, %s written to disk, %d blocks not (it was too slow)",
+        mount.mountpoint,
+        filesystem.reads,
+        format_size(counters.fetched_bytes),
+        counters.fetched_blocks,
+        format_size(counters.loaded_bytes),
+        format_size(page_cache.pushed_bytes),
+        format_size(counters.written_bytes),
+        fetcher.shed_blocks,
+    )
 
 
 async def _end_with_session(session: Session, scope: trio.CancelScope) -> None:

@@ -15,7 +15,7 @@ order, the *plan*: from where the readers are to the end, then what was passed o
 come through here; a block that a reader waits for is fetched at once by the caller.
 
 Reads inside one tensor come interleaved and backwards, because every thread of the loader copies a
-part of its own (`shared` mappings of one tensor). So a read does not move the focus to its own
+part of its own. So a read does not move the focus to its own
 block but to the first absent block of the tensor that it touches: the tensor is one thing.
 
 A file that is not in the loading order (or every file, with the policy `sequential`) is prefetched
