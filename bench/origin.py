@@ -204,7 +204,7 @@ def serve(directory: Path, profile: str, link: int = DEFAULT_LINK) -> Iterator[O
         process = subprocess.Popen(
             ["nginx", "-p", base, "-e", base / "error.log", "-c", base / "nginx.conf"]
         )
-        stack.callback(_stop, process)
+        stack.callback(stop, process)
         origin = Origin(directory, f"http://127.0.0.1:{port}", base)
         _wait_until_up(origin.url, process, base)
         origin.mark()
@@ -261,7 +261,8 @@ def _wait_until_up(url: str, process: subprocess.Popen[bytes], base: Path) -> No
             time.sleep(0.05)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process that we started."""
     process.terminate()
     try:
         process.wait(timeout=10)

@@ -190,12 +190,7 @@ class Bench:
             yield process
         finally:
             subprocess.run(["umount", "-l", self.mountpoint], check=False, capture_output=True)
-            process.terminate()
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait(timeout=20)
+            origins.stop(process)
 
 
 def drop_page_cache(directory: Path) -> None:

@@ -161,10 +161,6 @@ class BlockCache:
             self._rest(f"cannot be written: {error}")
             return False
 
-    def close(self) -> None:
-        """Close this thread's and the main connection."""
-        self._cache.close()
-
     def _content(self, file: File) -> str:
         identity = "\0".join(
             (self._namespace, file.key, file.etag, str(file.size_bytes), str(self._block_size))
