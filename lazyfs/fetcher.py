@@ -3,9 +3,9 @@
 The life of a block. A reader or the prefetcher asks for it: a *job* starts, or the job that runs
 already is joined. The job takes a slot and room in the memory budget, and one worker thread brings
 the bytes, from the cache directory if they are there, else by one ranged GET. Now the block is
-*held*: its waiters are answered at once; then it is pushed into the page cache and written to the
-disk, each by tasks of their own that no reader waits for. After that it stays in memory until its
-room is needed.
+*held*: what nobody waits for is pushed into the page cache, then its waiters are answered, so that
+they find the rest in place; a task of its own writes it to the disk, which no reader waits for.
+After that it stays in memory until its room is needed.
 
 All decisions are made in the trio thread, so nothing here needs a lock; worker threads only move
 bytes. Demand overtakes prefetch for slots and for room. What can be brought again is given up for

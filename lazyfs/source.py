@@ -1,7 +1,7 @@
 """One S3 prefix: what lies below it, and ranges of its objects.
 
 boto3 finds credentials, lists and heads; obstore brings the bytes, because it fetches and decrypts
-without the interpreter's lock and at a third of boto3's processor time (`bench/transport.py`).
+without the interpreter's lock and at a third of boto3's processor time.
 All calls here block: they are made from worker threads. S3's errors become the project's own here
 and nowhere else.
 """
