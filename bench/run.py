@@ -215,12 +215,12 @@ def is_mounted(path: Path) -> bool:
 
 
 def daemon_of(mountpoint: Path) -> int:
-    """The process of the lazyfs daemon that serves a mountpoint."""
+    """The worker that serves a mountpoint."""
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
             with contextlib.suppress(OSError):
                 words = (process / "cmdline").read_bytes().split(b"\0")
-                if b"--foreground" in words and str(mountpoint).encode() in words:
+                if b"lazyfs.worker" in words and str(mountpoint).encode() in words:
                     return int(process.name)
     raise SystemExit("bench: lazyfs does not run")
 

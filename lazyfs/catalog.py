@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 import trio
 
 from lazyfs.errors import ObjectGoneError
+from lazyfs.journal import Listing, ListingJournal
 from lazyfs.options import MountOptions
 from lazyfs.retry import patiently
 from lazyfs.source import Page, Source
@@ -31,11 +32,13 @@ class Catalog:
     Args:
         source: where to list.
         options: which files are wanted, and how long to wait for S3.
+        journal: where listings are written down before they are shown.
     """
 
-    def __init__(self, source: Source, options: MountOptions) -> None:
+    def __init__(self, source: Source, options: MountOptions, journal: ListingJournal) -> None:
         self._source = source
         self._options = options
+        self._journal = journal
         self.tree = Tree(source.url.prefix, self._wanted)
         self._listing: defaultdict[int, trio.Lock] = defaultdict(trio.Lock)
 
@@ -51,7 +54,12 @@ class Catalog:
                 f"{self._source.url}: no objects below this prefix; check its spelling"
             )
         if page.next_token is None:
-            self._plant(self.tree.root, page.objects, [], whole=True)
+            self._add(Listing(self.tree.root.prefix, page.objects, [], whole=True))
+
+    def restore(self) -> None:
+        """Become what the journal says that a former daemon has shown."""
+        for listing in self._journal.read():
+            self._plant(listing)
 
     async def children(self, directory: Directory) -> dict[str, Node]:
         """The nodes of a directory by name, listed now if nobody looked before.
@@ -82,7 +90,7 @@ class Catalog:
             prefixes += page.prefixes
             token = page.next_token
             if token is None:
-                self._plant(directory, objects, prefixes, whole=False)
+                self._add(Listing(directory.prefix, objects, prefixes, whole=False))
                 return
 
     async def _page(self, prefix: str, token: str | None, delimiter: str) -> Page:
@@ -91,17 +99,15 @@ class Catalog:
             abandon_on_cancel=True,
         )
 
-    def _plant(
-        self,
-        directory: Directory,
-        objects: list[ListedObject],
-        prefixes: list[str | None],
-        *,
-        whole: bool,
-    ) -> None:
-        hidden = self.tree.plant(directory, objects, prefixes, whole=whole)
+    def _add(self, listing: Listing) -> None:
+        self._journal.append(listing)
+        hidden = self._plant(listing)
         if hidden:
             log.warning("%s", _hidden_sentence(hidden))
+
+    def _plant(self, listing: Listing) -> list[Hidden]:
+        directory = self.tree.directory(listing.prefix)
+        return self.tree.plant(directory, listing.objects, listing.prefixes, whole=listing.whole)
 
     def _wanted(self, path: str) -> bool:
         include, exclude = self._options.include, self._options.exclude

@@ -13,11 +13,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import click
 
-from lazyfs import __version__
+from lazyfs import __version__, mounts
 from lazyfs.errors import DaemonError, LazyfsError, MountError, OptionError
 from lazyfs.options import (
     OPTIONS,
@@ -25,12 +25,15 @@ from lazyfs.options import (
     Option,
     config_layer,
     environment_layer,
-    find_option,
+    merged,
 )
-from lazyfs.runtime import DaemonWatch, default_log_file
+from lazyfs.runtime import DaemonWatch, MountRecord, default_log_file, record_of, records
+from lazyfs.spec import MountSpec
+from lazyfs.supervisor import replace_worker
 
-# A background mount that is neither ready nor refused by then is given up.
-READY_TIMEOUT_S = 120.0
+# A background mount that is neither ready nor refused by then is given up; its supervisor, which
+# gives its worker 120 s, knows more.
+READY_TIMEOUT_S = 150.0
 
 
 class _OneLineErrors(click.Group):
@@ -86,14 +89,12 @@ def _click_option(option: Option) -> Callable[[Callable[..., None]], Callable[..
     type=click.Path(path_type=Path),
     help='TOML file with lines like block-size = "8MiB".',
 )
-@click.option("--ready-fd", type=int, hidden=True)
 @_with_mount_options
 def mount(
     source: str,
     mountpoint: Path,
     foreground: bool,
     config: Path | None,
-    ready_fd: int | None,
     **given: Any,
 ) -> None:
     """Mount SOURCE (s3://BUCKET or s3://BUCKET/PREFIX) at the empty directory MOUNTPOINT.
@@ -102,19 +103,18 @@ def mount(
     also come from the environment (LAZYFS_BLOCK_SIZE=8MiB) or a --config file.
     """
     config = config or (Path(path) if (path := os.environ.get("LAZYFS_CONFIG")) else None)
-    layer = _given_layer(given)
-    options = MountOptions.parse(
-        ("--{name}", layer),
+    layers = (
+        ("--{name}", _given_layer(given)),
         ("{environment}", environment_layer(os.environ)),
         (f"{config}: {{name}}", config_layer(config) if config else {}),
     )
+    options = MountOptions.parse(*layers)
     mountpoint = Path(os.path.realpath(mountpoint))
+    log_file = options.log_file or default_log_file(mountpoint)
+    spec = MountSpec(source, str(mountpoint), merged(*(texts for _, texts in layers)))
     if foreground:
-        _serve(source, mountpoint, options, ready_fd)
-    else:
-        arguments = ["mount", source, str(mountpoint), *_as_arguments(layer)]
-        arguments += [f"--config={config}"] if config else []
-        _start_in_background(arguments, options.log_file or default_log_file(mountpoint))
+        _serve(spec)
+    _start_in_background(spec, log_file)
 
 
 @main.command()
@@ -122,18 +122,39 @@ def mount(
 @click.option("--lazy", "-l", is_flag=True, help="Detach it even if it is in use.")
 def umount(mountpoint: Path, lazy: bool) -> None:
     """Unmount MOUNTPOINT and wait for its daemon to end; works after a crash as well."""
-    from lazyfs import session
-
     mountpoint = Path(os.path.realpath(mountpoint))
-    found = session.find_mount(mountpoint)
+    found = mounts.find_mount(mountpoint)
     if found is None:
         raise MountError(f"{mountpoint}: nothing is mounted there")
-    if found.filesystem_type != session.FILESYSTEM_TYPE:
+    if found.filesystem_type != mounts.FILESYSTEM_TYPE:
         raise MountError(f"{mountpoint}: is a mount of type {found.filesystem_type}, not of lazyfs")
     watch = DaemonWatch(mountpoint)
-    session.unmount(mountpoint, lazy=lazy)
+    mounts.unmount(mountpoint, lazy=lazy)
     if not lazy and not watch.wait(timeout_s=15):
         raise MountError(f"{mountpoint}: unmounted, but its daemon has not ended yet")
+
+
+@main.command()
+@click.argument("mountpoint", type=click.Path(path_type=Path), required=False)
+@click.option("--all", "every", is_flag=True, help="All mounts of this user.")
+def upgrade(mountpoint: Path | None, every: bool) -> None:
+    """Have MOUNTPOINT served by the version that is installed now, without unmounting.
+
+    Whoever reads notices a pause of about a second.
+    """
+    if (mountpoint is None) != every:
+        raise OptionError("upgrade: give a MOUNTPOINT, or --all")
+    chosen = records() if mountpoint is None else [_served(Path(os.path.realpath(mountpoint)))]
+    for record in chosen:
+        replacement = replace_worker(record)
+        click.echo(f"{record.mountpoint}: {record.version} -> {replacement.version}")
+
+
+def _served(mountpoint: Path) -> MountRecord:
+    record = record_of(mountpoint)
+    if record is None:
+        raise MountError(f"{mountpoint}: no lazyfs daemon serves it")
+    return record
 
 
 def _given_layer(given: dict[str, Any]) -> dict[str, str | tuple[str, ...]]:
@@ -145,59 +166,34 @@ def _given_layer(given: dict[str, Any]) -> dict[str, str | tuple[str, ...]]:
     }
 
 
-def _as_arguments(layer: dict[str, str | tuple[str, ...]]) -> list[str]:
-    """The same as command line arguments again."""
-    arguments = []
-    for name, value in layer.items():
-        option = find_option(name)
-        if option is not None and option.is_flag:
-            arguments.append(f"--{name}" if value == "true" else f"--{option.negation}")
-        else:
-            texts = (value,) if isinstance(value, str) else value
-            arguments += [f"--{name}={text}" for text in texts]
-    return arguments
+def _command(spec: MountSpec, descriptors: Sequence[int]) -> list[str]:
+    numbers = map(str, descriptors)
+    return [sys.executable, "-P", "-m", "lazyfs.supervisor", spec.mountpoint, *numbers]
 
 
-def _serve(source: str, mountpoint: Path, options: MountOptions, ready_fd: int | None) -> None:
-    """Run the daemon in this process."""
-    from lazyfs import daemon, log
-    from lazyfs.source import SourceUrl
-
-    log.configure(options.log_level, options.log_format, str(mountpoint))
-    os.chdir("/")  # a daemon must not keep a filesystem busy
-    try:
-        daemon.run(
-            daemon.Mount(SourceUrl.parse(source), mountpoint, options),
-            lambda: _tell_parent(ready_fd, {"ready": True}),
-        )
-    except LazyfsError as error:
-        _tell_parent(ready_fd, {"error": str(error), "exit_code": error.exit_code})
-        raise
+def _serve(spec: MountSpec) -> NoReturn:
+    """Become the mount's supervisor."""
+    descriptor = spec.to_descriptor()
+    os.set_inheritable(descriptor, True)
+    command = _command(spec, [descriptor])
+    os.execv(command[0], command)  # noqa: S606
 
 
-def _tell_parent(ready_fd: int | None, message: dict[str, Any]) -> None:
-    if ready_fd is not None:
-        with open(ready_fd, "w") as pipe:
-            json.dump(message, pipe)
-
-
-def _start_in_background(arguments: list[str], log_file: Path) -> None:
-    """Run a command in the foreground of a session of its own, and return when it is ready.
+def _start_in_background(spec: MountSpec, log_file: Path) -> None:
+    """Start the mount's supervisor in a session of its own, and return when it is ready.
 
     Raises:
         LazyfsError: it was refused, with the message of the daemon, or it did not become ready.
     """
     reader, writer = os.pipe()
+    passed = [spec.to_descriptor(), writer]
     with _open_log(log_file) as output, open(reader) as answers:
         process = subprocess.Popen(
-            [
-                *(sys.executable, "-P", "-m", "lazyfs", *arguments),
-                *("--foreground", f"--ready-fd={writer}"),
-            ],
+            _command(spec, passed),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            pass_fds=[writer],
+            pass_fds=passed,
             start_new_session=True,
         )
         os.close(writer)
@@ -206,7 +202,7 @@ def _start_in_background(arguments: list[str], log_file: Path) -> None:
     if answer.get("ready"):
         return
     if not answer:
-        process.kill()
+        process.terminate()
     process.wait()
     if answer:
         raise DaemonError(answer["error"], answer["exit_code"])

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
-import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +19,22 @@ from pathlib import Path
 import pyfuse3
 import trio
 
+from lazyfs import mounts, privileges
 from lazyfs.cache import BlockCache, default_directory
 from lazyfs.catalog import Catalog
 from lazyfs.fetcher import BlockFetcher
 from lazyfs.filesystem import Filesystem
+from lazyfs.handover import Beginning, Handover
+from lazyfs.journal import ListingJournal
+from lazyfs.keeper import KeeperClient
 from lazyfs.kinds import format_size
 from lazyfs.options import MountOptions
 from lazyfs.pagecache import PageCache, tune_kernel
 from lazyfs.planner import Planner
 from lazyfs.prefetch import Prefetcher
-from lazyfs.runtime import MountRecord, RunningMount
-from lazyfs.session import Session, check_mountpoint
+from lazyfs.session import CannotResumeError, Session
 from lazyfs.source import Source, SourceUrl
+from lazyfs.spec import Credentials
 from lazyfs.tree import File
 
 log = logging.getLogger(__name__)
@@ -51,19 +55,24 @@ class Mount:
     url: SourceUrl
     mountpoint: Path
     options: MountOptions
+    credentials: Credentials | None = None
 
 
-def run(mount: Mount, on_ready: Callable[[], None]) -> None:
-    """Mount and serve until SIGTERM, SIGINT or an unmount.
+def run(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None]) -> None:
+    """Mount and serve, or go on serving what is mounted, until SIGTERM, SIGINT or an unmount.
+
+    Nothing is unmounted here: whoever holds the session may have another daemon go on.
 
     Args:
+        keeper: keeps the session under the name of the mountpoint.
         on_ready: called once the mount can be used.
 
     Raises:
-        LazyfsError: it could not be mounted; nothing is left behind.
+        LazyfsError: it could not be mounted, or not be resumed.
+        KeeperError: the session cannot be kept.
     """
     _share_one_heap()
-    trio.run(_serve, mount, on_ready)
+    trio.run(_serve, mount, keeper, on_ready)
 
 
 def _share_one_heap() -> None:
@@ -77,43 +86,74 @@ def _share_one_heap() -> None:
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
-async def _serve(mount: Mount, on_ready: Callable[[], None]) -> None:
+async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None]) -> None:
     options = mount.options
-    check_mountpoint(mount.mountpoint)
-    record = RunningMount(MountRecord(str(mount.mountpoint), str(mount.url), os.getpid()))
-    try:
-        source = await trio.to_thread.run_sync(Source, mount.url, options)
-        catalog = Catalog(source, options)
+    former = Handover.fetch(keeper, str(mount.mountpoint))
+    if former is None:
+        mounts.check_mountpoint(mount.mountpoint)
+    region = former.beginning.region if former else None
+    source = await trio.to_thread.run_sync(Source, mount.url, options, mount.credentials, region)
+    journal = ListingJournal(former.listing if former else None)
+    catalog = Catalog(source, options, journal)
+    if former:
+        catalog.restore()
+    else:
         await catalog.open()
-        cache = await _open_cache(mount, source)
-        prefetcher = Prefetcher(options.prefetch, options.block_size)
-        page_cache = PageCache(options.page_cache)
-        fetcher = BlockFetcher(source, cache, page_cache, prefetcher, options)
-        planner = Planner(catalog, fetcher, prefetcher)
-        on_open = planner.opened if options.prefetch == "model" else _ignore
-        session = Session.mount(str(mount.url), mount.mountpoint, allow_other=options.allow_other)
-        filesystem = Filesystem(catalog, fetcher, options, session.adopt, on_open)
-        try:
-            tune_kernel(session.device, options.read_ahead)
-            session.attach(filesystem)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_end_on_signal, nursery.cancel_scope)
-                nursery.start_soon(_end_with_session, session, nursery.cancel_scope)
-                await nursery.start(fetcher.run)
-                if options.prefetch == "model":
-                    nursery.start_soon(planner.run)
-                    if page_cache.supported:
-                        nursery.start_soon(_show_to_kernel, mount.mountpoint)
-                log.info("mounted %s at %s", mount.url, mount.mountpoint)
-                on_ready()
-                await pyfuse3.main(max_tasks=MOST_REQUESTS)
-                await fetcher.finish_writing()
-                nursery.cancel_scope.cancel()
-        finally:
-            session.close()
-            _log_summary(mount, filesystem, fetcher, page_cache)
+    cache = await _open_cache(mount, source)
+    prefetcher = Prefetcher(options.prefetch, options.block_size)
+    page_cache = PageCache(options.page_cache)
+    fetcher = BlockFetcher(source, cache, page_cache, prefetcher, options)
+    planner = Planner(catalog, fetcher, prefetcher)
+    on_open = planner.opened if options.prefetch == "model" else _ignore
+    if former:
+        session, beginning = await _resume(mount, former)
+    else:
+        session, beginning = await _begin(mount, source.region)
+        handover = Handover(session.descriptor, journal.descriptor, beginning)
+        handover.store(keeper, str(mount.mountpoint))
+    tune_kernel(session.device, options.read_ahead)
+    privileges.drop()
+    filesystem = Filesystem(catalog, fetcher, options, beginning.mounted_ns, session.adopt, on_open)
+    try:
+        session.attach(filesystem)
+        if former:
+            filesystem.remember_all()
+            session.resend()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_end_on_signal, nursery.cancel_scope)
+            nursery.start_soon(_end_with_session, session, nursery.cancel_scope)
+            await nursery.start(fetcher.run)
+            if options.prefetch == "model":
+                nursery.start_soon(planner.run)
+                if page_cache.supported:
+                    nursery.start_soon(_show_to_kernel, mount.mountpoint)
+            verb = "resumed" if former else "mounted"
+            log.info("%s %s at %s", verb, mount.url, mount.mountpoint)
+            on_ready()
+            await pyfuse3.main(max_tasks=MOST_REQUESTS)
+            await fetcher.finish_writing()
+            nursery.cancel_scope.cancel()
     finally:
-        record.close()
+        session.close()
+        _log_summary(mount, filesystem, fetcher, page_cache)
+
+
+async def _begin(mount: Mount, region: str) -> tuple[Session, Beginning]:
+    session = Session.mount(str(mount.url), mount.mountpoint, allow_other=mount.options.allow_other)
+    answer = await session.negotiate()
+    return session, Beginning(session.init_message.hex(), answer.hex(), region, time.time_ns())
+
+
+async def _resume(mount: Mount, former: Handover) -> tuple[Session, Beginning]:
+    """Raises CannotResumeError when this daemon would speak another protocol."""
+    beginning = former.beginning
+    session = Session(mount.mountpoint, former.fuse, bytes.fromhex(beginning.init_message))
+    if (await session.negotiate()).hex() != beginning.init_answer:
+        raise CannotResumeError(
+            f"{mount.mountpoint}: libfuse or pyfuse3 was replaced by a version that speaks "
+            "another protocol than the mount began with: mounting anew"
+        )
+    return session, beginning
 
 
 def _log_summary(
@@ -121,7 +161,7 @@ def _log_summary(
 ) -> None:
     counters = fetcher.counters
     log.info(
-        "unmounted %s: %d reads; %s from S3 in %d blocks, %s from disk; %s put into the page "
+        "served %s: %d reads; %s from S3 in %d blocks, %s from disk; %s put into the page "
         "cache, %s written to disk, %d blocks not (it was too slow)",
         mount.mountpoint,
         filesystem.reads,

@@ -29,11 +29,19 @@ class MountError(LazyfsError):
 
 
 class DaemonError(LazyfsError):
-    """What a background daemon said when it refused to mount."""
+    """What a daemon said when it refused to mount, or to go on.
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    Attributes:
+        exit_code: for the command line.
+        kind: the name of the error's class in the daemon.
+        status: that its process ended with.
+    """
+
+    def __init__(self, message: str, exit_code: int, kind: str = "", status: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+        self.kind = kind
+        self.status = status
 
 
 class CacheError(LazyfsError):

@@ -11,7 +11,6 @@ import errno
 import logging
 import os
 import stat
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -40,6 +39,7 @@ class Filesystem(pyfuse3.Operations):
         catalog: names to nodes.
         fetcher: nodes to bytes.
         options: owner and modes.
+        mounted_ns: what directories show as their time.
         on_init: called once, when libfuse has taken the kernel's first message.
         on_open: told of each file that is opened.
     """
@@ -52,6 +52,7 @@ class Filesystem(pyfuse3.Operations):
         catalog: Catalog,
         fetcher: BlockFetcher,
         options: MountOptions,
+        mounted_ns: int,
         on_init: Callable[[], None],
         on_open: Callable[[File], None],
     ) -> None:
@@ -62,7 +63,7 @@ class Filesystem(pyfuse3.Operations):
         self._options = options
         self._uid = os.getuid() if options.uid is None else options.uid
         self._gid = os.getgid() if options.gid is None else options.gid
-        self._mounted_ns = time.time_ns()
+        self._mounted_ns = mounted_ns
         self._on_init = on_init
         self._on_open = on_open
         # How often the kernel was given each inode, less how often it forgot it.
@@ -71,6 +72,11 @@ class Filesystem(pyfuse3.Operations):
 
     def init(self) -> None:
         self._on_init()
+
+    def remember_all(self) -> None:
+        """Take every file as known to the kernel: a former daemon may have told it of each."""
+        for file in self._tree.files():
+            self._fetcher.set_known(file, True)
 
     async def lookup(
         self, parent_inode: InodeT, name: bytes, ctx: pyfuse3.RequestContext

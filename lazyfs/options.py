@@ -295,6 +295,17 @@ def find_option(name: str) -> Option | None:
     return _BY_NAME.get(name)
 
 
+def merged(*layers: Mapping[str, str | Iterable[str]]) -> dict[str, str | list[str]]:
+    """One layer of several that are valid, an earlier one over a later one."""
+    texts: dict[str, str | list[str]] = {}
+    for layer in reversed(layers):
+        for name, text in layer.items():
+            option = find_option(name)
+            assert option is not None
+            texts[option.name] = text if isinstance(text, str) else list(text)
+    return texts
+
+
 def environment_layer(environment: Mapping[str, str]) -> dict[str, str | Iterable[str]]:
     """Option texts from variables such as `LAZYFS_BLOCK_SIZE`; patterns are split at commas."""
     layer: dict[str, str | Iterable[str]] = {}

@@ -10,46 +10,89 @@ import fcntl
 import hashlib
 import json
 import os
-import stat
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lazyfs import __version__
 from lazyfs.errors import MountError
+from lazyfs.keeper import private_directory
 
 
 @dataclass(frozen=True, slots=True)
 class MountRecord:
-    """What is known of a running daemon."""
+    """What is known of a mount that is served.
+
+    Attributes:
+        supervisor: the process that looks after the worker.
+        worker: the process that serves; None: none does at the moment.
+        version: of lazyfs, in the worker.
+    """
 
     mountpoint: str
     source: str
-    pid: int
-    version: str = __version__
+    supervisor: int
+    worker: int | None = None
+    version: str = ""
 
 
 class RunningMount:
-    """This process's own record, until it is closed."""
+    """The right to serve a mountpoint, and the record of it, until it is closed.
+
+    Raises:
+        MountError: another process has it.
+    """
 
     def __init__(self, record: MountRecord) -> None:
         self._path = _path(Path(record.mountpoint))
-        _make_directory(self._path.parent)
+        try:
+            private_directory(self._path.parent)
+        except OSError as error:
+            raise MountError(str(error)) from error
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            source = _read(self._path).source
             os.close(self._descriptor)
             raise MountError(
-                f"{record.mountpoint}: another lazyfs daemon still serves it; "
-                f"wait for it, or lazyfs umount {record.mountpoint}"
+                f"{record.mountpoint}: {source} is mounted there already; "
+                f"unmount it first: lazyfs umount {record.mountpoint}"
             ) from None
-        os.ftruncate(self._descriptor, 0)
-        os.write(self._descriptor, json.dumps(asdict(record)).encode())
+        self.write(record)
+
+    def write(self, record: MountRecord) -> None:
+        """Replace the record."""
+        content = json.dumps(asdict(record)).encode()
+        # Longer than before or padded, so that who reads at the same time reads one of the two.
+        size = os.fstat(self._descriptor).st_size
+        os.pwrite(self._descriptor, content.ljust(size), 0)
+
+    @property
+    def descriptors(self) -> list[int]:
+        """What another process must inherit for the mount to count as served while it lives."""
+        return [self._descriptor]
 
     def close(self) -> None:
-        """The mount ends: take the record away. The lock stays until the process is gone."""
+        """The mount ends: take the record away."""
         self._path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+
+def record_of(mountpoint: Path) -> MountRecord | None:
+    """The record of the mount that is served there; None if no daemon does."""
+    path = _path(mountpoint)
+    if DaemonWatch(mountpoint).wait(timeout_s=0):
+        return None
+    return _read(path)
+
+
+def records() -> list[MountRecord]:
+    """Of all mounts of this user that are served now."""
+    served = (
+        record_of(Path(_read(path).mountpoint))
+        for path in sorted(runtime_directory().glob("*.json"))
+    )
+    return [record for record in served if record is not None]
 
 
 class DaemonWatch:
@@ -76,19 +119,17 @@ class DaemonWatch:
                     return False
                 time.sleep(0.01)
         self._path.unlink(missing_ok=True)  # left behind by a daemon that was killed
+        os.close(self._descriptor)
         return True
 
 
-def _make_directory(directory: Path) -> None:
-    """Raises MountError if others could have put something there."""
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    status = directory.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise MountError(f"{directory}: is not a directory of this user alone; remove it")
-
-
 def runtime_directory() -> Path:
-    """Where records are: `/run/lazyfs` for root, below `$XDG_RUNTIME_DIR` for others."""
+    """Where records are: `/run/lazyfs` for root, below `$XDG_RUNTIME_DIR` for others.
+
+    `$LAZYFS_RUNTIME_DIR` names another place, which must be short: sockets are in it.
+    """
+    if chosen := os.environ.get("LAZYFS_RUNTIME_DIR"):
+        return Path(chosen)
     if os.geteuid() == 0:
         return Path("/run/lazyfs")
     base = os.environ.get("XDG_RUNTIME_DIR")
@@ -102,6 +143,10 @@ def default_log_file(mountpoint: Path) -> Path:
         return Path("/var/log/lazyfs") / f"{name}.log"
     base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
     return Path(base).expanduser() / "lazyfs" / f"{name}.log"
+
+
+def _read(path: Path) -> MountRecord:
+    return MountRecord(**json.loads(path.read_text()))
 
 
 def _path(mountpoint: Path) -> Path:

@@ -1,40 +1,49 @@
-"""The `/dev/fuse` descriptor: mounting, serving, unmounting.
+"""The conversation with the kernel: begun, handed over, taken up again.
 
-The kernel's side of a mount is a descriptor and one message, FUSE_INIT, which opens the
-conversation. Here both are kept apart from libfuse: we mount, read FUSE_INIT ourselves and then let
-libfuse begin on one end of a socket pair into which that message is sent. In the moment in which
-libfuse has taken it, the kernel's descriptor is put in the place of the socket (`adopt`). So a
-session consists of two plain things that can be handed from one process to the next.
+The kernel's side of a mount is a descriptor of `/dev/fuse` and one message, FUSE_INIT, which opens
+the conversation. Here both are kept apart from libfuse: we mount, read FUSE_INIT ourselves and then
+let libfuse begin on one end of a socket pair into which that message is sent. In the moment in
+which libfuse has taken it, the kernel's descriptor is put in the place of the socket (`adopt`).
+
+So a session can go on in another process, which gets the same descriptor and plays the same
+beginning to its own libfuse. The kernel is beyond that point: it ignores the second answer to
+FUSE_INIT. It must therefore be the same answer, or the two would speak different dialects from then
+on; `negotiate` finds out what libfuse answers before anything is at stake. What the former process
+had taken and not answered is asked for again (`resend`).
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
+import logging
 import os
-import select
-import shutil
 import socket
-import subprocess
-from collections.abc import Sequence
+import struct
 from pathlib import Path
 
 import pyfuse3
+import trio
 
+from lazyfs import mounts
 from lazyfs.errors import MountError
 
-# linux/mount.h
-MS_RDONLY, MS_NOSUID, MS_NODEV = 1, 2, 4
-MNT_DETACH = 2
-FILESYSTEM_TYPE = "fuse.lazyfs"
+log = logging.getLogger(__name__)
+
 # The kernel refuses to be read with less than this (FUSE_MIN_READ_BUFFER).
 INIT_BUFFER = 1 << 16
+# linux/fuse.h: struct fuse_out_header with FUSE_NOTIFY_RESEND in the place of an error.
+RESEND = struct.pack("<IiQ", 16, 7, 0)
+# In the kernel since.
+RESEND_SINCE = "6.9"
+OPTIONS = {"default_permissions"}
 
-_libc = ctypes.CDLL(None, use_errno=True)
+
+class CannotResumeError(MountError):
+    """The session cannot go on with this daemon; the mount must be made anew."""
 
 
 class Session:
-    """A mount of this process.
+    """A mount that this process serves.
 
     Args:
         mountpoint: an absolute path.
@@ -44,8 +53,8 @@ class Session:
 
     def __init__(self, mountpoint: Path, descriptor: int, init_message: bytes) -> None:
         self.mountpoint = mountpoint
-        self._descriptor = descriptor
-        self._init_message = init_message
+        self.descriptor = descriptor
+        self.init_message = init_message
         self._ours: socket.socket | None = None
         self._theirs: int | None = None
 
@@ -59,205 +68,73 @@ class Session:
         Raises:
             MountError: it is not possible; the message says why and what to do.
         """
-        check_mountpoint(mountpoint)
-        if os.geteuid() == 0:
-            descriptor = _mount_as_root(source, mountpoint, allow_other)
-        else:
-            descriptor = _mount_with_helper(source, mountpoint, allow_other)
+        mounts.check_mountpoint(mountpoint)
+        descriptor = mounts.mount(source, mountpoint, allow_other=allow_other)
         try:
             return cls(mountpoint, descriptor, os.read(descriptor, INIT_BUFFER))
         except OSError as error:
-            unmount(mountpoint, lazy=True)
+            mounts.unmount(mountpoint, lazy=True)
             os.close(descriptor)
             raise MountError(f"{mountpoint}: the kernel did not begin to talk: {error}") from error
 
     @property
     def device(self) -> str:
         """The mount's device number, `major:minor`."""
-        found = find_mount(self.mountpoint)
+        found = mounts.find_mount(self.mountpoint)
         if found is None:
             raise MountError(f"{self.mountpoint}: no longer mounted")
         return found.device
+
+    @property
+    def ended(self) -> bool:
+        """Whether the kernel has ended the session: unmounted, or aborted."""
+        return mounts.session_ended(self.descriptor)
+
+    async def negotiate(self) -> bytes:
+        """What libfuse, as it is installed now, answers to this session's FUSE_INIT."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours:
+            # libfuse closes its end.
+            pyfuse3.init(pyfuse3.Operations(), f"/dev/fd/{theirs.detach()}", OPTIONS)
+            try:
+                ours.send(self.init_message)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(pyfuse3.main)
+                    await trio.lowlevel.wait_readable(ours)
+                    pyfuse3.terminate()
+                return ours.recv(INIT_BUFFER)
+            finally:
+                pyfuse3.close(unmount=False)
 
     def attach(self, operations: pyfuse3.Operations) -> None:
         """Give the session to libfuse; its `init` must call `adopt`."""
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._theirs = theirs.detach()  # libfuse closes it
-        pyfuse3.init(operations, f"/dev/fd/{self._theirs}", {"default_permissions"})
-        self._ours.send(self._init_message)
+        pyfuse3.init(operations, f"/dev/fd/{self._theirs}", OPTIONS)
+        self._ours.send(self.init_message)
 
     def adopt(self) -> None:
         """Put the kernel in the place of the socket from which libfuse has read FUSE_INIT."""
         assert self._ours is not None and self._theirs is not None
-        os.dup2(self._descriptor, self._theirs)
+        os.dup2(self.descriptor, self._theirs)
         self._ours.close()
 
-    @property
-    def ended(self) -> bool:
-        """Whether the kernel has ended the session: unmounted, or aborted."""
-        watch = select.poll()
-        watch.register(self._descriptor, select.POLLIN)
-        return any(events & select.POLLERR for _, events in watch.poll(0))
+    def resend(self) -> None:
+        """Have the kernel ask again for what the former daemon had taken and not answered.
+
+        Raises:
+            CannotResumeError: this kernel cannot; those who wait would wait for ever.
+        """
+        try:
+            os.write(self.descriptor, RESEND)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            raise CannotResumeError(
+                f"{self.mountpoint}: this kernel cannot ask again for what was in flight "
+                f"(it can since Linux {RESEND_SINCE}): mounting anew"
+            ) from error
 
     def close(self) -> None:
-        """Unmount if that was not done yet, and let go of the descriptor.
-
-        A mount that is in use is detached: those who use it get ENOTCONN.
-        """
-        if find_mount(self.mountpoint) is not None:
-            try:
-                unmount(self.mountpoint)
-            except MountError:
-                unmount(self.mountpoint, lazy=True)
-        os.close(self._descriptor)
-
-
-class MountEntry:
-    """One line of `/proc/self/mountinfo` (proc(5))."""
-
-    def __init__(self, line: str) -> None:
-        fields, _, rest = line.partition(" - ")
-        self.device = fields.split()[2]
-        self.mountpoint = Path(_unescape(fields.split()[4]))
-        self.filesystem_type, self.source = (_unescape(part) for part in rest.split()[:2])
-
-
-def mounts() -> list[MountEntry]:
-    """All mounts of this mount namespace, oldest first."""
-    return [MountEntry(line) for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-
-
-def find_mount(mountpoint: Path) -> MountEntry | None:
-    """What is mounted there last, without touching the filesystem itself."""
-    return next((entry for entry in reversed(mounts()) if entry.mountpoint == mountpoint), None)
-
-
-def check_mountpoint(mountpoint: Path) -> None:
-    """Raises MountError if the path cannot be mounted on."""
-    if not Path("/dev/fuse").exists():
-        raise MountError(
-            "/dev/fuse is missing: load the kernel module (modprobe fuse), or give the container "
-            "the device"
-        )
-    entry = find_mount(mountpoint)
-    if entry is not None:
-        raise MountError(
-            f"{mountpoint}: {entry.source} ({entry.filesystem_type}) is mounted there already; "
-            f"unmount it first: lazyfs umount {mountpoint}"
-        )
-    try:
-        if not mountpoint.is_dir():
-            what = "is not a directory" if mountpoint.exists() else "does not exist: mkdir it first"
-            raise MountError(f"{mountpoint}: {what}")
-        if any(mountpoint.iterdir()):
-            raise MountError(f"{mountpoint}: is not empty; mount on an empty directory")
-    except OSError as error:
-        raise MountError(f"{mountpoint}: {error.strerror}") from error
-
-
-def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
-    """Unmount, also when the daemon is dead.
-
-    Args:
-        lazy: take it out of the tree even if it is in use; it ends with its last user.
-
-    Raises:
-        MountError: it is in use, or not permitted, or not mounted.
-    """
-    if os.geteuid() == 0:
-        if _libc.umount2(os.fsencode(mountpoint), MNT_DETACH if lazy else 0) != 0:
-            number = ctypes.get_errno()
-            raise MountError(f"{mountpoint}: {_unmount_hint(number)}")
-        return
-    answer = _run_helper([*_helper(), "-u", *(["-z"] if lazy else []), str(mountpoint)])
-    if answer.returncode != 0:
-        busy = "busy" in answer.stderr.lower()
-        hint = _unmount_hint(errno.EBUSY) if busy else answer.stderr.strip()
-        raise MountError(f"{mountpoint}: {hint}")
-
-
-def _unmount_hint(number: int) -> str:
-    if number == errno.EBUSY:
-        return "in use; end what uses it, or detach it with --lazy"
-    if number == errno.EINVAL:
-        return "nothing is mounted there"
-    return os.strerror(number)
-
-
-def _mount_as_root(source: str, mountpoint: Path, allow_other: bool) -> int:
-    try:
-        descriptor = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise MountError(f"/dev/fuse: {error.strerror}; is the device allowed here?") from error
-    options = [f"fd={descriptor}", "rootmode=40000", "user_id=0", "group_id=0"]
-    options += ["default_permissions", *(["allow_other"] if allow_other else [])]
-    flags = MS_RDONLY | MS_NOSUID | MS_NODEV
-    arguments = (source, mountpoint, FILESYSTEM_TYPE)
-    encoded = [os.fsencode(argument) for argument in arguments]
-    if _libc.mount(*encoded, ctypes.c_ulong(flags), ",".join(options).encode()) != 0:
-        number = ctypes.get_errno()
-        os.close(descriptor)
-        hint = "; CAP_SYS_ADMIN is needed" if number == errno.EPERM else ""
-        raise MountError(f"{mountpoint}: mount failed: {os.strerror(number)}{hint}")
-    return descriptor
-
-
-def _mount_with_helper(source: str, mountpoint: Path, allow_other: bool) -> int:
-    """Let fusermount3, which is setuid root, mount, and receive the descriptor from it.
-
-    It sends the descriptor over the socket whose number `_FUSE_COMMFD` holds (libfuse, mount.c).
-    """
-    options = ["ro", "nosuid", "nodev", "default_permissions", "subtype=lazyfs"]
-    options += [f"fsname={_escape(source)}", *(["allow_other"] if allow_other else [])]
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        answer = _run_helper(
-            [*_helper(), "-o", ",".join(options), "--", str(mountpoint)],
-            descriptors=[theirs.fileno()],
-            environment={"_FUSE_COMMFD": str(theirs.fileno())},
-        )
-        if answer.returncode != 0:
-            raise MountError(f"{mountpoint}: {answer.stderr.strip() or 'fusermount3 failed'}")
-        _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
-    os.set_inheritable(descriptors[0], False)
-    return descriptors[0]
-
-
-def _helper() -> list[str]:
-    path = shutil.which("fusermount3")
-    if path is None:
-        raise MountError("fusermount3 is missing, which lets users mount: install package fuse3")
-    return [path]
-
-
-def _run_helper(
-    command: list[str],
-    *,
-    descriptors: Sequence[int] = (),
-    environment: dict[str, str] | None = None,
-) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(
-            command,
-            pass_fds=descriptors,
-            env={**os.environ, **(environment or {})},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise MountError(f"{command[0]} did not end within 30 s") from error
-
-
-def _escape(text: str) -> str:
-    """For a value in fusermount3's `-o`: commas and backslashes (fuse_opt.h)."""
-    return text.replace("\\", "\\\\").replace(",", "\\,")
-
-
-def _unescape(text: str) -> str:
-    """The octal escapes of mountinfo: space, tab, newline, backslash."""
-    for code, letter in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        text = text.replace(code, letter)
-    return text
+        """Let go of the descriptor. The mount goes on if somebody else holds it."""
+        os.close(self.descriptor)

@@ -27,6 +27,7 @@ from obstore.exceptions import BaseError as ObstoreError
 from obstore.store import S3Store
 
 from lazyfs import __version__
+from lazyfs.credentials import GivenCredentials
 from lazyfs.errors import (
     AccessDeniedError,
     BadRequestError,
@@ -40,12 +41,14 @@ from lazyfs.errors import (
     classify_text,
 )
 from lazyfs.options import MountOptions
+from lazyfs.spec import Credentials
 from lazyfs.tree import ListedObject
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
     from obstore.store import ClientConfig, S3Config, S3Credential
 
+DEFAULT_REGION = "us-east-1"
 CONNECT_TIMEOUT_S = 5.0
 # A connection that is silent for this long is given up and the range is asked for again.
 SILENCE_TIMEOUT_S = 20.0
@@ -94,22 +97,45 @@ class Source:
     Args:
         url: what to read.
         options: how to reach it.
+        credentials: given for this source; None: boto3 finds them.
+        region: of the bucket, when it is known from before: then nothing is asked of S3 now.
 
     Raises:
         SourceError: no credentials, or the bucket cannot be reached as asked.
         OptionError: the profile or the certificate file is not usable.
     """
 
-    def __init__(self, url: SourceUrl, options: MountOptions) -> None:
+    def __init__(
+        self,
+        url: SourceUrl,
+        options: MountOptions,
+        credentials: Credentials | None = None,
+        region: str | None = None,
+    ) -> None:
         self.url = url
         self._options = options
+        self._given = (
+            GivenCredentials(credentials, options.region or region or DEFAULT_REGION)
+            if credentials
+            else None
+        )
         with _as_source_error(str(url)):
-            self._session = _session(options)
-            self._client = self._connect()
-        region = self._client.meta.region_name
-        self._store = self._open_store(region)
+            self._session = _session(options, self._given)
+            self._client = self._client_for(region) if region else self._connect()
+        self.region: str = self._client.meta.region_name
+        self._store = self._open_store(self.region)
         # What makes cached blocks of equal keys in different services distinct.
-        self.endpoint = options.endpoint_url or f"aws:{region}"
+        self.endpoint = options.endpoint_url or f"aws:{self.region}"
+
+    def set_credentials(self, credentials: Credentials) -> None:
+        """Use other credentials from now on, in the place of those given at first.
+
+        Raises:
+            BadRequestError: none were given at first; boto3 keeps its own fresh.
+        """
+        if self._given is None:
+            raise BadRequestError(f"{self.url}: was mounted without credentials of its own")
+        self._given.replace(credentials)
 
     def list_page(self, prefix: str, token: str | None, *, delimiter: str = "") -> Page:
         """Up to 1,000 objects below a prefix, in key order, from where `token` says.
@@ -173,7 +199,7 @@ class Source:
                 "--no-sign-request for a public bucket"
             )
         region = options.region or self._session.region_name
-        client = self._client_for(region or "us-east-1")
+        client = self._client_for(region or DEFAULT_REGION)
         if options.endpoint_url:
             return client
         found = _bucket_region(client, self.url.bucket)
@@ -254,7 +280,9 @@ class Source:
         }
 
 
-def _session(options: MountOptions) -> boto3.Session:
+def _session(options: MountOptions, given: GivenCredentials | None) -> boto3.Session:
+    if given is not None:
+        return boto3.Session(botocore_session=given.new_session())
     try:
         return boto3.Session(profile_name=options.profile)
     except botocore.exceptions.ProfileNotFound:

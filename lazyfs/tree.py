@@ -128,6 +128,13 @@ class Tree:
         """The node of that inode number, if it was met."""
         return self._nodes.get(inode)
 
+    def directory(self, prefix: str) -> Directory:
+        """The directory of that prefix, which must have been met."""
+        inode = ROOT_INODE if prefix == self.root.prefix else directory_inode(prefix)
+        found = self._nodes[inode]
+        assert isinstance(found, Directory)
+        return found
+
     def path(self, node: Node) -> str:
         """The path of a node below the root, without a leading slash."""
         key = node.key if isinstance(node, File) else node.prefix.removesuffix("/")

@@ -5,22 +5,29 @@ A mount is only ever read from other processes than its daemon, each with a time
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 from s3 import CREDENTIALS
 
 TIMEOUT_S = 60
+# Of this run alone; short, because sockets are in it.
+RUNTIME_DIRECTORY = tempfile.mkdtemp(prefix="lazyfs-")
+atexit.register(shutil.rmtree, RUNTIME_DIRECTORY)
 
 
 def environment(**more: str) -> dict[str, str]:
     """What lazyfs runs with in tests: nothing of the developer's own AWS set-up."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "LAZYFS_"))}
+    kept["LAZYFS_RUNTIME_DIR"] = RUNTIME_DIRECTORY
     nowhere = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/nonexistent"}
     return {**kept, **nowhere, "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent", **CREDENTIALS, **more}
 
@@ -80,15 +87,26 @@ class Mounted:
         answer = lazyfs("mount", source, path, *self.arguments)
         assert answer.returncode == 0, answer.stderr + self.log()
         assert answer.stderr == ""
-        self.pid = daemon_pid(path)
+        self.pid = supervisor_pid(path)
+
+    @property
+    def worker(self) -> int:
+        """The process that serves it now."""
+        return worker_pid(self.path)
 
     def log(self) -> str:
         """What the daemon logged."""
         return self.log_file.read_text() if self.log_file.exists() else ""
 
     def kill(self, number: signal.Signals) -> None:
-        """Send the daemon a signal."""
+        """Send its supervisor a signal."""
         os.kill(self.pid, number)
+
+    def kill_all(self) -> None:
+        """Kill its supervisor, then its worker, and wait until both are gone."""
+        for pid in (self.pid, self.worker):
+            os.kill(pid, signal.SIGKILL)
+            wait_until_gone(pid)
 
     def end(self) -> None:
         """Unmount, by force if that must be, and see that the daemon is gone."""
@@ -96,6 +114,7 @@ class Mounted:
             answer = lazyfs("umount", self.path)
             if answer.returncode != 0:
                 os.kill(self.pid, signal.SIGKILL)
+                os.kill(self.worker, signal.SIGKILL)
                 lazyfs("umount", "--lazy", self.path)
                 raise AssertionError(answer.stderr)
         assert not is_mounted(self.path)
@@ -107,17 +126,26 @@ def is_mounted(path: Path) -> bool:
     return any(line.split()[4] == str(path) for line in open("/proc/self/mountinfo"))
 
 
-def daemon_pid(path: Path) -> int:
-    """The process that serves a mount, found as anyone can find it."""
+def worker_pid(path: Path) -> int:
+    """The worker that serves a mount, found as anyone can find it."""
+    return _process(b"lazyfs.worker", path)
+
+
+def supervisor_pid(path: Path) -> int:
+    """The process that looks after the worker of a mount."""
+    return _process(b"lazyfs.supervisor", path)
+
+
+def _process(module: bytes, path: Path) -> int:
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
             try:
                 words = (process / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if b"--foreground" in words and str(path).encode() in words:
+            if module in words and str(path).encode() in words:
                 return int(process.name)
-    raise AssertionError(f"no daemon serves {path}")
+    raise AssertionError(f"no {module.decode()} for {path}")
 
 
 def wait_until_gone(pid: int, timeout_s: float = 10) -> None:

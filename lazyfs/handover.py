@@ -1,0 +1,69 @@
+"""What one daemon leaves to the next, as descriptors in a keeper.
+
+    fuse      the kernel's side of the mount
+    session   how the conversation with the kernel began, and what must not change with a restart
+    listing   what was listed (`lazyfs/journal.py`)
+
+Beside them the supervisor keeps `spec` (`lazyfs/spec.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+
+from lazyfs.keeper import KeeperClient
+from lazyfs.spec import memory_file, read_whole
+
+SPEC = "spec"
+_FUSE, _SESSION, _LISTING = "fuse", "session", "listing"
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """How a mount began.
+
+    Attributes:
+        init_message: the kernel's FUSE_INIT, as hexadecimal digits.
+        init_answer: what libfuse answered to it, likewise.
+        region: of the bucket.
+        mounted_ns: since the epoch; what directories show as their time.
+    """
+
+    init_message: str
+    init_answer: str
+    region: str
+    mounted_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """A session that another daemon can go on with. The descriptors belong to who fetched it."""
+
+    fuse: int
+    listing: int
+    beginning: Beginning
+
+    @classmethod
+    def fetch(cls, keeper: KeeperClient, name: str) -> Handover | None:
+        """What is kept of that mount; None if it was not mounted yet."""
+        kept = keeper.fetch(name)
+        if _FUSE not in kept:
+            return None
+        beginning = Beginning(**json.loads(read_whole(kept[_SESSION])))
+        return cls(kept[_FUSE], kept[_LISTING], beginning)
+
+    def store(self, keeper: KeeperClient, name: str) -> None:
+        """Have it kept. Raises KeeperError."""
+        session = memory_file("lazyfs-session", json.dumps(asdict(self.beginning)).encode())
+        keeper.store(name, {_FUSE: self.fuse, _SESSION: session, _LISTING: self.listing})
+
+
+def kept_fuse(keeper: KeeperClient, name: str) -> int | None:
+    """The kernel's side of a mount, if it was mounted; the caller closes it."""
+    kept = keeper.fetch(name)
+    for label, descriptor in kept.items():
+        if label != _FUSE:
+            os.close(descriptor)
+    return kept.get(_FUSE)

@@ -1,0 +1,271 @@
+"""A store of descriptors, in a process that does nothing else.
+
+What must outlive a daemon is kept here as descriptors: the kernel's side of its mount, and memory
+files with what its successor has to know. A descriptor that somebody holds stays open, so a mount
+whose daemon died waits for the next daemon instead of failing.
+
+The protocol. Each message on a `SOCK_SEQPACKET` unix socket is one JSON object of up to 64 KiB,
+descriptors travel beside it as SCM_RIGHTS (unix(7)), and each request has one answer:
+
+    {"do": "store", "name": N, "labels": [L, ...]} + descriptors   {}
+    {"do": "fetch", "name": N}                                     {"labels": [...]} + descriptors
+    {"do": "drop", "name": N}                                      {}
+    {"do": "names"}                                                {"names": [...]}
+
+An answer with `error` says what was wrong with a request. `store` adds to what is stored under that
+name and replaces equal labels; `fetch` of an unknown name has no labels.
+
+This module imports only the standard library and knows nothing of FUSE: it is never upgraded under
+running mounts, so it has to be small and final.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import socket
+import stat
+import struct
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+LONGEST_MESSAGE = 1 << 16
+# Of one name; SCM_RIGHTS itself allows 253.
+MOST_LABELS = 16
+MOST_NAMES = 4096
+LONGEST_NAME = 512
+MOST_CLIENTS = 256
+ANSWER_TIMEOUT_S = 10.0
+PAUSE_S = 0.2
+
+
+class KeeperError(Exception):
+    """The keeper is not there, or refused a request."""
+
+
+class Keeper:
+    """What is kept. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: dict[str, dict[str, int]] = {}
+        self._clients = threading.BoundedSemaphore(MOST_CLIENTS)
+
+    def serve_at(self, path: Path) -> None:
+        """Answer at a unix socket, for ever.
+
+        Only processes of this user and of root are answered.
+
+        Raises:
+            KeeperError: something else is at that path, or others can write to its directory.
+        """
+        _allow_many_descriptors()
+        with _listen(path) as listener:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:  # out of descriptors for the moment: what is kept must stay
+                    time.sleep(PAUSE_S)
+                    continue
+                if is_trusted(connection) and self._clients.acquire(blocking=False):
+                    threading.Thread(
+                        target=self._serve_client, args=[connection], daemon=True
+                    ).start()
+                else:
+                    connection.close()
+
+    def _serve_client(self, connection: socket.socket) -> None:
+        try:
+            self.serve(connection)
+        finally:
+            self._clients.release()
+
+    def serve(self, connection: socket.socket) -> None:
+        """Answer one client until it hangs up."""
+        with connection, contextlib.suppress(OSError):
+            while True:
+                data, received, flags, _ = socket.recv_fds(
+                    connection, LONGEST_MESSAGE, MOST_LABELS + 1, socket.MSG_CMSG_CLOEXEC
+                )
+                if not data and not received:
+                    return
+                try:
+                    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                        raise KeeperError("the message is too long")
+                    answer, descriptors = self._answer(data, received)
+                except KeeperError as error:
+                    answer, descriptors = {"error": str(error)}, []
+                finally:
+                    _close(received)
+                try:
+                    socket.send_fds(connection, [json.dumps(answer).encode()], descriptors)
+                finally:
+                    _close(descriptors)
+
+    def _answer(self, data: bytes, received: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """The answer to a message, and descriptors to send along; both lists are the caller's."""
+        try:
+            message = json.loads(data)
+            action, name = message["do"], message.get("name")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise KeeperError("not a request") from None
+        if action == "names":
+            with self._lock:
+                return {"names": sorted(self._kept)}, []
+        if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
+            raise KeeperError("a request needs a name")
+        if action == "store":
+            self._store(name, message.get("labels"), received)
+        elif action == "fetch":
+            with self._lock:
+                kept = self._kept.get(name, {})
+                return {"labels": list(kept)}, [os.dup(each) for each in kept.values()]
+        elif action == "drop":
+            with self._lock:
+                _close(self._kept.pop(name, {}).values())
+        else:
+            raise KeeperError(f"no such request: {action!r}")
+        return {}, []
+
+    def _store(self, name: str, labels: Any, received: list[int]) -> None:
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise KeeperError("labels must be a list of texts")
+        if len(labels) != len(received) or len(set(labels)) != len(labels):
+            raise KeeperError(f"{len(labels)} labels for {len(received)} descriptors")
+        with self._lock:
+            if name not in self._kept and len(self._kept) >= MOST_NAMES:
+                raise KeeperError(f"{MOST_NAMES} names are kept already")
+            kept = self._kept.get(name, {})
+            if len(kept.keys() | set(labels)) > MOST_LABELS:
+                raise KeeperError(f"{name}: more than {MOST_LABELS} labels")
+            added = dict(zip(labels, map(os.dup, received), strict=True))
+            _close(kept[label] for label in kept.keys() & added.keys())
+            self._kept[name] = {**kept, **added}
+
+
+class KeeperClient:
+    """A connection to a keeper.
+
+    Args:
+        connection: of type SOCK_SEQPACKET; it belongs to the client from now on.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.settimeout(ANSWER_TIMEOUT_S)
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    @classmethod
+    def connect(cls, path: Path) -> KeeperClient:
+        """Raises KeeperError when no keeper answers there."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        connection.settimeout(ANSWER_TIMEOUT_S)
+        try:
+            connection.connect(str(path))
+        except OSError as error:
+            connection.close()
+            raise KeeperError(f"no keeper at {path}: {error.strerror}; is it running?") from error
+        return cls(connection)
+
+    def store(self, name: str, descriptors: Mapping[str, int]) -> None:
+        """Have descriptors kept under a name, each with a label. They stay the caller's as well."""
+        self._ask({"do": "store", "name": name, "labels": [*descriptors]}, [*descriptors.values()])
+
+    def fetch(self, name: str) -> dict[str, int]:
+        """What is kept under a name, by label; empty if nothing is. The caller closes it."""
+        answer, descriptors = self._ask({"do": "fetch", "name": name})
+        return dict(zip(answer["labels"], descriptors, strict=True))
+
+    def drop(self, name: str) -> None:
+        """Forget a name, and close what was kept under it."""
+        self._ask({"do": "drop", "name": name})
+
+    def names(self) -> list[str]:
+        """All names under which something is kept."""
+        answer, _ = self._ask({"do": "names"})
+        return list(answer["names"])
+
+    def close(self) -> None:
+        """Hang up. What is stored stays."""
+        self._connection.close()
+
+    def _ask(
+        self, message: dict[str, Any], descriptors: list[int] | None = None
+    ) -> tuple[dict[str, Any], list[int]]:
+        try:
+            with self._lock:
+                socket.send_fds(self._connection, [json.dumps(message).encode()], descriptors or [])
+                data, received, _, _ = socket.recv_fds(
+                    self._connection, LONGEST_MESSAGE, MOST_LABELS, socket.MSG_CMSG_CLOEXEC
+                )
+        except OSError as error:
+            raise KeeperError(f"the keeper does not answer: {error}") from error
+        answer = json.loads(data or '{"error": "the keeper hung up"}')
+        if "error" in answer:
+            raise KeeperError(answer["error"])
+        return answer, received
+
+
+def private_directory(directory: Path) -> None:
+    """Make a directory that only this user can write to, if it is not there.
+
+    Raises:
+        PermissionError: it is there, and others could have put something into it.
+    """
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status = directory.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise PermissionError(
+            f"{directory}: is not a directory that only this user can write to; "
+            "chmod go-w it, or remove it"
+        )
+
+
+def is_trusted(connection: socket.socket) -> bool:
+    """Whether the process at the other end is of this user, or of root (unix(7), SO_PEERCRED)."""
+    size = struct.calcsize("3i")
+    _, uid, _ = struct.unpack(
+        "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    )
+    return uid in (0, os.geteuid())
+
+
+def _listen(path: Path) -> socket.socket:
+    try:
+        private_directory(path.parent)
+        if _answers(path):
+            raise KeeperError(f"{path}: another keeper answers there; end it first")
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        mask = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(mask)
+        listener.listen(MOST_CLIENTS)
+    except OSError as error:
+        raise KeeperError(f"{path}: {error}") from error
+    return listener
+
+
+def _answers(path: Path) -> bool:
+    try:
+        KeeperClient.connect(path).close()
+    except KeeperError:
+        return False
+    return True
+
+
+def _allow_many_descriptors() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _close(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

@@ -1,0 +1,219 @@
+"""Mount system calls and what `/proc` says of mounts. Only the standard library.
+
+As root by mount(2); as anyone else through fusermount3, which is setuid root.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import select
+import shutil
+import socket
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from lazyfs.errors import MountError
+
+# linux/mount.h
+MS_RDONLY, MS_NOSUID, MS_NODEV = 1, 2, 4
+MNT_DETACH = 2
+FILESYSTEM_TYPE = "fuse.lazyfs"
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class MountEntry:
+    """One line of `/proc/self/mountinfo` (proc(5))."""
+
+    def __init__(self, line: str) -> None:
+        fields, _, rest = line.partition(" - ")
+        self.device = fields.split()[2]
+        self.mountpoint = Path(_unescape(fields.split()[4]))
+        self.filesystem_type, self.source = (_unescape(part) for part in rest.split()[:2])
+
+
+def mounts() -> list[MountEntry]:
+    """All mounts of this mount namespace, oldest first."""
+    return [MountEntry(line) for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+
+
+def find_mount(mountpoint: Path) -> MountEntry | None:
+    """What is mounted there last, without touching the filesystem itself."""
+    return next((entry for entry in reversed(mounts()) if entry.mountpoint == mountpoint), None)
+
+
+def check_mountpoint(mountpoint: Path) -> None:
+    """Raises MountError if the path cannot be mounted on."""
+    if not Path("/dev/fuse").exists():
+        raise MountError(
+            "/dev/fuse is missing: load the kernel module (modprobe fuse), or give the container "
+            "the device"
+        )
+    entry = find_mount(mountpoint)
+    if entry is not None:
+        raise MountError(
+            f"{mountpoint}: {entry.source} ({entry.filesystem_type}) is mounted there already; "
+            f"unmount it first: lazyfs umount {mountpoint}"
+        )
+    try:
+        if not mountpoint.is_dir():
+            what = "is not a directory" if mountpoint.exists() else "does not exist: mkdir it first"
+            raise MountError(f"{mountpoint}: {what}")
+        if any(mountpoint.iterdir()):
+            raise MountError(f"{mountpoint}: is not empty; mount on an empty directory")
+    except OSError as error:
+        raise MountError(f"{mountpoint}: {error.strerror}") from error
+
+
+def mount(source: str, mountpoint: Path, *, allow_other: bool) -> int:
+    """Mount a new FUSE filesystem, read-only; its descriptor of `/dev/fuse`.
+
+    Args:
+        source: what `/proc/mounts` shows as the device.
+
+    Raises:
+        MountError: it is not possible; the message says why and what to do.
+    """
+    how = _mount_as_root if os.geteuid() == 0 else _mount_with_helper
+    return how(source, mountpoint, allow_other)
+
+
+def session_ended(descriptor: int) -> bool:
+    """Whether the kernel has ended what this descriptor of `/dev/fuse` serves.
+
+    It does that at the unmount, and when the connection is aborted.
+    """
+    watch = select.poll()
+    watch.register(descriptor, select.POLLIN)
+    return any(events & select.POLLERR for _, events in watch.poll(0))
+
+
+def clear_stale(mountpoint: Path) -> bool:
+    """Take away a mount of ours whose daemon is gone; whether there was one.
+
+    It is known by what the kernel answers for it: "transport endpoint is not connected".
+
+    Raises:
+        MountError: it cannot be taken away.
+    """
+    entry = find_mount(mountpoint)
+    if entry is None or entry.filesystem_type != FILESYSTEM_TYPE:
+        return False
+    try:
+        os.statvfs(mountpoint)
+    except OSError as error:
+        if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
+            unmount(mountpoint, lazy=True)
+            return True
+    return False
+
+
+def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
+    """Unmount, also when the daemon is dead.
+
+    Args:
+        lazy: take it out of the tree even if it is in use; it ends with its last user.
+
+    Raises:
+        MountError: it is in use, or not permitted, or not mounted.
+    """
+    if os.geteuid() == 0:
+        if _libc.umount2(os.fsencode(mountpoint), MNT_DETACH if lazy else 0) != 0:
+            number = ctypes.get_errno()
+            raise MountError(f"{mountpoint}: {_unmount_hint(number)}")
+        return
+    answer = _run_helper([*_helper(), "-u", *(["-z"] if lazy else []), str(mountpoint)])
+    if answer.returncode != 0:
+        busy = "busy" in answer.stderr.lower()
+        hint = _unmount_hint(errno.EBUSY) if busy else answer.stderr.strip()
+        raise MountError(f"{mountpoint}: {hint}")
+
+
+def _unmount_hint(number: int) -> str:
+    if number == errno.EBUSY:
+        return "in use; end what uses it, or detach it with --lazy"
+    if number == errno.EINVAL:
+        return "nothing is mounted there"
+    return os.strerror(number)
+
+
+def _mount_as_root(source: str, mountpoint: Path, allow_other: bool) -> int:
+    try:
+        descriptor = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise MountError(f"/dev/fuse: {error.strerror}; is the device allowed here?") from error
+    options = [f"fd={descriptor}", "rootmode=40000", "user_id=0", "group_id=0"]
+    options += ["default_permissions", *(["allow_other"] if allow_other else [])]
+    flags = MS_RDONLY | MS_NOSUID | MS_NODEV
+    arguments = (source, mountpoint, FILESYSTEM_TYPE)
+    encoded = [os.fsencode(argument) for argument in arguments]
+    if _libc.mount(*encoded, ctypes.c_ulong(flags), ",".join(options).encode()) != 0:
+        number = ctypes.get_errno()
+        os.close(descriptor)
+        hint = "; CAP_SYS_ADMIN is needed" if number == errno.EPERM else ""
+        raise MountError(f"{mountpoint}: mount failed: {os.strerror(number)}{hint}")
+    return descriptor
+
+
+def _mount_with_helper(source: str, mountpoint: Path, allow_other: bool) -> int:
+    """Let fusermount3, which is setuid root, mount, and receive the descriptor from it.
+
+    It sends the descriptor over the socket whose number `_FUSE_COMMFD` holds (libfuse, mount.c).
+    """
+    options = ["ro", "nosuid", "nodev", "default_permissions", "subtype=lazyfs"]
+    options += [f"fsname={_escape(source)}", *(["allow_other"] if allow_other else [])]
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        answer = _run_helper(
+            [*_helper(), "-o", ",".join(options), "--", str(mountpoint)],
+            descriptors=[theirs.fileno()],
+            environment={"_FUSE_COMMFD": str(theirs.fileno())},
+        )
+        if answer.returncode != 0:
+            raise MountError(f"{mountpoint}: {answer.stderr.strip() or 'fusermount3 failed'}")
+        _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
+    os.set_inheritable(descriptors[0], False)
+    return descriptors[0]
+
+
+def _helper() -> list[str]:
+    path = shutil.which("fusermount3")
+    if path is None:
+        raise MountError("fusermount3 is missing, which lets users mount: install package fuse3")
+    return [path]
+
+
+def _run_helper(
+    command: list[str],
+    *,
+    descriptors: Sequence[int] = (),
+    environment: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command,
+            pass_fds=descriptors,
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise MountError(f"{command[0]} did not end within 30 s") from error
+
+
+def _escape(text: str) -> str:
+    """For a value in fusermount3's `-o`: commas and backslashes (fuse_opt.h)."""
+    return text.replace("\\", "\\\\").replace(",", "\\,")
+
+
+def _unescape(text: str) -> str:
+    """The octal escapes of mountinfo: space, tab, newline, backslash."""
+    for code, letter in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        text = text.replace(code, letter)
+    return text

@@ -1,0 +1,344 @@
+"""Has a worker serve a mount, and another one when it dies, until the mount ends.
+
+`Supervisor` looks after one mount. `python -m lazyfs.supervisor` is the process that `lazyfs mount`
+leaves in the background: keeper and supervisor of one mount in one, small, and without any library
+that could fail. It understands two signals:
+
+    SIGTERM, SIGINT   unmount and end
+
+What happens when a worker ends:
+
+    the mount was unmounted           all is over
+    it could not be mounted           all is over, with the worker's reason
+    it cannot be resumed (said so)    the old mount is detached, a new one made in its place
+    anything else                     another worker goes on, at once, then after growing pauses
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lazyfs import mounts
+from lazyfs.errors import DaemonError, LazyfsError, MountError
+from lazyfs.handover import SPEC, kept_fuse
+from lazyfs.keeper import Keeper, KeeperClient
+from lazyfs.log import configure
+from lazyfs.runtime import MountRecord, RunningMount, record_of
+from lazyfs.spec import MountSpec
+
+log = logging.getLogger("lazyfs.supervisor")  # not "__main__", which it may be run as
+
+EXIT_CANNOT_RESUME = 75
+# A worker that is neither ready nor refused by then is given up.
+READY_TIMEOUT_S = 120.0
+# A worker that was told to end, or whose mount ended, gets this long to finish what it does.
+END_TIMEOUT_S = 8.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 30.0
+# A worker that lived this long did not die of what its predecessor died of.
+LONG_LIFE_S = 60.0
+POLL_S = 0.05
+
+
+class Supervisor:
+    """Looks after the worker of one mount. Safe to use from several threads.
+
+    Args:
+        spec: what to mount; it is kept with the session.
+        connect: gives a new connection to the keeper.
+        leash: whether the worker ends with this process; otherwise it serves on alone.
+        on_end: called from another thread when the mount has ended, for whatever reason.
+    """
+
+    def __init__(
+        self,
+        spec: MountSpec,
+        connect: Callable[[], socket.socket],
+        *,
+        leash: bool,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.name = spec.mountpoint
+        self.restarts = 0
+        self._spec = spec
+        self._mountpoint = Path(spec.mountpoint)
+        self._connect = connect
+        self._keeper = KeeperClient(connect())
+        self._leash = os.pipe() if leash else None
+        self._on_end = on_end
+        self._stopping = threading.Event()
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._record: RunningMount | None = None
+        self._device: str | None = None
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        """Whether a worker runs now."""
+        return self._worker is not None and self._worker.poll() is None
+
+    @property
+    def pid(self) -> int | None:
+        """The process that serves the mount now, or served it last."""
+        return self._worker.pid if self._worker else None
+
+    def start(self, timeout_s: float = READY_TIMEOUT_S) -> None:
+        """Mount, or go on with what the keeper has under this name; return when it can be used.
+
+        Raises:
+            DaemonError: the worker refused; the message and the kind of error are its own.
+            MountError: it did not become ready, or another daemon serves the mountpoint.
+        """
+        self._record = RunningMount(self._describe())
+        try:
+            self._store_spec()
+            if self._kept() is None and mounts.clear_stale(self._mountpoint):
+                log.warning("%s: took away a mount whose daemon was gone", self._mountpoint)
+            self._start_worker(timeout_s)
+        except BaseException:
+            self._clean_up()
+            raise
+        self._watcher.start()
+
+    def replace_spec(self, spec: MountSpec) -> None:
+        """What workers that start from now on are told, such as renewed credentials."""
+        self._spec = spec
+        self._store_spec()
+
+    def stop(self) -> None:
+        """Unmount, even if the mount is in use, and end the worker."""
+        self._stopping.set()
+        self._unmount()
+        if self._worker is not None:
+            self._end_worker(self._worker)
+        if self._watcher.is_alive():
+            self._watcher.join()
+
+    def _start_worker(self, timeout_s: float) -> None:
+        ours, theirs = os.pipe()
+        with self._connect() as connection, open(ours) as reports:
+            passed = [connection.fileno(), theirs]
+            if self._leash is not None:
+                passed.append(self._leash[0])
+            command = [sys.executable, "-P", "-m", "lazyfs.worker", self.name, *map(str, passed)]
+            inherited = [*passed, *(self._record.descriptors if self._record else [])]
+            self._worker = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, pass_fds=inherited, start_new_session=True
+            )
+            os.close(theirs)
+            readable, _, _ = select.select([reports], [], [], timeout_s)
+            report: dict[str, Any] = json.loads(reports.read() or "{}") if readable else {}
+        if report.get("ready"):
+            entry = mounts.find_mount(self._mountpoint)
+            self._device = entry.device if entry else None
+            if self._record is not None:
+                self._record.write(self._describe(self._worker.pid, report["version"]))
+            return
+        if not readable:
+            self._worker.kill()
+            raise MountError(f"{self._mountpoint}: the daemon was not ready after {timeout_s:g} s")
+        code = self._worker.wait()
+        if report:
+            raise DaemonError(report["error"], report["exit_code"], report["kind"], code)
+        raise MountError(f"{self._mountpoint}: the daemon ended before the mount was ready")
+
+    def _describe(self, worker: int | None = None, version: str = "") -> MountRecord:
+        return MountRecord(self.name, self._spec.source, os.getpid(), worker, version)
+
+    def _watch(self) -> None:
+        """Wait for the end of each worker and do what the module docstring says."""
+        pause_s = 0.0
+        while True:
+            assert self._worker is not None
+            began = time.monotonic()
+            code = self._worker.wait()
+            if self._stopping.is_set() or self._has_ended():
+                break
+            if time.monotonic() - began >= LONG_LIFE_S:
+                pause_s = 0.0
+            self.restarts += 1
+            log.warning(
+                "%s: the worker %d %s; another one goes on%s",
+                self._mountpoint, self._worker.pid, _how_it_ended(code),
+                f" in {pause_s:g} s" if pause_s else "",
+            )  # fmt: skip
+            if self._stopping.wait(pause_s):
+                break
+            pause_s = min(max(FIRST_PAUSE_S, 2 * pause_s), LONGEST_PAUSE_S)
+            self._start_another()
+        self._clean_up()
+        log.info("unmounted %s", self._mountpoint)
+        self._on_end()
+
+    def _start_another(self) -> None:
+        try:
+            try:
+                self._start_worker(READY_TIMEOUT_S)
+            except DaemonError as error:
+                if error.status != EXIT_CANNOT_RESUME:
+                    raise
+                log.warning("%s; open files of the old mount fail", error)
+                self._forget_session()
+                self._start_worker(READY_TIMEOUT_S)
+        except MountError as error:
+            log.error("%s: the worker could not go on: %s", self._mountpoint, error)
+
+    def _has_ended(self) -> bool:
+        """Whether the kernel has ended the session, or is just about to."""
+        descriptor = self._kept()
+        if descriptor is None:
+            return True
+        try:
+            return mounts.session_ended(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _kept(self) -> int | None:
+        return kept_fuse(self._keeper, self.name)
+
+    def _store_spec(self) -> None:
+        descriptor = self._spec.to_descriptor()
+        self._keeper.store(self.name, {SPEC: descriptor})
+        os.close(descriptor)
+
+    def _end_worker(self, worker: subprocess.Popen[bytes]) -> None:
+        worker.terminate()
+        try:
+            worker.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            log.warning("%s: the worker %d did not end: killed", self._mountpoint, worker.pid)
+            worker.kill()
+
+    def _forget_session(self) -> None:
+        """Detach the mount and close our descriptor: those who use it get an error, not a hang."""
+        self._unmount()
+        self._keeper.drop(self.name)
+        self._store_spec()
+
+    def _unmount(self) -> None:
+        """Unmount what we mounted, if that is still what is mounted there."""
+        descriptor = self._kept()
+        if descriptor is None:
+            return
+        os.close(descriptor)
+        entry = mounts.find_mount(self._mountpoint)
+        if entry is None or self._device not in (None, entry.device):
+            return
+        try:
+            mounts.unmount(self._mountpoint)
+        except MountError:
+            mounts.unmount(self._mountpoint, lazy=True)
+
+    def _clean_up(self) -> None:
+        self._unmount()
+        self._keeper.drop(self.name)
+        self._keeper.close()
+        if self._leash is not None:
+            for descriptor in self._leash:
+                os.close(descriptor)
+        if self._record is not None:
+            self._record.close()
+
+
+def replace_worker(record: MountRecord) -> MountRecord:
+    """End the worker of a mount, wherever its supervisor runs, and wait for the next one.
+
+    Raises:
+        MountError: nobody would start another one, or none became ready.
+    """
+    worker = record.worker
+    if worker is None or _parent(worker) != record.supervisor:
+        raise MountError(
+            f"{record.mountpoint}: its worker has no supervisor that would start another one: "
+            "unmount it, and mount it again"
+        )
+    os.kill(worker, signal.SIGTERM)
+    began = time.monotonic()
+    while time.monotonic() - began < READY_TIMEOUT_S:
+        time.sleep(POLL_S)
+        now = record_of(Path(record.mountpoint))
+        if now is not None and now.worker != worker:
+            return now
+        if time.monotonic() - began > END_TIMEOUT_S and _parent(worker) == record.supervisor:
+            os.kill(worker, signal.SIGKILL)
+    raise MountError(f"{record.mountpoint}: no new worker became ready; its log says why")
+
+
+def _parent(pid: int) -> int | None:
+    """The process that started a process (proc(5)); None if there is no such process."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+def _how_it_ended(code: int) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+
+
+def main(spec_fd: int, report_fd: int | None) -> int:
+    """Keep and supervise one mount in this process; the exit code.
+
+    Args:
+        spec_fd: has the spec.
+        report_fd: of a pipe to whoever waits for the mount; without it, errors are printed.
+    """
+    spec = MountSpec.from_descriptor(spec_fd)
+    os.close(spec_fd)
+    os.chdir("/")
+    configure(
+        str(spec.options.get("log-level", "info")),
+        str(spec.options.get("log-format", "text")),
+        spec.mountpoint,
+    )
+    news: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda got, _: news.put(got))
+    keeper = Keeper()
+
+    def connect() -> socket.socket:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        threading.Thread(target=keeper.serve, args=[ours], daemon=True).start()
+        return theirs
+
+    supervisor = Supervisor(spec, connect, leash=False, on_end=lambda: news.put(None))
+    try:
+        supervisor.start()
+    except LazyfsError as error:
+        return _refused(error, report_fd)
+    _report(report_fd, {"ready": True})
+    while (got := news.get()) is not None:
+        log.info("ending on %s", signal.Signals(got).name)
+        supervisor.stop()
+    return 0
+
+
+def _refused(error: LazyfsError, report_fd: int | None) -> int:
+    if report_fd is None:
+        print(f"lazyfs: {error}", file=sys.stderr)
+    _report(report_fd, {"error": str(error), "exit_code": error.exit_code})
+    return error.exit_code
+
+
+def _report(descriptor: int | None, message: dict[str, Any]) -> None:
+    if descriptor is not None:
+        with open(descriptor, "w") as pipe:
+            json.dump(message, pipe)
+
+
+if __name__ == "__main__":
+    # The first argument, the mountpoint, is there for those who look at the list of processes.
+    numbers = [int(text) for text in sys.argv[2:]]
+    sys.exit(main(numbers[0], numbers[1] if len(numbers) > 1 else None))

@@ -1,0 +1,353 @@
+"""A mount goes on when its daemon does not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from mounting import (
+    RUNTIME_DIRECTORY,
+    Mounted,
+    environment,
+    is_mounted,
+    lazyfs,
+    shell,
+    wait_until_gone,
+)
+from s3 import S3
+
+from lazyfs.keeper import Keeper, KeeperClient
+from lazyfs.spec import MountSpec, StaticCredentials, memory_file, read_whole
+from lazyfs.supervisor import Supervisor
+
+pytestmark = pytest.mark.fuse
+
+MIB = 1 << 20
+CONTENT = {
+    f"m/model-{number:05}-of-00003.safetensors": random.Random(number).randbytes(24 * MIB)
+    for number in (1, 2, 3)
+}
+# Reads every file over and over: half of the processes by mapping it, backwards in pieces.
+READER = """
+import hashlib, mmap, os, sys, time
+mapped, until, paths = sys.argv[1] == "map", time.monotonic() + float(sys.argv[2]), sys.argv[3:]
+rounds = 0
+while time.monotonic() < until or not rounds:
+    for path in paths:
+        with open(path, "rb") as file:
+            if mapped:
+                view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                view.madvise(mmap.MADV_RANDOM)
+                pieces = [view[i:i + 4096] for i in range(len(view) - 4096, -1, -65536)]
+                digest = hashlib.sha256(view).hexdigest()
+                view.close()
+            else:
+                digest = hashlib.sha256(file.read()).hexdigest()
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            print(os.path.basename(path), digest, flush=True)
+    rounds += 1
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bucket(server: S3) -> None:
+    server.put("survival", CONTENT)
+
+
+@contextmanager
+def readers(mounted: Mounted, seconds: float) -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes that read all files for so long."""
+    paths = sorted(str(path) for path in mounted.path.glob("*"))
+    assert len(paths) == 3
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", READER, how, str(seconds), *paths],
+            stdout=subprocess.PIPE, text=True,
+        )
+        for how in ("map", "read")
+    ]  # fmt: skip
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate(timeout=30)
+
+
+def assert_right(started: list[subprocess.Popen[str]]) -> None:
+    wanted = {
+        name.removeprefix("m/"): hashlib.sha256(content).hexdigest()
+        for name, content in CONTENT.items()
+    }
+    for process in started:
+        output, _ = process.communicate(timeout=90)
+        assert process.returncode == 0
+        seen = [line.split() for line in output.splitlines()]
+        assert len(seen) >= 3
+        assert all(wanted[name] == digest for name, digest in seen)
+
+
+def listings(s3: S3) -> int:
+    return sum("list-type" in request for request in s3.requests())
+
+
+def kill_worker(mounted: Mounted) -> None:
+    worker = mounted.worker
+    os.kill(worker, signal.SIGKILL)
+    wait_until_gone(worker)
+    wait_for(lambda: any_worker(mounted))
+
+
+def any_worker(mounted: Mounted) -> bool:
+    try:
+        return mounted.worker > 0
+    except AssertionError:
+        return False
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("cache", [(), ("--cache-dir=none", "--page-cache=off")])
+def test_readers_notice_nothing_of_dying_workers(
+    mount: Callable[..., Mounted], cache: tuple[str, ...]
+) -> None:
+    """LAZYFS_KILLS=50 makes the long version."""
+    kills = int(os.environ.get("LAZYFS_KILLS", "4"))
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    pauses = random.Random(seed)
+    mounted = mount("s3://survival/m", "--block-size=1MiB", *cache)
+    with readers(mounted, 2.5 * kills) as started:
+        for _ in range(kills):
+            time.sleep(pauses.uniform(0, 2))
+            kill_worker(mounted)
+        assert_right(started)
+    # One that is killed while it starts has not resumed anything yet.
+    assert mounted.log().count("was ended by SIGKILL; another one goes on") == kills
+    assert "resumed s3://survival/m" in mounted.log()
+    assert "Traceback" not in mounted.log()
+
+
+def test_what_is_open_stays_open(mount: Callable[..., Mounted], s3: S3) -> None:
+    """Handles, mapped files and working directories of before are good afterwards."""
+    mounted = mount("s3://survival/m", "--prefetch=off", "--cache-dir=none")
+    code = """
+import hashlib, mmap, os, sys
+os.chdir(sys.argv[1])
+file = open(sorted(os.listdir("."))[0], "rb")
+view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+before = os.fstat(file.fileno())
+print(flush=True)
+sys.stdin.readline()
+assert os.fstat(file.fileno()) == before
+assert os.stat(file.name) == before
+assert hashlib.sha256(view).hexdigest() == hashlib.sha256(file.read()).hexdigest()
+print(os.getcwd(), hashlib.sha256(view).hexdigest())
+"""
+    user = subprocess.Popen(
+        [sys.executable, "-c", code, mounted.path],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert user.stdout is not None
+    try:
+        user.stdout.readline()
+        listed = listings(s3)
+        kill_worker(mounted)
+        output, _ = user.communicate("go on\n", timeout=60)
+        assert user.returncode == 0
+        first = hashlib.sha256(next(iter(CONTENT.values()))).hexdigest()
+        assert output.split() == [str(mounted.path), first]
+        assert listings(s3) == listed, "what was listed is known"
+    finally:
+        user.kill()
+        user.wait(timeout=10)
+
+
+def test_a_changed_object_is_not_mixed(mount: Callable[..., Mounted], s3: S3) -> None:
+    s3.put("changing", {"m/file": bytes(MIB), "m/other": b"other"})
+    mounted = mount("s3://changing/m", "--prefetch=off", "--cache-dir=none")
+    assert shell("stat -c %s file", mounted.path).stdout == f"{MIB}\n"
+    s3.put("changing", {"m/file": b"1" * MIB, "m/new": b"new"})
+    kill_worker(mounted)
+    answer = shell("cat file", mounted.path)
+    assert "Stale file handle" in answer.stderr
+    assert shell("cat other", mounted.path).stdout == "other"
+    assert shell("ls", mounted.path).stdout == "file\nother\n", "a mount is a snapshot"
+
+
+def test_large_trees_stay_as_listed(mount: Callable[..., Mounted], s3: S3) -> None:
+    """A directory that was looked at stays; one that was not is listed as S3 has it then."""
+    s3.put_many("wide", {f"seen/{number:04}": b"x" for number in range(1100)})
+    s3.put("wide", {"unseen/a": b"a"})
+    mounted = mount("s3://wide", "--prefetch=off")
+    assert shell("ls seen | wc -l", mounted.path).stdout == "1100\n"
+    inodes = shell("ls -i seen | sha256sum", mounted.path).stdout
+    s3.put("wide", {"seen/new": b"x", "unseen/b": b"b"})
+    kill_worker(mounted)
+    assert shell("ls -i seen | sha256sum", mounted.path).stdout == inodes
+    assert shell("ls unseen", mounted.path).stdout == "a\nb\n"
+
+
+def test_upgrade_under_load(mount: Callable[..., Mounted]) -> None:
+    mounted = mount("s3://survival/m", "--block-size=1MiB")
+    before = mounted.worker
+    with readers(mounted, 4) as started:
+        time.sleep(1)
+        answer = lazyfs("upgrade", mounted.path)
+        assert (answer.returncode, answer.stderr) == (0, "")
+        assert mounted.worker != before
+        assert_right(started)
+    assert "Traceback" not in mounted.log()
+
+
+def test_upgrade_of_what_is_not_mounted(tmp_path: Path) -> None:
+    answer = lazyfs("upgrade", tmp_path)
+    assert answer.returncode == 1
+    assert answer.stderr == f"lazyfs: {tmp_path}: no lazyfs daemon serves it\n"
+
+
+def test_without_a_supervisor_the_worker_serves_on(mount: Callable[..., Mounted]) -> None:
+    mounted = mount("s3://survival/m", "--prefetch=off")
+    os.kill(mounted.pid, signal.SIGKILL)
+    wait_until_gone(mounted.pid)
+    assert shell("sha256sum * | wc -l", mounted.path).stdout == "3\n"
+    worker = mounted.worker
+    assert lazyfs("umount", mounted.path).returncode == 0
+    wait_until_gone(worker)
+
+
+def test_a_stale_mount_is_replaced(mount: Callable[..., Mounted]) -> None:
+    """Supervisor killed, then worker: the mount is lost, and the next one takes its place."""
+    mounted = mount("s3://survival/m", "--prefetch=off")
+    mounted.kill_all()
+    answer = subprocess.run(["ls", mounted.path], capture_output=True, text=True, timeout=30)
+    assert answer.returncode != 0
+    assert "not connected" in answer.stderr or "connection abort" in answer.stderr
+    again = lazyfs("mount", "s3://survival/m", mounted.path, *mounted.arguments)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert len(shell("ls", mounted.path).stdout.split()) == 3
+    assert lazyfs("umount", mounted.path).returncode == 0
+
+
+@pytest.fixture
+def supervised(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Supervisor, KeeperClient]]:
+    """A mount whose keeper is in this process, as in the CSI driver."""
+    keeper = Keeper()
+
+    def connect() -> socket.socket:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        threading.Thread(target=keeper.serve, args=[ours], daemon=True).start()
+        return theirs
+
+    (tmp_path / "mnt").mkdir()
+    options: dict[str, str | list[str]] = {"endpoint-url": s3.url, "cache-dir": "none"}
+    credentials = StaticCredentials("testing", "testing")
+    spec = MountSpec("s3://survival/m", str(tmp_path / "mnt"), options, credentials)
+    monkeypatch.setenv("LAZYFS_RUNTIME_DIR", RUNTIME_DIRECTORY)
+    supervisor = Supervisor(spec, connect, leash=True)
+    supervisor.start()
+    yield supervisor, KeeperClient(connect())
+    supervisor.stop()
+    assert not is_mounted(tmp_path / "mnt")
+
+
+def test_another_protocol_is_refused(supervised: tuple[Supervisor, KeeperClient]) -> None:
+    """A libfuse that answers FUSE_INIT otherwise does not go on with the session."""
+    supervisor, keeper = supervised
+    kept = keeper.fetch(supervisor.name)
+    beginning = json.loads(read_whole(kept["session"]))
+    for descriptor in kept.values():
+        os.close(descriptor)
+    beginning["init_answer"] = "00" + beginning["init_answer"][2:]
+    keeper.store(supervisor.name, {"session": memory_file("x", json.dumps(beginning).encode())})
+    opened = subprocess.Popen(["sleep", "60"], cwd=supervisor.name)
+    try:
+        before = supervisor.pid
+        assert before is not None
+        os.kill(before, signal.SIGKILL)
+        wait_for(lambda: supervisor.alive and supervisor.pid != before)
+        wait_for(lambda: "3" in shell(f"ls {supervisor.name} | wc -l", Path("/")).stdout)
+        lost = subprocess.run(
+            ["ls", f"/proc/{opened.pid}/cwd/"], capture_output=True, text=True, timeout=20
+        )
+        assert lost.returncode != 0, "what used the old mount is told so"
+    finally:
+        opened.kill()
+        opened.wait(timeout=10)
+
+
+LEADER = """
+import os, signal, socket, sys, threading
+from pathlib import Path
+from lazyfs.keeper import KeeperClient
+from lazyfs.spec import MountSpec, StaticCredentials
+from lazyfs.supervisor import Supervisor
+mountpoint, keeper, endpoint = sys.argv[1:]
+def connect():
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.connect(keeper)
+    return connection
+options = {"endpoint-url": endpoint, "cache-dir": "none"}
+spec = MountSpec("s3://survival/m", mountpoint, options, StaticCredentials("testing", "testing"))
+supervisor = Supervisor(spec, connect, leash=True)
+supervisor.start()
+print(supervisor.pid, flush=True)
+sys.stdin.read()
+supervisor.stop()
+"""
+
+
+def test_a_leader_dies_and_another_goes_on(s3: S3, tmp_path: Path) -> None:
+    """As when the CSI node plugin is restarted: the keeper, a process of its own, has it all."""
+    socket_path = Path(RUNTIME_DIRECTORY) / "keeper"
+    code = "import lazyfs.keeper, pathlib, sys; {}(pathlib.Path(sys.argv[1]))"
+    code = code.format("lazyfs.keeper.Keeper().serve_at")
+    keeper = subprocess.Popen([sys.executable, "-c", code, socket_path])
+    wait_for(socket_path.is_socket)
+    (tmp_path / "mnt").mkdir()
+
+    def lead() -> tuple[subprocess.Popen[str], int]:
+        leader = subprocess.Popen(
+            [sys.executable, "-c", LEADER, tmp_path / "mnt", socket_path, s3.url],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
+        )  # fmt: skip
+        assert leader.stdout is not None
+        return leader, int(leader.stdout.readline())
+
+    leader, worker = lead()
+    try:
+        user = subprocess.Popen(["sleep", "60"], cwd=tmp_path / "mnt")
+        leader.kill()
+        leader.communicate(timeout=10)
+        wait_until_gone(worker)
+        leader, worker = lead()
+        assert shell(f"ls /proc/{user.pid}/cwd/ | wc -l", Path("/")).stdout == "3\n"
+        user.kill()
+        user.wait(timeout=10)
+        leader.communicate("", timeout=30)
+        assert leader.returncode == 0
+        assert not is_mounted(tmp_path / "mnt")
+    finally:
+        leader.kill()
+        leader.wait(timeout=10)
+        keeper.kill()
+        keeper.wait(timeout=10)

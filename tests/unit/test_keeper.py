@@ -1,0 +1,141 @@
+"""The keeper: what it keeps, and whom it does not believe."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mounting import descriptors
+
+from lazyfs.keeper import LONGEST_MESSAGE, MOST_LABELS, Keeper, KeeperClient, KeeperError
+from lazyfs.spec import memory_file, read_whole
+
+
+def connection_to(keeper: Keeper) -> socket.socket:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    threading.Thread(target=keeper.serve, args=[ours], daemon=True).start()
+    theirs.settimeout(10)
+    return theirs
+
+
+@pytest.fixture
+def keeper() -> Keeper:
+    return Keeper()
+
+
+@pytest.fixture
+def client(keeper: Keeper) -> Iterator[KeeperClient]:
+    client = KeeperClient(connection_to(keeper))
+    yield client
+    client.close()
+
+
+def contents(kept: dict[str, int]) -> dict[str, bytes]:
+    found = {label: read_whole(descriptor) for label, descriptor in kept.items()}
+    for descriptor in kept.values():
+        os.close(descriptor)
+    return found
+
+
+def test_what_is_stored_can_be_fetched_by_others(keeper: Keeper, client: KeeperClient) -> None:
+    for labels in ({"a": b"1", "b": b"2"}, {"b": b"3", "c": b"4"}):
+        client.store("volume", {key: memory_file(key, value) for key, value in labels.items()})
+    client.close()
+    other = KeeperClient(connection_to(keeper))
+    assert other.names() == ["volume"]
+    for _ in range(2):
+        assert contents(other.fetch("volume")) == {"a": b"1", "b": b"3", "c": b"4"}
+    other.drop("volume")
+    assert (other.names(), other.fetch("volume")) == ([], {})
+    other.drop("volume")
+
+
+def test_descriptors_do_not_leak(client: KeeperClient) -> None:
+    before = descriptors(os.getpid())
+    for _ in range(20):
+        descriptor = memory_file("x", b"x")
+        client.store("n", {"label": descriptor})
+        os.close(descriptor)
+        contents(client.fetch("n"))
+        with pytest.raises(KeeperError):
+            client.store("n", {str(number): 0 for number in range(MOST_LABELS + 1)})
+        client.drop("n")
+    assert descriptors(os.getpid()) <= before + 1
+
+
+@pytest.mark.parametrize(
+    ("message", "complaint"),
+    [
+        (b"no json", "not a request"),
+        (b"[" * 60_000, "not a request"),
+        (b'"store"', "not a request"),
+        (b"{}", "not a request"),
+        (b'{"do": "explode", "name": "x"}', "no such request"),
+        (b'{"do": "fetch"}', "needs a name"),
+        (b'{"do": "fetch", "name": ["x"]}', "needs a name"),
+        (b'{"do": "fetch", "name": "%s"}' % (b"x" * 1000), "needs a name"),
+        (b'{"do": "store", "name": "x", "labels": 3}', "must be a list"),
+        (b'{"do": "store", "name": "x", "labels": ["a"]}', "1 labels for 0"),
+        (b" " * (LONGEST_MESSAGE + 10) + b"{}", "too long"),
+    ],
+)
+def test_malformed_requests_are_answered(keeper: Keeper, message: bytes, complaint: str) -> None:
+    with connection_to(keeper) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        for _ in range(2):
+            connection.send(message)
+            assert complaint in connection.recv(1000).decode()
+        connection.send(b'{"do": "names"}')
+        assert connection.recv(1000) == b'{"names": []}'
+
+
+def test_at_a_socket(tmp_path: Path) -> None:
+    """Its socket is private, a second keeper is refused, and a stale socket is taken over."""
+    path = tmp_path / "run" / "keeper"
+    code = (
+        "import pathlib, sys\n"
+        "from lazyfs.keeper import Keeper, KeeperError\n"
+        "try: Keeper().serve_at(pathlib.Path(sys.argv[1]))\n"
+        "except KeeperError as error: sys.exit(str(error))"
+    )
+    command = [sys.executable, "-c", code, path]
+    for _ in range(2):
+        process = subprocess.Popen(command)
+        try:
+            client = connect(path)
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+            assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+            client.store("x", {"y": 0})
+            second = subprocess.run(
+                command, capture_output=True, text=True, timeout=30, check=False
+            )
+            assert "another keeper answers there" in second.stderr
+            assert client.names() == ["x"]
+        finally:
+            process.kill()
+            process.wait(timeout=10)
+        with pytest.raises(KeeperError):
+            client.names()
+    with pytest.raises(KeeperError, match="is it running"):
+        KeeperClient.connect(path)
+    path.parent.chmod(0o777)
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert "only this user can write to" in refused.stderr
+
+
+def connect(path: Path) -> KeeperClient:
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return KeeperClient.connect(path)
+        except KeeperError:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
