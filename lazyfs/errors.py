@@ -109,7 +109,7 @@ class UnavailableError(SourceError):
 
 
 class CredentialsExpiredError(SourceError):
-    """The credentials ran out; a refresh is tried before the next attempt."""
+    """The credentials ran out or were replaced; fresh ones are tried before the next attempt."""
 
     errno = errno.EACCES
     transient = True
@@ -127,11 +127,12 @@ _BY_CODE: dict[str, type[SourceError]] = {
     "AccessDenied": AccessDeniedError,
     "AllAccessDisabled": AccessDeniedError,
     "AccountProblem": AccessDeniedError,
-    "InvalidAccessKeyId": AccessDeniedError,
     "SignatureDoesNotMatch": AccessDeniedError,
-    "InvalidToken": AccessDeniedError,
     "InvalidObjectState": AccessDeniedError,  # archived in Glacier
     "ExpiredToken": CredentialsExpiredError,
+    # They were good when the mount began, so they were rotated: others will be given.
+    "InvalidAccessKeyId": CredentialsExpiredError,
+    "InvalidToken": CredentialsExpiredError,
     "TokenRefreshRequired": CredentialsExpiredError,
     "RequestTimeTooSkewed": CredentialsExpiredError,
     "NoSuchBucket": NoSuchBucketError,

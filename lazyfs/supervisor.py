@@ -36,6 +36,7 @@ from lazyfs.errors import DaemonError, LazyfsError, MountError
 from lazyfs.handover import SPEC, kept_fuse
 from lazyfs.keeper import Keeper, KeeperClient
 from lazyfs.log import configure
+from lazyfs.privileges import protect_from_oom
 from lazyfs.runtime import MountRecord, RunningMount, record_of
 from lazyfs.spec import MountSpec
 
@@ -313,6 +314,7 @@ def main(spec_fd: int, report_fd: int | None) -> int:
         threading.Thread(target=keeper.serve, args=[ours], daemon=True).start()
         return theirs
 
+    protect_from_oom()
     supervisor = Supervisor(spec, connect, leash=False, on_end=lambda: news.put(None))
     try:
         supervisor.start()

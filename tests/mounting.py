@@ -164,6 +164,14 @@ def descriptors(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
+def peak_mib(pid: int) -> float:
+    """The most memory that a process had resident."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(
+        int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM")
+    )
+
+
 def load_json(text: str) -> object:
     """The last line of a program's output, as JSON."""
     return json.loads(text.strip().splitlines()[-1])

@@ -4,7 +4,8 @@ It is a process apart from the tests and from the daemon, so that none of them w
 interpreter lock. Below `/_test/` it takes orders: `GET requests`, `DELETE requests`, `PUT fault`,
 `PUT objects`.
 A fault is JSON: {"match": regex on "METHOD /path?query", "kind": ..., "times": N}, with kinds
-`status` (with "status" and "code"), `hang` (with "seconds"), `truncate`, `reset`, `corrupt_range`.
+`status` (with "status" and "code"), `hang` (with "seconds"), `truncate`, `reset`, `corrupt_range`,
+`slow` (the body in ten parts, one in every "seconds").
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ class Middleware:
                 return start_response(status, wrong, info)
 
             return self.application(environ, shifted)
+        if fault["kind"] == "slow":
+            return self.slow(self.application(environ, start_response), fault["seconds"])
         assert fault["kind"] == "truncate"
         return self.half(self.application(environ, start_response))
 
@@ -99,6 +102,14 @@ class Middleware:
         whole = b"".join(body)
         yield whole[: len(whole) // 2]
         raise ConnectionResetError
+
+    @staticmethod
+    def slow(body: Iterable[bytes], seconds: float) -> Iterator[bytes]:
+        whole = b"".join(body)
+        part = -(-len(whole) // 10) or 1
+        for start in range(0, len(whole), part):
+            time.sleep(seconds)
+            yield whole[start : start + part]
 
 
 def put_many(bucket: str, keys: list[str]) -> None:

@@ -147,13 +147,15 @@ def test_an_ordinary_user_mounts_through_fusermount3(s3: S3) -> None:
     home = Path("/tmp") / f"lazyfs-test-{os.getpid()}"
     home.mkdir(mode=0o755)
     os.chown(home, 65534, 65534)
-    env = environment(HOME=str(home), XDG_RUNTIME_DIR=str(home))
+    env = environment(HOME=str(home), LAZYFS_RUNTIME_DIR=f"{home}/run")
     lazy = f"{sys.executable} -m lazyfs"
     user = "setpriv --reuid=65534 --regid=65534 --clear-groups bash -ec"
     session = f"""
         mkdir {home}/mnt; cd /
         {lazy} mount s3://life/m {home}/mnt --endpoint-url={s3.url}
         cat {home}/mnt/file; echo; grep lazyfs /proc/mounts
+        {lazy} upgrade {home}/mnt
+        cat {home}/mnt/file; echo
         {lazy} umount {home}/mnt
         grep lazyfs /proc/mounts || echo nothing is left; ls -d {home}/.cache/lazyfs
     """
@@ -169,7 +171,8 @@ def test_an_ordinary_user_mounts_through_fusermount3(s3: S3) -> None:
         lines = answer.stdout.splitlines()
         assert lines[0] == "content"
         assert lines[1].startswith(f"s3://life/m {home}/mnt fuse.lazyfs ro,nosuid,nodev")
-        assert lines[2:] == ["nothing is left", f"{home}/.cache/lazyfs"]
+        assert lines[2].startswith(f"{home}/mnt: ")
+        assert lines[3:] == ["content", "nothing is left", f"{home}/.cache/lazyfs"]
     finally:
         subprocess.run(["rm", "-rf", "--one-file-system", str(home)], check=True)
 

@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
 import random
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
-from mounting import Mounted, python, shell
+from gate import Gate
+from mounting import Mounted, descriptors, peak_mib, python, shell
 from s3 import S3
 
 pytestmark = pytest.mark.fuse
 
 BODY = random.Random(9).randbytes(3 << 20)
 OPTIONS = ["--prefetch=off", "--block-size=1MiB"]
+# Reads a file in pieces of any size from anywhere, and prints the digest of all its bytes.
+SOAK = """
+import hashlib, os, random, sys, time
+path, until, dice = sys.argv[1], time.monotonic() + float(sys.argv[2]), random.Random(sys.argv[3])
+size = os.stat(path).st_size
+while True:
+    content = bytearray(size)
+    pieces, at = [], 0
+    while at < size:
+        pieces.append((at, min(size - at, dice.randint(1, 300_000))))
+        at += pieces[-1][1]
+    dice.shuffle(pieces)
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for at, length in pieces:
+            content[at:at + length] = os.pread(file.fileno(), length, at)
+    print(hashlib.sha256(content).hexdigest(), flush=True)
+    if time.monotonic() > until:
+        break
+"""
 READ_ERRNO = """
 import errno, sys
 try:
@@ -37,6 +67,9 @@ def bucket(s3: S3) -> None:
         {"kind": "reset", "times": 3},
         {"kind": "corrupt_range", "times": 3},
         {"kind": "status", "status": 400, "code": "ExpiredToken", "times": 2},
+        {"kind": "status", "status": 403, "code": "InvalidAccessKeyId", "times": 2},
+        {"kind": "status", "status": 403, "code": "RequestTimeTooSkewed", "times": 2},
+        {"kind": "slow", "seconds": 0.1, "times": 3},
     ],
     ids=lambda fault: fault.get("code", fault["kind"]),
 )
@@ -49,7 +82,8 @@ def test_a_reader_sees_nothing_of_passing_trouble(
     local = mounted.path.parent / "local"
     local.write_bytes(BODY)
     python(check, mounted.path / "file", local)
-    assert len(s3.data_requests()) >= 3 + int(str(fault["times"]))
+    wasted = 0 if fault["kind"] == "slow" else int(str(fault["times"]))
+    assert len(s3.data_requests()) >= 3 + wasted
 
 
 def test_a_stuck_connection_does_not_stall_a_load(mount: Callable[..., Mounted], s3: S3) -> None:
@@ -57,6 +91,117 @@ def test_a_stuck_connection_does_not_stall_a_load(mount: Callable[..., Mounted],
     s3.fault("GET /trouble/m/file", "hang", seconds=15)
     # Were the first request waited for, this would take 15 seconds.
     python(READ_ERRNO, mounted.path / "file", timeout_s=12)
+
+
+@pytest.fixture
+def gate(s3: S3) -> Iterator[Gate]:
+    """What stands between the mounts of a test and S3."""
+    gate = Gate(s3.url)
+    yield gate
+    gate.close()
+
+
+def test_an_endpoint_that_was_gone(mount: Callable[..., Mounted], gate: Gate) -> None:
+    """Readers wait and then go on; the log has one line when it takes long, and one at the end."""
+    mounted = mount("s3://trouble/m", *OPTIONS, f"--endpoint-url={gate.url}")
+    gate.close()
+    reader = subprocess.Popen(
+        ["sha256sum", mounted.path / "file"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        while "waiting for s3://trouble/m/file" not in mounted.log():
+            time.sleep(0.1)
+        assert reader.poll() is None
+        gate.open()
+        output, _ = reader.communicate(timeout=60)
+    finally:
+        reader.kill()
+        reader.communicate(timeout=20)
+    assert output.split()[0] == hashlib.sha256(BODY).hexdigest()
+    assert "answered after" in mounted.log()
+    assert mounted.log().count("waiting for") <= 3, "one for each block at most"
+
+
+@pytest.mark.parametrize("how", ["close", "stick"])
+def test_nothing_hangs_on_a_dead_endpoint(
+    mount: Callable[..., Mounted], gate: Gate, how: str
+) -> None:
+    """A reader, also of a mapped file, can be killed; the mount can be taken away."""
+    mounted = mount("s3://trouble/m", *OPTIONS, f"--endpoint-url={gate.url}")
+    assert shell("ls", mounted.path).stdout == "file\n"
+    getattr(gate, how)()
+    touch = (
+        "import mmap, sys; file = open(sys.argv[1]);"
+        "mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)[5000]"
+    )
+    for command in (["cat"], [sys.executable, "-c", touch]):
+        reader = subprocess.Popen([*command, mounted.path / "file"], stdout=subprocess.DEVNULL)
+        time.sleep(1)
+        assert reader.poll() is None, "it waits"
+        reader.kill()
+        reader.wait(timeout=10)
+    assert shell("stat file", mounted.path, timeout_s=10).returncode == 0
+    mounted.end()
+
+
+@pytest.mark.parametrize("seconds", [float(os.environ.get("LAZYFS_SOAK_S", "10"))])
+def test_soak(mount: Callable[..., Mounted], s3: S3, gate: Gate, seconds: float) -> None:
+    """All faults at once, and dying workers; LAZYFS_SOAK_S=3600 makes the long version."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    dice = random.Random(seed)
+    mounted = mount(
+        "s3://trouble/m", f"--endpoint-url={gate.url}", "--block-size=256KiB", "--cache-dir=none",
+        "--memory-limit=64MiB", "--page-cache=off",
+    )  # fmt: skip
+    readers = [
+        subprocess.Popen(
+            [sys.executable, "-c", SOAK, mounted.path / "file", str(seconds), str(dice.random())],
+            stdout=subprocess.PIPE, text=True,
+        )
+        for _ in range(3)
+    ]  # fmt: skip
+    faults: list[dict[str, Any]] = [
+        {"kind": "status", "status": 503, "code": "SlowDown"},
+        {"kind": "status", "status": 500, "code": "InternalError"},
+        {"kind": "status", "status": 400, "code": "ExpiredToken"},
+        {"kind": "truncate"},
+        {"kind": "reset"},
+        {"kind": "corrupt_range"},
+        {"kind": "hang", "seconds": 1},
+        {"kind": "slow", "seconds": 0.1},
+    ]
+    events: list[Callable[[], None]] = [
+        *(
+            partial(s3.fault, "GET /trouble/m/file", **fault, times=dice.randint(1, 20))
+            for fault in faults
+        ),
+        gate.close,
+        gate.stick,
+        lambda: os.kill(mounted.worker, signal.SIGKILL),
+    ]
+    try:
+        until = time.monotonic() + seconds
+        highest: dict[int, int] = {}
+        while time.monotonic() < until:
+            with contextlib.suppress(AssertionError):  # there is no worker at the moment
+                worker = mounted.worker
+                highest[worker] = max(highest.get(worker, 0), descriptors(worker))
+                dice.choice(events)()
+            time.sleep(dice.uniform(0, 0.6))
+            gate.open()
+        s3.forget()
+        expected = hashlib.sha256(BODY).hexdigest()
+        for reader in readers:
+            output, _ = reader.communicate(timeout=60)
+            assert reader.returncode == 0, "no error was seen"
+            assert set(output.split()) == {expected}
+        assert max(highest.values()) < 400
+        assert peak_mib(mounted.worker) < 64 + 256
+    finally:
+        for reader in readers:
+            reader.kill()
+            reader.communicate(timeout=20)
 
 
 @pytest.mark.parametrize(
