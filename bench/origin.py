@@ -23,7 +23,6 @@ import socket
 import subprocess
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +49,8 @@ http {{
     lua_package_path "{base}/?.lua;;";
     init_by_lua_block {{ listing = require "listing" }}
     server {{
-        listen 127.0.0.1:{port} backlog=1024;
+        listen 127.0.0.1:{port} backlog=1024 {ssl};
+        {tls}
         root {root};
         location = /{bucket} {{ content_by_lua_block {{ listing.answer() }} }}
         location = /{bucket}/ {{ content_by_lua_block {{ listing.answer() }} }}
@@ -70,6 +70,8 @@ http {{
     }}
 }}
 """
+
+TLS = "ssl_certificate {base}/server.pem; ssl_certificate_key {base}/server.key;"
 
 LISTING = """
 local objects = {{
@@ -148,11 +150,13 @@ class Origin:
     Attributes:
         url: its endpoint.
         directory: what it serves, as the bucket `bench`.
+        certificate: of its authority, if it serves https.
     """
 
-    def __init__(self, directory: Path, url: str, base: Path) -> None:
+    def __init__(self, directory: Path, url: str, base: Path, certificate: Path | None) -> None:
         self.directory = directory
         self.url = url
+        self.certificate = certificate
         self._log = base / "access.log"
         self._mark = 0
 
@@ -178,12 +182,15 @@ class Origin:
 
 
 @contextlib.contextmanager
-def serve(directory: Path, profile: str, link: int = DEFAULT_LINK) -> Iterator[Origin]:
+def serve(
+    directory: Path, profile: str, link: int = DEFAULT_LINK, *, tls: bool = False
+) -> Iterator[Origin]:
     """Serve a directory tree as the bucket `bench`.
 
     Args:
         profile: one of `PROFILES`.
         link: bytes a second of the throttled link.
+        tls: serve https, with a certificate made for it (needs openssl).
     """
     if shutil.which("nginx") is None:
         raise SystemExit("bench: nginx is missing: apt-get install nginx libnginx-mod-http-lua")
@@ -196,17 +203,21 @@ def serve(directory: Path, profile: str, link: int = DEFAULT_LINK) -> Iterator[O
         settings = {
             "base": base, "root": directory, "directory": directory, "bucket": BUCKET,
             "port": port,
+            "tls": TLS.format(base=base) if tls else "",
+            "ssl": "ssl" if tls else "",
             "delay": "" if profile == "unlimited" else "ngx.sleep(0.03)",
             "rate": "limit_rate 90m;" if profile == "s3like" else "",
         }  # fmt: skip
         (base / "nginx.conf").write_text("user root;\n" + CONFIG.format(**settings))
         (base / "listing.lua").write_text(LISTING.format(rows=_index(directory), bucket=BUCKET))
+        certificate = _make_certificate(base) if tls else None
         process = subprocess.Popen(
             ["nginx", "-p", base, "-e", base / "error.log", "-c", base / "nginx.conf"]
         )
         stack.callback(stop, process)
-        origin = Origin(directory, f"http://127.0.0.1:{port}", base)
-        _wait_until_up(origin.url, process, base)
+        url = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
+        origin = Origin(directory, url, base, certificate)
+        _wait_until_up(port, process, base)
         origin.mark()
         yield origin
 
@@ -247,11 +258,27 @@ def _free_port() -> int:
         return port
 
 
-def _wait_until_up(url: str, process: subprocess.Popen[bytes], base: Path) -> None:
+def _make_certificate(base: Path) -> Path:
+    """A certificate for 127.0.0.1, signed by an authority of its own; the authority's file."""
+    for name, extra in (
+        ("authority", []),
+        ("server", ["-CA", "authority.pem", "-CAkey", "authority.key", "-addext",
+                    "basicConstraints=critical,CA:FALSE", "-addext",
+                    "subjectAltName=IP:127.0.0.1"]),
+    ):  # fmt: skip
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
+             f"/CN={name}", "-out", f"{name}.pem", "-keyout", f"{name}.key", *extra],
+            cwd=base, check=True, capture_output=True, timeout=60,
+        )  # fmt: skip
+    return base / "authority.pem"
+
+
+def _wait_until_up(port: int, process: subprocess.Popen[bytes], base: Path) -> None:
     deadline = time.monotonic() + 15
     while True:
         try:
-            urllib.request.urlopen(f"{url}/{BUCKET}?list-type=2&max-keys=1", timeout=2).close()
+            socket.create_connection(("127.0.0.1", port), timeout=2).close()
             return
         except OSError:
             if process.poll() is not None or time.monotonic() > deadline:

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import logging
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import trio
 from lazyfs import mounts, privileges
 from lazyfs.cache import BlockCache, default_directory
 from lazyfs.catalog import Catalog
+from lazyfs.control import Route, serve_control
 from lazyfs.fetcher import BlockFetcher
 from lazyfs.filesystem import Filesystem
 from lazyfs.handover import Beginning, Handover
@@ -32,9 +34,11 @@ from lazyfs.options import MountOptions
 from lazyfs.pagecache import PageCache, tune_kernel
 from lazyfs.planner import Planner
 from lazyfs.prefetch import Prefetcher
+from lazyfs.runtime import control_socket
 from lazyfs.session import CannotResumeError, Session
 from lazyfs.source import Source, SourceUrl
-from lazyfs.spec import Credentials
+from lazyfs.spec import Credentials, credentials_from
+from lazyfs.status import Status
 from lazyfs.tree import File
 
 log = logging.getLogger(__name__)
@@ -128,6 +132,12 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
                 if page_cache.supported:
                     nursery.start_soon(_show_to_kernel, mount.mountpoint)
             verb = "resumed" if former else "mounted"
+            await nursery.start(serve_control, control_socket(mount.mountpoint), _routes(
+                source, Status(
+                    str(mount.url), str(mount.mountpoint), beginning.mounted_ns,
+                    filesystem, fetcher, page_cache, prefetcher, planner,
+                )
+            ))  # fmt: skip
             log.info("%s %s at %s", verb, mount.url, mount.mountpoint)
             on_ready()
             await pyfuse3.main(max_tasks=MOST_REQUESTS)
@@ -136,6 +146,13 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
     finally:
         session.close()
         _log_summary(mount, filesystem, fetcher, page_cache)
+
+
+def _routes(source: Source, status: Status) -> dict[tuple[str, str], Route]:
+    return {
+        ("GET", "/status"): lambda _: status.describe(),
+        ("PUT", "/credentials"): lambda body: source.set_credentials(credentials_from(body)),
+    }
 
 
 async def _begin(mount: Mount, region: str) -> tuple[Session, Beginning]:
@@ -216,4 +233,7 @@ async def _show_to_kernel(mountpoint: Path) -> None:
         "    for name in step[2]: os.lstat(os.path.join(step[0], name))\n"
     )
     command = [sys.executable, "-I", "-S", "-c", walk, str(mountpoint)]
-    await trio.run_process(command, check=False, cwd="/")
+    # Silent: it may wait for the next worker, and must not keep this one's output open.
+    await trio.run_process(
+        command, check=False, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )

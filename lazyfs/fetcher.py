@@ -148,6 +148,25 @@ class BlockFetcher:
         """How many blocks were not written to disk because it was too slow."""
         return self._memory.shed_blocks
 
+    @property
+    def memory_bytes(self) -> int:
+        """Blocks in memory and on their way there."""
+        return self._memory.used_bytes
+
+    @property
+    def in_flight(self) -> int:
+        """How many blocks are being brought now."""
+        return self._fetching + self._loading
+
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong with S3, in words; None if it gave all that was asked for."""
+        troubles = list(self._getter.troubles.values())
+        if not troubles:
+            return None
+        more = f" (and {len(troubles) - 1} more objects)" if len(troubles) > 1 else ""
+        return troubles[-1] + more
+
     def add_file(self, file: File) -> None:
         """A file of the mount that is known from now on; adding it again changes nothing."""
         if file.inode not in self._files:

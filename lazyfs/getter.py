@@ -67,6 +67,8 @@ class BlockGetter:
         self._hedges_running = 0
         self.retries = 0
         self.hedges = 0
+        # What S3 said last of each object that it does not give.
+        self.troubles: dict[str, str] = {}
 
     @property
     def limit(self) -> int:
@@ -98,11 +100,23 @@ class BlockGetter:
             data = await self._first_answer(_Request(file, start, length))
             now_s = trio.current_time()
             self._timer.answered(now_s - began_s)
+            self.troubles.pop(file.key, None)
             self._concurrency.answered(now_s, length, saturated=saturated())
             return data
 
         what = f"s3://{self._source.url.bucket}/{file.key}"
-        return await patiently(attempt, what=what, timeout_s=patience_s, on_retry=self._on_retry)
+
+        def note(error: SourceError) -> None:
+            self.retries += 1
+            self.troubles[file.key] = str(error)
+            if isinstance(error, ThrottledError):
+                self._concurrency.throttled()
+
+        try:
+            return await patiently(attempt, what=what, timeout_s=patience_s, on_retry=note)
+        except SourceError as error:
+            self.troubles[file.key] = str(error)
+            raise
 
     async def _first_answer(self, request: _Request) -> memoryview:
         """The answer to one GET, or to a second one if the first is much slower than usual.
@@ -170,8 +184,3 @@ class BlockGetter:
             self._hedges_running -= 1
             self._memory.release(request.length)
             self._room_made()
-
-    def _on_retry(self, error: SourceError) -> None:
-        self.retries += 1
-        if isinstance(error, ThrottledError):
-            self._concurrency.throttled()

@@ -5,6 +5,7 @@ As root by mount(2); as anyone else through fusermount3, which is setuid root.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -89,6 +90,19 @@ def session_ended(descriptor: int) -> bool:
     watch = select.poll()
     watch.register(descriptor, select.POLLIN)
     return any(events & select.POLLERR for _, events in watch.poll(0))
+
+
+def abort(device: str) -> None:
+    """Have the kernel end a FUSE connection: who waits for an answer gets an error at once.
+
+    Done where fusectl is mounted, as it is nearly everywhere. Without it the kernel does the same
+    when the last descriptor is closed.
+
+    Args:
+        device: the mount's device number, `major:minor`.
+    """
+    with contextlib.suppress(OSError):  # it has ended already, or there is no fusectl
+        Path("/sys/fs/fuse/connections", device.partition(":")[2], "abort").write_text("1")
 
 
 def clear_stale(mountpoint: Path) -> bool:

@@ -255,7 +255,9 @@ class MountOptions:
                 option = find_option(name)
                 if option is None:
                     raise _unknown(pattern, name)
-                where = pattern.format(name=option.name, environment=option.environment)
+                where = pattern.format(
+                    name=option.name, environment=option.environment, attribute=option.camel_case
+                )
                 if option.kind.repeatable:
                     many = [text] if isinstance(text, str) else list(text)
                     values[option.attribute] = tuple(option.parse(one, where) for one in many)
@@ -284,8 +286,8 @@ _BY_NAME = {
 
 
 def _unknown(pattern: str, name: str) -> OptionError:
-    place = pattern.format(name=name, environment=name)
-    near = difflib.get_close_matches(name, [option.name for option in OPTIONS], 1)
+    place = pattern.format(name=name, environment=name, attribute=name)
+    near = difflib.get_close_matches(name, _BY_NAME, 1)
     hint = f"did you mean {near[0]}?" if near else "see docs/OPTIONS.md for all"
     return OptionError(f"{place}: no such option; {hint}")
 

@@ -43,6 +43,7 @@ class Planner:
         self._catalog = catalog
         self._fetcher = fetcher
         self._prefetcher = prefetcher
+        self.planned = False
         self._opened: set[int] = set()
         self._send, self._news = trio.open_memory_channel[File](1000)
 
@@ -62,6 +63,7 @@ class Planner:
         except SourceError as error:
             log.warning("nothing is prefetched from the start: %s", error)
         await self._plan()
+        self.planned = True
         async with trio.open_nursery() as nursery:
             async for file in self._news:
                 nursery.start_soon(self._look_into, file)

@@ -102,6 +102,17 @@ class Prefetcher:
         for inode in self._order:
             self._files[inode].ordered = self._policy == "model"
 
+    def progress(self) -> tuple[int, int]:
+        """Bytes of the files in the loading order, and how many of them are or were here."""
+        wanted = there = 0
+        for inode in self._order:
+            progress = self._files[inode]
+            wanted += progress.size_bytes
+            away = sum(progress.places.count(place) for place in (Place.ABSENT, Place.COMING))
+            here = (len(progress.places) - away) * self._block_size
+            there += min(here, progress.size_bytes)
+        return wanted, there
+
     def is_ordered(self, inode: int) -> bool:
         """Whether the file has a place in the loading order."""
         return inode in self._files and self._files[inode].ordered

@@ -75,6 +75,7 @@ class RunningMount:
     def close(self) -> None:
         """The mount ends: take the record away."""
         self._path.unlink(missing_ok=True)
+        self._path.with_suffix(".sock").unlink(missing_ok=True)
         os.close(self._descriptor)
 
 
@@ -134,6 +135,11 @@ def runtime_directory() -> Path:
         return Path("/run/lazyfs")
     base = os.environ.get("XDG_RUNTIME_DIR")
     return Path(base, "lazyfs") if base else Path(f"/tmp/lazyfs-{os.geteuid()}")  # noqa: S108
+
+
+def control_socket(mountpoint: Path) -> Path:
+    """Where the worker that serves a mountpoint can be asked and told (`lazyfs/control.py`)."""
+    return _path(mountpoint).with_suffix(".sock")
 
 
 def default_log_file(mountpoint: Path) -> Path:

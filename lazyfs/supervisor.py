@@ -28,17 +28,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from lazyfs import mounts
+from lazyfs.control_client import ControlClient
 from lazyfs.errors import DaemonError, LazyfsError, MountError
 from lazyfs.handover import SPEC, kept_fuse
 from lazyfs.keeper import Keeper, KeeperClient
 from lazyfs.log import configure
 from lazyfs.privileges import protect_from_oom
-from lazyfs.runtime import MountRecord, RunningMount, record_of
-from lazyfs.spec import MountSpec
+from lazyfs.runtime import MountRecord, RunningMount, control_socket, record_of
+from lazyfs.spec import Credentials, MountSpec
 
 log = logging.getLogger("lazyfs.supervisor")  # not "__main__", which it may be run as
 
@@ -47,10 +49,12 @@ EXIT_CANNOT_RESUME = 75
 READY_TIMEOUT_S = 120.0
 # A worker that was told to end, or whose mount ended, gets this long to finish what it does.
 END_TIMEOUT_S = 8.0
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 30.0
+# Between the death of a worker and the next one. The long pause is for workers that do not even
+# become ready; somebody waits for the others.
+FIRST_PAUSE_S, LONGEST_PAUSE_S, LONGEST_PAUSE_AFTER_READY_S = 0.25, 30.0, 1.0
 # A worker that lived this long did not die of what its predecessor died of.
 LONG_LIFE_S = 60.0
-POLL_S = 0.05
+POLL_S = 0.1
 
 
 class Supervisor:
@@ -113,10 +117,34 @@ class Supervisor:
             raise
         self._watcher.start()
 
-    def replace_spec(self, spec: MountSpec) -> None:
-        """What workers that start from now on are told, such as renewed credentials."""
-        self._spec = spec
+    def replace_credentials(self, credentials: Credentials) -> None:
+        """Use renewed credentials from now on, in this worker and in those after it.
+
+        Raises:
+            LazyfsError: the worker does not take them, or does not answer.
+        """
+        if credentials == self._spec.credentials:
+            return
+        self._spec = replace(self._spec, credentials=credentials)
         self._store_spec()
+        if self.alive:
+            ControlClient(control_socket(self._mountpoint)).put("/credentials", asdict(credentials))
+
+    def status(self) -> dict[str, Any]:
+        """What the worker says of itself (`GET /status`). Raises ControlError."""
+        answer: dict[str, Any] = ControlClient(control_socket(self._mountpoint)).get("/status")
+        return answer
+
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong with the mount, in words; None if nothing is known to be."""
+        if not self.alive:
+            return "its daemon is down and is being started again"
+        try:
+            trouble: str | None = self.status()["trouble"]
+        except LazyfsError as error:
+            return str(error)
+        return trouble
 
     def stop(self) -> None:
         """Unmount, even if the mount is in use, and end the worker."""
@@ -164,7 +192,7 @@ class Supervisor:
         while True:
             assert self._worker is not None
             began = time.monotonic()
-            code = self._worker.wait()
+            code = _wait_for_end(self._worker)
             if self._stopping.is_set() or self._has_ended():
                 break
             if time.monotonic() - began >= LONG_LIFE_S:
@@ -177,13 +205,15 @@ class Supervisor:
             )  # fmt: skip
             if self._stopping.wait(pause_s):
                 break
-            pause_s = min(max(FIRST_PAUSE_S, 2 * pause_s), LONGEST_PAUSE_S)
-            self._start_another()
+            ready = self._start_another()
+            longest_s = LONGEST_PAUSE_AFTER_READY_S if ready else LONGEST_PAUSE_S
+            pause_s = min(max(FIRST_PAUSE_S, 2 * pause_s), longest_s)
         self._clean_up()
         log.info("unmounted %s", self._mountpoint)
         self._on_end()
 
-    def _start_another(self) -> None:
+    def _start_another(self) -> bool:
+        """Have the mount served again; whether it is."""
         try:
             try:
                 self._start_worker(READY_TIMEOUT_S)
@@ -193,8 +223,10 @@ class Supervisor:
                 log.warning("%s; open files of the old mount fail", error)
                 self._forget_session()
                 self._start_worker(READY_TIMEOUT_S)
-        except MountError as error:
+        except LazyfsError as error:
             log.error("%s: the worker could not go on: %s", self._mountpoint, error)
+            return False
+        return True
 
     def _has_ended(self) -> bool:
         """Whether the kernel has ended the session, or is just about to."""
@@ -221,6 +253,8 @@ class Supervisor:
         except subprocess.TimeoutExpired:
             log.warning("%s: the worker %d did not end: killed", self._mountpoint, worker.pid)
             worker.kill()
+        if self._device is not None:
+            mounts.abort(self._device)
 
     def _forget_session(self) -> None:
         """Detach the mount and close our descriptor: those who use it get an error, not a hang."""
@@ -277,12 +311,33 @@ def replace_worker(record: MountRecord) -> MountRecord:
     raise MountError(f"{record.mountpoint}: no new worker became ready; its log says why")
 
 
+def _wait_for_end(worker: subprocess.Popen[bytes]) -> int:
+    """Wait until a worker serves no more; its exit code.
+
+    A killed process is only gone when all its threads are. One of them may be putting a page into
+    the page cache that is locked for a read, which the worker has not answered and only the next
+    one will. So the end of its first thread, which does the serving, must do.
+    """
+    while (code := worker.poll()) is None:
+        if _status(worker.pid)[:1] == ["Z"]:
+            code = worker.poll()
+            return -signal.SIGKILL if code is None else code
+        time.sleep(POLL_S)
+    return code
+
+
 def _parent(pid: int) -> int | None:
     """The process that started a process (proc(5)); None if there is no such process."""
+    status = _status(pid)
+    return int(status[1]) if status else None
+
+
+def _status(pid: int) -> list[str]:
+    """State, parent and so on of a process (proc(5), stat); empty if there is no such process."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return None
+        return []
 
 
 def _how_it_ended(code: int) -> str:

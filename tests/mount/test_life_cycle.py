@@ -153,11 +153,11 @@ def test_an_ordinary_user_mounts_through_fusermount3(s3: S3) -> None:
     session = f"""
         mkdir {home}/mnt; cd /
         {lazy} mount s3://life/m {home}/mnt --endpoint-url={s3.url}
-        cat {home}/mnt/file; echo; grep lazyfs /proc/mounts
+        cat {home}/mnt/file; echo; grep {home}/mnt /proc/mounts
         {lazy} upgrade {home}/mnt
         cat {home}/mnt/file; echo
         {lazy} umount {home}/mnt
-        grep lazyfs /proc/mounts || echo nothing is left; ls -d {home}/.cache/lazyfs
+        grep {home}/mnt /proc/mounts || echo nothing is left; ls -d {home}/.cache/lazyfs
     """
     prepare = f"mknod -m 666 {home}/fuse c 10 229 && mount --bind {home}/fuse /dev/fuse"
     try:

@@ -107,7 +107,7 @@ def kill_worker(mounted: Mounted) -> None:
     worker = mounted.worker
     os.kill(worker, signal.SIGKILL)
     wait_until_gone(worker)
-    wait_for(lambda: any_worker(mounted))
+    wait_for(lambda: any_worker(mounted), timeout_s=60)
 
 
 def any_worker(mounted: Mounted) -> bool:
@@ -351,3 +351,4 @@ def test_a_leader_dies_and_another_goes_on(s3: S3, tmp_path: Path) -> None:
         leader.wait(timeout=10)
         keeper.kill()
         keeper.wait(timeout=10)
+        shell(f"umount -l {tmp_path}/mnt", Path("/"))

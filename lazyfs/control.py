@@ -1,0 +1,128 @@
+"""The control socket of a worker: HTTP on a unix socket that only its user and root can use.
+
+One request a connection. Answers are JSON, or text where a route gives text; an error is
+`{"error": "one line"}` with status 400 (the request), 404, 413 or 500.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h11
+import trio
+
+from lazyfs.errors import LazyfsError
+from lazyfs.keeper import is_trusted
+
+log = logging.getLogger(__name__)
+
+LONGEST_BODY = 1 << 16
+# A client that neither asks nor hangs up is let go.
+PATIENCE_S = 10.0
+
+# Answers a request: it gets the body, a JSON object, and returns what is sent as JSON, or text.
+Route = Callable[[dict[str, Any]], Any]
+
+
+async def serve_control(
+    path: Path,
+    routes: Mapping[tuple[str, str], Route],
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Answer at a unix socket until cancelled.
+
+    Args:
+        path: of the socket; what is there is replaced: the mount's lock is this process's.
+        routes: by method and path, such as `("GET", "/status")`.
+    """
+    path.unlink(missing_ok=True)
+    listener = trio.socket.socket(socket.AF_UNIX)
+    mask = os.umask(0o177)
+    try:
+        await listener.bind(str(path))
+    finally:
+        os.umask(mask)
+    listener.listen()
+    task_status.started()
+    answer = partial(_answer_one, routes)
+    await trio.serve_listeners(answer, [trio.SocketListener(listener)])
+
+
+async def _answer_one(routes: Mapping[tuple[str, str], Route], stream: trio.SocketStream) -> None:
+    with trio.move_on_after(PATIENCE_S):
+        try:
+            # SO_PEERCRED is asked of a plain socket; this is the same one.
+            with socket.socket(fileno=os.dup(stream.socket.fileno())) as peer:
+                trusted = is_trusted(peer)
+            if trusted:
+                await _converse(stream, routes)
+        except (trio.BrokenResourceError, h11.RemoteProtocolError) as error:
+            log.debug("control: %s", error)
+    await trio.aclose_forcefully(stream)
+
+
+async def _converse(stream: trio.SocketStream, routes: Mapping[tuple[str, str], Route]) -> None:
+    connection = h11.Connection(h11.SERVER)
+    request: h11.Request | None = None
+    body = b""
+    while True:
+        event = connection.next_event()
+        if event is h11.NEED_DATA:
+            connection.receive_data(await stream.receive_some(LONGEST_BODY))
+        elif isinstance(event, h11.Request):
+            request = event
+        elif isinstance(event, h11.Data):
+            body += bytes(event.data)
+            if len(body) > LONGEST_BODY:
+                status, answer = 413, {"error": f"more than {LONGEST_BODY} bytes"}
+                break
+        elif isinstance(event, h11.EndOfMessage):
+            assert request is not None
+            status, answer = _answer(request, body, routes)
+            break
+        else:
+            return  # the client hung up
+    text = isinstance(answer, str)
+    content = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode() + b"\n"
+    headers = [
+        ("Content-Type", "text/plain; charset=utf-8" if text else "application/json"),
+        ("Content-Length", str(len(content))),
+        ("Connection", "close"),
+    ]
+    for event in (
+        h11.Response(status_code=status, headers=headers),
+        h11.Data(data=content),
+        h11.EndOfMessage(),
+    ):
+        await stream.send_all(connection.send(event) or b"")
+
+
+def _answer(
+    request: h11.Request, body: bytes, routes: Mapping[tuple[str, str], Route]
+) -> tuple[int, Any]:
+    method, path = request.method.decode(), request.target.decode().partition("?")[0]
+    route = routes.get((method, path))
+    if route is None:
+        known = ", ".join(" ".join(each) for each in sorted(routes))
+        return 404, {"error": f"no such request: {method} {path}; there are {known}"}
+    try:
+        content = json.loads(body) if body else {}
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+        return 200, route(content)
+    except LazyfsError as error:
+        return 400, {"error": str(error)}
+    except ValueError as error:
+        # Not the body itself: it may hold credentials.
+        return 400, {"error": f"the body is not what {path} takes: {type(error).__name__}"}
+    except Exception:
+        log.exception("control: %s %s", method, path)
+        return 500, {"error": "the daemon failed; its log says how"}
