@@ -1,8 +1,4 @@
-"""The command line: `lazyfs mount` and `lazyfs umount`.
-
-The options of `mount` are made from `lazyfs/options.py`. Errors are one line on standard error:
-exit code 2 for a wrong option or argument, 1 for everything else.
-"""
+"""`lazyfs mount`, `umount` and `upgrade`: begin, end and renew a mount of this machine."""
 
 from __future__ import annotations
 
@@ -11,22 +7,15 @@ import os
 import select
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import click
 
-from lazyfs import __version__, mounts
-from lazyfs.errors import DaemonError, LazyfsError, MountError, OptionError
-from lazyfs.options import (
-    OPTIONS,
-    MountOptions,
-    Option,
-    config_layer,
-    environment_layer,
-    merged,
-)
+from lazyfs import mounts
+from lazyfs.cli.settings import settings, with_mount_options
+from lazyfs.errors import DaemonError, MountError, OptionError
 from lazyfs.runtime import DaemonWatch, MountRecord, default_log_file, record_of, records
 from lazyfs.spec import MountSpec
 from lazyfs.supervisor import replace_worker
@@ -36,60 +25,11 @@ from lazyfs.supervisor import replace_worker
 READY_TIMEOUT_S = 150.0
 
 
-class _OneLineErrors(click.Group):
-    """Shows every error of ours as one line."""
-
-    def main(self, args: Sequence[str] | None = None, **settings: Any) -> Any:  # type: ignore[override]
-        try:
-            return super().main(args, **{**settings, "standalone_mode": False})
-        except click.exceptions.Abort:
-            sys.exit(130)
-        except click.exceptions.NoArgsIsHelpError as error:
-            click.echo(error.format_message())
-            sys.exit(2)
-        except click.ClickException as error:
-            _fail(OptionError(error.format_message()))
-        except LazyfsError as error:
-            _fail(error)
-
-
-def _fail(error: LazyfsError) -> None:
-    click.echo(f"lazyfs: {error}", err=True)
-    sys.exit(error.exit_code)
-
-
-@click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="lazyfs")
-def main() -> None:
-    """Models in S3 as a local, read-only directory: mounted in a second, read at line rate."""
-
-
-def _with_mount_options(command: Callable[..., None]) -> Callable[..., None]:
-    for option in reversed(OPTIONS):
-        command = _click_option(option)(command)
-    return command
-
-
-def _click_option(option: Option) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    default = f" [default: {option.default_text}]" if option.default_text else ""
-    text = f"{option.help}{default}"
-    if option.is_flag:
-        return click.option(f"--{option.name}/--{option.negation}", default=None, help=text)
-    return click.option(
-        f"--{option.name}", multiple=option.kind.repeatable, help=text, metavar=option.metavar
-    )
-
-
-@main.command()
+@click.command()
 @click.argument("source")
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.option("--foreground", "-f", is_flag=True, help="Stay, and log to standard error.")
-@click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    help='TOML file with lines like block-size = "8MiB".',
-)
-@_with_mount_options
+@with_mount_options
 def mount(
     source: str,
     mountpoint: Path,
@@ -102,22 +42,16 @@ def mount(
     Returns when the mount can be used; the daemon goes on in the background. Every option can
     also come from the environment (LAZYFS_BLOCK_SIZE=8MiB) or a --config file.
     """
-    config = config or (Path(path) if (path := os.environ.get("LAZYFS_CONFIG")) else None)
-    layers = (
-        ("--{name}", _given_layer(given)),
-        ("{environment}", environment_layer(os.environ)),
-        (f"{config}: {{name}}", config_layer(config) if config else {}),
-    )
-    options = MountOptions.parse(*layers)
+    options, texts = settings(config, given)
     mountpoint = Path(os.path.realpath(mountpoint))
     log_file = options.log_file or default_log_file(mountpoint)
-    spec = MountSpec(source, str(mountpoint), merged(*(texts for _, texts in layers)))
+    spec = MountSpec(source, str(mountpoint), texts)
     if foreground:
         _serve(spec)
     _start_in_background(spec, log_file)
 
 
-@main.command()
+@click.command()
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.option("--lazy", "-l", is_flag=True, help="Detach it even if it is in use.")
 def umount(mountpoint: Path, lazy: bool) -> None:
@@ -134,7 +68,7 @@ def umount(mountpoint: Path, lazy: bool) -> None:
         raise MountError(f"{mountpoint}: unmounted, but its daemon has not ended yet")
 
 
-@main.command()
+@click.command()
 @click.argument("mountpoint", type=click.Path(path_type=Path), required=False)
 @click.option("--all", "every", is_flag=True, help="All mounts of this user.")
 def upgrade(mountpoint: Path | None, every: bool) -> None:
@@ -155,15 +89,6 @@ def _served(mountpoint: Path) -> MountRecord:
     if record is None:
         raise MountError(f"{mountpoint}: no lazyfs daemon serves it")
     return record
-
-
-def _given_layer(given: dict[str, Any]) -> dict[str, str | tuple[str, ...]]:
-    """What was given on the command line, as texts by option name."""
-    return {
-        name.replace("_", "-"): str(value).lower() if isinstance(value, bool) else value
-        for name, value in given.items()
-        if value is not None and value != ()
-    }
 
 
 def _command(spec: MountSpec, descriptors: Sequence[int]) -> list[str]:

@@ -1,0 +1,68 @@
+"""The mount options as options of a command, and what was given of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lazyfs.options import OPTIONS, MountOptions, Option, config_layer, environment_layer, merged
+
+Command = Callable[..., None]
+
+
+def with_mount_options(command: Command) -> Command:
+    """Give a command every mount option, and `--config`; it passes them to `settings`."""
+    for option in reversed(OPTIONS):
+        command = _click_option(option)(command)
+    return click.option(
+        "--config",
+        type=click.Path(path_type=Path),
+        help='TOML file with lines like block-size = "8MiB".',
+    )(command)
+
+
+def settings(
+    config: Path | None, given: Mapping[str, Any]
+) -> tuple[MountOptions, dict[str, str | list[str]]]:
+    """What a user set: on the command line, else in the environment, else in the file.
+
+    Args:
+        config: the file; `$LAZYFS_CONFIG` names one as well.
+        given: what click found on the command line, by option.
+
+    Returns:
+        The options, and the texts that they were made of, for another process.
+
+    Raises:
+        OptionError: a name or a value is not allowed.
+    """
+    config = config or (Path(path) if (path := os.environ.get("LAZYFS_CONFIG")) else None)
+    layers = (
+        ("--{name}", _given_layer(given)),
+        ("{environment}", environment_layer(os.environ)),
+        (f"{config}: {{name}}", config_layer(config) if config else {}),
+    )
+    return MountOptions.parse(*layers), merged(*(texts for _, texts in layers))
+
+
+def _click_option(option: Option) -> Callable[[Command], Command]:
+    default = f" [default: {option.default_text}]" if option.default_text else ""
+    text = f"{option.help}{default}"
+    if option.is_flag:
+        return click.option(f"--{option.name}/--{option.negation}", default=None, help=text)
+    return click.option(
+        f"--{option.name}", multiple=option.kind.repeatable, help=text, metavar=option.metavar
+    )
+
+
+def _given_layer(given: Mapping[str, Any]) -> dict[str, str | tuple[str, ...]]:
+    """What was given on the command line, as texts by option name."""
+    return {
+        name.replace("_", "-"): str(value).lower() if isinstance(value, bool) else value
+        for name, value in given.items()
+        if value is not None and value != ()
+    }
