@@ -220,7 +220,7 @@ def daemon_of(mountpoint: Path) -> int:
         if process.name.isdigit():
             with contextlib.suppress(OSError):
                 words = (process / "cmdline").read_bytes().split(b"\0")
-                if b"lazyfs.worker" in words and str(mountpoint).encode() in words:
+                if b"lazyfs.mount.worker" in words and str(mountpoint).encode() in words:
                     return int(process.name)
     raise SystemExit("bench: lazyfs does not run")
 

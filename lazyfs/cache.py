@@ -24,7 +24,7 @@ import diskcache
 from diskcache.core import MODE_BINARY
 
 from lazyfs.blocks import block_count, block_length
-from lazyfs.directio import read_file, write_file
+from lazyfs.blocks.directio import read_file, write_file
 from lazyfs.errors import CacheError
 from lazyfs.tree import File
 

@@ -13,10 +13,10 @@ from fnmatch import fnmatchcase
 
 import trio
 
+from lazyfs.blocks.retry import patiently
 from lazyfs.errors import ObjectGoneError
 from lazyfs.journal import Listing, ListingJournal
 from lazyfs.options import MountOptions
-from lazyfs.retry import patiently
 from lazyfs.source import Page, Source
 from lazyfs.tree import Directory, Hidden, ListedObject, Node, Tree
 

@@ -7,7 +7,7 @@ from functools import partial
 import botocore.credentials
 import botocore.session
 
-from lazyfs.spec import Credentials, StaticCredentials, WebIdentity
+from lazyfs.mount.spec import Credentials, StaticCredentials, WebIdentity
 
 METHOD = "lazyfs"
 

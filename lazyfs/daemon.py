@@ -20,25 +20,25 @@ from pathlib import Path
 import pyfuse3
 import trio
 
-from lazyfs import mounts, privileges
 from lazyfs.cache import BlockCache, default_directory
 from lazyfs.catalog import Catalog
-from lazyfs.control import Route, serve_control
+from lazyfs.control.server import Route, serve_control
+from lazyfs.control.status import Status
 from lazyfs.fetcher import BlockFetcher
 from lazyfs.filesystem import Filesystem
-from lazyfs.handover import Beginning, Handover
 from lazyfs.journal import ListingJournal
-from lazyfs.keeper import KeeperClient
 from lazyfs.kinds import format_size
+from lazyfs.mount import privileges, syscalls
+from lazyfs.mount.handover import Beginning, Handover
+from lazyfs.mount.keeper import KeeperClient
+from lazyfs.mount.runtime import control_socket
+from lazyfs.mount.spec import Credentials, credentials_from
 from lazyfs.options import MountOptions
 from lazyfs.pagecache import PageCache, tune_kernel
 from lazyfs.planner import Planner
 from lazyfs.prefetch import Prefetcher
-from lazyfs.runtime import control_socket
 from lazyfs.session import CannotResumeError, Session
 from lazyfs.source import Source, SourceUrl
-from lazyfs.spec import Credentials, credentials_from
-from lazyfs.status import Status
 from lazyfs.tree import File
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
     options = mount.options
     former = Handover.fetch(keeper, str(mount.mountpoint))
     if former is None:
-        mounts.check_mountpoint(mount.mountpoint)
+        syscalls.check_mountpoint(mount.mountpoint)
     region = former.beginning.region if former else None
     source = await trio.to_thread.run_sync(Source, mount.url, options, mount.credentials, region)
     journal = ListingJournal(former.listing if former else None)

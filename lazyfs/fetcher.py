@@ -24,10 +24,10 @@ from typing import Any, TypeVar
 import trio
 
 from lazyfs.blocks import BlockId, Span, block_length, gaps
+from lazyfs.blocks.getter import BlockGetter
+from lazyfs.blocks.memory import BlockMemory, Held
 from lazyfs.cache import BlockCache
 from lazyfs.errors import SourceError
-from lazyfs.getter import BlockGetter
-from lazyfs.memory import BlockMemory, Held
 from lazyfs.options import MountOptions
 from lazyfs.pagecache import PageCache
 from lazyfs.prefetch import Place, Prefetcher

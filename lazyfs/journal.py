@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 
-from lazyfs.spec import memory_file, read_whole
+from lazyfs.mount.spec import memory_file, read_whole
 from lazyfs.tree import ListedObject
 
 _LENGTH = struct.Struct("<I")

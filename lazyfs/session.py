@@ -24,8 +24,8 @@ from pathlib import Path
 import pyfuse3
 import trio
 
-from lazyfs import mounts
 from lazyfs.errors import MountError
+from lazyfs.mount import syscalls
 
 log = logging.getLogger(__name__)
 
@@ -68,19 +68,19 @@ class Session:
         Raises:
             MountError: it is not possible; the message says why and what to do.
         """
-        mounts.check_mountpoint(mountpoint)
-        descriptor = mounts.mount(source, mountpoint, allow_other=allow_other)
+        syscalls.check_mountpoint(mountpoint)
+        descriptor = syscalls.mount(source, mountpoint, allow_other=allow_other)
         try:
             return cls(mountpoint, descriptor, os.read(descriptor, INIT_BUFFER))
         except OSError as error:
-            mounts.unmount(mountpoint, lazy=True)
+            syscalls.unmount(mountpoint, lazy=True)
             os.close(descriptor)
             raise MountError(f"{mountpoint}: the kernel did not begin to talk: {error}") from error
 
     @property
     def device(self) -> str:
         """The mount's device number, `major:minor`."""
-        found = mounts.find_mount(self.mountpoint)
+        found = syscalls.find_mount(self.mountpoint)
         if found is None:
             raise MountError(f"{self.mountpoint}: no longer mounted")
         return found.device
@@ -88,7 +88,7 @@ class Session:
     @property
     def ended(self) -> bool:
         """Whether the kernel has ended the session: unmounted, or aborted."""
-        return mounts.session_ended(self.descriptor)
+        return syscalls.session_ended(self.descriptor)
 
     async def negotiate(self) -> bytes:
         """What libfuse, as it is installed now, answers to this session's FUSE_INIT."""

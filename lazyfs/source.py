@@ -40,8 +40,8 @@ from lazyfs.errors import (
     classify,
     classify_text,
 )
+from lazyfs.mount.spec import Credentials
 from lazyfs.options import MountOptions
-from lazyfs.spec import Credentials
 from lazyfs.tree import ListedObject
 
 if TYPE_CHECKING:

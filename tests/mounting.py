@@ -128,12 +128,12 @@ def is_mounted(path: Path) -> bool:
 
 def worker_pid(path: Path) -> int:
     """The worker that serves a mount, found as anyone can find it."""
-    return _process(b"lazyfs.worker", path)
+    return _process(b"lazyfs.mount.worker", path)
 
 
 def supervisor_pid(path: Path) -> int:
     """The process that looks after the worker of a mount."""
-    return _process(b"lazyfs.supervisor", path)
+    return _process(b"lazyfs.mount.supervisor", path)
 
 
 def _process(module: bytes, path: Path) -> int:

@@ -13,12 +13,12 @@ from typing import IO, Any, NoReturn
 
 import click
 
-from lazyfs import mounts
 from lazyfs.cli.settings import settings, with_mount_options
 from lazyfs.errors import DaemonError, MountError, OptionError
-from lazyfs.runtime import DaemonWatch, MountRecord, default_log_file, record_of, records
-from lazyfs.spec import MountSpec
-from lazyfs.supervisor import replace_worker
+from lazyfs.mount import syscalls
+from lazyfs.mount.runtime import DaemonWatch, MountRecord, default_log_file, record_of, records
+from lazyfs.mount.spec import MountSpec
+from lazyfs.mount.supervisor import replace_worker
 
 # A background mount that is neither ready nor refused by then is given up; its supervisor, which
 # gives its worker 120 s, knows more.
@@ -57,13 +57,13 @@ def mount(
 def umount(mountpoint: Path, lazy: bool) -> None:
     """Unmount MOUNTPOINT and wait for its daemon to end; works after a crash as well."""
     mountpoint = Path(os.path.realpath(mountpoint))
-    found = mounts.find_mount(mountpoint)
+    found = syscalls.find_mount(mountpoint)
     if found is None:
         raise MountError(f"{mountpoint}: nothing is mounted there")
-    if found.filesystem_type != mounts.FILESYSTEM_TYPE:
+    if found.filesystem_type != syscalls.FILESYSTEM_TYPE:
         raise MountError(f"{mountpoint}: is a mount of type {found.filesystem_type}, not of lazyfs")
     watch = DaemonWatch(mountpoint)
-    mounts.unmount(mountpoint, lazy=lazy)
+    syscalls.unmount(mountpoint, lazy=lazy)
     if not lazy and not watch.wait(timeout_s=15):
         raise MountError(f"{mountpoint}: unmounted, but its daemon has not ended yet")
 
@@ -93,7 +93,7 @@ def _served(mountpoint: Path) -> MountRecord:
 
 def _command(spec: MountSpec, descriptors: Sequence[int]) -> list[str]:
     numbers = map(str, descriptors)
-    return [sys.executable, "-P", "-m", "lazyfs.supervisor", spec.mountpoint, *numbers]
+    return [sys.executable, "-P", "-m", "lazyfs.mount.supervisor", spec.mountpoint, *numbers]
 
 
 def _serve(spec: MountSpec) -> NoReturn:

@@ -14,8 +14,8 @@ import pytest
 from mounting import RUNTIME_DIRECTORY, Mounted, shell
 from s3 import S3
 
-from lazyfs.control_client import ControlClient, ControlError
-from lazyfs.spec import StaticCredentials
+from lazyfs.control.client import ControlClient, ControlError
+from lazyfs.mount.spec import StaticCredentials
 
 pytestmark = pytest.mark.fuse
 CONTENT = os.urandom(3_000_000)

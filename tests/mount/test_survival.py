@@ -28,9 +28,9 @@ from mounting import (
 )
 from s3 import S3
 
-from lazyfs.keeper import Keeper, KeeperClient
-from lazyfs.spec import MountSpec, StaticCredentials, memory_file, read_whole
-from lazyfs.supervisor import Supervisor
+from lazyfs.mount.keeper import Keeper, KeeperClient
+from lazyfs.mount.spec import MountSpec, StaticCredentials, memory_file, read_whole
+from lazyfs.mount.supervisor import Supervisor
 
 pytestmark = pytest.mark.fuse
 
@@ -298,9 +298,9 @@ def test_another_protocol_is_refused(supervised: tuple[Supervisor, KeeperClient]
 LEADER = """
 import os, signal, socket, sys, threading
 from pathlib import Path
-from lazyfs.keeper import KeeperClient
-from lazyfs.spec import MountSpec, StaticCredentials
-from lazyfs.supervisor import Supervisor
+from lazyfs.mount.keeper import KeeperClient
+from lazyfs.mount.spec import MountSpec, StaticCredentials
+from lazyfs.mount.supervisor import Supervisor
 mountpoint, keeper, endpoint = sys.argv[1:]
 def connect():
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -319,8 +319,8 @@ supervisor.stop()
 def test_a_leader_dies_and_another_goes_on(s3: S3, tmp_path: Path) -> None:
     """As when the CSI node plugin is restarted: the keeper, a process of its own, has it all."""
     socket_path = Path(RUNTIME_DIRECTORY) / "keeper"
-    code = "import lazyfs.keeper, pathlib, sys; {}(pathlib.Path(sys.argv[1]))"
-    code = code.format("lazyfs.keeper.Keeper().serve_at")
+    code = "import lazyfs.mount.keeper, pathlib, sys; {}(pathlib.Path(sys.argv[1]))"
+    code = code.format("lazyfs.mount.keeper.Keeper().serve_at")
     keeper = subprocess.Popen([sys.executable, "-c", code, socket_path])
     wait_for(socket_path.is_socket)
     (tmp_path / "mnt").mkdir()

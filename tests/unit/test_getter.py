@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import trio
 
+from lazyfs.blocks.getter import BlockGetter
+from lazyfs.blocks.memory import BlockMemory
 from lazyfs.errors import AccessDeniedError, SourceError, ThrottledError
-from lazyfs.getter import BlockGetter
-from lazyfs.memory import BlockMemory
 from lazyfs.options import MountOptions
 from lazyfs.prefetch import Prefetcher
 from lazyfs.tree import File

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyfs.journal import Listing, ListingJournal
-from lazyfs.spec import MountSpec, StaticCredentials, WebIdentity
+from lazyfs.mount.spec import MountSpec, StaticCredentials, WebIdentity
 from lazyfs.tree import ListedObject
 
 objects = st.builds(

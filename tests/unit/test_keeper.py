@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from mounting import descriptors
 
-from lazyfs.keeper import LONGEST_MESSAGE, MOST_LABELS, Keeper, KeeperClient, KeeperError
-from lazyfs.spec import memory_file, read_whole
+from lazyfs.mount.keeper import LONGEST_MESSAGE, MOST_LABELS, Keeper, KeeperClient, KeeperError
+from lazyfs.mount.spec import memory_file, read_whole
 
 
 def connection_to(keeper: Keeper) -> socket.socket:
@@ -102,7 +102,7 @@ def test_at_a_socket(tmp_path: Path) -> None:
     path = tmp_path / "run" / "keeper"
     code = (
         "import pathlib, sys\n"
-        "from lazyfs.keeper import Keeper, KeeperError\n"
+        "from lazyfs.mount.keeper import Keeper, KeeperError\n"
         "try: Keeper().serve_at(pathlib.Path(sys.argv[1]))\n"
         "except KeeperError as error: sys.exit(str(error))"
     )

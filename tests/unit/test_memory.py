@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lazyfs.blocks import BlockId
-from lazyfs.memory import BlockMemory, Held
+from lazyfs.blocks.memory import BlockMemory, Held
 from lazyfs.prefetch import Place, Prefetcher
 from lazyfs.tree import File
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lazyfs.errors import OptionError
-from lazyfs.fstab import translate
 from lazyfs.kinds import Duration, Share, Size, format_size, parse_size
+from lazyfs.mount.fstab import translate
 from lazyfs.options import OPTIONS, MountOptions, config_layer, environment_layer
 
 MIB = 1 << 20

@@ -13,8 +13,8 @@ import json
 import os
 from dataclasses import asdict, dataclass
 
-from lazyfs.keeper import KeeperClient
-from lazyfs.spec import memory_file, read_whole
+from lazyfs.mount.keeper import KeeperClient
+from lazyfs.mount.spec import memory_file, read_whole
 
 SPEC = "spec"
 _FUSE, _SESSION, _LISTING = "fuse", "session", "listing"

@@ -19,7 +19,7 @@ import h11
 import trio
 
 from lazyfs.errors import LazyfsError
-from lazyfs.keeper import is_trusted
+from lazyfs.mount.keeper import is_trusted
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lazyfs.errors import MountError
-from lazyfs.keeper import private_directory
+from lazyfs.mount.keeper import private_directory
 
 
 @dataclass(frozen=True, slots=True)

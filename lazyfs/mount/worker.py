@@ -1,4 +1,4 @@
-"""The process that serves one mount: `python -m lazyfs.worker`.
+"""The process that serves one mount: `python -m lazyfs.mount.worker`.
 
 It is started by a supervisor (`lazyfs/supervisor.py`), which passes descriptors: of a connection to
 the keeper, which has the mount's spec, of a pipe for its report, and of a leash, a pipe that ends
@@ -15,15 +15,16 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from lazyfs import __version__, daemon, log, privileges
+from lazyfs import __version__, daemon, log
 from lazyfs.errors import LazyfsError
-from lazyfs.handover import SPEC
-from lazyfs.keeper import KeeperClient, KeeperError
+from lazyfs.mount import privileges
+from lazyfs.mount.handover import SPEC
+from lazyfs.mount.keeper import KeeperClient, KeeperError
+from lazyfs.mount.spec import MountSpec
+from lazyfs.mount.supervisor import EXIT_CANNOT_RESUME
 from lazyfs.options import MountOptions
 from lazyfs.session import CannotResumeError
 from lazyfs.source import SourceUrl
-from lazyfs.spec import MountSpec
-from lazyfs.supervisor import EXIT_CANNOT_RESUME
 
 
 def main(name: str, keeper_fd: int, report_fd: int, leash_fd: int | None) -> int:

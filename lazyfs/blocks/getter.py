@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import trio
 
-from lazyfs.concurrency import Concurrency, HedgeTimer, Pacer
+from lazyfs.blocks.concurrency import Concurrency, HedgeTimer, Pacer
+from lazyfs.blocks.memory import BlockMemory
+from lazyfs.blocks.retry import patiently
 from lazyfs.errors import SourceError, ThrottledError
-from lazyfs.memory import BlockMemory
 from lazyfs.options import MountOptions
-from lazyfs.retry import patiently
 from lazyfs.source import Source
 from lazyfs.tree import File
 

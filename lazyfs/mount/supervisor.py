@@ -1,8 +1,8 @@
 """Has a worker serve a mount, and another one when it dies, until the mount ends.
 
-`Supervisor` looks after one mount. `python -m lazyfs.supervisor` is the process that `lazyfs mount`
-leaves in the background: keeper and supervisor of one mount in one, small, and without any library
-that could fail. It understands two signals:
+`Supervisor` looks after one mount. `python -m lazyfs.mount.supervisor` is the process that
+`lazyfs mount` leaves in the background: keeper and supervisor of one mount in one, small, and
+without any library that could fail. It understands two signals:
 
     SIGTERM, SIGINT   unmount and end
 
@@ -32,17 +32,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lazyfs import mounts
-from lazyfs.control_client import ControlClient
+from lazyfs.control.client import ControlClient
 from lazyfs.errors import DaemonError, LazyfsError, MountError
-from lazyfs.handover import SPEC, kept_fuse
-from lazyfs.keeper import Keeper, KeeperClient
 from lazyfs.log import configure
-from lazyfs.privileges import protect_from_oom
-from lazyfs.runtime import MountRecord, RunningMount, control_socket, record_of
-from lazyfs.spec import Credentials, MountSpec
+from lazyfs.mount import syscalls
+from lazyfs.mount.handover import SPEC, kept_fuse
+from lazyfs.mount.keeper import Keeper, KeeperClient
+from lazyfs.mount.privileges import protect_from_oom
+from lazyfs.mount.runtime import MountRecord, RunningMount, control_socket, record_of
+from lazyfs.mount.spec import Credentials, MountSpec
 
-log = logging.getLogger("lazyfs.supervisor")  # not "__main__", which it may be run as
+log = logging.getLogger("lazyfs.mount.supervisor")  # not "__main__", which it may be run as
 
 EXIT_CANNOT_RESUME = 75
 # A worker that is neither ready nor refused by then is given up.
@@ -109,7 +109,7 @@ class Supervisor:
         self._record = RunningMount(self._describe())
         try:
             self._store_spec()
-            if self._kept() is None and mounts.clear_stale(self._mountpoint):
+            if self._kept() is None and syscalls.clear_stale(self._mountpoint):
                 log.warning("%s: took away a mount whose daemon was gone", self._mountpoint)
             self._start_worker(timeout_s)
         except BaseException:
@@ -161,7 +161,14 @@ class Supervisor:
             passed = [connection.fileno(), theirs]
             if self._leash is not None:
                 passed.append(self._leash[0])
-            command = [sys.executable, "-P", "-m", "lazyfs.worker", self.name, *map(str, passed)]
+            command = [
+                sys.executable,
+                "-P",
+                "-m",
+                "lazyfs.mount.worker",
+                self.name,
+                *map(str, passed),
+            ]
             inherited = [*passed, *(self._record.descriptors if self._record else [])]
             self._worker = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, pass_fds=inherited, start_new_session=True
@@ -170,7 +177,7 @@ class Supervisor:
             readable, _, _ = select.select([reports], [], [], timeout_s)
             report: dict[str, Any] = json.loads(reports.read() or "{}") if readable else {}
         if report.get("ready"):
-            entry = mounts.find_mount(self._mountpoint)
+            entry = syscalls.find_mount(self._mountpoint)
             self._device = entry.device if entry else None
             if self._record is not None:
                 self._record.write(self._describe(self._worker.pid, report["version"]))
@@ -234,7 +241,7 @@ class Supervisor:
         if descriptor is None:
             return True
         try:
-            return mounts.session_ended(descriptor)
+            return syscalls.session_ended(descriptor)
         finally:
             os.close(descriptor)
 
@@ -254,7 +261,7 @@ class Supervisor:
             log.warning("%s: the worker %d did not end: killed", self._mountpoint, worker.pid)
             worker.kill()
         if self._device is not None:
-            mounts.abort(self._device)
+            syscalls.abort(self._device)
 
     def _forget_session(self) -> None:
         """Detach the mount and close our descriptor: those who use it get an error, not a hang."""
@@ -268,13 +275,13 @@ class Supervisor:
         if descriptor is None:
             return
         os.close(descriptor)
-        entry = mounts.find_mount(self._mountpoint)
+        entry = syscalls.find_mount(self._mountpoint)
         if entry is None or self._device not in (None, entry.device):
             return
         try:
-            mounts.unmount(self._mountpoint)
+            syscalls.unmount(self._mountpoint)
         except MountError:
-            mounts.unmount(self._mountpoint, lazy=True)
+            syscalls.unmount(self._mountpoint, lazy=True)
 
     def _clean_up(self) -> None:
         self._unmount()

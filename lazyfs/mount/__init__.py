@@ -1,0 +1,1 @@
+"""What makes a mount, and what makes it outlive the process that serves it."""
