@@ -17,9 +17,9 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line, with the mount it is about."""
+    """One JSON object a line, with the mount it is about, if the process has one."""
 
-    def __init__(self, mountpoint: str) -> None:
+    def __init__(self, mountpoint: str | None) -> None:
         super().__init__()
         self.mountpoint = mountpoint
 
@@ -28,20 +28,26 @@ class JsonFormatter(logging.Formatter):
             "time": _time(record),
             "level": record.levelname.lower(),
             "logger": _room(record),
-            "mountpoint": self.mountpoint,
             "message": record.getMessage(),
         }
+        if self.mountpoint is not None:
+            fields["mountpoint"] = self.mountpoint
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
         return json.dumps(fields, ensure_ascii=False)
 
 
-def configure(level: str, style: str, mountpoint: str) -> None:
-    """Send this process's log to standard error; other libraries only speak from warnings on."""
+def configure(level: str, style: str, mountpoint: str | None, *ours: str) -> None:
+    """Send this process's log to standard error; other libraries only speak from warnings on.
+
+    Args:
+        ours: loggers that speak from `level` on, beside lazyfs's.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(TextFormatter() if style == "text" else JsonFormatter(mountpoint))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    logging.getLogger("lazyfs").setLevel(level.upper())
+    for name in ("lazyfs", *ours):
+        logging.getLogger(name).setLevel(level.upper())
 
 
 def _time(record: logging.LogRecord) -> str:

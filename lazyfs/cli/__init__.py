@@ -24,18 +24,10 @@ COMMANDS = {
 }
 
 
-class _Commands(click.Group):
-    """Finds commands by name without importing the others; every error of ours is one line."""
+class OneLineErrors(click.Group):
+    """Commands of a program, every error of which is one line that begins with its name."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module = importlib.import_module(f"lazyfs.cli.{COMMANDS[cmd_name]}")
-        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
-        return command
+    program = "lazyfs"
 
     def main(self, args: Sequence[str] | None = None, **settings: Any) -> Any:  # type: ignore[override]
         try:
@@ -46,14 +38,27 @@ class _Commands(click.Group):
             click.echo(error.format_message())
             sys.exit(2)
         except click.ClickException as error:
-            _fail(OptionError(error.format_message()))
+            self._fail(OptionError(error.format_message()))
         except LazyfsError as error:
-            _fail(error)
+            self._fail(error)
+
+    def _fail(self, error: LazyfsError) -> None:
+        click.echo(f"{self.program}: {error}", err=True)
+        sys.exit(error.exit_code)
 
 
-def _fail(error: LazyfsError) -> None:
-    click.echo(f"lazyfs: {error}", err=True)
-    sys.exit(error.exit_code)
+class _Commands(OneLineErrors):
+    """Finds commands by name without importing the others."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"lazyfs.cli.{COMMANDS[cmd_name]}")
+        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
+        return command
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,0 +1,1 @@
+"""The CSI driver: lazyfs mounts as volumes of Kubernetes."""

@@ -1,0 +1,146 @@
+"""`lazyfs-csi`: the programs of the driver.
+
+Each command imports what it needs when it is called: the keeper must stay small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lazyfs import __version__
+from lazyfs.cli import OneLineErrors
+
+if TYPE_CHECKING:
+    import grpc
+
+    from csi.identity import Check
+    from csi.volumes import Rules
+
+DRIVER_NAME = "csi.lazyfs.io"
+KEEPER_SOCKET = "/run/lazyfs/keeper.sock"
+
+Command = Callable[..., None]
+
+
+class _Programs(OneLineErrors):
+    program = "lazyfs-csi"
+
+
+@click.group(cls=_Programs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lazyfs-csi")
+def main() -> None:
+    """The CSI driver of lazyfs: models in S3 as volumes of Kubernetes."""
+
+
+@main.command()
+@click.option(
+    "--socket",
+    "path",
+    type=click.Path(path_type=Path),
+    default=KEEPER_SOCKET,
+    show_default=True,
+    help="Unix socket to answer at; its directory must be this user's alone.",
+)
+def keeper(path: Path) -> None:
+    """Keep the mounts of this node open while the node plugin is replaced.
+
+    It does nothing else, needs no upgrade, and should not be restarted under running pods.
+    """
+    from lazyfs.errors import MountError
+    from lazyfs.mount.keeper import Keeper, KeeperError
+
+    try:
+        Keeper().serve_at(path)
+    except KeeperError as error:
+        raise MountError(str(error)) from error
+
+
+def with_plugin_options(command: Command) -> Command:
+    """Give a command what every plugin takes; it passes them to `serve` and `rules`."""
+    for option in reversed(
+        (
+            click.option(
+                "--endpoint",
+                envvar="CSI_ENDPOINT",
+                required=True,
+                help="Where to answer gRPC: unix:///PATH. [$CSI_ENDPOINT]",
+            ),
+            click.option(
+                "--driver-name",
+                default=DRIVER_NAME,
+                show_default=True,
+                help="As in the CSIDriver object.",
+            ),
+            click.option(
+                "--http-address",
+                metavar="HOST:PORT",
+                help="Where to answer /healthz, /readyz and /metrics; nowhere when not given.",
+            ),
+            click.option(
+                "--allow-attributes",
+                metavar="NAMES",
+                help="The mount options that volumes may set, by camelCase name, separated by "
+                "commas. When not given: all but those that concern the whole node.",
+            ),
+            click.option(
+                "--max-memory-limit",
+                metavar="SIZE",
+                help="The most that a volume may ask for as memoryLimit.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def rules(
+    allow_attributes: str | None,
+    max_memory_limit: str | None,
+    defaults: dict[str, str | list[str]],
+) -> Rules:
+    """What volumes may set, as the command line says.
+
+    Raises:
+        OptionError: a name or the size is not one.
+    """
+    from csi.volumes import Rules, options_of
+    from lazyfs.options import find_option
+
+    memory_limit = find_option("memory-limit")
+    assert memory_limit is not None
+    most = memory_limit.parse(max_memory_limit, "--max-memory-limit") if max_memory_limit else None
+    if allow_attributes is None:
+        return Rules(max_memory_limit=most, defaults=defaults)
+    return Rules(options_of(allow_attributes), most, defaults)
+
+
+def serve(
+    endpoint: str,
+    driver_name: str,
+    http_address: str | None,
+    services: Sequence[Callable[[grpc.Server], None]],
+    checks: Sequence[Check],
+) -> None:
+    """Answer at the endpoint until SIGTERM or SIGINT: Identity, and these services.
+
+    Args:
+        services: each puts one servicer into the server.
+        checks: what must hold for the plugin to be ready.
+
+    Raises:
+        OptionError: an address cannot be listened at.
+    """
+    from csi.csi_pb2_grpc import add_IdentityServicer_to_server
+    from csi.health import HealthServer
+    from csi.identity import Identity
+    from csi.server import Server
+
+    identity = Identity(driver_name, checks)
+    server = Server(endpoint, [lambda it: add_IdentityServicer_to_server(identity, it), *services])
+    if http_address:
+        HealthServer(http_address, checks).start()
+    server.serve()

@@ -1,0 +1,86 @@
+"""What a plugin tells kubelet and Prometheus over HTTP.
+
+/healthz    200: the process answers. For the liveness probe: a restart would help nothing else,
+            and pauses every mount of the node.
+/readyz     200, or 503 and the reason: what Probe says. For the readiness probe.
+/metrics    in the Prometheus text format
+"""
+
+from __future__ import annotations
+
+import http.server
+import logging
+import threading
+from collections.abc import Sequence
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from csi.identity import Check
+from lazyfs.errors import LazyfsError, OptionError
+from lazyfs.mount.keeper import KeeperError
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 10.0
+
+
+class HealthServer:
+    """An HTTP server with the three pages, in threads that end with the process.
+
+    Args:
+        address: `HOST:PORT` or `:PORT`.
+        checks: what must hold for the plugin to be ready.
+
+    Raises:
+        OptionError: the address is not one, or cannot be listened at.
+    """
+
+    def __init__(self, address: str, checks: Sequence[Check]) -> None:
+        host, colon, port = address.rpartition(":")
+        if not colon or not port.isdecimal() or int(port) > 65535:
+            raise OptionError(f"--http-address: {address!r} is not allowed: HOST:PORT or :PORT")
+        handler = type("Handler", (_Handler,), {"checks": checks})
+        try:
+            self._server = http.server.ThreadingHTTPServer((host.strip("[]"), int(port)), handler)
+        except OSError as error:
+            raise OptionError(f"--http-address: {address}: {error.strerror}") from error
+        self.port: int = self._server.server_address[1]
+
+    def start(self) -> None:
+        """Answer from now on."""
+        threading.Thread(target=self._server.serve_forever, name="health", daemon=True).start()
+
+    def stop(self) -> None:
+        """Answer no more."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    checks: Sequence[Check]
+    timeout = PATIENCE_S
+
+    def do_GET(self) -> None:
+        if self.path == "/healthz":
+            self._send(200, b"ok\n")
+        elif self.path == "/readyz":
+            try:
+                for check in self.checks:
+                    check()
+                self._send(200, b"ok\n")
+            except (LazyfsError, KeeperError) as error:
+                self._send(503, f"{error}\n".encode())
+        elif self.path == "/metrics":
+            self._send(200, generate_latest(), CONTENT_TYPE_LATEST)
+        else:
+            self._send(404, b"/healthz, /readyz or /metrics\n")
+
+    def _send(self, status: int, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002
+        log.debug("health: " + format, *arguments)

@@ -1,0 +1,58 @@
+"""The Identity service: who the plugin is, and whether it is ready."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from google.protobuf.wrappers_pb2 import BoolValue
+from grpc import ServicerContext, StatusCode
+
+from csi import csi_pb2
+from csi.csi_pb2_grpc import IdentityServicer
+from csi.errors import RpcError
+from lazyfs import __version__
+from lazyfs.errors import LazyfsError
+from lazyfs.mount.keeper import KeeperError
+
+# Raises LazyfsError or KeeperError when something that the plugin needs is not there.
+Check = Callable[[], None]
+
+
+class Identity(IdentityServicer):
+    """Answers for a plugin.
+
+    Args:
+        name: of the driver, as in the CSIDriver object.
+        checks: what must hold for the plugin to be ready.
+    """
+
+    def __init__(self, name: str, checks: Sequence[Check]) -> None:
+        self._name = name
+        self._checks = checks
+
+    def GetPluginInfo(  # noqa: N802
+        self, request: csi_pb2.GetPluginInfoRequest, context: ServicerContext
+    ) -> csi_pb2.GetPluginInfoResponse:
+        return csi_pb2.GetPluginInfoResponse(name=self._name, vendor_version=__version__)
+
+    def GetPluginCapabilities(  # noqa: N802
+        self, request: csi_pb2.GetPluginCapabilitiesRequest, context: ServicerContext
+    ) -> csi_pb2.GetPluginCapabilitiesResponse:
+        # The node's plugin says so too: it is the driver that has a controller.
+        service = csi_pb2.PluginCapability.Service(
+            type=csi_pb2.PluginCapability.Service.CONTROLLER_SERVICE
+        )
+        return csi_pb2.GetPluginCapabilitiesResponse(
+            capabilities=[csi_pb2.PluginCapability(service=service)]
+        )
+
+    def Probe(  # noqa: N802
+        self, request: csi_pb2.ProbeRequest, context: ServicerContext
+    ) -> csi_pb2.ProbeResponse:
+        """FAILED_PRECONDITION with the reason when something is not there."""
+        for check in self._checks:
+            try:
+                check()
+            except (LazyfsError, KeeperError) as error:
+                raise RpcError(StatusCode.FAILED_PRECONDITION, str(error)) from error
+        return csi_pb2.ProbeResponse(ready=BoolValue(value=True))

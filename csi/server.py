@@ -1,0 +1,207 @@
+"""The gRPC server of a plugin: a unix socket, threads that answer, one log line for each RPC.
+
+Synchronous gRPC, because everything that an RPC does waits for system calls, processes and S3. To
+start processes from here is safe: `subprocess` uses vfork(2) when it is not asked for more, which
+runs none of gRPC's fork handlers, and closes all descriptors but those that are passed.
+
+Servicers raise; the code of an error is decided by `csi/errors.py`, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import signal
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc import StatusCode
+from prometheus_client import Histogram
+
+from csi.errors import code_of
+from lazyfs.errors import LazyfsError, OptionError
+from lazyfs.mount.keeper import KeeperError
+
+log = logging.getLogger(__name__)
+
+# An RPC occupies a thread while it waits, for instance for a model (waitFor). Threads are made when
+# they are needed.
+THREADS = 64
+# What runs when the plugin is told to end may finish, within kubelet's own 30 s for a pod.
+GRACE_S = 20.0
+# sockaddr_un(7)
+LONGEST_SOCKET_PATH = 107
+# Asked over and over; logged only when they fail.
+CHATTY = frozenset(
+    (
+        "Probe",
+        "GetPluginInfo",
+        "GetPluginCapabilities",
+        "ControllerGetCapabilities",
+        "NodeGetCapabilities",
+        "NodeGetVolumeStats",
+    )
+)
+
+RPC_SECONDS = Histogram(
+    "lazyfs_csi_rpc_seconds", "How long RPCs took, by name and gRPC code.", ("rpc", "code")
+)
+
+
+class Server:
+    """A gRPC server at a unix socket.
+
+    Args:
+        endpoint: `unix:///path/of.sock`, or the path.
+        services: each puts one servicer into the server, as the generated `add_...` do.
+
+    Raises:
+        OptionError: the endpoint cannot be listened at.
+    """
+
+    def __init__(self, endpoint: str, services: Sequence[Callable[[grpc.Server], None]]) -> None:
+        self._path = socket_path(endpoint)
+        _make_room(self._path)
+        self._server = grpc.server(
+            ThreadPoolExecutor(THREADS, thread_name_prefix="rpc"), interceptors=[RpcLog()]
+        )
+        for add in services:
+            add(self._server)
+        mask = os.umask(0o177)
+        try:
+            self._server.add_insecure_port(f"unix:{self._path}")
+        except RuntimeError as error:
+            raise OptionError(f"--endpoint: {self._path}: cannot listen there") from error
+        finally:
+            os.umask(mask)
+
+    def start(self) -> None:
+        """Answer from now on."""
+        self._server.start()
+        log.info("answering at %s", self._path)
+
+    def stop(self) -> None:
+        """Take no new RPCs, let those that run finish, within GRACE_S."""
+        self._server.stop(GRACE_S).wait()
+
+    def serve(self) -> None:
+        """Answer until SIGTERM or SIGINT."""
+        with ended_by_signal() as ended:
+            self.start()
+            ended.wait()
+        log.info("ending")
+        self.stop()
+
+
+class RpcLog(grpc.ServerInterceptor):
+    """Logs and measures every RPC, and answers errors with their codes.
+
+    A line has the number of the RPC, its name, its volume, its result and how long it took; nothing
+    else of a request, so that no secret can be in it.
+    """
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+
+    def intercept_service(
+        self, continuation: Callable[[Any], Any], handler_call_details: Any
+    ) -> Any:
+        handler = continuation(handler_call_details)
+        if handler is None or handler.unary_unary is None:
+            return handler
+        name = handler_call_details.method.rpartition("/")[2]
+
+        def answer(request: Any, context: grpc.ServicerContext) -> Any:
+            return self._answer(name, handler.unary_unary, request, context)
+
+        return grpc.unary_unary_rpc_method_handler(
+            answer, handler.request_deserializer, handler.response_serializer
+        )
+
+    def _answer(
+        self,
+        name: str,
+        behaviour: Callable[[Any, Any], Any],
+        request: Any,
+        context: grpc.ServicerContext,
+    ) -> Any:
+        number = next(self._numbers)
+        volume = getattr(request, "volume_id", "") or getattr(request, "name", "")
+        began = time.monotonic()
+        response: Any = None
+        code, message = StatusCode.OK, ""
+        try:
+            response = behaviour(request, context)
+        except (LazyfsError, KeeperError) as error:
+            code, message = code_of(error), str(error)
+        except NotImplementedError:
+            code, message = StatusCode.UNIMPLEMENTED, f"this driver has no {name}"
+        except Exception as error:
+            # Its text may hold anything; the traceback is for the log alone.
+            log.exception("rpc %d %s: a fault of the plugin", number, name)
+            code = StatusCode.INTERNAL
+            message = f"a fault of the plugin ({type(error).__name__}); its log has more"
+        took_s = time.monotonic() - began
+        RPC_SECONDS.labels(name, code.name).observe(took_s)
+        level = logging.DEBUG if name in CHATTY else logging.INFO
+        log.log(
+            level if code in (StatusCode.OK, StatusCode.UNIMPLEMENTED) else logging.WARNING,
+            "rpc %d %s %s: %s in %.3f s%s",
+            number, name, volume if volume.isprintable() else repr(volume), code.name, took_s,
+            f": {message}" if message else "",
+        )  # fmt: skip
+        if code is not StatusCode.OK:
+            context.abort(code, message)
+        return response
+
+
+def socket_path(endpoint: str) -> Path:
+    """The path of `unix:///path`, `unix:/path` or a path.
+
+    Raises:
+        OptionError: it is something else, or too long.
+    """
+    path = Path(endpoint.removeprefix("unix://").removeprefix("unix:"))
+    if not path.is_absolute():
+        raise OptionError(f"--endpoint: {endpoint!r} is not allowed: unix:///PATH of a socket")
+    if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
+        raise OptionError(f"--endpoint: {path} is longer than {LONGEST_SOCKET_PATH} bytes")
+    return path
+
+
+@contextlib.contextmanager
+def ended_by_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set."""
+    ended = threading.Event()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda *_: ended.set()) for number in numbers]
+    try:
+        yield ended
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _make_room(path: Path) -> None:
+    """Take away a socket that a former plugin left behind, and nothing else."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            return
+        if not stat.S_ISSOCK(path.stat().st_mode):
+            raise OptionError(f"--endpoint: {path} is there and is not a socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(str(path)) == 0:
+                raise OptionError(f"--endpoint: {path}: another plugin answers there")
+        path.unlink()
+    except OSError as error:
+        raise OptionError(f"--endpoint: {path}: {error.strerror}") from error

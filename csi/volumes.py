@@ -1,0 +1,315 @@
+"""What a volume is, read from what Kubernetes says of it: attributes, mount flags, secrets, ids.
+
+Pure: no I/O, no state. The attributes of a volume (`volume_context`, a PersistentVolume's
+`volumeAttributes`, most parameters of a StorageClass) are
+
+    source                  s3://BUCKET or s3://BUCKET/PREFIX, or in two parts:
+    bucket or bucketName    and, if wanted, prefix
+    waitFor                 headers or model: what is here when staging returns; not given: nothing
+    roleArn                 the role that a pod's service account takes on (web identity)
+    each mount option       by its camelCase name, `blockSize`, as in docs/OPTIONS.md; patterns
+                            are separated by commas
+
+A mount flag (`mountOptions`) is `key=value` of a mount option; `ro` may stand there too.
+Everything that is wrong raises InvalidArgumentError, naming key, value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from csi.csi_pb2 import VolumeCapability
+from csi.errors import InvalidArgumentError
+from lazyfs.errors import OptionError
+from lazyfs.kinds import format_size
+from lazyfs.mount.spec import Credentials, MountSpec, StaticCredentials
+from lazyfs.options import OPTIONS, MountOptions, Option, merged
+from lazyfs.source import SourceUrl
+
+# spec.md, "Size Limits": of a string, and of a map of strings.
+LONGEST_TEXT_BYTES = 128
+LARGEST_MAP_BYTES = 4096
+# Keys that kubelet and external-provisioner add to what a user wrote.
+ADDED_KEYS = ("csi.storage.k8s.io/", "storage.kubernetes.io/")
+WAIT_FOR = ("headers", "model")
+# What concerns the whole node or reads and writes its files is the administrator's, not a volume's,
+# unless --allow-attributes names it.
+OF_THE_NODE = frozenset(
+    ("profile", "ca-bundle", "allow-other", "cache-dir", "cache-size", "log-format", "log-file")
+)
+_BY_CAMEL_CASE = {option.camel_case: option for option in OPTIONS}
+_SOURCE_KEYS = ("source", "bucket", "bucketName", "prefix")
+_OTHER_KEYS = ("waitFor", "roleArn")
+_ROLE_ARN = re.compile(r"arn:[\w-]+:iam::\d*:role/[\w+=,.@/-]{1,512}", re.ASCII)
+# spec.md, CreateVolumeRequest.name: control characters but for white space.
+_BANNED = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_SECRET_KEYS = {
+    "access_key_id": ("accessKeyId", "AWS_ACCESS_KEY_ID", "aws_access_key_id"),
+    "secret_access_key": ("secretAccessKey", "AWS_SECRET_ACCESS_KEY", "aws_secret_access_key"),
+    "session_token": ("sessionToken", "AWS_SESSION_TOKEN", "aws_session_token"),
+}
+
+Texts = dict[str, str | list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """One volume, as its attributes say.
+
+    Attributes:
+        source: `s3://bucket/prefix`.
+        options: texts by option name (`lazyfs/options.py`), the driver's own defaults among them.
+        wait_for: what staging waits for: `headers`, `model`, or None for nothing.
+        role_arn: to be taken on with the pod's service-account token.
+    """
+
+    source: str
+    options: Mapping[str, str | list[str]]
+    wait_for: str | None = None
+    role_arn: str | None = None
+
+    @property
+    def mount_options(self) -> MountOptions:
+        """The options, read."""
+        return MountOptions.parse(("{attribute}", self.options))
+
+    def mount_spec(self, mountpoint: str, credentials: Credentials | None) -> MountSpec:
+        """What a worker is told of it."""
+        return MountSpec(self.source, mountpoint, self.options, credentials)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What an administrator lets volumes set, and what they are otherwise.
+
+    Attributes:
+        allowed: names of the options that a volume may set.
+        max_memory_limit: bytes; the most that a volume may ask for as `memoryLimit`.
+        defaults: valid texts by option name, for what a volume does not set.
+    """
+
+    allowed: frozenset[str] = frozenset(option.name for option in OPTIONS) - OF_THE_NODE
+    max_memory_limit: int | None = None
+    defaults: Mapping[str, str | list[str]] = field(default_factory=dict)
+
+    def volume(self, attributes: Mapping[str, str], mount_flags: Iterable[str] = ()) -> Volume:
+        """Read a volume's attributes (`volume_context`) and mount flags.
+
+        Raises:
+            InvalidArgumentError: one is unknown, not allowed here, or has a wrong value.
+        """
+        own = own_attributes(attributes)
+        check_size("the volume's attributes", own)
+        texts: Texts = {}
+        for key, value in own.items():
+            if key not in _SOURCE_KEYS and key not in _OTHER_KEYS:
+                self._set(texts, "volume attribute", key, value)
+        flags: Texts = {}
+        for flag in mount_flags:
+            key, _, value = flag.partition("=")
+            if flag != "ro":
+                self._set(flags, "mount option", key, value)
+        for name in texts.keys() & flags.keys():
+            if texts[name] != flags[name]:
+                raise InvalidArgumentError(
+                    f"{name}: given as volume attribute and as mount option, with other values; "
+                    "leave one out"
+                )
+        return Volume(
+            source=str(source_of(own)),
+            options=self._checked({**texts, **flags}),
+            wait_for=_wait_for(own.get("waitFor")),
+            role_arn=_role_arn(own.get("roleArn")),
+        )
+
+    def _set(self, texts: Texts, what: str, key: str, value: str) -> None:
+        """Put one option's text where it belongs."""
+        option = _BY_CAMEL_CASE.get(key)
+        if option is None:
+            raise InvalidArgumentError(_unknown(what, key))
+        if option.name not in self.allowed:
+            raise InvalidArgumentError(
+                f"{what} {key}: {value!r} is not allowed: volumes may not set {key} here; "
+                "the driver's --allow-attributes says what they may"
+            )
+        if option.kind.repeatable:
+            before = texts.get(option.name, [])
+            assert isinstance(before, list)
+            texts[option.name] = [*before, *value.split(",")]
+        elif option.name in texts:
+            raise InvalidArgumentError(f"{what} {key}: given several times; it takes one value")
+        else:
+            texts[option.name] = value
+
+    def _checked(self, texts: Texts) -> Texts:
+        try:
+            options = MountOptions.parse(("{attribute}", texts), ("--{name}", self.defaults))
+        except OptionError as error:
+            raise InvalidArgumentError(str(error)) from None
+        most = self.max_memory_limit
+        if most is not None and "memory-limit" in texts and options.memory_limit > most:
+            raise InvalidArgumentError(
+                f"memoryLimit: {texts['memory-limit']!r} is not allowed: at most "
+                f"{format_size(most)} (--max-memory-limit of the driver)"
+            )
+        return merged(texts, self.defaults)
+
+
+def own_attributes(attributes: Mapping[str, str]) -> dict[str, str]:
+    """Those that a user or a StorageClass wrote, without what Kubernetes adds."""
+    return {key: value for key, value in attributes.items() if not key.startswith(ADDED_KEYS)}
+
+
+def source_of(attributes: Mapping[str, str]) -> SourceUrl:
+    """The source that attributes name, in one part or in two.
+
+    Raises:
+        InvalidArgumentError: none, or one that cannot be.
+    """
+    given = {key: attributes[key] for key in _SOURCE_KEYS if attributes.get(key)}
+    buckets = [key for key in ("source", "bucket", "bucketName") if key in given]
+    if len(buckets) != 1 or ("source" in given and "prefix" in given):
+        found = f"found {', '.join(given)}" if given else "found none of them"
+        raise InvalidArgumentError(
+            "a volume needs the attribute source (s3://BUCKET/PREFIX), or bucket and, if wanted, "
+            f"prefix; {found}"
+        )
+    text = given[buckets[0]]
+    if buckets[0] != "source":
+        if "/" in text:
+            raise InvalidArgumentError(
+                f"{buckets[0]}: {text!r} is not allowed: the name of a bucket, without s3:// or /"
+            )
+        text = f"s3://{text}/{given.get('prefix', '').removeprefix('/')}"
+    if _BANNED.search(text):
+        raise InvalidArgumentError(f"{buckets[0]}: {text!r} has control characters")
+    try:
+        return SourceUrl.parse(text)
+    except OptionError as error:
+        raise InvalidArgumentError(str(error)) from None
+
+
+def credentials_of(secrets: Mapping[str, str]) -> StaticCredentials | None:
+    """Keys from the secrets of a call; None if the call has none.
+
+    White space around a value, which a newline in a Secret often is, is taken off. Other keys of
+    the Secret are left alone; but a Secret without keys of ours is refused, because what it was to
+    give access to would be read with other credentials.
+
+    Raises:
+        InvalidArgumentError: keys are missing or malformed; no value is in the message.
+    """
+    own = own_attributes(secrets)
+    if not own:
+        return None
+    check_size("the secret", own)
+    found: dict[str, str] = {}
+    for name, spellings in _SECRET_KEYS.items():
+        values = {own[each].strip() for each in spellings if own.get(each, "").strip()}
+        if len(values) > 1:
+            raise InvalidArgumentError(f"the secret has {spellings[0]} twice, with other values")
+        for value in values:
+            if not (value.isascii() and value.isprintable()):
+                raise InvalidArgumentError(
+                    f"{spellings[0]} of the secret has characters that no key has"
+                )
+            found[name] = value
+    for name in ("access_key_id", "secret_access_key"):
+        if name not in found:
+            raise InvalidArgumentError(
+                f"the secret has no {_SECRET_KEYS[name][0]} (or {_SECRET_KEYS[name][1]}); "
+                f"its keys are {', '.join(sorted(own))}"
+            )
+    return StaticCredentials(**found)
+
+
+def check_text(what: str, text: str) -> None:
+    """Refuse a required text that is empty, too long or has control characters.
+
+    Raises:
+        InvalidArgumentError: `what` names the field in the message.
+    """
+    if not text:
+        raise InvalidArgumentError(f"{what} is missing")
+    if len(text.encode()) > LONGEST_TEXT_BYTES:
+        raise InvalidArgumentError(f"{what} is longer than {LONGEST_TEXT_BYTES} bytes")
+    if _BANNED.search(text):
+        raise InvalidArgumentError(f"{what} has control characters: {text!r}")
+
+
+def check_size(what: str, texts: Mapping[str, str]) -> None:
+    """Refuse a map that is larger than the specification allows.
+
+    Raises:
+        InvalidArgumentError: `what` names the map in the message.
+    """
+    size = sum(len(key.encode()) + len(value.encode()) for key, value in texts.items())
+    if size > LARGEST_MAP_BYTES:
+        raise InvalidArgumentError(f"{what}: {size} bytes, more than {LARGEST_MAP_BYTES}")
+
+
+def check_capability(capability: VolumeCapability) -> None:
+    """Refuse a use of a volume that is not one as files.
+
+    Every access mode is fine: people ask for ReadWriteOnce out of habit, and the mount is read-only
+    whatever was asked.
+
+    Raises:
+        InvalidArgumentError: block access, or a field is missing.
+    """
+    kind = capability.WhichOneof("access_type")
+    if kind == "block":
+        raise InvalidArgumentError(
+            "block access is not possible: a lazyfs volume is a directory; "
+            "use volumeMode: Filesystem"
+        )
+    if kind is None:
+        raise InvalidArgumentError("volume_capability has no access type")
+    mode = capability.access_mode.mode
+    if mode not in VolumeCapability.AccessMode.Mode.values() or mode == 0:
+        raise InvalidArgumentError("volume_capability has no access mode")
+
+
+def id_of(name: str) -> str:
+    """The id of the volume that CreateVolume makes for a name: readable, and one for each name."""
+    readable = re.sub(r"[^A-Za-z0-9.-]", "-", name)[:64]
+    return f"{readable}-{hashlib.blake2b(name.encode(), digest_size=10).hexdigest()}"
+
+
+def _unknown(what: str, key: str) -> str:
+    known = [*_SOURCE_KEYS, *_OTHER_KEYS, *_BY_CAMEL_CASE]
+    near = difflib.get_close_matches(key, known, 1)
+    hint = f"did you mean {near[0]}?" if near else "see docs/OPTIONS.md and docs/CSI.md for all"
+    return f"{what} {key!r}: there is none of this name; {hint}"
+
+
+def _wait_for(text: str | None) -> str | None:
+    if text and text not in WAIT_FOR:
+        raise InvalidArgumentError(f"waitFor: {text!r} is not allowed: {' or '.join(WAIT_FOR)}")
+    return text or None
+
+
+def _role_arn(text: str | None) -> str | None:
+    if text and not _ROLE_ARN.fullmatch(text):
+        raise InvalidArgumentError(
+            f"roleArn: {text!r} is not allowed: a role such as arn:aws:iam::123456789012:role/NAME"
+        )
+    return text or None
+
+
+def options_of(names: str) -> frozenset[str]:
+    """Option names of a list of camelCase names, separated by commas (`--allow-attributes`).
+
+    Raises:
+        OptionError: a name is unknown.
+    """
+    found: list[Option] = []
+    for name in filter(None, (each.strip() for each in names.split(","))):
+        if name not in _BY_CAMEL_CASE:
+            raise OptionError(f"--allow-attributes: {_unknown('attribute', name)}")
+        found.append(_BY_CAMEL_CASE[name])
+    return frozenset(option.name for option in found)
