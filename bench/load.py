@@ -1,34 +1,49 @@
-"""Reads a model directory as loaders do, in a process of its own, and says how long it took.
+"""Loads a model directory the way some program would; run as a process of its own.
 
-    python bench/load.py MODE DIRECTORY
+    python bench/load.py MODE DIRECTORY [--ranks N --rank R] [--trace FILE]
 
-Modes:
+Prints one line of JSON: `began`, `opened` and `ended` on the monotonic clock, which all processes
+of a machine share, so that whoever started the mount can tell how long it took from there to the
+last tensor; bytes; processor seconds from `opened` to `ended`; peak of resident memory.
 
-    vllm        vLLM's default: sorted shards, each file's tensors in order, every tensor copied
-                out of the mapped file by all cores at once, as torch does it
-    safetensors the same with `safetensors.safe_open` and numpy, one thread
-    sequential  plain reads of 1 MiB
-    direct      O_DIRECT, 8 threads, 8 MiB each, over all shards
-    threads     4 shards at once, mapped
+Every byte is copied once, into memory that is used again for each tensor: as much is moved as by a
+loader that hands tensors on to a GPU, and the allocator is not measured. Modes:
+
+    vllm         the default loader of vLLM: shards sorted, mapped, one tensor after the other, each
+                 copied by all threads at once as torch does, each faulting its own part. With
+                 --ranks, the R-th of N processes that load one model in step (tensor parallelism)
+    safetensors  `safe_open` and `get_tensor`, as they are
+    threads      four shards at once, mapped
+    sequential   plain reads of 1 MiB
+    direct       O_DIRECT, 8 threads, 8 MiB each, over all shards
+    replay       a recorded trace (see traces/README.md): its ranges, mapped, in its order
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-import json
-import mmap
-import os
-import resource
-import struct
-import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
-import numpy as np
+BEGAN = time.monotonic()
+
+import argparse  # noqa: E402 - the clock starts before anything is imported
+import concurrent.futures  # noqa: E402
+import csv  # noqa: E402
+import gzip  # noqa: E402
+import json  # noqa: E402
+import mmap  # noqa: E402
+import os  # noqa: E402
+import resource  # noqa: E402
+import struct  # noqa: E402
+import threading  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 
 MIB = 1 << 20
 CORES = os.cpu_count() or 1
+Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
 
 def shards(directory: Path) -> list[Path]:
@@ -37,96 +52,144 @@ def shards(directory: Path) -> list[Path]:
     return [directory / name for name in sorted(set(index["weight_map"].values()))]
 
 
-def tensors(mapped: mmap.mmap) -> Iterator[tuple[int, int]]:
+def mapped(path: Path) -> Bytes:
+    """A file's bytes, mapped."""
+    with open(path, "rb") as file:
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
+
+
+def tensors(view: Bytes) -> Iterator[tuple[int, int]]:
     """Begin and end of each tensor of a mapped safetensors file, in order."""
-    (length,) = struct.unpack("<Q", mapped[:8])
-    header = json.loads(mapped[8 : 8 + length])
+    (length,) = struct.unpack("<Q", view[:8].tobytes())
+    header = json.loads(view[8 : 8 + length].tobytes())
     header.pop("__metadata__", None)
     spans = (item["data_offsets"] for item in header.values())
     return ((8 + length + begin, 8 + length + end) for begin, end in sorted(spans))
 
 
-def copy_mapped(path: Path, pool: concurrent.futures.Executor | None) -> int:
-    """Copy every tensor of a file out of its mapping; with a pool, all its threads share one."""
+class Copier:
+    """Copies ranges into memory of its own, which grows to the largest and is used again."""
+
+    def __init__(self, pool: concurrent.futures.Executor | None) -> None:
+        self._pool = pool
+        self._memory = np.zeros(0, np.uint8)
+
+    def copy(self, view: Bytes) -> int:
+        """Copy a range; with a pool, by all its threads at once."""
+        if len(view) > len(self._memory):
+            self._memory = np.zeros(len(view), np.uint8)
+        if self._pool is None or len(view) < MIB:
+            self._memory[: len(view)] = view
+            return len(view)
+        step = -(-len(view) // CORES)
+        parts = [slice(at, min(at + step, len(view))) for at in range(0, len(view), step)]
+        list(self._pool.map(lambda part: np.copyto(self._memory[part], view[part]), parts))
+        return len(view)
+
+
+def vllm(arguments: argparse.Namespace) -> int:
     size = 0
-    with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-    view = np.frombuffer(mapped, np.uint8)
-    for begin, end in tensors(mapped):
-        target = np.empty(end - begin, np.uint8)
-        if pool is None or end - begin < MIB:
-            target[:] = view[begin:end]
-        else:
-            step = -(-(end - begin) // CORES)
-            parts = [slice(at, min(at + step, end - begin)) for at in range(0, end - begin, step)]
-            list(pool.map(lambda p: np.copyto(target[p], view[begin:end][p]), parts))  # noqa: B023
-        size += end - begin
+    with concurrent.futures.ThreadPoolExecutor(CORES) as pool:
+        copier = Copier(pool)
+        for path in shards(arguments.directory):
+            view = mapped(path)
+            for begin, end in tensors(view):
+                share = (end - begin) / arguments.ranks
+                first = begin + int(share * arguments.rank)
+                size += copier.copy(view[first : begin + int(share * (arguments.rank + 1))])
     return size
 
 
-def vllm(directory: Path) -> int:
-    with concurrent.futures.ThreadPoolExecutor(CORES) as pool:
-        return sum(copy_mapped(path, pool) for path in shards(directory))
-
-
-def threads(directory: Path) -> int:
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        return sum(pool.map(lambda path: copy_mapped(path, None), shards(directory)))
-
-
-def safetensors(directory: Path) -> int:
-    from safetensors import safe_open
-
+def safetensors(arguments: argparse.Namespace) -> int:
     size = 0
-    for path in shards(directory):
+    for path in shards(arguments.directory):
         with safe_open(path, framework="np") as opened:
             for name in opened.keys():  # noqa: SIM118 - it is no dict
                 size += opened.get_tensor(name).nbytes
     return size
 
 
-def sequential(directory: Path) -> int:
+def threads(arguments: argparse.Namespace) -> int:
+    def load(path: Path) -> int:
+        copier, view = Copier(None), mapped(path)
+        return sum(copier.copy(view[begin:end]) for begin, end in tensors(view))
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        return sum(pool.map(load, shards(arguments.directory)))
+
+
+def sequential(arguments: argparse.Namespace) -> int:
     size = 0
     buffer = bytearray(MIB)
-    for path in shards(directory):
+    for path in shards(arguments.directory):
         with open(path, "rb", buffering=0) as file:
             while got := file.readinto(buffer):
                 size += got
     return size
 
 
-def direct(directory: Path) -> int:
+def direct(arguments: argparse.Namespace) -> int:
+    own = threading.local()
+
     def read(job: tuple[Path, int]) -> int:
         path, offset = job
-        buffer = mmap.mmap(-1, 8 * MIB)
+        if not hasattr(own, "buffer"):
+            own.buffer = mmap.mmap(-1, 8 * MIB)
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
         try:
-            return os.preadv(descriptor, [buffer], offset)
+            return os.preadv(descriptor, [own.buffer], offset)
         finally:
             os.close(descriptor)
-            buffer.close()
 
     jobs = [
         (path, offset)
-        for path in shards(directory)
+        for path in shards(arguments.directory)
         for offset in range(0, path.stat().st_size, 8 * MIB)
     ]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         return sum(pool.map(read, jobs))
 
 
-MODES = {mode.__name__: mode for mode in (vllm, threads, safetensors, sequential, direct)}
+def replay(arguments: argparse.Namespace) -> int:
+    """As many threads as the recorded machine had processors take its reads in their order."""
+    views: dict[str, Bytes] = {}
+    own = threading.local()
+
+    def read(row: dict[str, str]) -> int:
+        if not hasattr(own, "copier"):
+            own.copier = Copier(None)
+        begin = int(row["offset"])
+        return int(own.copier.copy(views[row["file"]][begin : begin + int(row["size"])]))
+
+    with gzip.open(arguments.trace, "rt") as file:
+        rows = [row for row in csv.DictReader(file) if row["op"] in ("open", "read")]
+    for name in {row["file"] for row in rows}:
+        views[name] = mapped(arguments.directory / name)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return sum(pool.map(read, (row for row in rows if row["op"] == "read")))
+
+
+MODES: dict[str, Callable[[argparse.Namespace], int]] = {
+    mode.__name__: mode for mode in (vllm, safetensors, threads, sequential, direct, replay)
+}
 
 
 def main() -> None:
     """Load once; one line of JSON."""
-    mode, directory = MODES[sys.argv[1]], Path(sys.argv[2])
-    began = time.perf_counter()
-    size = mode(directory)
-    seconds = time.perf_counter() - began
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    cpu = usage.ru_utime + usage.ru_stime
-    print(json.dumps({"seconds": seconds, "bytes": size, "cpu_s": cpu}))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("mode", choices=MODES)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--trace", type=Path)
+    arguments = parser.parse_args()
+    before, opened = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
+    size = MODES[arguments.mode](arguments)
+    ended, after = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    answer = {"began": BEGAN, "opened": opened, "ended": ended, "bytes": size, "cpu_s": cpu,
+              "peak_mib": after.ru_maxrss / 1024}  # fmt: skip
+    print(json.dumps(answer))
 
 
 if __name__ == "__main__":

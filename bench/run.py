@@ -55,7 +55,8 @@ class Bench:
 
     def load(self, directory: Path, mode: str = "vllm") -> Result:
         """Load a model directory in a process of its own."""
-        return self.python("load.py", mode, directory)
+        result = self.python("load.py", mode, directory)
+        return {**result, "seconds": result["ended"] - result["opened"]}
 
     def python(self, script: str, *arguments: object) -> Result:
         """Run one of the bench's programs; its line of JSON."""

@@ -1,0 +1,198 @@
+"""What a run cost: processor time and memory of a mount's processes, and the kernel's requests.
+
+Everything is asked of the kernel, not of the contender, so that it means the same for each of them:
+
+- processor time of a control group (version 2) holds all processes that a mount consists of, those
+  that have ended included. The kernel's own threads, which write dirty pages back, are in no group
+  and are not counted, for nobody.
+- memory is the sum of each process's own peak (VmHWM), which is never less than the peak of the
+  sum. Page cache is not in it.
+- FUSE requests come from the trace event `fuse:fuse_request_send` (Linux 6.11), counted by
+  connection and operation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+_SENT = re.compile(r"fuse_request_send: connection (\d+) .*\(FUSE_(\w+)\)")
+_IDLE_S = 0.5  # with less than a twentieth of a processor
+_TRACE_BUFFER_KIB = 16 << 10  # for each processor; an event takes about 50 bytes
+
+
+class Group:
+    """A control group; processes that `enter` it, and their children, are counted together."""
+
+    def __init__(self, name: str) -> None:
+        self._path = _cgroup_root() / f"lazyfs-bench-{os.getpid()}-{name}"
+        self._path.mkdir()
+
+    def enter(self) -> None:
+        """Put the calling process in; for `preexec_fn`."""
+        (self._path / "cgroup.procs").write_text("0")
+
+    def processes(self) -> list[int]:
+        """Process numbers of those that are alive."""
+        return [int(line) for line in (self._path / "cgroup.procs").read_text().split()]
+
+    def cpu_seconds(self) -> float:
+        """User and system time of all that was ever in it."""
+        for line in (self._path / "cpu.stat").read_text().splitlines():
+            if line.startswith("usage_usec"):
+                return int(line.split()[1]) / 1e6
+        raise SystemExit("bench: the control group counts no processor time")
+
+    def peak_mib(self) -> float:
+        """Sum of the peaks of resident memory of those that are alive."""
+        return sum(_peak_mib(pid) for pid in self.processes())
+
+    def close(self) -> None:
+        """Remove it.
+
+        Raises:
+            SystemExit: processes are still in it after ten seconds: a contender left them behind.
+        """
+        deadline = time.monotonic() + 10
+        while left := self.processes():
+            if time.monotonic() > deadline:
+                raise SystemExit(f"bench: {self._path.name}: processes left behind: {left}")
+            time.sleep(0.02)
+        self._path.rmdir()
+
+
+def settle(counted: Group) -> None:
+    """Wait until its processes are idle: what they still write is written.
+
+    Raises:
+        SystemExit: they are busy after a minute.
+    """
+    deadline, before = time.monotonic() + 60, counted.cpu_seconds()
+    while time.monotonic() < deadline:
+        time.sleep(_IDLE_S)
+        now = counted.cpu_seconds()
+        if now - before < _IDLE_S / 20:
+            return
+        before = now
+    raise SystemExit("bench: the mount's processes do not come to rest")
+
+
+@contextlib.contextmanager
+def group(name: str) -> Iterator[Group]:
+    """A control group that must be empty at the end of the block."""
+    made = Group(name)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+class FuseRequests:
+    """Counts of the kernel's FUSE requests since `mark`, of any connection."""
+
+    def __init__(self, instance: Path) -> None:
+        self._instance = instance
+
+    def mark(self) -> None:
+        """Count from here on."""
+        (self._instance / "trace").write_text("")
+
+    def of(self, mountpoint: Path) -> Counter[str]:
+        """Requests of one mount by operation, such as READ or LOOKUP."""
+        connection = str(os.minor(device_of(mountpoint)))
+        counts: Counter[str] = Counter()
+        with open(self._instance / "trace") as lines:
+            for line in lines:
+                found = _SENT.search(line)
+                if found and found[1] == connection:
+                    counts[found[2]] += 1
+        return counts
+
+
+@contextlib.contextmanager
+def fuse_requests(base: Path) -> Iterator[FuseRequests | None]:
+    """Trace FUSE requests until the end of the block; None where the kernel has no such event.
+
+    Args:
+        base: a directory to mount tracefs in.
+    """
+    mounted = base / "trace"
+    mounted.mkdir()
+    answer = subprocess.run(["mount", "-t", "tracefs", "bench", mounted], capture_output=True)
+    instance = mounted / "instances" / f"lazyfs-bench-{os.getpid()}"
+    event = instance / "events" / "fuse" / "fuse_request_send" / "enable"
+    try:
+        if answer.returncode == 0:
+            instance.mkdir()
+        if not event.exists():
+            print("bench: this kernel does not trace FUSE requests", file=sys.stderr)
+            yield None
+            return
+        (instance / "buffer_size_kb").write_text(str(_TRACE_BUFFER_KIB))
+        event.write_text("1")
+        yield FuseRequests(instance)
+    finally:
+        if instance.exists():
+            instance.rmdir()
+        if answer.returncode == 0:
+            subprocess.run(["umount", mounted], check=True)
+        mounted.rmdir()
+
+
+def device_of(mountpoint: Path) -> int:
+    """Device number of what is mounted at a place, without asking what is mounted there."""
+    for fields in _mounts():
+        if fields[4] == str(mountpoint):
+            major, minor = fields[2].split(":")
+            return os.makedev(int(major), int(minor))
+    raise SystemExit(f"bench: nothing is mounted at {mountpoint}")
+
+
+def is_mounted(mountpoint: Path) -> bool:
+    """Whether anything is mounted at a place."""
+    return any(fields[4] == str(mountpoint) for fields in _mounts())
+
+
+def drop_page_cache(directory: Path) -> None:
+    """Let the kernel forget all files below a directory, after they are on disk."""
+    os.sync()
+    for path in directory.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def touch_all_memory() -> None:
+    """Use all free memory once: a virtual machine gets it from its host only then, slowly."""
+    size = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 9 // 10
+    code = f"import mmap; m = mmap.mmap(-1, {size})\nfor at in range(0, {size}, 4096): m[at] = 1"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=900)
+
+
+def _mounts() -> list[list[str]]:
+    """Fields of each line of mountinfo (proc_pid_mountinfo(5))."""
+    return [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+
+
+def _cgroup_root() -> Path:
+    for fields in _mounts():
+        if fields[fields.index("-") + 1] == "cgroup2":
+            return Path(fields[4])
+    raise SystemExit("bench: processor time is counted by control groups, version 2, which are "
+                     "not mounted here: mount -t cgroup2 none /sys/fs/cgroup")  # fmt: skip
+
+
+def _peak_mib(pid: int) -> float:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) / 1024
+    return 0.0

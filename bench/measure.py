@@ -1,0 +1,188 @@
+"""One measured load through one mount.
+
+What is counted: from the moment in which the mount begins (before the first process of it is
+started) to the moment in which the last tensor has been copied. In between lie the mount, the
+start of the loader (the interpreter, numpy, safetensors: `loader_start_s`) and the load itself
+(`load_s`). Of a download it is the same: from the start of the client to the last tensor. Where
+nothing is mounted or downloaded (hot, local file) only the load itself is counted, for both.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import origin as origins
+from accounting import FuseRequests
+from mounts import Mounted, Place
+
+HERE = Path(__file__).parent
+TIMEOUT_S = 900
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a load took. Fields that do not apply are None.
+
+    Attributes:
+        seconds: from the beginning of the mount or of the download to the last tensor; of a load
+            from what is mounted already or local, the load alone.
+        load_s: from before the first file is opened to the last tensor.
+        mount_s: until the mount could be used.
+        bytes: that the loader copied.
+        client_cpu_s: processor time of the mount's processes, or of the download client, from
+            their start to the last tensor.
+        reader_cpu_s: processor time of the loader during the load.
+        peak_mib: peak of resident memory of the mount's processes, or of the download client.
+        fuse_requests, fuse_reads: that the kernel sent.
+        gets: that the origin answered, and bytes of them divided by `bytes`.
+    """
+
+    seconds: float
+    load_s: float
+    bytes: int
+    reader_cpu_s: float
+    mount_s: float | None = None
+    client_cpu_s: float | None = None
+    peak_mib: float | None = None
+    fuse_requests: int | None = None
+    fuse_reads: int | None = None
+    gets: int | None = None
+    fetched_over_needed: float | None = None
+
+    @property
+    def rate(self) -> float:
+        """GB/s."""
+        return self.bytes / self.seconds / 1e9
+
+    def as_json(self) -> dict[str, float | None]:
+        return asdict(self)
+
+
+class Loader:
+    """Starts load.py, possibly as several processes at once."""
+
+    def __init__(self, mode: str, *arguments: object, ranks: int = 1) -> None:
+        self._command = [sys.executable, str(HERE / "load.py"), mode]
+        self._arguments = list(map(str, arguments))
+        self._ranks = ranks
+
+    def load(self, *directories: Path) -> list[dict[str, float]]:
+        """Load all directories at the same time, each with all ranks."""
+        started = [
+            subprocess.Popen(
+                [*self._command, directory, *self._arguments, f"--ranks={self._ranks}",
+                 f"--rank={rank}"],
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                env=origins.environment(),
+            )
+            for directory in directories
+            for rank in range(self._ranks)
+        ]  # fmt: skip
+        return [_answer(process) for process in started]
+
+
+class Meter:
+    """Measures loads: asks the origin and the kernel what happened meanwhile."""
+
+    def __init__(self, origin: origins.Origin, requests: FuseRequests | None) -> None:
+        self._origin = origin
+        self._requests = requests
+
+    def mark(self) -> None:
+        """Count requests from here on; before the mount begins."""
+        self._origin.mark()
+        if self._requests:
+            self._requests.mark()
+
+    def first(self, loader: Loader, mounted: Mounted, place: Place) -> Run:
+        """The first load of a mount that has just been made."""
+        return self._load(loader, [mounted], [place], began=mounted.began, cpu_s=0.0)
+
+    def again(self, loader: Loader, mounted: Mounted, place: Place) -> Run:
+        """A further load of the same mount."""
+        self.mark()
+        return self._load(loader, [mounted], [place], None, mounted.group.cpu_seconds())
+
+    def together(self, loader: Loader, mounts: Sequence[Mounted], places: Sequence[Place]) -> Run:
+        """The first loads of several mounts at the same time; until the last one ends."""
+        return self._load(loader, mounts, places, min(m.began for m in mounts), 0.0)
+
+    def _load(
+        self, loader: Loader, mounts: Sequence[Mounted], places: Sequence[Place],
+        began: float | None, cpu_s: float,
+    ) -> Run:  # fmt: skip
+        answers = loader.load(*(place.mountpoint for place in places))
+        client_cpu_s = sum(mounted.group.cpu_seconds() for mounted in mounts) - cpu_s
+        size = int(sum(answer["bytes"] for answer in answers))
+        ended = max(answer["ended"] for answer in answers)
+        load_s = ended - min(answer["opened"] for answer in answers)
+        asked = self._origin.requests()
+        fuse = [self._requests.of(place.mountpoint) for place in places if self._requests]
+        return Run(
+            seconds=load_s if began is None else ended - began,
+            load_s=load_s,
+            bytes=size,
+            reader_cpu_s=sum(answer["cpu_s"] for answer in answers),
+            mount_s=None if began is None else max(m.ready - m.began for m in mounts),
+            client_cpu_s=client_cpu_s,
+            peak_mib=max(mounted.group.peak_mib() for mounted in mounts),
+            fuse_requests=sum(counts.total() for counts in fuse) if fuse else None,
+            fuse_reads=sum(counts["READ"] for counts in fuse) if fuse else None,
+            gets=asked.gets,
+            fetched_over_needed=asked.bytes / size,
+        )
+
+
+def local(loader: Loader, directory: Path) -> Run:
+    """A load from a local directory."""
+    (answer,) = loader.load(directory)
+    load_s = answer["ended"] - answer["opened"]
+    return Run(load_s, load_s, int(answer["bytes"]), answer["cpu_s"])
+
+
+def download(origin: origins.Origin, prefix: str, keys: Path, target: Path) -> Run:
+    """Download everything by parallel ranged GETs, then load it from there."""
+    began = time.monotonic()
+    fetched = fetch(origin, "download", prefix, keys, 32, target)
+    (loaded,) = Loader("vllm").load(target)
+    return Run(
+        seconds=loaded["ended"] - began,
+        load_s=loaded["ended"] - loaded["opened"],
+        bytes=int(loaded["bytes"]),
+        reader_cpu_s=loaded["cpu_s"],
+        client_cpu_s=fetched["cpu_s"],
+        peak_mib=fetched["peak_mib"],
+    )
+
+
+def fetch(origin: origins.Origin, mode: str, *arguments: object) -> dict[str, float]:
+    """Run fetch.py."""
+    return _answer(
+        subprocess.Popen(
+            [sys.executable, HERE / "fetch.py", mode, origin.url, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=origins.environment(),
+        )
+    )
+
+
+def _answer(process: subprocess.Popen[str]) -> dict[str, float]:
+    """A program's line of JSON."""
+    try:
+        output, errors = process.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise SystemExit(f"bench: {process.args!r}: no end after {TIMEOUT_S} s") from None
+    if process.returncode != 0:
+        raise SystemExit(f"bench: {process.args!r}: {errors.strip()}")
+    answer: dict[str, float] = json.loads(output)
+    return answer

@@ -1,0 +1,137 @@
+"""lazyfs as something to be mounted by a bench, the same way as its peers (see peers.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import origin as origins
+from accounting import Group, drop_page_cache, group
+
+TIMEOUT_S = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a contender mounts, and where.
+
+    Attributes:
+        origin: who serves it.
+        prefix: which part of the bucket.
+        mountpoint: an empty directory.
+        state: where the contender keeps what should survive the mount, its disk cache.
+    """
+
+    origin: origins.Origin
+    prefix: str
+    mountpoint: Path
+    state: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """A mount in use.
+
+    Attributes:
+        began: when its making began, on the monotonic clock.
+        ready: when it could be used.
+        group: all its processes.
+    """
+
+    began: float
+    ready: float
+    group: Group
+
+
+class Contender(Protocol):
+    """Something that can be mounted.
+
+    Attributes:
+        name: as the tables show it.
+        keeps: whether it has a cache on disk, which a new mount finds again.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def keeps(self) -> bool: ...
+
+    def version(self) -> str: ...
+
+    def mount(self, place: Place) -> contextlib.AbstractContextManager[Mounted]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Lazyfs:
+    """lazyfs of some source tree.
+
+    Attributes:
+        tree: a directory that holds the package `lazyfs`.
+        options: for `lazyfs mount`, beside what every mount here needs.
+    """
+
+    tree: Path
+    name: str = "lazyfs"
+    keeps: bool = True
+    options: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=origins.environment)
+
+    def version(self) -> str:
+        """What `lazyfs --version` says, and the commit."""
+        said = self._run("--version").stdout.strip()
+        commit = subprocess.run(
+            ["git", "-C", self.tree, "describe", "--always", "--dirty"],
+            capture_output=True, text=True, timeout=TIMEOUT_S,
+        )  # fmt: skip
+        return f"{said} {commit.stdout.strip()}".strip()
+
+    @contextlib.contextmanager
+    def mount(self, place: Place) -> Iterator[Mounted]:
+        """Mount, until the end of the block."""
+        source = f"s3://{origins.BUCKET}/{place.prefix}"
+        cache = place.state if self.keeps else "none"
+        with group(place.mountpoint.name) as counted:
+            began = time.monotonic()
+            self._run(
+                "mount", source, place.mountpoint, f"--endpoint-url={place.origin.url}",
+                f"--cache-dir={cache}", f"--log-file={place.state.parent / 'lazyfs.log'}",
+                *self.options, group=counted,
+            )  # fmt: skip
+            try:
+                yield Mounted(began, time.monotonic(), counted)
+            finally:
+                self._run("umount", place.mountpoint)
+
+    def _run(
+        self, *arguments: object, group: Group | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        answer = subprocess.run(
+            [sys.executable, "-P", "-m", "lazyfs", *map(str, arguments)],
+            env={**self.environment, "PYTHONPATH": str(self.tree)},
+            cwd="/", capture_output=True, text=True, check=False,
+            timeout=TIMEOUT_S, preexec_fn=group.enter if group else None,
+        )  # fmt: skip
+        if answer.returncode != 0:
+            raise SystemExit(f"bench: lazyfs {arguments[0]}: {answer.stderr.strip()}")
+        return answer
+
+
+def forget(place: Place) -> None:
+    """Remove what a contender left on disk: its next mount starts cold."""
+    shutil.rmtree(place.state, ignore_errors=True)
+    place.state.mkdir(parents=True)
+    os.sync()
+
+
+def from_disk(place: Place) -> None:
+    """Keep what is on disk, and have the kernel forget it: the next mount starts warm."""
+    drop_page_cache(place.state)
