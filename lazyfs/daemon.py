@@ -48,6 +48,8 @@ MOST_REQUESTS = 4096
 # After an unmount: how soon it is noticed, and how long replies and writes under way may take.
 SESSION_CHECK_S = 0.5
 LAST_REPLIES_S = 6.0
+# After a signal: how long pushes under way may take.
+LAST_PUSHES_S = 2.0
 # malloc.h
 M_ARENA_MAX = -8
 
@@ -124,7 +126,7 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
             filesystem.remember_all()
             session.resend()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_end_on_signal, nursery.cancel_scope)
+            nursery.start_soon(_end_on_signal, nursery.cancel_scope, page_cache)
             nursery.start_soon(_end_with_session, session, nursery.cancel_scope)
             await nursery.start(fetcher.run)
             if options.prefetch == "model":
@@ -214,10 +216,15 @@ async def _open_cache(mount: Mount, source: Source) -> BlockCache | None:
     )
 
 
-async def _end_on_signal(scope: trio.CancelScope) -> None:
+async def _end_on_signal(scope: trio.CancelScope, page_cache: PageCache) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for number in signals:
             log.info("ending on %s", signal.Signals(number).name)
+            # A push that waits for our answer to a read would keep the process from ending.
+            page_cache.stop()
+            with trio.move_on_after(LAST_PUSHES_S):
+                while page_cache.busy:
+                    await trio.sleep(0.01)
             scope.cancel()
 
 

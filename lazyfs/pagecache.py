@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import threading
 import time
 from pathlib import Path
 
@@ -39,8 +40,20 @@ class PageCache:
         self._setting = setting
         self._budget = 0
         self._read_at_s = -BUDGET_AGE_S
+        self._lock = threading.Lock()
+        self._pushing = 0
+        self._stopped = False
         self.supported = setting != "off"
         self.pushed_bytes = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a push is under way."""
+        return self._pushing > 0
+
+    def stop(self) -> None:
+        """Push no more; what is under way ends soon, as long as reads are answered."""
+        self._stopped = True
 
     def budget(self) -> int:
         """How many bytes may lie in the page cache that nobody has read yet."""
@@ -62,7 +75,18 @@ class PageCache:
         Returns:
             False if the kernel does not know the inode (any more), or the mount is gone.
         """
+        with self._lock:
+            self._pushing += 1
+        try:
+            return self._push_pieces(inode, offset, data)
+        finally:
+            with self._lock:
+                self._pushing -= 1
+
+    def _push_pieces(self, inode: int, offset: int, data: memoryview) -> bool:
         for start in range(0, len(data), PIECE):
+            if self._stopped:
+                return False
             piece = data[start : start + PIECE]
             try:
                 pyfuse3.notify_store(inode, offset + start, piece)  # type: ignore[arg-type]

@@ -10,14 +10,14 @@ Beside them the supervisor keeps `spec` (`lazyfs/spec.py`).
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 
 from lazyfs.mount.keeper import KeeperClient
 from lazyfs.mount.spec import memory_file, read_whole
 
 SPEC = "spec"
-_FUSE, _SESSION, _LISTING = "fuse", "session", "listing"
+FUSE = "fuse"
+_SESSION, _LISTING = "session", "listing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,21 +49,12 @@ class Handover:
     def fetch(cls, keeper: KeeperClient, name: str) -> Handover | None:
         """What is kept of that mount; None if it was not mounted yet."""
         kept = keeper.fetch(name)
-        if _FUSE not in kept:
+        if FUSE not in kept:
             return None
         beginning = Beginning(**json.loads(read_whole(kept[_SESSION])))
-        return cls(kept[_FUSE], kept[_LISTING], beginning)
+        return cls(kept[FUSE], kept[_LISTING], beginning)
 
     def store(self, keeper: KeeperClient, name: str) -> None:
         """Have it kept. Raises KeeperError."""
         session = memory_file("lazyfs-session", json.dumps(asdict(self.beginning)).encode())
-        keeper.store(name, {_FUSE: self.fuse, _SESSION: session, _LISTING: self.listing})
-
-
-def kept_fuse(keeper: KeeperClient, name: str) -> int | None:
-    """The kernel's side of a mount, if it was mounted; the caller closes it."""
-    kept = keeper.fetch(name)
-    for label, descriptor in kept.items():
-        if label != _FUSE:
-            os.close(descriptor)
-    return kept.get(_FUSE)
+        keeper.store(name, {FUSE: self.fuse, _SESSION: session, _LISTING: self.listing})

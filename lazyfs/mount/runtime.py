@@ -87,6 +87,14 @@ def record_of(mountpoint: Path) -> MountRecord | None:
     return _read(path)
 
 
+def last_record(mountpoint: Path) -> MountRecord | None:
+    """The record of a mount that is served, or was by a supervisor that was killed."""
+    try:
+        return _read(_path(mountpoint))
+    except (OSError, ValueError, TypeError):
+        return None  # none, or one that was just being made
+
+
 def records() -> list[MountRecord]:
     """Of all mounts of this user that are served now."""
     served = (

@@ -12,6 +12,9 @@ What happens when a worker ends:
     it could not be mounted           all is over, with the worker's reason
     it cannot be resumed (said so)    the old mount is detached, a new one made in its place
     anything else                     another worker goes on, at once, then after growing pauses
+
+A mount that was there when a supervisor started is never given up: if its worker cannot go on yet,
+the next one is tried later.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -36,10 +40,16 @@ from lazyfs.control.client import ControlClient
 from lazyfs.errors import DaemonError, LazyfsError, MountError
 from lazyfs.log import configure
 from lazyfs.mount import syscalls
-from lazyfs.mount.handover import SPEC, kept_fuse
-from lazyfs.mount.keeper import Keeper, KeeperClient
+from lazyfs.mount.handover import FUSE, SPEC
+from lazyfs.mount.keeper import Keeper, KeeperClient, KeeperError
 from lazyfs.mount.privileges import protect_from_oom
-from lazyfs.mount.runtime import MountRecord, RunningMount, control_socket, record_of
+from lazyfs.mount.runtime import (
+    MountRecord,
+    RunningMount,
+    control_socket,
+    last_record,
+    record_of,
+)
 from lazyfs.mount.spec import Credentials, MountSpec
 
 log = logging.getLogger("lazyfs.mount.supervisor")  # not "__main__", which it may be run as
@@ -62,9 +72,12 @@ class Supervisor:
 
     Args:
         spec: what to mount; it is kept with the session.
-        connect: gives a new connection to the keeper.
+        connect: gives a new connection to the keeper; raises KeeperError when there is none. What
+            is kept is held here as well: a keeper that was replaced is given it again.
         leash: whether the worker ends with this process; otherwise it serves on alone.
         on_end: called from another thread when the mount has ended, for whatever reason.
+        on_new_mount: called from another thread when a mount that could not go on was made anew:
+            bind mounts of the old one are dead.
     """
 
     def __init__(
@@ -74,15 +87,18 @@ class Supervisor:
         *,
         leash: bool,
         on_end: Callable[[], None] = lambda: None,
+        on_new_mount: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = spec.mountpoint
         self.restarts = 0
         self._spec = spec
         self._mountpoint = Path(spec.mountpoint)
         self._connect = connect
-        self._keeper = KeeperClient(connect())
+        self._kept: dict[str, int] = {}
         self._leash = os.pipe() if leash else None
         self._on_end = on_end
+        self._on_new_mount = on_new_mount
+        self._refusal: str | None = None
         self._stopping = threading.Event()
         self._worker: subprocess.Popen[bytes] | None = None
         self._record: RunningMount | None = None
@@ -99,23 +115,48 @@ class Supervisor:
         """The process that serves the mount now, or served it last."""
         return self._worker.pid if self._worker else None
 
+    @property
+    def device(self) -> str | None:
+        """The mount's device number, `major:minor`; None while it was never ready."""
+        return self._device
+
     def start(self, timeout_s: float = READY_TIMEOUT_S) -> None:
         """Mount, or go on with what the keeper has under this name; return when it can be used.
+
+        What was mounted before is kept in any case: if it cannot be served yet, `trouble` says so
+        and it is tried again.
 
         Raises:
             DaemonError: the worker refused; the message and the kind of error are its own.
             MountError: it did not become ready, or another daemon serves the mountpoint.
+            KeeperError: the keeper is not there.
         """
+        former = last_record(self._mountpoint)
         self._record = RunningMount(self._describe())
         try:
-            self._store_spec()
-            if self._kept() is None and syscalls.clear_stale(self._mountpoint):
-                log.warning("%s: took away a mount whose daemon was gone", self._mountpoint)
-            self._start_worker(timeout_s)
+            if former is not None and former.worker is not None:
+                _end_former(former.worker, self.name)
+            self._fetch_kept()
+        except BaseException:
+            self._release()
+            raise
+        try:
+            if FUSE in self._kept and not syscalls.session_ended(self._kept[FUSE]):
+                self._start_another()
+            else:
+                self._start_first(timeout_s)
         except BaseException:
             self._clean_up()
             raise
         self._watcher.start()
+
+    def _start_first(self, timeout_s: float) -> None:
+        with self._keeper() as keeper:
+            keeper.drop(self.name)
+        self._store_spec()
+        if syscalls.clear_stale(self._mountpoint):
+            log.warning("%s: took away a mount whose daemon was gone", self._mountpoint)
+        self._start_worker(timeout_s)
 
     def replace_credentials(self, credentials: Credentials) -> None:
         """Use renewed credentials from now on, in this worker and in those after it.
@@ -139,7 +180,8 @@ class Supervisor:
     def trouble(self) -> str | None:
         """What is wrong with the mount, in words; None if nothing is known to be."""
         if not self.alive:
-            return "its daemon is down and is being started again"
+            why = f": {self._refusal}" if self._refusal else ""
+            return f"its daemon is down and is being started again{why}"
         try:
             trouble: str | None = self.status()["trouble"]
         except LazyfsError as error:
@@ -156,8 +198,13 @@ class Supervisor:
             self._watcher.join()
 
     def _start_worker(self, timeout_s: float) -> None:
+        with self._connect() as connection:
+            self._start_connected(connection, timeout_s)
+        self._fetch_kept()
+
+    def _start_connected(self, connection: socket.socket, timeout_s: float) -> None:
         ours, theirs = os.pipe()
-        with self._connect() as connection, open(ours) as reports:
+        with open(ours) as reports:
             passed = [connection.fileno(), theirs]
             if self._leash is not None:
                 passed.append(self._leash[0])
@@ -169,7 +216,11 @@ class Supervisor:
                 self.name,
                 *map(str, passed),
             ]
-            inherited = [*passed, *(self._record.descriptors if self._record else [])]
+            inherited = passed
+            # On a leash the lock is the supervisor's alone: a killed worker, whose threads wait in
+            # the kernel for the next one's answers, would hold it against that one's supervisor.
+            if self._leash is None and self._record is not None:
+                inherited = [*passed, *self._record.descriptors]
             self._worker = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, pass_fds=inherited, start_new_session=True
             )
@@ -197,17 +248,16 @@ class Supervisor:
         """Wait for the end of each worker and do what the module docstring says."""
         pause_s = 0.0
         while True:
-            assert self._worker is not None
             began = time.monotonic()
-            code = _wait_for_end(self._worker)
+            code = _wait_for_end(self._worker) if self._worker else 0
             if self._stopping.is_set() or self._has_ended():
                 break
             if time.monotonic() - began >= LONG_LIFE_S:
                 pause_s = 0.0
             self.restarts += 1
             log.warning(
-                "%s: the worker %d %s; another one goes on%s",
-                self._mountpoint, self._worker.pid, _how_it_ended(code),
+                "%s: the worker %s %s; another one goes on%s",
+                self._mountpoint, self.pid, _how_it_ended(code),
                 f" in {pause_s:g} s" if pause_s else "",
             )  # fmt: skip
             if self._stopping.wait(pause_s):
@@ -222,6 +272,7 @@ class Supervisor:
     def _start_another(self) -> bool:
         """Have the mount served again; whether it is."""
         try:
+            self._give_back()
             try:
                 self._start_worker(READY_TIMEOUT_S)
             except DaemonError as error:
@@ -230,28 +281,53 @@ class Supervisor:
                 log.warning("%s; open files of the old mount fail", error)
                 self._forget_session()
                 self._start_worker(READY_TIMEOUT_S)
-        except LazyfsError as error:
+                self._on_new_mount()
+        except (LazyfsError, KeeperError, OSError) as error:
             log.error("%s: the worker could not go on: %s", self._mountpoint, error)
+            self._refusal = str(error)
             return False
+        self._refusal = None
         return True
 
     def _has_ended(self) -> bool:
         """Whether the kernel has ended the session, or is just about to."""
-        descriptor = self._kept()
-        if descriptor is None:
-            return True
-        try:
-            return syscalls.session_ended(descriptor)
-        finally:
-            os.close(descriptor)
+        return FUSE not in self._kept or syscalls.session_ended(self._kept[FUSE])
 
-    def _kept(self) -> int | None:
-        return kept_fuse(self._keeper, self.name)
+    @contextmanager
+    def _keeper(self) -> Iterator[KeeperClient]:
+        client = KeeperClient(self._connect())
+        try:
+            yield client
+        finally:
+            client.close()
+
+    def _fetch_kept(self) -> None:
+        """Hold what the keeper holds."""
+        with self._keeper() as keeper:
+            kept = keeper.fetch(self.name)
+        self._let_go()
+        self._kept = kept
+
+    def _let_go(self) -> None:
+        for descriptor in self._kept.values():
+            os.close(descriptor)
+        self._kept = {}
+
+    def _give_back(self) -> None:
+        """Give a keeper that was replaced what the former one kept."""
+        with self._keeper() as keeper:
+            if self.name not in keeper.names():
+                log.warning("%s: the keeper was replaced: given its session", self._mountpoint)
+                keeper.store(self.name, self._kept)
+        self._store_spec()
 
     def _store_spec(self) -> None:
         descriptor = self._spec.to_descriptor()
-        self._keeper.store(self.name, {SPEC: descriptor})
-        os.close(descriptor)
+        try:
+            with self._keeper() as keeper:
+                keeper.store(self.name, {SPEC: descriptor})
+        finally:
+            os.close(descriptor)
 
     def _end_worker(self, worker: subprocess.Popen[bytes]) -> None:
         worker.terminate()
@@ -266,17 +342,17 @@ class Supervisor:
     def _forget_session(self) -> None:
         """Detach the mount and close our descriptor: those who use it get an error, not a hang."""
         self._unmount()
-        self._keeper.drop(self.name)
+        if self._device is not None:
+            syscalls.abort(self._device)
+        self._let_go()
+        with self._keeper() as keeper:
+            keeper.drop(self.name)
         self._store_spec()
 
     def _unmount(self) -> None:
         """Unmount what we mounted, if that is still what is mounted there."""
-        descriptor = self._kept()
-        if descriptor is None:
-            return
-        os.close(descriptor)
         entry = syscalls.find_mount(self._mountpoint)
-        if entry is None or self._device not in (None, entry.device):
+        if FUSE not in self._kept or entry is None or self._device not in (None, entry.device):
             return
         try:
             syscalls.unmount(self._mountpoint)
@@ -285,8 +361,15 @@ class Supervisor:
 
     def _clean_up(self) -> None:
         self._unmount()
-        self._keeper.drop(self.name)
-        self._keeper.close()
+        self._let_go()
+        try:
+            with self._keeper() as keeper:
+                keeper.drop(self.name)
+        except KeeperError as error:
+            log.warning("%s: %s", self._mountpoint, error)
+        self._release()
+
+    def _release(self) -> None:
         if self._leash is not None:
             for descriptor in self._leash:
                 os.close(descriptor)
@@ -316,6 +399,28 @@ def replace_worker(record: MountRecord) -> MountRecord:
         if time.monotonic() - began > END_TIMEOUT_S and _parent(worker) == record.supervisor:
             os.kill(worker, signal.SIGKILL)
     raise MountError(f"{record.mountpoint}: no new worker became ready; its log says why")
+
+
+def _end_former(worker: int, name: str) -> None:
+    """See that the worker of a supervisor that died serves no more, which its leash should do.
+
+    Two workers would share what the kernel asks, and what the former took just before its end
+    would be answered by nobody.
+    """
+    began = time.monotonic()
+    while _serves(worker, name):
+        if time.monotonic() - began > END_TIMEOUT_S:
+            os.kill(worker, signal.SIGKILL)
+        time.sleep(POLL_S)
+
+
+def _serves(pid: int, name: str) -> bool:
+    """Whether that process is a worker of the mount of this name, and its first thread lives."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return os.fsencode(name) in words and _status(pid)[:1] not in ([], ["Z"])
 
 
 def _wait_for_end(worker: subprocess.Popen[bytes]) -> int:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ from lazyfs.mount.supervisor import EXIT_CANNOT_RESUME
 from lazyfs.options import MountOptions
 from lazyfs.session import CannotResumeError
 from lazyfs.source import SourceUrl
+
+# For the end of a worker whose supervisor is gone, before its process just ends.
+LAST_STEPS_S = 5.0
 
 
 def main(name: str, keeper_fd: int, report_fd: int, leash_fd: int | None) -> int:
@@ -64,8 +69,10 @@ def _report(descriptor: int, message: dict[str, Any]) -> None:
 
 
 def _end_with(leash: int) -> None:
-    """End at once when the supervisor is gone: its successor has a daemon go on with the mount."""
+    """End soon when the supervisor is gone: its successor has a daemon go on with the mount."""
     os.read(leash, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(LAST_STEPS_S)
     os._exit(1)
 
 
