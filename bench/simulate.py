@@ -1,0 +1,44 @@
+"""What the prefetcher makes of the ways in which models are loaded, in modelled time.
+
+    python bench/simulate.py [WORD...]    only the loads whose names have all the words
+
+Prints a row a load: seconds and the least they could be, the time over that, bytes that nobody
+read, blocks that were fetched twice, and how often a block came before one that was needed sooner.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.table import Table
+from simulated.cases import CASES
+
+
+def main(words: list[str]) -> None:
+    """Run the loads and print what they were like."""
+    table = Table(
+        "load", "seconds", "ideal", "stall", "waste", "twice", "inversions", "reads", box=None
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, case in CASES.items():
+        if all(word in name for word in words):
+            report = case.run()
+            late = report.stall > case.most_stall or report.twice
+            table.add_row(
+                name,
+                f"{report.seconds:.2f}",
+                f"{report.ideal_s:.2f}",
+                f"{report.stall:.1%}",
+                f"{report.waste:.1%}",
+                str(report.twice),
+                str(report.inversions),
+                str(report.requests),
+                style="red" if late or report.waste > case.most_waste else None,
+            )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

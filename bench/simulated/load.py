@@ -1,0 +1,209 @@
+"""One load in modelled time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import cast
+from unittest import mock
+
+import trio
+import trio.testing
+
+from lazyfs.blocks import block_length, spans
+from lazyfs.cache import BlockCache
+from lazyfs.catalog import Catalog
+from lazyfs.fetcher import BlockFetcher
+from lazyfs.options import MountOptions
+from lazyfs.pagecache import PageCache
+from lazyfs.planner import Planner
+from lazyfs.prefetch import Prefetcher
+from lazyfs.source import Source
+from lazyfs.tree import Directory, File, ListedObject, Node, Tree
+from simulated.loaders import Job, Loader, Read
+from simulated.machine import Bucket, Disk, Link, Machine, Pages, Threads
+from simulated.models import Model
+
+# When the walk over the mount has shown all files to the kernel.
+KNOWN_S = 0.3
+LONGEST_S = 7200
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a load was like.
+
+    Attributes:
+        seconds: from its first read to its last.
+        ideal_s: the least that it could take: of the link from the moment of mount, and of the
+            loader with everything at hand.
+        needed_bytes: of the blocks that it touched.
+        fetched_bytes: that the link carried.
+        wasted_bytes: of blocks that were fetched and not touched.
+        twice: blocks that were asked for more than once.
+        inversions: how often a block was asked for right after one that was needed later.
+        requests: reads through FUSE.
+    """
+
+    seconds: float
+    ideal_s: float
+    needed_bytes: int
+    fetched_bytes: int
+    wasted_bytes: int
+    twice: int
+    inversions: int
+    requests: int
+
+    @property
+    def stall(self) -> float:
+        """The time over the ideal, as a share of it."""
+        return self.seconds / self.ideal_s - 1
+
+    @property
+    def waste(self) -> float:
+        """The bytes that nobody read, as a share of those that were needed."""
+        return self.wasted_bytes / self.needed_bytes
+
+
+def simulate(
+    model: Model,
+    loader: Loader,
+    machine: Machine | None = None,
+    options: MountOptions | None = None,
+    *,
+    starts_s: float = 0.0,
+) -> Report:
+    """Mount a model, let a loader begin after `starts_s`, and measure until it has all it wants."""
+    load = _Load(model, loader, machine or Machine(), options or MountOptions(), starts_s)
+    clock = trio.testing.MockClock(autojump_threshold=0)
+    with (
+        mock.patch("trio.to_thread.run_sync", load.threads.run_sync),
+        # As Hypothesis and pytest-trio do it: the same order of tasks each time.
+        mock.patch("trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING", True),
+        mock.patch("trio._core._run._r", random.Random(0)),
+    ):
+        trio.run(load.run, clock=clock)
+    return load.report()
+
+
+class _Catalog:
+    """In the place of `Catalog`: all is listed already."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+
+    async def children(self, directory: Directory) -> dict[str, Node]:
+        return directory.children or {}
+
+
+class _Load:
+    def __init__(
+        self, model: Model, loader: Loader, machine: Machine, options: MountOptions, starts_s: float
+    ) -> None:
+        self._loader = loader
+        self._machine = machine
+        self._starts_s = starts_s
+        self._block_size = options.block_size
+        self.threads = Threads()
+        self._link = Link(machine)
+        tree = Tree("")
+        listed = [ListedObject(key, size, "e", 0, key) for key, size in sorted(model.sizes.items())]
+        tree.plant(tree.root, listed, [], whole=True)
+        self._files: dict[str, File] = {tree.path(file): file for file in tree.files()}
+        self._bucket = Bucket(model.contents, options.block_size, self._link, self.threads)
+        self._pages = Pages(machine, options.block_size, self.threads)
+        disk = Disk(machine, options.block_size, self.threads) if machine.disk else None
+        prefetcher = Prefetcher(options.prefetch, options.block_size)
+        self._fetcher = BlockFetcher(
+            cast(Source, self._bucket),
+            cast(BlockCache | None, disk),
+            cast(PageCache, self._pages),
+            prefetcher,
+            options,
+        )
+        self._planner = Planner(cast(Catalog, _Catalog(tree)), self._fetcher, prefetcher)
+        self._plans = options.prefetch == "model"
+        self._touched: dict[tuple[str, int], int] = {}
+        self._opened: set[str] = set()
+        self._requests = 0
+        self._seconds = 0.0
+
+    async def run(self) -> None:
+        for file in self._files.values():
+            self._pages.add(file)
+        with trio.fail_after(LONGEST_S):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._link.run)
+                await nursery.start(self._fetcher.run)
+                if self._plans:
+                    nursery.start_soon(self._planner.run)
+                nursery.start_soon(self._become_known)
+                await trio.sleep(self._starts_s)
+                began_s = trio.current_time()
+                async with trio.open_nursery() as workers:
+                    for queue in self._loader.queues:
+                        jobs = iter(queue.jobs)
+                        for _ in range(queue.workers):
+                            workers.start_soon(self._work, jobs)
+                self._seconds = trio.current_time() - began_s
+                nursery.cancel_scope.cancel()
+
+    async def _become_known(self) -> None:
+        await trio.sleep(KNOWN_S)
+        for file in self._files.values():
+            self._fetcher.set_known(file, True)
+
+    async def _work(self, jobs: Iterable[Job]) -> None:
+        for job in jobs:
+            for step in job:
+                if len(step) == 1:
+                    await self._stream(step[0])
+                    continue
+                async with trio.open_nursery() as streams:
+                    for stream in step:
+                        streams.start_soon(self._stream, stream)
+
+    async def _stream(self, stream: Iterable[Read]) -> None:
+        for read in stream:
+            await self._read(self._files[read.path], read)
+
+    async def _read(self, file: File, read: Read) -> None:
+        if read.path not in self._opened:
+            self._opened.add(read.path)
+            self._fetcher.opened(file, direct=self._loader.direct)
+            if self._plans:
+                self._planner.opened(file)
+        pieces = list(spans(read.offset, read.size, file.size_bytes, self._block_size))
+        for piece in pieces:
+            self._touched.setdefault((read.path, piece.number), len(self._touched))
+        if self._loader.direct or not self._pages.has(file.inode, read.offset, read.size):
+            self._requests += 1
+            self._fetcher.was_read(file, read.offset)
+            for piece in pieces:
+                await self._fetcher.read(file, piece)
+            if not self._loader.direct:
+                self._pages.fill(file.inode, read.offset, read.size)
+            await trio.sleep(self._machine.request_s + read.size / self._machine.request)
+        await trio.sleep(read.size / self._loader.rate)
+
+    def report(self) -> Report:
+        asked = [(key, start // self._block_size) for key, start in self._bucket.asked]
+        needed = sum(self._length(*block) for block in self._touched)
+        link_s = self._machine.latency_s + needed / self._machine.link
+        order = [self._touched[block] for block in asked if block in self._touched]
+        shortest_s = self._loader.shortest_s()
+        return Report(
+            seconds=self._seconds,
+            ideal_s=max(shortest_s, link_s - self._starts_s),
+            needed_bytes=needed,
+            fetched_bytes=self._bucket.sent_bytes,
+            wasted_bytes=sum(self._length(*b) for b in set(asked) - set(self._touched)),
+            twice=len(asked) - len(set(asked)),
+            inversions=sum(late > early for late, early in pairwise(order)),
+            requests=self._requests,
+        )
+
+    def _length(self, path: str, number: int) -> int:
+        return block_length(self._files[path].size_bytes, self._block_size, number)

@@ -1,0 +1,236 @@
+"""The modelled world of a mount: link, disk, page cache. Sizes are bytes, rates bytes a second."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import trio
+
+from lazyfs.blocks import block_length
+from lazyfs.tree import File
+
+# Of the page cache, what is told apart: the smallest request of a loader.
+PAGE = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the mount runs on.
+
+    Attributes:
+        link: that all requests share.
+        latency_s: to the first byte of an answer.
+        connection: the most that one request gets.
+        disk: space of the block cache; None: there is none.
+        disk_read, disk_write: of all threads together.
+        pages: of the mount that the kernel can hold; `pages` / 2 may be pushed ahead.
+        push, request: of putting pages into the page cache, and of a read through FUSE.
+        request_s: what a read through FUSE costs beside its bytes.
+    """
+
+    link: float = 500e6
+    latency_s: float = 0.03
+    connection: float = 90e6
+    disk: int | None = 1 << 40
+    disk_read: float = 1.5e9
+    disk_write: float = 1e9
+    pages: int = 64 << 30
+    push: float = 3.6e9
+    request: float = 1e9
+    request_s: float = 0.0001
+
+
+class Threads:
+    """Stands for trio's worker threads: what a call takes is slept, not worked."""
+
+    def __init__(self) -> None:
+        self._owed: Awaitable[None] | None = None
+
+    def takes(self, time: Awaitable[None]) -> None:
+        """Called by what runs in a thread: it takes as long as `time`."""
+        self._owed = time
+
+    async def run_sync(self, function: Callable[..., Any], *arguments: Any, **_: Any) -> Any:
+        """In the place of `trio.to_thread.run_sync`."""
+        self._owed = None
+        result = function(*arguments)
+        owed, self._owed = self._owed, None
+        await (owed or trio.lowlevel.checkpoint())
+        return result
+
+
+class Link:
+    """Shared evenly by all transfers, each of which has a limit of its own."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._served = 0.0  # bytes that a transfer has got which was there from the beginning
+        self._since_s = 0.0
+        self._ends: list[tuple[float, int, trio.Event]] = []
+        self._numbers = itertools.count()
+        self._changed = trio.Event()
+
+    async def transfer(self, size: int) -> None:
+        await trio.sleep(self._machine.latency_s)
+        self._advance()
+        done = trio.Event()
+        heapq.heappush(self._ends, (self._served + size, next(self._numbers), done))
+        self._changed.set()
+        await done.wait()
+
+    async def run(self) -> None:
+        while True:
+            self._changed = trio.Event()
+            left_s = (self._ends[0][0] - self._served) / self._rate if self._ends else math.inf
+            with trio.move_on_after(max(0.0, left_s)):
+                await self._changed.wait()
+            self._advance()
+            while self._ends and self._ends[0][0] <= self._served + 1:
+                heapq.heappop(self._ends)[2].set()
+
+    @property
+    def _rate(self) -> float:
+        """Of each transfer now."""
+        return min(self._machine.link / max(1, len(self._ends)), self._machine.connection)
+
+    def _advance(self) -> None:
+        now_s = trio.current_time()
+        if self._ends:
+            self._served += (now_s - self._since_s) * self._rate
+        self._since_s = now_s
+
+
+class Queue:
+    """A device that does one thing after another at a rate."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+        self._free_s = 0.0
+
+    async def take(self, size: int) -> None:
+        self._free_s = max(self._free_s, trio.current_time()) + size / self._rate
+        await trio.sleep_until(self._free_s)
+
+
+class Bucket:
+    """In the place of `Source`: gives headers as they are and zeros for the rest.
+
+    Args:
+        contents: the first bytes of objects by key.
+        block_size: of the mount.
+    """
+
+    url = SimpleNamespace(bucket="simulated", prefix="")
+
+    def __init__(
+        self, contents: dict[str, bytes], block_size: int, link: Link, threads: Threads
+    ) -> None:
+        self._contents = contents
+        self._zeros = memoryview(bytes(block_size))
+        self._link = link
+        self._threads = threads
+        # Key and offset, each time it was asked for.
+        self.asked: list[tuple[str, int]] = []
+        self.sent_bytes = 0
+
+    def read_range(self, key: str, etag: str, start: int, length: int) -> memoryview:
+        self.asked.append((key, start))
+        self.sent_bytes += length
+        self._threads.takes(self._link.transfer(length))
+        head = self._contents.get(key, b"")[start : start + length]
+        if not head:
+            return self._zeros[:length]
+        return memoryview(head + bytes(length - len(head)))
+
+
+class Disk:
+    """In the place of `BlockCache`."""
+
+    def __init__(self, machine: Machine, block_size: int, threads: Threads) -> None:
+        self._space = machine.disk or 0
+        self._block_size = block_size
+        self._threads = threads
+        self._reads, self._writes = Queue(machine.disk_read), Queue(machine.disk_write)
+        self._blocks: OrderedDict[tuple[str, int], memoryview] = OrderedDict()
+        self._used = 0
+
+    def present(self, file: File) -> list[int]:
+        return [number for key, number in self._blocks if key == file.key]
+
+    def load(self, file: File, number: int) -> memoryview | None:
+        data = self._blocks.get((file.key, number))
+        if data is not None:
+            self._blocks.move_to_end((file.key, number))
+            self._threads.takes(self._reads.take(len(data)))
+        return data
+
+    def put(self, file: File, number: int, data: memoryview) -> bool:
+        self._threads.takes(self._writes.take(len(data)))
+        self._blocks[file.key, number] = data
+        self._used += block_length(file.size_bytes, self._block_size, number)
+        while self._used > self._space:
+            _, old = self._blocks.popitem(last=False)
+            self._used -= len(old)
+        return True
+
+
+class Pages:
+    """In the place of `PageCache`, and of the kernel, which drops the oldest block first."""
+
+    def __init__(self, machine: Machine, block_size: int, threads: Threads) -> None:
+        self._space = machine.pages
+        self._block_size = block_size
+        self._threads = threads
+        self._pushes = Queue(machine.push)
+        self._files: dict[int, bytearray] = {}
+        self._blocks: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self._used = 0
+        self.supported = machine.pages > 0
+        self.pushed_bytes = 0
+
+    def add(self, file: File) -> None:
+        self._files[file.inode] = bytearray(-(-file.size_bytes // PAGE))
+
+    def budget(self) -> int:
+        return self._space // 2
+
+    def push(self, inode: int, offset: int, data: memoryview) -> bool:
+        self._threads.takes(self._pushes.take(len(data)))
+        self.pushed_bytes += len(data)
+        self.fill(inode, offset, len(data))
+        return True
+
+    def fill(self, inode: int, offset: int, size: int) -> None:
+        """The pages of a range are there from now on, for as long as there is room."""
+        pages = self._files[inode]
+        first, last = offset // PAGE, -(-(offset + size) // PAGE)
+        new = pages.count(0, first, last)
+        pages[first:last] = bytes([1]) * (last - first)
+        self._touch(inode, offset, new * PAGE)
+        while self._used > self._space:
+            (old, number), held = self._blocks.popitem(last=False)
+            self._used -= held
+            start = number * self._block_size // PAGE
+            stop = min(start + self._block_size // PAGE, len(self._files[old]))
+            self._files[old][start:stop] = bytes(stop - start)
+
+    def has(self, inode: int, offset: int, size: int) -> bool:
+        """Whether a range is there; it counts as used just now."""
+        first, last = offset // PAGE, -(-(offset + size) // PAGE)
+        there = self._files[inode].find(0, first, last) < 0
+        if there:
+            self._touch(inode, offset, 0)
+        return there
+
+    def _touch(self, inode: int, offset: int, more: int) -> None:
+        block = inode, offset // self._block_size
+        self._blocks[block] = self._blocks.get(block, 0) + more
+        self._blocks.move_to_end(block)
+        self._used += more
