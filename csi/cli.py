@@ -5,20 +5,23 @@ Each command imports what it needs when it is called: the keeper must stay small
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lazyfs import __version__
 from lazyfs.cli import OneLineErrors
+from lazyfs.cli.settings import settings, with_mount_options
 
 if TYPE_CHECKING:
     import grpc
 
     from csi.identity import Check
     from csi.volumes import Rules
+    from lazyfs.options import MountOptions
 
 DRIVER_NAME = "csi.lazyfs.io"
 KEEPER_SOCKET = "/run/lazyfs/keeper.sock"
@@ -97,6 +100,14 @@ def with_plugin_options(command: Command) -> Command:
     return command
 
 
+def configure(driver_name: str, options: MountOptions) -> None:
+    """Begin the log of a plugin."""
+    from lazyfs.log import configure as configure_log
+
+    configure_log(options.log_level, options.log_format, None, "csi")
+    logging.getLogger("csi").info("lazyfs %s, driver %s", __version__, driver_name)
+
+
 def rules(
     allow_attributes: str | None,
     max_memory_limit: str | None,
@@ -144,3 +155,51 @@ def serve(
     if http_address:
         HealthServer(http_address, checks).start()
     server.serve()
+
+
+@main.command()
+@with_plugin_options
+@click.option(
+    "--state-dir",
+    type=click.Path(path_type=Path),
+    help="Keep records of volumes in this directory. When not given: in ConfigMaps of the "
+    "namespace, which needs a cluster.",
+)
+@with_mount_options
+def controller(
+    endpoint: str,
+    driver_name: str,
+    http_address: str | None,
+    allow_attributes: str | None,
+    max_memory_limit: str | None,
+    state_dir: Path | None,
+    config: Path | None,
+    **given: Any,
+) -> None:
+    """Make volumes for claims. Mount options are what volumes have that do not set them."""
+    from csi.controller import Controller
+    from csi.csi_pb2_grpc import add_ControllerServicer_to_server
+    from csi.kubernetes import ApiServer
+    from csi.records import ConfigMapRecords, DirectoryRecords, Records
+    from csi.volumes import id_of
+    from lazyfs.errors import OptionError
+
+    options, defaults = settings(config, given)
+    configure(driver_name, options)
+    api_server = ApiServer.of_this_pod()
+    records: Records
+    if state_dir is not None:
+        records = DirectoryRecords(state_dir)
+    elif api_server is not None:
+        records = ConfigMapRecords(api_server, driver_name)
+    else:
+        raise OptionError("--state-dir is needed outside of a cluster")
+    servicer = Controller(
+        driver_name, rules(allow_attributes, max_memory_limit, defaults), records, api_server
+    )
+
+    def check() -> None:
+        records.find(id_of(""))  # there is none; but it must be possible to ask
+
+    services = [lambda it: add_ControllerServicer_to_server(servicer, it)]
+    serve(endpoint, driver_name, http_address, services, [check])

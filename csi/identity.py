@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 from google.protobuf.wrappers_pb2 import BoolValue
@@ -11,11 +12,14 @@ from csi import csi_pb2
 from csi.csi_pb2_grpc import IdentityServicer
 from csi.errors import RpcError
 from lazyfs import __version__
-from lazyfs.errors import LazyfsError
+from lazyfs.errors import LazyfsError, OptionError
 from lazyfs.mount.keeper import KeeperError
 
 # Raises LazyfsError or KeeperError when something that the plugin needs is not there.
 Check = Callable[[], None]
+
+# spec.md, GetPluginInfoResponse.name: a domain name (RFC 1035), of up to 63 characters.
+_NAME = re.compile(r"(?=.{1,63}$)[a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9])?")
 
 
 class Identity(IdentityServicer):
@@ -24,18 +28,25 @@ class Identity(IdentityServicer):
     Args:
         name: of the driver, as in the CSIDriver object.
         checks: what must hold for the plugin to be ready.
+
+    Raises:
+        OptionError: the name is not one for a driver.
     """
 
     def __init__(self, name: str, checks: Sequence[Check]) -> None:
+        if not _NAME.fullmatch(name):
+            raise OptionError(
+                f"--driver-name: {name!r} is not allowed: a domain name of up to 63 characters"
+            )
         self._name = name
         self._checks = checks
 
-    def GetPluginInfo(  # noqa: N802
+    def GetPluginInfo(
         self, request: csi_pb2.GetPluginInfoRequest, context: ServicerContext
     ) -> csi_pb2.GetPluginInfoResponse:
         return csi_pb2.GetPluginInfoResponse(name=self._name, vendor_version=__version__)
 
-    def GetPluginCapabilities(  # noqa: N802
+    def GetPluginCapabilities(
         self, request: csi_pb2.GetPluginCapabilitiesRequest, context: ServicerContext
     ) -> csi_pb2.GetPluginCapabilitiesResponse:
         # The node's plugin says so too: it is the driver that has a controller.
@@ -46,7 +57,7 @@ class Identity(IdentityServicer):
             capabilities=[csi_pb2.PluginCapability(service=service)]
         )
 
-    def Probe(  # noqa: N802
+    def Probe(
         self, request: csi_pb2.ProbeRequest, context: ServicerContext
     ) -> csi_pb2.ProbeResponse:
         """FAILED_PRECONDITION with the reason when something is not there."""

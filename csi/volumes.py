@@ -47,6 +47,7 @@ _OTHER_KEYS = ("waitFor", "roleArn")
 _ROLE_ARN = re.compile(r"arn:[\w-]+:iam::\d*:role/[\w+=,.@/-]{1,512}", re.ASCII)
 # spec.md, CreateVolumeRequest.name: control characters but for white space.
 _BANNED = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_ID = re.compile(r"[A-Za-z0-9.-]{0,64}-([0-9a-f]{20})")
 _SECRET_KEYS = {
     "access_key_id": ("accessKeyId", "AWS_ACCESS_KEY_ID", "aws_access_key_id"),
     "secret_access_key": ("secretAccessKey", "AWS_SECRET_ACCESS_KEY", "aws_secret_access_key"),
@@ -278,6 +279,12 @@ def id_of(name: str) -> str:
     """The id of the volume that CreateVolume makes for a name: readable, and one for each name."""
     readable = re.sub(r"[^A-Za-z0-9.-]", "-", name)[:64]
     return f"{readable}-{hashlib.blake2b(name.encode(), digest_size=10).hexdigest()}"
+
+
+def digest_of(volume_id: str) -> str | None:
+    """The part of an id of `id_of` that tells it from all others; None if it is no such id."""
+    found = _ID.fullmatch(volume_id)
+    return found[1] if found else None
 
 
 def _unknown(what: str, key: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from fnmatch import fnmatchcase
 
 import trio
 
@@ -39,7 +38,7 @@ class Catalog:
         self._source = source
         self._options = options
         self._journal = journal
-        self.tree = Tree(source.url.prefix, self._wanted)
+        self.tree = Tree(source.url.prefix, options.wants)
         self._listing: defaultdict[int, trio.Lock] = defaultdict(trio.Lock)
 
     async def open(self) -> None:
@@ -108,15 +107,6 @@ class Catalog:
     def _plant(self, listing: Listing) -> list[Hidden]:
         directory = self.tree.directory(listing.prefix)
         return self.tree.plant(directory, listing.objects, listing.prefixes, whole=listing.whole)
-
-    def _wanted(self, path: str) -> bool:
-        include, exclude = self._options.include, self._options.exclude
-        return (not include or _matches(path, include)) and not _matches(path, exclude)
-
-
-def _matches(path: str, globs: tuple[str, ...]) -> bool:
-    name = path.rpartition("/")[2]
-    return any(fnmatchcase(path, glob) or fnmatchcase(name, glob) for glob in globs)
 
 
 def _hidden_sentence(hidden: list[Hidden]) -> str:

@@ -13,6 +13,7 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,12 @@ class MountOptions:
                 f"{format_size(4 * self.block_size)}"
             )
 
+    def wants(self, path: str) -> bool:
+        """Whether a file is to be shown, by `include` and `exclude`; its path in the mount."""
+        return (not self.include or _matches(path, self.include)) and not _matches(
+            path, self.exclude
+        )
+
     @classmethod
     def parse(cls, *layers: tuple[str, Mapping[str, str | Iterable[str]]]) -> MountOptions:
         """Options from layers of texts, an earlier layer over a later one.
@@ -266,6 +273,11 @@ class MountOptions:
                 else:
                     raise OptionError(f"{where}: given several times; it takes one value")
         return cls(**values)
+
+
+def _matches(path: str, globs: tuple[str, ...]) -> bool:
+    name = path.rpartition("/")[2]
+    return any(fnmatchcase(path, glob) or fnmatchcase(name, glob) for glob in globs)
 
 
 OPTIONS: tuple[Option, ...] = tuple(

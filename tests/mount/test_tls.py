@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from certificates import ADDRESS, make_certificate, make_certificates
 from mounting import Mounted, lazyfs, shell
 from s3 import S3
 
 pytestmark = pytest.mark.fuse
 
 
-def openssl(directory: Path, name: str, *arguments: str) -> tuple[Path, Path]:
-    """Make a certificate; its file and its key's."""
-    pem, key = directory / f"{name}.pem", directory / f"{name}.key"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
-         "-subj", f"/CN={name}", "-out", pem, "-keyout", key, *arguments],
-        check=True, capture_output=True, timeout=60,
-    )  # fmt: skip
-    return pem, key
-
-
-NAME = ["-addext", "subjectAltName=IP:127.0.0.1"]
-
-
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """An authority, a certificate of it, and its key."""
-    directory = tmp_path_factory.mktemp("tls")
-    authority, authority_key = openssl(directory, "authority")
-    signed = ["-CA", str(authority), "-CAkey", str(authority_key)]
-    leaf = ["-addext", "basicConstraints=critical,CA:FALSE"]
-    return authority, *openssl(directory, "server", *signed, *leaf, *NAME)
+    return make_certificates(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +52,7 @@ def test_a_certificate_that_only_the_listing_takes(tmp_path: Path) -> None:
 
     Waiting cannot help, so the read fails at once and the log says why.
     """
-    pem, key = openssl(tmp_path, "both", *NAME)
+    pem, key = make_certificate(tmp_path, "both", *ADDRESS)
     server = S3(pem, key, authority=pem)
     try:
         server.put("tls", {"m/file": b"x"})

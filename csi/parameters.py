@@ -1,0 +1,146 @@
+"""The parameters of a StorageClass, made into the attributes of one volume.
+
+Pure. Parameters are the attributes that its volumes are to have (`csi/volumes.py`), with templates
+in what names the source:
+
+    ${pvc.name} ${pvc.namespace} ${pv.name}     of the claim, and of the volume made for it
+
+and two that are not handed on:
+
+    allowedPrefixes   s3://BUCKET/PREFIX, several by commas: where a claim may choose its source by
+                      the annotation `<driver>/source`
+    checkSource       false: do not ask S3 before the volume is made (the controller cannot reach
+                      or read what the nodes can)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from csi.errors import InvalidArgumentError
+from csi.volumes import check_size, own_attributes
+from lazyfs.errors import OptionError
+from lazyfs.kinds import Flag
+from lazyfs.source import SourceUrl
+
+# What external-provisioner adds with --extra-create-metadata.
+_METADATA = {
+    "pvc.name": "csi.storage.k8s.io/pvc/name",
+    "pvc.namespace": "csi.storage.k8s.io/pvc/namespace",
+    "pv.name": "csi.storage.k8s.io/pv/name",
+}
+_TEMPLATED = ("source", "bucket", "bucketName", "prefix")
+_OF_THE_CONTROLLER = ("allowedPrefixes", "checkSource")
+_TEMPLATE = re.compile(r"\$\{([^}]*)\}")
+# Names of Kubernetes objects; what else could be in there would be a way out of the prefix.
+_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """What a StorageClass says, and for which claim.
+
+    Attributes:
+        own: what the StorageClass has, templates as they are.
+        names: of the claim and its volume, by template (`pvc.name`).
+        allowed_prefixes: where claims may choose; empty: they may not.
+        check_source: whether S3 is asked before the volume is made.
+    """
+
+    own: Mapping[str, str]
+    names: Mapping[str, str]
+    allowed_prefixes: tuple[SourceUrl, ...]
+    check_source: bool
+
+    @classmethod
+    def read(cls, parameters: Mapping[str, str]) -> Parameters:
+        """Of a CreateVolume request. Raises InvalidArgumentError."""
+        own = own_attributes(parameters)
+        check_size("parameters", own)
+        return cls(
+            own=own,
+            names={name: parameters[key] for name, key in _METADATA.items() if key in parameters},
+            allowed_prefixes=_prefixes(own.get("allowedPrefixes", "")),
+            check_source=_flag("checkSource", own.get("checkSource", "true")),
+        )
+
+    @property
+    def claim(self) -> tuple[str, str]:
+        """Namespace and name of the claim.
+
+        Raises:
+            InvalidArgumentError: external-provisioner did not say.
+        """
+        return self._name("pvc.namespace"), self._name("pvc.name")
+
+    @property
+    def names_a_source(self) -> bool:
+        """Whether the StorageClass says where volumes are."""
+        return any(self.own.get(key) for key in _TEMPLATED)
+
+    def attributes(self, chosen: str | None) -> dict[str, str]:
+        """What the volume is to have.
+
+        Args:
+            chosen: the source that the claim asks for by its annotation, if it does.
+
+        Raises:
+            InvalidArgumentError: it may not have that one, or a template has no value.
+        """
+        attributes = {
+            key: self._filled(key, value) if key in _TEMPLATED else value
+            for key, value in self.own.items()
+            if key not in _OF_THE_CONTROLLER and not (chosen and key in _TEMPLATED)
+        }
+        if chosen:
+            attributes["source"] = str(self._allowed(chosen))
+        return attributes
+
+    def _allowed(self, chosen: str) -> SourceUrl:
+        try:
+            url = SourceUrl.parse(chosen)
+        except OptionError as error:
+            raise InvalidArgumentError(f"the claim's annotation: {error}") from None
+        for allowed in self.allowed_prefixes:
+            if url.bucket == allowed.bucket and url.prefix.startswith(allowed.prefix):
+                return url
+        raise InvalidArgumentError(
+            f"the claim's annotation: {chosen!r} is not allowed: the StorageClass allows what is "
+            f"below {', '.join(map(str, self.allowed_prefixes))}"
+        )
+
+    def _filled(self, key: str, text: str) -> str:
+        def value(found: re.Match[str]) -> str:
+            if found[1] not in _METADATA:
+                known = ", ".join(f"${{{name}}}" for name in _METADATA)
+                raise InvalidArgumentError(f"{key}: {found[0]!r} is not allowed: {known}")
+            return self._name(found[1])
+
+        return _TEMPLATE.sub(value, text)
+
+    def _name(self, name: str) -> str:
+        text = self.names.get(name, "")
+        if not text:
+            raise InvalidArgumentError(
+                f"{name} is not known here: external-provisioner must run with "
+                "--extra-create-metadata"
+            )
+        if not _NAME.fullmatch(text):
+            raise InvalidArgumentError(f"{_METADATA[name]}: {text!r} is not a name of Kubernetes")
+        return text
+
+
+def _prefixes(text: str) -> tuple[SourceUrl, ...]:
+    try:
+        return tuple(SourceUrl.parse(each.strip()) for each in text.split(",") if each.strip())
+    except OptionError as error:
+        raise InvalidArgumentError(f"allowedPrefixes: {error}") from None
+
+
+def _flag(key: str, text: str) -> bool:
+    try:
+        return Flag().parse(text)
+    except ValueError:
+        raise InvalidArgumentError(f"{key}: {text!r} is not allowed: {Flag().allowed}") from None

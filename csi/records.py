@@ -1,0 +1,202 @@
+"""What the controller remembers: one record for each volume that it made, and nothing else.
+
+A volume of lazyfs is only a name for something that lies in S3, which lazyfs cannot write to. But
+CreateVolume must give the same answer to the same question and refuse another one with the same
+name, after a restart and from any replica; and volumes can be listed. So there is a record, written
+before CreateVolume answers and removed by DeleteVolume. Where: in a cluster a ConfigMap in the
+driver's namespace, elsewhere a file. Both are created only if there is none of the name, by the API
+server and by link(2), so that of two replicas at the same time one makes the volume and the other
+one finds it.
+
+Nothing but the controller reads records: mounts go on and volumes can be deleted without them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+from grpc import StatusCode
+
+from csi.errors import RpcError
+from csi.kubernetes import ApiServer
+from csi.volumes import digest_of
+from lazyfs.errors import OptionError
+
+LABEL = "app.kubernetes.io/managed-by"
+CONTENT = "volume.json"
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeRecord:
+    """A volume that was made.
+
+    Attributes:
+        name: that CreateVolume was asked for.
+        volume_id: follows from the name.
+        capacity_bytes: that was answered.
+        parameters: that CreateVolume was asked with, without what Kubernetes adds.
+        attributes: that were answered, the volume context.
+    """
+
+    name: str
+    volume_id: str
+    capacity_bytes: int
+    parameters: Mapping[str, str]
+    attributes: Mapping[str, str]
+
+    def to_text(self) -> str:
+        """As JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_text(cls, text: str) -> VolumeRecord:
+        """What `to_text` made, by this version or another."""
+        fields = json.loads(text)
+        return cls(**{name: fields[name] for name in cls.__dataclass_fields__})
+
+
+class Records(Protocol):
+    """Where records are kept; safe to use from several threads and replicas."""
+
+    def find(self, volume_id: str) -> VolumeRecord | None:
+        """The record of a volume, if there is one."""
+
+    def add(self, record: VolumeRecord) -> bool:
+        """Keep a record; False if there is one of that volume already."""
+
+    def remove(self, volume_id: str) -> None:
+        """Forget a volume, if it is known."""
+
+    def all(self) -> Iterator[VolumeRecord]:
+        """All records, in no order."""
+
+
+class DirectoryRecords:
+    """Records as files of a directory.
+
+    Args:
+        directory: is made if it is not there.
+
+    Raises:
+        OptionError: it cannot be used.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        try:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise OptionError(f"--state-dir: {directory}: {error.strerror}") from error
+
+    def find(self, volume_id: str) -> VolumeRecord | None:
+        path = self._path(volume_id)
+        if path is None:
+            return None
+        with _as_rpc_error(path), contextlib.suppress(FileNotFoundError):
+            return VolumeRecord.from_text(path.read_text())
+        return None
+
+    def add(self, record: VolumeRecord) -> bool:
+        path = self._path(record.volume_id)
+        assert path is not None
+        with (
+            _as_rpc_error(path),
+            tempfile.NamedTemporaryFile("w", dir=self._directory) as file,
+        ):
+            file.write(record.to_text())
+            file.flush()
+            os.fsync(file.fileno())
+            try:
+                os.link(file.name, path)
+            except FileExistsError:
+                return False
+            self._sync()
+        return True
+
+    def remove(self, volume_id: str) -> None:
+        path = self._path(volume_id)
+        if path is not None:
+            with _as_rpc_error(path):
+                path.unlink(missing_ok=True)
+                self._sync()
+
+    def all(self) -> Iterator[VolumeRecord]:
+        for path in self._directory.glob("*.json"):
+            with _as_rpc_error(path), contextlib.suppress(FileNotFoundError):  # just removed
+                yield VolumeRecord.from_text(path.read_text())
+
+    def _path(self, volume_id: str) -> Path | None:
+        digest = digest_of(volume_id)
+        return self._directory / f"{digest}.json" if digest else None
+
+    def _sync(self) -> None:
+        descriptor = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class ConfigMapRecords:
+    """Records as ConfigMaps of the driver's namespace.
+
+    Args:
+        server: where.
+        driver_name: is in a label, so that two drivers can share a namespace.
+    """
+
+    def __init__(self, server: ApiServer, driver_name: str) -> None:
+        self._server = server
+        self._driver_name = driver_name
+
+    def find(self, volume_id: str) -> VolumeRecord | None:
+        path = self._path(volume_id)
+        found = path and self._server.get(path)
+        return VolumeRecord.from_text(found["data"][CONTENT]) if found else None
+
+    def add(self, record: VolumeRecord) -> bool:
+        return self._server.create(
+            self._server.config_map_path(),
+            {
+                "apiVersion": "v1",
+                "kind": "ConfigMap",
+                "metadata": {
+                    "name": _config_map_name(digest_of(record.volume_id)),
+                    "labels": {LABEL: self._driver_name},
+                },
+                "immutable": True,
+                "data": {CONTENT: record.to_text()},
+            },
+        )
+
+    def remove(self, volume_id: str) -> None:
+        if path := self._path(volume_id):
+            self._server.delete(path)
+
+    def all(self) -> Iterator[VolumeRecord]:
+        path = self._server.config_map_path()
+        for each in self._server.list(path, f"{LABEL}={self._driver_name}"):
+            yield VolumeRecord.from_text(each["data"][CONTENT])
+
+    def _path(self, volume_id: str) -> str | None:
+        digest = digest_of(volume_id)
+        return self._server.config_map_path(_config_map_name(digest)) if digest else None
+
+
+@contextlib.contextmanager
+def _as_rpc_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RpcError(StatusCode.INTERNAL, f"{path}: {error.strerror}") from error
+
+
+def _config_map_name(digest: str | None) -> str:
+    return f"lazyfs-volume-{digest}"

@@ -1,0 +1,73 @@
+"""Whether a source can be read, and how large it is: asked before a volume of it is promised."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+from csi.volumes import Volume
+from lazyfs.errors import ObjectGoneError
+from lazyfs.mount.spec import Credentials
+from lazyfs.source import Page, Source, SourceUrl
+
+log = logging.getLogger(__name__)
+
+# A page has up to 1,000 objects. external-provisioner waits for 10 s (--timeout), then asks again.
+MOST_PAGES = 100
+LONGEST_S = 6.0
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What is below a source.
+
+    Attributes:
+        size_bytes: of all files that a mount would show.
+        complete: whether all were counted; a huge prefix is not listed to its end.
+    """
+
+    size_bytes: int
+    complete: bool
+
+
+def survey(volume: Volume, credentials: Credentials | None) -> Survey:
+    """List a source, and read a byte of it.
+
+    Args:
+        credentials: to read with; None: boto3 finds them.
+
+    Raises:
+        SourceError: it does not exist, or cannot be listed or read.
+    """
+    url, options = SourceUrl.parse(volume.source), volume.mount_options
+    began = time.monotonic()
+    source = Source(url, options, credentials)
+    page = source.list_page(url.prefix, None)
+    if not page.objects:
+        raise ObjectGoneError(f"{url}: no objects below this prefix; check its spelling")
+    _read_a_byte(source, page)
+    size_bytes, pages = 0, 1
+    while True:
+        size_bytes += sum(
+            each.size_bytes
+            for each in page.objects
+            if each.key is not None and options.wants(each.key.removeprefix(url.prefix))
+        )
+        if page.next_token is None:
+            return Survey(size_bytes, complete=True)
+        if pages == MOST_PAGES or time.monotonic() - began > LONGEST_S:
+            log.warning(
+                "%s: counted %d pages of objects, not all; its capacity is more", url, pages
+            )
+            return Survey(size_bytes, complete=False)
+        page = source.list_page(url.prefix, page.next_token)
+        pages += 1
+
+
+def _read_a_byte(source: Source, page: Page) -> None:
+    """To list needs another permission than to read."""
+    for each in page.objects:
+        if each.key is not None and each.size_bytes:
+            source.read_range(each.key, each.etag, 0, 1)
+            return
