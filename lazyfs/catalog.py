@@ -15,6 +15,7 @@ import trio
 from lazyfs.blocks.retry import patiently
 from lazyfs.errors import ObjectGoneError
 from lazyfs.journal import Listing, ListingJournal
+from lazyfs.observe.recorder import Recorder
 from lazyfs.options import MountOptions
 from lazyfs.source import Page, Source
 from lazyfs.tree import Directory, Hidden, ListedObject, Node, Tree
@@ -32,9 +33,13 @@ class Catalog:
         source: where to list.
         options: which files are wanted, and how long to wait for S3.
         journal: where listings are written down before they are shown.
+        recorder: is told of requests and retries.
     """
 
-    def __init__(self, source: Source, options: MountOptions, journal: ListingJournal) -> None:
+    def __init__(
+        self, source: Source, options: MountOptions, journal: ListingJournal, recorder: Recorder
+    ) -> None:
+        self._recorder = recorder
         self._source = source
         self._options = options
         self._journal = journal
@@ -84,6 +89,7 @@ class Catalog:
                 lambda: self._page(directory.prefix, token, "/"),  # noqa: B023 - awaited right here
                 what=f"listing of s3://{self._source.url.bucket}/{directory.prefix}",
                 timeout_s=lambda: self._options.io_timeout,
+                on_retry=self._recorder.listing_retried,
             )
             objects += page.objects
             prefixes += page.prefixes
@@ -93,10 +99,16 @@ class Catalog:
                 return
 
     async def _page(self, prefix: str, token: str | None, delimiter: str) -> Page:
-        return await trio.to_thread.run_sync(
-            lambda: self._source.list_page(prefix, token, delimiter=delimiter),
-            abandon_on_cancel=True,
-        )
+        began_s = self._recorder.asked("list")
+        page: Page | None = None
+        try:
+            page = await trio.to_thread.run_sync(
+                lambda: self._source.list_page(prefix, token, delimiter=delimiter),
+                abandon_on_cancel=True,
+            )
+        finally:
+            self._recorder.answered("list", began_s, failed=page is None)
+        return page
 
     def _add(self, listing: Listing) -> None:
         self._journal.append(listing)

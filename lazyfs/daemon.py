@@ -31,8 +31,9 @@ from lazyfs.kinds import format_size
 from lazyfs.mount import privileges, syscalls
 from lazyfs.mount.handover import Beginning, Handover
 from lazyfs.mount.keeper import KeeperClient
-from lazyfs.mount.runtime import control_socket
+from lazyfs.mount.runtime import control_socket, restarts_of
 from lazyfs.mount.spec import Credentials, credentials_from
+from lazyfs.observe.recorder import Recorder
 from lazyfs.options import MountOptions
 from lazyfs.pagecache import PageCache, tune_kernel
 from lazyfs.planner import Planner
@@ -100,7 +101,8 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
     region = former.beginning.region if former else None
     source = await trio.to_thread.run_sync(Source, mount.url, options, mount.credentials, region)
     journal = ListingJournal(former.listing if former else None)
-    catalog = Catalog(source, options, journal)
+    recorder = Recorder(options.prefetch)
+    catalog = Catalog(source, options, journal, recorder)
     if former:
         catalog.restore()
     else:
@@ -108,8 +110,8 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
     cache = await _open_cache(mount, source)
     prefetcher = Prefetcher(options.prefetch, options.block_size)
     page_cache = PageCache(options.page_cache)
-    fetcher = BlockFetcher(source, cache, page_cache, prefetcher, options)
-    planner = Planner(catalog, fetcher, prefetcher)
+    fetcher = BlockFetcher(source, cache, page_cache, prefetcher, options, recorder)
+    planner = Planner(catalog, fetcher, prefetcher, recorder)
     on_open = planner.opened if options.prefetch == "model" else _ignore
     if former:
         session, beginning = await _resume(mount, former)
@@ -119,11 +121,14 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
         handover.store(keeper, str(mount.mountpoint))
     tune_kernel(session.device, options.read_ahead)
     privileges.drop()
-    filesystem = Filesystem(catalog, fetcher, options, beginning.mounted_ns, session.adopt, on_open)
+    filesystem = Filesystem(
+        catalog, fetcher, options, beginning.mounted_ns, session.adopt, on_open, recorder
+    )
     try:
         session.attach(filesystem)
         if former:
             filesystem.remember_all()
+            recorder.resumed()
             session.resend()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_end_on_signal, nursery.cancel_scope, page_cache)
@@ -137,7 +142,8 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
             await nursery.start(serve_control, control_socket(mount.mountpoint), _routes(
                 source, Status(
                     str(mount.url), str(mount.mountpoint), beginning.mounted_ns,
-                    filesystem, fetcher, page_cache, prefetcher, planner,
+                    restarts_of(mount.mountpoint), options, catalog,
+                    filesystem, fetcher, page_cache, prefetcher, planner, recorder,
                 )
             ))  # fmt: skip
             log.info("%s %s at %s", verb, mount.url, mount.mountpoint)
@@ -147,7 +153,7 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
             nursery.cancel_scope.cancel()
     finally:
         session.close()
-        _log_summary(mount, filesystem, fetcher, page_cache)
+        _log_summary(mount, filesystem, fetcher, page_cache, recorder)
 
 
 def _routes(source: Source, status: Status) -> dict[tuple[str, str], Route]:
@@ -176,19 +182,22 @@ async def _resume(mount: Mount, former: Handover) -> tuple[Session, Beginning]:
 
 
 def _log_summary(
-    mount: Mount, filesystem: Filesystem, fetcher: BlockFetcher, page_cache: PageCache
+    mount: Mount,
+    filesystem: Filesystem,
+    fetcher: BlockFetcher,
+    page_cache: PageCache,
+    recorder: Recorder,
 ) -> None:
-    counters = fetcher.counters
     log.info(
         "served %s: %d reads; %s from S3 in %d blocks, %s from disk; %s put into the page "
         "cache, %s written to disk, %d blocks not (it was too slow)",
         mount.mountpoint,
         filesystem.reads,
-        format_size(counters.fetched_bytes),
-        counters.fetched_blocks,
-        format_size(counters.loaded_bytes),
+        format_size(recorder.fetched_bytes.total()),
+        recorder.fetched_blocks.total(),
+        format_size(recorder.loaded_bytes.total()),
         format_size(page_cache.pushed_bytes),
-        format_size(counters.written_bytes),
+        format_size(recorder.written_bytes),
         fetcher.shed_blocks,
     )
 

@@ -28,6 +28,8 @@ from lazyfs.blocks.getter import BlockGetter
 from lazyfs.blocks.memory import BlockMemory, Held
 from lazyfs.cache import BlockCache
 from lazyfs.errors import SourceError
+from lazyfs.observe.events import Activity, Purpose
+from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.options import MountOptions
 from lazyfs.pagecache import PageCache
 from lazyfs.prefetch import Place, Prefetcher
@@ -67,17 +69,8 @@ class Job:
     started: bool = False
     done: trio.Event = field(default_factory=trio.Event)
     held: Held | None = None
+    tier: Tier = Tier.S3
     error: SourceError | None = None
-
-
-@dataclass(slots=True)
-class Counters:
-    """What happened since mount. Bytes unless the name says otherwise."""
-
-    fetched_bytes: int = 0
-    fetched_blocks: int = 0
-    loaded_bytes: int = 0
-    written_bytes: int = 0
 
 
 class BlockFetcher:
@@ -89,6 +82,7 @@ class BlockFetcher:
         page_cache: where they go ahead of readers.
         prefetcher: what to bring next.
         options: limits.
+        recorder: is told what happens.
     """
 
     def __init__(
@@ -98,7 +92,9 @@ class BlockFetcher:
         page_cache: PageCache,
         prefetcher: Prefetcher,
         options: MountOptions,
+        recorder: Recorder,
     ) -> None:
+        self._recorder = recorder
         self._cache = cache
         self._page_cache = page_cache
         self._prefetcher = prefetcher
@@ -116,9 +112,10 @@ class BlockFetcher:
         self._ahead_bytes = 0
         # Threads are bounded by slots; trio's own limit of 40 must not stand in the way.
         self._threads = trio.CapacityLimiter(4 * options.max_concurrency + 64)
-        self._getter = BlockGetter(source, self._memory, options, self._threads, self.pump)
+        self._getter = BlockGetter(
+            source, self._memory, options, self._threads, self.pump, recorder
+        )
         self._nursery: trio.Nursery | None = None
-        self.counters = Counters()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled."""
@@ -157,6 +154,11 @@ class BlockFetcher:
     def in_flight(self) -> int:
         """How many blocks are being brought now."""
         return self._fetching + self._loading
+
+    @property
+    def requests_limit(self) -> int:
+        """How many requests should be in flight now."""
+        return self._getter.limit
 
     @property
     def trouble(self) -> str | None:
@@ -207,17 +209,22 @@ class BlockFetcher:
         self.add_file(file)
         self._prefetcher.opened(file.inode, direct=direct)
 
-    async def read(self, file: File, span: Span) -> memoryview:
+    async def read(self, file: File, span: Span, *, reader: bool = True) -> memoryview:
         """The bytes of a part of a block, brought if need be.
+
+        Args:
+            reader: it is for a reader, not for our own planning.
 
         Raises:
             SourceError: they cannot be had, or not within `--io-timeout`.
         """
         self.add_file(file)
+        began_s = self._recorder.clock()
         block = BlockId(file.inode, span.number)
         held = self._memory.get(block)
+        tier = Tier.MEMORY
         if held is None:
-            held = await self._wait_for(block, span)
+            held, tier = await self._wait_for(file, span, reader)
             held.users -= 1
         elif self._pushes.discard(block):
             held.users += 1
@@ -227,20 +234,28 @@ class BlockFetcher:
             held.unread = max(0, held.unread - (span.stop - span.start))
             if not held.unread:
                 self.pump()  # its room can be used
+        if reader:
+            self._recorder.read(file, span, tier, began_s)
         return held.data[span.start : span.stop]
 
-    async def _wait_for(self, block: BlockId, span: Span) -> Held:
-        """A block that somebody waits for; its `users` count him until he says otherwise."""
+    async def _wait_for(self, file: File, span: Span, reader: bool) -> tuple[Held, Tier]:
+        """A block that somebody waits for, and where it came from; its `users` count him."""
+        block = BlockId(file.inode, span.number)
+        wait = self._recorder.begin_wait(file, span, coming=block in self._jobs) if reader else None
         job = self._jobs.get(block) or self._new_job(block)
-        if not job.waiting and not job.started:
-            self._urgent.append(job)
-        job.waiting.append(span)
-        self.pump()
-        await job.done.wait()
+        try:
+            if not job.waiting and not job.started:
+                self._urgent.append(job)
+            job.waiting.append(span)
+            self.pump()
+            await job.done.wait()
+        finally:
+            if wait is not None:
+                self._recorder.end_wait(wait, job.tier)
         if job.held is None:
             assert job.error is not None
             raise job.error
-        return job.held
+        return job.held, job.tier
 
     def pump(self) -> None:
         """Start whatever may start now. Called after everything that could make a difference."""
@@ -250,16 +265,21 @@ class BlockFetcher:
             if not self._make_room(self._urgent[0].length, urgent=True):
                 break
             self._start(self._urgent.popleft())
-        if not self._urgent:
-            self._prefetch_from_s3()
+        if self._urgent:
+            self._recorder.prefetch_is(Activity.DEMAND)
+        else:
+            self._recorder.prefetch_is(self._prefetch_from_s3())
             self._prefetch_from_disk()
 
-    def _prefetch_from_s3(self) -> None:
+    def _prefetch_from_s3(self) -> Activity:
         while self._fetching < self._getter.limit:
             block = self._prefetcher.next_fetch()
-            if block is None or not self._make_room(self._length(block), urgent=False):
-                return
+            if block is None:
+                return Activity.DONE
+            if not self._make_room(self._length(block), urgent=False):
+                return Activity.NO_ROOM
             self._start(self._new_job(block))
+        return Activity.FETCHING
 
     def _prefetch_from_disk(self) -> None:
         while self._loading < LOADERS and self._page_cache.supported:
@@ -292,12 +312,21 @@ class BlockFetcher:
 
     async def _bring(self, job: Job, from_disk: bool) -> None:
         """One job, from its start until its waiters are answered."""
+        began_s = self._recorder.clock()
         try:
-            data, fetched = await self._obtain(job)
+            data, job.tier = await self._obtain(job)
         except SourceError as error:
             self._fail(job, error)
         else:
-            self._land(job, data, fetched)
+            self._recorder.landed(
+                job.file,
+                job.block,
+                len(data),
+                job.tier,
+                Purpose.DEMAND if job.waiting else Purpose.AHEAD,
+                began_s,
+            )
+            self._land(job, data)
         if from_disk:
             self._loading -= 1
         else:
@@ -310,22 +339,23 @@ class BlockFetcher:
             else:
                 self._queue_push(job.block, job.held)
         job.done.set()
+        self._recorder.settled(job.block)
         self.pump()
 
     def _fail(self, job: Job, error: SourceError) -> None:
         self._memory.release(job.length)
         self._prefetcher.failed(job.block)
+        self._recorder.failed(job.file, job.block, error)
         level = logging.ERROR if job.waiting else logging.WARNING
         log.log(level, "block %d of %s: %s", job.block.number, job.file.key, error)
         job.error = error
 
-    async def _obtain(self, job: Job) -> tuple[memoryview, bool]:
-        """The bytes of a job's block, and whether they came from S3."""
+    async def _obtain(self, job: Job) -> tuple[memoryview, Tier]:
+        """The bytes of a job's block, and where they came from."""
         if self._cache is not None:
             data = await self._thread(self._cache.load, job.file, job.block.number)
             if data is not None:
-                self.counters.loaded_bytes += len(data)
-                return data, False
+                return data, Tier.DISK
         data = await self._getter.get(
             job.file,
             job.block.number * self._block_size,
@@ -333,14 +363,12 @@ class BlockFetcher:
             patience_s=lambda: self._options.io_timeout if job.waiting else PREFETCH_PATIENCE_S,
             saturated=self._saturated,
         )
-        self.counters.fetched_bytes += len(data)
-        self.counters.fetched_blocks += 1
-        return data, True
+        return data, Tier.S3
 
     def _saturated(self) -> bool:
         return bool(self._urgent) or self._fetching >= self._getter.limit
 
-    def _land(self, job: Job, data: memoryview, fetched: bool) -> None:
+    def _land(self, job: Job, data: memoryview) -> None:
         """A block's bytes are here: hold them, and have them written to disk if they are new."""
         held = Held(
             job.file,
@@ -348,12 +376,12 @@ class BlockFetcher:
             users=len(job.waiting),
             unread=len(data),
             demanded=bool(job.waiting),
-            on_disk=not fetched,
+            on_disk=job.tier is Tier.DISK,
         )
         self._memory.hold(job.block, held)
         job.held = held
         self._prefetcher.moved(job.block, Place.LOCAL)
-        if fetched and self._cache is not None:
+        if job.tier is Tier.S3 and self._cache is not None:
             held.to_write = True
             held.users += 1
             self._writes.put(job.block, held)
@@ -393,6 +421,7 @@ class BlockFetcher:
         self, block: BlockId, held: Held, spans: list[Span], pushed: trio.Event | None = None
     ) -> None:
         """Put parts of a held block, which has a user for this, into the page cache."""
+        began_s = self._recorder.clock()
         offset = block.number * self._block_size
         self._ahead_bytes += len(held.data)
         for span in spans:
@@ -405,6 +434,8 @@ class BlockFetcher:
                 break
         else:
             self._prefetcher.moved(block, Place.NEAR)
+            size = sum(span.stop - span.start for span in spans)
+            self._recorder.pushed(held.file, block, size, began_s)
         held.users -= 1
         if pushed is not None:
             pushed.set()
@@ -419,7 +450,7 @@ class BlockFetcher:
             self._writing += 1
             held.on_disk = await self._thread(self._cache.put, held.file, block.number, held.data)
             self._writing -= 1
-            self.counters.written_bytes += len(held.data) if held.on_disk else 0
+            self._recorder.written(len(held.data) if held.on_disk else 0)
             held.users -= 1
             self.pump()
 

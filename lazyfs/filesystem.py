@@ -21,6 +21,7 @@ from lazyfs.blocks import spans
 from lazyfs.catalog import Catalog
 from lazyfs.errors import SourceError
 from lazyfs.fetcher import BlockFetcher
+from lazyfs.observe.recorder import Recorder
 from lazyfs.options import MountOptions
 from lazyfs.tree import NAME_MAX_BYTES, ROOT_INODE, Directory, File, Node
 
@@ -42,6 +43,7 @@ class Filesystem(pyfuse3.Operations):
         mounted_ns: what directories show as their time.
         on_init: called once, when libfuse has taken the kernel's first message.
         on_open: told of each file that is opened.
+        recorder: is told of opened and closed files.
     """
 
     supports_dot_lookup = False
@@ -55,6 +57,7 @@ class Filesystem(pyfuse3.Operations):
         mounted_ns: int,
         on_init: Callable[[], None],
         on_open: Callable[[File], None],
+        recorder: Recorder,
     ) -> None:
         super().__init__()
         self._catalog = catalog
@@ -66,6 +69,7 @@ class Filesystem(pyfuse3.Operations):
         self._mounted_ns = mounted_ns
         self._on_init = on_init
         self._on_open = on_open
+        self._recorder = recorder
         # How often the kernel was given each inode, less how often it forgot it.
         self._lookups: Counter[int] = Counter()
         self.reads = 0
@@ -129,6 +133,7 @@ class Filesystem(pyfuse3.Operations):
             raise FUSEError(errno.EROFS)
         self._fetcher.opened(file, direct=bool(flags & os.O_DIRECT))
         self._on_open(file)
+        self._recorder.opened(file, ctx.pid)
         # An inode's bytes never change, so its pages stay valid from one open to the next.
         return FileInfo(fh=FileHandleT(inode), keep_cache=True)
 
@@ -148,7 +153,7 @@ class Filesystem(pyfuse3.Operations):
         return b"".join(parts)
 
     async def release(self, fh: FileHandleT) -> None:
-        pass
+        self._recorder.closed(self._file(InodeT(fh)))
 
     async def releasedir(self, fh: FileHandleT) -> None:
         pass

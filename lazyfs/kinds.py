@@ -63,6 +63,19 @@ def format_size(size_bytes: float) -> str:
     return f"{size_bytes:.0f}B"
 
 
+def format_duration(seconds: float) -> str:
+    """A time for people: `80ms`, `4.2s`, `3m12s`, `5h03m`, `2d4h`."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f}ms"
+    if seconds < 60:
+        return f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{rest:02d}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours < 24 else f"{hours // 24}d{hours % 24}h"
+
+
 @dataclass(frozen=True)
 class Size(Kind):
     """A number of bytes; `words` are values that are not sizes, such as `auto`."""

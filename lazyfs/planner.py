@@ -18,6 +18,7 @@ from lazyfs.catalog import Catalog
 from lazyfs.errors import SourceError
 from lazyfs.fetcher import BlockFetcher
 from lazyfs.model import PIPELINE_INDEX, ModelFile, ModelLayout, layouts
+from lazyfs.observe.recorder import Recorder
 from lazyfs.prefetch import Prefetcher
 from lazyfs.safetensors import MalformedHeaderError, header_size, parse_header
 from lazyfs.tree import File
@@ -37,9 +38,13 @@ class Planner:
         catalog: what there is.
         fetcher: reads indexes and headers, and knows what is on disk.
         prefetcher: is told.
+        recorder: is told when there is a plan.
     """
 
-    def __init__(self, catalog: Catalog, fetcher: BlockFetcher, prefetcher: Prefetcher) -> None:
+    def __init__(
+        self, catalog: Catalog, fetcher: BlockFetcher, prefetcher: Prefetcher, recorder: Recorder
+    ) -> None:
+        self._recorder = recorder
         self._catalog = catalog
         self._fetcher = fetcher
         self._prefetcher = prefetcher
@@ -88,6 +93,7 @@ class Planner:
         for file in order:
             await self._fetcher.scan(file)
         self._prefetcher.set_order([file.inode for file in order])
+        self._recorder.planned(sum(file.size_bytes for file in order))
         self._fetcher.pump()
 
     def _wanted(
@@ -142,7 +148,7 @@ class Planner:
         parts = []
         for span in spans(0, wanted, file.size_bytes, block_size):
             try:
-                parts.append(bytes(await self._fetcher.read(file, span)))
+                parts.append(bytes(await self._fetcher.read(file, span, reader=False)))
             except SourceError:
                 return None  # logged where it was fetched; its readers get the error
         return b"".join(parts)

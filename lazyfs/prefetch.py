@@ -113,6 +113,22 @@ class Prefetcher:
             there += min(here, progress.size_bytes)
         return wanted, there
 
+    def near_bytes(self) -> int:
+        """Bytes of files in the loading order that went into the page cache, or were read."""
+        size = 0
+        for progress in (self._files[inode] for inode in self._order):
+            blocks = sum(progress.places.count(place) for place in (Place.NEAR, Place.USED))
+            size += min(blocks * self._block_size, progress.size_bytes)
+        return size
+
+    def beginnings_are_here(self) -> bool:
+        """Whether of each file in the loading order the first block is or was here."""
+        return all(
+            self._files[inode].places[0] not in (Place.ABSENT, Place.COMING)
+            for inode in self._order
+            if self._files[inode].places
+        )
+
     def is_ordered(self, inode: int) -> bool:
         """Whether the file has a place in the loading order."""
         return inode in self._files and self._files[inode].ordered

@@ -16,6 +16,7 @@ from lazyfs.blocks import block_length, spans
 from lazyfs.cache import BlockCache
 from lazyfs.catalog import Catalog
 from lazyfs.fetcher import BlockFetcher
+from lazyfs.observe.recorder import Recorder
 from lazyfs.options import MountOptions
 from lazyfs.pagecache import PageCache
 from lazyfs.planner import Planner
@@ -116,14 +117,17 @@ class _Load:
         self._pages = Pages(machine, options.block_size, self.threads)
         disk = Disk(machine, options.block_size, self.threads) if machine.disk else None
         prefetcher = Prefetcher(options.prefetch, options.block_size)
+        recorder = Recorder(options.prefetch)
         self._fetcher = BlockFetcher(
             cast(Source, self._bucket),
             cast(BlockCache | None, disk),
             cast(PageCache, self._pages),
             prefetcher,
             options,
+            recorder,
         )
-        self._planner = Planner(cast(Catalog, _Catalog(tree)), self._fetcher, prefetcher)
+        catalog = cast(Catalog, _Catalog(tree))
+        self._planner = Planner(catalog, self._fetcher, prefetcher, recorder)
         self._plans = options.prefetch == "model"
         self._touched: dict[tuple[str, int], int] = {}
         self._opened: set[str] = set()

@@ -17,6 +17,7 @@ from lazyfs.blocks.concurrency import Concurrency, HedgeTimer, Pacer
 from lazyfs.blocks.memory import BlockMemory
 from lazyfs.blocks.retry import patiently
 from lazyfs.errors import SourceError, ThrottledError
+from lazyfs.observe.recorder import Recorder
 from lazyfs.options import MountOptions
 from lazyfs.source import Source
 from lazyfs.tree import File
@@ -47,6 +48,7 @@ class BlockGetter:
         options: limits of concurrency and bandwidth.
         threads: limits the worker threads.
         room_made: called when an attempt that nobody waits for has given back its room.
+        recorder: is told of requests and retries.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class BlockGetter:
         options: MountOptions,
         threads: trio.CapacityLimiter,
         room_made: Callable[[], None],
+        recorder: Recorder,
     ) -> None:
+        self._recorder = recorder
         self._room_made = room_made
         self._source = source
         self._memory = memory
@@ -64,9 +68,8 @@ class BlockGetter:
         self._concurrency = Concurrency(options.max_concurrency)
         self._timer = HedgeTimer()
         self._pacer = Pacer(options.bandwidth_limit)
+        self._block_size = options.block_size
         self._hedges_running = 0
-        self.retries = 0
-        self.hedges = 0
         # What S3 said last of each object that it does not give.
         self.troubles: dict[str, str] = {}
 
@@ -107,7 +110,7 @@ class BlockGetter:
         what = f"s3://{self._source.url.bucket}/{file.key}"
 
         def note(error: SourceError) -> None:
-            self.retries += 1
+            self._recorder.block_retried(file, start // self._block_size, error)
             self.troubles[file.key] = str(error)
             if isinstance(error, ThrottledError):
                 self._concurrency.throttled()
@@ -147,18 +150,22 @@ class BlockGetter:
         self, request: _Request, answers: trio.MemorySendChannel[memoryview | SourceError]
     ) -> None:
         request.attempts += 1
+        began_s = self._recorder.asked("get")
         token = trio.lowlevel.current_trio_token()
 
         def get() -> memoryview | SourceError:
+            size = 0
             try:
-                return self._source.read_range(
+                data = self._source.read_range(
                     request.file.key, request.file.etag, request.start, request.length
                 )
+                size = len(data)
+                return data
             except SourceError as error:
                 return error
             finally:
                 with contextlib.suppress(trio.RunFinishedError):  # the mount has ended
-                    token.run_sync_soon(self._ended, request)
+                    token.run_sync_soon(self._ended, request, began_s, size)
 
         answers.send_nowait(
             await trio.to_thread.run_sync(get, abandon_on_cancel=True, limiter=self._threads)
@@ -173,12 +180,13 @@ class BlockGetter:
         log.debug("%s at %d is slow: asking again", request.file.key, request.start)
         self._memory.reserve(request.length)
         self._hedges_running += 1
-        self.hedges += 1
+        self._recorder.hedges += 1
         request.hedged = True
         return True
 
-    def _ended(self, request: _Request) -> None:
+    def _ended(self, request: _Request, began_s: float, size: int) -> None:
         """The thread of an attempt came back, wanted or not."""
+        self._recorder.answered("get", began_s, size, failed=not size)
         request.attempts -= 1
         if request.hedged and not request.attempts:
             self._hedges_running -= 1

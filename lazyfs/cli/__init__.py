@@ -20,6 +20,7 @@ from lazyfs.errors import LazyfsError, OptionError
 COMMANDS = {
     "mount": "mounting",
     "umount": "mounting",
+    "status": "status",
     "upgrade": "mounting",
 }
 

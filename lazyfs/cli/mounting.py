@@ -14,6 +14,7 @@ from typing import IO, Any, NoReturn
 import click
 
 from lazyfs.cli.settings import settings, with_mount_options
+from lazyfs.cli.waiting import wait_until_here
 from lazyfs.errors import DaemonError, MountError, OptionError
 from lazyfs.mount import syscalls
 from lazyfs.mount.runtime import DaemonWatch, MountRecord, default_log_file, record_of, records
@@ -29,11 +30,20 @@ READY_TIMEOUT_S = 150.0
 @click.argument("source")
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.option("--foreground", "-f", is_flag=True, help="Stay, and log to standard error.")
+@click.option(
+    "--wait",
+    type=click.Choice(["headers", "model"]),
+    help="Return only when the small files and the beginnings of all shards, or the whole model, "
+    "are on this machine.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Tell progress as JSON lines.")
 @with_mount_options
 def mount(
     source: str,
     mountpoint: Path,
     foreground: bool,
+    wait: str | None,
+    as_json: bool,
     config: Path | None,
     **given: Any,
 ) -> None:
@@ -43,12 +53,18 @@ def mount(
     also come from the environment (LAZYFS_BLOCK_SIZE=8MiB) or a --config file.
     """
     options, texts = settings(config, given)
+    if wait and foreground:
+        raise OptionError("--wait: not with --foreground, which does not return")
+    if wait and options.prefetch != "model":
+        raise OptionError(f"--wait {wait}: needs --prefetch model; otherwise nothing is fetched")
     mountpoint = Path(os.path.realpath(mountpoint))
     log_file = options.log_file or default_log_file(mountpoint)
     spec = MountSpec(source, str(mountpoint), texts)
     if foreground:
         _serve(spec)
     _start_in_background(spec, log_file)
+    if wait:
+        wait_until_here(mountpoint, wait, as_json=as_json)
 
 
 @click.command()

@@ -1,69 +1,160 @@
-"""What a worker says of itself at its control socket."""
+"""What a worker says of itself at its control socket, `GET /status`.
+
+Numbers are plain; names end in their unit. Counts are since the worker began, which a restart makes
+anew; `restarts` says how often that was.
+"""
 
 from __future__ import annotations
 
 import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lazyfs import __version__
+from lazyfs.catalog import Catalog
 from lazyfs.fetcher import BlockFetcher
 from lazyfs.filesystem import Filesystem
+from lazyfs.observe.events import Purpose
+from lazyfs.observe.recorder import Recorder, Tier, Wait
+from lazyfs.options import MountOptions
 from lazyfs.pagecache import PageCache
 from lazyfs.planner import Planner
 from lazyfs.prefetch import Prefetcher
 
+# Of readers that wait, so many are described, those who have waited longest.
+WAITS_SHOWN = 20
 
+
+@dataclass(frozen=True, slots=True)
 class Status:
-    """The state of one mount, for `GET /status`.
+    """The state of one mount.
 
-    Args:
+    Attributes:
         source: as a URL.
         mountpoint: as a path.
         mounted_ns: when it was mounted, in nanoseconds since the epoch.
+        restarts: how many workers ended before this one.
     """
 
-    def __init__(
-        self,
-        source: str,
-        mountpoint: str,
-        mounted_ns: int,
-        filesystem: Filesystem,
-        fetcher: BlockFetcher,
-        page_cache: PageCache,
-        prefetcher: Prefetcher,
-        planner: Planner,
-    ) -> None:
-        self._fixed = {
-            "version": __version__,
-            "pid": os.getpid(),
-            "source": source,
-            "mountpoint": mountpoint,
-            "mounted_at_s": mounted_ns / 10**9,
-        }
-        self._filesystem = filesystem
-        self._fetcher = fetcher
-        self._page_cache = page_cache
-        self._prefetcher = prefetcher
-        self._planner = planner
+    source: str
+    mountpoint: str
+    mounted_ns: int
+    restarts: int
+    options: MountOptions
+    catalog: Catalog
+    filesystem: Filesystem
+    fetcher: BlockFetcher
+    page_cache: PageCache
+    prefetcher: Prefetcher
+    planner: Planner
+    recorder: Recorder
 
     def describe(self) -> dict[str, Any]:
-        """All of it, as JSON can say it; names end in their unit."""
-        fetcher, counters = self._fetcher, self._fetcher.counters
-        wanted, there = self._prefetcher.progress()
-        return self._fixed | {
-            "trouble": fetcher.trouble,
+        """All of it, as JSON can say it."""
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "source": self.source,
+            "mountpoint": self.mountpoint,
+            "mounted_at_s": self.mounted_ns / 10**9,
+            "mounted_for_s": round(time.time() - self.mounted_ns / 10**9, 3),
+            "worker_uptime_s": round(self.recorder.uptime_s, 3),
+            "restarts": self.restarts,
+            "trouble": self.fetcher.trouble,
+            **self._model(),
+            **self._traffic(),
+            **self._reads(),
+            **self._errors(),
+        }
+
+    def _model(self) -> dict[str, Any]:
+        planned = self.planner.planned
+        wanted, there = self.prefetcher.progress()
+        return {
+            "files": self.catalog.tree.file_count,
+            "size_bytes": self.catalog.tree.total_bytes,
             "prefetch": {
-                "planned": self._planner.planned,
+                "policy": self.options.prefetch,
+                "planned": planned,
+                "activity": self.recorder.activity.label,
                 "wanted_bytes": wanted,
                 "there_bytes": there,
+                "near_bytes": self.prefetcher.near_bytes(),
             },
-            "reads": self._filesystem.reads,
-            "fetched_bytes": counters.fetched_bytes,
-            "fetched_blocks": counters.fetched_blocks,
-            "from_disk_bytes": counters.loaded_bytes,
-            "to_disk_bytes": counters.written_bytes,
-            "shed_blocks": fetcher.shed_blocks,
-            "pushed_bytes": self._page_cache.pushed_bytes,
-            "memory_bytes": fetcher.memory_bytes,
-            "in_flight": fetcher.in_flight,
+            "ready": {
+                "headers": planned and self.prefetcher.beginnings_are_here(),
+                "model": planned and there >= wanted,
+            },
         }
+
+    def _traffic(self) -> dict[str, Any]:
+        recorder, fetcher = self.recorder, self.fetcher
+        return {
+            "rate_bytes_per_s": round(recorder.rate()),
+            "requests_in_flight": recorder.in_flight["get"],
+            "requests_limit": fetcher.requests_limit,
+            "in_flight": fetcher.in_flight,
+            "fetched_bytes": recorder.fetched_bytes.total(),
+            "fetched_blocks": recorder.fetched_blocks.total(),
+            "fetched_on_demand_bytes": recorder.fetched_bytes[Purpose.DEMAND],
+            "from_disk_bytes": recorder.loaded_bytes.total(),
+            "to_disk_bytes": recorder.written_bytes,
+            "shed_blocks": fetcher.shed_blocks,
+            "pushed_bytes": self.page_cache.pushed_bytes,
+            "pushed_blocks": recorder.pushed_blocks,
+            "memory_bytes": fetcher.memory_bytes,
+            "memory_limit_bytes": self.options.memory_limit,
+            "resident_bytes": _resident_bytes(),
+        }
+
+    def _reads(self) -> dict[str, Any]:
+        recorder = self.recorder
+        waits = sorted(recorder.waits, key=lambda wait: wait.since_s)
+        return {
+            "reads": self.filesystem.reads,
+            "read_bytes": {tier.value: recorder.read_bytes[tier] for tier in Tier},
+            "hits": {tier.value: recorder.reads[tier].count for tier in Tier},
+            "stalled_s": {
+                cause.label: round(seconds, 3) for cause, seconds in recorder.stalled_s.items()
+            },
+            "readers_waiting": len(waits),
+            "waiting": [self._waiting(wait) for wait in waits[:WAITS_SHOWN]],
+        }
+
+    def _waiting(self, wait: Wait) -> dict[str, Any]:
+        return {
+            "file": self.catalog.tree.path(wait.file),
+            "offset": wait.span.number * self.options.block_size + wait.span.start,
+            "bytes": wait.span.stop - wait.span.start,
+            "for_s": round(self.recorder.wait_s(wait), 3),
+            "opened_by": [
+                {"pid": pid, "command": command}
+                for pid in self.recorder.openers(wait.file)
+                if (command := _command(pid))
+            ],
+        }
+
+    def _errors(self) -> dict[str, Any]:
+        recorder = self.recorder
+        return {
+            "retries": {cause.label: count for cause, count in recorder.retries.items()},
+            "second_requests": recorder.hedges,
+            "failed_blocks": recorder.failures.total(),
+            "last_error": recorder.last_error or None,
+            "last_error_at_s": recorder.last_error_at_s or None,
+        }
+
+
+def _command(pid: int) -> str | None:
+    """What a process is called; None if it ended, or is of another PID namespace (0)."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip() if pid else None
+    except OSError:
+        return None
+
+
+def _resident_bytes() -> int:
+    """Memory that this process has (proc(5), statm)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

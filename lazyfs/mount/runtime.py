@@ -26,6 +26,7 @@ class MountRecord:
         supervisor: the process that looks after the worker.
         worker: the process that serves; None: none does at the moment.
         version: of lazyfs, in the worker.
+        restarts: how many workers ended before this one.
     """
 
     mountpoint: str
@@ -33,6 +34,7 @@ class MountRecord:
     supervisor: int
     worker: int | None = None
     version: str = ""
+    restarts: int = 0
 
 
 class RunningMount:
@@ -104,6 +106,14 @@ def records() -> list[MountRecord]:
     return [record for record in served if record is not None]
 
 
+def restarts_of(mountpoint: Path) -> int:
+    """How many workers of a mount ended before the one that asks; for the worker itself."""
+    try:
+        return _read(_path(mountpoint)).restarts
+    except FileNotFoundError:
+        return 0  # nobody looks after this worker any more
+
+
 class DaemonWatch:
     """Sees when the daemon that serves a mountpoint now has ended, however it ends."""
 
@@ -146,7 +156,7 @@ def runtime_directory() -> Path:
 
 
 def control_socket(mountpoint: Path) -> Path:
-    """Where the worker that serves a mountpoint can be asked and told (`lazyfs/control.py`)."""
+    """Where the worker that serves a mountpoint can be asked and told (`lazyfs/control/`)."""
     return _path(mountpoint).with_suffix(".sock")
 
 

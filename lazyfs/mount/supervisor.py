@@ -103,6 +103,7 @@ class Supervisor:
         self._worker: subprocess.Popen[bytes] | None = None
         self._record: RunningMount | None = None
         self._device: str | None = None
+        self._version = ""
         self._watcher = threading.Thread(target=self._watch, daemon=True)
 
     @property
@@ -231,7 +232,8 @@ class Supervisor:
             entry = syscalls.find_mount(self._mountpoint)
             self._device = entry.device if entry else None
             if self._record is not None:
-                self._record.write(self._describe(self._worker.pid, report["version"]))
+                self._version = report["version"]
+                self._record.write(self._describe(self.pid))
             return
         if not readable:
             self._worker.kill()
@@ -241,8 +243,10 @@ class Supervisor:
             raise DaemonError(report["error"], report["exit_code"], report["kind"], code)
         raise MountError(f"{self._mountpoint}: the daemon ended before the mount was ready")
 
-    def _describe(self, worker: int | None = None, version: str = "") -> MountRecord:
-        return MountRecord(self.name, self._spec.source, os.getpid(), worker, version)
+    def _describe(self, worker: int | None = None) -> MountRecord:
+        return MountRecord(
+            self.name, self._spec.source, os.getpid(), worker, self._version, self.restarts
+        )
 
     def _watch(self) -> None:
         """Wait for the end of each worker and do what the module docstring says."""
@@ -255,6 +259,8 @@ class Supervisor:
             if time.monotonic() - began >= LONG_LIFE_S:
                 pause_s = 0.0
             self.restarts += 1
+            if self._record is not None:  # the next worker reads there how often this happened
+                self._record.write(self._describe(self.pid))
             log.warning(
                 "%s: the worker %s %s; another one goes on%s",
                 self._mountpoint, self.pid, _how_it_ended(code),

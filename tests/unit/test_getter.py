@@ -12,12 +12,16 @@ import trio
 from lazyfs.blocks.getter import BlockGetter
 from lazyfs.blocks.memory import BlockMemory
 from lazyfs.errors import AccessDeniedError, SourceError, ThrottledError
+from lazyfs.observe.events import Cause
+from lazyfs.observe.recorder import Recorder
 from lazyfs.options import MountOptions
 from lazyfs.prefetch import Prefetcher
 from lazyfs.tree import File
 
 FILE = File(2, 1, "f", "f", 100, "e", 0)
 LIMIT = 1000
+
+Answer = tuple[memoryview, BlockGetter, BlockMemory, Recorder]
 
 
 class Source:
@@ -48,24 +52,25 @@ def failing(error: SourceError) -> Callable[[], memoryview]:
     return answer
 
 
-def get(source: Source, patience_s: float = 60) -> tuple[memoryview, BlockGetter, BlockMemory]:
-    async def run() -> tuple[memoryview, BlockGetter, BlockMemory]:
+def get(source: Source, patience_s: float = 60) -> Answer:
+    async def run() -> Answer:
         memory = BlockMemory(LIMIT, 10, Prefetcher("off", 10))
         threads = trio.CapacityLimiter(10)
-        getter = BlockGetter(source, memory, MountOptions(), threads, lambda: None)  # type: ignore[arg-type]
+        recorder = Recorder()
+        getter = BlockGetter(source, memory, MountOptions(), threads, lambda: None, recorder)  # type: ignore[arg-type]
         with trio.fail_after(20):
             data = await getter.get(
                 FILE, 0, 4, patience_s=lambda: patience_s, saturated=lambda: True
             )
-        return data, getter, memory
+        return data, getter, memory, recorder
 
     return trio.run(run)
 
 
 def test_transient_errors_are_retried() -> None:
-    data, getter, _ = get(Source(failing(ThrottledError("slow down")), good))
+    data, getter, _, recorder = get(Source(failing(ThrottledError("slow down")), good))
     assert bytes(data) == b"good"
-    assert getter.retries == 1
+    assert recorder.retries == {Cause.THROTTLED: 1}
     assert getter.limit == 8, "throttling halves what is in flight"
 
 
@@ -92,9 +97,9 @@ def test_a_stuck_request_is_asked_a_second_time_and_its_room_is_counted() -> Non
 
     source = Source(stuck, good)
     try:
-        data, getter, memory = get(source)
+        data, _, memory, recorder = get(source)
         assert bytes(data) == b"good"
-        assert (source.asked, getter.hedges) == (2, 1)
+        assert (source.asked, recorder.hedges) == (2, 1)
         assert memory.used_bytes == 4, "the stuck thread still holds its bytes"
     finally:
         released.set()
@@ -111,7 +116,7 @@ def test_an_error_of_the_second_attempt_leaves_the_first() -> None:
         first_may_answer.set()
         raise ThrottledError("slow down")
 
-    data, getter, memory = get(Source(slow, second))
+    data, _, memory, recorder = get(Source(slow, second))
     assert bytes(data) == b"good"
-    assert getter.retries == 0
+    assert not recorder.retries
     assert memory.used_bytes == 0

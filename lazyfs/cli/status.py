@@ -1,0 +1,220 @@
+"""`lazyfs status`: what the mounts of this machine are doing."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from lazyfs.cli.tables import console, print_rows
+from lazyfs.control.client import ControlClient, ControlError
+from lazyfs.errors import MountError
+from lazyfs.kinds import format_duration, format_size
+from lazyfs.mount.runtime import MountRecord, control_socket, record_of, records
+
+Status = dict[str, Any]
+
+
+@click.command()
+@click.argument("mountpoint", type=click.Path(path_type=Path), required=False)
+@click.option("--json", "as_json", is_flag=True, help="All there is to know, as JSON.")
+def status(mountpoint: Path | None, as_json: bool) -> None:
+    """Show what MOUNTPOINT is doing; without it, a table of all mounts of this user.
+
+    \b
+    Examples:
+      lazyfs status
+      lazyfs status /mnt/llama
+      lazyfs status --json | jq '.[] | select(.trouble)'
+
+    Exit code 1: nothing is mounted at MOUNTPOINT, or its daemon does not answer.
+    """
+    if mountpoint is None:
+        found = [status_of(record) for record in records()]
+        if as_json:
+            click.echo(json.dumps(found, indent=1))
+        elif found:
+            _print_table(found)
+        else:
+            click.echo("nothing is mounted by this user", err=True)
+        return
+    described = status_of(record_at(mountpoint))
+    if as_json:
+        click.echo(json.dumps(described, indent=1))
+    else:
+        print_rows(rows(described))
+    if "error" in described:
+        raise MountError(f"{described['mountpoint']}: {described['error']}")
+
+
+def record_at(mountpoint: Path) -> MountRecord:
+    """The record of the mount there. Raises MountError: there is none."""
+    path = Path(os.path.realpath(mountpoint))
+    record = record_of(path)
+    if record is None:
+        raise MountError(f"{path}: no lazyfs daemon serves it; `lazyfs status` lists those that do")
+    return record
+
+
+def status_of(record: MountRecord) -> Status:
+    """What a mount's worker says of itself; an `error` instead if it does not answer."""
+    try:
+        answer: Status = ControlClient(control_socket(Path(record.mountpoint))).get("/status")
+    except ControlError as error:
+        return {
+            "mountpoint": record.mountpoint,
+            "source": record.source,
+            "version": record.version,
+            "restarts": record.restarts,
+            "error": str(error),
+        }
+    return answer
+
+
+def rows(status: Status) -> list[tuple[str, str]]:
+    """One mount, for people: names and what is to be said."""
+    head = [
+        ("mountpoint", status["mountpoint"]),
+        ("source", status["source"]),
+    ]
+    if "error" in status:
+        return [*head, ("state", state(status))]
+    prefetch = status["prefetch"]
+    near = prefetch["near_bytes"]
+    return [
+        *head,
+        ("state", state(status)),
+        ("version", f"{status['version']}, worker {status['pid']}"),
+        ("mounted", f"{format_duration(status['mounted_for_s'])} ago{_restarts(status)}"),
+        ("files", f"{status['files']}, {format_size(status['size_bytes'])}"),
+        ("model", share(prefetch["there_bytes"], prefetch["wanted_bytes"]) + " on this machine"),
+        ("loaded", share(near, prefetch["wanted_bytes"]) + " in the page cache or read"),
+        (
+            "rate",
+            f"{format_size(status['rate_bytes_per_s'])}/s, {status['requests_in_flight']} of "
+            f"{status['requests_limit']} requests in flight",
+        ),
+        (
+            "fetched",
+            f"{format_size(status['fetched_bytes'])} from S3 in {status['fetched_blocks']} blocks, "
+            f"{format_size(status['from_disk_bytes'])} from disk",
+        ),
+        (
+            "cached",
+            f"{format_size(status['to_disk_bytes'])} written to disk, "
+            f"{format_size(status['pushed_bytes'])} put into the page cache"
+            + (f", {status['shed_blocks']} blocks not written" if status["shed_blocks"] else ""),
+        ),
+        ("reads", _reads(status)),
+        (
+            "memory",
+            f"{format_size(status['memory_bytes'])} of "
+            f"{format_size(status['memory_limit_bytes'])} in blocks, "
+            f"{format_size(status['resident_bytes'])} resident",
+        ),
+        ("waited", _waited(status)),
+        ("retries", _retries(status)),
+        ("last error", status["last_error"] or "none"),
+        *_waiting(status),
+    ]
+
+
+def state(status: Status) -> str:
+    """In a word or two, how a mount is."""
+    if "error" in status:
+        return "no answer from its worker"
+    if status["trouble"]:
+        return f"trouble: {status['trouble']}"
+    if status["ready"]["model"] and status["prefetch"]["wanted_bytes"]:
+        return "all here"
+    words = {
+        "fetching": "fetching ahead",
+        "demand": "fetching for readers",
+        "no_room": "waiting for readers to make room",
+        "paused": "paused",
+        "off": "serving, nothing ahead",
+    }
+    return words.get(status["prefetch"]["activity"], "serving")
+
+
+def share(part: int, whole: int) -> str:
+    """`3GiB of 15GiB (20%)`."""
+    text = f"{format_size(part)} of {format_size(whole)}"
+    return f"{text} ({part / whole:.0%})" if whole else text
+
+
+def _restarts(status: Status) -> str:
+    many = status["restarts"]
+    return f", {many} worker{'s' if many > 1 else ''} before this one" if many else ""
+
+
+def _reads(status: Status) -> str:
+    hits = status["hits"]
+    total = sum(hits.values())
+    if not total:
+        return f"{status['reads']} requests"
+    shares = ", ".join(f"{count / total:.0%} from {tier}" for tier, count in hits.items())
+    return f"{status['reads']} requests: {shares}"
+
+
+def _waited(status: Status) -> str:
+    stalled = {cause: seconds for cause, seconds in status["stalled_s"].items() if seconds >= 0.01}
+    if not stalled:
+        return "nothing worth mentioning"
+    return ", ".join(
+        f"{format_duration(seconds)} ({cause.replace('_', ' ')})"
+        for cause, seconds in sorted(stalled.items(), key=lambda item: -item[1])
+    )
+
+
+def _retries(status: Status) -> str:
+    causes = [f"{count} ({cause})" for cause, count in status["retries"].items()]
+    if status["second_requests"]:
+        causes.append(f"{status['second_requests']} second requests for slow ones")
+    return ", ".join(causes) or "none"
+
+
+def _waiting(status: Status) -> list[tuple[str, str]]:
+    """Who waits now, a row for each."""
+    lines = []
+    for wait in status["waiting"]:
+        openers = ", ".join(f"{one['command']} ({one['pid']})" for one in wait["opened_by"])
+        lines.append(
+            (
+                "waiting now",
+                f"{format_duration(wait['for_s'])} for {wait['file']} at "
+                f"{format_size(wait['offset'])}" + (f", opened by {openers}" if openers else ""),
+            )
+        )
+    return lines
+
+
+def _print_table(found: list[Status]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("MOUNTPOINT", "SOURCE", "STATE"):
+        table.add_column(name, overflow="fold")
+    for name in ("HERE", "RATE", "GETS", "WAITING", "UP"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for each in found:
+        table.add_row(*_cells(each))
+    console().print(table)
+
+
+def _cells(status: Status) -> list[str]:
+    cells = [status["mountpoint"], status["source"], state(status)]
+    if "error" in status:
+        return [*cells, "-", "-", "-", "-", "-"]
+    prefetch = status["prefetch"]
+    wanted = prefetch["wanted_bytes"]
+    return [
+        *cells,
+        f"{prefetch['there_bytes'] / wanted:.0%}" if wanted else "-",
+        f"{format_size(status['rate_bytes_per_s'])}/s",
+        str(status["requests_in_flight"]),
+        str(status["readers_waiting"]),
+        format_duration(status["mounted_for_s"]),
+    ]

@@ -1,0 +1,306 @@
+"""Is told what happens in a mount by those who do it, counts it, and keeps it as events.
+
+One recorder a worker. It is called from the trio thread only, so nothing here is locked; a call
+costs about a microsecond and is made for blocks and requests, never for bytes. What became of it is
+read by `lazyfs/control/status.py`, `metrics.py` and `report.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from lazyfs.blocks import BlockId, Span
+from lazyfs.errors import CredentialsExpiredError, SourceError, ThrottledError
+from lazyfs.observe.events import Activity, Cause, EventRing, Kind, Purpose
+from lazyfs.observe.histogram import Histogram
+from lazyfs.tree import File
+
+# A shorter wait is counted, but is no event.
+STALL_S = 0.01
+# So long after S3 asked for fewer requests, waits are put down to that.
+THROTTLED_FOR_S = 5.0
+# Of the processes that opened a file, so many are remembered.
+OPENERS = 8
+RATE_WINDOW_S = 5.0
+
+
+class Tier(StrEnum):
+    """Where the bytes of a read were when it was asked for."""
+
+    MEMORY = "memory"
+    DISK = "disk"
+    S3 = "s3"
+
+
+@dataclass(slots=True, eq=False)
+class Wait:
+    """A reader who waits for a block.
+
+    Attributes:
+        coming: the block was being brought already when he asked.
+        activity: what prefetching did then.
+    """
+
+    file: File
+    span: Span
+    since_s: float
+    coming: bool
+    activity: Activity
+
+
+class Recorder:
+    """What happened in one mount since its worker began.
+
+    Args:
+        policy: of prefetching (`--prefetch`).
+        now_s: the clock.
+    """
+
+    def __init__(self, policy: str = "model", now_s: Callable[[], float] = time.monotonic) -> None:
+        self._now_s = now_s
+        self._began_s = now_s()
+        self.events = EventRing()
+        self.files: list[File] = []
+        self._numbers: dict[int, int] = {}
+        self._seen: dict[int, bytearray] = {}
+        self._openers: dict[int, dict[int, None]] = {}
+        self.activity = Activity.OFF if policy == "off" else Activity.DONE
+        self._planned = policy != "model"
+        self.waits: dict[Wait, None] = {}
+        self._accounted_until_s = 0.0
+        self._troubled: dict[BlockId, Cause] = {}
+        self._throttled_at_s = -THROTTLED_FOR_S
+
+        self.fetched_bytes: Counter[Purpose] = Counter()
+        self.fetched_blocks: Counter[Purpose] = Counter()
+        self.loaded_bytes: Counter[Purpose] = Counter()
+        self.loaded_blocks: Counter[Purpose] = Counter()
+        self.read_bytes: Counter[Tier] = Counter()
+        self.reads: defaultdict[Tier, Histogram] = defaultdict(Histogram)
+        self.requests: defaultdict[str, Histogram] = defaultdict(Histogram)
+        self.in_flight: Counter[str] = Counter()
+        self.failed_requests: Counter[str] = Counter()
+        self.received_bytes = 0
+        self.retries: Counter[Cause] = Counter()
+        self.hedges = 0
+        self.failures: Counter[Cause] = Counter()
+        self.stalled_s: defaultdict[Cause, float] = defaultdict(float)
+        self.pushed_blocks = 0
+        self.written_bytes = 0
+        self.shed_blocks = 0
+        self.wasted_bytes = 0
+        self.last_error = ""
+        self.last_error_at_s = 0.0
+
+    def clock(self) -> float:
+        """Now, for those who tell later when something began."""
+        return self._now_s()
+
+    @property
+    def uptime_s(self) -> float:
+        """Seconds since the worker began; events are on this clock."""
+        return self._now_s() - self._began_s
+
+    # Files
+
+    def resumed(self) -> None:
+        """The mount was taken up from another worker."""
+        self.events.add(self.uptime_s, Kind.RESUMED)
+
+    def planned(self, size_bytes: int) -> None:
+        """It is known what is to be fetched ahead, and that it has so many bytes."""
+        self._planned = True
+        self.events.add(self.uptime_s, Kind.PLANNED, size=size_bytes)
+
+    def opened(self, file: File, pid: int) -> None:
+        """A process opened a file."""
+        openers = self._openers.setdefault(file.inode, {})
+        openers.pop(pid, None)
+        openers[pid] = None
+        if len(openers) > OPENERS:
+            del openers[next(iter(openers))]
+        self._seen.pop(file.inode, None)
+        self.events.add(self.uptime_s, Kind.OPENED, file=self._number(file))
+
+    def closed(self, file: File) -> None:
+        """A handle of a file was given back."""
+        self.events.add(self.uptime_s, Kind.CLOSED, file=self._number(file))
+
+    def openers(self, file: File) -> list[int]:
+        """Which processes opened the file, the latest first; some may have ended."""
+        return list(reversed(self._openers.get(file.inode, {})))
+
+    # Reads
+
+    def read(self, file: File, span: Span, tier: Tier, began_s: float) -> None:
+        """A reader, who asked at `began_s`, was given bytes."""
+        now_s = self._now_s()
+        self.reads[tier].observe(now_s - began_s)
+        self.read_bytes[tier] += span.stop - span.start
+        seen = self._seen.setdefault(file.inode, bytearray())
+        if len(seen) <= span.number:
+            seen.extend(bytes(span.number + 1 - len(seen)))
+        if not seen[span.number]:
+            seen[span.number] = 1
+            at_s = now_s - self._began_s
+            self.events.add(at_s, Kind.READ, 0, self._number(file), span.number, 0, now_s - began_s)
+
+    def begin_wait(self, file: File, span: Span, *, coming: bool) -> Wait:
+        """A reader has to wait for a block; `coming`: it is being brought already."""
+        wait = Wait(file, span, self._now_s(), coming, self.activity)
+        self.waits[wait] = None
+        return wait
+
+    def end_wait(self, wait: Wait, tier: Tier) -> None:
+        """His wait is over, and where the block came from."""
+        del self.waits[wait]
+        now_s = self._now_s()
+        cause = self._blame(wait, tier, now_s)
+        # Of waits at the same time each second counts once.
+        self.stalled_s[cause] += now_s - max(wait.since_s, self._accounted_until_s)
+        self._accounted_until_s = now_s
+        if now_s - wait.since_s >= STALL_S:
+            span = wait.span
+            self.events.add(
+                now_s - self._began_s, Kind.WAITED, cause, self._number(wait.file), span.number,
+                span.stop - span.start, now_s - wait.since_s,
+            )  # fmt: skip
+
+    def wait_s(self, wait: Wait) -> float:
+        """How long somebody has been waiting."""
+        return self._now_s() - wait.since_s
+
+    def _blame(self, wait: Wait, tier: Tier, now_s: float) -> Cause:
+        troubled = self._troubled.get(BlockId(wait.file.inode, wait.span.number))
+        if troubled is not None:
+            return troubled
+        if tier is Tier.DISK:
+            return Cause.DISK
+        if now_s - self._throttled_at_s < THROTTLED_FOR_S:
+            return Cause.THROTTLED
+        if wait.coming:
+            return Cause.MEMORY if wait.activity == Activity.NO_ROOM else Cause.NETWORK
+        if not self._planned:
+            return Cause.NETWORK
+        if wait.activity in (Activity.DONE, Activity.PAUSED, Activity.OFF):
+            return Cause.NO_PREFETCH
+        return Cause.ORDER
+
+    # Blocks
+
+    def landed(
+        self, file: File, block: BlockId, size: int, tier: Tier, purpose: Purpose, began_s: float
+    ) -> None:
+        """A block came that was begun at `began_s`."""
+        now_s = self._now_s()
+        if tier is Tier.DISK:
+            self.loaded_bytes[purpose] += size
+            self.loaded_blocks[purpose] += 1
+        else:
+            self.fetched_bytes[purpose] += size
+            self.fetched_blocks[purpose] += 1
+        kind = Kind.LOADED if tier is Tier.DISK else Kind.FETCHED
+        at_s = now_s - self._began_s
+        self.events.add(
+            at_s, kind, purpose, self._number(file), block.number, size, now_s - began_s
+        )
+
+    def settled(self, block: BlockId) -> None:
+        """All who waited for a block were answered; what was wrong with it is the past."""
+        self._troubled.pop(block, None)
+
+    def failed(self, file: File, block: BlockId, error: SourceError) -> None:
+        """A block could not be had."""
+        cause = cause_of(error)
+        self.failures[cause] += 1
+        self._remember(error)
+        self.events.add(self.uptime_s, Kind.FAILED, cause, self._number(file), block.number)
+
+    def pushed(self, file: File, block: BlockId, size: int, began_s: float) -> None:
+        """A block, or what was left of it, was put into the page cache, from `began_s` on."""
+        now_s = self._now_s()
+        self.pushed_blocks += 1
+        at_s = now_s - self._began_s
+        self.events.add(
+            at_s, Kind.PUSHED, 0, self._number(file), block.number, size, now_s - began_s
+        )
+
+    def written(self, size: int) -> None:
+        """A block was written to disk."""
+        self.written_bytes += size
+
+    def prefetch_is(self, activity: Activity) -> None:
+        """What prefetching does from now on."""
+        if activity is not self.activity and self.activity is not Activity.OFF:
+            self.activity = activity
+            self.events.add(self.uptime_s, Kind.PREFETCH, activity)
+
+    # Requests to S3
+
+    def asked(self, operation: str) -> float:
+        """S3 is asked; when, for `answered`."""
+        self.in_flight[operation] += 1
+        return self._now_s()
+
+    def answered(self, operation: str, began_s: float, size: int = 0, *, failed: bool) -> None:
+        """S3 answered a request, however it did, and wanted or not."""
+        self.in_flight[operation] -= 1
+        self.requests[operation].observe(self._now_s() - began_s)
+        self.received_bytes += size
+        self.failed_requests[operation] += failed
+
+    def listing_retried(self, error: SourceError) -> None:
+        """S3 is asked for a listing again."""
+        self._retried(error)
+
+    def block_retried(self, file: File, number: int, error: SourceError) -> None:
+        """S3 is asked for a block again."""
+        cause = self._retried(error)
+        self._troubled[BlockId(file.inode, number)] = cause
+        self.events.add(self.uptime_s, Kind.RETRIED, cause, self._number(file), number)
+
+    def _retried(self, error: SourceError) -> Cause:
+        cause = cause_of(error)
+        self.retries[cause] += 1
+        self._remember(error)
+        if cause is Cause.THROTTLED:
+            self._throttled_at_s = self._now_s()
+        return cause
+
+    def rate(self) -> float:
+        """Bytes a second that came from S3 and from disk in the last seconds."""
+        now_s = self.uptime_s
+        window_s = max(0.1, min(RATE_WINDOW_S, now_s))
+        size = 0.0
+        for event in self.events.newest_first():
+            if event.at_s < now_s - window_s:
+                break
+            if event.kind in (Kind.FETCHED, Kind.LOADED):
+                # A block that took longer than the window came only in part within it.
+                within_s = event.at_s - (now_s - window_s)
+                size += event.size * min(1.0, within_s / max(event.seconds, 1e-3))
+        return size / window_s
+
+    def _remember(self, error: SourceError) -> None:
+        self.last_error = str(error)
+        self.last_error_at_s = time.time()
+
+    def _number(self, file: File) -> int:
+        number = self._numbers.get(file.inode)
+        if number is None:
+            number = self._numbers[file.inode] = len(self.files)
+            self.files.append(file)
+        return number
+
+
+def cause_of(error: SourceError) -> Cause:
+    """What an error of S3 counts as."""
+    if isinstance(error, ThrottledError):
+        return Cause.THROTTLED
+    if isinstance(error, CredentialsExpiredError):
+        return Cause.CREDENTIALS
+    return Cause.ERRORS
