@@ -39,7 +39,16 @@ WAIT_FOR = ("headers", "model")
 # What concerns the whole node or reads and writes its files is the administrator's, not a volume's,
 # unless --allow-attributes names it.
 OF_THE_NODE = frozenset(
-    ("profile", "ca-bundle", "allow-other", "cache-dir", "cache-size", "log-format", "log-file")
+    (
+        "profile",
+        "ca-bundle",
+        "allow-other",
+        "cache-dir",
+        "cache-size",
+        "cache-reserve",
+        "log-format",
+        "log-file",
+    )
 )
 _BY_CAMEL_CASE = {option.camel_case: option for option in OPTIONS}
 _SOURCE_KEYS = ("source", "bucket", "bucketName", "prefix")

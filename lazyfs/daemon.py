@@ -20,7 +20,7 @@ from pathlib import Path
 import pyfuse3
 import trio
 
-from lazyfs.cache import BlockCache, default_directory
+from lazyfs.cache import BlockCache
 from lazyfs.catalog import Catalog
 from lazyfs.control.server import Route, serve_control
 from lazyfs.control.status import Status
@@ -107,7 +107,10 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
         catalog.restore()
     else:
         await catalog.open()
-    cache = await _open_cache(mount, source)
+    cache = BlockCache.of(options, source.endpoint, mount.url.bucket)
+    if cache and not former:
+        # A mount that is resumed goes on without a cache that fails.
+        await trio.to_thread.run_sync(cache.open)
     prefetcher = Prefetcher(options.prefetch, options.block_size)
     page_cache = PageCache(options.page_cache)
     fetcher = BlockFetcher(source, cache, page_cache, prefetcher, options, recorder)
@@ -212,17 +215,6 @@ async def _end_with_session(session: Session, scope: trio.CancelScope) -> None:
 
 def _ignore(file: File) -> None:
     """Without a plan it does not matter which files are opened."""
-
-
-async def _open_cache(mount: Mount, source: Source) -> BlockCache | None:
-    options = mount.options
-    if options.cache_dir == "none":
-        return None
-    directory = Path(options.cache_dir) if options.cache_dir else default_directory()
-    namespace = f"{source.endpoint}\0{mount.url.bucket}"
-    return await trio.to_thread.run_sync(
-        BlockCache, directory, options.cache_size, options.block_size, namespace
-    )
 
 
 async def _end_on_signal(scope: trio.CancelScope, page_cache: PageCache) -> None:

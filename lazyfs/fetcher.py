@@ -11,6 +11,10 @@ All decisions are made in the trio thread, so nothing here needs a lock; worker 
 bytes. Demand overtakes prefetch for slots and for room. What can be brought again is given up for
 demand: blocks nobody uses, then blocks that only wait to be written to a slow disk. A block that is
 being pushed or written cannot be taken, but those are at most `PUSHERS + WRITERS`.
+
+A block that is not on disk is claimed there before it is fetched, so that of all daemons on a node
+one fetches it. What another daemon has claimed is waited for, if a reader needs it, and else left
+to it until it is there; for `LEASE_S` at most.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ import trio
 from lazyfs.blocks import BlockId, Span, block_length, gaps
 from lazyfs.blocks.getter import BlockGetter
 from lazyfs.blocks.memory import BlockMemory, Held
-from lazyfs.cache import BlockCache
+from lazyfs.cache import BlockCache, Claim
 from lazyfs.errors import SourceError
 from lazyfs.observe.events import Activity, Purpose
 from lazyfs.observe.recorder import Recorder, Tier
@@ -50,6 +54,11 @@ LAST_WRITES_S = 5.0
 LOADERS = 3
 # Requests of waiting readers that may be in flight beyond the adaptive limit.
 URGENT_EXTRA = 8
+# How long a block is left to another daemon that claimed it, and how often it is looked for.
+LEASE_S = 10.0
+LOOK_S = 0.02
+# How often the cache is told what is needed and looks after itself.
+CARE_S = 10.0
 # A prefetch is given up after this time; a reader who needs the block tries on his own account.
 PREFETCH_PATIENCE_S = 20.0
 
@@ -60,6 +69,7 @@ class Job:
 
     Attributes:
         waiting: what readers wait for; empty: a prefetch.
+        lease_until: how long it is left to another daemon that has claimed it.
     """
 
     file: File
@@ -67,6 +77,7 @@ class Job:
     length: int
     waiting: list[Span] = field(default_factory=list)
     started: bool = False
+    lease_until: float = 0.0
     done: trio.Event = field(default_factory=trio.Event)
     held: Held | None = None
     tier: Tier = Tier.S3
@@ -110,6 +121,10 @@ class BlockFetcher:
         self._pushes = _Queue()
         self._writes = _Queue()
         self._ahead_bytes = 0
+        # Blocks that other daemons bring, and until when they are left to them.
+        self._elsewhere: dict[BlockId, float] = {}
+        self._left_to_others = trio.Event()
+        self._lease_over: set[BlockId] = set()
         # Threads are bounded by slots; trio's own limit of 40 must not stand in the way.
         self._threads = trio.CapacityLimiter(4 * options.max_concurrency + 64)
         self._getter = BlockGetter(
@@ -125,6 +140,9 @@ class BlockFetcher:
                 nursery.start_soon(self._push_forever)
             for _ in range(WRITERS if self._cache else 0):
                 nursery.start_soon(self._write_forever)
+            if self._cache:
+                nursery.start_soon(self._follow_others, self._cache)
+                nursery.start_soon(self._care_for_cache, self._cache)
             task_status.started()
             self.pump()
             await trio.sleep_forever()
@@ -134,6 +152,8 @@ class BlockFetcher:
         with trio.move_on_after(LAST_WRITES_S):
             while self._writes or self._writing:
                 await trio.sleep(0.01)
+            if self._cache is not None:
+                await self._thread(self._cache.care, self._plan())
 
     @property
     def block_size(self) -> int:
@@ -180,7 +200,10 @@ class BlockFetcher:
         self.add_file(file)
         if self._cache is None:
             return
-        for number in await self._thread(self._cache.present, file):
+        numbers = await self._thread(self._cache.present, file)
+        if numbers:
+            await self._thread(self._cache.announce, [file])
+        for number in numbers:
             block = BlockId(file.inode, number)
             if self._prefetcher.place(block) == Place.ABSENT:
                 self._prefetcher.moved(block, Place.LOCAL)
@@ -302,6 +325,7 @@ class BlockFetcher:
     def _start(self, job: Job, *, from_disk: bool = False) -> None:
         assert self._nursery is not None
         job.started = True
+        self._take_back(job)
         self._memory.reserve(job.length)
         self._prefetcher.moved(job.block, Place.COMING)
         if from_disk:
@@ -314,19 +338,23 @@ class BlockFetcher:
         """One job, from its start until its waiters are answered."""
         began_s = self._recorder.clock()
         try:
-            data, job.tier = await self._obtain(job)
+            obtained = await self._obtain(job)
         except SourceError as error:
             self._fail(job, error)
         else:
-            self._recorder.landed(
-                job.file,
-                job.block,
-                len(data),
-                job.tier,
-                Purpose.DEMAND if job.waiting else Purpose.AHEAD,
-                began_s,
-            )
-            self._land(job, data)
+            if obtained is None:
+                self._leave_to_others(job)
+            else:
+                data, job.tier = obtained
+                self._recorder.landed(
+                    job.file,
+                    job.block,
+                    len(data),
+                    job.tier,
+                    Purpose.DEMAND if job.waiting else Purpose.AHEAD,
+                    began_s,
+                )
+                self._land(job, data)
         if from_disk:
             self._loading -= 1
         else:
@@ -350,20 +378,94 @@ class BlockFetcher:
         log.log(level, "block %d of %s: %s", job.block.number, job.file.key, error)
         job.error = error
 
-    async def _obtain(self, job: Job) -> tuple[memoryview, Tier]:
-        """The bytes of a job's block, and where they came from."""
+    async def _obtain(self, job: Job) -> tuple[memoryview, Tier] | None:
+        """The bytes of a job's block, and where they came from.
+
+        None: another daemon brings it, and nobody waits for it here.
+        """
         if self._cache is not None:
-            data = await self._thread(self._cache.load, job.file, job.block.number)
-            if data is not None:
-                return data, Tier.DISK
-        data = await self._getter.get(
-            job.file,
-            job.block.number * self._block_size,
-            job.length,
-            patience_s=lambda: self._options.io_timeout if job.waiting else PREFETCH_PATIENCE_S,
-            saturated=self._saturated,
-        )
+            found = await self._look_on_disk(self._cache, job)
+            if found is Claim.THEIRS:
+                return None
+            if isinstance(found, memoryview):
+                return found, Tier.DISK
+        try:
+            data = await self._getter.get(
+                job.file,
+                job.block.number * self._block_size,
+                job.length,
+                patience_s=lambda: self._options.io_timeout if job.waiting else PREFETCH_PATIENCE_S,
+                saturated=self._saturated,
+            )
+        except SourceError:
+            if self._cache is not None:
+                self._cache.release(job.file, job.block.number)
+            raise
         return data, Tier.S3
+
+    async def _look_on_disk(self, cache: BlockCache, job: Job) -> memoryview | Claim:
+        """A block from the disk, or who is to fetch it; waits for others if a reader does."""
+        number = job.block.number
+        while True:
+            found = await self._thread(cache.load_or_claim, job.file, number)
+            if found is not Claim.THEIRS:
+                return found
+            if trio.current_time() >= job.lease_until:
+                return Claim.OURS
+            if not job.waiting:
+                return found
+            cache.set_waiting(job.file, number, True)
+            with trio.move_on_at(job.lease_until):
+                while cache.is_claimed(job.file, number):
+                    await trio.sleep(LOOK_S)
+            cache.set_waiting(job.file, number, False)
+
+    def _leave_to_others(self, job: Job) -> None:
+        """Another daemon brings this block; it is looked for from time to time."""
+        assert self._cache is not None
+        self._memory.release(job.length)
+        self._elsewhere[job.block] = job.lease_until
+        self._cache.set_waiting(job.file, job.block.number, True)
+        self._left_to_others.set()
+
+    def _take_back(self, job: Job) -> None:
+        """A block that may have been left to another daemon is asked for again."""
+        now_s = trio.current_time()
+        job.lease_until = now_s if job.block in self._lease_over else now_s + LEASE_S
+        self._lease_over.discard(job.block)
+        if self._cache is not None and job.block in self._elsewhere:
+            job.lease_until = self._elsewhere.pop(job.block)
+            self._cache.set_waiting(job.file, job.block.number, False)
+
+    async def _follow_others(self, cache: BlockCache) -> None:
+        """See when blocks that were left to others have come, or are not going to."""
+        while True:
+            await self._left_to_others.wait()
+            await trio.sleep(LOOK_S)
+            now_s = trio.current_time()
+            for block, lease_until in list(self._elsewhere.items()):
+                file = self._files[block.inode]
+                if now_s < lease_until and cache.is_claimed(file, block.number):
+                    continue
+                there = await self._thread(cache.holds, file, block.number)
+                if block not in self._elsewhere:
+                    continue  # a reader asked for it meanwhile
+                del self._elsewhere[block]
+                cache.set_waiting(file, block.number, False)
+                if not there and now_s >= lease_until:
+                    self._lease_over.add(block)
+                self._prefetcher.moved(block, Place.LOCAL if there else Place.ABSENT)
+            if not self._elsewhere:
+                self._left_to_others = trio.Event()
+            self.pump()
+
+    async def _care_for_cache(self, cache: BlockCache) -> None:
+        while True:
+            await self._thread(cache.care, self._plan())
+            await trio.sleep(CARE_S)
+
+    def _plan(self) -> list[File]:
+        return [self._files[inode] for inode in self._prefetcher.order]
 
     def _saturated(self) -> bool:
         return bool(self._urgent) or self._fetching >= self._getter.limit
@@ -445,6 +547,7 @@ class BlockFetcher:
         while True:
             block, held = await self._writes.get()
             if not held.to_write:
+                self._cache.release(held.file, block.number)
                 continue  # shed meanwhile
             held.to_write = False
             self._writing += 1
@@ -456,6 +559,8 @@ class BlockFetcher:
 
     def _make_room(self, length: int, *, urgent: bool) -> bool:
         reader_waits = any(job.waiting for job in self._jobs.values())
+        # What another daemon waits for is not shed for a prefetch.
+        reader_waits = reader_waits and not (self._cache and self._cache.others_wait())
         return self._memory.make_room(length, urgent=urgent, reader_waits=reader_waits)
 
     def _push_allowance(self) -> int:

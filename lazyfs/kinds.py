@@ -276,6 +276,28 @@ class LocalPath(Kind):
 
 
 @dataclass(frozen=True)
+class LocalPaths(Kind):
+    """One or several paths of this machine, joined by colons; `words` are values that are not."""
+
+    metavar = "PATH[:PATH...]"
+
+    words: tuple[str, ...] = ()
+
+    @property
+    def allowed(self) -> str:
+        return " or ".join((*self.words, "paths joined by colons"))
+
+    def parse(self, text: str) -> tuple[Path, ...] | str:
+        """The paths, absolute, or one of the words."""
+        if text in self.words:
+            return text
+        paths = [LocalPath().parse(part) for part in text.split(":")]
+        if len(set(paths)) < len(paths):
+            raise ValueError(text)
+        return tuple(Path(path) for path in paths)
+
+
+@dataclass(frozen=True)
 class Glob(Kind):
     """One shell pattern; the option may be given several times."""
 

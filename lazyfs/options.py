@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lazyfs.errors import OptionError
 from lazyfs.kinds import (
@@ -28,6 +28,7 @@ from lazyfs.kinds import (
     Glob,
     Kind,
     LocalPath,
+    LocalPaths,
     Mode,
     Share,
     Size,
@@ -158,18 +159,26 @@ class MountOptions:
     )
     file_mode: int = _option(Mode(), "Files", "Permission bits of files.", "444")
     dir_mode: int = _option(Mode(), "Files", "Permission bits of directories.", "555")
-    cache_dir: Path | str | None = _option(
-        LocalPath(words=("none",)),
+    cache_dir: tuple[Path, ...] | Literal["none"] | None = _option(
+        LocalPaths(words=("none",)),
         "Cache",
-        "Directory of the block cache on local disk, shared by all mounts that name it; none: no "
-        "disk cache. When not given: /var/cache/lazyfs for root, ~/.cache/lazyfs for others.",
+        "Directory of the block cache on local disk, shared by all mounts that name it; several, "
+        "one for each disk, are joined by colons. none: no disk cache. When not given: "
+        "/var/cache/lazyfs for root, ~/.cache/lazyfs for others.",
     )
     cache_size: int | float = _option(
         Share(64 * MIB),
         "Cache",
-        "Most that the cache may hold, as a size or as a share of the space that is free or "
-        "already used by it. Least recently used blocks leave first.",
+        "Most that each directory of the cache may hold, as a size or as a share of the space "
+        "that is free or already used by it. Least recently used blocks leave first.",
         "80%",
+    )
+    cache_reserve: int | float = _option(
+        Share(0),
+        "Cache",
+        "Free space of the cache's filesystem that is always left to others, as a size or as a "
+        "share of the filesystem.",
+        "5%",
     )
     block_size: int = _option(
         Size(256 * KIB, 64 * MIB, power_of_two=True),

@@ -102,6 +102,11 @@ class Prefetcher:
         for inode in self._order:
             self._files[inode].ordered = self._policy == "model"
 
+    @property
+    def order(self) -> Sequence[int]:
+        """The files in the order in which a loader reads them."""
+        return tuple(self._order)
+
     def progress(self) -> tuple[int, int]:
         """Bytes of the files in the loading order, and how many of them are or were here."""
         wanted = there = 0

@@ -14,6 +14,7 @@ from typing import Any
 import trio
 
 from lazyfs.blocks import block_length
+from lazyfs.cache import Claim
 from lazyfs.tree import File
 
 # Of the page cache, what is told apart: the smallest request of a loader.
@@ -158,27 +159,48 @@ class Disk:
         self._block_size = block_size
         self._threads = threads
         self._reads, self._writes = Queue(machine.disk_read), Queue(machine.disk_write)
-        self._blocks: OrderedDict[tuple[str, int], memoryview] = OrderedDict()
+        self._blocks: dict[tuple[str, int], memoryview] = {}
         self._used = 0
 
     def present(self, file: File) -> list[int]:
         return [number for key, number in self._blocks if key == file.key]
 
-    def load(self, file: File, number: int) -> memoryview | None:
+    def holds(self, file: File, number: int) -> bool:
+        return (file.key, number) in self._blocks
+
+    def load_or_claim(self, file: File, number: int) -> memoryview | Claim:
         data = self._blocks.get((file.key, number))
-        if data is not None:
-            self._blocks.move_to_end((file.key, number))
-            self._threads.takes(self._reads.take(len(data)))
+        if data is None:
+            return Claim.OURS
+        self._threads.takes(self._reads.take(len(data)))
         return data
 
     def put(self, file: File, number: int, data: memoryview) -> bool:
+        length = block_length(file.size_bytes, self._block_size, number)
+        if self._used + length > self._space:
+            return False  # one load does not make room for itself
         self._threads.takes(self._writes.take(len(data)))
         self._blocks[file.key, number] = data
-        self._used += block_length(file.size_bytes, self._block_size, number)
-        while self._used > self._space:
-            _, old = self._blocks.popitem(last=False)
-            self._used -= len(old)
+        self._used += length
         return True
+
+    def announce(self, files: list[File]) -> None:
+        pass
+
+    def care(self, plan: list[File]) -> None:
+        pass
+
+    def release(self, file: File, number: int) -> None:
+        pass
+
+    def is_claimed(self, file: File, number: int) -> bool:
+        return False
+
+    def set_waiting(self, file: File, number: int, waiting: bool) -> None:
+        pass
+
+    def others_wait(self) -> bool:
+        return False
 
 
 class Pages:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import mmap
 import os
 from pathlib import Path
@@ -29,15 +30,16 @@ def aligned_buffer(size: int) -> memoryview:
     Raises:
         MemoryError: there is none.
     """
-    buffer_type = _buffer_types.setdefault(size, _make_buffer_type(_align(size)))
+    buffer_type = _buffer_type(align(size))
     address = ctypes.c_void_p()
-    if _libc.posix_memalign(ctypes.byref(address), ALIGNMENT, _align(size)) != 0:
+    if _libc.posix_memalign(ctypes.byref(address), ALIGNMENT, align(size)) != 0:
         raise MemoryError(f"no {size} bytes for a block")
     assert address.value is not None
     return memoryview(buffer_type.from_address(address.value)).cast("B")
 
 
-def _make_buffer_type(size: int) -> type[ctypes.Array[ctypes.c_ubyte]]:
+@functools.cache
+def _buffer_type(size: int) -> type[ctypes.Array[ctypes.c_ubyte]]:
     class AlignedBuffer(ctypes.Array[ctypes.c_ubyte]):
         _type_ = ctypes.c_ubyte
         _length_ = size
@@ -49,11 +51,10 @@ def _make_buffer_type(size: int) -> type[ctypes.Array[ctypes.c_ubyte]]:
 
 
 _libc = ctypes.CDLL(None)
-_buffer_types: dict[int, type[ctypes.Array[ctypes.c_ubyte]]] = {}
 
 
-def read_file(path: Path, length: int) -> memoryview | None:
-    """`length` bytes of a file, or None if it is not exactly that long.
+def read_file(path: Path, length: int, tail_length: int) -> tuple[memoryview, memoryview] | None:
+    """A file of `write_file`: its data and tail, or None if it is not exactly that long.
 
     What the page cache has anyway is copied from there, the rest comes from the device.
 
@@ -62,38 +63,40 @@ def read_file(path: Path, length: int) -> memoryview | None:
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if os.fstat(descriptor).st_size != length:
+        size = align(length) + tail_length
+        if os.fstat(descriptor).st_size != size:
             return None
-        view = aligned_buffer(length)
+        data, tail = aligned_buffer(length), aligned_buffer(tail_length)
         done = 0
         try:
-            done = os.preadv(descriptor, [view[:length]], 0, os.RWF_NOWAIT)
+            done = os.preadv(descriptor, [data, tail], 0, os.RWF_NOWAIT)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
                 raise
-        done -= done % ALIGNMENT if done < length else 0
-        if done < length:
-            done += _read_rest(path, descriptor, view, done)
-        return view[:length] if done >= length else None
+        done -= done % ALIGNMENT if done < size else 0
+        if done < size:
+            rest = [data[done:], tail] if done < len(data) else [tail[done - len(data) :]]
+            done += _read_rest(path, descriptor, rest, done)
+        return (data[:length], tail[:tail_length]) if done >= size else None
     finally:
         os.close(descriptor)
 
 
-def _read_rest(path: Path, descriptor: int, view: memoryview, start: int) -> int:
+def _read_rest(path: Path, descriptor: int, buffers: list[memoryview], start: int) -> int:
     try:
         direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        return os.preadv(descriptor, [view[start:]], start)
+        return os.preadv(descriptor, buffers, start)
     try:
-        return os.preadv(direct, [view[start:]], start)
+        return os.preadv(direct, buffers, start)
     finally:
         os.close(direct)
 
 
-def write_file(path: Path, data: memoryview) -> None:
-    """Write a new file, readable by its owner only.
+def write_file(path: Path, data: memoryview, tail: bytes) -> None:
+    """Write a new file, readable by its owner only: data, zeros to the alignment, tail.
 
     Raises:
         OSError: it exists, or cannot be written; what was written is left for the caller.
@@ -108,11 +111,11 @@ def write_file(path: Path, data: memoryview) -> None:
         descriptor = os.open(path, flags, 0o600)
     try:
         staging = _stagings.pop() if _stagings else _Staging()
-        aligned = staging.fill(data)
+        aligned = staging.fill(data, tail)
         written = 0
         while written < len(aligned):
             written += os.write(descriptor, aligned[written:])
-        os.ftruncate(descriptor, len(data))
+        os.ftruncate(descriptor, align(len(data)) + len(tail))
         _stagings.append(staging)
     finally:
         os.close(descriptor)
@@ -129,15 +132,17 @@ class _Staging:
         self._file = os.memfd_create("lazyfs-staging", os.MFD_CLOEXEC)
         self._memory: mmap.mmap | None = None
 
-    def fill(self, data: memoryview) -> memoryview:
-        """The same bytes in aligned memory, padded to a multiple of the alignment."""
-        size = _align(len(data))
+    def fill(self, data: memoryview, tail: bytes) -> memoryview:
+        """The same bytes in aligned memory, each part padded with zeros to the alignment."""
+        tail_start = align(len(data))
+        size = tail_start + align(len(tail))
         if self._memory is None or len(self._memory) < size:
             os.ftruncate(self._file, size)
             self._memory = mmap.mmap(self._file, size)
         done = 0
         while done < len(data):
             done += os.pwrite(self._file, data[done:], done)
+        os.pwrite(self._file, bytes(tail_start - len(data)) + tail, len(data))
         return memoryview(self._memory)[:size]
 
 
@@ -145,5 +150,6 @@ class _Staging:
 _stagings: list[_Staging] = []
 
 
-def _align(size: int) -> int:
+def align(size: int) -> int:
+    """The next multiple of the alignment."""
     return -(-size // ALIGNMENT) * ALIGNMENT

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from csi import volumes
@@ -85,7 +87,7 @@ def test_options_come_from_attributes_flags_and_the_driver() -> None:
     assert options.include == ("*.json", "*.safetensors", "*.model")
     assert options.no_sign_request and options.requester_pays
     assert options.memory_limit == GIB
-    assert str(options.cache_dir) == "/cache"
+    assert options.cache_dir == (Path("/cache"),)
     assert (volume.wait_for, volume.role_arn) == (
         "headers",
         "arn:aws:iam::123456789012:role/models",

@@ -1,0 +1,218 @@
+"""The node's cache: blocks on disk, shared by every mount that names the same directories.
+
+A block is named by what it is (`Content`, and its number), so a replaced object is never served
+from the cache and all mounts of one model share one copy. A mount gets at a block only by an object
+that its own credentials have listed, with that ETag.
+
+`BlockCache` is what a mount sees; `CacheDirectory` (`directory.py`) does the work, one for each
+directory. All calls block: they are made from worker threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lazyfs.cache.blockfile import Content
+from lazyfs.cache.directory import CacheDirectory
+from lazyfs.cache.index import IndexFailedError
+from lazyfs.cache.space import Limits
+from lazyfs.errors import CacheError
+from lazyfs.options import MountOptions
+from lazyfs.tree import File
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+class Claim(Enum):
+    """Who is to fetch a block that is not in the cache."""
+
+    OURS = "ours"
+    THEIRS = "theirs"
+
+
+class BlockCache:
+    """The cache as one mount uses it.
+
+    Args:
+        directories: each block is in one of them; made if they are missing.
+        limits: of each directory.
+        endpoint: of the mount's objects.
+        bucket: of the mount's objects.
+        block_size: of the mount, in bytes.
+    """
+
+    def __init__(
+        self,
+        directories: Sequence[Path],
+        limits: Limits,
+        endpoint: str,
+        bucket: str,
+        block_size: int,
+    ) -> None:
+        self.directories = [CacheDirectory(path, limits) for path in directories]
+        self._endpoint = endpoint
+        self._bucket = bucket
+        self._block_size = block_size
+        self._contents: dict[int, Content] = {}
+
+    @classmethod
+    def of(cls, options: MountOptions, endpoint: str, bucket: str) -> BlockCache | None:
+        """The cache that a mount's options name; None if they name none. Nothing is opened."""
+        if options.cache_dir == "none":
+            return None
+        directories = options.cache_dir or (default_directory(),)
+        limits = Limits(options.cache_size, options.cache_reserve)
+        return cls(directories, limits, endpoint, bucket, options.block_size)
+
+    def open(self) -> None:
+        """Open all directories. Otherwise they are opened when they are used first.
+
+        Raises:
+            CacheError: one cannot be made, written, or trusted.
+        """
+        for directory in self.directories:
+            check_directory(directory.path)
+            try:
+                directory.open()
+            except (OSError, IndexFailedError) as error:
+                raise CacheError(
+                    f"--cache-dir: {directory.path}: cannot be used: {error}; "
+                    "name another or 'none'"
+                ) from error
+
+    def present(self, file: File) -> list[int]:
+        """Which blocks of a file are on disk."""
+        content = self._content(file)
+        return sorted(
+            number
+            for directory in self.directories
+            for number in directory.present(content)
+            if self._home(content, number) is directory
+        )
+
+    def holds(self, file: File, number: int) -> bool:
+        """Whether a block is on disk."""
+        content = self._content(file)
+        return self._home(content, number).holds(content, number)
+
+    def load_or_claim(self, file: File, number: int) -> memoryview | Claim:
+        """A block's bytes; or who is to fetch it.
+
+        If it is ours, `put` or `release` must follow.
+        """
+        content = self._content(file)
+        home = self._home(content, number)
+        data = home.load(content, number)
+        if data is not None:
+            return data
+        if not home.claim(content, number):
+            return Claim.THEIRS
+        if home.holds(content, number):
+            # Whoever had claimed it has stored it, between our look and our claim.
+            data = home.load(content, number)
+            if data is not None:
+                home.release(content, number)
+                return data
+        return Claim.OURS
+
+    def put(self, file: File, number: int, data: Buffer) -> bool:
+        """Keep a block, and give up the claim to it; False if there is no room or no disk."""
+        content = self._content(file)
+        home = self._home(content, number)
+        try:
+            return home.put(content, number, data)
+        finally:
+            home.release(content, number)
+
+    def release(self, file: File, number: int) -> None:
+        """Give up the claim to a block that is not going to be stored. Does not block."""
+        content = self._content(file)
+        self._home(content, number).release(content, number)
+
+    def is_claimed(self, file: File, number: int) -> bool:
+        """Whether another process brings a block. Does not block."""
+        content = self._content(file)
+        return self._home(content, number).is_claimed(content, number)
+
+    def set_waiting(self, file: File, number: int, waiting: bool) -> None:
+        """Let other processes see whether this one waits for a block. Does not block."""
+        content = self._content(file)
+        self._home(content, number).set_waiting(content, number, waiting)
+
+    def others_wait(self) -> bool:
+        """Whether other processes wait for blocks to be stored. Does not block."""
+        return any(directory.others_wait() for directory in self.directories)
+
+    def announce(self, files: Iterable[File]) -> None:
+        """Say that the blocks of these files will be needed, in this order."""
+        contents = [self._content(file) for file in files]
+        for directory in self.directories:
+            directory.announce(contents)
+
+    def care(self, plan: Iterable[File]) -> None:
+        """What is to be done every ten seconds or so, and at the end.
+
+        Args:
+            plan: the files that a load will need, in this order.
+        """
+        contents = [self._content(file) for file in plan]
+        for directory in self.directories:
+            directory.care(contents)
+
+    def _content(self, file: File) -> Content:
+        content = self._contents.get(file.inode)
+        if content is None:
+            content = self._contents[file.inode] = Content(
+                self._endpoint, self._bucket, file.key, file.etag, file.size_bytes, self._block_size
+            )
+        return content
+
+    def _home(self, content: Content, number: int) -> CacheDirectory:
+        """Where a block belongs: with one directory more or less, few blocks move."""
+        if len(self.directories) == 1:
+            return self.directories[0]
+
+        def weight(directory: CacheDirectory) -> bytes:
+            text = f"{directory.path}:{content.digest}:{number}"
+            return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+        return max(self.directories, key=weight)
+
+
+def check_directory(directory: Path) -> None:
+    """Make the directory if need be, and refuse one that others could write into.
+
+    Raises:
+        CacheError: it cannot be made, written, or trusted.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = directory.stat()
+    except OSError as error:
+        raise CacheError(
+            f"--cache-dir: {directory}: cannot be made: {error.strerror}; name another or 'none'"
+        ) from error
+    if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
+        raise CacheError(
+            f"--cache-dir: {directory}: not writable; name another directory or 'none'"
+        )
+    if status.st_uid not in (os.geteuid(), 0) or status.st_mode & stat.S_IWOTH:
+        raise CacheError(
+            f"--cache-dir: {directory}: other users could put bytes into it; "
+            f"chown it to this user and chmod go-w"
+        )
+
+
+def default_directory() -> Path:
+    """Where the cache is when no option says: for root, and for a person."""
+    if os.geteuid() == 0:
+        return Path("/var/cache/lazyfs")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "lazyfs"

@@ -1,0 +1,463 @@
+"""One cache directory: block files, their index, who fetches what, and what may stay.
+
+    cache.db          the index (`index.py`), and its -wal and -shm
+    00/ ... ff/       block files (`blockfile.py`) under random names
+    claims, waiting   locked, never written (`claims.py`)
+    care              locked by who repairs; its time says when the directory was last gone through
+
+Any number of processes use a directory at once, any of them may be killed at any instant, and
+anybody may take files away or change them: what is read is checked, and what does not fit is
+dropped. Nothing here raises once the directory was opened: a disk that fails is left alone for a
+while (it *rests*), and the mount goes on without it.
+
+What may leave. Blocks leave in the order of when they were last used, or last *announced*: a mount
+says of the blocks it has in its plan that it will need them, the first ones last, so that these
+are the last to leave. And a block does not make room for another one of the same load: what was
+used or announced since the load began stays (for an hour at most), and the new block is *declined*.
+So a cache that is smaller than a model keeps a part of it, instead of forgetting each block just
+before it is needed again.
+
+All calls block: they are made from worker threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from lazyfs.blocks.directio import ALIGNMENT, read_file, write_file
+from lazyfs.cache.blockfile import Content, DamagedBlockError, check, make_tail, parse_tail
+from lazyfs.cache.claims import Claims
+from lazyfs.cache.index import (
+    FOLDERS,
+    INDEX_NAME,
+    BlockIndex,
+    IndexCorruptError,
+    IndexFailedError,
+    remove_index,
+)
+from lazyfs.cache.space import Limits
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+log = logging.getLogger(__name__)
+
+# How long a full or failing disk is left alone before it is tried again.
+REST_S = 30.0
+# A load has ended when nothing was asked of the cache for so long.
+IDLE_S = 120.0
+# What was used in this time stays, whoever wants room; and what was used in the longer one stays
+# for the load that used it.
+SHORTEST_STAY_S, LONGEST_STAY_S = 45.0, 3600.0
+# During a load the blocks in the plan are announced again after this time.
+ANNOUNCE_S = 20.0
+# When a block was declined, the next ones are as well, for this time.
+DECLINE_S = 1.0
+# How often files without a row, and rows without a file, are looked for.
+SWEEP_S = 3600.0
+# Of very many damaged blocks only the first are named in the log.
+DAMAGED_SHOWN = 10
+
+CARE_NAME = "care"
+_FILENAME = re.compile("[0-9a-f]{2}/[0-9a-f]{30}")
+T = TypeVar("T")
+
+
+class Side(Enum):
+    """What of a directory can fail while the other goes on: a full disk can be read."""
+
+    READING = "read"
+    WRITING = "written"
+
+
+@dataclass
+class CacheCounters:
+    """What happened since the directory was opened, in blocks."""
+
+    hits: int = 0
+    misses: int = 0
+    damaged: int = 0
+    declined: int = 0
+    evicted: int = 0
+    failed_writes: int = 0
+    orphans: int = 0
+    adopted: int = 0
+
+
+class CacheDirectory:
+    """A directory of cached blocks.
+
+    Args:
+        path: made if it is missing.
+        limits: how much it may hold.
+    """
+
+    def __init__(self, path: Path, limits: Limits) -> None:
+        self.path = path
+        self.limits = limits
+        self.counters = CacheCounters()
+        self._opening = threading.Lock()
+        self._index: BlockIndex | None = None
+        self._claims: Claims | None = None
+        self._rests_until: dict[Side, float] = {}
+        self._has_index_anew = False
+        self._used: dict[str, float] = {}
+        self._told = (0, 0)
+        self._load_began = self._last_asked = time.monotonic()
+        self._announced = self._declined = float("-inf")
+
+    def open(self) -> None:
+        """Open what is there, or make it; else the first use does.
+
+        Raises:
+            OSError: it cannot be made, or not be written.
+            IndexFailedError: its index does not work.
+        """
+        try:
+            self._current_index()
+        except IndexCorruptError as error:
+            self._replace_index(error)
+            self._current_index()
+
+    def present(self, content: Content) -> list[int]:
+        """Which blocks of a content are here."""
+        return self._attempt(Side.READING, lambda index: index.numbers(content.digest), [])
+
+    def holds(self, content: Content, number: int) -> bool:
+        """Whether a block is here."""
+        key = _key(content, number)
+        return self._attempt(Side.READING, lambda index: index.filename(key) is not None, False)
+
+    def load(self, content: Content, number: int) -> memoryview | None:
+        """A block's bytes, checked, or None if they are not here.
+
+        What the kernel still has of the block's file is copied; the rest is read past the page
+        cache, which is to hold the mounted file and not a second copy of it.
+        """
+        self._asked()
+        key = _key(content, number)
+        data = self._attempt(Side.READING, lambda index: self._read(index, content, number), None)
+        if data is None:
+            self.counters.misses += 1
+        else:
+            self.counters.hits += 1
+            self._used[key] = time.time()
+        return data
+
+    def put(self, content: Content, number: int, data: Buffer) -> bool:
+        """Keep a block, if there is room for it and the disk takes it."""
+        self._asked()
+        if self._is_declining():
+            self.counters.declined += 1
+            return False
+        kept = self._attempt(
+            Side.WRITING, lambda index: self._write(index, content, number, memoryview(data)), None
+        )
+        self.counters.failed_writes += kept is None
+        return bool(kept)
+
+    def claim(self, content: Content, number: int) -> bool:
+        """Whether this process is to fetch a block, because no other one does.
+
+        With a full or failing disk everybody fetches for himself.
+        """
+        useless = any(map(self._is_resting, Side)) or self._is_declining()
+        return useless or self._claims is None or self._claims.claim(_key(content, number))
+
+    def release(self, content: Content, number: int) -> None:
+        """Let others have a block that was claimed."""
+        if self._claims is not None:
+            self._claims.release(_key(content, number))
+
+    def is_claimed(self, content: Content, number: int) -> bool:
+        """Whether another process brings a block."""
+        return self._claims is not None and self._claims.is_taken(_key(content, number))
+
+    def set_waiting(self, content: Content, number: int, waiting: bool) -> None:
+        """Let other processes see whether this one waits for a block of theirs."""
+        if self._claims is not None:
+            self._claims.set_waiting(_key(content, number), waiting)
+
+    def others_wait(self) -> bool:
+        """Whether other processes wait for blocks of this or of another one."""
+        return self._claims is not None and self._claims.others_wait()
+
+    def announce(self, plan: Sequence[Content]) -> None:
+        """Say that blocks of these contents will be needed, in this order."""
+        self._asked()
+        self._attempt(Side.WRITING, lambda index: self._announce(index, plan), None)
+
+    def care(self, plan: Sequence[Content]) -> None:
+        """What is to be done now and then (every ten seconds or so, and at the end).
+
+        Args:
+            plan: the contents that a load will need, in this order.
+        """
+        self._attempt(Side.WRITING, lambda index: self._care(index, plan), None)
+
+    def sweep(self, index: BlockIndex) -> None:
+        """Remove files that no row names and rows whose file is gone.
+
+        If the index was lost, files become its rows again.
+        """
+        files = [name for folder in FOLDERS for name in self._files(folder)]
+        # Rows after files: a file of that time has its row since before it was made.
+        rows = {row.filename: row for row in index.rows()}
+        for filename in files:
+            if filename not in rows:
+                adopted = self._has_index_anew and self._adopt(index, filename)
+                if not adopted:
+                    self.counters.orphans += 1
+                    Path(self.path, filename).unlink(missing_ok=True)
+        there = set(files)
+        for row in rows.values():
+            unfinished = row.is_pending and not (self._claims and self._claims.is_taken(row.key))
+            if unfinished or not (row.filename in there or self._path(row.filename).exists()):
+                index.discard(row.key, row.filename)
+                self._remove([row.filename])
+        self._has_index_anew = False
+
+    def _announce(self, index: BlockIndex, plan: Sequence[Content]) -> None:
+        now = time.time()
+        keys = (
+            _key_of(content.digest, number)
+            for content in plan
+            for number in index.numbers(content.digest)
+        )
+        index.touch([(now - rank * 1e-6, key) for rank, key in enumerate(keys)])
+
+    def _care(self, index: BlockIndex, plan: Sequence[Content]) -> None:
+        self._tell_use(index)
+        now = time.monotonic()
+        is_loading = now < self._last_asked + IDLE_S
+        if is_loading and now >= max(self._announced + ANNOUNCE_S, self._load_began):
+            self._announce(index, plan)
+            self._announced = time.monotonic()
+        used = index.used_bytes()
+        excess = used - self.limits.allowed_bytes(os.statvfs(self.path), used)
+        if excess > 0:
+            self._evict(index.shrink(excess, time.time()))
+        with self._exclusively(wait=False) as care:
+            if care is not None and (self._has_index_anew or _is_older(care, SWEEP_S)):
+                self.sweep(index)
+                os.utime(care)
+
+    def _tell_use(self, index: BlockIndex) -> None:
+        used, self._used = self._used, {}
+        index.touch(sorted((moment, key) for key, moment in list(used.items())))
+        counts = self.counters.hits, self.counters.misses
+        index.add_counts(counts[0] - self._told[0], counts[1] - self._told[1])
+        self._told = counts
+
+    def _read(self, index: BlockIndex, content: Content, number: int) -> memoryview | None:
+        key = _key(content, number)
+        filename = index.filename(key)
+        if filename is None:
+            return None
+        try:
+            found = read_file(
+                self._path(filename), content.length(number), content.tail_length
+            )  # fmt: skip
+            if found is None:
+                raise DamagedBlockError("has a wrong length")
+            check(content, number, *found)
+        except FileNotFoundError:
+            index.discard(key, filename)  # evicted meanwhile, or taken away
+            return None
+        except DamagedBlockError as error:
+            self.counters.damaged += 1
+            if self.counters.damaged <= DAMAGED_SHOWN:
+                log.warning("dropped from the cache: %s %s", self._path(filename), error)
+            index.discard(key, filename)
+            self._remove([filename])
+            return None
+        return found[0]
+
+    def _write(self, index: BlockIndex, content: Content, number: int, data: memoryview) -> bool:
+        key = _key(content, number)
+        if index.filename(key) is not None:
+            return True
+        tail = make_tail(content, number, data)
+        filename = _new_name()
+        used = index.used_bytes()
+        allowed = self.limits.allowed_bytes(os.statvfs(self.path), used)
+        tag, size = content.identity.decode(), content.file_length(number)
+        entered, left = index.reserve(
+            key, filename, size, tag, time.time(), allowed, self._may_leave_before()
+        )
+        self._evict(left)
+        if not entered:
+            self._declined = time.monotonic()
+            self.counters.declined += 1
+            return False
+        try:
+            write_file(self._path(filename), data, tail)
+        except OSError:
+            self._remove([filename])
+            index.discard(key, filename)
+            raise
+        if index.complete(key, filename):
+            return True
+        self._remove([filename])  # the index was made anew, or somebody was faster
+        return False
+
+    def _adopt(self, index: BlockIndex, filename: str) -> bool:
+        """Enter a file into an index that was made anew; False if it is not worth it."""
+        if not _FILENAME.fullmatch(filename):
+            return False
+        try:
+            with open(self._path(filename), "rb") as file:
+                status = os.fstat(file.fileno())
+                file.seek(max(0, status.st_size - 2 * ALIGNMENT))
+                content, number, _ = parse_tail(file.read())
+        except (OSError, DamagedBlockError):
+            return False
+        key, size = _key(content, number), content.file_length(number)
+        tag = content.identity.decode()
+        if size != status.st_size or index.filename(key) is not None:
+            return False
+        used = index.used_bytes()
+        allowed = self.limits.allowed_bytes(os.statvfs(self.path), used) + size
+        entered, left = index.reserve(key, filename, size, tag, status.st_mtime, allowed, 0)
+        self._evict(left)
+        adopted = entered and index.complete(key, filename)
+        self.counters.adopted += adopted
+        return adopted
+
+    def _evict(self, filenames: Sequence[str]) -> None:
+        self.counters.evicted += len(filenames)
+        self._remove(filenames)
+
+    def _files(self, folder: str) -> list[str]:
+        return [f"{folder}/{path.name}" for path in Path(self.path, folder).iterdir()]
+
+    def _remove(self, filenames: Sequence[str]) -> None:
+        for filename in filenames:
+            with contextlib.suppress(FileNotFoundError):
+                self._path(filename).unlink()
+
+    def _path(self, filename: str) -> Path:
+        """Where a block's file is. Raises IndexCorruptError when the name is not one of ours."""
+        if not _FILENAME.fullmatch(filename):
+            raise IndexCorruptError(f"its index names files that nobody wrote: {filename!r}")
+        return self.path / filename
+
+    def _asked(self) -> None:
+        now = time.monotonic()
+        if now > self._last_asked + IDLE_S:
+            self._load_began = now
+        self._last_asked = now
+
+    def _may_leave_before(self) -> float:
+        """Blocks that were used before this time, in seconds since the epoch, may make room."""
+        load_s = time.monotonic() - self._load_began
+        if self._announced < self._load_began:
+            load_s = LONGEST_STAY_S  # what the load needs is not known yet
+        return time.time() - min(max(load_s, SHORTEST_STAY_S), LONGEST_STAY_S)
+
+    def _is_declining(self) -> bool:
+        return time.monotonic() < self._declined + DECLINE_S
+
+    def _attempt(self, side: Side, action: Callable[[BlockIndex], T], otherwise: T) -> T:
+        """Do something with the directory; what goes wrong is logged, and it rests then."""
+        if self._is_resting(side):
+            return otherwise
+        try:
+            try:
+                result = action(self._current_index())
+            except IndexCorruptError as error:
+                self._replace_index(error)
+                result = otherwise
+        except (OSError, IndexFailedError) as error:
+            self._rest(side, error)
+            return otherwise
+        if self._rests_until.pop(side, None):
+            log.info("cache directory %s can be %s again", self.path, side.value)
+        return result
+
+    def _rest(self, side: Side, error: Exception) -> None:
+        if side not in self._rests_until:
+            log.warning(
+                "cache directory %s cannot be %s: %s; going on without it, and trying again "
+                "every %.0f s", self.path, side.value, error, REST_S,
+            )  # fmt: skip
+        self._rests_until[side] = time.monotonic() + REST_S
+
+    def _is_resting(self, side: Side) -> bool:
+        return time.monotonic() < self._rests_until.get(side, 0.0)
+
+    def _current_index(self) -> BlockIndex:
+        """The index that is in the directory now; somebody may have replaced it, or all of it."""
+        index = self._index
+        if index is None or not index.is_current:
+            with self._opening:
+                if self._index is None or not self._index.is_current:
+                    self._index = self._open()
+                index = self._index
+        return index
+
+    def _open(self) -> BlockIndex:
+        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for folder in FOLDERS:
+            Path(self.path, folder).mkdir(exist_ok=True, mode=0o700)
+        self._claims = Claims(self.path)
+        file = Path(self.path, INDEX_NAME)
+        with self._exclusively(wait=True):
+            if not file.exists() or not file.stat().st_size:
+                remove_index(self.path)
+                self._has_index_anew = True
+            return BlockIndex(self.path)
+
+    def _replace_index(self, error: IndexCorruptError) -> None:
+        """Take a damaged index away, unless another process has done so."""
+        with self._opening, self._exclusively(wait=True):
+            if self._index is None or self._index.is_current:
+                log.warning(
+                    "cache directory %s: %s; making it anew from the files", self.path, error
+                )
+                remove_index(self.path)
+                self._has_index_anew = True
+            self._index = None
+
+    @contextmanager
+    def _exclusively(self, *, wait: bool) -> Iterator[int | None]:
+        """Alone among all processes; None if another one is and `wait` is false."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        care: int | None
+        with open(os.open(self.path / CARE_NAME, flags, 0o600), "rb") as file:
+            care = file.fileno()
+            try:
+                fcntl.flock(care, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                care = None
+            yield care
+
+
+def _key(content: Content, number: int) -> str:
+    return _key_of(content.digest, number)
+
+
+def _key_of(digest: str, number: int) -> str:
+    return f"{digest}:{number}"
+
+
+def _new_name() -> str:
+    name = os.urandom(16).hex()
+    return f"{name[:2]}/{name[2:]}"
+
+
+def _is_older(descriptor: int, age_s: float) -> bool:
+    """Whether a file was not changed for so long; one from the future counts as old."""
+    return not 0 <= time.time() - os.fstat(descriptor).st_mtime < age_s

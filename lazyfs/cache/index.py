@@ -1,0 +1,294 @@
+"""Which blocks are in a cache directory: a table in SQLite, kept by diskcache, for many processes.
+
+diskcache brings the database: its schema, a connection for each thread, transactions, counts that
+are kept by triggers. What is asked of the table is ours, because a cache of models forgets by other
+rules than a cache of values: a read writes nothing here, and what is used is told in batches.
+
+A block's row is there before its file and until after it: `PENDING` while it is written. So the
+space of files that are being written is counted, and a file without a row is nobody's.
+"""
+
+from __future__ import annotations
+
+import functools
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import diskcache
+from diskcache.core import DBNAME, MODE_BINARY, MODE_NONE
+
+INDEX_NAME: str = DBNAME
+READY, PENDING = MODE_BINARY, MODE_NONE
+# Blocks are spread over so many directories, whose names are these.
+FOLDERS = tuple(f"{number:02x}" for number in range(256))
+# A process that is stopped in the middle of a transaction keeps others waiting for this long.
+LOCK_TIMEOUT_S = 5.0
+# Files beside the database that belong to it (https://sqlite.org/wal.html).
+_COMPANIONS = ("", "-wal", "-shm")
+
+T = TypeVar("T")
+
+
+class IndexFailedError(Exception):
+    """The database did not answer: it is locked, full, not writable, or failing."""
+
+
+class IndexCorruptError(IndexFailedError):
+    """The database is not one; it must be made anew."""
+
+
+class Row(NamedTuple):
+    """A block in the table. Times are seconds since the epoch."""
+
+    key: str
+    filename: str
+    size_bytes: int
+    used_s: float
+    is_pending: bool
+
+
+class Stored(NamedTuple):
+    """The blocks of one content. Times are seconds since the epoch."""
+
+    tag: str
+    blocks: int
+    size_bytes: int
+    stored_s: float
+    used_s: float
+
+
+class _NoValues(diskcache.Disk):  # type: ignore[misc]
+    """Keys are texts, and there are no values: diskcache's serialiser unpickles what it finds on
+    disk (CVE-2025-69872), and nothing here may ever reach it."""
+
+    def put(self, key: Any) -> tuple[str, bool]:
+        if not isinstance(key, str):
+            raise TypeError(f"a block's key is a str, not {type(key).__name__}")
+        return key, True
+
+    def get(self, key: Any, raw: Any) -> str:
+        if not raw or not isinstance(key, str):
+            raise ValueError("not a block's key")
+        return key
+
+    def store(self, value: Any, read: bool, key: Any = None) -> Any:
+        raise TypeError("blocks are not stored as values")
+
+    fetch = store
+
+
+def _asks(method: Callable[..., T]) -> Callable[..., T]:
+    """Turn what SQLite and diskcache raise into the errors of this module."""
+
+    @functools.wraps(method)
+    def wrapped(*args: Any, **kwargs: Any) -> T:
+        with _index_errors():
+            return method(*args, **kwargs)
+
+    return wrapped
+
+
+@contextmanager
+def _index_errors() -> Iterator[None]:
+    try:
+        yield
+    except diskcache.Timeout as error:
+        # diskcache makes one of every failure to begin a transaction.
+        cause = error.__context__
+        if isinstance(cause, sqlite3.Error):
+            raise _from_sqlite(cause) from None
+        raise IndexFailedError("its index is locked by another process") from None
+    except sqlite3.Error as error:
+        raise _from_sqlite(error) from error
+    except (TypeError, ValueError) as error:
+        raise IndexCorruptError(f"its index has rows that nobody wrote: {error}") from error
+
+
+def _from_sqlite(error: sqlite3.Error) -> IndexFailedError:
+    # The low byte is the kind (https://sqlite.org/rescode.html); ERROR: a table is missing.
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_NOTADB) & 0xFF
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR):
+        return IndexCorruptError(f"its index is damaged: {error}")
+    return IndexFailedError(f"its index does not work: {error}")
+
+
+class BlockIndex(diskcache.Cache):  # type: ignore[misc]
+    """The table of one directory.
+
+    Keys are `CONTENT:NUMBER`, by the digest of the content. All methods raise `IndexFailedError`.
+
+    Args:
+        directory: which exists.
+    """
+
+    @_asks
+    def __init__(self, directory: Path) -> None:
+        super().__init__(
+            str(directory),
+            timeout=LOCK_TIMEOUT_S,
+            disk=_NoValues,
+            eviction_policy="least-recently-used",  # has the table indexed by access_time
+            cull_limit=0,
+            statistics=0,
+            # SQLite's own cache and memory map would count against the daemon's memory.
+            sqlite_cache_size=256,
+            sqlite_mmap_size=0,
+        )
+        self._file = Path(directory, INDEX_NAME)
+        self._inode = self._file.stat().st_ino
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the file that was opened is still the one in the directory."""
+        try:
+            return self._file.stat().st_ino == self._inode
+        except OSError:
+            return False
+
+    @_asks
+    def filename(self, key: str) -> str | None:
+        """The file of a block that is ready, relative to the directory."""
+        row = self._sql(
+            "SELECT filename FROM Cache WHERE key = ? AND raw = 1 AND mode = ?", (key, READY)
+        ).fetchone()
+        return row[0] if row else None
+
+    @_asks
+    def numbers(self, content: str) -> list[int]:
+        """Which blocks of a content are ready."""
+        rows = self._sql(
+            "SELECT key FROM Cache WHERE key > ? AND key < ? AND raw = 1 AND mode = ?",
+            (f"{content}:", f"{content};", READY),
+        )
+        return sorted(int(key.rpartition(":")[2]) for (key,) in rows)
+
+    @_asks
+    def used_bytes(self) -> int:
+        """Sum of all blocks, those that are being written included."""
+        return self._used()
+
+    def _used(self) -> int:
+        return int(self._sql("SELECT value FROM Settings WHERE key = 'size'").fetchone()[0])
+
+    @_asks
+    def reserve(
+        self, key: str, filename: str, size_bytes: int, tag: str, now_s: float, allowed_bytes: int,
+        before_s: float,
+    ) -> tuple[bool, list[str]]:  # fmt: skip
+        """Enter a block that is about to be written, if there is room or room can be made.
+
+        Args:
+            allowed_bytes: that all blocks may have.
+            before_s: blocks that were used at this time or later must not leave for it.
+
+        Returns:
+            Whether it was entered, and the files that left and are to be removed.
+        """
+        with self._transact() as (sql, _):
+            known = sql("SELECT filename FROM Cache WHERE key = ? AND raw = 1", (key,)).fetchone()
+            missing = self._used() + size_bytes - allowed_bytes
+            victims = self._victims(missing, now_s, before_s) if missing > 0 else []
+            if victims is None:
+                return False, []
+            left = self._forget(victims)
+            if known:
+                sql("DELETE FROM Cache WHERE key = ? AND raw = 1", (key,))
+                left.append(known[0])
+            self._row_insert(key, 1, now_s, (None, tag, size_bytes, PENDING, filename, None))
+            return True, left
+
+    @_asks
+    def complete(self, key: str, filename: str) -> bool:
+        """A block's file is written; False if its row is gone meanwhile."""
+        with self._transact() as (sql, _):
+            cursor = sql(
+                "UPDATE Cache SET mode = ? WHERE key = ? AND raw = 1 AND filename = ?",
+                (READY, key, filename),
+            )
+            return bool(cursor.rowcount == 1)
+
+    @_asks
+    def discard(self, key: str, filename: str) -> None:
+        """Forget a block, if that is still its file."""
+        with self._transact() as (sql, _):
+            sql("DELETE FROM Cache WHERE key = ? AND raw = 1 AND filename = ?", (key, filename))
+
+    @_asks
+    def shrink(self, excess_bytes: int, now_s: float) -> list[str]:
+        """Forget blocks of at least so many bytes; the files that are to be removed."""
+        with self._transact():
+            victims = self._victims(excess_bytes, now_s, float("inf"), all_or_nothing=False)
+            return self._forget(victims or [])
+
+    @_asks
+    def touch(self, uses: Iterable[tuple[float, str]]) -> None:
+        """Blocks were used, or will be: pairs of time and key."""
+        with self._transact():
+            self._con.executemany(
+                "UPDATE Cache SET access_time = ? WHERE key = ? AND raw = 1", uses
+            )
+
+    @_asks
+    def add_counts(self, hits: int, misses: int) -> None:
+        """Add to how often blocks were found and not found."""
+        with self._transact() as (sql, _):
+            for name, more in (("hits", hits), ("misses", misses)):
+                sql("UPDATE Settings SET value = value + ? WHERE key = ?", (more, name))
+
+    @_asks
+    def hits_and_misses(self) -> tuple[int, int]:
+        """How often blocks were found and not found, since the index was made."""
+        rows = dict(self._sql("SELECT key, value FROM Settings WHERE key IN ('hits', 'misses')"))
+        return rows["hits"], rows["misses"]
+
+    @_asks
+    def rows(self) -> list[Row]:
+        """All blocks."""
+        return [
+            Row(key, filename, size, used, mode == PENDING)
+            for key, filename, size, used, mode in self._sql(
+                "SELECT key, filename, size, access_time, mode FROM Cache"
+            )
+        ]
+
+    @_asks
+    def contents(self) -> list[Stored]:
+        """Of which contents there are blocks."""
+        rows = self._sql(
+            "SELECT tag, COUNT(*), SUM(size), MIN(store_time), MAX(access_time) FROM Cache"
+            " WHERE mode = ? GROUP BY tag",
+            (READY,),
+        )
+        return [Stored(*row) for row in rows]
+
+    def _victims(
+        self, missing_bytes: int, now_s: float, before_s: float, *, all_or_nothing: bool = True
+    ) -> list[tuple[int, str]] | None:
+        """The least recently used blocks that make so much room; None if there are not enough.
+
+        A block that was used in the future is from before the clock was set back.
+        """
+        victims = []
+        for rowid, filename, size in self._sql(
+            "SELECT rowid, filename, size FROM Cache"
+            " WHERE mode = ? AND (access_time < ? OR access_time > ?) ORDER BY access_time",
+            (READY, before_s, now_s + 60),
+        ):
+            victims.append((rowid, filename))
+            missing_bytes -= size
+            if missing_bytes <= 0:
+                return victims
+        return None if all_or_nothing else victims
+
+    def _forget(self, victims: list[tuple[int, str]]) -> list[str]:
+        self._con.executemany("DELETE FROM Cache WHERE rowid = ?", [(v[0],) for v in victims])
+        return [filename for _, filename in victims]
+
+
+def remove_index(directory: Path) -> None:
+    """Take the database away, so that a new one can be made. Raises OSError."""
+    for companion in _COMPANIONS:
+        Path(directory, INDEX_NAME + companion).unlink(missing_ok=True)

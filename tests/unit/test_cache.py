@@ -1,0 +1,363 @@
+"""The block cache: what it keeps, what it refuses to serve, what it forgets."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lazyfs.cache import BlockCache, Claim
+from lazyfs.cache import directory as directory_module
+from lazyfs.cache.directory import CacheDirectory
+from lazyfs.cache.space import Limits
+from lazyfs.errors import CacheError
+from lazyfs.tree import File
+
+BLOCK = 256 << 10
+# A block's file has a tail of some hundred bytes.
+ROOM = BLOCK + 1024
+
+
+def file(key: str = "m/a.safetensors", blocks: float = 4, etag: str = '"1"') -> File:
+    return File(
+        hash((key, etag, blocks)), 1, key.rpartition("/")[2], key, int(blocks * BLOCK), etag, 0
+    )
+
+
+def body(file: File, number: int) -> bytes:
+    length = min(BLOCK, file.size_bytes - number * BLOCK)
+    return random.Random(f"{file.key}{file.etag}{number}").randbytes(length)
+
+
+@pytest.fixture
+def open_cache(tmp_path: Path) -> Callable[..., BlockCache]:
+    def make(*names: str, size: float = 1 << 30, bucket: str = "b", **more: float) -> BlockCache:
+        paths = [tmp_path / name for name in names or ("cache",)]
+        cache = BlockCache(paths, Limits(size, **more), "http://s3", bucket, BLOCK)
+        cache.open()
+        return cache
+
+    return make
+
+
+def fill(cache: BlockCache, file: File, numbers: range) -> list[bool]:
+    return [cache.put(file, number, body(file, number)) for number in numbers]
+
+
+def load(cache: BlockCache, file: File, number: int) -> bytes | None:
+    """A block, or None if it would have to be fetched."""
+    found = cache.load_or_claim(file, number)
+    if isinstance(found, Claim):
+        cache.release(file, number)
+        return None
+    return bytes(found)
+
+
+def block_files(path: Path) -> list[Path]:
+    return sorted(path.glob("[0-9a-f][0-9a-f]/*"))
+
+
+def grow_old(cache: BlockCache, seconds: float) -> None:
+    """Let all blocks have been used that long ago."""
+    for directory in cache.directories:
+        with sqlite3.connect(directory.path / "cache.db") as connection:
+            connection.execute("UPDATE Cache SET access_time = access_time - ?", [seconds])
+        connection.close()
+
+
+@pytest.mark.parametrize("size", [1.0, 2.5, 1.0000038, 0.001])
+def test_a_block_comes_back_as_it_was(open_cache: Callable[..., BlockCache], size: float) -> None:
+    cache, one = open_cache(), file(blocks=size)
+    numbers = range(-(-one.size_bytes // BLOCK))
+    assert load(cache, one, 0) is None
+    assert all(fill(cache, one, numbers))
+    for again in (cache, open_cache()):
+        assert [load(again, one, number) for number in numbers] == [
+            body(one, number) for number in numbers
+        ]
+        assert again.present(one) == list(numbers)
+
+
+@pytest.mark.parametrize(
+    "other", [file(key="m/b.safetensors"), file(etag='"2"'), file(blocks=4.5)], ids=lambda f: f.key
+)
+def test_other_objects_are_not_served(open_cache: Callable[..., BlockCache], other: File) -> None:
+    cache = open_cache()
+    fill(cache, file(), range(4))
+    assert cache.present(other) == []
+    assert load(cache, other, 0) is None
+    assert load(open_cache(bucket="c"), file(), 0) is None
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flip(where: int) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[where] ^= 4
+        path.write_bytes(content)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [truncate, flip(0), flip(BLOCK - 1), flip(-1), flip(-30), flip(-100), Path.unlink,
+     lambda path: path.write_bytes(b""), lambda path: path.write_bytes(bytes(path.stat().st_size))],
+)  # fmt: skip
+def test_a_damaged_block_is_dropped_and_can_be_stored_again(
+    open_cache: Callable[..., BlockCache], tmp_path: Path, damage: Callable[[Path], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    cache, one = open_cache(), file(blocks=1)
+    fill(cache, one, range(1))
+    (stored,) = block_files(tmp_path / "cache")
+    damage(stored)
+    was_there = stored.exists()
+    assert load(cache, one, 0) is None
+    assert cache.present(one) == []
+    assert block_files(tmp_path / "cache") == []
+    assert cache.directories[0].counters.damaged == was_there
+    assert len(caplog.records) == was_there
+    assert fill(cache, one, range(1)) == [True]
+    assert load(cache, one, 0) == body(one, 0)
+
+
+def test_files_that_were_exchanged_are_not_served(
+    open_cache: Callable[..., BlockCache], tmp_path: Path
+) -> None:
+    cache, one = open_cache(), file(blocks=2)
+    fill(cache, one, range(2))
+    first, second = block_files(tmp_path / "cache")
+    first.rename(tmp_path / "aside")
+    second.rename(first)
+    (tmp_path / "aside").rename(second)
+    assert [load(cache, one, number) for number in range(2)] == [None, None]
+    assert cache.directories[0].counters.damaged == 2
+
+
+def test_the_oldest_leave_first(open_cache: Callable[..., BlockCache], tmp_path: Path) -> None:
+    cache = open_cache(size=8 * ROOM)
+    old, older, new = (file(name) for name in ("old", "older", "new"))
+    fill(cache, older, range(4))
+    grow_old(cache, 5000)
+    fill(cache, old, range(4))
+    grow_old(cache, 5000)
+    assert all(fill(cache, new, range(2)))
+    assert [len(cache.present(each)) for each in (older, old, new)] == [2, 4, 2]
+    assert all(fill(cache, new, range(2, 4)))
+    assert [len(cache.present(each)) for each in (older, old, new)] == [0, 4, 4]
+    assert len(block_files(tmp_path / "cache")) == 8
+
+
+def test_a_load_does_not_forget_what_it_has_just_stored(
+    open_cache: Callable[..., BlockCache],
+) -> None:
+    cache, one = open_cache(size=4 * ROOM), file(blocks=10)
+    assert fill(cache, one, range(10)) == [True] * 4 + [False] * 6
+    for _ in range(3):
+        cache = open_cache(size=4 * ROOM)
+        grow_old(cache, 5000)
+        cache.announce([one])
+        found = [load(cache, one, number) is not None for number in range(10)]
+        assert found == [True] * 4 + [False] * 6
+        fill(cache, one, range(4, 10))
+
+
+def test_what_is_needed_last_leaves_first(open_cache: Callable[..., BlockCache]) -> None:
+    cache = open_cache(size=8 * ROOM)
+    first, second = file("1"), file("2")
+    fill(cache, second, range(4))
+    fill(cache, first, range(4))
+    cache.announce([first, second])
+    grow_old(cache, 5000)
+    fill(cache, file("other"), range(3))
+    assert cache.present(first) == [0, 1, 2, 3]
+    assert cache.present(second) == [0]
+
+
+def test_free_space_is_left_to_others(
+    open_cache: Callable[..., BlockCache], tmp_path: Path
+) -> None:
+    disk = os.statvfs(tmp_path)
+    free = disk.f_bavail * disk.f_frsize
+    cache = open_cache(reserve=free * 2)
+    assert fill(cache, file(), range(2)) == [False, False]
+    assert block_files(tmp_path / "cache") == []
+    roomy = open_cache()
+    fill(roomy, file(), range(4))
+    cache.care([])
+    assert roomy.present(file()) == []
+    assert block_files(tmp_path / "cache") == []
+
+
+def test_limits() -> None:
+    disk = os.statvfs_result((4096, 4096, 1000, 400, 300, 0, 0, 0, 0, 255))
+    assert Limits(0.5, 0).allowed_bytes(disk, 100 * 4096) == 200 * 4096
+    assert Limits(1 << 40, 0.1).allowed_bytes(disk, 0) == 200 * 4096
+    assert Limits(4096, 0.1).allowed_bytes(disk, 0) == 4096
+    assert Limits(1 << 40, 350 * 4096).allowed_bytes(disk, 100 * 4096) == 50 * 4096
+
+
+def test_a_lost_index_is_made_anew_from_the_files(
+    open_cache: Callable[..., BlockCache], tmp_path: Path
+) -> None:
+    cache, one = open_cache(), file(blocks=4)
+    fill(cache, one, range(4))
+    flip(5)(block_files(tmp_path / "cache")[0])
+    truncate(block_files(tmp_path / "cache")[1])
+    for name in ("cache.db", "cache.db-wal", "cache.db-shm"):
+        (tmp_path / "cache" / name).unlink(missing_ok=True)
+    cache.care([])
+    assert len(cache.present(one)) == 3
+    found = [load(cache, one, number) for number in range(4)]
+    assert len(block_files(tmp_path / "cache")) == 2
+    assert sum(found[number] == body(one, number) for number in range(4)) == 2
+
+
+@pytest.mark.parametrize("garbage", [b"", b"not a database" * 1000, os.urandom(40960)])
+def test_a_corrupt_index_is_replaced(
+    open_cache: Callable[..., BlockCache], tmp_path: Path, garbage: bytes
+) -> None:
+    cache, one = open_cache(), file()
+    fill(cache, one, range(2))
+    for name in ("cache.db-wal", "cache.db-shm"):
+        (tmp_path / "cache" / name).unlink(missing_ok=True)
+    (tmp_path / "cache/cache.db").write_bytes(garbage)
+    again = open_cache()
+    again.care([])
+    assert [load(again, one, number) for number in range(2)] == [body(one, n) for n in range(2)]
+    # The one that had opened the former index goes on with the new one.
+    fill(cache, one, range(2, 4))
+    cache.care([])
+    assert again.present(one) == [0, 1, 2, 3]
+
+
+def test_a_removed_directory_is_made_again(
+    open_cache: Callable[..., BlockCache], tmp_path: Path
+) -> None:
+    cache, one = open_cache(), file()
+    fill(cache, one, range(2))
+    shutil.rmtree(tmp_path / "cache")
+    assert load(cache, one, 0) is None
+    assert fill(cache, one, range(4)) == [True] * 4
+    assert load(cache, one, 3) == body(one, 3)
+
+
+def test_a_failing_directory_is_left_alone_and_tried_again(
+    open_cache: Callable[..., BlockCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    cache, one = open_cache(), file()
+    fill(cache, one, range(1))
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").touch()
+    assert fill(cache, one, range(4)) == [False] * 4
+    assert [load(cache, one, number) for number in range(4)] == [None] * 4
+    assert len(caplog.records) == 2  # for reading and for writing
+    (tmp_path / "cache").unlink()
+    assert fill(cache, one, range(1)) == [False]
+    monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + 31)
+    assert fill(cache, one, range(1)) == [True]
+
+
+def test_orphans_do_not_stay(open_cache: Callable[..., BlockCache], tmp_path: Path) -> None:
+    cache, one = open_cache(), file()
+    fill(cache, one, range(2))
+    cache.care([])
+    stray = tmp_path / "cache/00/stray"
+    stray.write_bytes(b"x" * 5000)
+    block_files(tmp_path / "cache")[-1].unlink()
+    cache.care([])
+    assert stray.exists()  # looked for once an hour
+    os.utime(tmp_path / "cache/care", (0, 0))
+    cache.care([])
+    assert not stray.exists()
+    assert len(cache.present(one)) == len(block_files(tmp_path / "cache")) == 1
+
+
+def test_a_writer_that_was_killed_leaves_nothing(
+    open_cache: Callable[..., BlockCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(BaseException):
+        pass
+
+    def half(path: Path, data: memoryview, tail: bytes) -> None:
+        path.write_bytes(data[:1000])
+        raise KilledError
+
+    cache, one = open_cache(), file()
+    cache.care([])
+    with monkeypatch.context() as patch:
+        patch.setattr(directory_module, "write_file", half)
+        for number in range(2):
+            with pytest.raises(KilledError):
+                cache.put(one, number, body(one, number))
+    assert cache.present(one) == []
+    assert len(block_files(tmp_path / "cache")) == 2
+    assert fill(cache, one, range(1)) == [True]
+    os.utime(tmp_path / "cache/care", (0, 0))
+    cache.care([])
+    assert cache.present(one) == [0]
+    assert len(block_files(tmp_path / "cache")) == 1
+
+
+def test_a_clock_that_jumps_changes_nothing(
+    open_cache: Callable[..., BlockCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = file("1"), file("2")
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + 10**6)
+    fill(open_cache(size=4 * ROOM), one, range(4))
+    monkeypatch.undo()
+    cache = open_cache(size=4 * ROOM)
+    assert load(cache, one, 0) == body(one, 0)
+    cache.care([])
+    assert fill(cache, two, range(3)) == [True] * 3
+    assert cache.present(two) == [0, 1, 2]
+
+
+def test_several_directories_share_the_blocks(
+    open_cache: Callable[..., BlockCache], tmp_path: Path
+) -> None:
+    cache, one = open_cache("a", "b", "c"), file(blocks=60)
+    assert all(fill(cache, one, range(60)))
+    assert cache.present(one) == list(range(60))
+    assert all(len(block_files(tmp_path / name)) > 8 for name in "abc")
+    fewer = open_cache("c", "a")
+    assert sum(load(fewer, one, number) == body(one, number) for number in range(60)) > 30
+    shutil.rmtree(tmp_path / "b")
+    assert {load(cache, one, number) for number in cache.present(one)} <= {
+        body(one, number) for number in range(60)
+    }
+
+
+def test_untrusted_directories_are_refused(
+    open_cache: Callable[..., BlockCache], tmp_path: Path
+) -> None:
+    (tmp_path / "cache").mkdir(mode=0o777)
+    (tmp_path / "cache").chmod(0o777)
+    with pytest.raises(CacheError, match="chmod go-w"):
+        open_cache()
+
+
+def test_a_pickle_in_the_index_is_not_read(
+    open_cache: Callable[..., BlockCache], tmp_path: Path
+) -> None:
+    """diskcache would unpickle it (CVE-2025-69872)."""
+    cache, one = open_cache(), file(blocks=1)
+    fill(cache, one, range(1))
+    pickle = b"cos\nmkdir\n(V%s\ntR." % str(tmp_path / "unpickled").encode()
+    with sqlite3.connect(tmp_path / "cache/cache.db") as connection:
+        connection.execute("UPDATE Cache SET mode = 4, value = ?, filename = NULL", [pickle])
+    connection.close()
+    assert load(cache, one, 0) is None
+    assert not (tmp_path / "unpickled").exists()
+    assert isinstance(cache.directories[0], CacheDirectory)

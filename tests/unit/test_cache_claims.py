@@ -1,0 +1,61 @@
+"""Claims: one process fetches a block, and a dead one holds nothing."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from lazyfs.cache.claims import Claims
+
+CLAIM = """
+import sys, time
+from pathlib import Path
+from lazyfs.cache.claims import Claims
+claims = Claims(Path(sys.argv[1]))
+assert claims.claim("a")
+claims.set_waiting("b", True)
+print("claimed", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_claim_is_seen_by_others_and_ends_with_its_process(tmp_path: Path) -> None:
+    ours = Claims(tmp_path)
+    other = subprocess.Popen([sys.executable, "-c", CLAIM, tmp_path], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"claimed\n"
+        assert ours.is_taken("a")
+        assert not ours.claim("a")
+        assert not ours.is_taken("b")
+        assert ours.others_wait()
+        other.send_signal(signal.SIGKILL)
+        other.wait(timeout=10)
+        assert not ours.is_taken("a")
+        assert not ours.others_wait()
+        assert ours.claim("a")
+    finally:
+        other.kill()
+        other.wait(timeout=10)
+
+
+def test_what_is_released_can_be_claimed_by_others(tmp_path: Path) -> None:
+    ours, theirs = Claims(tmp_path), Claims(tmp_path)
+    assert ours.claim("a")
+    assert ours.claim("a")  # again, by the same process
+    assert not theirs.claim("a")
+    theirs.release("a")  # not theirs to give
+    assert not theirs.claim("a")
+    ours.release("a")
+    assert theirs.claim("a")
+    assert not ours.others_wait()
+    ours.set_waiting("b", True)
+    ours.set_waiting("c", True)
+    assert theirs.others_wait()
+    assert not ours.others_wait()
+    ours.set_waiting("b", False)
+    assert theirs.others_wait()
+    ours.set_waiting("c", False)
+    assert not theirs.others_wait()
