@@ -33,3 +33,14 @@ bench: setup
 	@command -v rclone >/dev/null && command -v s3fs >/dev/null && command -v nginx >/dev/null \
 	    || apt-get install -y -qq nginx libnginx-mod-http-lua iproute2 rclone s3fs >/dev/null
 	@.venv/bin/python bench/run.py
+
+# The image, on a base made by debootstrap, and a try of it. Needs root.
+.PHONY: image
+image: setup
+	@./deploy/image.sh
+	@.venv/bin/python -m pytest tests/deploy/test_image.py
+
+# deploy/kubernetes, from the chart; needs helm, which is built if there is Go.
+.PHONY: manifests
+manifests:
+	@./deploy/render.sh

@@ -1,0 +1,63 @@
+# The image of lazyfs: the command line, the CSI driver's node plugin, controller and keeper.
+#
+# BASE_IMAGE is any Debian or Ubuntu with Python 3.11 or newer in its archive. `make image` makes one
+# with debootstrap, so that no registry is needed.
+ARG BASE_IMAGE=debian:bookworm-slim
+
+# What compiles: pyfuse3 against libfuse's headers, the CSI messages from proto/.
+FROM ${BASE_IMAGE} AS build
+# For pip: a bundle of authorities, and another index than PyPI.
+ARG PIP_CERT
+ARG PIP_INDEX_URL
+RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+        ca-certificates gcc libc6-dev libfuse3-dev pkg-config python3-dev python3-pip python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+WORKDIR /src
+
+# The dependencies, which change seldom, as wheels and then in a place of their own.
+COPY pyproject.toml constraints.txt ./
+RUN python3 -c 'import tomllib; \
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+print(*project["dependencies"], *project["optional-dependencies"]["csi"], sep="\n")' \
+        > requirements.txt \
+    && python3 -m pip wheel --no-cache-dir -c constraints.txt -r requirements.txt -w /wheels \
+    && python3 -m venv --without-pip /opt/lazyfs \
+    && python3 -m pip --python /opt/lazyfs/bin/python install --no-index --find-links /wheels \
+        --no-cache-dir -r requirements.txt \
+    # Descriptions of 400 AWS services: S3, and those that give credentials, are used.
+    && find /opt/lazyfs/lib/python3*/site-packages/botocore/data -mindepth 1 -maxdepth 1 -type d \
+        ! -name s3 ! -name 'sso*' ! -name sts ! -name signin -exec rm -r {} + \
+    && find /opt/lazyfs -path '*/boto3/examples' -prune -exec rm -r {} +
+
+# lazyfs itself, in a layer of a few hundred kilobytes.
+COPY . .
+RUN python3 -m pip wheel --no-cache-dir --no-deps -w /wheels . \
+    && python3 -m pip --python /opt/lazyfs/bin/python install --no-index --no-deps \
+        --no-cache-dir --root /package /wheels/lazyfs-*.whl
+
+FROM ${BASE_IMAGE}
+ARG VERSION=unknown
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="lazyfs" \
+    org.opencontainers.image.description="Models in S3 as read-only volumes, for vLLM pods" \
+    org.opencontainers.image.version="${VERSION}" \
+    org.opencontainers.image.revision="${REVISION}"
+# tini reaps what killed workers leave behind. fusermount3 is not needed: in a container, mounting is
+# for root; nothing with a set-user-id bit is left.
+RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+        ca-certificates libfuse3-3 python3 tini \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/* \
+    && groupadd --system --gid 65532 lazyfs \
+    && useradd --system --uid 65532 --gid 65532 --home-dir /nonexistent --no-create-home lazyfs \
+    && find / -xdev -perm /6000 -type f -exec chmod ug-s {} +
+COPY --from=build /opt/lazyfs /opt/lazyfs
+COPY --from=build /package/opt/lazyfs /opt/lazyfs
+ENV PATH=/opt/lazyfs/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+# Root, because mounting needs it: the chart runs the controller as 65532 and the keeper without
+# any capability.
+ENTRYPOINT ["/usr/bin/tini", "--"]
+CMD ["lazyfs", "--help"]

@@ -1,0 +1,67 @@
+"""The image is run: what `make image` built, if it did."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+import image
+import pytest
+from s3 import CREDENTIALS, S3
+
+from lazyfs import __version__
+
+
+@pytest.fixture(scope="module")
+def built() -> str:
+    found = image.built()
+    if found is None:
+        pytest.skip("no image: `make image` builds one and tries it (buildah, debootstrap, root)")
+    return found
+
+
+@pytest.fixture
+def container(built: str) -> Iterator[image.Container]:
+    made = image.Container(built)
+    yield made
+    made.remove()
+
+
+def test_it_says_its_version_and_labels(built: str, container: image.Container) -> None:
+    assert __version__ in container.run("lazyfs", "--version")
+    assert __version__ in container.run("lazyfs-csi", "--version")
+    config = json.loads(image.inspect(built))["OCIv1"]["config"]
+    assert config["Labels"]["org.opencontainers.image.version"] == __version__
+    assert len(config["Labels"]["org.opencontainers.image.revision"]) == 40
+
+
+def test_it_has_only_what_is_used_at_run_time(container: image.Container) -> None:
+    found = container.run(
+        "sh", "-c", "for each in gcc cc pip pip3 fusermount3; do command -v $each; done; true"
+    )
+    assert found == ""
+    assert container.run("find", "/", "-xdev", "-perm", "/6000", "-type", "f") == ""
+    assert container.run("sh", "-c", "ls /usr/include /var/lib/apt/lists").split() == [
+        "/usr/include:",
+        "/var/lib/apt/lists:",
+    ]
+
+
+@pytest.mark.fuse
+def test_it_mounts_a_model(container: image.Container, s3: S3) -> None:
+    body = bytes(range(256)) * 20000
+    s3.put("images", {"model/weights.bin": body, "model/config.json": b"{}"})
+    out = container.run(
+        "sh",
+        "-ec",
+        "mkdir /model; lazyfs mount s3://images/model /model --endpoint-url $ENDPOINT;"
+        "sha256sum /model/weights.bin; lazyfs umount /model; ls -A /model",
+        env={**CREDENTIALS, "ENDPOINT": s3.url},
+    )
+    assert out.split() == [hashlib.sha256(body).hexdigest(), "/model/weights.bin"]
+
+
+def test_an_ordinary_user_can_run_it(container: image.Container) -> None:
+    """As the controller does in the chart."""
+    assert "Usage" in container.run("lazyfs-csi", "controller", "--help", user="65532")
