@@ -18,9 +18,10 @@ lint: setup
 test: lint
 	@.venv/bin/python -m pytest
 
-# The option reference, made from lazyfs/options.py.
+# The references of options and metrics, made from the tables in the code.
 docs: setup
 	@.venv/bin/python docs/make_options.py
+	@.venv/bin/python docs/make_metrics.py
 
 # Newest versions that fit pyproject.toml, pinned; needs the tool uv.
 lock:

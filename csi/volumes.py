@@ -48,6 +48,7 @@ OF_THE_NODE = frozenset(
         "cache-reserve",
         "log-format",
         "log-file",
+        "metrics-address",
     )
 )
 _BY_CAMEL_CASE = {option.camel_case: option for option in OPTIONS}

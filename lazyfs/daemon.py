@@ -22,6 +22,8 @@ import trio
 
 from lazyfs.cache import BlockCache
 from lazyfs.catalog import Catalog
+from lazyfs.control.measure import measure
+from lazyfs.control.scrape import listen, serve_metrics
 from lazyfs.control.server import Route, serve_control
 from lazyfs.control.status import Status
 from lazyfs.fetcher import BlockFetcher
@@ -116,6 +118,8 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
     fetcher = BlockFetcher(source, cache, page_cache, prefetcher, options, recorder)
     planner = Planner(catalog, fetcher, prefetcher, recorder)
     on_open = planner.opened if options.prefetch == "model" else _ignore
+    scraped = options.metrics_address
+    listeners = await listen(scraped) if scraped and not former else None
     if former:
         session, beginning = await _resume(mount, former)
     else:
@@ -141,14 +145,18 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
                 nursery.start_soon(planner.run)
                 if page_cache.supported:
                     nursery.start_soon(_show_to_kernel, mount.mountpoint)
+            status = Status(
+                str(mount.url), str(mount.mountpoint), beginning.mounted_ns,
+                restarts_of(mount.mountpoint), options, catalog,
+                filesystem, fetcher, page_cache, prefetcher, planner, recorder, cache,
+            )  # fmt: skip
+            if scraped:
+                routes = {("GET", "/metrics"): lambda _: _metrics(status)}
+                nursery.start_soon(serve_metrics, scraped, listeners, routes)
             verb = "resumed" if former else "mounted"
-            await nursery.start(serve_control, control_socket(mount.mountpoint), _routes(
-                source, Status(
-                    str(mount.url), str(mount.mountpoint), beginning.mounted_ns,
-                    restarts_of(mount.mountpoint), options, catalog,
-                    filesystem, fetcher, page_cache, prefetcher, planner, recorder,
-                )
-            ))  # fmt: skip
+            await nursery.start(
+                serve_control, control_socket(mount.mountpoint), _routes(source, status)
+            )
             log.info("%s %s at %s", verb, mount.url, mount.mountpoint)
             on_ready()
             await pyfuse3.main(max_tasks=MOST_REQUESTS)
@@ -162,8 +170,16 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
 def _routes(source: Source, status: Status) -> dict[tuple[str, str], Route]:
     return {
         ("GET", "/status"): lambda _: status.describe(),
+        ("GET", "/metrics"): lambda _: _metrics(status),
+        ("GET", "/metrics.json"): lambda _: measure(status),
         ("PUT", "/credentials"): lambda body: source.set_credentials(credentials_from(body)),
     }
+
+
+def _metrics(status: Status) -> str:
+    from lazyfs.observe.exposition import exposition  # most workers are never asked
+
+    return exposition([({"volume": status.mountpoint}, measure(status))])
 
 
 async def _begin(mount: Mount, region: str) -> tuple[Session, Beginning]:

@@ -166,6 +166,11 @@ class BlockFetcher:
         return self._memory.shed_blocks
 
     @property
+    def dropped_bytes(self) -> int:
+        """What was fetched and let go before anybody read it."""
+        return self._memory.dropped_bytes
+
+    @property
     def memory_bytes(self) -> int:
         """Blocks in memory and on their way there."""
         return self._memory.used_bytes

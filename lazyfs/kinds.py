@@ -256,6 +256,24 @@ class Url(Kind):
 
 
 @dataclass(frozen=True)
+class Address(Kind):
+    """Where to listen: a host, which may be missing (all of them), and a port."""
+
+    metavar = "HOST:PORT"
+
+    @property
+    def allowed(self) -> str:
+        return "HOST:PORT, such as 127.0.0.1:9464, or :9464 for all addresses"
+
+    def parse(self, text: str) -> tuple[str, int]:
+        host, colon, port = text.rpartition(":")
+        bracketed = host.startswith("[") and host.endswith("]")
+        if not colon or not port.isdecimal() or int(port) > 65535 or (":" in host) != bracketed:
+            raise ValueError(text)
+        return host.strip("[]"), int(port)
+
+
+@dataclass(frozen=True)
 class LocalPath(Kind):
     """A path of this machine, made absolute; `words` are values that are not paths."""
 

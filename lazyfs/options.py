@@ -21,6 +21,7 @@ from lazyfs.errors import OptionError
 from lazyfs.kinds import (
     KIB,
     MIB,
+    Address,
     Choice,
     Count,
     Duration,
@@ -226,15 +227,23 @@ class MountOptions:
         "Most bytes a second to take from S3, for shared links.",
         "off",
     )
+    metrics_address: tuple[str, int] | None = _option(
+        Address(),
+        "Observing",
+        "Where to serve the metrics of the mount to Prometheus (http://HOST:PORT/metrics).",
+    )
     log_level: str = _option(
-        Choice(("debug", "info", "warning", "error")), "Logging", "Least severity to log.", "info"
+        Choice(("debug", "info", "warning", "error")), "Observing", "Least severity to log.", "info"
     )
     log_format: str = _option(
-        Choice(("text", "json")), "Logging", "Lines for people, or one JSON object a line.", "text"
+        Choice(("text", "json")),
+        "Observing",
+        "Lines for people, or one JSON object a line.",
+        "text",
     )
     log_file: Path | None = _option(
         LocalPath(),
-        "Logging",
+        "Observing",
         "Log of a background daemon. When not given: below /var/log/lazyfs for root, "
         "~/.local/state/lazyfs for others.",
     )

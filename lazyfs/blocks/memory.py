@@ -64,6 +64,7 @@ class BlockMemory:
         self._held: OrderedDict[BlockId, Held] = OrderedDict()
         self.used_bytes = 0
         self.shed_blocks = 0
+        self.dropped_bytes = 0
 
     def reserve(self, size_bytes: int) -> None:
         """Count a block that is on its way; `make_room` said that it fits."""
@@ -136,3 +137,4 @@ class BlockMemory:
             self.shed_blocks += 1
         if not held.on_disk and self._prefetcher.place(block) == Place.LOCAL:
             self._prefetcher.moved(block, Place.ABSENT if held.unread else Place.USED)
+            self.dropped_bytes += held.unread

@@ -108,6 +108,8 @@ class CacheDirectory:
         self.path = path
         self.limits = limits
         self.counters = CacheCounters()
+        # Bytes that it holds and that it may hold, as `care` found them last.
+        self.filling = (0, 0)
         self._opening = threading.Lock()
         self._index: BlockIndex | None = None
         self._claims: Claims | None = None
@@ -246,7 +248,9 @@ class CacheDirectory:
             self._announce(index, plan)
             self._announced = time.monotonic()
         used = index.used_bytes()
-        excess = used - self.limits.allowed_bytes(os.statvfs(self.path), used)
+        allowed = self.limits.allowed_bytes(os.statvfs(self.path), used)
+        self.filling = used, allowed
+        excess = used - allowed
         if excess > 0:
             self._evict(index.shrink(excess, time.time()))
         with self._exclusively(wait=False) as care:

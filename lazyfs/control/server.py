@@ -1,4 +1,4 @@
-"""The control socket of a worker: HTTP on a unix socket that only its user and root can use.
+"""HTTP of a worker: its control socket, which only its user and root can use, and its metrics.
 
 One request a connection. Answers are JSON, or text where a route gives text; an error is
 `{"error": "one line"}` with status 400 (the request), 404, 413 or 500.
@@ -6,6 +6,7 @@ One request a connection. Answers are JSON, or text where a route gives text; an
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -27,8 +28,11 @@ LONGEST_BODY = 1 << 16
 # A client that neither asks nor hangs up is let go.
 PATIENCE_S = 10.0
 
-# Answers a request: it gets the body, a JSON object, and returns what is sent as JSON, or text.
+# Answers a request: it gets the body, a JSON object, and returns what is sent as JSON, or text; or
+# something to be awaited that gives it.
 Route = Callable[[dict[str, Any]], Any]
+# What Prometheus calls its text format.
+TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
 async def serve_control(
@@ -52,17 +56,37 @@ async def serve_control(
         os.umask(mask)
     listener.listen()
     task_status.started()
-    answer = partial(_answer_one, routes)
-    await trio.serve_listeners(answer, [trio.SocketListener(listener)])
+    await serve_http([trio.SocketListener(listener)], routes, trusts=_is_ours)
 
 
-async def _answer_one(routes: Mapping[tuple[str, str], Route], stream: trio.SocketStream) -> None:
+async def serve_http(
+    listeners: list[trio.SocketListener],
+    routes: Mapping[tuple[str, str], Route],
+    *,
+    trusts: Callable[[trio.SocketStream], bool] = lambda stream: True,
+) -> None:
+    """Answer requests until cancelled.
+
+    Args:
+        trusts: whether a client is answered at all.
+    """
+    await trio.serve_listeners(partial(_answer_one, routes, trusts), listeners)
+
+
+def _is_ours(stream: trio.SocketStream) -> bool:
+    # SO_PEERCRED is asked of a plain socket; this is the same one.
+    with socket.socket(fileno=os.dup(stream.socket.fileno())) as peer:
+        return is_trusted(peer)
+
+
+async def _answer_one(
+    routes: Mapping[tuple[str, str], Route],
+    trusts: Callable[[trio.SocketStream], bool],
+    stream: trio.SocketStream,
+) -> None:
     with trio.move_on_after(PATIENCE_S):
         try:
-            # SO_PEERCRED is asked of a plain socket; this is the same one.
-            with socket.socket(fileno=os.dup(stream.socket.fileno())) as peer:
-                trusted = is_trusted(peer)
-            if trusted:
+            if trusts(stream):
                 await _converse(stream, routes)
         except (trio.BrokenResourceError, h11.RemoteProtocolError) as error:
             log.debug("control: %s", error)
@@ -86,14 +110,14 @@ async def _converse(stream: trio.SocketStream, routes: Mapping[tuple[str, str], 
                 break
         elif isinstance(event, h11.EndOfMessage):
             assert request is not None
-            status, answer = _answer(request, body, routes)
+            status, answer = await _answer(request, body, routes)
             break
         else:
             return  # the client hung up
     text = isinstance(answer, str)
     content = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode() + b"\n"
     headers = [
-        ("Content-Type", "text/plain; charset=utf-8" if text else "application/json"),
+        ("Content-Type", TEXT if text else "application/json"),
         ("Content-Length", str(len(content))),
         ("Connection", "close"),
     ]
@@ -105,7 +129,7 @@ async def _converse(stream: trio.SocketStream, routes: Mapping[tuple[str, str], 
         await stream.send_all(connection.send(event) or b"")
 
 
-def _answer(
+async def _answer(
     request: h11.Request, body: bytes, routes: Mapping[tuple[str, str], Route]
 ) -> tuple[int, Any]:
     method, path = request.method.decode(), request.target.decode().partition("?")[0]
@@ -117,7 +141,8 @@ def _answer(
         content = json.loads(body) if body else {}
         if not isinstance(content, dict):
             raise ValueError("not an object")
-        return 200, route(content)
+        answer = route(content)
+        return 200, await answer if inspect.isawaitable(answer) else answer
     except LazyfsError as error:
         return 400, {"error": str(error)}
     except ValueError as error:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lazyfs import __version__
+from lazyfs.cache import BlockCache
 from lazyfs.catalog import Catalog
 from lazyfs.fetcher import BlockFetcher
 from lazyfs.filesystem import Filesystem
@@ -50,6 +51,7 @@ class Status:
     prefetcher: Prefetcher
     planner: Planner
     recorder: Recorder
+    cache: BlockCache | None
 
     def describe(self) -> dict[str, Any]:
         """All of it, as JSON can say it."""
@@ -65,6 +67,7 @@ class Status:
             "trouble": self.fetcher.trouble,
             **self._model(),
             **self._traffic(),
+            **self._cache(),
             **self._reads(),
             **self._errors(),
         }
@@ -83,10 +86,16 @@ class Status:
                 "there_bytes": there,
                 "near_bytes": self.prefetcher.near_bytes(),
             },
-            "ready": {
-                "headers": planned and self.prefetcher.beginnings_are_here(),
-                "model": planned and there >= wanted,
-            },
+            "ready": self.ready(),
+        }
+
+    def ready(self) -> dict[str, bool]:
+        """Whether the beginnings of all shards, and the whole model, are on this machine."""
+        planned = self.planner.planned
+        wanted, there = self.prefetcher.progress()
+        return {
+            "headers": planned and self.prefetcher.beginnings_are_here(),
+            "model": planned and there >= wanted,
         }
 
     def _traffic(self) -> dict[str, Any]:
@@ -106,7 +115,20 @@ class Status:
             "pushed_blocks": recorder.pushed_blocks,
             "memory_bytes": fetcher.memory_bytes,
             "memory_limit_bytes": self.options.memory_limit,
-            "resident_bytes": _resident_bytes(),
+            "resident_bytes": resident_bytes(),
+        }
+
+    def _cache(self) -> dict[str, Any]:
+        return {
+            "cache": [
+                {
+                    "directory": str(directory.path),
+                    "used_bytes": directory.filling[0],
+                    "limit_bytes": directory.filling[1],
+                    **asdict(directory.counters),
+                }
+                for directory in (self.cache.directories if self.cache else ())
+            ]
         }
 
     def _reads(self) -> dict[str, Any]:
@@ -155,6 +177,6 @@ def _command(pid: int) -> str | None:
         return None
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
     """Memory that this process has (proc(5), statm)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -63,6 +63,8 @@ class Recorder:
     def __init__(self, policy: str = "model", now_s: Callable[[], float] = time.monotonic) -> None:
         self._now_s = now_s
         self._began_s = now_s()
+        self.took_up = False
+        self.open_files = 0
         self.events = EventRing()
         self.files: list[File] = []
         self._numbers: dict[int, int] = {}
@@ -91,8 +93,6 @@ class Recorder:
         self.stalled_s: defaultdict[Cause, float] = defaultdict(float)
         self.pushed_blocks = 0
         self.written_bytes = 0
-        self.shed_blocks = 0
-        self.wasted_bytes = 0
         self.last_error = ""
         self.last_error_at_s = 0.0
 
@@ -109,6 +109,7 @@ class Recorder:
 
     def resumed(self) -> None:
         """The mount was taken up from another worker."""
+        self.took_up = True
         self.events.add(self.uptime_s, Kind.RESUMED)
 
     def planned(self, size_bytes: int) -> None:
@@ -124,10 +125,12 @@ class Recorder:
         if len(openers) > OPENERS:
             del openers[next(iter(openers))]
         self._seen.pop(file.inode, None)
+        self.open_files += 1
         self.events.add(self.uptime_s, Kind.OPENED, file=self._number(file))
 
     def closed(self, file: File) -> None:
-        """A handle of a file was given back."""
+        """A handle of a file was given back; perhaps one that a former worker gave out."""
+        self.open_files = max(0, self.open_files - 1)
         self.events.add(self.uptime_s, Kind.CLOSED, file=self._number(file))
 
     def openers(self, file: File) -> list[int]:

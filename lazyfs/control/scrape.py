@@ -1,0 +1,62 @@
+"""The metrics of one mount at a port of their own, for Prometheus."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import trio
+
+from lazyfs.control.server import Route, serve_http
+from lazyfs.errors import MountError
+
+log = logging.getLogger(__name__)
+
+Address = tuple[str, int]
+# A worker that was killed may keep its port until its last thread comes back from the kernel.
+AGAIN_S = 2.0
+
+
+async def listen(address: Address) -> list[trio.SocketListener]:
+    """Listen at a host (empty: all addresses) and port.
+
+    Raises:
+        MountError: it is taken, or not ours to take.
+    """
+    host, port = address
+    try:
+        return await trio.open_tcp_listeners(port, host=host or None)
+    except OSError as error:
+        raise MountError(
+            f"--metrics-address: {host}:{port}: cannot be listened at: {error}; choose another port"
+        ) from error
+
+
+async def listen_patiently(address: Address) -> list[trio.SocketListener]:
+    """The same, for a mount that goes on without metrics until the address is free."""
+    told = False
+    while True:
+        try:
+            return await listen(address)
+        except MountError as error:
+            if not told:
+                log.warning("%s; trying again", error)
+                told = True
+            await trio.sleep(AGAIN_S)
+
+
+async def serve_metrics(
+    address: Address,
+    listeners: list[trio.SocketListener] | None,
+    routes: Mapping[tuple[str, str], Route],
+) -> None:
+    """Answer scrapes until cancelled.
+
+    Args:
+        listeners: at the address; None: it is listened at as soon as it is free.
+        routes: `GET /metrics`.
+    """
+    listeners = listeners or await listen_patiently(address)
+    shown = [":".join(map(str, one.socket.getsockname()[:2])) for one in listeners]
+    log.info("metrics at http://%s/metrics", shown[0])
+    await serve_http(listeners, routes)
