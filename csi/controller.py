@@ -12,7 +12,7 @@ from csi.csi_pb2_grpc import ControllerServicer
 from csi.errors import InvalidArgumentError, RpcError
 from csi.kubernetes import ApiServer
 from csi.parameters import Parameters
-from csi.records import Records, VolumeRecord
+from csi.records import ProvisionedVolume, Records
 from csi.survey import Survey, survey
 from csi.volumes import (
     Rules,
@@ -156,7 +156,7 @@ class Controller(ControllerServicer):
         flags: list[str],
         required: int,
         limit: int,
-    ) -> VolumeRecord:
+    ) -> ProvisionedVolume:
         """What is to be kept of a volume that can be had as asked."""
         attributes = parameters.attributes(self._chosen_source(parameters))
         check_size("the volume's attributes", attributes)
@@ -169,7 +169,7 @@ class Controller(ControllerServicer):
                 f"{volume.source} has {format_size(size_bytes)}, more than the limit of "
                 f"{format_size(limit)}; raise the claim's limit, or leave it out",
             )
-        return VolumeRecord(
+        return ProvisionedVolume(
             name=request.name,
             volume_id=id_of(request.name),
             capacity_bytes=max(required, size_bytes),
@@ -235,7 +235,7 @@ def _range(asked: csi_pb2.CapacityRange) -> tuple[int, int]:
 
 
 def _check_same(
-    record: VolumeRecord, name: str, parameters: Parameters, required: int, limit: int
+    record: ProvisionedVolume, name: str, parameters: Parameters, required: int, limit: int
 ) -> None:
     """Refuse to answer with a volume that is not what was asked for."""
     if record.name != name or record.parameters != parameters.own:
@@ -250,7 +250,7 @@ def _check_same(
 
 
 def _check_context(
-    record: VolumeRecord, request: csi_pb2.ValidateVolumeCapabilitiesRequest
+    record: ProvisionedVolume, request: csi_pb2.ValidateVolumeCapabilitiesRequest
 ) -> None:
     for what, given, known in (
         ("volume_context", request.volume_context, record.attributes),
@@ -262,7 +262,7 @@ def _check_context(
         raise InvalidArgumentError("lazyfs volumes have no mutable parameters")
 
 
-def _volume(record: VolumeRecord) -> csi_pb2.Volume:
+def _volume(record: ProvisionedVolume) -> csi_pb2.Volume:
     context: Mapping[str, str] = record.attributes
     return csi_pb2.Volume(
         volume_id=record.volume_id, capacity_bytes=record.capacity_bytes, volume_context=context

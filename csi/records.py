@@ -34,7 +34,7 @@ CONTENT = "volume.json"
 
 
 @dataclass(frozen=True, slots=True)
-class VolumeRecord:
+class ProvisionedVolume:
     """A volume that was made.
 
     Attributes:
@@ -56,7 +56,7 @@ class VolumeRecord:
         return json.dumps(asdict(self), ensure_ascii=False)
 
     @classmethod
-    def from_text(cls, text: str) -> VolumeRecord:
+    def from_text(cls, text: str) -> ProvisionedVolume:
         """What `to_text` made, by this version or another."""
         fields = json.loads(text)
         return cls(**{name: fields[name] for name in cls.__dataclass_fields__})
@@ -65,16 +65,16 @@ class VolumeRecord:
 class Records(Protocol):
     """Where records are kept; safe to use from several threads and replicas."""
 
-    def find(self, volume_id: str) -> VolumeRecord | None:
+    def find(self, volume_id: str) -> ProvisionedVolume | None:
         """The record of a volume, if there is one."""
 
-    def add(self, record: VolumeRecord) -> bool:
+    def add(self, record: ProvisionedVolume) -> bool:
         """Keep a record; False if there is one of that volume already."""
 
     def remove(self, volume_id: str) -> None:
         """Forget a volume, if it is known."""
 
-    def all(self) -> Iterator[VolumeRecord]:
+    def all(self) -> Iterator[ProvisionedVolume]:
         """All records, in no order."""
 
 
@@ -95,15 +95,15 @@ class DirectoryRecords:
         except OSError as error:
             raise OptionError(f"--state-dir: {directory}: {error.strerror}") from error
 
-    def find(self, volume_id: str) -> VolumeRecord | None:
+    def find(self, volume_id: str) -> ProvisionedVolume | None:
         path = self._path(volume_id)
         if path is None:
             return None
         with _as_rpc_error(path), contextlib.suppress(FileNotFoundError):
-            return VolumeRecord.from_text(path.read_text())
+            return ProvisionedVolume.from_text(path.read_text())
         return None
 
-    def add(self, record: VolumeRecord) -> bool:
+    def add(self, record: ProvisionedVolume) -> bool:
         path = self._path(record.volume_id)
         assert path is not None
         with (
@@ -127,10 +127,10 @@ class DirectoryRecords:
                 path.unlink(missing_ok=True)
                 self._sync()
 
-    def all(self) -> Iterator[VolumeRecord]:
+    def all(self) -> Iterator[ProvisionedVolume]:
         for path in self._directory.glob("*.json"):
             with _as_rpc_error(path), contextlib.suppress(FileNotFoundError):  # just removed
-                yield VolumeRecord.from_text(path.read_text())
+                yield ProvisionedVolume.from_text(path.read_text())
 
     def _path(self, volume_id: str) -> Path | None:
         digest = digest_of(volume_id)
@@ -156,12 +156,12 @@ class ConfigMapRecords:
         self._server = server
         self._driver_name = driver_name
 
-    def find(self, volume_id: str) -> VolumeRecord | None:
+    def find(self, volume_id: str) -> ProvisionedVolume | None:
         path = self._path(volume_id)
         found = path and self._server.get(path)
-        return VolumeRecord.from_text(found["data"][CONTENT]) if found else None
+        return ProvisionedVolume.from_text(found["data"][CONTENT]) if found else None
 
-    def add(self, record: VolumeRecord) -> bool:
+    def add(self, record: ProvisionedVolume) -> bool:
         return self._server.create(
             self._server.config_map_path(),
             {
@@ -180,10 +180,10 @@ class ConfigMapRecords:
         if path := self._path(volume_id):
             self._server.delete(path)
 
-    def all(self) -> Iterator[VolumeRecord]:
+    def all(self) -> Iterator[ProvisionedVolume]:
         path = self._server.config_map_path()
         for each in self._server.list(path, f"{LABEL}={self._driver_name}"):
-            yield VolumeRecord.from_text(each["data"][CONTENT])
+            yield ProvisionedVolume.from_text(each["data"][CONTENT])
 
     def _path(self, volume_id: str) -> str | None:
         digest = digest_of(volume_id)

@@ -155,13 +155,17 @@ class RpcLog(grpc.ServerInterceptor):
         level = logging.DEBUG if name in CHATTY else logging.INFO
         log.log(
             level if code in (StatusCode.OK, StatusCode.UNIMPLEMENTED) else logging.WARNING,
-            "rpc %d %s %s: %s in %.3f s%s",
-            number, name, volume if volume.isprintable() else repr(volume), code.name, took_s,
-            f": {message}" if message else "",
+            "rpc %d %s%s: %s in %.3f s%s",
+            number, name, _shown(volume), code.name, took_s, f": {message}" if message else "",
         )  # fmt: skip
         if code is not StatusCode.OK:
             context.abort(code, message)
         return response
+
+
+def _shown(volume: str) -> str:
+    """A volume's name or id for the log, on one line whatever it is."""
+    return f" {volume if volume.isprintable() else repr(volume)}" if volume else ""
 
 
 def socket_path(endpoint: str) -> Path:

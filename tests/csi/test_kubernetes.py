@@ -11,12 +11,12 @@ from certificates import make_certificates
 
 from csi.errors import RpcError
 from csi.kubernetes import ApiServer
-from csi.records import ConfigMapRecords, DirectoryRecords, Records, VolumeRecord
+from csi.records import ConfigMapRecords, DirectoryRecords, ProvisionedVolume, Records
 from csi.volumes import id_of
 
 
-def record(name: str, driver: str = "") -> VolumeRecord:
-    return VolumeRecord(
+def record(name: str, driver: str = "") -> ProvisionedVolume:
+    return ProvisionedVolume(
         name, id_of(name), 5, {"bucket": "models", "d": driver}, {"source": "s3://models"}
     )
 
