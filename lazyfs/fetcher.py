@@ -30,6 +30,7 @@ import trio
 from lazyfs.blocks import BlockId, Span, block_length, gaps
 from lazyfs.blocks.getter import BlockGetter
 from lazyfs.blocks.memory import BlockMemory, Held
+from lazyfs.blocks.processor import Processors
 from lazyfs.cache import BlockCache, Claim
 from lazyfs.errors import SourceError
 from lazyfs.observe.events import Activity, Purpose
@@ -46,6 +47,8 @@ T = TypeVar("T")
 
 PUSHERS = 2
 WRITERS = 2
+# How often it is looked whether writing, put off while the processors are busy, can go on.
+WRITE_CHECK_S = 0.05
 # Readers are not kept waiting longer than this for the rest of their block to be pushed.
 LONGEST_PUSH_S = 0.05
 # When the mount ends, blocks that wait for the disk may take so long.
@@ -125,6 +128,8 @@ class BlockFetcher:
         self._elsewhere: dict[BlockId, float] = {}
         self._left_to_others = trio.Event()
         self._lease_over: set[BlockId] = set()
+        self._open_handles = 0
+        self._processors = Processors()
         # Threads are bounded by slots; trio's own limit of 40 must not stand in the way.
         self._threads = trio.CapacityLimiter(4 * options.max_concurrency + 64)
         self._getter = BlockGetter(
@@ -235,7 +240,12 @@ class BlockFetcher:
     def opened(self, file: File, *, direct: bool) -> None:
         """A file was opened; `direct`: with O_DIRECT, which passes by the page cache."""
         self.add_file(file)
+        self._open_handles += 1
         self._prefetcher.opened(file.inode, direct=direct)
+
+    def closed(self) -> None:
+        """A file was closed: nothing has it open or mapped any more by that handle."""
+        self._open_handles = max(0, self._open_handles - 1)  # a former worker's are not counted
 
     async def read(self, file: File, span: Span, *, reader: bool = True) -> memoryview:
         """The bytes of a part of a block, brought if need be.
@@ -504,7 +514,8 @@ class BlockFetcher:
 
     async def _push_forever(self) -> None:
         while True:
-            block, held = await self._pushes.get()
+            await self._pushes.wait()
+            block, held = self._pushes.take()
             await self._push(block, held, [Span(block.number, 0, len(held.data))])
             self.pump()
 
@@ -550,7 +561,12 @@ class BlockFetcher:
     async def _write_forever(self) -> None:
         assert self._cache is not None
         while True:
-            block, held = await self._writes.get()
+            await self._writes.wait()
+            while self._should_put_off_writing():
+                await trio.sleep(WRITE_CHECK_S)
+            if not self._writes:
+                continue
+            block, held = self._writes.take()
             if not held.to_write:
                 self._cache.release(held.file, block.number)
                 continue  # shed meanwhile
@@ -562,10 +578,19 @@ class BlockFetcher:
             held.users -= 1
             self.pump()
 
+    def _should_put_off_writing(self) -> bool:
+        """Whether a load would have to do without the time that writing takes."""
+        loading = self._open_handles and self.in_flight
+        return bool(loading) and self._processors.busy and not self._others_wait()
+
+    def _others_wait(self) -> bool:
+        """Whether another daemon waits until blocks of ours are on disk."""
+        return self._cache is not None and self._cache.others_wait()
+
     def _make_room(self, length: int, *, urgent: bool) -> bool:
-        reader_waits = any(job.waiting for job in self._jobs.values())
         # What another daemon waits for is not shed for a prefetch.
-        reader_waits = reader_waits and not (self._cache and self._cache.others_wait())
+        reader_waits = any(job.waiting for job in self._jobs.values()) and not self._others_wait()
+        reader_waits = reader_waits or self._should_put_off_writing()
         return self._memory.make_room(length, urgent=urgent, reader_waits=reader_waits)
 
     def _push_allowance(self) -> int:
@@ -603,8 +628,13 @@ class _Queue:
         """Take a block out; whether it was in."""
         return self._blocks.pop(block, None) is not None
 
-    async def get(self) -> tuple[BlockId, Held]:
+    async def wait(self) -> None:
+        """Until there is a block."""
         while not self._blocks:
-            self._news = trio.Event()
+            if self._news.is_set():  # otherwise others wait for it already
+                self._news = trio.Event()
             await self._news.wait()
+
+    def take(self) -> tuple[BlockId, Held]:
+        """The block that came first."""
         return self._blocks.popitem(last=False)
