@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import IO
 
 import grpc
-from csi.csi_pb2_grpc import ControllerStub, IdentityStub, NodeStub
 from mounting import environment
 
 from csi import csi_pb2
+from csi.csi_pb2_grpc import ControllerStub, IdentityStub, NodeStub
 
 READY_TIMEOUT_S = 30
 

@@ -10,16 +10,16 @@ from typing import Any
 import grpc
 import pytest
 from api_server import FakeApiServer
-from csi.csi_pb2_grpc import (
-    ControllerStub,
-    IdentityStub,
-    add_ControllerServicer_to_server,
-)
 from plugins import Plugin
 from s3 import CREDENTIALS, S3
 
 from csi import csi_pb2
 from csi.controller import Controller
+from csi.csi_pb2_grpc import (
+    ControllerStub,
+    IdentityStub,
+    add_ControllerServicer_to_server,
+)
 from csi.kubernetes import ApiServer
 from csi.records import ConfigMapRecords
 from csi.server import Server

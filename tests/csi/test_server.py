@@ -15,6 +15,8 @@ from typing import Any
 
 import grpc
 import pytest
+
+from csi import csi_pb2
 from csi.csi_pb2_grpc import (
     ControllerServicer,
     ControllerStub,
@@ -22,8 +24,6 @@ from csi.csi_pb2_grpc import (
     add_ControllerServicer_to_server,
     add_IdentityServicer_to_server,
 )
-
-from csi import csi_pb2
 from csi.errors import InvalidArgumentError
 from csi.health import HealthServer
 from csi.identity import Identity

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from csi.csi_pb2 import VolumeCapability
 
 from csi import volumes
+from csi.csi_pb2 import VolumeCapability
 from csi.errors import InvalidArgumentError
 from csi.volumes import Rules, credentials_of, options_of
 from lazyfs.errors import OptionError
