@@ -97,6 +97,7 @@ class BlockFetcher:
         prefetcher: what to bring next.
         options: limits.
         recorder: is told what happens.
+        processors: say whether there is time for what need not be done now.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class BlockFetcher:
         prefetcher: Prefetcher,
         options: MountOptions,
         recorder: Recorder,
+        processors: Processors | None = None,
     ) -> None:
         self._recorder = recorder
         self._cache = cache
@@ -129,7 +131,7 @@ class BlockFetcher:
         self._left_to_others = trio.Event()
         self._lease_over: set[BlockId] = set()
         self._open_handles = 0
-        self._processors = Processors()
+        self._processors = processors or Processors()
         # Threads are bounded by slots; trio's own limit of 40 must not stand in the way.
         self._threads = trio.CapacityLimiter(4 * options.max_concurrency + 64)
         self._getter = BlockGetter(

@@ -13,6 +13,7 @@ import trio
 import trio.testing
 
 from lazyfs.blocks import block_length, spans
+from lazyfs.blocks.processor import Processors
 from lazyfs.cache import BlockCache
 from lazyfs.catalog import Catalog
 from lazyfs.fetcher import BlockFetcher
@@ -125,6 +126,7 @@ class _Load:
             prefetcher,
             options,
             recorder,
+            Processors(lambda: 0.0, lambda: 0.0),  # never busy
         )
         catalog = cast(Catalog, _Catalog(tree))
         self._planner = Planner(catalog, self._fetcher, prefetcher, recorder)
