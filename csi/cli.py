@@ -116,11 +116,16 @@ def rules(
     """What volumes may set, as the command line says.
 
     Raises:
-        OptionError: a name or the size is not one.
+        OptionError: a name or the size is not one, or a default cannot be one.
     """
     from csi.volumes import Rules, options_of
+    from lazyfs.errors import OptionError
     from lazyfs.options import find_option
 
+    if "metrics-address" in defaults:
+        raise OptionError(
+            "--metrics-address is of a single mount; --http-address has the metrics of a plugin"
+        )
     memory_limit = find_option("memory-limit")
     assert memory_limit is not None
     most = memory_limit.parse(max_memory_limit, "--max-memory-limit") if max_memory_limit else None

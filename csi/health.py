@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import http.server
 import logging
+import socket
+import socketserver
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from csi.identity import Check
 from lazyfs.errors import LazyfsError, OptionError
+from lazyfs.kinds import Address
 from lazyfs.mount.keeper import KeeperError
 
 log = logging.getLogger(__name__)
@@ -30,18 +33,27 @@ class HealthServer:
     Args:
         address: `HOST:PORT` or `:PORT`.
         checks: what must hold for the plugin to be ready.
+        mount_metrics: the text of the metrics of all mounts of the plugin.
 
     Raises:
         OptionError: the address is not one, or cannot be listened at.
     """
 
-    def __init__(self, address: str, checks: Sequence[Check]) -> None:
-        host, colon, port = address.rpartition(":")
-        if not colon or not port.isdecimal() or int(port) > 65535:
-            raise OptionError(f"--http-address: {address!r} is not allowed: HOST:PORT or :PORT")
-        handler = type("Handler", (_Handler,), {"checks": checks})
+    def __init__(
+        self,
+        address: str,
+        checks: Sequence[Check],
+        mount_metrics: Callable[[], str] = lambda: "",
+    ) -> None:
         try:
-            self._server = http.server.ThreadingHTTPServer((host.strip("[]"), int(port)), handler)
+            where = Address().parse(address)
+        except ValueError:
+            raise OptionError(
+                f"--http-address: {address!r} is not allowed: {Address().allowed}"
+            ) from None
+        members = {"checks": checks, "mount_metrics": staticmethod(mount_metrics)}
+        try:
+            self._server = _HttpServer(where, type("Handler", (_Handler,), members))
         except OSError as error:
             raise OptionError(f"--http-address: {address}: {error.strerror}") from error
         self.port: int = self._server.server_address[1]
@@ -56,8 +68,25 @@ class HealthServer:
         self._server.server_close()
 
 
+class _HttpServer(http.server.ThreadingHTTPServer):
+    """Without a host it listens at all addresses, of IPv6 and IPv4: clusters have either."""
+
+    def __init__(self, where: tuple[str, int], handler: type[_Handler]) -> None:
+        host, _ = where
+        both = not host and socket.has_dualstack_ipv6()
+        self.address_family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
+        super().__init__(where, handler)
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        # HTTPServer's own asks DNS for our name, which we do not need and may wait for.
+        socketserver.TCPServer.server_bind(self)
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
     checks: Sequence[Check]
+    mount_metrics: Callable[[], str]
     timeout = PATIENCE_S
 
     def do_GET(self) -> None:
@@ -71,7 +100,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             except (LazyfsError, KeeperError) as error:
                 self._send(503, f"{error}\n".encode())
         elif self.path == "/metrics":
-            self._send(200, generate_latest(), CONTENT_TYPE_LATEST)
+            text = generate_latest() + self.mount_metrics().encode()
+            self._send(200, text, CONTENT_TYPE_LATEST)
         else:
             self._send(404, b"/healthz, /readyz or /metrics\n")
 

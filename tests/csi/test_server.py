@@ -179,7 +179,7 @@ def test_health_pages() -> None:
         if wrong:
             raise KeeperError(wrong[0])
 
-    server = HealthServer("127.0.0.1:0", [check])
+    server = HealthServer(":0", [check], lambda: "of_a_mount 1\n")
     server.start()
 
     def get(page: str) -> tuple[int, str]:
@@ -194,7 +194,8 @@ def test_health_pages() -> None:
     wrong.append("no keeper at /run/x")
     assert get("/healthz") == (200, "ok\n")
     assert get("/readyz") == (503, "no keeper at /run/x\n")
-    assert "lazyfs_csi_rpc_seconds" in get("/metrics")[1]
+    metrics = get("/metrics")[1]
+    assert "lazyfs_csi_rpc_seconds" in metrics and metrics.endswith("\nof_a_mount 1\n")
     assert get("/secrets")[0] == 404
     server.stop()
     with pytest.raises(OptionError, match="HOST:PORT"):

@@ -1,0 +1,44 @@
+"""`lazyfs-csi` refuses what cannot work, in one line, before it does anything."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mounting import environment
+
+CONTROLLER = ("controller", "--endpoint={directory}/csi.sock", "--state-dir={directory}/state")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["controller"], "Missing option '--endpoint'"),
+        (["controller", "--endpoint={directory}/csi.sock"], "--state-dir is needed outside of a"),
+        ([*CONTROLLER, "--endpoint=tcp://0.0.0.0:9"], "--endpoint: 'tcp://0.0.0.0:9' is not allow"),
+        ([*CONTROLLER, "--driver-name=my driver"], "--driver-name: 'my driver' is not allowed"),
+        ([*CONTROLLER, "--http-address=9808"], "--http-address: '9808' is not allowed"),
+        ([*CONTROLLER, "--allow-attributes=blockSze"], "--allow-attributes: attribute 'blockSze'"),
+        ([*CONTROLLER, "--max-memory-limit=1"], "--max-memory-limit: '1' is not allowed: a size"),
+        ([*CONTROLLER, "--block-size=1"], "--block-size: '1' is not allowed: a size"),
+        ([*CONTROLLER, "--metrics-address=:9"], "--metrics-address is of a single mount"),
+        (["keeper", "--socket=/tmp/keeper.sock"], "/tmp: is not a directory that only this user"),
+    ],
+)
+def test_what_cannot_work(tmp_path: Path, arguments: list[str], said: str) -> None:
+    answer = subprocess.run(
+        [
+            Path(sys.executable).with_name("lazyfs-csi"),
+            *(each.format(directory=tmp_path) for each in arguments),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment(),
+        check=False,
+    )
+    assert answer.returncode in (1, 2)
+    (line,) = [line for line in answer.stderr.splitlines() if " INFO " not in line]
+    assert line.startswith("lazyfs-csi: ") and said in line
