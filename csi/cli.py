@@ -1,11 +1,13 @@
 """`lazyfs-csi`: the programs of the driver.
 
-Each command imports what it needs when it is called: the keeper must stay small.
+Each command imports what it needs when it is called.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 DRIVER_NAME = "csi.lazyfs.io"
 KEEPER_SOCKET = "/run/lazyfs/keeper.sock"
+STATE_DIRECTORY = "/var/lib/kubelet/plugins/csi.lazyfs.io"
 
 Command = Callable[..., None]
 
@@ -53,13 +56,9 @@ def keeper(path: Path) -> None:
 
     It does nothing else, needs no upgrade, and should not be restarted under running pods.
     """
-    from lazyfs.errors import MountError
-    from lazyfs.mount.keeper import Keeper, KeeperError
-
-    try:
-        Keeper().serve_at(path)
-    except KeeperError as error:
-        raise MountError(str(error)) from error
+    # Without this program, which would be most of it.
+    command = [sys.executable, "-P", "-m", "csi.keeper", str(path)]
+    os.execv(command[0], command)  # noqa: S606
 
 
 def with_plugin_options(command: Command) -> Command:
@@ -208,3 +207,64 @@ def controller(
 
     services = [lambda it: add_ControllerServicer_to_server(servicer, it)]
     serve(endpoint, driver_name, http_address, services, [check])
+
+
+@main.command()
+@with_plugin_options
+@click.option("--node-id", required=True, envvar="NODE_ID", help="Name of this node. [$NODE_ID]")
+@click.option(
+    "--state-dir",
+    type=click.Path(path_type=Path),
+    default=STATE_DIRECTORY,
+    show_default=True,
+    help="Where staged volumes are remembered and daemons mount. On a node of a cluster below "
+    "kubelet's directory, mounted with propagation Bidirectional.",
+)
+@click.option(
+    "--keeper",
+    "keeper_socket",
+    type=click.Path(path_type=Path),
+    default=KEEPER_SOCKET,
+    show_default=True,
+    help="Socket of the keeper.",
+)
+@click.option(
+    "--inline-node-role",
+    is_flag=True,
+    help="Let inline volumes of pods be read with the node's own credentials.",
+)
+@with_mount_options
+def node(
+    endpoint: str,
+    driver_name: str,
+    http_address: str | None,
+    allow_attributes: str | None,
+    max_memory_limit: str | None,
+    node_id: str,
+    state_dir: Path,
+    keeper_socket: Path,
+    inline_node_role: bool,
+    config: Path | None,
+    **given: Any,
+) -> None:
+    """Put volumes into pods of this node.
+
+    Mount options are what volumes have that do not set them.
+    """
+    from csi.attachments import Attachments
+    from csi.csi_pb2_grpc import add_NodeServicer_to_server
+    from csi.node import Node
+    from csi.staged import State
+    from lazyfs.mount.syscalls import check_fuse
+
+    options, defaults = settings(config, given)
+    configure(driver_name, options)
+    # Pods run as other users than the driver.
+    volume_rules = rules(allow_attributes, max_memory_limit, {**defaults, "allow-other": "true"})
+    attachments = Attachments(State(state_dir), state_dir / "mounts", keeper_socket)
+    attachments.recover()
+    servicer = Node(node_id, volume_rules, attachments, inline_node_role=inline_node_role)
+    checks = [check_fuse, attachments.daemons.check_keeper]
+    services = [lambda it: add_NodeServicer_to_server(servicer, it)]
+    serve(endpoint, driver_name, http_address, services, checks)
+    attachments.daemons.close()

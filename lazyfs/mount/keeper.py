@@ -163,14 +163,7 @@ class KeeperClient:
     @classmethod
     def connect(cls, path: Path) -> KeeperClient:
         """Raises KeeperError when no keeper answers there."""
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        connection.settimeout(ANSWER_TIMEOUT_S)
-        try:
-            connection.connect(str(path))
-        except OSError as error:
-            connection.close()
-            raise KeeperError(f"no keeper at {path}: {error.strerror}; is it running?") from error
-        return cls(connection)
+        return cls(connect(path))
 
     def store(self, name: str, descriptors: Mapping[str, int]) -> None:
         """Have descriptors kept under a name, each with a label. They stay the caller's as well."""
@@ -209,6 +202,18 @@ class KeeperClient:
         if "error" in answer:
             raise KeeperError(answer["error"])
         return answer, received
+
+
+def connect(path: Path) -> socket.socket:
+    """A connection to the keeper that answers at a path. Raises KeeperError when none does."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.settimeout(ANSWER_TIMEOUT_S)
+    try:
+        connection.connect(str(path))
+    except OSError as error:
+        connection.close()
+        raise KeeperError(f"no keeper at {path}: {error.strerror}; is it running?") from error
+    return connection
 
 
 def private_directory(directory: Path) -> None:

@@ -30,8 +30,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,7 @@ class Supervisor:
         self._on_new_mount = on_new_mount
         self._refusal: str | None = None
         self._stopping = threading.Event()
+        self._leaving = threading.Event()
         self._worker: subprocess.Popen[bytes] | None = None
         self._record: RunningMount | None = None
         self._device: str | None = None
@@ -143,6 +144,7 @@ class Supervisor:
             raise
         try:
             if FUSE in self._kept and not syscalls.session_ended(self._kept[FUSE]):
+                self._find_device()
                 self._start_another()
             else:
                 self._start_first(timeout_s)
@@ -150,6 +152,19 @@ class Supervisor:
             self._clean_up()
             raise
         self._watcher.start()
+
+    def leave(self) -> None:
+        """End the worker and keep the mount, for the supervisor that comes next."""
+        self._leaving.set()
+        deadline = time.monotonic() + END_TIMEOUT_S
+        while self._watcher.is_alive():
+            # Once more each time: the watcher may just have started another.
+            if self._worker is not None and self._worker.poll() is None:
+                if time.monotonic() < deadline:
+                    self._worker.terminate()
+                else:
+                    self._worker.kill()
+            self._watcher.join(POLL_S * 5)
 
     def _start_first(self, timeout_s: float) -> None:
         with self._keeper() as keeper:
@@ -229,8 +244,7 @@ class Supervisor:
             readable, _, _ = select.select([reports], [], [], timeout_s)
             report: dict[str, Any] = json.loads(reports.read() or "{}") if readable else {}
         if report.get("ready"):
-            entry = syscalls.find_mount(self._mountpoint)
-            self._device = entry.device if entry else None
+            self._find_device()
             if self._record is not None:
                 self._version = report["version"]
                 self._record.write(self._describe(self.pid))
@@ -243,6 +257,10 @@ class Supervisor:
             raise DaemonError(report["error"], report["exit_code"], report["kind"], code)
         raise MountError(f"{self._mountpoint}: the daemon ended before the mount was ready")
 
+    def _find_device(self) -> None:
+        entry = syscalls.find_mount(self._mountpoint)
+        self._device = entry.device if entry else None
+
     def _describe(self, worker: int | None = None) -> MountRecord:
         return MountRecord(
             self.name, self._spec.source, os.getpid(), worker, self._version, self.restarts
@@ -254,6 +272,10 @@ class Supervisor:
         while True:
             began = time.monotonic()
             code = _wait_for_end(self._worker) if self._worker else 0
+            if self._leaving.is_set():
+                self._let_go()
+                self._release()
+                return
             if self._stopping.is_set() or self._has_ended():
                 break
             if time.monotonic() - began >= LONG_LIFE_S:
@@ -266,14 +288,23 @@ class Supervisor:
                 self._mountpoint, self.pid, _how_it_ended(code),
                 f" in {pause_s:g} s" if pause_s else "",
             )  # fmt: skip
-            if self._stopping.wait(pause_s):
-                break
+            if self._wait_to_end(pause_s):
+                continue
             ready = self._start_another()
             longest_s = LONGEST_PAUSE_AFTER_READY_S if ready else LONGEST_PAUSE_S
             pause_s = min(max(FIRST_PAUSE_S, 2 * pause_s), longest_s)
         self._clean_up()
         log.info("unmounted %s", self._mountpoint)
         self._on_end()
+
+    def _wait_to_end(self, timeout_s: float) -> bool:
+        """Wait for so long, or until this mount is to end here; whether it is."""
+        until = time.monotonic() + timeout_s
+        while not (self._stopping.is_set() or self._leaving.is_set()):
+            if time.monotonic() >= until:
+                return False
+            time.sleep(POLL_S)
+        return True
 
     def _start_another(self) -> bool:
         """Have the mount served again; whether it is."""
@@ -299,13 +330,8 @@ class Supervisor:
         """Whether the kernel has ended the session, or is just about to."""
         return FUSE not in self._kept or syscalls.session_ended(self._kept[FUSE])
 
-    @contextmanager
-    def _keeper(self) -> Iterator[KeeperClient]:
-        client = KeeperClient(self._connect())
-        try:
-            yield client
-        finally:
-            client.close()
+    def _keeper(self) -> closing[KeeperClient]:
+        return closing(KeeperClient(self._connect()))
 
     def _fetch_kept(self) -> None:
         """Hold what the keeper holds."""

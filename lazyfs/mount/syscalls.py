@@ -38,7 +38,9 @@ class MountEntry:
 
 def mounts() -> list[MountEntry]:
     """All mounts of this mount namespace, oldest first."""
-    return [MountEntry(line) for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    # Names are bytes, and may have what Unicode takes for the end of a line.
+    text = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
+    return [MountEntry(line) for line in text.split("\n") if line]
 
 
 def find_mount(mountpoint: Path) -> MountEntry | None:
@@ -46,13 +48,18 @@ def find_mount(mountpoint: Path) -> MountEntry | None:
     return next((entry for entry in reversed(mounts()) if entry.mountpoint == mountpoint), None)
 
 
-def check_mountpoint(mountpoint: Path) -> None:
-    """Raises MountError if the path cannot be mounted on."""
+def check_fuse() -> None:
+    """Raises MountError if this machine has no FUSE."""
     if not Path("/dev/fuse").exists():
         raise MountError(
             "/dev/fuse is missing: load the kernel module (modprobe fuse), or give the container "
             "the device"
         )
+
+
+def check_mountpoint(mountpoint: Path) -> None:
+    """Raises MountError if the path cannot be mounted on."""
+    check_fuse()
     entry = find_mount(mountpoint)
     if entry is not None:
         raise MountError(

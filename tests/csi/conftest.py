@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 from api_server import FakeApiServer
+from nodes import TestNode
 from plugins import Plugin
+from s3 import S3
 
 
 @pytest.fixture
@@ -40,3 +42,25 @@ def cluster(tmp_path: Path) -> Iterator[FakeApiServer]:
     server = FakeApiServer(tmp_path / "account")
     yield server
     server.stop()
+
+
+@pytest.fixture
+def make_node(s3: S3, short_path: Path) -> Iterator[Callable[..., TestNode]]:
+    """Make a node with `make_node(*options)`; it is taken down at the end of the test."""
+    made: list[TestNode] = []
+
+    def make(*options: str, **env: str) -> TestNode:
+        directory = short_path / f"n{len(made)}"
+        directory.mkdir(mode=0o700)
+        made.append(TestNode(directory, s3.url, *options, **env))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.end()
+
+
+@pytest.fixture
+def node(make_node: Callable[..., TestNode]) -> TestNode:
+    """A node."""
+    return make_node()

@@ -1,0 +1,251 @@
+"""Volumes at paths: put there, taken away, looked after.
+
+Every path is a read-only bind mount of its daemon's mount. A path is written down before it is
+mounted and crossed out after it is gone, so that every step can be repeated and a plugin that was
+killed in the middle can be followed by another.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from grpc import StatusCode
+
+from csi import mounts
+from csi.daemons import Daemon, Daemons
+from csi.errors import RpcError
+from csi.staged import Kind, Place, State, VolumeRecord
+from csi.volumes import Volume
+from lazyfs.errors import LazyfsError
+from lazyfs.mount.spec import Credentials
+
+log = logging.getLogger(__name__)
+
+
+class VolumeLocks:
+    """One call for a volume at a time."""
+
+    def __init__(self) -> None:
+        self._held: set[str] = set()
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def held(self, volume_id: str, *, wait: bool = False) -> Iterator[None]:
+        """Hold one volume.
+
+        Raises:
+            RpcError: ABORTED: another call holds it, and waiting was not asked for. Whoever called
+                tries again later (spec.md, "Concurrency").
+        """
+        with self._changed:
+            while volume_id in self._held:
+                if not wait:
+                    raise RpcError(
+                        StatusCode.ABORTED, f"another call for volume {volume_id} is under way"
+                    )
+                self._changed.wait()
+            self._held.add(volume_id)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held.remove(volume_id)
+                self._changed.notify_all()
+
+
+class Attachments:
+    """Which volume is where on this node.
+
+    Callers hold the volume's lock, `locks`.
+
+    Args:
+        state: where it is written down.
+        directory: for the daemons' own mountpoints.
+        keeper: the keeper's socket.
+    """
+
+    def __init__(self, state: State, directory: Path, keeper: Path) -> None:
+        self.locks = VolumeLocks()
+        self._state = state
+        self._to_repair: queue.SimpleQueue[Daemon] = queue.SimpleQueue()
+        self.daemons = Daemons(state, directory, keeper, self._to_repair.put)
+
+    def recover(self) -> None:
+        """Take up what a former plugin left. Once, before any call."""
+        users: dict[str, list[str]] = {}
+        for record in self._state.volumes():
+            for path, place in record.places.items():
+                if place.daemon is not None:
+                    users.setdefault(place.daemon, []).append(path)
+        self.daemons.recover(users)
+        threading.Thread(target=self._repair_forever, daemon=True).start()
+
+    def place(self, volume_id: str, path: Path) -> Place | None:
+        """The volume's place at a path."""
+        return self._state.volume(volume_id).places.get(str(path))
+
+    def note(self, volume_id: str, path: Path) -> None:
+        """A volume is staged at a path, where nothing is mounted: its daemons come with the pods.
+
+        Raises:
+            RpcError: another volume is there.
+        """
+        self._check_free(volume_id, path)
+        self._save(volume_id, path, Place("staging", None))
+
+    def put(
+        self,
+        volume_id: str,
+        path: Path,
+        kind: Kind,
+        volume: Volume,
+        credentials: Credentials | None,
+        timeout_s: float,
+        via: Daemon | None = None,
+    ) -> Daemon:
+        """Mount a volume at a path; see that it is as it should be if it is there already.
+
+        Args:
+            credentials: newer ones replace those that the daemon has.
+            via: that daemon is to serve it; otherwise any that fits, or a new one.
+
+        Returns:
+            The daemon that serves it.
+
+        Raises:
+            RpcError: the path is taken, by another volume or otherwise by this one.
+            LazyfsError, KeeperError: it cannot be mounted. Then it is as it was before.
+        """
+        until = time.monotonic() + timeout_s
+        self._check_free(volume_id, path)
+        present = self.place(volume_id, path)
+        daemon = self.daemons.get(present.daemon) if present and present.daemon else None
+        if daemon is not None:
+            _check_same(daemon, volume_id, path, volume, credentials)
+            device = self.daemons.ensure(daemon, credentials, until - time.monotonic())
+            mounts.bind(daemon.mountpoint, path, device)
+            return daemon
+        if via is None:
+            daemon = self.daemons.reserve(volume, credentials, str(path))
+        else:
+            daemon = via
+            self.daemons.use(daemon, str(path))
+        try:
+            self._save(volume_id, path, Place(kind, daemon.name))
+            device = self.daemons.ensure(daemon, credentials, until - time.monotonic())
+            mounts.bind(daemon.mountpoint, path, device)
+        except BaseException:
+            self._roll_back(volume_id, path, present, kind)
+            raise
+        return daemon
+
+    def take_away(self, volume_id: str, path: Path, kind: Kind) -> None:
+        """Unmount a volume from a path, whatever state it is in; nothing if it is not there.
+
+        A target's directory is removed as well; the staging directory is kubelet's.
+
+        Raises:
+            RpcError: another volume is there.
+            MountError: it cannot be unmounted, or the directory is not empty.
+        """
+        self._check_free(volume_id, path)
+        place = self.place(volume_id, path)
+        mounts.unbind(path)
+        if kind == "target":
+            mounts.remove_directory(path)
+        if place is None:
+            return
+        if place.daemon is not None:
+            self.daemons.release(place.daemon, str(path))
+        self._save(volume_id, path, None)
+
+    def trouble(self, path: Path, place: Place) -> str | None:
+        """What is wrong with a place, in words; None if nothing is known to be."""
+        if place.daemon is None:
+            return None
+        daemon = self.daemons.get(place.daemon)
+        if daemon is None:
+            return "its daemon is gone"
+        if trouble := daemon.trouble:
+            return trouble
+        if daemon.device is None or not mounts.shows(path, daemon.device):
+            return f"it is not mounted at {path} any more; delete the pod"
+        if place.renewed is not None:
+            return (
+                f"it was mounted anew at {place.renewed}: containers that started before have the "
+                "old mount, which is dead, unless they have mountPropagation HostToContainer; "
+                "delete the pod"
+            )
+        return None
+
+    def _roll_back(self, volume_id: str, path: Path, before: Place | None, kind: Kind) -> None:
+        """Leave nothing of an attempt that failed; its error is what is to be seen."""
+        try:
+            place = self.place(volume_id, path)
+            mounts.unbind(path)
+            if kind == "target":
+                with suppress(LazyfsError):  # somebody has put something into it
+                    mounts.remove_directory(path)
+            if place is not None and place.daemon is not None:
+                self.daemons.release(place.daemon, str(path))
+            self._save(volume_id, path, before)
+        except LazyfsError as error:
+            log.error("%s: what failed cannot be undone: %s", path, error)
+
+    def _check_free(self, volume_id: str, path: Path) -> None:
+        """Raises RpcError if a path is another volume's."""
+        for record in self._state.volumes():
+            if record.volume_id != volume_id and str(path) in record.places:
+                raise RpcError(
+                    StatusCode.FAILED_PRECONDITION, f"{path}: volume {record.volume_id} is there"
+                )
+
+    def _save(self, volume_id: str, path: Path, place: Place | None) -> None:
+        places = dict(self._state.volume(volume_id).places)
+        places.pop(str(path), None)
+        if place is not None:
+            places[str(path)] = place
+        self._state.save_volume(VolumeRecord(volume_id, places))
+
+    def _repair_forever(self) -> None:
+        while True:
+            daemon = self._to_repair.get()
+            for record in self._state.volumes():
+                with self.locks.held(record.volume_id, wait=True):
+                    self._repair(record.volume_id, daemon)
+
+    def _repair(self, volume_id: str, daemon: Daemon) -> None:
+        """Mount a daemon's new filesystem where its old one was."""
+        for text, place in self._state.volume(volume_id).places.items():
+            path, device = Path(text), daemon.device
+            if place.daemon != daemon.name or device is None or mounts.shows(path, device):
+                continue
+            try:
+                lost = mounts.is_mountpoint(path)
+                mounts.bind(daemon.mountpoint, path, device)
+                if lost and place.kind == "target":
+                    now = datetime.now(UTC).isoformat(timespec="seconds")
+                    self._save(volume_id, path, replace(place, renewed=now))
+                    log.warning("%s: mounted anew; what was open there fails", path)
+            except LazyfsError as error:
+                log.error("%s: cannot be mounted anew: %s", path, error)
+
+
+def _check_same(
+    daemon: Daemon, volume_id: str, path: Path, volume: Volume, credentials: Credentials | None
+) -> None:
+    """Raises RpcError if a place is not what is asked for again."""
+    if not daemon.is_of(volume) or (credentials is not None and not daemon.needs_credentials):
+        raise RpcError(
+            StatusCode.ALREADY_EXISTS,
+            f"{path}: volume {volume_id} is there already, from {daemon.spec.source}, with other "
+            "options or credentials",
+        )

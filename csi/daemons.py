@@ -1,0 +1,346 @@
+"""The daemons of this node: which there are, whom they serve; started, found, shared, resumed.
+
+Each daemon mounts at a directory of its own below `--state-dir`, and every path of a volume,
+staged or published, is a bind mount of that. So volumes of one source with the same options and
+credentials share a daemon, and with it one download and one copy in the page cache, and may come
+and go in any order; a daemon ends when its last user leaves.
+
+What a daemon needs to go on after this plugin is in the keeper, under the name of its mountpoint:
+the session with the kernel and the spec, credentials included, which are nowhere else. Its record
+on disk (`csi/staged.py`) is for the case that the keeper has lost it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from grpc import StatusCode
+
+from csi import mounts
+from csi.errors import RpcError
+from csi.staged import DaemonRecord, State
+from csi.volumes import Volume
+from lazyfs.errors import LazyfsError, MountError
+from lazyfs.mount import syscalls
+from lazyfs.mount.handover import SPEC
+from lazyfs.mount.keeper import KeeperClient, KeeperError, connect
+from lazyfs.mount.spec import Credentials, MountSpec, StaticCredentials, WebIdentity
+from lazyfs.mount.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+
+# Daemons started at once when the plugin starts: each takes about a second of a processor.
+RESUMED_AT_ONCE = 4
+# Between attempts to start a daemon that somebody uses.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
+START_TIMEOUT_S = 120.0
+
+
+class Daemon:
+    """One daemon and those who use it.
+
+    Attributes:
+        name: of its own.
+        mountpoint: where it mounts.
+        spec: what it serves; without the credentials where the keeper has lost them.
+        needs_credentials: it was given some once.
+        users: the paths that are bind mounts of it.
+        retired: its last user left: it is ending.
+        refusal: why it could not be started when that was tried last.
+    """
+
+    def __init__(
+        self, name: str, mountpoint: Path, spec: MountSpec, needs_credentials: bool
+    ) -> None:
+        self.name = name
+        self.mountpoint = mountpoint
+        self.spec = spec
+        self.needs_credentials = needs_credentials
+        self.users: set[str] = set()
+        self.retired = False
+        self.refusal: str | None = None
+        self._lock = threading.Lock()
+        self._supervisor: Supervisor | None = None
+        self._ended = threading.Event()
+
+    @property
+    def supervisor(self) -> Supervisor | None:
+        """Looks after its worker, as long as there is a mount."""
+        return None if self._ended.is_set() else self._supervisor
+
+    @property
+    def device(self) -> str | None:
+        """The device number of its filesystem; None if there is no mount."""
+        return self.supervisor.device if self.supervisor else None
+
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong, in words; None if nothing is known to be."""
+        if self.supervisor is None:
+            return self.refusal or "its daemon is not running yet"
+        return self.supervisor.trouble
+
+    def status(self) -> dict[str, Any]:
+        """What its worker says of itself. Raises LazyfsError when it says nothing."""
+        if self.supervisor is None:
+            raise MountError(f"{self.spec.source}: {self.trouble}")
+        return self.supervisor.status()
+
+    def serves(self, volume: Volume, credentials: Credentials | None) -> bool:
+        """Whether it is what a volume with these credentials needs."""
+        if self.needs_credentials and self.spec.credentials is None:
+            return False  # whose they were is not known
+        return self.is_of(volume) and _same(self.spec.credentials, credentials)
+
+    def is_of(self, volume: Volume) -> bool:
+        """Whether it serves that source, with those options, with whatever credentials."""
+        return (self.spec.source, dict(self.spec.options)) == (volume.source, dict(volume.options))
+
+    @contextmanager
+    def locked(self, timeout_s: float) -> Iterator[None]:
+        """Be the only one that starts it, ends it or changes its credentials.
+
+        Raises:
+            RpcError: somebody else is at it for longer than the timeout.
+        """
+        if not self._lock.acquire(timeout=timeout_s):
+            raise RpcError(
+                StatusCode.DEADLINE_EXCEEDED, f"{self.spec.source}: its daemon is being started"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def adopt(self, supervisor: Supervisor, ended: threading.Event) -> None:
+        """It is mounted."""
+        self._supervisor, self._ended = supervisor, ended
+        self.refusal = None
+
+
+class Daemons:
+    """All daemons of the node.
+
+    Args:
+        state: where they are remembered.
+        directory: where each gets its mountpoint.
+        keeper: the keeper's socket.
+        on_mount: called when the mount of a daemon is there, or there anew; from any thread.
+    """
+
+    def __init__(
+        self, state: State, directory: Path, keeper: Path, on_mount: Callable[[Daemon], None]
+    ) -> None:
+        self._state = state
+        self._directory = directory
+        self._keeper = keeper
+        self._on_mount = on_mount
+        self._lock = threading.Lock()
+        self._daemons: dict[str, Daemon] = {}
+        self._closing = threading.Event()
+        self._resuming = threading.BoundedSemaphore(RESUMED_AT_ONCE)
+        directory.mkdir(mode=0o700, exist_ok=True)
+
+    def recover(self, users: Mapping[str, Collection[str]]) -> None:
+        """Take up what a former plugin of this boot left; returns before all of it serves.
+
+        Args:
+            users: by the name of a daemon.
+        """
+        for record in self._state.daemons():
+            if record.name not in users:
+                self._state.remove_daemon(record.name)
+                continue
+            mountpoint = self._directory / record.name
+            spec = MountSpec(record.source, str(mountpoint), record.options)
+            daemon = Daemon(record.name, mountpoint, spec, record.needs_credentials)
+            daemon.users.update(users[record.name])
+            self._daemons[record.name] = daemon
+        known = set(self._daemons)
+        for path in self._directory.iterdir():
+            if path.name not in known:
+                log.info("%s: left behind: cleaned up", path)
+                self._clear(path)
+        for daemon in list(self._daemons.values()):
+            threading.Thread(target=self._resume, args=[daemon], daemon=True).start()
+
+    def close(self) -> None:
+        """End all workers and leave the mounts to the next plugin."""
+        self._closing.set()
+        with self._lock:
+            supervisors = [each.supervisor for each in self._daemons.values() if each.supervisor]
+        # All at once: each takes as long as it takes to finish what it does.
+        with ThreadPoolExecutor(max(1, len(supervisors))) as threads:
+            list(threads.map(Supervisor.leave, supervisors))
+
+    def check_keeper(self) -> None:
+        """Raises KeeperError when the keeper does not answer."""
+        with self._client() as keeper:
+            keeper.names()
+
+    def get(self, name: str) -> Daemon | None:
+        """The daemon of that name."""
+        with self._lock:
+            return self._daemons.get(name)
+
+    def reserve(self, volume: Volume, credentials: Credentials | None, user: str) -> Daemon:
+        """A daemon for a volume, that is used by `user` from now on: one there is, or a new one.
+
+        It need not run yet: see `ensure`.
+        """
+        with self._lock:
+            for daemon in self._daemons.values():
+                if not daemon.retired and daemon.serves(volume, credentials):
+                    daemon.users.add(user)
+                    return daemon
+            name = secrets.token_hex(8)
+            mountpoint = self._directory / name
+            spec = volume.mount_spec(str(mountpoint), credentials)
+            daemon = self._daemons[name] = Daemon(name, mountpoint, spec, credentials is not None)
+            daemon.users.add(user)
+            return daemon
+
+    def use(self, daemon: Daemon, user: str) -> None:
+        """That daemon is used by `user` as well from now on."""
+        with self._lock:
+            daemon.users.add(user)
+
+    def ensure(self, daemon: Daemon, credentials: Credentials | None, timeout_s: float) -> str:
+        """Have a daemon run, with these credentials if any are given; its filesystem's device.
+
+        Raises:
+            LazyfsError: it cannot be started, with its own reason, or not in time.
+            KeeperError: the keeper is not there.
+        """
+        with daemon.locked(timeout_s):
+            if daemon.supervisor is None:
+                self._start(daemon, credentials, timeout_s)
+            elif credentials is not None and credentials != daemon.spec.credentials:
+                daemon.supervisor.replace_credentials(credentials)
+                daemon.spec = _with(daemon.spec, credentials)
+            if daemon.device is None:
+                raise MountError(f"{daemon.mountpoint}: the daemon's mount is not there")
+            return daemon.device
+
+    def release(self, name: str, user: str) -> None:
+        """`user` is gone. The daemon ends if that was its last one."""
+        with self._lock:
+            daemon = self._daemons.get(name)
+            if daemon is None:
+                return
+            daemon.users.discard(user)
+            if daemon.users:
+                return
+            daemon.retired = True
+        with daemon.locked(START_TIMEOUT_S):
+            if daemon.supervisor is not None:
+                daemon.supervisor.stop()
+            self._clear(daemon.mountpoint)
+            self._state.remove_daemon(name)
+        with self._lock:
+            self._daemons.pop(name, None)
+
+    def _start(self, daemon: Daemon, credentials: Credentials | None, timeout_s: float) -> None:
+        """Start a daemon, or have one go on, and see that its record is there."""
+        kept = self._kept_spec(daemon.mountpoint)
+        if kept is None:
+            # Of a session that nobody has: what uses it gets an error and does not wait.
+            _detach(daemon.mountpoint)
+        else:
+            daemon.spec = kept
+        if credentials is not None:
+            daemon.spec = _with(daemon.spec, credentials)
+        if daemon.needs_credentials and daemon.spec.credentials is None:
+            daemon.refusal = (
+                "the keeper was restarted, and with it the credentials are lost; "
+                "delete the pods that use the volume on this node, so that it is staged again"
+            )
+            raise RpcError(
+                StatusCode.FAILED_PRECONDITION, f"{daemon.spec.source}: {daemon.refusal}"
+            )
+        try:
+            daemon.mountpoint.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise MountError(f"{daemon.mountpoint}: {error.strerror}") from error
+        spec = daemon.spec
+        self._state.save_daemon(
+            DaemonRecord(daemon.name, spec.source, spec.options, daemon.needs_credentials)
+        )
+        ended = threading.Event()
+        supervisor = Supervisor(
+            spec, lambda: connect(self._keeper), leash=True,
+            on_end=ended.set, on_new_mount=lambda: self._on_mount(daemon),
+        )  # fmt: skip
+        supervisor.start(timeout_s)
+        daemon.adopt(supervisor, ended)
+
+    def _resume(self, daemon: Daemon) -> None:
+        """Have a daemon of a former plugin run again, however long that takes."""
+        pause_s = FIRST_PAUSE_S
+        while daemon.users and not self._closing.is_set():
+            try:
+                with self._resuming:
+                    self.ensure(daemon, None, START_TIMEOUT_S)
+                self._on_mount(daemon)
+                return
+            except (LazyfsError, KeeperError) as error:
+                if str(error) != daemon.refusal:
+                    log.warning("%s: %s; tried again", daemon.spec.source, error)
+                daemon.refusal = str(error)
+            except Exception:
+                log.exception("%s: cannot be resumed", daemon.spec.source)
+            self._closing.wait(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def _kept_spec(self, mountpoint: Path) -> MountSpec | None:
+        """What the keeper has of a daemon."""
+        with self._client() as keeper:
+            kept = keeper.fetch(str(mountpoint))
+        try:
+            return MountSpec.from_descriptor(kept[SPEC]) if SPEC in kept else None
+        finally:
+            for descriptor in kept.values():
+                os.close(descriptor)
+
+    def _clear(self, mountpoint: Path) -> None:
+        """Forget a daemon that does not run: its mount, its session, its directory."""
+        _detach(mountpoint)
+        try:
+            with self._client() as keeper:
+                keeper.drop(str(mountpoint))
+        except KeeperError as error:
+            log.warning("%s: %s", mountpoint, error)
+        with suppress(MountError):
+            mounts.remove_directory(mountpoint)
+
+    def _client(self) -> closing[KeeperClient]:
+        return closing(KeeperClient.connect(self._keeper))
+
+
+def _detach(mountpoint: Path) -> None:
+    """Take away a mount of ours that nobody serves; who waits for it gets an error."""
+    entry = syscalls.find_mount(mountpoint)
+    if entry is not None and entry.filesystem_type == syscalls.FILESYSTEM_TYPE:
+        syscalls.unmount(mountpoint, lazy=True)
+        syscalls.abort(entry.device)
+
+
+def _with(spec: MountSpec, credentials: Credentials) -> MountSpec:
+    return MountSpec(spec.source, spec.mountpoint, spec.options, credentials)
+
+
+def _same(ours: Credentials | None, theirs: Credentials | None) -> bool:
+    """Whether credentials are of the same identity: equal, or tokens of one service account."""
+    if isinstance(ours, WebIdentity) and isinstance(theirs, WebIdentity):
+        return (ours.role_arn, ours.session_name) == (theirs.role_arn, theirs.session_name)
+    if isinstance(ours, StaticCredentials) and isinstance(theirs, StaticCredentials):
+        return ours == theirs
+    return ours is theirs is None

@@ -1,0 +1,32 @@
+"""The keeper of a node, as a program: `python -m csi.keeper SOCKET`.
+
+It is not restarted when the rest of the driver is upgraded, so it is as small as can be: the
+standard library, and what `lazyfs/mount/keeper.py` does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from lazyfs.mount.keeper import Keeper, KeeperError
+from lazyfs.mount.privileges import protect_from_oom
+
+
+def main(socket: Path) -> int:
+    """Keep descriptors until SIGTERM or SIGINT; the exit code."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # As the first process of a container it is not ended by signals that nobody handles.
+        signal.signal(number, lambda *_: os._exit(0))
+    protect_from_oom()
+    try:
+        Keeper().serve_at(socket)
+    except KeeperError as error:
+        print(f"lazyfs-csi: {error}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,146 @@
+"""Bind mounts of a volume at the paths that the node was asked for, and paths that are safe to use.
+
+Nothing here asks the mounted filesystem anything: its daemon may be down, and then whoever asks
+waits. What is mounted where is read from `/proc/self/mountinfo`. Nothing here deletes a file
+either: a path is unmounted, and then an empty directory is removed by rmdir(2), which cannot do
+more.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+from pathlib import Path
+
+from csi.errors import InvalidArgumentError
+from lazyfs.errors import MountError
+from lazyfs.mount import syscalls
+
+# linux/mount.h
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND = 1, 2, 4, 8, 32, 4096
+# A model is data. What a bind mount of a volume is like, whatever was asked for.
+FLAGS = _MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+# limits.h: PATH_MAX, with its ending zero byte.
+LONGEST_PATH_BYTES = 4095
+# More mounts at one path than anybody makes by mistake.
+_MOST_LAYERS = 32
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def safe_path(what: str, text: str) -> Path:
+    """A path of a request, with the links in its directories followed, as the kernel names mounts.
+
+    Args:
+        what: names the field in messages.
+
+    Raises:
+        InvalidArgumentError: it is missing, relative, too long, not plain, or a symbolic link.
+    """
+    if not text:
+        raise InvalidArgumentError(f"{what} is missing")
+    if len(os.fsencode(text)) > LONGEST_PATH_BYTES:
+        raise InvalidArgumentError(f"{what} is longer than {LONGEST_PATH_BYTES} bytes")
+    if not text.isprintable():
+        raise InvalidArgumentError(f"{what} has control characters: {text!r}")
+    parts = text.rstrip("/").split("/")
+    if parts[0] != "" or len(parts) < 2 or any(part in (".", "..") for part in parts):
+        raise InvalidArgumentError(
+            f"{what}: {text!r} is not allowed: an absolute path without '.' and '..'"
+        )
+    path = Path("/".join(parts))
+    path = Path(os.path.realpath(path.parent), path.name)
+    # lstat(2) of a mountpoint asks what is mounted there.
+    if not is_mountpoint(path) and path.is_symlink():
+        raise InvalidArgumentError(f"{what}: {text!r} is a symbolic link")
+    return path
+
+
+def is_mountpoint(path: Path) -> bool:
+    """Whether anything is mounted there."""
+    return syscalls.find_mount(path) is not None
+
+
+def shows(path: Path, device: str) -> bool:
+    """Whether what is mounted there last is the filesystem of that device number."""
+    entry = syscalls.find_mount(path)
+    return entry is not None and entry.device == device
+
+
+def bind(source: Path, target: Path, device: str) -> None:
+    """Mount at `target`, read-only, what is mounted at `source`; nothing is done if it is there.
+
+    What is there of another filesystem of ours, a mount whose daemon is gone, is taken away first.
+
+    Args:
+        target: made if it is missing; its parent must be there.
+        device: of the filesystem at `source`: anything else that turns up there is refused.
+
+    Raises:
+        MountError: it is not possible; then nothing is left mounted that was not before.
+    """
+    if shows(target, device):
+        return
+    unbind(target)
+    if entry := syscalls.find_mount(target):
+        raise MountError(
+            f"{target}: {entry.source} ({entry.filesystem_type}) is mounted there already"
+        )
+    try:
+        target.mkdir(mode=0o750, exist_ok=True)
+        if not stat.S_ISDIR(target.lstat().st_mode):
+            raise MountError(f"{target}: is there and is not a directory")
+    except OSError as error:
+        raise MountError(f"{target}: cannot be made: {error.strerror}") from error
+    _mount(source, target, _MS_BIND)
+    try:
+        if not shows(target, device):
+            raise MountError(f"{source}: the volume is no longer mounted there")
+        _mount(None, target, _MS_REMOUNT | _MS_BIND | FLAGS)
+    except MountError:
+        syscalls.unmount(target, lazy=True)
+        raise
+
+
+def unbind(target: Path) -> None:
+    """Unmount what is of ours at `target`, even if it is in use, and leave the directory.
+
+    What somebody else has mounted there stays, and what is below it.
+
+    Raises:
+        MountError: it is not possible.
+    """
+    for _ in range(_MOST_LAYERS):
+        entry = syscalls.find_mount(target)
+        if entry is None or entry.filesystem_type != syscalls.FILESYSTEM_TYPE:
+            return
+        try:
+            syscalls.unmount(target)
+        except MountError:
+            syscalls.unmount(target, lazy=True)
+    raise MountError(f"{target}: more than {_MOST_LAYERS} mounts are there")
+
+
+def remove_directory(path: Path) -> None:
+    """Remove an empty directory where nothing is mounted; nothing is done if it is not there.
+
+    Raises:
+        MountError: it is not empty, or something is mounted there.
+    """
+    if is_mountpoint(path):
+        raise MountError(f"{path}: is still a mountpoint")
+    try:
+        path.rmdir()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise MountError(f"{path}: cannot be removed: {error.strerror}") from error
+
+
+def _mount(source: Path | None, target: Path, flags: int) -> None:
+    encoded = None if source is None else os.fsencode(source)
+    if _libc.mount(encoded, os.fsencode(target), None, ctypes.c_ulong(flags), None) != 0:
+        number = ctypes.get_errno()
+        hint = "; CAP_SYS_ADMIN is needed" if number == 1 else ""
+        raise MountError(f"{target}: bind mount failed: {os.strerror(number)}{hint}")

@@ -1,0 +1,272 @@
+"""The Node service: volumes put at paths of this node, and what is to be said of them.
+
+Each RPC reads: validate, lock the volume, act, answer. Every one can be called again, at any time
+and after any failure.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+from grpc import ServicerContext, StatusCode
+
+from csi import credentials, csi_pb2
+from csi.attachments import Attachments
+from csi.csi_pb2_grpc import NodeServicer
+from csi.daemons import Daemon
+from csi.errors import InvalidArgumentError, RpcError
+from csi.mounts import safe_path
+from csi.staged import Place
+from csi.volumes import Rules, Volume, check_capability, check_text
+from lazyfs.errors import LazyfsError
+from lazyfs.mount.spec import Credentials
+
+log = logging.getLogger(__name__)
+
+EPHEMERAL = "csi.storage.k8s.io/ephemeral"
+# kubelet gives a call two minutes; without a deadline as long.
+TIMEOUT_S = 115.0
+# Of a deadline, for what is to be undone, and for the answer.
+RESERVE_S = 3.0
+POLL_S = 0.2
+# When nothing was under way for so long, as much is here as there is room for.
+REST_S = 3.0
+
+_Rpc = csi_pb2.NodeServiceCapability.RPC
+
+
+class Node(NodeServicer):
+    """Answers for one node.
+
+    Args:
+        node_id: the name of the node.
+        rules: what volumes may set.
+        attachments: what is where.
+        inline_node_role: whether an inline volume, which anybody who makes pods can write, may be
+            read with the plugin's own credentials.
+    """
+
+    def __init__(
+        self, node_id: str, rules: Rules, attachments: Attachments, *, inline_node_role: bool
+    ) -> None:
+        self._node_id = node_id
+        self._rules = rules
+        self._attachments = attachments
+        self._inline_node_role = inline_node_role
+
+    def NodeStageVolume(
+        self, request: csi_pb2.NodeStageVolumeRequest, context: ServicerContext
+    ) -> csi_pb2.NodeStageVolumeResponse:
+        """Mount a volume at the staging path, and return as soon as it can be used.
+
+        A volume with `roleArn` is only written down: the token that it needs comes with a pod.
+        """
+        until = _deadline(context)
+        check_text("volume_id", request.volume_id)
+        path = safe_path("staging_target_path", request.staging_target_path)
+        volume = self._volume(request.volume_context, request.volume_capability)
+        given = credentials.of_stage(volume, request.secrets)
+        with self._attachments.locks.held(request.volume_id):
+            if volume.role_arn:
+                self._attachments.note(request.volume_id, path)
+                return csi_pb2.NodeStageVolumeResponse()
+            daemon = self._attachments.put(
+                request.volume_id, path, "staging", volume, given, until - time.monotonic()
+            )
+            _wait_for(volume, daemon, until)
+        return csi_pb2.NodeStageVolumeResponse()
+
+    def NodeUnstageVolume(
+        self, request: csi_pb2.NodeUnstageVolumeRequest, context: ServicerContext
+    ) -> csi_pb2.NodeUnstageVolumeResponse:
+        """Unmount a volume from the staging path, even if its daemon is dead."""
+        check_text("volume_id", request.volume_id)
+        path = safe_path("staging_target_path", request.staging_target_path)
+        with self._attachments.locks.held(request.volume_id):
+            self._attachments.take_away(request.volume_id, path, "staging")
+        return csi_pb2.NodeUnstageVolumeResponse()
+
+    def NodePublishVolume(
+        self, request: csi_pb2.NodePublishVolumeRequest, context: ServicerContext
+    ) -> csi_pb2.NodePublishVolumeResponse:
+        """Bind-mount a volume, read-only, where a pod finds it; called again, renew its token."""
+        until = _deadline(context)
+        check_text("volume_id", request.volume_id)
+        target = safe_path("target_path", request.target_path)
+        attributes = request.volume_context
+        volume = self._volume(attributes, request.volume_capability)
+        given = credentials.of_publish(volume, request.secrets, attributes)
+        inline = attributes.get(EPHEMERAL) == "true"
+        with self._attachments.locks.held(request.volume_id):
+            via = None
+            if inline:
+                self._check_inline(volume, given)
+            else:
+                staged = self._staged(request.volume_id, request.staging_target_path)
+                via = staged if given is None else None
+            daemon = self._attachments.put(
+                request.volume_id, target, "target", volume, given, until - time.monotonic(), via
+            )
+            if via is None:
+                _wait_for(volume, daemon, until)
+        return csi_pb2.NodePublishVolumeResponse()
+
+    def NodeUnpublishVolume(
+        self, request: csi_pb2.NodeUnpublishVolumeRequest, context: ServicerContext
+    ) -> csi_pb2.NodeUnpublishVolumeResponse:
+        """Unmount a volume from a pod's path and remove that, even if its daemon is dead."""
+        check_text("volume_id", request.volume_id)
+        target = safe_path("target_path", request.target_path)
+        with self._attachments.locks.held(request.volume_id):
+            self._attachments.take_away(request.volume_id, target, "target")
+        return csi_pb2.NodeUnpublishVolumeResponse()
+
+    def NodeGetVolumeStats(
+        self, request: csi_pb2.NodeGetVolumeStatsRequest, context: ServicerContext
+    ) -> csi_pb2.NodeGetVolumeStatsResponse:
+        """The size of the model, how much of it is on this node, and what is wrong, if anything.
+
+        Nothing can fill up: `available` is the size, however much of it is here (`used`).
+        """
+        check_text("volume_id", request.volume_id)
+        path = safe_path("volume_path", request.volume_path)
+        place = self._attachments.place(request.volume_id, path)
+        if place is None:
+            raise RpcError(
+                StatusCode.NOT_FOUND, f"volume {request.volume_id} is not at {request.volume_path}"
+            )
+        trouble = self._attachments.trouble(path, place)
+        condition = csi_pb2.VolumeCondition(
+            abnormal=trouble is not None, message=trouble or "the volume is served"
+        )
+        return csi_pb2.NodeGetVolumeStatsResponse(
+            usage=self._usage(place), volume_condition=condition
+        )
+
+    def NodeGetCapabilities(
+        self, request: csi_pb2.NodeGetCapabilitiesRequest, context: ServicerContext
+    ) -> csi_pb2.NodeGetCapabilitiesResponse:
+        kinds = (
+            _Rpc.STAGE_UNSTAGE_VOLUME,
+            _Rpc.GET_VOLUME_STATS,
+            _Rpc.VOLUME_CONDITION,
+            # Otherwise kubelet would want to change the group of every file.
+            _Rpc.VOLUME_MOUNT_GROUP,
+        )
+        return csi_pb2.NodeGetCapabilitiesResponse(
+            capabilities=[csi_pb2.NodeServiceCapability(rpc=_Rpc(type=kind)) for kind in kinds]
+        )
+
+    def NodeGetInfo(
+        self, request: csi_pb2.NodeGetInfoRequest, context: ServicerContext
+    ) -> csi_pb2.NodeGetInfoResponse:
+        return csi_pb2.NodeGetInfoResponse(node_id=self._node_id)
+
+    def _volume(
+        self, attributes: Mapping[str, str], capability: csi_pb2.VolumeCapability
+    ) -> Volume:
+        check_capability(capability)
+        volume = self._rules.volume(attributes, capability.mount.mount_flags)
+        return _with_group(volume, capability.mount.volume_mount_group)
+
+    def _staged(self, volume_id: str, staging_target_path: str) -> Daemon | None:
+        """The daemon of a volume that was staged; None if its daemons come with the pods.
+
+        Raises:
+            RpcError: it is not staged there.
+        """
+        path = safe_path("staging_target_path", staging_target_path)
+        place = self._attachments.place(volume_id, path)
+        daemon = self._attachments.daemons.get(place.daemon) if place and place.daemon else None
+        if place is None or place.kind != "staging" or (place.daemon and daemon is None):
+            raise RpcError(
+                StatusCode.FAILED_PRECONDITION,
+                f"volume {volume_id} is not staged at {staging_target_path}",
+            )
+        return daemon
+
+    def _check_inline(self, volume: Volume, given: Credentials | None) -> None:
+        unsigned = volume.mount_options.no_sign_request
+        if given is None and not unsigned and not self._inline_node_role:
+            raise RpcError(
+                StatusCode.PERMISSION_DENIED,
+                "an inline volume may not be read with the node's own credentials: give it "
+                "nodePublishSecretRef, roleArn or noSignRequest, or start the driver with "
+                "--inline-node-role",
+            )
+
+    def _usage(self, place: Place) -> list[csi_pb2.VolumeUsage]:
+        daemon = self._attachments.daemons.get(place.daemon) if place.daemon else None
+        if daemon is None:
+            return []
+        try:
+            status = daemon.status()
+        except LazyfsError:
+            return []  # its condition says why
+        size, files = status["size_bytes"], status["files"]
+        here = status["prefetch"]["there_bytes"]
+        unit = csi_pb2.VolumeUsage.Unit
+        return [
+            csi_pb2.VolumeUsage(unit=unit.BYTES, total=size, used=here, available=size),
+            csi_pb2.VolumeUsage(unit=unit.INODES, total=files, used=files, available=0),
+        ]
+
+
+def _deadline(context: ServicerContext) -> float:
+    """When an RPC must have done what it does, by the monotonic clock."""
+    remaining_s = context.time_remaining()
+    limit_s = TIMEOUT_S if remaining_s is None else min(TIMEOUT_S, remaining_s - RESERVE_S)
+    return time.monotonic() + max(limit_s, 0.0)
+
+
+def _with_group(volume: Volume, group: str) -> Volume:
+    """The volume for pods of a group (fsGroup), where a group makes a difference.
+
+    Files that everybody can read need none; with one, pods of two groups could not share a daemon.
+    """
+    if not group:
+        return volume
+    if not group.isdecimal():
+        raise InvalidArgumentError(f"volume_mount_group: {group!r} is not the number of a group")
+    options = volume.mount_options
+    if options.gid is not None or options.file_mode & 0o004:
+        return volume
+    return replace(volume, options={**volume.options, "gid": group})
+
+
+def _wait_for(volume: Volume, daemon: Daemon, until: float) -> None:
+    """Wait until the headers or the model is here, if the volume says so.
+
+    What there is no room for before it is read is not waited for.
+
+    Raises:
+        RpcError: it is not here yet at the deadline. The volume stays mounted, and goes on.
+    """
+    if volume.wait_for is None:
+        return
+    busy_at_s = time.monotonic()
+    why = "not known yet"
+    while time.monotonic() < until:
+        try:
+            status = daemon.status()
+            if status["ready"][volume.wait_for]:
+                return
+            prefetch = status["prefetch"]
+            why = f"{prefetch['there_bytes']} of {prefetch['wanted_bytes']} bytes are here"
+            why += f": {status['trouble']}" if status["trouble"] else ""
+            if not prefetch["planned"] or status["in_flight"] or status["trouble"]:
+                busy_at_s = time.monotonic()
+        except LazyfsError as error:
+            why = str(error)
+            busy_at_s = time.monotonic()
+        if time.monotonic() - busy_at_s > REST_S:
+            log.info("%s: waitFor %s: %s, and more would have no room", volume.source,
+                     volume.wait_for, why)  # fmt: skip
+            return
+        time.sleep(POLL_S)
+    raise RpcError(
+        StatusCode.DEADLINE_EXCEEDED, f"{volume.source}: waitFor {volume.wait_for}: {why}"
+    )

@@ -1,0 +1,159 @@
+"""What the node plugin remembers on disk: which volume is at which path, served by which daemon.
+
+Plain JSON below `--state-dir`, one small file each, replaced as a whole:
+
+    volumes/DIGEST.json   a volume: the paths where it was put
+    daemons/NAME.json     a daemon: what it serves, without credentials
+
+A record is written before what it describes is done and removed after that is undone: what is left
+by a plugin that was killed half way is found in a record. All of it is of one boot of the machine,
+whose id is in each file: mounts do not outlive a boot, so neither do records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lazyfs.errors import MountError
+from lazyfs.mount.keeper import private_directory
+
+log = logging.getLogger(__name__)
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+Kind = Literal["staging", "target"]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A path where a volume is.
+
+    Attributes:
+        kind: what asked for it: NodeStageVolume, or NodePublishVolume.
+        daemon: the name of the one that serves it; None: a staged volume whose daemons start with
+            the pods, because they need what only a pod brings.
+        renewed: when it was mounted anew after its mount was lost, as ISO 8601.
+    """
+
+    kind: Kind
+    daemon: str | None
+    renewed: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeRecord:
+    """One volume of this node, and its places by path."""
+
+    volume_id: str
+    places: Mapping[str, Place] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonRecord:
+    """One daemon.
+
+    Attributes:
+        source: `s3://bucket/prefix`.
+        options: texts by option name.
+        needs_credentials: it was given some, which are not on disk.
+    """
+
+    name: str
+    source: str
+    options: Mapping[str, str | list[str]]
+    needs_credentials: bool
+
+
+class State:
+    """The records below one directory.
+
+    Raises:
+        MountError: the directory cannot be used, or others can write to it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._volumes = directory / "volumes"
+        self._daemons = directory / "daemons"
+        self._boot_id = _BOOT_ID.read_text().strip()
+        try:
+            for each in (directory, self._volumes, self._daemons):
+                private_directory(each)
+        except OSError as error:
+            raise MountError(f"--state-dir: {error}") from error
+
+    def volume(self, volume_id: str) -> VolumeRecord:
+        """The record of a volume; without places if there is none."""
+        fields = self._read(self._volume_path(volume_id))
+        return _volume(fields) if fields else VolumeRecord(volume_id)
+
+    def volumes(self) -> list[VolumeRecord]:
+        """Of all volumes."""
+        return [_volume(fields) for fields in self._read_all(self._volumes)]
+
+    def save_volume(self, record: VolumeRecord) -> None:
+        """Write it, or remove it if it has no places. Raises MountError."""
+        path = self._volume_path(record.volume_id)
+        if record.places:
+            self._write(path, asdict(record))
+        else:
+            path.unlink(missing_ok=True)
+
+    def daemons(self) -> list[DaemonRecord]:
+        """Of all daemons."""
+        return [DaemonRecord(**fields) for fields in self._read_all(self._daemons)]
+
+    def save_daemon(self, record: DaemonRecord) -> None:
+        """Write it. Raises MountError."""
+        self._write(self._daemons / f"{record.name}.json", asdict(record))
+
+    def remove_daemon(self, name: str) -> None:
+        """Forget it."""
+        (self._daemons / f"{name}.json").unlink(missing_ok=True)
+
+    def _volume_path(self, volume_id: str) -> Path:
+        # An id may be longer than a file name and have any letters.
+        digest = hashlib.blake2b(volume_id.encode(), digest_size=16).hexdigest()
+        return self._volumes / f"{digest}.json"
+
+    def _read_all(self, directory: Path) -> Iterator[dict[str, Any]]:
+        for path in sorted(directory.glob("*.json")):
+            fields = self._read(path)
+            if fields is None:
+                path.unlink(missing_ok=True)
+            else:
+                yield fields
+
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        """The fields of a record of this boot; None if there is none."""
+        try:
+            fields: dict[str, Any] = json.loads(path.read_bytes())
+            if fields.pop("boot_id") == self._boot_id:
+                return fields
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            # Replaced as a whole, so somebody else, or a failing disk, did this.
+            log.error("%s: is not a record (%s); what it was about is cleaned up", path, error)
+        return None
+
+    def _write(self, path: Path, fields: dict[str, Any]) -> None:
+        content = json.dumps({"boot_id": self._boot_id, **fields}, indent=1)
+        try:
+            # Not synced to the disk: after a power failure it is another boot.
+            new = path.with_suffix(".new")
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                file.write(content)
+            new.replace(path)
+        except OSError as error:
+            raise MountError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _volume(fields: dict[str, Any]) -> VolumeRecord:
+    places = {path: Place(**place) for path, place in fields["places"].items()}
+    return VolumeRecord(fields["volume_id"], places)
