@@ -23,6 +23,7 @@ import trio
 from lazyfs.cache import BlockCache
 from lazyfs.catalog import Catalog
 from lazyfs.control.measure import measure
+from lazyfs.control.recording import recording
 from lazyfs.control.scrape import listen, serve_metrics
 from lazyfs.control.server import Route, serve_control
 from lazyfs.control.status import Status
@@ -170,6 +171,7 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
 def _routes(source: Source, status: Status) -> dict[tuple[str, str], Route]:
     return {
         ("GET", "/status"): lambda _: status.describe(),
+        ("GET", "/report"): lambda _: recording(status),
         ("GET", "/metrics"): lambda _: _metrics(status),
         ("GET", "/metrics.json"): lambda _: measure(status),
         ("PUT", "/credentials"): lambda body: source.set_credentials(credentials_from(body)),

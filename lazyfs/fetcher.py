@@ -353,7 +353,7 @@ class BlockFetcher:
 
     async def _bring(self, job: Job, from_disk: bool) -> None:
         """One job, from its start until its waiters are answered."""
-        began_s = self._recorder.clock()
+        began_s = self._recorder.begun(job.block)
         try:
             obtained = await self._obtain(job)
         except SourceError as error:
@@ -384,7 +384,6 @@ class BlockFetcher:
             else:
                 self._queue_push(job.block, job.held)
         job.done.set()
-        self._recorder.settled(job.block)
         self.pump()
 
     def _fail(self, job: Job, error: SourceError) -> None:

@@ -21,6 +21,7 @@ COMMANDS = {
     "mount": "mounting",
     "umount": "mounting",
     "status": "status",
+    "report": "report",
     "upgrade": "mounting",
 }
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.table import Table
 
+from lazyfs.cli.mounts import Status, record_at, status_of
 from lazyfs.cli.tables import console, print_rows
-from lazyfs.control.client import ControlClient, ControlError
 from lazyfs.errors import MountError
 from lazyfs.kinds import format_duration, format_size
-from lazyfs.mount.runtime import MountRecord, control_socket, record_of, records
-
-Status = dict[str, Any]
+from lazyfs.mount.runtime import records
 
 
 @click.command()
@@ -49,30 +45,6 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
         print_rows(rows(described))
     if "error" in described:
         raise MountError(f"{described['mountpoint']}: {described['error']}")
-
-
-def record_at(mountpoint: Path) -> MountRecord:
-    """The record of the mount there. Raises MountError: there is none."""
-    path = Path(os.path.realpath(mountpoint))
-    record = record_of(path)
-    if record is None:
-        raise MountError(f"{path}: no lazyfs daemon serves it; `lazyfs status` lists those that do")
-    return record
-
-
-def status_of(record: MountRecord) -> Status:
-    """What a mount's worker says of itself; an `error` instead if it does not answer."""
-    try:
-        answer: Status = ControlClient(control_socket(Path(record.mountpoint))).get("/status")
-    except ControlError as error:
-        return {
-            "mountpoint": record.mountpoint,
-            "source": record.source,
-            "version": record.version,
-            "restarts": record.restarts,
-            "error": str(error),
-        }
-    return answer
 
 
 def rows(status: Status) -> list[tuple[str, str]]:

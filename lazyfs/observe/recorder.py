@@ -195,6 +195,11 @@ class Recorder:
 
     # Blocks
 
+    def begun(self, block: BlockId) -> float:
+        """A block is being brought; when. What was wrong with it before is the past."""
+        self._troubled.pop(block, None)
+        return self._now_s()
+
     def landed(
         self, file: File, block: BlockId, size: int, tier: Tier, purpose: Purpose, began_s: float
     ) -> None:
@@ -211,10 +216,6 @@ class Recorder:
         self.events.add(
             at_s, kind, purpose, self._number(file), block.number, size, now_s - began_s
         )
-
-    def settled(self, block: BlockId) -> None:
-        """All who waited for a block were answered; what was wrong with it is the past."""
-        self._troubled.pop(block, None)
 
     def failed(self, file: File, block: BlockId, error: SourceError) -> None:
         """A block could not be had."""

@@ -1,0 +1,37 @@
+"""Finds the mounts of this machine and asks their workers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lazyfs.control.client import ControlClient, ControlError
+from lazyfs.errors import MountError
+from lazyfs.mount.runtime import MountRecord, control_socket, record_of
+
+Status = dict[str, Any]
+
+
+def record_at(mountpoint: Path) -> MountRecord:
+    """The record of the mount there. Raises MountError: there is none."""
+    path = Path(os.path.realpath(mountpoint))
+    record = record_of(path)
+    if record is None:
+        raise MountError(f"{path}: no lazyfs daemon serves it; `lazyfs status` lists those that do")
+    return record
+
+
+def status_of(record: MountRecord) -> Status:
+    """What a mount's worker says of itself; an `error` instead if it does not answer."""
+    try:
+        answer: Status = ControlClient(control_socket(Path(record.mountpoint))).get("/status")
+    except ControlError as error:
+        return {
+            "mountpoint": record.mountpoint,
+            "source": record.source,
+            "version": record.version,
+            "restarts": record.restarts,
+            "error": str(error),
+        }
+    return answer

@@ -1,0 +1,38 @@
+"""What a worker has kept of its load, `GET /report`; `observe/load.py` makes sense of it."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+from lazyfs import __version__
+from lazyfs.control.status import Status
+
+
+def recording(status: Status) -> dict[str, Any]:
+    """All of it, as JSON can say it."""
+    recorder, options = status.recorder, status.options
+    path = status.catalog.tree.path
+    directories = [str(one.path) for one in status.cache.directories] if status.cache else []
+    return {
+        "about": {
+            "source": status.source,
+            "mountpoint": status.mountpoint,
+            "version": __version__,
+            "mounted_at_s": status.mounted_ns / 10**9,
+            "options": {
+                "prefetch": options.prefetch,
+                "block_size": options.block_size,
+                "memory_limit": options.memory_limit,
+                "page_cache": options.page_cache,
+                "cache_dir": ":".join(directories) or "none",
+                "max_concurrency": options.max_concurrency,
+                "requests_limit": status.fetcher.requests_limit,
+                "bandwidth_limit": options.bandwidth_limit,
+            },
+        },
+        "now_s": recorder.uptime_s,
+        "recorded": recorder.events.recorded,
+        "files": [(path(file), file.size_bytes) for file in recorder.files],
+        "events": base64.b64encode(recorder.events.dump()).decode(),
+    }

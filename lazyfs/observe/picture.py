@@ -1,0 +1,280 @@
+"""The picture of a load, as SVG: rate, waiting, and which part of the model was where when. Pure.
+
+Three panels share one time axis. In the lowest, height is the place in the model: files one above
+the other as they are named, a block at its offset. A load that goes as it should is a staircase:
+fetched (bars), then pushed into the page cache, then read (marks), each a little later.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from html import escape
+
+from lazyfs.kinds import format_duration, format_size
+from lazyfs.observe.events import Cause
+from lazyfs.observe.load import BlockLife, Load
+from lazyfs.observe.recorder import Tier
+from lazyfs.observe.verdict import Verdict
+
+WIDTH, LEFT, RIGHT = 1000, 150, 24
+RATE_TOP, RATE_HEIGHT = 92, 150
+WAIT_TOP, WAIT_HEIGHT = 276, 30
+MODEL_TOP, MODEL_HEIGHT = 340, 400
+AXIS_TOP = MODEL_TOP + MODEL_HEIGHT
+HEIGHT = AXIS_TOP + 84
+# Blocks of a row of the model are drawn as one where they touch; a row is so high.
+ROW = 2.0
+BINS = 200
+FILES_NAMED = 16
+NAME_LONGEST = 22
+
+FROM = {Tier.S3: "#4a86c5", Tier.DISK: "#8a6bb0"}
+PUSHED, READ, INK, FAINT = "#e39a2d", "#14693c", "#222", "#d9d9d9"
+BLAME = {
+    Cause.NETWORK: "#4a86c5",
+    Cause.THROTTLED: "#c0392b",
+    Cause.ERRORS: "#7b241c",
+    Cause.CREDENTIALS: "#b03a8c",
+    Cause.DISK: "#8a6bb0",
+    Cause.MEMORY: "#c98a00",
+    Cause.ORDER: "#2a9d8f",
+    Cause.NO_PREFETCH: "#6d6d6d",
+}
+
+
+class Picture:
+    """One load, drawn.
+
+    Args:
+        load: what happened.
+        verdict: what is to be said of it.
+    """
+
+    def __init__(self, load: Load, verdict: Verdict) -> None:
+        self._load = load
+        self._verdict = verdict
+        self._begin_s = load.begin_s
+        self._span_s = max(load.last_s - load.begin_s, 1e-3)
+        # Files that had blocks, as they are named, and where each begins in the model.
+        used = sorted({life.file for life in load.lives}, key=load.path)
+        self._starts: dict[int, int] = {}
+        self._total = 0
+        for file in used:
+            self._starts[file] = self._total
+            self._total += load.recording.files[file][1]
+        self._block_size = int(load.recording.about["options"]["block_size"])
+
+    def svg(self, *, alone: bool) -> str:
+        """The picture; `alone`: with title and verdict in it, to be a file of its own."""
+        parts = [*self._rate(), *self._waiting(), *self._model(), *self._axis()]
+        if alone:
+            parts += self._title()
+        top = 0 if alone else RATE_TOP - 26
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {top} {WIDTH} {HEIGHT - top}" '
+            f'width="{WIDTH}" height="{HEIGHT - top}" role="img" '
+            f'aria-label="{escape(self._verdict.headline)}" '
+            'font-family="system-ui, sans-serif" font-size="12">'
+            f'<rect x="0" y="{top}" width="{WIDTH}" height="{HEIGHT - top}" fill="#fff"/>'
+            f"{''.join(parts)}</svg>"
+        )
+
+    def _title(self) -> Iterator[str]:
+        about = self._load.recording.about
+        yield _text(16, 24, f"Load of {about['source']} at {about['mountpoint']}", size=16)
+        for line, words in enumerate(textwrap.wrap(self._verdict.headline, 150)[:2]):
+            yield _text(16, 44 + 16 * line, words)
+
+    def _x(self, at_s: float) -> float:
+        share = (at_s - self._begin_s) / self._span_s
+        return LEFT + min(1.0, max(0.0, share)) * (WIDTH - LEFT - RIGHT)
+
+    def _rate(self) -> Iterator[str]:
+        """Bytes a second from disk and, on top of them, from S3."""
+        load, bottom = self._load, RATE_TOP + RATE_HEIGHT
+        end_s = self._begin_s + self._span_s
+        disk, s3 = (load.rates(tier, self._begin_s, end_s, BINS) for tier in (Tier.DISK, Tier.S3))
+        both = [sum(pair) for pair in zip(disk, s3, strict=True)]
+        best = load.best_rate()
+        top = max([*both, best, 1.0]) * 1.08
+
+        def y(rate: float) -> float:
+            return bottom - rate / top * RATE_HEIGHT
+
+        yield _text(LEFT, RATE_TOP - 8, "rate: from S3, from disk", weight="bold")
+        for step in _steps(top):
+            yield _line(LEFT, y(step), WIDTH - RIGHT, y(step), FAINT)
+            yield _text(
+                LEFT - 6, y(step) + 4, f"{format_size(step)}/s", anchor="end", colour="#555"
+            )
+        for rates, tier in ((both, Tier.S3), (disk, Tier.DISK)):
+            if any(rates):
+                points = [f"{LEFT},{bottom}"]
+                width = (WIDTH - LEFT - RIGHT) / BINS
+                for number, rate in enumerate(rates):
+                    left = LEFT + number * width
+                    points += [f"{left:.1f},{y(rate):.1f}", f"{left + width:.1f},{y(rate):.1f}"]
+                points.append(f"{WIDTH - RIGHT},{bottom}")
+                yield f'<polygon points="{" ".join(points)}" fill="{FROM[tier]}"/>'
+        if best:
+            yield _line(LEFT, y(best), WIDTH - RIGHT, y(best), INK, dash="5 4")
+            words = f"best over a second: {format_size(best)}/s"
+            yield _text(WIDTH - RIGHT, y(best) - 5, words, anchor="end")
+
+    def _waiting(self) -> Iterator[str]:
+        """When readers waited, and for what."""
+        yield _text(LEFT - 6, WAIT_TOP + 19, "readers waited for", anchor="end", weight="bold")
+        yield _rect(LEFT, WAIT_TOP, WIDTH - LEFT - RIGHT, WAIT_HEIGHT, "#f3f3f3")
+        by_cause: defaultdict[Cause, list[tuple[float, float]]] = defaultdict(list)
+        for stall in self._load.stalls:
+            by_cause[stall.cause].append((stall.begin_s, stall.end_s))
+        for cause, times in by_cause.items():
+            for begin_s, end_s in _joined(times):
+                left, right = self._x(begin_s), self._x(end_s)
+                tip = (
+                    f"{cause.label.replace('_', ' ')}: {format_duration(end_s - begin_s)} "
+                    f"from {begin_s - self._begin_s:.2f} s"
+                )
+                yield _rect(
+                    left, WAIT_TOP, max(1.0, right - left), WAIT_HEIGHT, BLAME[cause], tip=tip
+                )
+
+    def _model(self) -> Iterator[str]:
+        """Which block was fetched, pushed and read when."""
+        yield _text(LEFT, MODEL_TOP - 8, "place in the model over time", weight="bold")
+        yield _rect(LEFT, MODEL_TOP, WIDTH - LEFT - RIGHT, MODEL_HEIGHT, "#fbfbfb")
+        yield from self._files()
+        load = self._load
+        if load.start_s is not None:
+            x = self._x(load.start_s)
+            yield _line(x, MODEL_TOP, x, AXIS_TOP, "#888", dash="2 3")
+            yield _text(x + 4, MODEL_TOP + 14, "first open", colour="#666")
+        for tier in (Tier.DISK, Tier.S3):
+            lives = [life for life in load.lives if life.tier is tier]
+            yield from self._bars(lives, FROM[tier])
+        yield from self._marks(lambda life: life.pushed_s, PUSHED)
+        yield from self._marks(lambda life: life.read_s, READ)
+
+    def _files(self) -> Iterator[str]:
+        """A line and, where there is space, a name for each file."""
+        files = list(self._starts)
+        last_y = -100.0
+        for file in files:
+            y = self._y(self._starts[file])
+            if len(files) <= 200:
+                yield _line(LEFT, y, WIDTH - RIGHT, y, FAINT)
+            if y - last_y >= MODEL_HEIGHT / FILES_NAMED:
+                last_y = y
+                path = self._load.path(file)
+                name = path.rpartition("/")[2]
+                if len(name) > NAME_LONGEST:
+                    name = f"{name[:9]}…{name[-12:]}"
+                yield _text(LEFT - 6, y + 11, name, anchor="end", colour="#555", tip=path)
+
+    def _y(self, place: float) -> float:
+        return MODEL_TOP + place / max(1, self._total) * MODEL_HEIGHT
+
+    def _rows(self, life: BlockLife) -> tuple[float, float]:
+        """Top and height of a block, on the grid of rows."""
+        begin = self._starts[life.file] + life.block * self._block_size
+        top = ROW * int(self._y(begin) / ROW)
+        return top, max(ROW, self._y(begin + life.size) - top)
+
+    def _bars(self, lives: Iterable[BlockLife], colour: str) -> Iterator[str]:
+        """From begun to landed; those of a row that touch are one."""
+        rows: defaultdict[tuple[float, float], list[tuple[float, float]]] = defaultdict(list)
+        for life in lives:
+            top, height = self._rows(life)
+            rows[top, round(height, 1)].append((life.begun_s, life.landed_s))
+        for (top, height), times in rows.items():
+            for begin_s, end_s in _joined(times):
+                left, right = self._x(begin_s), self._x(end_s)
+                yield _rect(left, top, max(1.0, right - left), height, colour, opacity=0.75)
+
+    def _marks(self, when: Callable[[BlockLife], float | None], colour: str) -> Iterator[str]:
+        seen: set[tuple[int, int]] = set()
+        for life in self._load.lives:
+            at_s = when(life)
+            if at_s is None:
+                continue
+            top, height = self._rows(life)
+            x = self._x(at_s)
+            if (round(x), round(top)) not in seen:
+                seen.add((round(x), round(top)))
+                yield _rect(x - 1, top, 2, height, colour)
+
+    def _axis(self) -> Iterator[str]:
+        for step in _steps(self._span_s, most=9):
+            x = self._x(self._begin_s + step)
+            yield _line(x, AXIS_TOP, x, AXIS_TOP + 5, INK)
+            yield _text(x, AXIS_TOP + 19, f"{step:g} s", anchor="middle")
+        yield _line(LEFT, AXIS_TOP, WIDTH - RIGHT, AXIS_TOP, INK)
+        legend = [("from S3", FROM[Tier.S3]), ("from disk", FROM[Tier.DISK]),
+                  ("into the page cache", PUSHED), ("read through the daemon", READ)]  # fmt: skip
+        yield from _legend(AXIS_TOP + 42, "blocks:", legend)
+        causes = sorted({stall.cause for stall in self._load.stalls})
+        waits = [(cause.label.replace("_", " "), BLAME[cause]) for cause in causes]
+        yield from _legend(AXIS_TOP + 64, "waiting:", waits or [("nobody waited", "#f3f3f3")])
+
+
+def _joined(times: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Intervals in order, those that overlap or touch made one."""
+    joined: list[tuple[float, float]] = []
+    for begin_s, end_s in sorted(times):
+        if joined and begin_s <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], end_s))
+        else:
+            joined.append((begin_s, end_s))
+    return joined
+
+
+def _steps(top: float, most: int = 4) -> list[float]:
+    """Round numbers from 0 up to `top`, so many at most."""
+    step = 1e-6
+    while top / step > most:
+        for factor in (2, 2.5, 2):
+            step *= factor
+            if top / step <= most:
+                break
+    return [step * number for number in range(int(top / step) + 1)]
+
+
+def _legend(y: float, title: str, items: list[tuple[str, str]]) -> Iterator[str]:
+    yield _text(LEFT - 6, y, title, anchor="end", colour="#555")
+    x = float(LEFT)
+    for name, colour in items:
+        yield _rect(x, y - 9, 12, 10, colour)
+        yield _text(x + 17, y, name)
+        x += 40 + 6.6 * len(name)
+
+
+def _text(
+    x: float, y: float, words: str, *, anchor: str = "start", colour: str = INK, size: int = 12,
+    weight: str = "normal", tip: str = "",
+) -> str:  # fmt: skip
+    title = f"<title>{escape(tip)}</title>" if tip else ""
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}" '
+        f'font-size="{size}" font-weight="{weight}">{title}{escape(words)}</text>'
+    )
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, colour: str, dash: str = "") -> str:
+    dashed = f' stroke-dasharray="{dash}"' if dash else ""
+    return (
+        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"{dashed}/>'
+    )
+
+
+def _rect(
+    x: float, y: float, width: float, height: float, colour: str, *, opacity: float = 1.0,
+    tip: str = "",
+) -> str:  # fmt: skip
+    faint = f' fill-opacity="{opacity}"' if opacity < 1 else ""
+    shape = (
+        f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
+        f'fill="{colour}"{faint}'
+    )
+    return f"{shape}><title>{escape(tip)}</title></rect>" if tip else f"{shape}/>"

@@ -1,0 +1,170 @@
+"""`lazyfs report`: loads that were limited by something, and whether the verdict names it."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mounting import Mounted, lazyfs, python
+from s3 import S3
+from safetensors.numpy import save
+from terminal import in_terminal
+
+pytestmark = pytest.mark.fuse
+
+MIB = 1 << 20
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+# Reads both shards as a loader does.
+LOAD = """
+import sys
+from safetensors import safe_open
+for shard in sys.argv[2:]:
+    with safe_open(f"{sys.argv[1]}/{shard}", framework="np") as opened:
+        for name in sorted(opened.keys()):
+            opened.get_tensor(name).sum()
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _objects(server: S3) -> None:
+    tensors = {str(number): np.full(MIB // 4, number, "float32") for number in range(4)}
+    server.put("reported", {f"m/{shard}": save(tensors) for shard in SHARDS})
+
+
+def load(mounted: Mounted, *shards: str) -> None:
+    python(LOAD, mounted.path, *(shards or SHARDS))
+
+
+def report(mounted: Mounted) -> dict[str, Any]:
+    path = mounted.path.parent / "report.json"
+    answer = lazyfs("report", mounted.path, "-o", path)
+    assert answer.returncode == 0, answer.stderr
+    told: dict[str, Any] = json.loads(path.read_text())
+    assert answer.stderr.strip() == told["verdict"]["headline"]
+    return told
+
+
+def limit(mounted: Mounted) -> str:
+    return str(report(mounted)["verdict"]["limit"])
+
+
+def test_a_cold_load_waits_for_the_network(mount: Callable[..., Mounted], s3: S3) -> None:
+    s3.fault("GET /reported/m/model", "slow", seconds=0.1, times=100)
+    mounted = mount("s3://reported/m", "--block-size=1MiB")
+    load(mounted)
+    told = report(mounted)
+    assert told["verdict"]["limit"] == "network"
+    assert "from disk." in told["verdict"]["facts"][0]
+    fetched = [event for event in told["events"] if event["what"] == "fetched"]
+    assert sum(event["bytes"] for event in fetched) == sum(
+        (mounted.path / shard).stat().st_size for shard in SHARDS
+    )
+    assert {event["file"] for event in fetched} == set(SHARDS)
+    assert told["load"]["is_over"]
+
+
+def test_a_throttled_load(mount: Callable[..., Mounted], s3: S3) -> None:
+    s3.fault("GET /reported/m/model", "status", status=503, code="SlowDown", times=30)
+    mounted = mount("s3://reported/m", "--block-size=1MiB")
+    load(mounted)
+    told = report(mounted)
+    assert told["verdict"]["limit"] == "throttled"
+    assert "S3 asked for fewer requests (30 times)" in told["verdict"]["headline"]
+
+
+def test_a_faulty_load(mount: Callable[..., Mounted], s3: S3) -> None:
+    s3.fault("GET /reported/m/model", "status", status=500, code="InternalError", times=25)
+    mounted = mount("s3://reported/m", "--block-size=1MiB")
+    load(mounted)
+    assert limit(mounted) == "errors"
+
+
+def test_a_warm_load_owes_nothing_to_the_network(mount: Callable[..., Mounted], s3: S3) -> None:
+    first = mount("s3://reported/m", "--block-size=1MiB")
+    load(first)
+    first.end()
+    s3.fault("GET /reported/m/model", "hang", seconds=20, times=100)
+    second = mount("s3://reported/m", "--block-size=1MiB")
+    load(second)
+    told = report(second)
+    assert told["verdict"]["limit"] in ("reader", "disk")
+    assert {event["what"] for event in told["events"]} >= {"loaded"}
+    assert "fetched" not in {event["what"] for event in told["events"]}
+
+
+def test_a_load_in_the_wrong_order(mount: Callable[..., Mounted], s3: S3) -> None:
+    options = ["--block-size=1MiB", "--max-concurrency=1"]
+    s3.fault("GET /reported/m/model", "slow", seconds=0.05, times=100)
+    mounted = mount("s3://reported/m", *options)
+    backwards = """
+import os, sys
+for shard in sys.argv[2:]:
+    descriptor = os.open(f"{sys.argv[1]}/{shard}", os.O_RDONLY)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+    for block in (4, 3, 2, 1, 0):
+        os.pread(descriptor, 4096, block << 20)
+    os.close(descriptor)
+"""
+    python(backwards, mounted.path, *reversed(SHARDS))
+    assert limit(mounted) == "order"
+
+
+def test_a_load_without_prefetch(mount: Callable[..., Mounted], s3: S3) -> None:
+    s3.fault("GET /reported/m/model", "slow", seconds=0.02, times=100)
+    mounted = mount("s3://reported/m", "--block-size=1MiB", "--prefetch=off")
+    load(mounted)
+    told = report(mounted)
+    assert told["verdict"]["limit"] == "no_prefetch"
+    assert told["verdict"]["advice"] == "Use --prefetch model."
+
+
+def test_a_limit_that_was_asked_for(mount: Callable[..., Mounted]) -> None:
+    mounted = mount("s3://reported/m", "--block-size=256KiB", "--bandwidth-limit=4MiB")
+    load(mounted)
+    told = report(mounted)
+    assert told["verdict"]["limit"] == "bandwidth-limit"
+    assert "--bandwidth-limit allows 4MiB/s" in told["verdict"]["headline"]
+
+
+def test_nothing_read_and_something_still_open(mount: Callable[..., Mounted]) -> None:
+    mounted = mount("s3://reported/m")
+    assert limit(mounted) == "nothing"
+
+
+def test_pictures_need_no_network(mount: Callable[..., Mounted], tmp_path: Path) -> None:
+    mounted = mount("s3://reported/m", "--block-size=1MiB")
+    load(mounted)
+    for name in ("report.html", "report.svg"):
+        assert lazyfs("report", mounted.path, "-o", tmp_path / name).returncode == 0
+    html, svg = (tmp_path / "report.html").read_text(), (tmp_path / "report.svg").read_text()
+    for text in (html, svg):
+        links = re.findall(r"""(?:https?:)?//[^"'\s<)]+""", text.replace("s3://", ""))
+        assert set(links) <= {"http://www.w3.org/2000/svg"}
+        assert "<script" not in text
+    root = ElementTree.fromstring(svg)
+    words = " ".join(root.itertext())
+    assert "place in the model over time" in words and SHARDS[0][:9] in words
+    assert "In numbers" in html and "In numbers" not in svg
+
+
+def test_words_in_a_terminal_and_in_a_pipe(mount: Callable[..., Mounted]) -> None:
+    mounted = mount("s3://reported/m")
+    load(mounted)
+    piped = lazyfs("report", mounted.path).stdout
+    assert "best rate over a second" in piped and "\x1b" not in piped
+    code, text, _ = in_terminal("report", mounted.path)
+    assert code == 0 and "reading took" in text
+
+
+@pytest.mark.parametrize("name", ["report.pdf", "no/where/report.html"])
+def test_files_that_cannot_be(mount: Callable[..., Mounted], tmp_path: Path, name: str) -> None:
+    answer = lazyfs("report", mount("s3://reported/m").path, "-o", tmp_path / name)
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("lazyfs: --output: ")
+    assert lazyfs("report", tmp_path).returncode == 1
