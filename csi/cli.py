@@ -255,6 +255,7 @@ def node(
     from csi.csi_pb2_grpc import add_NodeServicer_to_server
     from csi.node import Node
     from csi.staged import State
+    from lazyfs.cache import check_directory, directories_of
     from lazyfs.mount.syscalls import check_fuse
 
     options, defaults = settings(config, given)
@@ -264,7 +265,12 @@ def node(
     attachments = Attachments(State(state_dir), state_dir / "mounts", keeper_socket)
     attachments.recover()
     servicer = Node(node_id, volume_rules, attachments, inline_node_role=inline_node_role)
-    checks = [check_fuse, attachments.daemons.check_keeper]
+
+    def check_cache() -> None:
+        for directory in directories_of(options):
+            check_directory(directory)
+
+    checks = [check_fuse, attachments.daemons.check_keeper, check_cache]
     services = [lambda it: add_NodeServicer_to_server(servicer, it)]
     serve(endpoint, driver_name, http_address, services, checks)
     attachments.daemons.close()

@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 from grpc import ServicerContext, StatusCode
 
@@ -132,12 +134,7 @@ class Node(NodeServicer):
         Nothing can fill up: `available` is the size, however much of it is here (`used`).
         """
         check_text("volume_id", request.volume_id)
-        path = safe_path("volume_path", request.volume_path)
-        place = self._attachments.place(request.volume_id, path)
-        if place is None:
-            raise RpcError(
-                StatusCode.NOT_FOUND, f"volume {request.volume_id} is not at {request.volume_path}"
-            )
+        path, place = self._place(request.volume_id, request.volume_path)
         trouble = self._attachments.trouble(path, place)
         condition = csi_pb2.VolumeCondition(
             abnormal=trouble is not None, message=trouble or "the volume is served"
@@ -187,6 +184,20 @@ class Node(NodeServicer):
                 f"volume {volume_id} is not staged at {staging_target_path}",
             )
         return daemon
+
+    def _place(self, volume_id: str, volume_path: str) -> tuple[Path, Place]:
+        """Where a volume is said to be.
+
+        Raises:
+            RpcError: it is not there, as nothing is at a path that is none.
+        """
+        if not volume_path:
+            raise InvalidArgumentError("volume_path is missing")
+        with suppress(InvalidArgumentError):
+            path = safe_path("volume_path", volume_path)
+            if (place := self._attachments.place(volume_id, path)) is not None:
+                return path, place
+        raise RpcError(StatusCode.NOT_FOUND, f"volume {volume_id} is not at {volume_path!r}")
 
     def _check_inline(self, volume: Volume, given: Credentials | None) -> None:
         unsigned = volume.mount_options.no_sign_request

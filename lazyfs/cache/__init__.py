@@ -65,9 +65,9 @@ class BlockCache:
     @classmethod
     def of(cls, options: MountOptions, endpoint: str, bucket: str) -> BlockCache | None:
         """The cache that a mount's options name; None if they name none. Nothing is opened."""
-        if options.cache_dir == "none":
+        directories = directories_of(options)
+        if not directories:
             return None
-        directories = options.cache_dir or (default_directory(),)
         limits = Limits(options.cache_size, options.cache_reserve)
         return cls(directories, limits, endpoint, bucket, options.block_size)
 
@@ -184,6 +184,13 @@ class BlockCache:
             return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
         return max(self.directories, key=weight)
+
+
+def directories_of(options: MountOptions) -> tuple[Path, ...]:
+    """The directories that a mount's options name; empty if it has no cache."""
+    if options.cache_dir == "none":
+        return ()
+    return options.cache_dir or (default_directory(),)
 
 
 def check_directory(directory: Path) -> None:
