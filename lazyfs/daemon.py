@@ -21,6 +21,7 @@ import pyfuse3
 import trio
 
 from lazyfs.cache import BlockCache
+from lazyfs.cache.salvage import Salvage
 from lazyfs.catalog import Catalog
 from lazyfs.control.measure import measure
 from lazyfs.control.recording import recording
@@ -142,6 +143,9 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
             nursery.start_soon(_end_on_signal, nursery.cancel_scope, page_cache)
             nursery.start_soon(_end_with_session, session, nursery.cancel_scope)
             await nursery.start(fetcher.run)
+            if cache and page_cache.supported:
+                salvage = Salvage(mount.mountpoint, mount.url.prefix, cache, fetcher)
+                nursery.start_soon(salvage.run)
             if options.prefetch == "model":
                 nursery.start_soon(planner.run)
                 if page_cache.supported:

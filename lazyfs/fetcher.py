@@ -130,7 +130,8 @@ class BlockFetcher:
         self._elsewhere: dict[BlockId, float] = {}
         self._left_to_others = trio.Event()
         self._lease_over: set[BlockId] = set()
-        self._open_handles = 0
+        # Blocks that were not written, and may still be in the page cache.
+        self._shed: dict[BlockId, File] = {}
         self._processors = processors or Processors()
         # Threads are bounded by slots; trio's own limit of 40 must not stand in the way.
         self._threads = trio.CapacityLimiter(4 * options.max_concurrency + 64)
@@ -176,6 +177,20 @@ class BlockFetcher:
     def dropped_bytes(self) -> int:
         """What was fetched and let go before anybody read it."""
         return self._memory.dropped_bytes
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether blocks are being brought, or wait to be written."""
+        return bool(self.in_flight or self._urgent or self._writes or self._writing)
+
+    def take_shed(self) -> list[tuple[File, BlockId]]:
+        """The blocks that were not written and went into the page cache; each is given once."""
+        shed, self._shed = self._shed, {}
+        return [
+            (file, block)
+            for block, file in shed.items()
+            if self._prefetcher.place(block) == Place.NEAR
+        ]
 
     @property
     def memory_bytes(self) -> int:
@@ -242,12 +257,7 @@ class BlockFetcher:
     def opened(self, file: File, *, direct: bool) -> None:
         """A file was opened; `direct`: with O_DIRECT, which passes by the page cache."""
         self.add_file(file)
-        self._open_handles += 1
         self._prefetcher.opened(file.inode, direct=direct)
-
-    def closed(self) -> None:
-        """A file was closed: nothing has it open or mapped any more by that handle."""
-        self._open_handles = max(0, self._open_handles - 1)  # a former worker's are not counted
 
     async def read(self, file: File, span: Span, *, reader: bool = True) -> memoryview:
         """The bytes of a part of a block, brought if need be.
@@ -570,7 +580,8 @@ class BlockFetcher:
             block, held = self._writes.take()
             if not held.to_write:
                 self._cache.release(held.file, block.number)
-                continue  # shed meanwhile
+                self._shed[block] = held.file
+                continue
             held.to_write = False
             self._writing += 1
             held.on_disk = await self._thread(self._cache.put, held.file, block.number, held.data)
@@ -581,7 +592,7 @@ class BlockFetcher:
 
     def _should_put_off_writing(self) -> bool:
         """Whether a load would have to do without the time that writing takes."""
-        loading = self._open_handles and self.in_flight
+        loading = self._recorder.open_files and self.in_flight
         return bool(loading) and self._processors.busy and not self._others_wait()
 
     def _others_wait(self) -> bool:

@@ -153,7 +153,6 @@ class Filesystem(pyfuse3.Operations):
         return b"".join(parts)
 
     async def release(self, fh: FileHandleT) -> None:
-        self._fetcher.closed()
         self._recorder.closed(self._file(InodeT(fh)))
 
     async def releasedir(self, fh: FileHandleT) -> None:

@@ -13,10 +13,11 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lazyfs.cache.blockfile import Content
 from lazyfs.cache.directory import CacheDirectory
@@ -57,9 +58,10 @@ class BlockCache:
         block_size: int,
     ) -> None:
         self.directories = [CacheDirectory(path, limits) for path in directories]
+        self.block_size = block_size
+        self._limits = limits
         self._endpoint = endpoint
         self._bucket = bucket
-        self._block_size = block_size
         self._contents: dict[int, Content] = {}
 
     @classmethod
@@ -70,6 +72,24 @@ class BlockCache:
             return None
         limits = Limits(options.cache_size, options.cache_reserve)
         return cls(directories, limits, endpoint, bucket, options.block_size)
+
+    def description(self) -> dict[str, Any]:
+        """What another process needs to use the same cache; as JSON can say it."""
+        return {
+            "directories": [str(directory.path) for directory in self.directories],
+            "limits": asdict(self._limits),
+            "endpoint": self._endpoint,
+            "bucket": self._bucket,
+            "block_size": self.block_size,
+        }
+
+    @classmethod
+    def described(cls, description: Mapping[str, Any]) -> BlockCache:
+        """The cache of a `description`. Nothing is opened."""
+        directories = [Path(path) for path in description["directories"]]
+        limits = Limits(**description["limits"])
+        of_mount = {key: description[key] for key in ("endpoint", "bucket", "block_size")}
+        return cls(directories, limits, **of_mount)
 
     def open(self) -> None:
         """Open all directories. Otherwise they are opened when they are used first.
@@ -170,7 +190,7 @@ class BlockCache:
         content = self._contents.get(file.inode)
         if content is None:
             content = self._contents[file.inode] = Content(
-                self._endpoint, self._bucket, file.key, file.etag, file.size_bytes, self._block_size
+                self._endpoint, self._bucket, file.key, file.etag, file.size_bytes, self.block_size
             )
         return content
 

@@ -13,6 +13,7 @@ import select
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,10 @@ from lazyfs.errors import MountError
 MS_RDONLY, MS_NOSUID, MS_NODEV = 1, 2, 4
 MNT_DETACH = 2
 FILESYSTEM_TYPE = "fuse.lazyfs"
+
+IN_USE = "in use; end what uses it, or detach it with --lazy"
+# A process of the mount's own may have a file open for some milliseconds (`cache/salvage.py`).
+BUSY_PATIENCE_S = 0.3
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -141,21 +146,29 @@ def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
     Raises:
         MountError: it is in use, or not permitted, or not mounted.
     """
+    deadline_s = time.monotonic() + BUSY_PATIENCE_S
+    while (hint := _try_unmount(mountpoint, lazy=lazy)) is not None:
+        if hint != IN_USE or time.monotonic() > deadline_s:
+            raise MountError(f"{mountpoint}: {hint}")
+        time.sleep(0.02)
+
+
+def _try_unmount(mountpoint: Path, *, lazy: bool) -> str | None:
+    """Unmount once; None, or why it was not possible."""
     if os.geteuid() == 0:
-        if _libc.umount2(os.fsencode(mountpoint), MNT_DETACH if lazy else 0) != 0:
-            number = ctypes.get_errno()
-            raise MountError(f"{mountpoint}: {_unmount_hint(number)}")
-        return
+        if _libc.umount2(os.fsencode(mountpoint), MNT_DETACH if lazy else 0) == 0:
+            return None
+        return _unmount_hint(ctypes.get_errno())
     answer = _run_helper([*_helper(), "-u", *(["-z"] if lazy else []), str(mountpoint)])
-    if answer.returncode != 0:
-        busy = "busy" in answer.stderr.lower()
-        hint = _unmount_hint(errno.EBUSY) if busy else answer.stderr.strip()
-        raise MountError(f"{mountpoint}: {hint}")
+    if answer.returncode == 0:
+        return None
+    busy = "busy" in answer.stderr.lower()
+    return IN_USE if busy else answer.stderr.strip()
 
 
 def _unmount_hint(number: int) -> str:
     if number == errno.EBUSY:
-        return "in use; end what uses it, or detach it with --lazy"
+        return IN_USE
     if number == errno.EINVAL:
         return "nothing is mounted there"
     return os.strerror(number)

@@ -1,0 +1,180 @@
+"""Blocks that a load had no time to write are written after it, out of the page cache.
+
+While a load leaves the processors no time, blocks are not written to the disk; those that memory
+cannot keep until later are dropped (*shed*), since their bytes are in the kernel's page cache. When
+the load is over they are read back from there through the mount, by a process of its own: a daemon
+must not read what it serves. That process has the lowest priority, asks the kernel first which
+pages are there (mincore(2)), and so never causes a fetch. It holds a file open for milliseconds
+only, so that an unmount does not find the mount in use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import mmap
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from lazyfs.blocks import BlockId, block_length
+from lazyfs.cache import BlockCache
+from lazyfs.tree import File
+
+if TYPE_CHECKING:
+    from lazyfs.fetcher import BlockFetcher
+
+log = logging.getLogger(__name__)
+
+# A load that made no request for so long is over, or has what it needs.
+QUIET_S = 1.0
+CHECK_S = 0.25
+
+_PAGE = mmap.PAGESIZE
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64,
+]  # fmt: skip
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+class Salvage:
+    """Has the shed blocks of one mount written whenever it is quiet.
+
+    Args:
+        mountpoint: of the mount.
+        prefix: what the keys of its files begin with.
+        cache: where the blocks belong.
+        fetcher: knows what was shed.
+    """
+
+    def __init__(
+        self, mountpoint: Path, prefix: str, cache: BlockCache, fetcher: BlockFetcher
+    ) -> None:
+        self._mountpoint = mountpoint
+        self._prefix = prefix
+        self._cache = cache
+        self._fetcher = fetcher
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        quiet_since_s = trio.current_time()
+        while True:
+            await trio.sleep(CHECK_S)
+            if self._fetcher.is_at_work:
+                quiet_since_s = trio.current_time()
+            elif trio.current_time() - quiet_since_s >= QUIET_S:
+                blocks = self._fetcher.take_shed()
+                if blocks:
+                    await self._save(blocks)
+
+    async def _save(self, blocks: Iterable[tuple[File, BlockId]]) -> None:
+        wanted = {
+            "mountpoint": str(self._mountpoint),
+            "cache": self._cache.description(),
+            "blocks": [
+                [file.key[len(self._prefix) :], asdict(file), block.number]
+                for file, block in blocks
+            ],
+        }
+        command = [sys.executable, "-P", "-m", "lazyfs.cache.salvage"]
+        ended = await trio.run_process(
+            command, stdin=json.dumps(wanted).encode(), check=False, cwd="/",
+            capture_stdout=True, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        if ended.returncode == 0:
+            log.debug("wrote %s blocks out of the page cache", ended.stdout.decode().strip())
+        else:
+            log.warning("could not write blocks out of the page cache: exit %d", ended.returncode)
+
+
+def save(mountpoint: Path, cache: BlockCache, blocks: Iterable[tuple[str, File, int]]) -> int:
+    """Write those blocks that are whole in the page cache, and not on disk yet.
+
+    Args:
+        mountpoint: must not be served by this process.
+        cache: where they belong.
+        blocks: path below the mountpoint, file and number of each.
+
+    Returns:
+        How many were written.
+    """
+    saved = 0
+    for path, file, number in blocks:
+        length = block_length(file.size_bytes, cache.block_size, number)
+        if cache.holds(file, number):
+            continue
+        try:
+            data = resident(mountpoint / path, file.inode, number * cache.block_size, length)
+        except OSError:
+            continue  # gone, or the mount is
+        if data is not None and cache.put(file, number, data):
+            saved += 1
+    return saved
+
+
+def resident(path: Path, inode: int, offset: int, length: int) -> bytes | None:
+    """A part of a file, if all of its pages are in memory and it is that inode; else None.
+
+    Raises:
+        OSError: it cannot be opened or read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        status = os.fstat(descriptor)
+        # To others the kernel does not tell what is there: it says that everything is (mincore(2)).
+        if status.st_ino != inode or status.st_uid != os.geteuid():
+            return None
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead
+        if not _all_resident(descriptor, offset, length):
+            return None
+        data = os.pread(descriptor, length, offset)
+        return data if len(data) == length else None
+    finally:
+        os.close(descriptor)
+
+
+def _all_resident(descriptor: int, offset: int, length: int) -> bool:
+    begin = offset - offset % _PAGE
+    length += offset - begin
+    address = _libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, begin)
+    if address == _MAP_FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    try:
+        pages = ctypes.create_string_buffer(-(-length // _PAGE))
+        if _libc.mincore(address, length, pages) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        return all(page & 1 for page in pages.raw)
+    finally:
+        _libc.munmap(address, length)
+
+
+def _yield_to_everybody() -> None:
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def main(wanted: Mapping[str, Any]) -> None:
+    """The process: what to save on standard input, how many blocks it were on standard output."""
+    _yield_to_everybody()
+    began_s = time.monotonic()
+    cache = BlockCache.described(wanted["cache"])
+    blocks = [(path, File(**file), number) for path, file, number in wanted["blocks"]]
+    saved = save(Path(wanted["mountpoint"]), cache, blocks)
+    print(f"{saved} of {len(blocks)} in {time.monotonic() - began_s:.1f} s")
+
+
+if __name__ == "__main__":
+    main(json.load(sys.stdin))
