@@ -31,7 +31,7 @@ from lazyfs.control.status import Status
 from lazyfs.fetcher import BlockFetcher
 from lazyfs.filesystem import Filesystem
 from lazyfs.journal import ListingJournal
-from lazyfs.kinds import format_size
+from lazyfs.kinds import compile_pattern, format_size
 from lazyfs.mount import privileges, syscalls
 from lazyfs.mount.handover import Beginning, Handover
 from lazyfs.mount.keeper import KeeperClient
@@ -40,7 +40,7 @@ from lazyfs.mount.spec import Credentials, credentials_from
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options import MountOptions
 from lazyfs.pagecache import PageCache, tune_kernel
-from lazyfs.planner import Planner
+from lazyfs.planner import PLANNED, Planner
 from lazyfs.prefetch import Prefetcher
 from lazyfs.session import CannotResumeError, Session
 from lazyfs.source import Source, SourceUrl
@@ -115,11 +115,11 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
     if cache and not former:
         # A mount that is resumed goes on without a cache that fails.
         await trio.to_thread.run_sync(cache.open)
-    prefetcher = Prefetcher(options.prefetch, options.block_size)
+    prefetcher = _prefetcher(options)
     page_cache = PageCache(options.page_cache)
     fetcher = BlockFetcher(source, cache, page_cache, prefetcher, options, recorder)
-    planner = Planner(catalog, fetcher, prefetcher, recorder)
-    on_open = planner.opened if options.prefetch == "model" else _ignore
+    planner = Planner(catalog, fetcher, prefetcher, recorder, options)
+    on_open = planner.opened if options.prefetch in PLANNED else _ignore
     scraped = options.metrics_address
     listeners = await listen(scraped) if scraped and not former else None
     if former:
@@ -146,7 +146,7 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
             if cache and page_cache.supported:
                 salvage = Salvage(mount.mountpoint, mount.url.prefix, cache, fetcher)
                 nursery.start_soon(salvage.run)
-            if options.prefetch == "model":
+            if options.prefetch in PLANNED:
                 nursery.start_soon(planner.run)
                 if page_cache.supported:
                     nursery.start_soon(_show_to_kernel, mount.mountpoint)
@@ -233,6 +233,16 @@ async def _end_with_session(session: Session, scope: trio.CancelScope) -> None:
         await trio.sleep(SESSION_CHECK_S)
     await trio.sleep(LAST_REPLIES_S)
     scope.cancel()
+
+
+def _prefetcher(options: MountOptions) -> Prefetcher:
+    matches = compile_pattern(options.tensors).search if options.tensors else None
+    return Prefetcher(
+        options.prefetch,
+        options.block_size,
+        heads_bytes=options.memory_limit // 4,
+        wanted=None if matches is None else lambda name: matches(name) is not None,
+    )
 
 
 def _ignore(file: File) -> None:

@@ -29,7 +29,7 @@ import trio
 
 from lazyfs.blocks import BlockId, Span, block_length, gaps
 from lazyfs.blocks.getter import BlockGetter
-from lazyfs.blocks.memory import BlockMemory, Held
+from lazyfs.blocks.memory import BlockMemory, Held, all_unread
 from lazyfs.blocks.processor import Processors
 from lazyfs.cache import BlockCache, Claim
 from lazyfs.errors import SourceError
@@ -125,7 +125,6 @@ class BlockFetcher:
         self._writing = 0
         self._pushes = _Queue()
         self._writes = _Queue()
-        self._ahead_bytes = 0
         # Blocks that other daemons bring, and until when they are left to them.
         self._elsewhere: dict[BlockId, float] = {}
         self._left_to_others = trio.Event()
@@ -232,14 +231,13 @@ class BlockFetcher:
             await self._thread(self._cache.announce, [file])
         for number in numbers:
             block = BlockId(file.inode, number)
-            if self._prefetcher.place(block) == Place.ABSENT:
+            if self._prefetcher.place(block) not in (Place.COMING, Place.LOCAL, Place.NEAR):
                 self._prefetcher.moved(block, Place.LOCAL)
 
-    def was_read(self, file: File, offset: int) -> None:
-        """A reader asked for bytes at `offset` of a file."""
-        self._ahead_bytes = 0
+    def was_read(self, file: File, offset: int, size: int) -> None:
+        """A reader asked for `size` bytes at `offset` of a file."""
         self.add_file(file)
-        self._prefetcher.was_read(file.inode, offset)
+        self._prefetcher.was_read(file.inode, offset, size)
 
     def set_known(self, file: File, known: bool) -> None:
         """The kernel looked a file up, or forgot it."""
@@ -280,8 +278,8 @@ class BlockFetcher:
             held.users += 1
             await self._push_around(block, held, [span])
             held.users -= 1
-        if held.unread:
-            held.unread = max(0, held.unread - (span.stop - span.start))
+        if reader and held.unread:
+            held.was_read(span)
             if not held.unread:
                 self.pump()  # its room can be used
         if reader:
@@ -502,7 +500,7 @@ class BlockFetcher:
             job.file,
             data,
             users=len(job.waiting),
-            unread=len(data),
+            unread=all_unread(len(data)),
             demanded=bool(job.waiting),
             on_disk=job.tier is Tier.DISK,
         )
@@ -516,7 +514,7 @@ class BlockFetcher:
 
     def _may_push(self, block: BlockId) -> bool:
         fits = self._length(block) <= self._push_allowance()
-        return fits and self._prefetcher.takes_pages(block.inode)
+        return fits and self._prefetcher.takes_pages(block)
 
     def _queue_push(self, block: BlockId, held: Held) -> None:
         held.users += 1
@@ -552,7 +550,6 @@ class BlockFetcher:
         """Put parts of a held block, which has a user for this, into the page cache."""
         began_s = self._recorder.clock()
         offset = block.number * self._block_size
-        self._ahead_bytes += len(held.data)
         for span in spans:
             data = held.data[span.start : span.stop]
             if not await self._thread(
@@ -606,12 +603,8 @@ class BlockFetcher:
         return self._memory.make_room(length, urgent=urgent, reader_waits=reader_waits)
 
     def _push_allowance(self) -> int:
-        """How much may be put into the page cache ahead of readers.
-
-        Reads of pages that are there make no request, so nobody tells how far a reader is. A
-        request does: whoever makes one has used up what lay before it.
-        """
-        return self._page_cache.budget() - self._ahead_bytes
+        """How much may be put into the page cache ahead of readers."""
+        return self._page_cache.budget() - self._prefetcher.near_ahead_bytes
 
     def _length(self, block: BlockId) -> int:
         return block_length(self._files[block.inode].size_bytes, self._block_size, block.number)

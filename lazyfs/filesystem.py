@@ -140,7 +140,7 @@ class Filesystem(pyfuse3.Operations):
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         file = self._file(InodeT(fh))
         self.reads += 1
-        self._fetcher.was_read(file, off)
+        self._fetcher.was_read(file, off, size)
         parts: list[memoryview] = []
         for span in spans(off, size, file.size_bytes, self._options.block_size):
             try:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
+import re2
+
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 
@@ -219,6 +221,33 @@ class Flag(Kind):
             return value[text.lower()]
         except KeyError:
             raise ValueError(text) from None
+
+
+@dataclass(frozen=True)
+class Pattern(Kind):
+    """A regular expression of RE2, which takes linear time whatever the expression."""
+
+    metavar = "REGEX"
+
+    @property
+    def allowed(self) -> str:
+        return "a regular expression of RE2, which has no look-around and no back-references"
+
+    def parse(self, text: str) -> str:
+        if not text or not text.isprintable():
+            raise ValueError(text)
+        compile_pattern(text)
+        return text
+
+
+def compile_pattern(text: str) -> re2.Pattern[str]:
+    """What `Pattern` takes, compiled. Raises ValueError."""
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        return re2.compile(text, options)
+    except re2.error:
+        raise ValueError(text) from None
 
 
 @dataclass(frozen=True)

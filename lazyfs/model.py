@@ -142,6 +142,11 @@ class ModelLayout:
     index_paths: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All that is wanted, in order."""
+        return self.small + self.shards
+
 
 def parse_index(data: bytes) -> tuple[str, ...]:
     """The distinct file names in an index, in the order in which they first appear.
@@ -174,7 +179,10 @@ def parse_index(data: bytes) -> tuple[str, ...]:
 
 
 def layouts(
-    files: Iterable[ModelFile], *, indexes: Mapping[str, bytes] = NO_INDEXES
+    files: Iterable[ModelFile],
+    *,
+    indexes: Mapping[str, bytes] = NO_INDEXES,
+    read: Iterable[str] = (),
 ) -> tuple[ModelLayout, ...]:
     """The models of a listing, in the order of their directories, parents first.
 
@@ -182,11 +190,15 @@ def layouts(
         files: all files of the mount, in any order.
         indexes: the contents of indexes by their path, as far as they were fetched. One that is
             malformed or names nothing that exists leaves a warning and the order of the names.
+        read: paths of weights that a loader has read. Where these rules would have it read others,
+            it is followed: their like is wanted, and what the rules choose only if read as well.
 
     >>> layouts([ModelFile("a.safetensors", 9), ModelFile("b.bin", 9)])[0].shards
     ('a.safetensors',)
     """
     directories = _directories(files)
+    for path in read:
+        directories[dirname(path)].read.append(basename(path))
     for path, directory in directories.items():
         above = directories.get(dirname(path)) if path else None
         if above and directory.format != "other" and basename(path) not in _COPY_DIRECTORIES:
@@ -227,6 +239,8 @@ class _Directory:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        # Weights that a loader has read, the latest at the end.
+        self.read: list[str] = []
         # Names of weights, and all that is not weights, which others may add to.
         self.weights: list[str] = []
         self.others: list[ModelFile] = []
@@ -258,9 +272,9 @@ class _Directory:
     def layout(self, indexes: Mapping[str, bytes]) -> ModelLayout:
         """Decide; to be called once, when all directories were added."""
         index_paths: tuple[str, ...] = ()
-        if self.is_pipeline:
-            self.exclude(self.weights, "a single-file copy of the pipeline in the directories here")
-            self.weights = []
+        copies = self.weights if self.is_pipeline and not self.read else []
+        self.exclude(copies, "a single-file copy of the pipeline in the directories here")
+        self.weights = [name for name in self.weights if name not in copies]
         chosen = self.format
         names = [name for name in self.weights if _format(name) == chosen]
         self.exclude(
@@ -274,6 +288,7 @@ class _Directory:
             names = self._pytorch(names)
         elif chosen == "gguf":
             names = self._gguf(names)
+        names = self._follow(names)
         return ModelLayout(
             directory=self.path,
             format=chosen,
@@ -283,6 +298,21 @@ class _Directory:
             index_paths=index_paths,
             warnings=tuple(self._warnings),
         )
+
+    def _follow(self, names: list[str]) -> list[str]:
+        """The chosen weights, or what a loader has read instead of them or beside them."""
+        strays = [name for name in self.read if name in self.weights and name not in names]
+        if not strays:
+            return names
+        families = {_family(name) for name in strays}
+        like = [name for name in self.weights if _family(name) in families]
+        kept = names if set(names).intersection(self.read) else []
+        self._excluded = [item for item in self._excluded if basename(item.path) not in like]
+        self.exclude(
+            (name for name in names if name not in kept),
+            f"the loader reads {strays[-1]} and its like instead",
+        )
+        return sorted({*kept, *like})
 
     def _index_paths(self, shards: list[str]) -> tuple[str, ...]:
         """The indexes of the shards that are read, not of Mistral's second copy of them."""
@@ -382,6 +412,8 @@ def _owner_of_copy(
     directory: _Directory, directories: Mapping[str, _Directory]
 ) -> _Directory | None:
     """The model of which this is a copy, as `m` for `m/original/x`; None if it is none."""
+    if directory.read:
+        return None
     parts = directory.path.split("/")
     for depth, part in enumerate(parts):
         above = directories.get("/".join(parts[:depth])) if part in _COPY_DIRECTORIES else None
@@ -427,6 +459,11 @@ def _natural(name: str) -> tuple[tuple[str | tuple[int, str], ...], str]:
         digits = part.lstrip("0")
         values.append((len(digits), digits) if index % 2 else part)
     return tuple(values), name
+
+
+def _family(name: str) -> str:
+    """What the parts of one model have in common, as `consolidated` and `.safetensors`."""
+    return re.sub(r"[-.][0-9]+(-of-[0-9]+)?(?=\.\w+$)", "", name)
 
 
 def _suffix(name: str) -> str:

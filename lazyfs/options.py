@@ -31,12 +31,24 @@ from lazyfs.kinds import (
     LocalPath,
     LocalPaths,
     Mode,
+    Pattern,
     Share,
     Size,
     Text,
     Url,
     format_size,
 )
+from lazyfs.prefetch import POLICIES
+
+# What is set at once by `--preset`.
+PRESETS: dict[str, dict[str, str]] = {
+    # A server loads the one model, all of it, as soon as it can.
+    "serving": {"prefetch": "model", "prefetch-on": "mount", "memory-limit": "512MiB"},
+    # Many readers, each with files of his own, of which only he knows the order.
+    "training": {"prefetch": "sequential", "memory-limit": "1GiB", "read-ahead": "4MiB"},
+    # Someone looks into models and does not load them.
+    "browse": {"prefetch": "headers", "prefetch-on": "open", "block-size": "1MiB"},
+}
 
 
 @dataclass(frozen=True)
@@ -109,6 +121,16 @@ def _option(kind: Kind, group: str, help_text: str, default: str | None = None) 
 class MountOptions:
     """The settings of one mount. Sizes are bytes, times are seconds, rates are bytes a second."""
 
+    preset: str | None = _option(
+        Choice(tuple(PRESETS)),
+        "Preset",
+        "Settings for a purpose, under those that are given: "
+        + "; ".join(
+            f"{name}: {', '.join(f'{key}={value}' for key, value in texts.items())}"
+            for name, texts in PRESETS.items()
+        )
+        + ".",
+    )
     endpoint_url: str | None = _option(
         Url(), "Source", "S3 endpoint other than AWS (MinIO, Ceph, R2, a gateway)."
     )
@@ -195,12 +217,26 @@ class MountOptions:
         "256MiB",
     )
     prefetch: str = _option(
-        Choice(("model", "sequential", "off")),
-        "Reading",
-        "What is fetched before it is asked for. model: the whole model in loading order, from "
-        "the moment of mount. sequential: the rest of a file from where it is read. off: only the "
-        "blocks that a read touches.",
+        Choice(POLICIES),
+        "Prefetch",
+        "What is fetched before it is asked for. model: the whole model in loading order. tensor: "
+        "the tensors that are read, whole, and a little of what follows; for processes that read "
+        "a part of the model. sequential: of a file that is read, twice as far as it was read. "
+        "headers: small files and the headers of shards. off: only the blocks that a read touches.",
         "model",
+    )
+    prefetch_on: str = _option(
+        Choice(("mount", "open")),
+        "Prefetch",
+        "When a model begins to be fetched: mount, or open: when one of its files is opened. Of "
+        "several models below the prefix each is fetched from when one of its files is opened.",
+        "mount",
+    )
+    tensors: str | None = _option(
+        Pattern(),
+        "Prefetch",
+        "Fetch only tensors ahead whose name matches this regular expression (RE2; anywhere in the "
+        "name); the others are fetched when they are read. For safetensors.",
     )
     page_cache: int | str = _option(
         Size(1 * MIB, 1 << 44, words=("auto", "off")),
@@ -275,7 +311,7 @@ class MountOptions:
             OptionError: an unknown name, or a value that is not allowed.
         """
         values: dict[str, Any] = {}
-        for pattern, texts in reversed(layers):
+        for pattern, texts in reversed((*layers, ("--preset: {name}", _preset_layer(layers)))):
             for name, text in texts.items():
                 option = find_option(name)
                 if option is None:
@@ -320,6 +356,12 @@ def _unknown(pattern: str, name: str) -> OptionError:
     near = difflib.get_close_matches(name, _BY_NAME, 1)
     hint = f"did you mean {near[0]}?" if near else "see docs/OPTIONS.md for all"
     return OptionError(f"{place}: no such option; {hint}")
+
+
+def _preset_layer(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Mapping[str, str]:
+    """The texts of the preset that the layers name; none if it is not one, which is said later."""
+    chosen = next((texts["preset"] for _, texts in layers if "preset" in texts), "")
+    return PRESETS.get(chosen, {})
 
 
 def find_option(name: str) -> Option | None:

@@ -4,31 +4,46 @@ Runs beside the mount from its first moment: nothing waits for it, and where it 
 prefetching is lost. Which models are prefetched:
 
 - the one model below the prefix, or the model or pipeline at its root, from the moment of mount;
-- of several models, each from the moment in which one of its files is opened.
+- of several models, and with `--prefetch-on open`, each from when one of its files is opened;
+- where a reader takes other weights of a model than was expected (`consolidated*`, another format),
+  those.
+
+What tensors a shard has is read from its first block when that comes, and not fetched for it.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Iterable, Sequence
 
 import trio
 
-from lazyfs.blocks import spans
+from lazyfs.blocks import BlockId, spans
 from lazyfs.catalog import Catalog
 from lazyfs.errors import SourceError
 from lazyfs.fetcher import BlockFetcher
 from lazyfs.model import PIPELINE_INDEX, ModelFile, ModelLayout, layouts
 from lazyfs.observe.recorder import Recorder
-from lazyfs.prefetch import Prefetcher
-from lazyfs.safetensors import MalformedHeaderError, header_size, parse_header
+from lazyfs.options import MountOptions
+from lazyfs.prefetch import Place, Prefetcher
+from lazyfs.safetensors import (
+    LENGTH_BYTES,
+    MalformedHeaderError,
+    Tensor,
+    header_size,
+    parse_header,
+)
 from lazyfs.tree import File
 
 log = logging.getLogger(__name__)
 
-LENGTH_FIELD = 8
 # Parsing takes 5 ms for a usual header (300 tensors), but seconds for the longest that the format
 # allows; such a file is prefetched by offset.
 LONGEST_HEADER = 16 << 20
+SUFFIX = ".safetensors"
+# The policies that want a plan.
+PLANNED = frozenset(("model", "tensor", "headers"))
 
 
 class Planner:
@@ -37,29 +52,51 @@ class Planner:
     Args:
         catalog: what there is.
         fetcher: reads indexes and headers, and knows what is on disk.
-        prefetcher: is told.
+        prefetcher: is told, and tells what was read.
         recorder: is told when there is a plan.
+        options: what is wanted, and when.
+
+    Attributes:
+        planned: there is a plan.
     """
 
     def __init__(
-        self, catalog: Catalog, fetcher: BlockFetcher, prefetcher: Prefetcher, recorder: Recorder
+        self,
+        catalog: Catalog,
+        fetcher: BlockFetcher,
+        prefetcher: Prefetcher,
+        recorder: Recorder,
+        options: MountOptions,
     ) -> None:
         self._recorder = recorder
         self._catalog = catalog
         self._fetcher = fetcher
         self._prefetcher = prefetcher
+        self._options = options
         self.planned = False
+        # Inodes of files that were opened, and of those that were read though not expected to be.
         self._opened: set[int] = set()
-        self._send, self._news = trio.open_memory_channel[File](1000)
+        self._strays: set[int] = set()
+        self._send, self._news = trio.open_memory_channel[File](math.inf)
+        prefetcher.on_stray = self._was_read
+        prefetcher.on_head = self._has_come
 
     def opened(self, file: File) -> None:
-        """A file was opened. Never blocks; of very many at once some may be missed."""
+        """A file was opened. Never blocks."""
         if file.inode not in self._opened:
-            try:
-                self._send.send_nowait(file)
-            except trio.WouldBlock:
-                return
             self._opened.add(file.inode)
+            self._send.send_nowait(file)
+
+    def _was_read(self, inode: int) -> None:
+        file = self._catalog.tree.get(inode)
+        if isinstance(file, File) and inode not in self._strays:
+            self._strays.add(inode)
+            self._send.send_nowait(file)
+
+    def _has_come(self, inode: int) -> None:
+        file = self._catalog.tree.get(inode)
+        if isinstance(file, File) and self._may_have_tensors(file):
+            self._send.send_nowait(file)
 
     async def run(self) -> None:
         """Plan what is listed at mount, and go on as files are opened."""
@@ -71,75 +108,108 @@ class Planner:
         self.planned = True
         async with trio.open_nursery() as nursery:
             async for file in self._news:
-                nursery.start_soon(self._look_into, file)
+                if self._is_unexpected(file):
+                    await self._plan()
+                if self._may_have_tensors(file):
+                    nursery.start_soon(self._learn_tensors, file)
+
+    def _is_unexpected(self, file: File) -> bool:
+        """Whether a file was opened, or even read, that the plan does not have."""
+        return file.inode in self._opened and not self._prefetcher.is_ordered(file.inode)
+
+    def _may_have_tensors(self, file: File) -> bool:
+        """Whether its header can be had without fetching it anew."""
+        if not file.name.endswith(SUFFIX) or self._prefetcher.knows_tensors(file.inode):
+            return False
+        self._fetcher.add_file(file)
+        if not file.size_bytes:
+            return True
+        return self._prefetcher.place(BlockId(file.inode, 0)) not in (Place.NEAR, Place.USED)
 
     async def _plan(self) -> None:
         """Put the files of the wanted models into loading order."""
         files = {self._catalog.tree.path(file): file for file in self._catalog.tree.files()}
         listed = [ModelFile(path, file.size_bytes) for path, file in files.items()]
-        found = self._wanted(layouts(listed), files)
+        read = [path for path, file in files.items() if self._prefetcher.was_touched(file.inode)]
+        found = self._wanted(layouts(listed, read=read), files)
         indexes = {
             path: content
             for layout in found
             for path in layout.index_paths
             if (content := await self._content(files[path])) is not None
         }
-        found = self._wanted(layouts(listed, indexes=indexes), files)
+        found = self._wanted(layouts(listed, indexes=indexes, read=read), files)
         for warning in (warning for layout in found for warning in layout.warnings):
             log.warning("%s", warning)
-        small = [path for layout in found for path in layout.small]
-        shards = [path for layout in found for path in layout.shards]
-        order = [files[path] for path in (*small, *shards)]
-        for file in order:
+        small = [files[path] for layout in found for path in layout.small]
+        shards = [files[path] for layout in found for path in layout.shards]
+        for file in (*small, *shards):
             await self._fetcher.scan(file)
-        self._prefetcher.set_order([file.inode for file in order])
-        self._recorder.planned(sum(file.size_bytes for file in order))
+        self._prefetcher.set_order([file.inode for file in small], [file.inode for file in shards])
+        self._recorder.planned(sum(file.size_bytes for file in (*small, *shards)))
+        self._look_for_tensors(shards)
         self._fetcher.pump()
+
+    def _look_for_tensors(self, shards: Iterable[File]) -> None:
+        """See to it that what tensors there are gets known, where only some of them are wanted."""
+        if self._options.tensors is None:
+            return
+        for file in shards:
+            if not file.name.endswith(SUFFIX):
+                self._prefetcher.set_tensors(file.inode, ())
+            elif not self._prefetcher.is_away(BlockId(file.inode, 0)):
+                self._send.send_nowait(file)  # on disk: it will not come once more
 
     def _wanted(
         self, found: tuple[ModelLayout, ...], files: dict[str, File]
     ) -> tuple[ModelLayout, ...]:
         """The models that are to be prefetched now."""
+        on_mount = self._options.prefetch_on == "mount"
         models = [layout for layout in found if layout.shards]
         root = next((layout for layout in found if not layout.directory), None)
-        if len(models) == 1 or (root and PIPELINE_INDEX in root.small):
+        if (len(models) == 1 or (root and PIPELINE_INDEX in root.small)) and (
+            on_mount or self._are_opened((path for layout in found for path in layout.paths), files)
+        ):
             return found
         return tuple(
             layout
             for layout in found
-            if (layout is root and layout.shards)
-            or any(files[path].inode in self._opened for path in (*layout.small, *layout.shards))
+            if (on_mount and layout is root and layout.shards)
+            or self._are_opened(layout.paths, files)
         )
 
-    async def _look_into(self, file: File) -> None:
-        """A file was opened: its model is wanted, and its header says where its tensors are."""
-        if not self._prefetcher.is_ordered(file.inode):
-            await self._plan()
-        if file.name.endswith(".safetensors"):
-            try:
-                await self._learn_tensors(file)
-            except MalformedHeaderError as error:
-                log.warning(
-                    "%s: prefetched by offset, its header is not valid: %s", file.key, error
-                )
+    def _are_opened(self, paths: Iterable[str], files: dict[str, File]) -> bool:
+        return any(files[path].inode in self._opened for path in paths)
 
     async def _learn_tensors(self, file: File) -> None:
-        """Read a header. Who opened the file reads these bytes next, so nothing is fetched for it.
+        """Read a header, and tell the prefetcher what it says."""
+        try:
+            tensors = await self._tensors(file)
+        except MalformedHeaderError as error:
+            log.warning("%s: prefetched by offset, its header is not valid: %s", file.key, error)
+            tensors = ()
+        if tensors is not None:
+            self._prefetcher.set_tensors(file.inode, tensors)
+            self._fetcher.pump()
+
+    async def _tensors(self, file: File) -> Sequence[Tensor] | None:
+        """The tensors of a file, none if they are not worth it, None if it cannot be read now.
 
         Raises:
-            MalformedHeaderError: it is not valid.
+            MalformedHeaderError: the header is not valid.
         """
-        first = await self._content(file, LENGTH_FIELD)
+        first = await self._content(file, LENGTH_BYTES)
         if first is None:
-            return
+            return None
         size = header_size(first, file.size_bytes)
         if size > LONGEST_HEADER:
             log.info("%s: prefetched by offset, its header has %d bytes", file.key, size)
-            return
+            return ()
         header = await self._content(file, size)
-        if header is not None:
-            table = await trio.to_thread.run_sync(parse_header, header, file.size_bytes)
-            self._prefetcher.set_tensors(file.inode, [tensor.begin for tensor in table.tensors])
+        if header is None:
+            return None
+        table = await trio.to_thread.run_sync(parse_header, header, file.size_bytes)
+        return table.tensors
 
     async def _content(self, file: File, length: int | None = None) -> bytes | None:
         """The first bytes of a file, or all; None if they cannot be had."""

@@ -12,7 +12,7 @@ from unittest import mock
 import trio
 import trio.testing
 
-from lazyfs.blocks import block_length, spans
+from lazyfs.blocks import Span, block_length, spans
 from lazyfs.blocks.processor import Processors
 from lazyfs.cache import BlockCache
 from lazyfs.catalog import Catalog
@@ -20,7 +20,7 @@ from lazyfs.fetcher import BlockFetcher
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options import MountOptions
 from lazyfs.pagecache import PageCache
-from lazyfs.planner import Planner
+from lazyfs.planner import PLANNED, Planner
 from lazyfs.prefetch import Prefetcher
 from lazyfs.source import Source
 from lazyfs.tree import Directory, File, ListedObject, Node, Tree
@@ -116,8 +116,10 @@ class _Load:
         self._files: dict[str, File] = {tree.path(file): file for file in tree.files()}
         self._bucket = Bucket(model.contents, options.block_size, self._link, self.threads)
         self._pages = Pages(machine, options.block_size, self.threads)
-        disk = Disk(machine, options.block_size, self.threads) if machine.disk else None
-        prefetcher = Prefetcher(options.prefetch, options.block_size)
+        disk = Disk(machine, self.threads) if machine.disk else None
+        prefetcher = Prefetcher(
+            options.prefetch, options.block_size, heads_bytes=options.memory_limit // 4
+        )
         recorder = Recorder(options.prefetch)
         self._fetcher = BlockFetcher(
             cast(Source, self._bucket),
@@ -129,8 +131,8 @@ class _Load:
             Processors(lambda: 0.0, lambda: 0.0),  # never busy
         )
         catalog = cast(Catalog, _Catalog(tree))
-        self._planner = Planner(catalog, self._fetcher, prefetcher, recorder)
-        self._plans = options.prefetch == "model"
+        self._planner = Planner(catalog, self._fetcher, prefetcher, recorder, options)
+        self._plans = options.prefetch in PLANNED
         self._touched: dict[tuple[str, int], int] = {}
         self._opened: set[str] = set()
         self._requests = 0
@@ -184,15 +186,25 @@ class _Load:
         pieces = list(spans(read.offset, read.size, file.size_bytes, self._block_size))
         for piece in pieces:
             self._touched.setdefault((read.path, piece.number), len(self._touched))
-        if self._loader.direct or not self._pages.has(file.inode, read.offset, read.size):
+        missing = [piece for piece in pieces if not self._has(file, piece)]
+        if missing:
             self._requests += 1
-            self._fetcher.was_read(file, read.offset)
-            for piece in pieces:
-                await self._fetcher.read(file, piece)
-            if not self._loader.direct:
-                self._pages.fill(file.inode, read.offset, read.size)
+            self._fetcher.was_read(file, read.offset, read.size)
+            for piece in missing:
+                # What is pushed meanwhile: the kernel has its pages locked until this is answered.
+                if not self._has(file, piece):
+                    await self._fetcher.read(file, piece)
+                if not self._loader.direct:
+                    self._pages.fill(file.inode, *self._range(piece))
             await trio.sleep(self._machine.request_s + read.size / self._machine.request)
         await trio.sleep(read.size / self._loader.rate)
+
+    def _range(self, piece: Span) -> tuple[int, int]:
+        return piece.number * self._block_size + piece.start, piece.stop - piece.start
+
+    def _has(self, file: File, piece: Span) -> bool:
+        """Whether the kernel has it."""
+        return not self._loader.direct and self._pages.has(file.inode, *self._range(piece))
 
     def report(self) -> Report:
         asked = [(key, start // self._block_size) for key, start in self._bucket.asked]

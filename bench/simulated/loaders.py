@@ -20,7 +20,6 @@ from simulated.models import TRACES, Model, spans
 
 MIB = 1 << 20
 SLICE = 64 << 10  # of a row that one rank of a tensor-parallel group reads
-HEADER_READ = 4096
 
 
 class Read(NamedTuple):
@@ -101,8 +100,9 @@ def cut(path: str, begin: int, end: int, unit: int = MIB) -> list[Read]:
     return reads
 
 
-def header(path: str) -> Step:
-    return [[Read(path, 0, HEADER_READ)]]
+def header(model: Model, path: str) -> Step:
+    """What the kernel reads when the header is looked at."""
+    return [[Read(path, 0, min(MIB, model.sizes[path]))]]
 
 
 def tensor(path: str, begin: int, end: int, threads: int) -> Step:
@@ -125,7 +125,7 @@ def lazy(
 def _shard(
     model: Model, path: str, threads: int, wanted: Callable[[str], bool] = lambda name: True
 ) -> Job:
-    return [header(path)] + [
+    return [header(model, path)] + [
         tensor(path, begin, end, threads)
         for name, begin, end in spans(model, path)
         if end > begin and wanted(name)
@@ -150,7 +150,7 @@ def pool(model: Model, threads: int) -> Loader:
         for _, begin, end in spans(model, path)
         if end > begin
     ]
-    return Loader([Queue([[header(path)] for path in model.shards] + jobs, threads)])
+    return Loader([Queue([[header(model, path)] for path in model.shards] + jobs, threads)])
 
 
 def tensor_parallel(model: Model, ranks: int, *, strided: bool) -> Loader:
@@ -165,7 +165,7 @@ def tensor_parallel(model: Model, ranks: int, *, strided: bool) -> Loader:
 def _rank(model: Model, rank: int, ranks: int, strided: bool) -> Job:
     steps: list[Step] = []
     for path in model.shards:
-        steps.append(header(path))
+        steps.append(header(model, path))
         for _, begin, end in spans(model, path):
             if strided and end - begin > ranks * SLICE:
                 touched = range(begin + rank * SLICE, end, ranks * SLICE)
@@ -188,12 +188,11 @@ def prefetching(model: Model, ranks: int, threads: int = 4) -> Loader:
 
 
 def streamer(model: Model, threads: int = 16, chunk: int = 8 * MIB) -> Loader:
-    """Run:ai's: each thread reads a part of the bytes of all shards with O_DIRECT."""
+    """Run:ai's: first all headers, then each thread a part of all bytes, with O_DIRECT."""
     chunks = [read for path in model.shards for read in cut(path, 0, model.sizes[path], chunk)]
     part = -(-len(chunks) // threads)
-    heads: Queue = Queue([[header(path) for path in model.shards]])
     parts = [chunks[at : at + part] for at in range(0, len(chunks), part)]
-    return Loader([heads, *(Queue([[[each]]]) for each in parts)], direct=True)
+    return Loader([Queue([[*(header(model, path) for path in model.shards), parts]])], direct=True)
 
 
 def shuffled(model: Model, threads: int = 2, seed: int = 1) -> Loader:
@@ -205,13 +204,13 @@ def shuffled(model: Model, threads: int = 2, seed: int = 1) -> Loader:
         if end > begin
     ]
     random.Random(seed).shuffle(jobs)
-    return Loader([Queue([[header(path) for path in model.shards], *jobs])])
+    return Loader([Queue([[header(model, path) for path in model.shards], *jobs])])
 
 
 def backwards(model: Model, threads: int = 2) -> Loader:
     """The last tensor of the last shard first."""
     jobs = [list(reversed(_shard(model, path, threads)[1:])) for path in reversed(model.shards)]
-    return Loader([Queue([[header(path) for path in model.shards], *jobs])])
+    return Loader([Queue([[header(model, path) for path in model.shards], *jobs])])
 
 
 def pipeline(rank: int, ranks: int, layers: int) -> Callable[[str], bool]:

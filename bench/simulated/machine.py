@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+import random
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from typing import Any
 
 import trio
 
-from lazyfs.blocks import block_length
 from lazyfs.cache import Claim
 from lazyfs.tree import File
 
@@ -27,7 +27,7 @@ class Machine:
 
     Attributes:
         link: that all requests share.
-        latency_s: to the first byte of an answer.
+        latency_s: to the first byte of an answer, on average.
         connection: the most that one request gets.
         disk: space of the block cache; None: there is none.
         disk_read, disk_write: of all threads together.
@@ -76,10 +76,12 @@ class Link:
         self._since_s = 0.0
         self._ends: list[tuple[float, int, trio.Event]] = []
         self._numbers = itertools.count()
+        # Without any jitter all transfers would begin and end together.
+        self._random = random.Random(1)
         self._changed = trio.Event()
 
     async def transfer(self, size: int) -> None:
-        await trio.sleep(self._machine.latency_s)
+        await trio.sleep(self._machine.latency_s * self._random.uniform(0.5, 1.5))
         self._advance()
         done = trio.Event()
         heapq.heappush(self._ends, (self._served + size, next(self._numbers), done))
@@ -154,9 +156,8 @@ class Bucket:
 class Disk:
     """In the place of `BlockCache`."""
 
-    def __init__(self, machine: Machine, block_size: int, threads: Threads) -> None:
+    def __init__(self, machine: Machine, threads: Threads) -> None:
         self._space = machine.disk or 0
-        self._block_size = block_size
         self._threads = threads
         self._reads, self._writes = Queue(machine.disk_read), Queue(machine.disk_write)
         self._blocks: dict[tuple[str, int], memoryview] = {}
@@ -176,12 +177,12 @@ class Disk:
         return data
 
     def put(self, file: File, number: int, data: memoryview) -> bool:
-        length = block_length(file.size_bytes, self._block_size, number)
-        if self._used + length > self._space:
-            return False  # one load does not make room for itself
+        """Declined when it is full: a load does not lose what it stored for what it stores next."""
+        if self._used + len(data) > self._space:
+            return False
         self._threads.takes(self._writes.take(len(data)))
         self._blocks[file.key, number] = data
-        self._used += length
+        self._used += len(data)
         return True
 
     def announce(self, files: list[File]) -> None:

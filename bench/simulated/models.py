@@ -63,7 +63,11 @@ class Model:
 
     @property
     def shards(self) -> list[str]:
-        return list(self.tables)
+        return self.named("model")
+
+    def named(self, beginning: str) -> list[str]:
+        """The shards whose names begin so, in order."""
+        return [path for path in self.tables if path.startswith(beginning)]
 
 
 def recorded() -> Model:

@@ -16,9 +16,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from lazyfs.blocks import BlockId
+from lazyfs.blocks import BlockId, Span
 from lazyfs.prefetch import Place, Prefetcher
 from lazyfs.tree import File
+
+# Of a block, what is told apart: a part counts as read when its last byte was.
+PART = 64 << 10
 
 
 @dataclass(slots=True)
@@ -27,7 +30,7 @@ class Held:
 
     Attributes:
         users: how many tasks need the bytes to stay: waiters, a push, a write.
-        unread: bytes that no reader had yet; when there are none, it need not be kept for one.
+        unread: a bit for each part that no reader had yet; at 0 it need not be kept for one.
         demanded: a reader waited for it when it came.
         on_disk: it can be had again without S3.
         to_write: it waits for the disk, which is one of its users.
@@ -41,10 +44,21 @@ class Held:
     on_disk: bool = False
     to_write: bool = False
 
+    def was_read(self, span: Span) -> None:
+        """A reader had these bytes."""
+        first = span.start // PART
+        stop = -(-span.stop // PART) if span.stop == len(self.data) else span.stop // PART
+        self.unread &= ~((1 << stop) - (1 << first)) if stop > first else -1
+
     @property
     def spare(self) -> bool:
         """Whether nobody needs it now, but perhaps the disk."""
         return self.users == self.to_write
+
+
+def all_unread(length: int) -> int:
+    """The bits of a block of that length of which nothing was read."""
+    return (1 << -(-length // PART)) - 1
 
 
 class BlockMemory:
@@ -58,8 +72,7 @@ class BlockMemory:
 
     def __init__(self, limit_bytes: int, block_size: int, prefetcher: Prefetcher) -> None:
         self._limit_bytes = limit_bytes
-        # Only demand may use this: it finds room without waiting for a prefetch to land.
-        self._reserve_bytes = max(2 * block_size, limit_bytes // 8)
+        self._block_size = block_size
         self._prefetcher = prefetcher
         self._held: OrderedDict[BlockId, Held] = OrderedDict()
         self.used_bytes = 0
@@ -92,7 +105,7 @@ class BlockMemory:
             urgent: the room is for demand, not for a prefetch.
             reader_waits: some reader waits for a block, not necessarily for this one.
         """
-        limit = self._limit_bytes - (0 if urgent else self._reserve_bytes)
+        limit = self._limit_bytes - (0 if urgent else self._reserve())
         while self.used_bytes + size_bytes > limit:
             victim = self._costs_nothing()
             if victim is None and (urgent or reader_waits):
@@ -103,6 +116,15 @@ class BlockMemory:
                 return False
             self._drop(victim)
         return True
+
+    def _reserve(self) -> int:
+        """What only demand may use: it finds room without waiting for a prefetch to land.
+
+        Each reader may ask for a block at any moment; what was brought for one of them must not
+        have to go for another.
+        """
+        for_readers = min(self._limit_bytes // 2, self._prefetcher.readers * self._block_size)
+        return max(2 * self._block_size, self._limit_bytes // 4, for_readers)
 
     def _costs_nothing(self) -> BlockId | None:
         for block, held in self._held.items():

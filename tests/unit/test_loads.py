@@ -11,4 +11,4 @@ def test_a_load_takes_hardly_longer_than_it_must(name: str) -> None:
     report = CASES[name].run()
     assert report.stall <= CASES[name].most_stall
     assert report.waste <= CASES[name].most_waste
-    assert report.twice == 0, "a block was fetched a second time"
+    assert report.twice <= CASES[name].most_twice, "blocks were fetched a second time"

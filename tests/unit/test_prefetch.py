@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from lazyfs.blocks import BlockId
 from lazyfs.prefetch import Place, Prefetcher
+from lazyfs.safetensors import Tensor
 
 BLOCK = 10
 
@@ -13,8 +16,16 @@ def prefetcher(policy: str = "model", *sizes: int) -> Prefetcher:
     made = Prefetcher(policy, BLOCK)
     for inode, size in enumerate(sizes, start=2):
         made.add_file(inode, size * BLOCK - 3)
-    made.set_order(range(2, 2 + len(sizes)))
+    if policy != "sequential":
+        made.set_order((), range(2, 2 + len(sizes)))
     return made
+
+
+def tensors(*begins: int, end: int, name: str = "t.{}.w") -> list[Tensor]:
+    """Tensors that begin there and leave no gaps."""
+    return [
+        Tensor(name.format(n), "U8", (), b, e) for n, (b, e) in enumerate(pairwise((*begins, end)))
+    ]
 
 
 def take(made: Prefetcher, count: int) -> list[tuple[int, int]]:
@@ -29,29 +40,51 @@ def take(made: Prefetcher, count: int) -> list[tuple[int, int]]:
     return taken
 
 
-def test_a_model_is_fetched_in_loading_order_before_anyone_reads() -> None:
+def test_a_model_is_fetched_in_loading_order_headers_first_before_anyone_reads() -> None:
     made = prefetcher("model", 2, 1, 2)
-    assert take(made, 9) == [(2, 0), (2, 1), (3, 0), (4, 0), (4, 1)]
+    assert take(made, 9) == [(2, 0), (3, 0), (4, 0), (2, 1), (4, 1)]
+
+
+def test_small_files_come_before_all_shards() -> None:
+    made = prefetcher("model", 2, 1, 2)
+    made.set_order([4], [2, 3])
+    assert take(made, 9) == [(4, 0), (4, 1), (2, 0), (3, 0), (2, 1)]
+
+
+def test_headers_of_very_many_shards_do_not_fill_the_memory() -> None:
+    made = Prefetcher("model", BLOCK, heads_bytes=2 * BLOCK)
+    for inode in range(2, 8):
+        made.add_file(inode, 2 * BLOCK)
+    made.set_order((), range(2, 8))
+    assert take(made, 4) == [(2, 0), (3, 0), (2, 1), (3, 1)]
+
+
+def test_headers_alone() -> None:
+    made = prefetcher("headers", 3, 3)
+    assert take(made, 9) == [(2, 0), (3, 0)]
+    made.was_read(2, BLOCK, BLOCK)
+    assert take(made, 9) == []
 
 
 def test_a_reader_moves_the_focus_and_what_was_passed_over_comes_last() -> None:
     made = prefetcher("model", 2, 3, 2)
-    made.was_read(3, 0)
-    assert take(made, 9) == [(3, 0), (3, 1), (3, 2), (4, 0), (4, 1), (2, 0), (2, 1)]
+    made.was_read(3, BLOCK, 1)
+    assert take(made, 3) == [(3, 0), (3, 1), (3, 2)]
+    assert take(made, 9) == [(2, 0), (4, 0), (4, 1), (2, 1)]
 
 
 def test_a_touched_tensor_is_fetched_whole_wherever_it_was_touched() -> None:
     made = prefetcher("model", 40)
-    made.set_tensors(2, [2, 100, 250])
-    made.was_read(2, 220)
+    made.set_tensors(2, tensors(2, 100, 250, end=397))
+    made.was_read(2, 220, 4)
     assert take(made, 3) == [(2, 10), (2, 11), (2, 12)]
-    made.was_read(2, 255)
+    made.was_read(2, 255, 4)
     assert take(made, 1) == [(2, 25)]
 
 
 def test_off_wishes_nothing() -> None:
     made = prefetcher("off", 5)
-    made.was_read(2, 0)
+    made.was_read(2, 0, 1)
     assert take(made, 1) == []
     assert made.next_load(10**9) is None
 
@@ -59,10 +92,10 @@ def test_off_wishes_nothing() -> None:
 def test_a_file_out_of_order_is_followed_only_as_far_as_it_was_read() -> None:
     made = prefetcher("sequential", 100)
     assert take(made, 1) == []
-    made.was_read(2, 0)
+    made.was_read(2, 0, 1)
     assert take(made, 99) == [(2, 0), (2, 1), (2, 2)]
     for number in range(1, 5):
-        made.was_read(2, number * BLOCK)
+        made.was_read(2, number * BLOCK, BLOCK)
     assert take(made, 99)[-1] == (2, 14)
 
 
@@ -70,7 +103,7 @@ def test_a_failed_block_is_left_to_its_readers() -> None:
     made = prefetcher("model", 3)
     made.failed(BlockId(2, 0))
     assert take(made, 9) == [(2, 1), (2, 2)]
-    made.was_read(2, 0)
+    made.was_read(2, 0, 1)
     assert take(made, 9) == [(2, 0)]
 
 
@@ -80,7 +113,7 @@ def test_a_block_that_was_used_is_fetched_again_only_for_a_second_pass() -> None
     for number in range(4):
         made.moved(BlockId(2, number), Place.USED)
     assert take(made, 9) == []
-    made.was_read(2, BLOCK)
+    made.was_read(2, BLOCK, 1)
     assert take(made, 9) == [(2, 1), (2, 2), (2, 3)]
 
 
@@ -104,3 +137,148 @@ def test_when_the_kernel_forgets_an_inode_its_pages_are_gone() -> None:
     made.moved(BlockId(2, 0), Place.NEAR)
     made.set_known(2, False)
     assert made.place(BlockId(2, 0)) == Place.LOCAL
+
+
+def test_to_open_a_shard_and_read_its_header_says_nothing() -> None:
+    made = prefetcher("model", 2, 4, 4)
+    take(made, 3)
+    for inode in (2, 3, 4):
+        made.was_read(inode, 0, BLOCK)
+    assert take(made, 1) == [(2, 1)], "still the first shard"
+
+
+def test_where_a_mapped_page_is_missed_the_middle_of_the_request_is_meant() -> None:
+    made = prefetcher("model", 40)
+    made.set_tensors(2, tensors(2, 100, 250, end=397))
+    take(made, 1)
+    made.was_read(2, 96, 10)
+    assert take(made, 1) == [(2, 10)]
+
+
+def test_several_readers_are_served_evenly() -> None:
+    made = prefetcher("model", 30, 30, 30)
+    take(made, 3)
+    for inode in (2, 4):
+        made.set_tensors(inode, tensors(2, 15, end=297))
+        made.was_read(inode, 20, 1)
+    taken = take(made, 20)
+    assert sorted(inode for inode, _ in taken) == [2] * 10 + [4] * 10
+
+
+def test_tensor_fetches_the_touched_one_whole_and_little_more() -> None:
+    made = prefetcher("tensor", 100)
+    take(made, 1)
+    made.set_tensors(2, tensors(2, 200, 300, 600, end=997))
+    assert take(made, 9) == []
+    made.was_read(2, 310, 4)
+    assert take(made, 99) == [(2, number) for number in range(30, 60 + 8)]
+
+
+def layered(policy: str, layers: int = 20) -> Prefetcher:
+    """Each layer has a tensor `a` and one `b`, of 5 blocks each."""
+    made = prefetcher(policy, 10 * layers)
+    begins = range(0, 100 * layers, 50)
+    made.set_tensors(
+        2,
+        [
+            Tensor(f"layers.{at // 2}.{'ab'[at % 2]}", "U8", (), begin + 1, begin + 51)
+            for at, begin in enumerate(begins)
+        ],
+    )
+    return made
+
+
+def test_what_a_loader_passes_over_again_and_again_is_not_fetched() -> None:
+    made = layered("tensor")
+    for layer in range(3):
+        made.was_read(2, 100 * layer + 20, 4)
+    ahead = {number for _, number in take(made, 99)}
+    assert {30, 31, 32, 33, 34} <= ahead, "layers.3.a"
+    assert not {36, 37, 38} & ahead, "layers.3.b"
+
+
+def test_what_was_passed_over_is_wanted_again_once_it_is_read() -> None:
+    made = layered("tensor")
+    for layer in range(3):
+        made.was_read(2, 100 * layer + 20, 4)
+    made.was_read(2, 370, 4)
+    assert {45, 46, 47, 48} <= {number for _, number in take(made, 99)}, "layers.4.b"
+
+
+def test_a_model_has_what_is_passed_over_last() -> None:
+    made = layered("model")
+    for layer in range(3):
+        made.was_read(2, 100 * layer + 20, 4)
+    order = [number for _, number in take(made, 999)]
+    assert sorted(order) == list(range(200)), "but it has it"
+    assert order.index(38) > order.index(190)
+
+
+def test_what_was_fetched_for_nothing_is_bounded() -> None:
+    """A reader of every seventh tensor, of names without any pattern."""
+    made = prefetcher("tensor", 3000)
+    take(made, 1)
+    made.set_tensors(2, tensors(*range(1, 29_990, 30), end=29_997, name="x{}"))
+    for begin in range(1, 29_000, 210):
+        made.was_read(2, begin + 10, 4)
+        take(made, 999)
+    away = sum(made.is_away(BlockId(2, number)) for number in range(3000))
+    assert 3000 - away < 139 * 4 * 1.2 + 16
+
+
+def test_only_tensors_that_are_wanted() -> None:
+    made = Prefetcher("model", BLOCK, wanted=lambda name: name.endswith(".a"))
+    made.add_file(2, 200)
+    made.set_order((), [2])
+    assert take(made, 99) == [(2, 0)], "the header says what there is"
+    made.set_tensors(2, [Tensor("0.a", "U8", (), 5, 60), Tensor("0.b", "U8", (), 60, 200)])
+    assert take(made, 99) == [(2, number) for number in range(1, 6)]
+    made.was_read(2, 150, 4)
+    assert take(made, 99) == []
+
+
+def test_a_file_without_tensors_is_wanted_whole() -> None:
+    made = Prefetcher("model", BLOCK, wanted=lambda name: False)
+    made.add_file(2, 3 * BLOCK)
+    made.set_order((), [2])
+    made.set_tensors(2, ())
+    assert take(made, 99) == [(2, 0), (2, 1), (2, 2)]
+
+
+def test_strays_and_heads_are_told() -> None:
+    made = prefetcher("model", 2)
+    made.add_file(9, 100)
+    told: list[int] = []
+    made.on_stray = made.on_head = told.append
+    made.was_read(9, 50, 4)
+    made.was_read(9, 60, 4)
+    assert told == [9]
+    take(made, 1)
+    made.moved(BlockId(2, 0), Place.LOCAL)
+    assert told == [9, 2]
+
+
+def test_pages_count_as_unread_until_a_request_from_behind_them() -> None:
+    made = prefetcher("model", 20, 20)
+    made.set_known(2, True)
+    for number in range(20):
+        made.moved(BlockId(2, number), Place.NEAR)
+    assert made.near_ahead_bytes == 20 * BLOCK
+    made.was_read(2, 17 * BLOCK, 4)
+    assert made.near_ahead_bytes == 4 * BLOCK, "the piece begins at block 16"
+    made.was_read(3, 9 * BLOCK, 4)
+    assert made.near_ahead_bytes == 0
+    made.moved(BlockId(3, 12), Place.NEAR)
+    assert made.near_ahead_bytes == BLOCK
+
+
+def test_each_wish_is_found_without_a_walk_over_all_blocks() -> None:
+    """Or this would not end before the test's timeout."""
+    made = prefetcher("model", *[8] * 2000)
+    wishes = 0
+    while (block := made.next_fetch()) is not None:
+        made.moved(block, Place.COMING)
+        made.moved(block, Place.NEAR)
+        made.was_read(block.inode, block.number * BLOCK, BLOCK)
+        wishes += 1
+    assert wishes == 16_000

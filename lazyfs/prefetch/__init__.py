@@ -1,0 +1,12 @@
+"""Which block to bring next. Pure: no I/O, no clock, no threads.
+
+places.py      one file's blocks: where each is, and the pieces that are read as one thing
+streams.py     who reads where, as far as reads show it
+skips.py       which tensors this loader passes over
+prefetcher.py  the policy: what is wished for, in which order
+"""
+
+from lazyfs.prefetch.places import Place
+from lazyfs.prefetch.prefetcher import POLICIES, Prefetcher
+
+__all__ = ["POLICIES", "Place", "Prefetcher"]

@@ -1,0 +1,462 @@
+"""The policy of one mount: which block to bring next.
+
+Theory of operation. The prefetcher is told the files in the order in which a loader reads them,
+what was read, and where blocks are (`Place`). It answers two questions: `next_fetch`, which absent
+block to bring from S3; `next_load`, which local block to put into the page cache. Demand does not
+come through here; a block that a reader waits for is fetched at once by the caller.
+
+Both questions have the same answer, the first of these in which there is a block:
+
+1. The rest of a *piece* (a tensor) of which something was read. Reads inside a tensor come
+   interleaved and backwards, because every thread of the loader copies a part of its own, and in
+   slices, when ranks share it. It is one thing, and is had whole.
+2. Small files, then the beginnings of shards, where the headers are: loaders open all of them
+   long before they read one.
+3. What follows a reader in his file, of several readers (`Streams`) the one with the least ahead
+   of him first, so that none waits for what another will read later.
+4. The files after the one that is being read, then those that were passed by.
+5. Tensors that this loader passes over (`Skips`).
+
+What of this a policy does:
+
+- `model`: all of it, from the moment it is told the order.
+- `tensor`: 1 and 2; of 3 in small doses (`UNREAD_SHARE`), and no more once too much of it was
+  passed over (`WASTED_SHARE`). Into the page cache it puts 1 only: so the next tensor's first read
+  comes as a request and shows what the loader passes over.
+- `sequential`: of a file that is read, twice as far as it was read; so a look at the end of a
+  large file costs little, and a copy of it runs at full speed. The other policies do so with
+  files that have no place in the order; `tensor` also with those that have no tensors.
+- `headers`: 2 alone.
+
+The header of a shard says little when it is read: see 2. How far ahead of the readers all this runs
+is bounded by what memory and disk can hold, which is the caller's to say.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from lazyfs.blocks import BlockId
+from lazyfs.prefetch.ahead import PagesAhead
+from lazyfs.prefetch.places import AWAY, FileBlocks, Place
+from lazyfs.prefetch.skips import Skips, role_of
+from lazyfs.prefetch.streams import Streams
+from lazyfs.safetensors import Tensor
+
+POLICIES = ("model", "tensor", "sequential", "headers", "off")
+
+# Pieces of which something was read and that are not whole yet; the oldest is given up.
+TOUCHED_PIECES = 64
+# With `tensor`: how much may lie there that nobody has read yet, and how much that was passed over:
+# a share of what was read, or so many blocks.
+UNREAD_SHARE = 1 / 16
+WASTED_SHARE = 1 / 20
+LEAST_BLOCKS = 8
+
+
+class Prefetcher:
+    """The policy of one mount.
+
+    Args:
+        policy: one of `POLICIES`.
+        block_size: bytes.
+        heads_bytes: the most that the beginnings of shards may take before anyone opens them.
+        wanted: which tensors may be fetched ahead, by name; None: all.
+
+    Attributes:
+        on_stray: told of a file's inode when it is first read and has no place in the order.
+        on_head: told of a file's inode when its first block has come, and is in memory.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        block_size: int,
+        *,
+        heads_bytes: int = 64 << 20,
+        wanted: Callable[[str], bool] | None = None,
+    ) -> None:
+        self._policy = policy
+        self._block_size = block_size
+        self._heads = heads_bytes // block_size
+        self._wanted = wanted
+        self.on_stray: Callable[[int], None] = lambda inode: None
+        self.on_head: Callable[[int], None] = lambda inode: None
+        self._files: dict[int, FileBlocks] = {}
+        self._order: list[int] = []
+        # Files of which it is known what tensors are in them, if any.
+        self._tabled: set[int] = set()
+        self._first: deque[BlockId] = deque()
+        self._touched: OrderedDict[tuple[int, int], None] = OrderedDict()
+        self._streams = Streams()
+        self._skips = Skips()
+        self._roles: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+        # With `tensor`: what was fetched ahead and not read yet, what of it was passed over, and
+        # how many blocks were read.
+        self._unread: set[BlockId] = set()
+        self._wasted: set[BlockId] = set()
+        self._read_blocks = 0
+        self._ahead = PagesAhead(self._files)
+
+    def add_file(self, inode: int, size_bytes: int) -> None:
+        """A file exists. Adding it again changes nothing."""
+        if inode not in self._files:
+            self._files[inode] = FileBlocks(size_bytes, self._block_size)
+
+    def set_order(self, small: Iterable[int], shards: Iterable[int]) -> None:
+        """The order in which a loader reads; files that are not named are not fetched whole.
+
+        All of them must have been added.
+        """
+        for inode in self._order:
+            self._files[inode].rank = -1
+        small, shards = list(small), list(shards)
+        self._order = [*small, *shards]
+        for rank, inode in enumerate(self._order):
+            self._files[inode].rank = rank
+        heads = [BlockId(inode, 0) for inode in shards if self._files[inode].places]
+        if self._policy != "headers" and self._wanted is None:
+            heads = heads[: self._heads]
+        self._first = deque(
+            BlockId(inode, number)
+            for inode in small
+            for number in range(len(self._files[inode].places))
+        )
+        self._first += heads
+        if self._wanted is not None:
+            for inode in shards:
+                if inode not in self._tabled:
+                    self._leave(inode, [(0, 1)])
+        self._ahead.locate(self._order, self._streams)
+
+    @property
+    def order(self) -> Sequence[int]:
+        """The files in the order in which a loader reads them."""
+        return tuple(self._order)
+
+    def progress(self) -> tuple[int, int]:
+        """Bytes of the files in the loading order, and how many of them are or were here."""
+        wanted = there = 0
+        for inode in self._order:
+            blocks = self._files[inode]
+            wanted += blocks.size_bytes - blocks.counts[Place.LEFT] * self._block_size
+            here = len(blocks.places) - sum(blocks.counts[place] for place in AWAY)
+            there += min(here * self._block_size, blocks.size_bytes)
+        return wanted, there
+
+    def near_bytes(self) -> int:
+        """Bytes of files in the loading order that went into the page cache, or were read."""
+        size = 0
+        for blocks in (self._files[inode] for inode in self._order):
+            count = blocks.counts[Place.NEAR] + blocks.counts[Place.USED]
+            size += min(count * self._block_size, blocks.size_bytes)
+        return size
+
+    def beginnings_are_here(self) -> bool:
+        """Whether of each file in the loading order the first block is or was here."""
+        return all(
+            self._files[inode].places[0] not in AWAY
+            for inode in self._order
+            if self._files[inode].places
+        )
+
+    @property
+    def readers(self) -> int:
+        """How many readers there seem to be at once."""
+        return len(self._streams)
+
+    def was_touched(self, inode: int) -> bool:
+        """Whether more of a file was read than its header."""
+        return inode in self._files and any(self._files[inode].touched)
+
+    def knows_tensors(self, inode: int) -> bool:
+        """Whether it was said what tensors are in a file."""
+        return inode in self._tabled
+
+    def is_ordered(self, inode: int) -> bool:
+        """Whether the file has a place in the loading order."""
+        return inode in self._files and self._files[inode].rank >= 0
+
+    def set_tensors(self, inode: int, tensors: Sequence[Tensor]) -> None:
+        """What is in a file, in the order of bytes. Nothing: it is prefetched by offset."""
+        blocks = self._files[inode]
+        filled = [tensor for tensor in tensors if tensor.end > tensor.begin]
+        if inode in self._tabled:
+            return
+        self._tabled.add(inode)
+        if not filled:
+            self._leave(inode, None)
+            return
+        roles = [role_of(tensor.name) for tensor in filled]
+        blocks.set_pieces([tensor.begin for tensor in filled], roles)
+        self._streams.forget(inode)
+        for touched in [touched for touched in self._touched if touched[0] == inode]:
+            del self._touched[touched]
+        if self._wanted is not None:
+            chosen = (at for at, tensor in enumerate(filled) if self._wanted(tensor.name))
+            self._leave(inode, [(0, 1), *map(blocks.blocks_of, chosen)])
+        for piece, role in enumerate(roles):
+            self._roles[role].append((inode, piece))
+            if self._skips.expects(role):
+                self._pass_over(inode, piece)
+        self._ahead.locate(self._order, self._streams)
+
+    def set_known(self, inode: int, known: bool) -> None:
+        """Whether the kernel knows the inode, so that blocks can be put into the page cache."""
+        blocks = self._files[inode]
+        blocks.known = known
+        if not known:
+            # The kernel dropped the pages with the inode; nobody tells where the bytes are now.
+            for number, place in enumerate(blocks.places):
+                if place == Place.NEAR:
+                    self.moved(BlockId(inode, number), Place.LOCAL)
+
+    def opened(self, inode: int, *, direct: bool) -> None:
+        """A file was opened; `direct`: with O_DIRECT, which passes by the page cache."""
+        self._files[inode].reads_pages = not direct
+
+    def reads_pages(self, inode: int) -> bool:
+        """Whether the file is open to someone who finds what is in the page cache."""
+        return self._files[inode].reads_pages is True
+
+    def takes_pages(self, block: BlockId) -> bool:
+        """Whether a block can and should be put into the page cache."""
+        blocks = self._files[block.inode]
+        if not blocks.known or blocks.reads_pages is False:
+            return False
+        return not self._by_tensor(blocks) or self._is_touched(blocks, block.number)
+
+    @property
+    def near_ahead_bytes(self) -> int:
+        """About how much lies in the page cache that nobody has read yet (`PagesAhead`)."""
+        return self._ahead.blocks * self._block_size
+
+    def moved(self, block: BlockId, place: Place) -> None:
+        """A block is now there."""
+        blocks = self._files[block.inode]
+        before = blocks.move(block.number, place)
+        if block.number == 0 and (before, place) == (Place.COMING, Place.LOCAL):
+            self.on_head(block.inode)
+        self._ahead.moved(block, before, place)
+
+    def place(self, block: BlockId) -> Place:
+        """Where a block is."""
+        return Place(self._files[block.inode].places[block.number])
+
+    def is_away(self, block: BlockId) -> bool:
+        """Whether a block is only in S3, or on its way from there."""
+        return self.place(block) in AWAY
+
+    def failed(self, block: BlockId) -> None:
+        """The block could not be fetched; it is left to those who read it."""
+        self.moved(block, Place.LEFT)
+
+    def was_read(self, inode: int, offset: int, size: int) -> None:
+        """A reader asked for `size` bytes at `offset`."""
+        blocks = self._files[inode]
+        number = offset // self._block_size
+        if number >= len(blocks.places):
+            return  # at the end of the file
+        if blocks.places[number] == Place.USED:
+            self._begin_again(inode, number)
+        elif blocks.places[number] == Place.LEFT:
+            self.moved(BlockId(inode, number), Place.ABSENT)
+        if number != blocks.last_read:
+            blocks.last_read = number
+            blocks.blocks_read += 1
+        if blocks.piece_at(offset) < 0 if blocks.roles else blocks.rank >= 0 and number == 0:
+            return  # the header
+        # Where a page of a mapped file is missed, the kernel reads as much before it as behind it
+        # (Linux, mm/filemap.c, do_sync_mmap_readahead), so the middle is what is meant.
+        self._touch(inode, blocks, blocks.piece_at(min(offset + size // 2, blocks.size_bytes - 1)))
+
+    def next_fetch(self) -> BlockId | None:
+        """The absent block to bring from S3 next, or None."""
+        if self._policy == "off":
+            return None
+        block = self._next(Place.ABSENT)
+        if block is None and self._policy == "model":
+            block = self._in_order(Place.PASSED)
+        return block
+
+    def next_load(self, allowance: int) -> BlockId | None:
+        """The local block to put into the page cache next, or None.
+
+        Args:
+            allowance: how many bytes may still be put there ahead of the readers.
+        """
+        if self._policy == "off" or allowance < self._block_size:
+            return None
+        return self._next(Place.LOCAL)
+
+    def _next(self, place: Place) -> BlockId | None:
+        """The block at a place that is wanted first; see the module's docstring for the order."""
+        for block in (self._of_touched(place), self._of_first(place)):
+            if block is not None:
+                return block
+        if self._policy == "headers":
+            return None
+        block = self._of_following(place)
+        if block is None and self._policy == "model":
+            block = self._in_order(place)
+        if block is not None and self._policy == "tensor" and place == Place.ABSENT:
+            self._unread.add(block)
+        return block
+
+    def _of_touched(self, place: Place) -> BlockId | None:
+        best: BlockId | None = None
+        least = 0
+        for inode, piece in list(self._touched):
+            blocks = self._files[inode]
+            first, stop = blocks.blocks_of(piece)
+            if max(blocks.find(at, first, stop) for at in (Place.ABSENT, Place.LOCAL)) < 0:
+                del self._touched[inode, piece]
+                continue
+            number = self._find(blocks, place, first, stop)
+            if number >= 0 and (best is None or number - first < least):
+                best, least = BlockId(inode, number), number - first
+        return best
+
+    def _of_first(self, place: Place) -> BlockId | None:
+        while place == Place.ABSENT and self._first and self.place(self._first[0]) != place:
+            self._first.popleft()
+        if place == Place.ABSENT:
+            return self._first[0] if self._first else None
+        return None
+
+    def _of_following(self, place: Place) -> BlockId | None:
+        best: BlockId | None = None
+        least = 0
+        for inode, piece in self._streams:
+            for block, lead in self._following(inode, piece, place):
+                if best is None or lead < least:
+                    best, least = block, lead
+        return best
+
+    def _following(self, inode: int, piece: int, place: Place) -> Iterator[tuple[BlockId, int]]:
+        """The first block at a place that follows a reader, and how many lie before it."""
+        blocks = self._files[inode]
+        first, _ = blocks.blocks_of(piece)
+        stop = len(blocks.places)
+        if self._by_tensor(blocks):
+            if place != Place.ABSENT or not self._may_venture:
+                return
+        elif self._policy != "model" or blocks.rank < 0:
+            stop = min(stop, blocks.last_read + 1 + 2 * blocks.blocks_read)
+        number = self._find(blocks, place, first, stop)
+        if number >= 0:
+            yield BlockId(inode, number), number - first
+        elif self._by_tensor(blocks) and 0 <= blocks.rank < len(self._order) - 1:
+            after = self._order[blocks.rank + 1]
+            number = self._find(self._files[after], place, 0, len(self._files[after].places))
+            if number >= 0:
+                yield BlockId(after, number), stop - first + number
+
+    def _in_order(self, place: Place) -> BlockId | None:
+        ranks = (self._files[inode].rank for inode, _ in self._streams)
+        position = next((rank + 1 for rank in ranks if rank >= 0), 0)
+        for inode in (*self._order[position:], *self._order[:position]):
+            blocks = self._files[inode]
+            number = (
+                self._find(blocks, place, 0, len(blocks.places)) if blocks.counts[place] else -1
+            )
+            if number >= 0:
+                return BlockId(inode, number)
+        return None
+
+    def _find(self, blocks: FileBlocks, place: Place, start: int, stop: int) -> int:
+        if place == Place.LOCAL and (not blocks.known or blocks.reads_pages is False):
+            return -1
+        return blocks.find(place, start, stop)
+
+    @property
+    def _may_venture(self) -> bool:
+        """Whether more of what may not be read can be fetched."""
+        unread = max(LEAST_BLOCKS, self._read_blocks * UNREAD_SHARE)
+        wasted = max(LEAST_BLOCKS, self._read_blocks * WASTED_SHARE)
+        return len(self._unread) < unread and len(self._wasted) < wasted
+
+    def _by_tensor(self, blocks: FileBlocks) -> bool:
+        return self._policy == "tensor" and bool(blocks.roles)
+
+    def _is_touched(self, blocks: FileBlocks, number: int) -> bool:
+        pieces = blocks.pieces_in(number)
+        return blocks.touched.find(1, pieces.start, pieces.stop) >= 0
+
+    def _touch(self, inode: int, blocks: FileBlocks, piece: int) -> None:
+        """Something of a piece was read."""
+        if blocks.rank < 0 and not any(blocks.touched):
+            self.on_stray(inode)
+        passed = self._streams.read(inode, piece)
+        if passed is None:
+            return
+        first, stop = blocks.blocks_of(piece)
+        if not blocks.touched[piece]:
+            blocks.touched[piece] = 1
+            self._read_blocks += stop - first
+        if blocks.roles:
+            self._learn(inode, blocks, piece, passed)
+        if self._by_tensor(blocks) or (self._policy == "model" and blocks.rank >= 0):
+            self._touched[inode, piece] = None
+            self._touched.move_to_end((inode, piece))
+            if len(self._touched) > TOUCHED_PIECES:
+                self._touched.popitem(last=False)
+        for number in range(first, stop):
+            self._unread.discard(BlockId(inode, number))
+            self._wasted.discard(BlockId(inode, number))
+        self._ahead.locate(self._order, self._streams)
+
+    def _learn(self, inode: int, blocks: FileBlocks, piece: int, passed: Iterable[int]) -> None:
+        """See what the reader passed over on his way to a tensor."""
+        for other in passed:
+            # What lies in the page cache he may have read without a request.
+            first, stop = blocks.blocks_of(other)
+            for block in (BlockId(inode, number) for number in range(first, stop)):
+                if block in self._unread:
+                    self._unread.discard(block)
+                    self._wasted.add(block)
+            places = blocks.places[first:stop]
+            silent = places.count(Place.NEAR) + places.count(Place.COMING) == len(places)
+            if not blocks.touched[other] and not silent:
+                role = blocks.roles[other]
+                if self._skips.passed(role):
+                    for which in self._roles[role]:
+                        self._pass_over(*which)
+                    # It will not happen again, so it is not held against what comes.
+                    self._wasted = {block for block in self._wasted if not self._is_passed(block)}
+        role = blocks.roles[piece]
+        if self._skips.read(role):
+            for owner, other in self._roles[role]:
+                for number in range(*self._files[owner].blocks_of(other)):
+                    if self._files[owner].places[number] == Place.PASSED:
+                        self.moved(BlockId(owner, number), Place.ABSENT)
+
+    def _pass_over(self, inode: int, piece: int) -> None:
+        """Wish last for those blocks of a tensor in which only such tensors are."""
+        for number in range(*self._files[inode].blocks_of(piece)):
+            block = BlockId(inode, number)
+            if self.place(block) == Place.ABSENT and self._is_passed(block):
+                self.moved(block, Place.PASSED)
+
+    def _is_passed(self, block: BlockId) -> bool:
+        """Whether all tensors in a block are expected to be passed over."""
+        blocks = self._files[block.inode]
+        return all(
+            self._skips.expects(blocks.roles[piece]) and not blocks.touched[piece]
+            for piece in blocks.pieces_in(block.number)
+        )
+
+    def _leave(self, inode: int, wanted: Iterable[tuple[int, int]] | None) -> None:
+        """Leave all but these blocks to their readers; None: leave none."""
+        blocks = self._files[inode]
+        blocks.want(wanted)
+        for number, place in enumerate(blocks.places):
+            if place in (Place.ABSENT, Place.LEFT):
+                self.moved(BlockId(inode, number), Place.ABSENT)
+
+    def _begin_again(self, inode: int, number: int) -> None:
+        """A file is read a second time: what follows is wanted again."""
+        places = self._files[inode].places
+        for used in [at for at in range(number, len(places)) if places[at] == Place.USED]:
+            self.moved(BlockId(inode, used), Place.ABSENT)
