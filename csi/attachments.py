@@ -131,7 +131,7 @@ class Attachments:
         if daemon is not None:
             _check_same(daemon, volume_id, path, volume, credentials)
             device = self.daemons.ensure(daemon, credentials, until - time.monotonic())
-            mounts.bind(daemon.mountpoint, path, device)
+            self._mount_again(volume_id, path, daemon, device)
             return daemon
         if via is None:
             daemon = self.daemons.reserve(volume, credentials, str(path))
@@ -174,17 +174,16 @@ class Attachments:
         daemon = self.daemons.get(place.daemon)
         if daemon is None:
             return "its daemon is gone"
-        if trouble := daemon.trouble:
-            return trouble
-        if daemon.device is None or not mounts.shows(path, daemon.device):
-            return f"it is not mounted at {path} any more; delete the pod"
+        troubles = [trouble] if (trouble := daemon.trouble) else []
+        if daemon.device is not None and not mounts.shows(path, daemon.device):
+            troubles.append(f"it is not mounted at {path} any more")
         if place.renewed is not None:
-            return (
+            troubles.append(
                 f"it was mounted anew at {place.renewed}: containers that started before have the "
                 "old mount, which is dead, unless they have mountPropagation HostToContainer; "
                 "delete the pod"
             )
-        return None
+        return "; ".join(troubles) or None
 
     def _roll_back(self, volume_id: str, path: Path, before: Place | None, kind: Kind) -> None:
         """Leave nothing of an attempt that failed; its error is what is to be seen."""
@@ -224,19 +223,26 @@ class Attachments:
 
     def _repair(self, volume_id: str, daemon: Daemon) -> None:
         """Mount a daemon's new filesystem where its old one was."""
-        for text, place in self._state.volume(volume_id).places.items():
-            path, device = Path(text), daemon.device
-            if place.daemon != daemon.name or device is None or mounts.shows(path, device):
+        for path, place in self._state.volume(volume_id).places.items():
+            device = daemon.device
+            if place.daemon != daemon.name or device is None:
                 continue
             try:
-                lost = mounts.is_mountpoint(path)
-                mounts.bind(daemon.mountpoint, path, device)
-                if lost and place.kind == "target":
-                    now = datetime.now(UTC).isoformat(timespec="seconds")
-                    self._save(volume_id, path, replace(place, renewed=now))
-                    log.warning("%s: mounted anew; what was open there fails", path)
+                self._mount_again(volume_id, Path(path), daemon, device)
             except LazyfsError as error:
                 log.error("%s: cannot be mounted anew: %s", path, error)
+
+    def _mount_again(self, volume_id: str, path: Path, daemon: Daemon, device: str) -> None:
+        """See that a place has the mount of its daemon, and note it if it had a dead one."""
+        if mounts.shows(path, device):
+            return
+        lost = mounts.is_mountpoint(path)
+        mounts.bind(daemon.mountpoint, path, device)
+        place = self.place(volume_id, path)
+        if lost and place is not None and place.kind == "target":
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            self._save(volume_id, path, replace(place, renewed=now))
+            log.warning("%s: mounted anew; what was open there fails", path)
 
 
 def _check_same(

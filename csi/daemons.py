@@ -32,6 +32,7 @@ from lazyfs.errors import LazyfsError, MountError
 from lazyfs.mount import syscalls
 from lazyfs.mount.handover import SPEC
 from lazyfs.mount.keeper import KeeperClient, KeeperError, connect
+from lazyfs.mount.runtime import DaemonWatch
 from lazyfs.mount.spec import Credentials, MountSpec, StaticCredentials, WebIdentity
 from lazyfs.mount.supervisor import Supervisor
 
@@ -42,6 +43,8 @@ RESUMED_AT_ONCE = 4
 # Between attempts to start a daemon that somebody uses.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 START_TIMEOUT_S = 120.0
+# How soon a keeper that was replaced is noticed.
+KEEPER_POLL_S = 2.0
 
 
 class Daemon:
@@ -169,6 +172,7 @@ class Daemons:
             if path.name not in known:
                 log.info("%s: left behind: cleaned up", path)
                 self._clear(path)
+        threading.Thread(target=self._watch_keeper, daemon=True).start()
         for daemon in list(self._daemons.values()):
             threading.Thread(target=self._resume, args=[daemon], daemon=True).start()
 
@@ -300,6 +304,20 @@ class Daemons:
             self._closing.wait(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
+    def _watch_keeper(self) -> None:
+        """Whenever the keeper was replaced, give the next one what it is there for."""
+        while not self._closing.wait(KEEPER_POLL_S):
+            with self._lock:
+                running = [each for each in self._daemons.values() if each.supervisor]
+            try:
+                with self._client() as keeper:
+                    kept = keeper.names()
+                for daemon in running:
+                    if str(daemon.mountpoint) not in kept and daemon.supervisor:
+                        daemon.supervisor.give_back()
+            except KeeperError as error:
+                log.debug("%s", error)  # Probe says so
+
     def _kept_spec(self, mountpoint: Path) -> MountSpec | None:
         """What the keeper has of a daemon."""
         with self._client() as keeper:
@@ -318,6 +336,7 @@ class Daemons:
                 keeper.drop(str(mountpoint))
         except KeeperError as error:
             log.warning("%s: %s", mountpoint, error)
+        DaemonWatch(mountpoint).wait(timeout_s=0)  # takes away its record
         with suppress(MountError):
             mounts.remove_directory(mountpoint)
 

@@ -134,6 +134,12 @@ _BY_CODE: dict[str, type[SourceError]] = {
     "InvalidAccessKeyId": CredentialsExpiredError,
     "InvalidToken": CredentialsExpiredError,
     "TokenRefreshRequired": CredentialsExpiredError,
+    # Of STS, about a pod's token, which is renewed: docs.aws.amazon.com/STS/latest/APIReference/
+    # API_AssumeRoleWithWebIdentity.html
+    "InvalidIdentityToken": CredentialsExpiredError,
+    "ExpiredTokenException": CredentialsExpiredError,
+    "IDPCommunicationError": UnavailableError,
+    "IDPRejectedClaim": AccessDeniedError,
     "RequestTimeTooSkewed": CredentialsExpiredError,
     "NoSuchBucket": NoSuchBucketError,
     "NoSuchKey": ObjectGoneError,

@@ -72,13 +72,18 @@ class S3:
         ]
 
     def forget(self) -> None:
-        """Forget the requests and faults so far."""
+        """Forget the requests and faults so far, and let everybody in."""
+        self._control("PUT", "access", None)
         self._control("DELETE", "requests")
         self._control("DELETE", "fault")
 
     def fault(self, match: str, kind: str, times: int = 1, **details: Any) -> None:
         """Let the next `times` requests that match go wrong."""
         self._control("PUT", "fault", {"match": match, "kind": kind, "times": times, **details})
+
+    def let_in(self, *access_keys: str) -> None:
+        """Refuse all requests but those signed with one of these keys; "" is for unsigned ones."""
+        self._control("PUT", "access", access_keys)
 
     def stop(self) -> None:
         """End the server."""

@@ -2,7 +2,7 @@
 
 It is a process apart from the tests and from the daemon, so that none of them waits for another's
 interpreter lock. Below `/_test/` it takes orders: `GET requests`, `DELETE requests`, `PUT fault`,
-`PUT objects`.
+`PUT objects`, `PUT access` (the access keys that are let in, "" for unsigned requests; null: all).
 A fault is JSON: {"match": regex on "METHOD /path?query", "kind": ..., "times": N}, with kinds
 `status` (with "status" and "code"), `hang` (with "seconds"), `truncate`, `reset`, `corrupt_range`,
 `slow` (the body in ten parts, one in every "seconds").
@@ -32,6 +32,7 @@ class Middleware:
         self.application = application
         self.requests: list[dict[str, Any]] = []
         self.faults: list[dict[str, Any]] = []
+        self.let_in: list[str] | None = None
         self.lock = threading.Lock()
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
@@ -46,9 +47,16 @@ class Middleware:
             if fault:
                 fault["times"] -= 1
                 self.faults = [f for f in self.faults if f["times"] > 0]
+        if not fault and not self.may_enter(environ):
+            code = "InvalidAccessKeyId" if "HTTP_AUTHORIZATION" in environ else "AccessDenied"
+            fault = {"kind": "status", "status": 403, "code": code}
         if fault:
             return self.misbehave(fault, environ, start_response)
         return self.application(environ, start_response)
+
+    def may_enter(self, environ: dict[str, Any]) -> bool:
+        found = re.search("Credential=([^/]*)", environ.get("HTTP_AUTHORIZATION", ""))
+        return self.let_in is None or (found[1] if found else "") in self.let_in
 
     def control(
         self, method: str, path: str, environ: dict[str, Any], start_response: Any
@@ -60,6 +68,8 @@ class Middleware:
                 answer = self.requests
                 if method == "DELETE":
                     self.requests = []
+            elif path == "/_test/access":
+                self.let_in = json.loads(body)
             elif path == "/_test/objects":
                 put_many(**json.loads(body))
             elif method == "DELETE":

@@ -137,7 +137,9 @@ class DaemonWatch:
                 if time.monotonic() >= deadline:
                     return False
                 time.sleep(0.01)
-        self._path.unlink(missing_ok=True)  # left behind by a daemon that was killed
+        # Left behind by a daemon that was killed.
+        self._path.unlink(missing_ok=True)
+        self._path.with_suffix(".sock").unlink(missing_ok=True)
         os.close(self._descriptor)
         return True
 

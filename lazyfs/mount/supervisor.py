@@ -95,6 +95,7 @@ class Supervisor:
         self._mountpoint = Path(spec.mountpoint)
         self._connect = connect
         self._kept: dict[str, int] = {}
+        self._kept_lock = threading.Lock()
         self._leash = os.pipe() if leash else None
         self._on_end = on_end
         self._on_new_mount = on_new_mount
@@ -186,6 +187,13 @@ class Supervisor:
         self._store_spec()
         if self.alive:
             ControlClient(control_socket(self._mountpoint)).put("/credentials", asdict(credentials))
+
+    def give_back(self) -> None:
+        """Give a keeper that was replaced what the former one kept. Raises KeeperError."""
+        with self._keeper() as keeper, self._kept_lock:
+            if FUSE in self._kept and self.name not in keeper.names():
+                log.warning("%s: the keeper was replaced: given its session", self._mountpoint)
+                keeper.store(self.name, self._kept)
 
     def status(self) -> dict[str, Any]:
         """What the worker says of itself (`GET /status`). Raises ControlError."""
@@ -309,7 +317,8 @@ class Supervisor:
     def _start_another(self) -> bool:
         """Have the mount served again; whether it is."""
         try:
-            self._give_back()
+            self.give_back()
+            self._store_spec()
             try:
                 self._start_worker(READY_TIMEOUT_S)
             except DaemonError as error:
@@ -337,21 +346,13 @@ class Supervisor:
         """Hold what the keeper holds."""
         with self._keeper() as keeper:
             kept = keeper.fetch(self.name)
-        self._let_go()
-        self._kept = kept
+        self._let_go(kept)
 
-    def _let_go(self) -> None:
-        for descriptor in self._kept.values():
-            os.close(descriptor)
-        self._kept = {}
-
-    def _give_back(self) -> None:
-        """Give a keeper that was replaced what the former one kept."""
-        with self._keeper() as keeper:
-            if self.name not in keeper.names():
-                log.warning("%s: the keeper was replaced: given its session", self._mountpoint)
-                keeper.store(self.name, self._kept)
-        self._store_spec()
+    def _let_go(self, instead: dict[str, int] | None = None) -> None:
+        with self._kept_lock:
+            for descriptor in self._kept.values():
+                os.close(descriptor)
+            self._kept = instead or {}
 
     def _store_spec(self) -> None:
         descriptor = self._spec.to_descriptor()
