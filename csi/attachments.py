@@ -88,6 +88,16 @@ class Attachments:
         self.daemons.recover(users)
         threading.Thread(target=self._repair_forever, daemon=True).start()
 
+    def served(self) -> dict[Daemon, list[str]]:
+        """The volumes that each daemon serves, by id and in order."""
+        volumes: dict[Daemon, list[str]] = {}
+        for record in self._state.volumes():
+            for name in {place.daemon for place in record.places.values()}:
+                daemon = self.daemons.get(name) if name else None
+                if daemon is not None:
+                    volumes.setdefault(daemon, []).append(record.volume_id)
+        return {daemon: sorted(ids) for daemon, ids in volumes.items()}
+
     def place(self, volume_id: str, path: Path) -> Place | None:
         """The volume's place at a path."""
         return self._state.volume(volume_id).places.get(str(path))

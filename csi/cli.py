@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,12 +140,14 @@ def serve(
     http_address: str | None,
     services: Sequence[Callable[[grpc.Server], None]],
     checks: Sequence[Check],
+    mount_metrics: Callable[[], str] = lambda: "",
 ) -> None:
     """Answer at the endpoint until SIGTERM or SIGINT: Identity, and these services.
 
     Args:
         services: each puts one servicer into the server.
         checks: what must hold for the plugin to be ready.
+        mount_metrics: the text of the metrics of its mounts.
 
     Raises:
         OptionError: an address cannot be listened at.
@@ -157,7 +160,7 @@ def serve(
     identity = Identity(driver_name, checks)
     server = Server(endpoint, [lambda it: add_IdentityServicer_to_server(identity, it), *services])
     if http_address:
-        HealthServer(http_address, checks).start()
+        HealthServer(http_address, checks, mount_metrics).start()
     server.serve()
 
 
@@ -253,6 +256,7 @@ def node(
     """
     from csi.attachments import Attachments
     from csi.csi_pb2_grpc import add_NodeServicer_to_server
+    from csi.metrics import mount_metrics
     from csi.node import Node
     from csi.staged import State
     from lazyfs.cache import check_directory, directories_of
@@ -272,5 +276,6 @@ def node(
 
     checks = [check_fuse, attachments.daemons.check_keeper, check_cache]
     services = [lambda it: add_NodeServicer_to_server(servicer, it)]
-    serve(endpoint, driver_name, http_address, services, checks)
+    metrics = partial(mount_metrics, attachments)
+    serve(endpoint, driver_name, http_address, services, checks, metrics)
     attachments.daemons.close()

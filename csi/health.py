@@ -90,20 +90,27 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     timeout = PATIENCE_S
 
     def do_GET(self) -> None:
+        try:
+            answer = self._answer()
+        except Exception:
+            log.exception("health: GET %s", self.path)
+            answer = 500, b"a fault of the plugin; its log has more\n"
+        self._send(*answer)
+
+    def _answer(self) -> tuple[int, bytes] | tuple[int, bytes, str]:
         if self.path == "/healthz":
-            self._send(200, b"ok\n")
-        elif self.path == "/readyz":
+            return 200, b"ok\n"
+        if self.path == "/readyz":
             try:
                 for check in self.checks:
                     check()
-                self._send(200, b"ok\n")
             except (LazyfsError, KeeperError) as error:
-                self._send(503, f"{error}\n".encode())
-        elif self.path == "/metrics":
+                return 503, f"{error}\n".encode()
+            return 200, b"ok\n"
+        if self.path == "/metrics":
             text = generate_latest() + self.mount_metrics().encode()
-            self._send(200, text, CONTENT_TYPE_LATEST)
-        else:
-            self._send(404, b"/healthz, /readyz or /metrics\n")
+            return 200, text, CONTENT_TYPE_LATEST
+        return 404, b"/healthz, /readyz or /metrics\n"
 
     def _send(self, status: int, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
         self.send_response(status)

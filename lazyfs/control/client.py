@@ -22,10 +22,12 @@ class ControlClient:
 
     Args:
         path: of the socket.
+        timeout_s: how long to wait for an answer.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, timeout_s: float = TIMEOUT_S) -> None:
         self._path = path
+        self._timeout_s = timeout_s
 
     def get(self, what: str) -> Any:
         """The answer to `GET what`, from JSON. Raises ControlError."""
@@ -43,7 +45,7 @@ class ControlClient:
         return json.loads(self._exchange(method, what, body) or "null")
 
     def _exchange(self, method: str, what: str, body: Any) -> bytes:
-        connection = _UnixConnection(self._path)
+        connection = _UnixConnection(self._path, self._timeout_s)
         try:
             content = None if body is None else json.dumps(body)
             connection.request(method, what, content)
@@ -66,11 +68,11 @@ def _reason(answer: bytes, status: int) -> str:
 
 
 class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("lazyfs", timeout=TIMEOUT_S)
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        super().__init__("lazyfs", timeout=timeout_s)
         self._path = path
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(TIMEOUT_S)
+        self.sock.settimeout(self.timeout)
         self.sock.connect(str(self._path))
