@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import schemas
 import yaml
 from manifests import CHART, PLAIN, ROOT, Object, PodSpec, load, named, option, pod_specs
 
+from csi.cli import main as csi_programs
+from lazyfs.cli.settings import settings
 from lazyfs.kinds import Size
-from lazyfs.options import OPTIONS, MountOptions, environment_layer
+from lazyfs.options import OPTIONS, MountOptions, environment_layer, find_option
 
 # Building helm takes some minutes the first time.
 pytestmark = pytest.mark.timeout(900)
@@ -167,6 +170,24 @@ def all_pods(objects: list[Object]) -> Iterator[tuple[PodSpec, Object]]:
     for spec in pod_specs(objects):
         for container in spec.containers:
             yield spec, container
+
+
+@pytest.mark.parametrize("values", [(), EVERYTHING], ids=["defaults", "everything"])
+def test_our_programs_accept_their_arguments(render: Render, values: tuple[str, ...]) -> None:
+    """Parsed by the commands themselves."""
+    seen = set()
+    for _, container in all_pods(render(*values)):
+        if "/lazyfs" in container["image"]:
+            program, command, *arguments = container["args"]
+            assert program == "lazyfs-csi"
+            with click.Context(csi_programs) as parent:
+                found = csi_programs.get_command(parent, command)
+                assert found is not None, command
+                given = found.make_context(command, list(arguments), parent=parent).params
+                # The values of mount options are read by lazyfs, not by click.
+                settings(None, {name: v for name, v in given.items() if find_option(name)})
+            seen.add(command)
+    assert seen == {"node", "keeper", "controller"}
 
 
 def test_nothing_points_nowhere(render: Render) -> None:

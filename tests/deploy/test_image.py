@@ -8,8 +8,12 @@ from collections.abc import Iterator
 
 import image
 import pytest
+from manifests import DEPLOY, pod_specs
+from rehearsal import Cluster
 from s3 import CREDENTIALS, S3
 
+from csi import csi_pb2
+from csi.csi_pb2_grpc import IdentityStub
 from lazyfs import __version__
 
 
@@ -65,3 +69,27 @@ def test_it_mounts_a_model(container: image.Container, s3: S3) -> None:
 def test_an_ordinary_user_can_run_it(container: image.Container) -> None:
     """As the controller does in the chart."""
     assert "Usage" in container.run("lazyfs-csi", "controller", "--help", user="65532")
+
+
+@pytest.mark.fuse
+@pytest.mark.timeout(300)
+def test_its_driver_serves_pods(container: image.Container, server: S3) -> None:
+    """Keeper, node plugin and controller, each as in a container of its own, rehearsed."""
+    cluster = Cluster(server, container.start)
+    try:
+        cluster.start()
+        for driver in (cluster.identity, IdentityStub(cluster.controller_channel)):
+            assert driver.Probe(csi_pb2.ProbeRequest(), timeout=10).ready.value
+        for name in ("storageclass.yaml", "minio-secret.yaml", "inline.yaml"):
+            cluster.apply((DEPLOY / "examples" / name).read_text())
+        for pod in pod_specs(cluster.objects):
+            cluster.run_pod(pod)
+        cluster.check()
+        cluster.kill_node()
+        cluster.start_node()
+        cluster.check()
+        cluster.end_pods()
+        cluster.delete_volumes()
+        assert cluster.workers() == 0
+    finally:
+        cluster.end()

@@ -70,7 +70,7 @@ seLinuxOptions: {type: spc_t}
 {{- define "lazyfs.cacheDir" -}}
 {{- $places := list -}}
 {{- range $index, $disk := .Values.cache.disks }}{{ $places = append $places (printf "/cache/%d" $index) }}{{ end -}}
-{{- join "," $places | default "none" }}
+{{- join ":" $places | default "none" }}
 {{- end }}
 
 {{/* What volumes may set, the same for node plugin and controller. */}}

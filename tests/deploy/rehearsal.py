@@ -1,0 +1,642 @@
+"""A cluster of one node, without Kubernetes: plays kubelet and external-provisioner from YAML.
+
+The programs are those of the driver, with the arguments that the manifests give them; only paths of
+the node are moved below a directory. The files are applied as they are, but for the address of an
+S3 in them. What kubelet does when, and with which fields:
+https://github.com/container-storage-interface/spec/blob/v1.12.0/spec.md and
+https://kubernetes-csi.github.io/docs; what external-provisioner adds is in its README.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import numpy as np
+from api_server import FakeApiServer
+from certificates import make_certificates
+from manifests import PLAIN, Object, PodSpec, load, named, option, pod_specs
+from mounting import environment, python
+from s3 import CREDENTIALS, S3
+from safetensors.numpy import save
+
+from csi import csi_pb2
+from csi.csi_pb2_grpc import ControllerStub, IdentityStub, NodeStub
+
+CSI = "csi.storage.k8s.io/"
+MODES = {
+    "ReadOnlyMany": "MULTI_NODE_READER_ONLY",
+    "ReadWriteOnce": "SINGLE_NODE_WRITER",
+    "ReadWriteMany": "MULTI_NODE_MULTI_WRITER",
+}
+# As kubelet and the provisioner have it in the manifests.
+KUBELET_TIMEOUT_S, READY_TIMEOUT_S = 120, 60
+SOURCE = re.compile(r"s3://([a-z0-9.-]+)/([^\s\"',]+)")
+HASHES = """
+import hashlib, json, os, sys
+found = {}
+for root, _, names in os.walk(sys.argv[1]):
+    for name in names:
+        path = os.path.join(root, name)
+        digest = hashlib.sha256(open(path, "rb").read()).hexdigest()
+        found[os.path.relpath(path, sys.argv[1])] = digest
+print(json.dumps(found))
+"""
+
+Launcher = Callable[[list[str], dict[str, str]], list[str]]
+
+
+@dataclass
+class Mounted:
+    """A volume of a pod, as it was published."""
+
+    request: csi_pb2.NodePublishVolumeRequest
+    source: str
+
+    @property
+    def path(self) -> Path:
+        return Path(self.request.target_path)
+
+
+@dataclass
+class Volume:
+    """A PersistentVolume on this node."""
+
+    manifest: Object
+    staging: Path | None = None
+    users: list[Mounted] = field(default_factory=list)
+
+    @property
+    def csi(self) -> Object:
+        return self.manifest["spec"]["csi"]
+
+
+class Cluster:
+    """The driver's programs, an API server for the controller, and an S3.
+
+    Args:
+        s3: serves everything: buckets, and STS.
+        launch: makes the command that starts a program of a container; on this machine when not
+            given.
+    """
+
+    def __init__(self, s3: S3, launch: Launcher | None = None) -> None:
+        self.s3 = s3
+        self.directory = Path(tempfile.mkdtemp(prefix="rh-"))  # short: sockets are in it
+        self._launch = launch or _here
+        # Mounts that containers make below it are to be seen here.
+        subprocess.run(["mount", "--bind", self.directory, self.directory], check=True)
+        subprocess.run(["mount", "--make-shared", self.directory], check=True)
+        self._programs: dict[str, subprocess.Popen[bytes]] = {}
+        manifests = load(PLAIN.read_text())
+        self.driver = named(manifests, "CSIDriver")
+        self._pods = {each.owner.rpartition("-")[2]: each for each in pod_specs(manifests)}
+        self._ports = {"node": _free_port(), "controller": _free_port()}
+        authority, certificate, key = make_certificates(self.directory / "tls")
+        account = self.directory / "account"
+        self.api_server = FakeApiServer(account, tls=(certificate, key, authority))
+        for each in ("kubelet/pods", "kubelet/plugins", "cache", "run", "controller", "tmp"):
+            (self.directory / each).mkdir(parents=True, mode=0o755)
+        (self.directory / "keeper").mkdir(mode=0o700)
+        self.objects: list[Object] = []
+        self.volumes: dict[str, Volume] = {}
+        self._arguments: dict[str, list[str]] = {}
+        self.inline: list[Mounted] = []
+
+    # The programs
+
+    def start(self) -> None:
+        """All three, as the manifests have them."""
+        self._start("keeper")
+        _wait(lambda: (self.directory / "keeper/keeper.sock").exists())
+        self.start_node()
+        self._start("controller", **self._api_server_environment())
+        self.controller_channel = self._channel("controller")
+        self.controller = ControllerStub(self.controller_channel)
+
+    def start_node(self) -> None:
+        """The node plugin."""
+        self._start("node", NODE_NAME="node-1")
+        channel = self._channel("node")
+        self.node, self.identity = NodeStub(channel), IdentityStub(channel)
+
+    def kill_node(self) -> None:
+        """The node plugin ends as when its pod is deleted: nothing of its container is left."""
+        self._end("node")
+
+    def log(self, name: str) -> str:
+        """What a program logged."""
+        return (self.directory / f"{name}.log").read_text()
+
+    def page(self, name: str, path: str) -> str:
+        """What a program answers by HTTP."""
+        url = f"http://127.0.0.1:{self._ports[name]}{path}"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return answer.read().decode()
+
+    def end(self) -> None:
+        """End everything, and look that nothing is left."""
+        for name in [*self._programs]:
+            self._end(name)
+        self.api_server.stop()
+        left = self.mounts()
+        for path in reversed(left):
+            subprocess.run(["umount", "-l", path], check=False)
+        subprocess.run(["umount", self.directory], check=True)
+        shutil.rmtree(self.directory)
+        assert not left, f"still mounted: {left}"
+
+    def mounts(self) -> list[str]:
+        """What is mounted on this node."""
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        paths = (line.split()[4] for line in lines)
+        return [path for path in paths if path.startswith(f"{self.directory}/")]
+
+    def _start(self, name: str, **env: str) -> None:
+        """A program with the arguments of its container, with the node's paths moved."""
+        container = self._pods[name].container("lazyfs" if name != "keeper" else name)
+        places = {"/var/lib/kubelet": "kubelet", "/run/keeper": "keeper", "/cache/0": "cache"}
+        places["/csi"] = "controller"
+        arguments = []
+        for each in container["args"]:
+            moved = each.replace("$(NODE_NAME)", env.get("NODE_NAME", ""))
+            for path, place in places.items():
+                moved = re.sub(
+                    rf"(?<![\w/]){path}(?![\w])|(?<=unix://){path}",
+                    str(self.directory / place),
+                    moved,
+                )
+            if moved.startswith("--http-address="):
+                moved = f"--http-address=127.0.0.1:{self._ports[name]}"
+            arguments.append(moved)
+        self._arguments[name] = arguments
+        given = {e["name"]: e["value"] for e in container.get("env", []) if "value" in e}
+        full = {
+            **{k: v for k, v in environment().items() if not k.startswith("AWS_")},
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_ENDPOINT_URL_STS": self.s3.url,
+            # What the values volumes.defaults would say of an S3 that is not AWS.
+            "LAZYFS_ENDPOINT_URL": self.s3.url,
+            "LAZYFS_REGION": "us-east-1",
+            "LAZYFS_RUNTIME_DIR": str(self.directory / "run"),
+            # The role of the controller's service account, for sources without a Secret.
+            **(CREDENTIALS if name == "controller" or name == "node" else {}),
+            **given,
+            **env,
+        }
+        with open(self.directory / f"{name}.log", "ab") as log:
+            self._programs[name] = subprocess.Popen(
+                self._launch(arguments, full),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=full,
+                cwd="/",
+                start_new_session=True,
+            )
+
+    def _end(self, name: str) -> None:
+        program = self._programs.pop(name)
+        program.send_signal(signal.SIGTERM)
+        program.wait(30)
+
+    def _channel(self, name: str) -> grpc.Channel:
+        path = option(self._arguments[name], "endpoint").removeprefix("unix://")
+        channel = grpc.insecure_channel(f"unix:{path}")
+
+        def ready() -> bool:
+            assert self._programs[name].poll() is None, self.log(name)
+            try:
+                return self.page(name, "/readyz") == "ok\n"
+            except OSError:
+                return False
+
+        _wait(ready, lambda: self.log(name))
+        return channel
+
+    def _api_server_environment(self) -> dict[str, str]:
+        host, _, port = self.api_server.url.removeprefix("https://").partition(":")
+        return {"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": port}
+
+    # kubectl
+
+    def apply(self, text: str) -> None:
+        """Have the objects of a file, and in S3 the models that it names."""
+        text = re.sub(r"endpointUrl: \S+", f"endpointUrl: {self.s3.url}", text)
+        for each in load(text):
+            each["metadata"].setdefault("namespace", "default")
+            each["metadata"]["uid"] = str(uuid.uuid4())
+            self.objects.append(each)
+        for each in self._of_kind("PersistentVolumeClaim"):
+            metadata = each["metadata"]
+            self.api_server.claim(
+                metadata["namespace"], metadata["name"], metadata.get("annotations")
+            )
+        for source in self.sources(text):
+            put_model(self.s3, source)
+
+    def sources(self, text: str) -> Iterator[str]:
+        """Where models must lie for a file to work."""
+        for bucket, prefix in SOURCE.findall(text):
+            if "${" not in prefix:
+                yield f"s3://{bucket}/{prefix}"
+        for each in self._of_kind("PersistentVolume"):
+            attributes = each["spec"]["csi"]["volumeAttributes"]
+            if "bucketName" in attributes:
+                yield f"s3://{attributes['bucketName']}/{attributes['prefix']}"
+        for claim in self._of_kind("PersistentVolumeClaim"):
+            storage_class = self._class_of(claim)
+            if storage_class:
+                parameters = _filled(storage_class["parameters"], claim)
+                if "bucket" in parameters:
+                    yield f"s3://{parameters['bucket']}/{parameters['prefix']}"
+                elif "source" in parameters:
+                    yield parameters["source"]
+
+    # external-provisioner
+
+    def provision(self, claim: Object) -> Volume:
+        """The volume of a claim: one that is there, or a new one from its class."""
+        metadata, spec = claim["metadata"], claim["spec"]
+        name = spec.get("volumeName") or f"pvc-{metadata['uid']}"
+        if name in self.volumes:
+            return self.volumes[name]
+        if "volumeName" in spec:
+            (manifest,) = (v for v in self._of_kind("PersistentVolume") if _name(v) == name)
+            reference = manifest["spec"]["claimRef"]
+            assert (reference["namespace"], reference["name"]) == (
+                metadata["namespace"],
+                _name(claim),
+            )
+            self.volumes[name] = Volume(manifest)
+            return self.volumes[name]
+        storage_class = self._class_of(claim)
+        assert storage_class, f"{_name(claim)}: no StorageClass of this name in the file"
+        assert storage_class["provisioner"] == _name(self.driver)
+        request = self._create_request(name, claim, storage_class)
+        made = self.controller.CreateVolume(request, timeout=30).volume
+        again = self.controller.CreateVolume(request, timeout=30).volume
+        assert made == again
+        parameters = storage_class["parameters"]
+        csi = {
+            "driver": _name(self.driver),
+            "volumeHandle": made.volume_id,
+            "volumeAttributes": {
+                **made.volume_context,
+                "storage.kubernetes.io/csiProvisionerIdentity": "1-8081-csi.lazyfs.io",
+            },
+        }
+        if secret := _secret_reference(parameters, "node-stage", claim):
+            csi["nodeStageSecretRef"] = secret
+        spec = {
+            "csi": csi,
+            "accessModes": claim["spec"]["accessModes"],
+            "capacity": {"storage": made.capacity_bytes},
+            "mountOptions": storage_class.get("mountOptions", []),
+            "persistentVolumeReclaimPolicy": storage_class.get("reclaimPolicy", "Delete"),
+        }
+        self.volumes[name] = Volume({"metadata": {"name": name}, "spec": spec})
+        return self.volumes[name]
+
+    def _create_request(
+        self, name: str, claim: Object, storage_class: Object
+    ) -> csi_pb2.CreateVolumeRequest:
+        parameters = storage_class["parameters"]
+        own = {k: v for k, v in parameters.items() if not k.startswith(CSI)}
+        return csi_pb2.CreateVolumeRequest(
+            name=name,
+            capacity_range=csi_pb2.CapacityRange(required_bytes=_requested(claim)),
+            volume_capabilities=[_capability(claim["spec"], storage_class.get("mountOptions", []))],
+            parameters={
+                **own,
+                f"{CSI}pvc/name": _name(claim),
+                f"{CSI}pvc/namespace": claim["metadata"]["namespace"],
+                f"{CSI}pv/name": name,
+            },
+            secrets=self._secret(_secret_reference(parameters, "provisioner", claim)),
+        )
+
+    def delete_volumes(self) -> None:
+        """All claims are deleted."""
+        for volume in self.volumes.values():
+            if volume.manifest["spec"]["persistentVolumeReclaimPolicy"] == "Delete":
+                request = csi_pb2.DeleteVolumeRequest(volume_id=volume.csi["volumeHandle"])
+                self.controller.DeleteVolume(request, timeout=30)
+        self.volumes.clear()
+
+    # kubelet
+
+    def run_pod(self, pod: PodSpec) -> dict[str, Path]:
+        """Bring the volumes of a pod; where each is, by its name in the pod."""
+        uid = str(uuid.uuid4())
+        found = {}
+        for volume in pod.spec.get("volumes", []):
+            if "persistentVolumeClaim" in volume:
+                name = volume["persistentVolumeClaim"]["claimName"]
+                claim = self._find("PersistentVolumeClaim", name, pod.namespace)
+                persistent = self.provision(claim)
+                self._stage(persistent)
+                found[volume["name"]] = self._publish(persistent, pod, uid)
+            elif "csi" in volume:
+                found[volume["name"]] = self._publish_inline(volume, pod, uid)
+        return found
+
+    def republish(self) -> None:
+        """As kubelet does now and then, with a new token."""
+        for each in self.published():
+            if f"{CSI}serviceAccount.tokens" in each.request.volume_context:
+                each.request.volume_context[f"{CSI}serviceAccount.tokens"] = _tokens(self.driver)
+            self.node.NodePublishVolume(each.request, timeout=KUBELET_TIMEOUT_S)
+
+    def published(self) -> list[Mounted]:
+        """All volumes in pods."""
+        return [*self.inline, *(each for v in self.volumes.values() for each in v.users)]
+
+    def check(self) -> None:
+        """Every volume in a pod reads as what lies in S3, cannot be written to, and is well."""
+        for each in self.published():
+            read = json.loads(python(HASHES, each.path))
+            assert read == model_hashes(self.s3, each.source), each.source
+            assert read, each.source
+            written = subprocess.run(
+                ["touch", each.path / "x"], capture_output=True, text=True, timeout=30, check=False
+            )
+            assert "Read-only file system" in written.stderr
+            stats = self.node.NodeGetVolumeStats(
+                csi_pb2.NodeGetVolumeStatsRequest(
+                    volume_id=each.request.volume_id, volume_path=each.request.target_path
+                ),
+                timeout=30,
+            )
+            assert not stats.volume_condition.abnormal, stats.volume_condition.message
+
+    def end_pods(self) -> None:
+        """Take all volumes away from pods and from the node."""
+        for each in self.published():
+            self.node.NodeUnpublishVolume(
+                csi_pb2.NodeUnpublishVolumeRequest(
+                    volume_id=each.request.volume_id, target_path=each.request.target_path
+                ),
+                timeout=KUBELET_TIMEOUT_S,
+            )
+            assert not each.path.exists()
+        self.inline.clear()
+        for volume in self.volumes.values():
+            volume.users.clear()
+            if volume.staging:
+                self.node.NodeUnstageVolume(
+                    csi_pb2.NodeUnstageVolumeRequest(
+                        volume_id=volume.csi["volumeHandle"],
+                        staging_target_path=str(volume.staging),
+                    ),
+                    timeout=KUBELET_TIMEOUT_S,
+                )
+                volume.staging = None
+
+    def workers(self) -> int:
+        """How many daemons serve volumes here."""
+        marks = (b"lazyfs.mount.worker", f"{self.directory}/".encode())
+        lines = (_command_line(each) for each in Path("/proc").iterdir() if each.name.isdigit())
+        return sum(all(mark in line for mark in marks) for line in lines)
+
+    def _stage(self, volume: Volume) -> None:
+        if volume.staging is not None:
+            return
+        digest = hashlib.sha256(volume.csi["volumeHandle"].encode()).hexdigest()
+        plugins = self.directory / "kubelet/plugins/kubernetes.io/csi"
+        staging = plugins / _name(self.driver) / digest / "globalmount"
+        staging.mkdir(parents=True, mode=0o750)
+        request = csi_pb2.NodeStageVolumeRequest(
+            volume_id=volume.csi["volumeHandle"],
+            staging_target_path=str(staging),
+            volume_capability=_capability(
+                volume.manifest["spec"], volume.manifest["spec"].get("mountOptions", [])
+            ),
+            volume_context=volume.csi["volumeAttributes"],
+            secrets=self._secret(volume.csi.get("nodeStageSecretRef")),
+        )
+        self.node.NodeStageVolume(request, timeout=KUBELET_TIMEOUT_S)
+        volume.staging = staging
+
+    def _publish(self, volume: Volume, pod: PodSpec, uid: str) -> Path:
+        assert volume.staging is not None
+        request = csi_pb2.NodePublishVolumeRequest(
+            volume_id=volume.csi["volumeHandle"],
+            staging_target_path=str(volume.staging),
+            target_path=self._target(uid, volume.manifest["metadata"]["name"]),
+            volume_capability=_capability(
+                volume.manifest["spec"], volume.manifest["spec"].get("mountOptions", [])
+            ),
+            readonly=True,
+            volume_context={**volume.csi["volumeAttributes"], **self._pod_info(pod, uid, False)},
+        )
+        self.node.NodePublishVolume(request, timeout=KUBELET_TIMEOUT_S)
+        volume.users.append(Mounted(request, _source(volume.csi["volumeAttributes"])))
+        return Path(request.target_path)
+
+    def _publish_inline(self, volume: Object, pod: PodSpec, uid: str) -> Path:
+        source = volume["csi"]
+        assert source["driver"] == _name(self.driver)
+        assert "Ephemeral" in self.driver["spec"]["volumeLifecycleModes"]
+        secret = source.get("nodePublishSecretRef")
+        request = csi_pb2.NodePublishVolumeRequest(
+            volume_id="csi-" + hashlib.sha256(f"{uid}{volume['name']}".encode()).hexdigest(),
+            target_path=self._target(uid, volume["name"]),
+            volume_capability=_capability({"accessModes": ["ReadWriteOnce"]}, []),
+            volume_context={**source["volumeAttributes"], **self._pod_info(pod, uid, True)},
+            secrets=self._secret({**secret, "namespace": pod.namespace} if secret else None),
+        )
+        self.node.NodePublishVolume(request, timeout=KUBELET_TIMEOUT_S)
+        self.inline.append(Mounted(request, _source(source["volumeAttributes"])))
+        return Path(request.target_path)
+
+    def _target(self, uid: str, name: str) -> str:
+        parent = self.directory / "kubelet/pods" / uid / "volumes/kubernetes.io~csi" / name
+        parent.mkdir(parents=True, mode=0o750)
+        return str(parent / "mount")
+
+    def _pod_info(self, pod: PodSpec, uid: str, ephemeral: bool) -> dict[str, str]:
+        found = {}
+        if self.driver["spec"]["podInfoOnMount"]:
+            found = {
+                f"{CSI}pod.name": pod.owner.partition("/")[2],
+                f"{CSI}pod.namespace": pod.namespace,
+                f"{CSI}pod.uid": uid,
+                f"{CSI}serviceAccount.name": pod.spec.get("serviceAccountName", "default"),
+                f"{CSI}ephemeral": str(ephemeral).lower(),
+            }
+        if self.driver["spec"].get("tokenRequests"):
+            found[f"{CSI}serviceAccount.tokens"] = _tokens(self.driver)
+        return found
+
+    # Objects
+
+    def secret_environment(self, pod: PodSpec, container: Object) -> dict[str, str]:
+        """Environment of a container that comes from Secrets."""
+        found: dict[str, str] = {}
+        for each in container.get("envFrom", []):
+            found |= self._secret({**each["secretRef"], "namespace": pod.namespace})
+        return found
+
+    def _secret(self, reference: Mapping[str, str] | None) -> dict[str, str]:
+        if reference is None:
+            return {}
+        found = self._find("Secret", reference["name"], reference["namespace"])
+        return dict(found["stringData"])
+
+    def _find(self, kind: str, name: str, namespace: str) -> Object:
+        (found,) = (
+            each
+            for each in self._of_kind(kind)
+            if (_name(each), each["metadata"]["namespace"]) == (name, namespace)
+        )
+        return found
+
+    def _of_kind(self, kind: str) -> list[Object]:
+        return [each for each in self.objects if each["kind"] == kind]
+
+    def _class_of(self, claim: Object) -> Object | None:
+        name = claim["spec"]["storageClassName"]
+        return next((c for c in self._of_kind("StorageClass") if _name(c) == name), None)
+
+
+def put_model(s3: S3, source: str) -> None:
+    """A small model of two shards; other bytes for every source."""
+    bucket, _, prefix = source.removeprefix("s3://").partition("/")
+    if not prefix.endswith("/"):
+        prefix += "/"
+    generator = np.random.default_rng(len(source))
+    files: dict[str, bytes] = {"config.json": json.dumps({"model": source}).encode()}
+    weight_map = {}
+    for shard in (1, 2):
+        name = f"model-{shard:05d}-of-00002.safetensors"
+        tensors = {
+            f"layers.{shard}.{part}": generator.random((64, 1024), dtype=np.float32)
+            for part in range(3)
+        }
+        weight_map |= dict.fromkeys(tensors, name)
+        files[name] = save(tensors)
+    files["model.safetensors.index.json"] = json.dumps({"weight_map": weight_map}).encode()
+    s3.put(bucket, {f"{prefix}{name}": body for name, body in files.items()})
+
+
+def model_hashes(s3: S3, source: str) -> dict[str, str]:
+    """What lies there now, by path, as digests."""
+    bucket, _, prefix = source.removeprefix("s3://").partition("/")
+    prefix = prefix.rstrip("/") + "/"
+    listing = s3.client.list_objects_v2(Bucket=bucket, Prefix=prefix)
+    return {
+        each["Key"].removeprefix(prefix): hashlib.sha256(
+            s3.client.get_object(Bucket=bucket, Key=each["Key"])["Body"].read()
+        ).hexdigest()
+        for each in listing.get("Contents", [])
+    }
+
+
+def _here(arguments: list[str], env: dict[str, str]) -> list[str]:
+    """A program in this environment; the controller finds a service account where pods have it."""
+    program = [str(Path(sys.executable).with_name(arguments[0])), *arguments[1:]]
+    if "KUBERNETES_SERVICE_HOST" not in env:
+        return program
+    account = account_of(env)
+    place = "/run/secrets/kubernetes.io"
+    script = f'mount -t tmpfs none /run && mkdir -p {place} && ln -s "$0" {place}/serviceaccount'
+    return ["unshare", "--mount", "sh", "-c", f'{script} && exec "$@"', str(account), *program]
+
+
+def account_of(env: Mapping[str, str]) -> Path:
+    """The directory of the controller's service account; beside it is all of the node."""
+    return Path(env["LAZYFS_RUNTIME_DIR"]).parent / "account"
+
+
+def _name(each: Object) -> str:
+    return str(each["metadata"]["name"])
+
+
+def _source(attributes: Mapping[str, str]) -> str:
+    if "source" in attributes:
+        return attributes["source"]
+    bucket = attributes.get("bucket") or attributes["bucketName"]
+    return f"s3://{bucket}/{attributes.get('prefix', '')}"
+
+
+def _filled(parameters: Mapping[str, str], claim: Object) -> dict[str, str]:
+    metadata = claim["metadata"]
+    texts = {"${pvc.name}": metadata["name"], "${pvc.namespace}": metadata["namespace"]}
+    found = {}
+    for key, value in parameters.items():
+        for template, text in texts.items():
+            value = value.replace(template, text)
+        found[key] = value
+    return found
+
+
+def _secret_reference(
+    parameters: Mapping[str, str], kind: str, claim: Object
+) -> dict[str, str] | None:
+    """The Secret of a StorageClass for one kind of call, as external-provisioner finds it."""
+    filled = _filled(parameters, claim)
+    if f"{CSI}{kind}-secret-name" not in filled:
+        return None
+    return {
+        "name": filled[f"{CSI}{kind}-secret-name"],
+        "namespace": filled[f"{CSI}{kind}-secret-namespace"],
+    }
+
+
+def _capability(spec: Object, flags: list[str]) -> csi_pb2.VolumeCapability:
+    (mode,) = spec["accessModes"]
+    return csi_pb2.VolumeCapability(
+        mount=csi_pb2.VolumeCapability.MountVolume(mount_flags=flags),
+        access_mode=csi_pb2.VolumeCapability.AccessMode(mode=MODES[mode]),
+    )
+
+
+def _requested(claim: Object) -> int:
+    text = claim["spec"]["resources"]["requests"]["storage"]
+    number, unit = re.fullmatch(r"(\d+)([KMGT]i)", text).groups()  # type: ignore[union-attr]
+    return int(number) << 10 * (" KMGT".index(unit[0]))
+
+
+def _tokens(driver: Object) -> str:
+    """Tokens for the audiences that the CSIDriver asks for, each time new ones."""
+    return json.dumps(
+        {
+            each["audience"]: {"token": f"token-{uuid.uuid4()}", "expirationTimestamp": ""}
+            for each in driver["spec"]["tokenRequests"]
+        }
+    )
+
+
+def _command_line(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait(ready: Callable[[], bool], explain: Callable[[], str] = str) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while not ready():
+        assert time.monotonic() < deadline, explain()
+        time.sleep(0.1)

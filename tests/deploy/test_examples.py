@@ -1,0 +1,218 @@
+"""The examples: valid for every version of Kubernetes, with attributes that exist, and executed.
+
+Executed means: `rehearsal.py` plays kubelet and external-provisioner with the programs of the
+driver, and every volume of every pod is read and compared with S3.
+"""
+
+from __future__ import annotations
+
+import configparser
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+import schemas
+from manifests import CHART, DEPLOY, EXAMPLES, Object, PodSpec, load, pod_specs
+from rehearsal import Cluster, model_hashes
+from s3 import S3
+
+from csi.parameters import Parameters
+from csi.volumes import Rules
+from lazyfs.cli import main
+from lazyfs.cli.mounting import mount
+from lazyfs.mount import fstab
+from lazyfs.options import OPTIONS, MountOptions, environment_layer
+
+every_example = pytest.mark.parametrize("path", EXAMPLES, ids=lambda each: each.stem)
+SYSTEMD = DEPLOY / "systemd"
+
+
+@pytest.fixture(scope="module")
+def driver(server: S3) -> Iterator[Cluster]:
+    made = Cluster(server)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.end()
+
+
+@pytest.fixture
+def cluster(driver: Cluster) -> Cluster:
+    """A cluster without objects."""
+    driver.objects.clear()
+    driver.api_server.objects.clear()
+    return driver
+
+
+def attributes(objects: list[Object]) -> Iterator[dict[str, str]]:
+    """Of all volumes in a file that are not made from a StorageClass."""
+    for each in objects:
+        if each["kind"] == "PersistentVolume":
+            yield each["spec"]["csi"]["volumeAttributes"]
+    for pod in pod_specs(objects):
+        for volume in pod.spec.get("volumes", []):
+            if "csi" in volume:
+                yield volume["csi"]["volumeAttributes"]
+
+
+@every_example
+def test_is_valid(path: Path) -> None:
+    text = path.read_text()
+    for version in schemas.supported(text):
+        for each in load(text):
+            schemas.check(each, version)
+
+
+@every_example
+def test_every_attribute_exists(path: Path) -> None:
+    """Names and values, read by the code of the driver."""
+    objects = load(path.read_text())
+    for each in attributes(objects):
+        Rules().volume(each)
+    for each in objects:
+        if each["kind"] == "PersistentVolume":
+            spec = each["spec"]
+            Rules().volume(spec["csi"]["volumeAttributes"], spec.get("mountOptions", []))
+        if each["kind"] == "StorageClass":
+            names = {
+                "csi.storage.k8s.io/pvc/name": "claim",
+                "csi.storage.k8s.io/pvc/namespace": "default",
+                "csi.storage.k8s.io/pv/name": "pvc-1",
+            }
+            parameters = Parameters.read({**each["parameters"], **names})
+            chosen = str(parameters.allowed_prefixes[0]) if parameters.allowed_prefixes else None
+            Rules().volume(parameters.attributes(chosen), each.get("mountOptions", []))
+
+
+@every_example
+def test_is_explained(path: Path) -> None:
+    """What it is for stands at the top, and the page of examples names it."""
+    assert path.read_text().startswith("# ")
+    assert path.name in (DEPLOY / "examples" / "README.md").read_text()
+
+
+@every_example
+def test_vllm_is_probed_and_has_a_gpu(path: Path) -> None:
+    for pod in pod_specs(load(path.read_text())):
+        for container in pod.containers:
+            if container.get("command") == ["vllm", "serve"]:
+                assert container["readinessProbe"]["httpGet"]["path"] == "/health"
+                startup = container["startupProbe"]
+                # A large model takes longer than ten minutes to load.
+                assert startup["failureThreshold"] * startup["periodSeconds"] >= 900
+                assert "nvidia.com/gpu" in container["resources"]["limits"]
+                assert container["args"][0] == container["volumeMounts"][0]["mountPath"]
+
+
+@pytest.mark.fuse
+@pytest.mark.timeout(240)
+@every_example
+def test_is_executed(path: Path, cluster: Cluster) -> None:
+    cluster.apply(path.read_text())
+    pods = list(pod_specs(cluster.objects))
+    for pod in pods:
+        for _ in range(replicas(cluster.objects, pod)):
+            cluster.run_pod(pod)
+    for claim in (each for each in cluster.objects if each["kind"] == "PersistentVolumeClaim"):
+        cluster.provision(claim)  # also those that no pod uses yet
+    assert bool(cluster.published()) == ("csi.lazyfs.io" in path.read_text())
+    cluster.check()
+    cluster.republish()
+    cluster.check()
+    before = {each.source: model_hashes(cluster.s3, each.source) for each in cluster.published()}
+
+    cluster.end_pods()
+    cluster.delete_volumes()
+    assert cluster.mounts() == []
+    assert cluster.workers() == 0
+    assert cluster.api_server.config_maps() == []
+    for source, files in before.items():
+        assert model_hashes(cluster.s3, source) == files
+    # No secret is in any log.
+    for name in ("keeper", "node", "controller"):
+        assert "REPLACE-WITH" not in cluster.log(name)
+
+
+def replicas(objects: list[Object], pod: PodSpec) -> int:
+    kind, _, name = pod.owner.partition("/")
+    (owner,) = (e for e in objects if (e["kind"], e["metadata"]["name"]) == (kind, name))
+    return int(owner["spec"].get("replicas", 1))
+
+
+@pytest.mark.fuse
+@pytest.mark.timeout(240)
+def test_pods_of_one_node_share_a_daemon_and_outlive_the_node_plugin(cluster: Cluster) -> None:
+    cluster.apply((DEPLOY / "examples" / "minio-secret.yaml").read_text())
+    (pod,) = pod_specs(cluster.objects)
+    for _ in range(2):
+        cluster.run_pod(pod)
+    assert cluster.workers() == 1
+    cluster.check()
+
+    cluster.kill_node()  # an upgrade of the chart: the pod is deleted, and made anew
+    assert len(cluster.mounts()) >= 3
+    cluster.start_node()
+    cluster.check()
+    assert cluster.workers() == 1
+    assert "lazyfs_csi_rpc_seconds" in cluster.page("node", "/metrics")
+
+    cluster.end_pods()
+    cluster.delete_volumes()
+    assert cluster.mounts() == []
+
+
+def environment_file() -> dict[str, str]:
+    lines = (SYSTEMD / "llama.env").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+
+
+def test_the_systemd_unit_runs_commands_that_there_are() -> None:
+    unit = configparser.RawConfigParser(strict=False)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read(SYSTEMD / "lazyfs@.service")
+    given = environment_file()
+    MountOptions.parse(("{environment}", environment_layer(given)))
+    for key in ("ExecStart", "ExecStop", "ExecReload"):
+        program, command, *arguments = shlex.split(unit["Service"][key])
+        assert program.endswith("/lazyfs")
+        filled = [given[each.strip("${}")] for each in arguments]
+        parse(command, filled)
+
+
+def parse(command: str, arguments: list[str]) -> None:
+    with click.Context(main) as parent:
+        found = main.get_command(parent, command)
+        assert found is not None
+        found.make_context(command, arguments, parent=parent)
+
+
+def test_the_line_of_fstab_is_understood() -> None:
+    (line,) = (
+        line
+        for line in (SYSTEMD / "fstab").read_text().splitlines()
+        if line and not line.startswith("#")
+    )
+    source, mountpoint, kind, options, *_ = line.split()
+    assert kind == "lazyfs"
+    arguments = fstab.translate([source, mountpoint, "-o", options])
+    assert arguments is not None
+    mount.make_context("mount", arguments[1:])
+
+
+def test_the_driver_of_the_examples_is_that_of_the_chart() -> None:
+    text = "".join(path.read_text() for path in EXAMPLES)
+    assert "csi.lazyfs.io" in (CHART / "values.yaml").read_text()
+    assert "driver: csi.lazyfs.io" in text
+
+
+def test_every_attribute_of_the_table_exists() -> None:
+    """In the table of symptoms, attributes are in the second column."""
+    table = (DEPLOY / "examples" / "README.md").read_text().partition("| symptom |")[2]
+    rows = [line.split("|") for line in table.splitlines()[2:] if line.startswith("|")]
+    names = {name for row in rows for name in re.findall(r"`(\w+)`", row[2])}
+    assert len(rows) > 10
+    assert names - {"waitFor"} <= {option.camel_case for option in OPTIONS}
