@@ -13,8 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyfuse3
@@ -61,12 +61,13 @@ M_ARENA_MAX = -8
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """What to mount where, and how."""
+    """What to mount where, and how; `texts` are what the options were made of."""
 
     url: SourceUrl
     mountpoint: Path
     options: MountOptions
     credentials: Credentials | None = None
+    texts: Mapping[str, str | list[str]] = field(default_factory=dict)
 
 
 def run(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None]) -> None:
@@ -160,7 +161,7 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
                 nursery.start_soon(serve_metrics, scraped, listeners, routes)
             verb = "resumed" if former else "mounted"
             await nursery.start(
-                serve_control, control_socket(mount.mountpoint), _routes(source, status)
+                serve_control, control_socket(mount.mountpoint), _routes(source, status, mount)
             )
             log.info("%s %s at %s", verb, mount.url, mount.mountpoint)
             on_ready()
@@ -172,10 +173,11 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
         _log_summary(mount, filesystem, fetcher, page_cache, recorder)
 
 
-def _routes(source: Source, status: Status) -> dict[tuple[str, str], Route]:
+def _routes(source: Source, status: Status, mount: Mount) -> dict[tuple[str, str], Route]:
     return {
         ("GET", "/status"): lambda _: status.describe(),
         ("GET", "/report"): lambda _: recording(status),
+        ("GET", "/options"): lambda _: dict(mount.texts),
         ("GET", "/metrics"): lambda _: _metrics(status),
         ("GET", "/metrics.json"): lambda _: measure(status),
         ("PUT", "/credentials"): lambda body: source.set_credentials(credentials_from(body)),

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from posixpath import basename, dirname, join, split, splitext
 from types import MappingProxyType
@@ -221,6 +221,31 @@ def layouts(
         models.setdefault("", root)
     return tuple(
         models[path].layout(indexes) for path in sorted(models, key=lambda path: path.split("/"))
+    )
+
+
+def wanted_models(
+    found: Sequence[ModelLayout], *, on_mount: bool, opened: Container[str] = ()
+) -> tuple[ModelLayout, ...]:
+    """Which of the models are to be fetched now.
+
+    The only one there is, or one at the root, from the moment of mount; of several, and otherwise,
+    each from when one of its files is opened. A pipeline is one with its components.
+
+    Args:
+        on_mount: the moment of mount counts (`--prefetch-on`).
+        opened: paths of the files that were opened.
+    """
+    models = [layout for layout in found if layout.shards]
+    root = next((layout for layout in found if not layout.directory), None)
+    as_one = len(models) == 1 or (root is not None and PIPELINE_INDEX in root.small)
+    touched = [layout for layout in found if any(path in opened for path in layout.paths)]
+    if as_one:
+        return tuple(found) if on_mount or touched else ()
+    return tuple(
+        layout
+        for layout in found
+        if layout in touched or (on_mount and layout is root and layout.shards)
     )
 
 

@@ -23,7 +23,7 @@ from lazyfs.blocks import BlockId, spans
 from lazyfs.catalog import Catalog
 from lazyfs.errors import SourceError
 from lazyfs.fetcher import BlockFetcher
-from lazyfs.model import PIPELINE_INDEX, ModelFile, ModelLayout, layouts
+from lazyfs.model import ModelFile, layouts, wanted_models
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options import MountOptions
 from lazyfs.prefetch import Place, Prefetcher
@@ -77,6 +77,9 @@ class Planner:
         # Inodes of files that were opened, and of those that were read though not expected to be.
         self._opened: set[int] = set()
         self._strays: set[int] = set()
+        # Of the files that were there at the last plan: those of no model, and weights left out.
+        self._useless: set[int] = set()
+        self._left_out: set[int] = set()
         self._send, self._news = trio.open_memory_channel[File](math.inf)
         prefetcher.on_stray = self._was_read
         prefetcher.on_head = self._has_come
@@ -114,8 +117,10 @@ class Planner:
                     nursery.start_soon(self._learn_tensors, file)
 
     def _is_unexpected(self, file: File) -> bool:
-        """Whether a file was opened, or even read, that the plan does not have."""
-        return file.inode in self._opened and not self._prefetcher.is_ordered(file.inode)
+        """Whether what was done with a file may change the plan."""
+        if self._prefetcher.is_ordered(file.inode) or file.inode in self._useless:
+            return False
+        return file.inode in (self._strays if file.inode in self._left_out else self._opened)
 
     def _may_have_tensors(self, file: File) -> bool:
         """Whether its header can be had without fetching it anew."""
@@ -130,15 +135,21 @@ class Planner:
         """Put the files of the wanted models into loading order."""
         files = {self._catalog.tree.path(file): file for file in self._catalog.tree.files()}
         listed = [ModelFile(path, file.size_bytes) for path, file in files.items()]
+        opened = {path for path, file in files.items() if file.inode in self._opened}
+        on_mount = self._options.prefetch_on == "mount"
         read = [path for path, file in files.items() if self._prefetcher.was_touched(file.inode)]
-        found = self._wanted(layouts(listed, read=read), files)
+        found = wanted_models(layouts(listed, read=read), on_mount=on_mount, opened=opened)
         indexes = {
             path: content
             for layout in found
             for path in layout.index_paths
             if (content := await self._content(files[path])) is not None
         }
-        found = self._wanted(layouts(listed, indexes=indexes, read=read), files)
+        found = layouts(listed, indexes=indexes, read=read)
+        self._left_out = {files[out.path].inode for layout in found for out in layout.excluded}
+        of_models = {files[path].inode for layout in found for path in layout.paths}
+        self._useless = {file.inode for file in files.values()} - of_models - self._left_out
+        found = wanted_models(found, on_mount=on_mount, opened=opened)
         for warning in (warning for layout in found for warning in layout.warnings):
             log.warning("%s", warning)
         small = [files[path] for layout in found for path in layout.small]
@@ -159,27 +170,6 @@ class Planner:
                 self._prefetcher.set_tensors(file.inode, ())
             elif not self._prefetcher.is_away(BlockId(file.inode, 0)):
                 self._send.send_nowait(file)  # on disk: it will not come once more
-
-    def _wanted(
-        self, found: tuple[ModelLayout, ...], files: dict[str, File]
-    ) -> tuple[ModelLayout, ...]:
-        """The models that are to be prefetched now."""
-        on_mount = self._options.prefetch_on == "mount"
-        models = [layout for layout in found if layout.shards]
-        root = next((layout for layout in found if not layout.directory), None)
-        if (len(models) == 1 or (root and PIPELINE_INDEX in root.small)) and (
-            on_mount or self._are_opened((path for layout in found for path in layout.paths), files)
-        ):
-            return found
-        return tuple(
-            layout
-            for layout in found
-            if (on_mount and layout is root and layout.shards)
-            or self._are_opened(layout.paths, files)
-        )
-
-    def _are_opened(self, paths: Iterable[str], files: dict[str, File]) -> bool:
-        return any(files[path].inode in self._opened for path in paths)
 
     async def _learn_tensors(self, file: File) -> None:
         """Read a header, and tell the prefetcher what it says."""

@@ -22,6 +22,7 @@ COMMANDS = {
     "umount": "mounting",
     "status": "status",
     "report": "report",
+    "inspect": "inspecting",
     "upgrade": "mounting",
 }
 

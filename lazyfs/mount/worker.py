@@ -44,7 +44,11 @@ def main(name: str, keeper_fd: int, report_fd: int, leash_fd: int | None) -> int
         if leash_fd is not None:
             threading.Thread(target=_end_with, args=[leash_fd], daemon=True).start()
         mount = daemon.Mount(
-            SourceUrl.parse(spec.source), Path(spec.mountpoint), options, spec.credentials
+            SourceUrl.parse(spec.source),
+            Path(spec.mountpoint),
+            options,
+            spec.credentials,
+            spec.options,
         )
         daemon.run(
             mount, keeper, lambda: _report(report_fd, {"ready": True, "version": __version__})

@@ -36,6 +36,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 
 from lazyfs.blocks import BlockId
 from lazyfs.prefetch.ahead import PagesAhead
@@ -85,6 +86,8 @@ class Prefetcher:
         self.on_head: Callable[[int], None] = lambda inode: None
         self._files: dict[int, FileBlocks] = {}
         self._order: list[int] = []
+        # Of the files in the order: how many blocks are at each place.
+        self._totals = [0] * len(Place)
         # Files of which it is known what tensors are in them, if any.
         self._tabled: set[int] = set()
         self._first: deque[BlockId] = deque()
@@ -115,6 +118,8 @@ class Prefetcher:
         self._order = [*small, *shards]
         for rank, inode in enumerate(self._order):
             self._files[inode].rank = rank
+        counts = [self._files[inode].counts for inode in self._order]
+        self._totals = [sum(each[place] for each in counts) for place in Place]
         heads = [BlockId(inode, 0) for inode in shards if self._files[inode].places]
         if self._policy != "headers" and self._wanted is None:
             heads = heads[: self._heads]
@@ -236,6 +241,9 @@ class Prefetcher:
         """A block is now there."""
         blocks = self._files[block.inode]
         before = blocks.move(block.number, place)
+        if blocks.rank >= 0:
+            self._totals[before] -= 1
+            self._totals[blocks.places[block.number]] += 1
         if block.number == 0 and (before, place) == (Place.COMING, Place.LOCAL):
             self.on_head(block.inode)
         self._ahead.moved(block, before, place)
@@ -354,15 +362,17 @@ class Prefetcher:
                 yield BlockId(after, number), stop - first + number
 
     def _in_order(self, place: Place) -> BlockId | None:
+        if not self._totals[place]:
+            return None
         ranks = (self._files[inode].rank for inode, _ in self._streams)
         position = next((rank + 1 for rank in ranks if rank >= 0), 0)
-        for inode in (*self._order[position:], *self._order[:position]):
+        for rank in chain(range(position, len(self._order)), range(position)):
+            inode = self._order[rank]
             blocks = self._files[inode]
-            number = (
-                self._find(blocks, place, 0, len(blocks.places)) if blocks.counts[place] else -1
-            )
-            if number >= 0:
-                return BlockId(inode, number)
+            if blocks.counts[place]:
+                number = self._find(blocks, place, 0, len(blocks.places))
+                if number >= 0:
+                    return BlockId(inode, number)
         return None
 
     def _find(self, blocks: FileBlocks, place: Place, start: int, stop: int) -> int:

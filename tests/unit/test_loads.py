@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
+from simulated import loaders, models
 from simulated.cases import CASES
+from simulated.load import simulate
+from simulated.machine import Machine
+
+from lazyfs.options import MountOptions
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -12,3 +19,38 @@ def test_a_load_takes_hardly_longer_than_it_must(name: str) -> None:
     assert report.stall <= CASES[name].most_stall
     assert report.waste <= CASES[name].most_waste
     assert report.twice <= CASES[name].most_twice, "blocks were fetched a second time"
+
+
+@pytest.fixture(scope="module")
+def huge() -> models.Model:
+    """200 GB in 2,000 shards: sizes and headers only."""
+    return models.llama(200 * 10**9, 2000, layers=4000)
+
+
+def test_a_model_of_2000_shards_begins_at_once(huge: models.Model) -> None:
+    loader = loaders.lazy(huge, paths=huge.shards[1:9])
+    machine = Machine(disk=None, pages=4 << 30)
+    tracemalloc.start()
+    report = simulate(huge, loader, machine)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert report.seconds < 10, "in the order of the reader, and not of all headers first"
+    assert peak_bytes < 200 << 20
+
+
+def test_headers_of_2000_shards_are_there_when_they_are_looked_at(huge: models.Model) -> None:
+    steps = [[[loaders.Read(path, 0, 64 << 10)]] for path in huge.shards]
+    every = loaders.Loader([loaders.Queue([steps])])
+    options = MountOptions.parse(("{name}", {"prefetch": "headers", "block-size": "256KiB"}))
+    report = simulate(huge, every, options=options, starts_s=20)
+    assert report.fetched_bytes < 2000 * (256 << 10) + (64 << 20)
+    assert report.requests == 0
+
+
+def test_a_header_of_100_mb_costs_only_the_prefetch() -> None:
+    model = models.Model()
+    model.add("model.safetensors", (100_000_000).to_bytes(8, "little") + b"{", size=300_000_000)
+    loader = loaders.Loader([loaders.Queue([[[loaders.cut("model.safetensors", 0, 300_000_000)]]])])
+    report = simulate(model, loader)
+    assert report.stall < 0.2
+    assert report.twice == 0

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from lazyfs.errors import OptionError
-from lazyfs.kinds import Duration, Share, Size, format_size, parse_size
+from lazyfs.kinds import Duration, Share, Size, compile_pattern, format_size, parse_size
 from lazyfs.mount.fstab import translate
-from lazyfs.options import OPTIONS, MountOptions, config_layer, environment_layer
+from lazyfs.options import OPTIONS, PRESETS, MountOptions, config_layer, environment_layer
 
 MIB = 1 << 20
 
@@ -104,3 +104,29 @@ def test_the_reference_is_made_from_the_table() -> None:
         capture_output=True, text=True, timeout=60, check=True,
     ).stdout  # fmt: skip
     assert made == (root / "docs/OPTIONS.md").read_text(), "run: make docs"
+
+
+def test_a_preset_lies_under_what_is_given() -> None:
+    options = MountOptions.parse(
+        ("--{name}", {"preset": "browse"}), ("{environment}", {"block-size": "2MiB"})
+    )
+    assert (options.prefetch, options.prefetch_on, options.block_size) == (
+        "headers",
+        "open",
+        2 * MIB,
+    )
+
+
+def test_presets_are_allowed_values() -> None:
+    for name in PRESETS:
+        MountOptions.parse(("--{name}", {"preset": name}))
+
+
+def test_an_unknown_preset_lists_those_there_are() -> None:
+    with pytest.raises(OptionError, match="serving, training or browse"):
+        MountOptions.parse(("--{name}", {"preset": "fast"}))
+
+
+def test_a_pattern_cannot_take_for_ever() -> None:
+    pattern = compile_pattern("(a+)+$")
+    assert pattern.search("a" * 10_000 + "b") is None

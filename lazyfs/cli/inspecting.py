@@ -1,0 +1,236 @@
+"""`lazyfs inspect`: what is in a source or a mount, and what of it is prefetched in which order."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from lazyfs.blocks import block_length
+from lazyfs.cache import BlockCache
+from lazyfs.cli.mounts import record_at
+from lazyfs.cli.settings import settings, with_mount_options
+from lazyfs.cli.tables import console, print_rows
+from lazyfs.control.client import ControlClient
+from lazyfs.errors import ObjectGoneError
+from lazyfs.inspection import Layer, Model, alike, inspect_files
+from lazyfs.kinds import compile_pattern, format_size
+from lazyfs.mount.runtime import control_socket
+from lazyfs.options import MountOptions
+from lazyfs.source import Source, SourceUrl
+from lazyfs.tree import File, ListedObject, Tree
+
+FILES_NAMED = 12
+WHEN = {
+    "mount": "from the moment of mount, in this order",
+    "open": "once one of its files is opened, in this order",
+    "never": "nothing ahead of readers (--prefetch {policy})",
+}
+
+
+@click.command()
+@click.argument("what", metavar="SOURCE|MOUNTPOINT")
+@click.option("--json", "as_json", is_flag=True, help="All of it, as JSON.")
+@with_mount_options
+def inspect(what: str, as_json: bool, config: Path | None, **given: Any) -> None:
+    """Show the models of SOURCE (s3://BUCKET/PREFIX) or of MOUNTPOINT: shards, tensors, bytes and
+    parameters by layer, what is prefetched in which order, what is left out and why, and how much
+    of it is in the cache of this machine.
+
+    Reads the listing, indexes and headers from S3, with the options of the mount or, for a SOURCE,
+    those that are given.
+
+    \b
+    Examples:
+      lazyfs inspect s3://my-bucket/models/llama-3-8b
+      lazyfs inspect /mnt/llama --json | jq '.models[].excluded'
+    """
+    if what.startswith("s3://"):
+        options, _ = settings(config, given)
+        url = what
+    else:
+        record = record_at(Path(what))
+        texts = ControlClient(control_socket(Path(record.mountpoint))).get("/options")
+        options = MountOptions.parse(("--{name}", texts))
+        url = record.source
+    models = _models(Source(SourceUrl.parse(url), options), options)
+    if as_json:
+        described = [_as_json(model) for model in models]
+        click.echo(json.dumps({"source": url, "models": described}, indent=1))
+        return
+    for model in models:
+        _show(model, url, options)
+
+
+def _models(source: Source, options: MountOptions) -> list[Model]:
+    tree = Tree(source.url.prefix)
+    tree.plant(tree.root, _listing(source), [], whole=True)
+    files = {tree.path(file): file for file in tree.files()}
+    if not files:
+        raise ObjectGoneError(f"{source.url}: no objects below this prefix; check its spelling")
+
+    def read(path: str, offset: int, length: int) -> bytes:
+        file = files[path]
+        return bytes(source.read_range(file.key, file.etag, offset, length)) if length else b""
+
+    wanted = compile_pattern(options.tensors).search if options.tensors else None
+    return inspect_files(
+        {path: file.size_bytes for path, file in files.items()},
+        read,
+        prefetch=options.prefetch,
+        prefetch_on=options.prefetch_on,
+        wanted=None if wanted is None else lambda name: wanted(name) is not None,
+        cached=_cached(source, options, files),
+    )
+
+
+def _listing(source: Source) -> list[ListedObject]:
+    objects: list[ListedObject] = []
+    token: str | None = None
+    while True:
+        page = source.list_page(source.url.prefix, token)
+        objects += page.objects
+        token = page.next_token
+        if token is None:
+            return objects
+
+
+def _cached(
+    source: Source, options: MountOptions, files: Mapping[str, File]
+) -> Callable[[str], int | None]:
+    """How much of a file is in the cache, if there is one that this user can read."""
+    cache = BlockCache.of(options, source.endpoint, source.url.bucket)
+    if cache is None or not all(
+        os.access(directory.path, os.R_OK | os.W_OK | os.X_OK) for directory in cache.directories
+    ):
+        return lambda path: None
+
+    def cached(path: str) -> int:
+        file = files[path]
+        numbers = cache.present(file)
+        return sum(block_length(file.size_bytes, options.block_size, each) for each in numbers)
+
+    return cached
+
+
+def _show(model: Model, url: str, options: MountOptions) -> None:
+    layout, total = model.layout, model.total
+    dtypes = ", ".join(f"{dtype} {format_size(size)}" for dtype, size in total.dtypes.most_common())
+    small = sum(model.sizes[path] for path in layout.small)
+    size = small + sum(shard.size_bytes for shard in model.shards)
+    shards = f"{_many(len(model.shards), 'shard')} and " if model.shards else ""
+    rows = [
+        (
+            "model" if model.shards or layout.excluded else "files",
+            f"{url}/{layout.directory}".removesuffix("/"),
+        ),
+        ("size", f"{format_size(size)} in {shards}{_small(model)}"),
+    ]
+    if total.tensors:
+        rows.append(("tensors", f"{total.tensors:,}, {total.parameters:,} parameters; {dtypes}"))
+    if layout.paths:
+        rows.append(("prefetched", WHEN[model.prefetched].format(policy=options.prefetch)))
+    print_rows(rows + [("warning", warning) for warning in layout.warnings])
+    if model.shards:
+        _print(_shards(model, options))
+    if model.layers:
+        _print(_layers(model))
+    if layout.excluded:
+        _print(_excluded(model))
+    console().print()
+
+
+def _small(model: Model) -> str:
+    names = model.layout.small
+    more = ", ..." if len(names) > FILES_NAMED else ""
+    listed = f" ({', '.join(names[:FILES_NAMED])}{more})" if names else ""
+    return f"{_many(len(names), 'small file')}{listed}"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}" + ("" if count == 1 else "s")
+
+
+def _print(table: Table) -> None:
+    console().print()
+    console().print(table)
+
+
+def _table(*columns: str) -> Table:
+    """The first column is of names, the others of numbers."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(columns[0], overflow="fold")
+    for column in columns[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _shards(model: Model, options: MountOptions) -> Table:
+    some = options.tensors is not None
+    table = _table("shard", "size", "tensors", *(["wanted"] if some else []), "cached")
+    for shard in model.shards:
+        cells = [format_size(shard.size_bytes), _count(shard.tensors)]
+        cells += [format_size(shard.wanted_bytes)] if some else []
+        table.add_row(shard.path, *cells, _share(shard.cached_bytes, shard.size_bytes))
+        if shard.trouble:
+            table.add_row(f"  {shard.trouble}", style="yellow")
+    return table
+
+
+def _layers(model: Model) -> Table:
+    table = _table("layer", "layers", "tensors each", "parameters each", "size each", "dtypes")
+    for name, layer, count in alike(model.layers):
+        table.add_row(
+            name,
+            str(count),
+            _count(layer.tensors),
+            f"{layer.parameters:,}",
+            format_size(layer.size_bytes),
+            " ".join(layer.dtypes),
+        )
+    return table
+
+
+def _excluded(model: Model) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("not prefetched", overflow="fold")
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("because it is", overflow="fold")
+    for item in model.layout.excluded:
+        table.add_row(item.path, format_size(model.sizes[item.path]), item.reason)
+    return table
+
+
+def _count(number: int | None) -> str:
+    return "" if number is None else f"{number:,}"
+
+
+def _share(part: int | None, whole: int) -> str:
+    return "" if part is None else f"{part / whole:.0%}" if whole else "100%"
+
+
+def _as_json(model: Model) -> dict[str, Any]:
+    layout = model.layout
+    return {
+        "directory": layout.directory,
+        "format": layout.format,
+        "prefetched": model.prefetched,
+        "small": [{"path": path, "size_bytes": model.sizes[path]} for path in layout.small],
+        "shards": [asdict(shard) for shard in model.shards],
+        "layers": [_layer_as_json(layer) for layer in model.layers],
+        "total": _layer_as_json(model.total),
+        "excluded": [
+            asdict(item) | {"size_bytes": model.sizes[item.path]} for item in layout.excluded
+        ],
+        "warnings": list(layout.warnings),
+    }
+
+
+def _layer_as_json(layer: Layer) -> dict[str, Any]:
+    return asdict(layer) | {"dtypes": dict(layer.dtypes)}

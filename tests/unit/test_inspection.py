@@ -1,0 +1,106 @@
+"""What is said of a source that nobody has mounted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lazyfs.errors import AccessDeniedError
+from lazyfs.inspection import Model, alike, inspect_files, layer_of
+
+
+def shard(*names: str, size: int = 4, dtype: str = "BF16") -> bytes:
+    """A safetensors file of tensors of so many bytes."""
+    header = {
+        name: {"dtype": dtype, "shape": [size // 2], "data_offsets": [at * size, at * size + size]}
+        for at, name in enumerate(names)
+    }
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(size * len(names))
+
+
+def look(files: dict[str, bytes], **settings: object) -> list[Model]:
+    def read(path: str, offset: int, length: int) -> bytes:
+        return files[path][offset : offset + length]
+
+    sizes = {path: len(content) for path, content in files.items()}
+    return inspect_files(sizes, read, **settings)  # type: ignore[arg-type]
+
+
+ONE = {
+    "model-1.safetensors": shard("model.layers.0.a", "model.layers.0.b", "model.layers.1.a"),
+    "model-2.safetensors": shard("lm_head.weight", "model.layers.1.b", "model.layers.10.a"),
+    "config.json": b"{}",
+}
+
+
+def test_layers_and_what_is_in_them() -> None:
+    (model,) = look(ONE)
+    assert [(layer.name, layer.tensors, layer.size_bytes) for layer in model.layers] == [
+        ("lm_head", 1, 4),
+        ("model.layers.0", 2, 8),
+        ("model.layers.1", 2, 8),
+        ("model.layers.10", 1, 4),
+    ]
+    assert model.total.parameters == 12
+    assert model.total.dtypes == {"BF16": 24}
+    assert [item.path for item in model.shards] == ["model-1.safetensors", "model-2.safetensors"]
+
+
+def test_layers_that_are_alike_are_shown_once() -> None:
+    (model,) = look(ONE)
+    assert [(name, count) for name, _, count in alike(model.layers)] == [
+        ("lm_head", 1),
+        ("model.layers.0-1", 2),
+        ("model.layers.10", 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("model.layers.7.mlp.experts.3.up", "model.layers.7"),
+        ("transformer.h.0", "transformer.h.0"),
+        ("lm_head.weight", "lm_head"),
+        ("weight", "weight"),
+        ("", ""),
+        ("7", "7"),
+        ("x." + "9" * 5000, "x." + "9" * 5000),
+    ],
+)
+def test_the_layer_of_a_name(name: str, layer: str) -> None:
+    assert layer_of(name) == layer
+
+
+def test_a_hostile_number_is_no_trouble() -> None:
+    (model,) = look({"m.safetensors": shard("x." + "9" * 5000, "x.1")})
+    assert model.total.tensors == 2
+
+
+@pytest.mark.parametrize("body", [b"", b"x", b"\xff" * 64, bytes(64)], ids=repr)
+def test_a_wrong_header_is_told_of_its_shard(body: bytes) -> None:
+    (model,) = look({**ONE, "model-3.safetensors": body})
+    assert [item.tensors for item in model.shards] == [3, 3, None]
+    assert "its header is not valid" in str(model.shards[2].trouble)
+
+
+def test_a_header_that_cannot_be_had_is_told_of_its_shard() -> None:
+    def read(path: str, offset: int, length: int) -> bytes:
+        raise AccessDeniedError("denied")
+
+    (model,) = inspect_files({"m.safetensors": 100}, read)
+    assert model.shards[0].trouble == "denied"
+
+
+def test_when_it_is_prefetched() -> None:
+    several = {f"{name}/{path}": body for name in "ab" for path, body in ONE.items()}
+    assert [model.prefetched for model in look(ONE)] == ["mount"]
+    assert [model.prefetched for model in look(ONE, prefetch_on="open")] == ["open"]
+    assert [model.prefetched for model in look(ONE, prefetch="sequential")] == ["never"]
+    assert [model.prefetched for model in look(several)] == ["open", "open"]
+
+
+def test_how_much_of_a_shard_is_wanted() -> None:
+    (model,) = look(ONE, wanted=lambda name: ".layers.0." in name)
+    assert [item.wanted_bytes for item in model.shards] == [8, 0]
