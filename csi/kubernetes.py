@@ -45,7 +45,7 @@ class ApiServer:
             read again for every request, because kubelet renews it.
     """
 
-    def __init__(self, url: str, account: Path = SERVICE_ACCOUNT) -> None:
+    def __init__(self, url: str, account: Path) -> None:
         self._url = url
         self._token = account / "token"
         self.namespace = (account / "namespace").read_text().strip()
@@ -57,13 +57,15 @@ class ApiServer:
         )
 
     @classmethod
-    def of_this_pod(cls, environment: Mapping[str, str] = os.environ) -> ApiServer | None:
+    def of_this_pod(
+        cls, environment: Mapping[str, str] = os.environ, account: Path = SERVICE_ACCOUNT
+    ) -> ApiServer | None:
         """The cluster that this process is a pod of; None if it is not in one."""
         host = environment.get("KUBERNETES_SERVICE_HOST")
         port = environment.get("KUBERNETES_SERVICE_PORT", "443")
-        if not host or not (SERVICE_ACCOUNT / "token").exists():
+        if not host or not (account / "token").exists():
             return None
-        return cls(f"https://{f'[{host}]' if ':' in host else host}:{port}")
+        return cls(f"https://{f'[{host}]' if ':' in host else host}:{port}", account)
 
     def claim_annotations(self, namespace: str, name: str) -> dict[str, str]:
         """The annotations of a PersistentVolumeClaim.

@@ -144,7 +144,8 @@ class Rules:
             raise InvalidArgumentError(_unknown(what, key))
         if option.name not in self.allowed:
             raise InvalidArgumentError(
-                f"{what} {key}: {value!r} is not allowed: volumes may not set {key} here; "
+                f"{what} {key}: {option.kind.shown(value)} is not allowed: volumes may not set "
+                f"{key} here; "
                 "the driver's --allow-attributes says what they may"
             )
         if option.kind.repeatable:

@@ -29,6 +29,10 @@ class Kind(ABC):
     def parse(self, text: str) -> Any:
         """The value. Raises ValueError when the text is not allowed."""
 
+    def shown(self, text: str) -> str:
+        """A text as a message may show it."""
+        return repr(text)
+
 
 _UNITS = {
     "": 1,
@@ -282,6 +286,9 @@ class Url(Kind):
             raise ValueError(text)
         _ = parts.port  # raises ValueError when it is not a number
         return text.rstrip("/")
+
+    def shown(self, text: str) -> str:
+        return repr(re.sub(r"//.*@", "//***@", text))
 
 
 @dataclass(frozen=True)

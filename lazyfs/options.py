@@ -102,7 +102,8 @@ class Option:
         try:
             return self.kind.parse(text)
         except ValueError:
-            raise OptionError(f"{where}: {text!r} is not allowed: {self.kind.allowed}") from None
+            shown = self.kind.shown(text)
+            raise OptionError(f"{where}: {shown} is not allowed: {self.kind.allowed}") from None
 
 
 def _option(kind: Kind, group: str, help_text: str, default: str | None = None) -> Any:

@@ -83,7 +83,13 @@ def test_only_the_cluster_s_authority_is_trusted(tmp_path: Path) -> None:
     authority, pem, key = make_certificates(tmp_path / "good")
     server = FakeApiServer(tmp_path / "account", (pem, key, authority))
     server.claim("research", "llama")
-    assert ApiServer(server.url, server.account).claim_annotations("research", "llama") == {}
+    address = {
+        "KUBERNETES_SERVICE_HOST": "127.0.0.1",
+        "KUBERNETES_SERVICE_PORT": server.url.rpartition(":")[2],
+    }
+    pod = ApiServer.of_this_pod(address, server.account)
+    assert pod is not None
+    assert pod.claim_annotations("research", "llama") == {}
     other, _, _ = make_certificates(tmp_path / "other")
     (server.account / "ca.crt").write_bytes(other.read_bytes())
     server.requests.clear()

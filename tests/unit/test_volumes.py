@@ -64,6 +64,13 @@ def test_wrong_attributes_are_refused(attributes: dict[str, str], said: str) -> 
     assert "\n" not in str(caught.value)
 
 
+def test_a_password_in_a_url_is_not_shown() -> None:
+    for rules in (Rules(), Rules(allowed=frozenset())):
+        with pytest.raises(InvalidArgumentError, match="endpointUrl") as caught:
+            rules.volume({**SOURCE, "endpointUrl": "https://me:very-secret@minio.example"})
+        assert "very-secret" not in str(caught.value)
+
+
 def test_options_come_from_attributes_flags_and_the_driver() -> None:
     volume = Rules(defaults={"memory-limit": "1GiB", "cache-dir": "/cache"}).volume(
         {
