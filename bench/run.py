@@ -65,7 +65,7 @@ class Bench:
             capture_output=True, text=True, timeout=TIMEOUT_S, env=self.env, check=False,
         )  # fmt: skip
         if answer.returncode != 0:
-            raise SystemExit(f"bench: {script}: {answer.stderr.strip()}")
+            raise SystemExit(f"bench: {script}: exit {answer.returncode}: {answer.stderr.strip()}")
         result: Result = json.loads(answer.stdout)
         return result
 

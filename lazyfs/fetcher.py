@@ -278,13 +278,14 @@ class BlockFetcher:
             held.users += 1
             await self._push_around(block, held, [span])
             held.users -= 1
+        data = held.data[span.start : span.stop]  # from here on the block may be let go
         if reader and held.unread:
             held.was_read(span)
             if not held.unread:
                 self.pump()  # its room can be used
         if reader:
             self._recorder.read(file, span, tier, began_s)
-        return held.data[span.start : span.stop]
+        return data
 
     async def _wait_for(self, file: File, span: Span, reader: bool) -> tuple[Held, Tier]:
         """A block that somebody waits for, and where it came from; its `users` count him."""
@@ -588,8 +589,11 @@ class BlockFetcher:
             self.pump()
 
     def _should_put_off_writing(self) -> bool:
-        """Whether a load would have to do without the time that writing takes."""
-        loading = self._recorder.open_files and self.in_flight
+        """Whether a load would have to do without the time that writing takes.
+
+        Where the page cache cannot keep what is not written, that would be fetched again.
+        """
+        loading = self._recorder.open_files and self.in_flight and self._page_cache.holds_all
         return bool(loading) and self._processors.busy and not self._others_wait()
 
     def _others_wait(self) -> bool:
@@ -604,7 +608,8 @@ class BlockFetcher:
 
     def _push_allowance(self) -> int:
         """How much may be put into the page cache ahead of readers."""
-        return self._page_cache.budget() - self._prefetcher.near_ahead_bytes
+        budget = self._page_cache.budget(self._prefetcher.planned_bytes, self._memory.unused_bytes)
+        return budget - self._prefetcher.near_ahead_bytes
 
     def _length(self, block: BlockId) -> int:
         return block_length(self._files[block.inode].size_bytes, self._block_size, block.number)

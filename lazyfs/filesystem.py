@@ -147,7 +147,11 @@ class Filesystem(pyfuse3.Operations):
                 part = await self._fetcher.read(file, span)
             except SourceError as error:
                 raise FUSEError(error.errno) from error
-            if span.stop - span.start == size:
+            if len(part) != span.stop - span.start:
+                # The kernel would take it for the end of the file, and end who maps it (SIGBUS).
+                log.error("%s at %d: a block is shorter than it should be", file.key, off)
+                raise FUSEError(errno.EIO)
+            if len(part) == size:
                 return part  # type: ignore[return-value] # pyfuse3 takes any buffer
             parts.append(part)
         return b"".join(parts)

@@ -11,7 +11,9 @@ import errno
 import logging
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pyfuse3
 
@@ -19,14 +21,28 @@ log = logging.getLogger(__name__)
 
 # Larger stores gain nothing, smaller ones cost: 128 KiB pieces are three times as slow.
 PIECE = 1 << 20
-# Of the memory that is free, so much may hold pages that nobody has read yet.
-SHARE_OF_FREE = 0.5
+# A model that takes no more than this share of the free memory may lie in the page cache whole.
+SHARE_FOR_ALL = 0.8
+# Of a larger one, so much may lie there that nobody has read yet.
+SHARE_AHEAD = 0.3
 BUDGET_AGE_S = 1.0
 # Background requests (read-ahead) that the kernel keeps in flight; its default of 12 makes
 # mapped reads of many threads wait for each other.
 MAX_BACKGROUND = 256
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
+
+
+class _MemoryFiles(NamedTuple):
+    """Where a cgroup tells of its memory: names of files, and a field of `memory.stat`."""
+
+    limit: str
+    used: str
+    reclaimable: str
+
+
+_VERSION_1 = _MemoryFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_VERSION_2 = _MemoryFiles("memory.max", "memory.current", "inactive_file")
 
 
 class PageCache:
@@ -44,6 +60,8 @@ class PageCache:
         self._pushing = 0
         self._stopped = False
         self.supported = setting != "off"
+        # Whether all that readers will read can lie there at once.
+        self.holds_all = False
         self.pushed_bytes = 0
 
     @property
@@ -55,8 +73,18 @@ class PageCache:
         """Push no more; what is under way ends soon, as long as reads are answered."""
         self._stopped = True
 
-    def budget(self) -> int:
-        """How many bytes may lie in the page cache that nobody has read yet."""
+    def budget(self, planned_bytes: Callable[[], int], unused_bytes: int) -> int:
+        """How many bytes may lie in the page cache that nobody has read yet.
+
+        Where everything fits that a load will read, the kernel drops nothing, and it may all lie
+        there. Otherwise the kernel makes room, and it passes over pages that were read once before
+        it takes those that nobody has read: what is pushed must be read before it has gone through
+        half of its list.
+
+        Args:
+            planned_bytes: tells how much readers have or will read.
+            unused_bytes: memory that the daemon may still take for itself.
+        """
         if not self.supported:
             return 0
         if isinstance(self._setting, int):
@@ -64,7 +92,9 @@ class PageCache:
         now_s = time.monotonic()
         if now_s - self._read_at_s >= BUDGET_AGE_S:
             self._read_at_s = now_s
-            self._budget = int(free_memory() * SHARE_OF_FREE)
+            free = max(0, free_memory() - unused_bytes)
+            self.holds_all = planned_bytes() <= free * SHARE_FOR_ALL
+            self._budget = int(free * (SHARE_FOR_ALL if self.holds_all else SHARE_AHEAD))
         return self._budget
 
     def push(self, inode: int, offset: int, data: memoryview) -> bool:
@@ -104,10 +134,10 @@ class PageCache:
 def free_memory() -> int:
     """Bytes that can be used without swapping: the machine's, or less if a cgroup limits us."""
     free = _machine_free()
-    for group in _own_cgroups():
-        limit, used = _number(group / "memory.max"), _number(group / "memory.current")
+    for group, files in _own_cgroups():
+        limit, used = _number(group / files.limit), _number(group / files.used)
         if limit is not None and used is not None:
-            free = min(free, limit - used + _reclaimable(group))
+            free = min(free, limit - used + _reclaimable(group, files.reclaimable))
     return max(0, free)
 
 
@@ -118,13 +148,22 @@ def _machine_free() -> int:
     return 0
 
 
-def _own_cgroups() -> list[Path]:
-    """This process's cgroup (version 2) and those above it, as far as they can be seen."""
+def _own_cgroups() -> list[tuple[Path, _MemoryFiles]]:
+    """This process's cgroups and those above them, as far as they can be seen."""
+    groups = []
     for line in Path("/proc/self/cgroup").read_text().splitlines():
-        if line.startswith("0::/"):
-            group = _CGROUP_ROOT / line[4:]
-            return [group, *(above for above in group.parents if _CGROUP_ROOT in above.parents)]
-    return []
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, files = _CGROUP_ROOT, _VERSION_2
+        elif "memory" in controllers.split(","):
+            root, files = _CGROUP_ROOT / "memory", _VERSION_1
+        else:
+            continue
+        group = root / path.lstrip("/")
+        # In a container the path may be the host's, and the root what limits us.
+        groups += [(group, files)]
+        groups += [(above, files) for above in group.parents if above.is_relative_to(root)]
+    return groups
 
 
 def _number(path: Path) -> int | None:
@@ -134,13 +173,13 @@ def _number(path: Path) -> int | None:
         return None  # not limited ("max"), or not to be seen
 
 
-def _reclaimable(group: Path) -> int:
+def _reclaimable(group: Path, field: str) -> int:
     """Page cache of the cgroup that nobody used lately, in bytes."""
     try:
         lines = (group / "memory.stat").read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{field} ")), 0)
 
 
 def tune_kernel(device: str, read_ahead_bytes: int) -> None:

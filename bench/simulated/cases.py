@@ -145,6 +145,12 @@ CASES: dict[str, Case] = {
     "memory only, O_DIRECT": Case(
         model=dense, loader=loaders.streamer, machine=MEMORY_ONLY, most_stall=0.1, most_twice=12
     ),
+    "disk slower than the link": Case(
+        model=dense,
+        loader=loaders.lazy,
+        machine=Machine(disk_write=100e6),
+        options={"memory-limit": "192MiB"},
+    ),
     "few pages, slower than the link": Case(
         model=dense,
         loader=loaders.lazy,

@@ -216,12 +216,13 @@ class Pages:
         self._blocks: OrderedDict[tuple[int, int], int] = OrderedDict()
         self._used = 0
         self.supported = machine.pages > 0
+        self.holds_all = False
         self.pushed_bytes = 0
 
     def add(self, file: File) -> None:
         self._files[file.inode] = bytearray(-(-file.size_bytes // PAGE))
 
-    def budget(self) -> int:
+    def budget(self, planned_bytes: Callable[[], int], unused_bytes: int) -> int:
         return self._space // 2
 
     def push(self, inode: int, offset: int, data: memoryview) -> bool:

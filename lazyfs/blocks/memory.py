@@ -79,6 +79,11 @@ class BlockMemory:
         self.shed_blocks = 0
         self.dropped_bytes = 0
 
+    @property
+    def unused_bytes(self) -> int:
+        """How much more there may be."""
+        return max(0, self._limit_bytes - self.used_bytes)
+
     def reserve(self, size_bytes: int) -> None:
         """Count a block that is on its way; `make_room` said that it fits."""
         self.used_bytes += size_bytes

@@ -232,6 +232,11 @@ class Prefetcher:
             return False
         return not self._by_tensor(blocks) or self._is_touched(blocks, block.number)
 
+    def planned_bytes(self) -> int:
+        """Bytes of all files that are in the loading order, or open to readers of pages."""
+        files = self._files.values()
+        return sum(file.size_bytes for file in files if file.rank >= 0 or file.reads_pages)
+
     @property
     def near_ahead_bytes(self) -> int:
         """About how much lies in the page cache that nobody has read yet (`PagesAhead`)."""
