@@ -21,9 +21,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def protect_from_oom() -> None:
-    """Ask the kernel to end others first when memory is short; needs root."""
+    """Ask the kernel to end others first when memory is short; needs root.
+
+    Whoever started this process may have asked for more: kubelet does, for critical pods (-997).
+    """
+    path = Path("/proc/self/oom_score_adj")
     try:
-        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE_ADJUSTMENT))
+        if int(path.read_text()) > OOM_SCORE_ADJUSTMENT:
+            path.write_text(str(OOM_SCORE_ADJUSTMENT))
     except OSError as error:
         log.debug("the OOM score stays as it is: %s", error.strerror)
 

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 
 from manifests import ROOT
-from rehearsal import account_of
+from programs import account_of
 
 STORAGE = ROOT / "build" / "image"
 TIMEOUT_S = 90

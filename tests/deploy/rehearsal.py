@@ -1,8 +1,7 @@
 """A cluster of one node, without Kubernetes: plays kubelet and external-provisioner from YAML.
 
-The programs are those of the driver, with the arguments that the manifests give them; only paths of
-the node are moved below a directory. The files are applied as they are, but for the address of an
-S3 in them. What kubelet does when, and with which fields:
+The files are applied as they are, but for the address of an S3 in them. What kubelet does when, and
+with which fields:
 https://github.com/container-storage-interface/spec/blob/v1.12.0/spec.md and
 https://kubernetes-csi.github.io/docs; what external-provisioner adds is in its README.
 """
@@ -12,30 +11,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
-import signal
-import socket
 import subprocess
-import sys
-import tempfile
-import time
-import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import grpc
-import numpy as np
-from api_server import FakeApiServer
-from certificates import make_certificates
-from manifests import PLAIN, Object, PodSpec, load, named, option, pod_specs
-from mounting import environment, python
-from s3 import CREDENTIALS, S3
-from safetensors.numpy import save
+from manifests import PLAIN, Object, PodSpec, load, named
+from models import model_hashes, put_model
+from mounting import python
+from programs import Driver, Launcher
+from s3 import S3
 
 from csi import csi_pb2
-from csi.csi_pb2_grpc import ControllerStub, IdentityStub, NodeStub
 
 CSI = "csi.storage.k8s.io/"
 MODES = {
@@ -44,7 +32,7 @@ MODES = {
     "ReadWriteMany": "MULTI_NODE_MULTI_WRITER",
 }
 # As kubelet and the provisioner have it in the manifests.
-KUBELET_TIMEOUT_S, READY_TIMEOUT_S = 120, 60
+KUBELET_TIMEOUT_S = 120
 SOURCE = re.compile(r"s3://([a-z0-9.-]+)/([^\s\"',]+)")
 HASHES = """
 import hashlib, json, os, sys
@@ -56,8 +44,6 @@ for root, _, names in os.walk(sys.argv[1]):
         found[os.path.relpath(path, sys.argv[1])] = digest
 print(json.dumps(found))
 """
-
-Launcher = Callable[[list[str], dict[str, str]], list[str]]
 
 
 @dataclass
@@ -85,152 +71,15 @@ class Volume:
         return self.manifest["spec"]["csi"]
 
 
-class Cluster:
-    """The driver's programs, an API server for the controller, and an S3.
-
-    Args:
-        s3: serves everything: buckets, and STS.
-        launch: makes the command that starts a program of a container; on this machine when not
-            given.
-    """
+class Cluster(Driver):
+    """A node with the driver, and the objects of the files that were applied."""
 
     def __init__(self, s3: S3, launch: Launcher | None = None) -> None:
-        self.s3 = s3
-        self.directory = Path(tempfile.mkdtemp(prefix="rh-"))  # short: sockets are in it
-        self._launch = launch or _here
-        # Mounts that containers make below it are to be seen here.
-        subprocess.run(["mount", "--bind", self.directory, self.directory], check=True)
-        subprocess.run(["mount", "--make-shared", self.directory], check=True)
-        self._programs: dict[str, subprocess.Popen[bytes]] = {}
-        manifests = load(PLAIN.read_text())
-        self.driver = named(manifests, "CSIDriver")
-        self._pods = {each.owner.rpartition("-")[2]: each for each in pod_specs(manifests)}
-        self._ports = {"node": _free_port(), "controller": _free_port()}
-        authority, certificate, key = make_certificates(self.directory / "tls")
-        account = self.directory / "account"
-        self.api_server = FakeApiServer(account, tls=(certificate, key, authority))
-        for each in ("kubelet/pods", "kubelet/plugins", "cache", "run", "controller", "tmp"):
-            (self.directory / each).mkdir(parents=True, mode=0o755)
-        (self.directory / "keeper").mkdir(mode=0o700)
+        super().__init__(s3, launch)
+        self.csi_driver = named(load(PLAIN.read_text()), "CSIDriver")
         self.objects: list[Object] = []
         self.volumes: dict[str, Volume] = {}
-        self._arguments: dict[str, list[str]] = {}
         self.inline: list[Mounted] = []
-
-    # The programs
-
-    def start(self) -> None:
-        """All three, as the manifests have them."""
-        self._start("keeper")
-        _wait(lambda: (self.directory / "keeper/keeper.sock").exists())
-        self.start_node()
-        self._start("controller", **self._api_server_environment())
-        self.controller_channel = self._channel("controller")
-        self.controller = ControllerStub(self.controller_channel)
-
-    def start_node(self) -> None:
-        """The node plugin."""
-        self._start("node", NODE_NAME="node-1")
-        channel = self._channel("node")
-        self.node, self.identity = NodeStub(channel), IdentityStub(channel)
-
-    def kill_node(self) -> None:
-        """The node plugin ends as when its pod is deleted: nothing of its container is left."""
-        self._end("node")
-
-    def log(self, name: str) -> str:
-        """What a program logged."""
-        return (self.directory / f"{name}.log").read_text()
-
-    def page(self, name: str, path: str) -> str:
-        """What a program answers by HTTP."""
-        url = f"http://127.0.0.1:{self._ports[name]}{path}"
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            return answer.read().decode()
-
-    def end(self) -> None:
-        """End everything, and look that nothing is left."""
-        for name in [*self._programs]:
-            self._end(name)
-        self.api_server.stop()
-        left = self.mounts()
-        for path in reversed(left):
-            subprocess.run(["umount", "-l", path], check=False)
-        subprocess.run(["umount", self.directory], check=True)
-        shutil.rmtree(self.directory)
-        assert not left, f"still mounted: {left}"
-
-    def mounts(self) -> list[str]:
-        """What is mounted on this node."""
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
-        paths = (line.split()[4] for line in lines)
-        return [path for path in paths if path.startswith(f"{self.directory}/")]
-
-    def _start(self, name: str, **env: str) -> None:
-        """A program with the arguments of its container, with the node's paths moved."""
-        container = self._pods[name].container("lazyfs" if name != "keeper" else name)
-        places = {"/var/lib/kubelet": "kubelet", "/run/keeper": "keeper", "/cache/0": "cache"}
-        places["/csi"] = "controller"
-        arguments = []
-        for each in container["args"]:
-            moved = each.replace("$(NODE_NAME)", env.get("NODE_NAME", ""))
-            for path, place in places.items():
-                moved = re.sub(
-                    rf"(?<![\w/]){path}(?![\w])|(?<=unix://){path}",
-                    str(self.directory / place),
-                    moved,
-                )
-            if moved.startswith("--http-address="):
-                moved = f"--http-address=127.0.0.1:{self._ports[name]}"
-            arguments.append(moved)
-        self._arguments[name] = arguments
-        given = {e["name"]: e["value"] for e in container.get("env", []) if "value" in e}
-        full = {
-            **{k: v for k, v in environment().items() if not k.startswith("AWS_")},
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_ENDPOINT_URL_STS": self.s3.url,
-            # What the values volumes.defaults would say of an S3 that is not AWS.
-            "LAZYFS_ENDPOINT_URL": self.s3.url,
-            "LAZYFS_REGION": "us-east-1",
-            "LAZYFS_RUNTIME_DIR": str(self.directory / "run"),
-            # The role of the controller's service account, for sources without a Secret.
-            **(CREDENTIALS if name == "controller" or name == "node" else {}),
-            **given,
-            **env,
-        }
-        with open(self.directory / f"{name}.log", "ab") as log:
-            self._programs[name] = subprocess.Popen(
-                self._launch(arguments, full),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=full,
-                cwd="/",
-                start_new_session=True,
-            )
-
-    def _end(self, name: str) -> None:
-        program = self._programs.pop(name)
-        program.send_signal(signal.SIGTERM)
-        program.wait(30)
-
-    def _channel(self, name: str) -> grpc.Channel:
-        path = option(self._arguments[name], "endpoint").removeprefix("unix://")
-        channel = grpc.insecure_channel(f"unix:{path}")
-
-        def ready() -> bool:
-            assert self._programs[name].poll() is None, self.log(name)
-            try:
-                return self.page(name, "/readyz") == "ok\n"
-            except OSError:
-                return False
-
-        _wait(ready, lambda: self.log(name))
-        return channel
-
-    def _api_server_environment(self) -> dict[str, str]:
-        host, _, port = self.api_server.url.removeprefix("https://").partition(":")
-        return {"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": port}
 
     # kubectl
 
@@ -286,14 +135,14 @@ class Cluster:
             return self.volumes[name]
         storage_class = self._class_of(claim)
         assert storage_class, f"{_name(claim)}: no StorageClass of this name in the file"
-        assert storage_class["provisioner"] == _name(self.driver)
+        assert storage_class["provisioner"] == _name(self.csi_driver)
         request = self._create_request(name, claim, storage_class)
         made = self.controller.CreateVolume(request, timeout=30).volume
         again = self.controller.CreateVolume(request, timeout=30).volume
         assert made == again
         parameters = storage_class["parameters"]
         csi = {
-            "driver": _name(self.driver),
+            "driver": _name(self.csi_driver),
             "volumeHandle": made.volume_id,
             "volumeAttributes": {
                 **made.volume_context,
@@ -358,8 +207,7 @@ class Cluster:
     def republish(self) -> None:
         """As kubelet does now and then, with a new token."""
         for each in self.published():
-            if f"{CSI}serviceAccount.tokens" in each.request.volume_context:
-                each.request.volume_context[f"{CSI}serviceAccount.tokens"] = _tokens(self.driver)
+            self._give_tokens(each.request)
             self.node.NodePublishVolume(each.request, timeout=KUBELET_TIMEOUT_S)
 
     def published(self) -> list[Mounted]:
@@ -407,18 +255,12 @@ class Cluster:
                 )
                 volume.staging = None
 
-    def workers(self) -> int:
-        """How many daemons serve volumes here."""
-        marks = (b"lazyfs.mount.worker", f"{self.directory}/".encode())
-        lines = (_command_line(each) for each in Path("/proc").iterdir() if each.name.isdigit())
-        return sum(all(mark in line for mark in marks) for line in lines)
-
     def _stage(self, volume: Volume) -> None:
         if volume.staging is not None:
             return
         digest = hashlib.sha256(volume.csi["volumeHandle"].encode()).hexdigest()
         plugins = self.directory / "kubelet/plugins/kubernetes.io/csi"
-        staging = plugins / _name(self.driver) / digest / "globalmount"
+        staging = plugins / _name(self.csi_driver) / digest / "globalmount"
         staging.mkdir(parents=True, mode=0o750)
         request = csi_pb2.NodeStageVolumeRequest(
             volume_id=volume.csi["volumeHandle"],
@@ -444,14 +286,15 @@ class Cluster:
             readonly=True,
             volume_context={**volume.csi["volumeAttributes"], **self._pod_info(pod, uid, False)},
         )
+        self._give_tokens(request)
         self.node.NodePublishVolume(request, timeout=KUBELET_TIMEOUT_S)
         volume.users.append(Mounted(request, _source(volume.csi["volumeAttributes"])))
         return Path(request.target_path)
 
     def _publish_inline(self, volume: Object, pod: PodSpec, uid: str) -> Path:
         source = volume["csi"]
-        assert source["driver"] == _name(self.driver)
-        assert "Ephemeral" in self.driver["spec"]["volumeLifecycleModes"]
+        assert source["driver"] == _name(self.csi_driver)
+        assert "Ephemeral" in self.csi_driver["spec"]["volumeLifecycleModes"]
         secret = source.get("nodePublishSecretRef")
         request = csi_pb2.NodePublishVolumeRequest(
             volume_id="csi-" + hashlib.sha256(f"{uid}{volume['name']}".encode()).hexdigest(),
@@ -460,6 +303,7 @@ class Cluster:
             volume_context={**source["volumeAttributes"], **self._pod_info(pod, uid, True)},
             secrets=self._secret({**secret, "namespace": pod.namespace} if secret else None),
         )
+        self._give_tokens(request)
         self.node.NodePublishVolume(request, timeout=KUBELET_TIMEOUT_S)
         self.inline.append(Mounted(request, _source(source["volumeAttributes"])))
         return Path(request.target_path)
@@ -471,7 +315,7 @@ class Cluster:
 
     def _pod_info(self, pod: PodSpec, uid: str, ephemeral: bool) -> dict[str, str]:
         found = {}
-        if self.driver["spec"]["podInfoOnMount"]:
+        if self.csi_driver["spec"]["podInfoOnMount"]:
             found = {
                 f"{CSI}pod.name": pod.owner.partition("/")[2],
                 f"{CSI}pod.namespace": pod.namespace,
@@ -479,9 +323,19 @@ class Cluster:
                 f"{CSI}serviceAccount.name": pod.spec.get("serviceAccountName", "default"),
                 f"{CSI}ephemeral": str(ephemeral).lower(),
             }
-        if self.driver["spec"].get("tokenRequests"):
-            found[f"{CSI}serviceAccount.tokens"] = _tokens(self.driver)
         return found
+
+    def _give_tokens(self, request: csi_pb2.NodePublishVolumeRequest) -> None:
+        """Tokens of the pod's service account, each time new ones, as the CSIDriver wants them."""
+        spec = self.csi_driver["spec"]
+        tokens = {
+            each["audience"]: {"token": f"token-{uuid.uuid4()}", "expirationTimestamp": ""}
+            for each in spec.get("tokenRequests", [])
+        }
+        if tokens:
+            hidden = spec.get("serviceAccountTokenInSecrets")
+            place = request.secrets if hidden else request.volume_context
+            place[f"{CSI}serviceAccount.tokens"] = json.dumps(tokens)
 
     # Objects
 
@@ -512,55 +366,6 @@ class Cluster:
     def _class_of(self, claim: Object) -> Object | None:
         name = claim["spec"]["storageClassName"]
         return next((c for c in self._of_kind("StorageClass") if _name(c) == name), None)
-
-
-def put_model(s3: S3, source: str) -> None:
-    """A small model of two shards; other bytes for every source."""
-    bucket, _, prefix = source.removeprefix("s3://").partition("/")
-    if not prefix.endswith("/"):
-        prefix += "/"
-    generator = np.random.default_rng(len(source))
-    files: dict[str, bytes] = {"config.json": json.dumps({"model": source}).encode()}
-    weight_map = {}
-    for shard in (1, 2):
-        name = f"model-{shard:05d}-of-00002.safetensors"
-        tensors = {
-            f"layers.{shard}.{part}": generator.random((64, 1024), dtype=np.float32)
-            for part in range(3)
-        }
-        weight_map |= dict.fromkeys(tensors, name)
-        files[name] = save(tensors)
-    files["model.safetensors.index.json"] = json.dumps({"weight_map": weight_map}).encode()
-    s3.put(bucket, {f"{prefix}{name}": body for name, body in files.items()})
-
-
-def model_hashes(s3: S3, source: str) -> dict[str, str]:
-    """What lies there now, by path, as digests."""
-    bucket, _, prefix = source.removeprefix("s3://").partition("/")
-    prefix = prefix.rstrip("/") + "/"
-    listing = s3.client.list_objects_v2(Bucket=bucket, Prefix=prefix)
-    return {
-        each["Key"].removeprefix(prefix): hashlib.sha256(
-            s3.client.get_object(Bucket=bucket, Key=each["Key"])["Body"].read()
-        ).hexdigest()
-        for each in listing.get("Contents", [])
-    }
-
-
-def _here(arguments: list[str], env: dict[str, str]) -> list[str]:
-    """A program in this environment; the controller finds a service account where pods have it."""
-    program = [str(Path(sys.executable).with_name(arguments[0])), *arguments[1:]]
-    if "KUBERNETES_SERVICE_HOST" not in env:
-        return program
-    account = account_of(env)
-    place = "/run/secrets/kubernetes.io"
-    script = f'mount -t tmpfs none /run && mkdir -p {place} && ln -s "$0" {place}/serviceaccount'
-    return ["unshare", "--mount", "sh", "-c", f'{script} && exec "$@"', str(account), *program]
-
-
-def account_of(env: Mapping[str, str]) -> Path:
-    """The directory of the controller's service account; beside it is all of the node."""
-    return Path(env["LAZYFS_RUNTIME_DIR"]).parent / "account"
 
 
 def _name(each: Object) -> str:
@@ -610,33 +415,3 @@ def _requested(claim: Object) -> int:
     text = claim["spec"]["resources"]["requests"]["storage"]
     number, unit = re.fullmatch(r"(\d+)([KMGT]i)", text).groups()  # type: ignore[union-attr]
     return int(number) << 10 * (" KMGT".index(unit[0]))
-
-
-def _tokens(driver: Object) -> str:
-    """Tokens for the audiences that the CSIDriver asks for, each time new ones."""
-    return json.dumps(
-        {
-            each["audience"]: {"token": f"token-{uuid.uuid4()}", "expirationTimestamp": ""}
-            for each in driver["spec"]["tokenRequests"]
-        }
-    )
-
-
-def _command_line(process: Path) -> bytes:
-    try:
-        return (process / "cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _wait(ready: Callable[[], bool], explain: Callable[[], str] = str) -> None:
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    while not ready():
-        assert time.monotonic() < deadline, explain()
-        time.sleep(0.1)

@@ -90,6 +90,14 @@ def test_the_scheduler_waits_for_the_driver_where_it_can(render: Render) -> None
     assert "preventPodSchedulingIfMissing" not in named(render(), "CSIDriver")["spec"]
 
 
+def test_tokens_are_secrets_where_kubernetes_can(render: Render) -> None:
+    new = named(render(version="1.35.0"), "CSIDriver")["spec"]
+    assert new["serviceAccountTokenInSecrets"] is True
+    assert "serviceAccountTokenInSecrets" not in named(render(), "CSIDriver")["spec"]
+    without = named(render("csiDriver.tokenAudiences=[]", version="1.35.0"), "CSIDriver")["spec"]
+    assert not {"tokenRequests", "serviceAccountTokenInSecrets"} & without.keys()
+
+
 def test_every_image_can_come_from_a_mirror(render: Render) -> None:
     mirrored = render(
         *(f"images.{name}.registry=mirror.local" for name in ("lazyfs", "registrar", "provisioner"))

@@ -16,7 +16,8 @@ import click
 import pytest
 import schemas
 from manifests import CHART, DEPLOY, EXAMPLES, Object, PodSpec, load, pod_specs
-from rehearsal import Cluster, model_hashes
+from models import model_hashes
+from rehearsal import Cluster
 from s3 import S3
 
 from csi.parameters import Parameters
@@ -163,6 +164,22 @@ def test_pods_of_one_node_share_a_daemon_and_outlive_the_node_plugin(cluster: Cl
     cluster.end_pods()
     cluster.delete_volumes()
     assert cluster.mounts() == []
+
+
+@pytest.mark.fuse
+def test_tokens_may_come_as_secrets(cluster: Cluster) -> None:
+    """As from Kubernetes 1.35 on, where the chart asks for it."""
+    spec = cluster.csi_driver["spec"]
+    spec["serviceAccountTokenInSecrets"] = True
+    try:
+        cluster.apply((DEPLOY / "examples" / "web-identity.yaml").read_text())
+        (pod,) = pod_specs(cluster.objects)
+        cluster.run_pod(pod)
+        cluster.check()
+        cluster.republish()
+        cluster.end_pods()
+    finally:
+        del spec["serviceAccountTokenInSecrets"]
 
 
 def environment_file() -> dict[str, str]:
