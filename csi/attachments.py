@@ -152,6 +152,7 @@ class Attachments:
             self._save(volume_id, path, Place(kind, daemon.name))
             device = self.daemons.ensure(daemon, credentials, until - time.monotonic())
             mounts.bind(daemon.mountpoint, path, device)
+            log.info("volume %s is at %s, served at %s", volume_id, path, daemon.mountpoint)
         except BaseException:
             self._roll_back(volume_id, path, present, kind)
             raise

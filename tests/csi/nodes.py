@@ -189,6 +189,10 @@ class TestNode:
     def kill_keeper(self) -> None:
         """SIGKILL, and start it again: what it kept is lost."""
         self.keeper.end()
+        self.start_keeper()
+
+    def start_keeper(self) -> None:
+        """Start it again."""
         self.keeper.socket.unlink()
         self.keeper = KeeperProcess(self._keeper_directory())
 

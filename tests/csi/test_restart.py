@@ -180,11 +180,14 @@ def test_a_keeper_that_was_replaced_is_given_the_sessions(
     """Only the keeper died: nobody notices, and the next death of a worker is survived as well."""
     node.stage("vol", context)
     target = node.publish("vol", context)
-    with reader(target, 5):
-        node.kill_keeper()
+    with reader(target, 6):
+        node.keeper.end()
         (worker,) = node.workers()
         os.kill(worker, signal.SIGKILL)
         wait_until_gone(worker)
+        wait_for(lambda: "its daemon is down" in (node.condition("vol", target) or ""))
+        wait_for(lambda: "no keeper" in (node.condition("vol", target) or ""))
+        node.start_keeper()
         wait_for(lambda: node.condition("vol", target) is None)
         node.kill_keeper()
         wait_for(lambda: node.kept() != [])
