@@ -228,6 +228,8 @@ class Daemons:
             KeeperError: the keeper is not there.
         """
         with daemon.locked(timeout_s):
+            if daemon.retired:
+                raise RpcError(StatusCode.ABORTED, f"{daemon.spec.source}: its daemon is ending")
             if daemon.supervisor is None:
                 self._start(daemon, credentials, timeout_s)
             elif credentials is not None and credentials != daemon.spec.credentials:
@@ -266,12 +268,10 @@ class Daemons:
         if credentials is not None:
             daemon.spec = _with(daemon.spec, credentials)
         if daemon.needs_credentials and daemon.spec.credentials is None:
-            daemon.refusal = (
-                "the keeper was restarted, and with it the credentials are lost; "
-                "delete the pods that use the volume on this node, so that it is staged again"
-            )
             raise RpcError(
-                StatusCode.FAILED_PRECONDITION, f"{daemon.spec.source}: {daemon.refusal}"
+                StatusCode.FAILED_PRECONDITION,
+                "the keeper was restarted, and with it the credentials are lost; "
+                "delete the pods that use the volume on this node, so that it is staged again",
             )
         try:
             daemon.mountpoint.mkdir(mode=0o700, exist_ok=True)
@@ -292,7 +292,7 @@ class Daemons:
     def _resume(self, daemon: Daemon) -> None:
         """Have a daemon of a former plugin run again, however long that takes."""
         pause_s = FIRST_PAUSE_S
-        while daemon.users and not self._closing.is_set():
+        while not (daemon.retired or self._closing.is_set()):
             try:
                 with self._resuming:
                     self.ensure(daemon, None, START_TIMEOUT_S)

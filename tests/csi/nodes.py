@@ -182,9 +182,9 @@ class TestNode:
         for pid in workers:
             wait_until_gone(pid)
 
-    def start_plugin(self) -> None:
+    def start_plugin(self, *options: str) -> None:
         """Start it again, as kubelet does."""
-        self.plugin = self._start()
+        self.plugin = self._start(*options)
 
     def kill_keeper(self) -> None:
         """SIGKILL, and start it again: what it kept is lost."""
@@ -233,7 +233,7 @@ class TestNode:
         path.mkdir(mode=0o700, exist_ok=True)
         return path
 
-    def _start(self) -> Plugin:
+    def _start(self, *options: str) -> Plugin:
         return Plugin(
             "node",
             self.directory,
@@ -242,6 +242,7 @@ class TestNode:
             f"--keeper={self.keeper.socket}",
             f"--cache-dir={self.directory / 'cache'}",
             *self._options,
+            *options,
             **self._env,
         )
 

@@ -121,6 +121,18 @@ def test_everything_goes_on_after_a_restart(node: TestNode, context: dict[str, s
     assert node.leftovers() == []
 
 
+def test_an_upgrade_may_change_defaults(node: TestNode, context: dict[str, str]) -> None:
+    """What kubelet repeats is for the same volume, and what runs goes on as it began."""
+    node.stage("vol", context)
+    target = node.publish("vol", context)
+    node.plugin.end()
+    node.start_plugin("--memory-limit=64MiB")
+    node.stage("vol", context)
+    assert node.publish("vol", context) == target
+    assert len(node.workers()) == 1
+    assert hashes(target) == sha256(FILES)
+
+
 def test_unstage_of_what_nobody_serves(node: TestNode, context: dict[str, str]) -> None:
     node.stage("vol", context)
     node.publish("vol", context)
