@@ -44,13 +44,11 @@ class Mounted:
         began: when its making began, on the monotonic clock.
         ready: when it could be used.
         group: all its processes.
-        directory: where the prefix is.
     """
 
     began: float
     ready: float
     group: Group
-    directory: Path
 
 
 class Contender(Protocol):
@@ -109,7 +107,7 @@ class Lazyfs:
                 *self.options, group=counted,
             )  # fmt: skip
             try:
-                yield Mounted(began, time.monotonic(), counted, place.mountpoint)
+                yield Mounted(began, time.monotonic(), counted)
             finally:
                 self._run("umount", place.mountpoint)
 

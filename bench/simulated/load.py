@@ -193,8 +193,8 @@ class _Load:
             for piece in missing:
                 # What is pushed meanwhile: the kernel has its pages locked until this is answered.
                 if not self._has(file, piece):
-                    got = await self._fetcher.read(file, piece)
-                    assert len(got) == piece.stop - piece.start
+                    data = await self._fetcher.read(file, piece)
+                    assert len(data) == piece.stop - piece.start, "the kernel takes it for the end"
                 if not self._loader.direct:
                     self._pages.fill(file.inode, *self._range(piece))
             await trio.sleep(self._machine.request_s + read.size / self._machine.request)

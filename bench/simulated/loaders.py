@@ -191,7 +191,11 @@ def streamer(model: Model, threads: int = 16, chunk: int = 8 * MIB) -> Loader:
     """Run:ai's: first all headers, then each thread a part of all bytes, with O_DIRECT."""
     chunks = [read for path in model.shards for read in cut(path, 0, model.sizes[path], chunk)]
     part = -(-len(chunks) // threads)
-    parts = [chunks[at : at + part] for at in range(0, len(chunks), part)]
+    requests = [cut(path, at, at + size) for path, at, size in chunks]
+    parts = [
+        [read for chunk in requests[at : at + part] for read in chunk]
+        for at in range(0, len(requests), part)
+    ]
     return Loader([Queue([[*(header(model, path) for path in model.shards), parts]])], direct=True)
 
 

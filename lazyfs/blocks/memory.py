@@ -22,6 +22,8 @@ from lazyfs.tree import File
 
 # Of a block, what is told apart: a part counts as read when its last byte was.
 PART = 64 << 10
+# Blocks that somebody has begun to read and that are kept for him, at least.
+LEAST_BEGUN = 8
 
 
 @dataclass(slots=True)
@@ -146,11 +148,13 @@ class BlockMemory:
 
     def _costs_a_fetch(self) -> BlockId | None:
         spare = [(block, held) for block, held in self._held.items() if held.spare]
-        for block, held in spare:
-            if held.demanded:
-                return block
+        # Whoever reads a block in parts is about to ask for the next one of it.
+        begun = [block for block, held in spare if held.demanded]
+        if len(begun) > max(LEAST_BEGUN, self._prefetcher.readers):
+            return begun[0]
         # What was fetched ahead last is needed last.
-        return spare[-1][0] if spare else None
+        ahead = [block for block, held in spare if not held.demanded]
+        return ahead[-1] if ahead else begun[0] if begun else None
 
     def _is_near(self, block: BlockId) -> bool:
         return self._prefetcher.place(block) == Place.NEAR

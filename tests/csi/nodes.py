@@ -182,17 +182,13 @@ class TestNode:
         for pid in workers:
             wait_until_gone(pid)
 
-    def start_plugin(self, *options: str) -> None:
+    def start_plugin(self) -> None:
         """Start it again, as kubelet does."""
-        self.plugin = self._start(*options)
+        self.plugin = self._start()
 
     def kill_keeper(self) -> None:
         """SIGKILL, and start it again: what it kept is lost."""
         self.keeper.end()
-        self.start_keeper()
-
-    def start_keeper(self) -> None:
-        """Start it again."""
         self.keeper.socket.unlink()
         self.keeper = KeeperProcess(self._keeper_directory())
 
@@ -233,7 +229,7 @@ class TestNode:
         path.mkdir(mode=0o700, exist_ok=True)
         return path
 
-    def _start(self, *options: str) -> Plugin:
+    def _start(self) -> Plugin:
         return Plugin(
             "node",
             self.directory,
@@ -242,7 +238,6 @@ class TestNode:
             f"--keeper={self.keeper.socket}",
             f"--cache-dir={self.directory / 'cache'}",
             *self._options,
-            *options,
             **self._env,
         )
 

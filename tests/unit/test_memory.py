@@ -101,3 +101,17 @@ def test_a_block_that_was_read_is_not_wished_for_again(room: Room) -> None:
         room.hold(number, unread=0)
     assert room.ask()
     assert room.prefetcher.place(BlockId(2, 0)) == Place.USED
+
+
+def test_who_reads_a_block_in_parts_keeps_it_from_demand(room: Room) -> None:
+    for number in range(10):
+        room.hold(number, demanded=number < 5)
+    assert room.ask(urgent=True)
+    assert room.left() == set(range(9)), "what was fetched ahead goes before what is being read"
+
+
+def test_blocks_of_readers_who_went_away_do_not_stay_for_ever(room: Room) -> None:
+    for number in range(10):
+        room.hold(number, demanded=number != 9)
+    assert room.ask(urgent=True)
+    assert room.left() == set(range(1, 10))

@@ -1,0 +1,87 @@
+"""Whether a model is loaded as fast as its link is, whatever the order in which it is read.
+
+    python bench/patterns.py [--size 1GiB] [--link 250MB] [--late 20]
+
+Mounts anew for each way of loading (`load.py`), nothing cached, against an origin whose link is
+shaped (`origin.py`, throttled), and prints seconds from the beginning of the mount to the last
+tensor, over size / bandwidth. Then the same for a loader that begins `--late` seconds after the
+mount, beside the same load from local files. Needs root, and nobody else on the loopback device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import origin as origins
+from accounting import touch_all_memory
+from model import write_model
+from mounts import Lazyfs, Place, forget
+from rich.console import Console
+from rich.table import Table
+
+from lazyfs.kinds import parse_size
+
+HERE = Path(__file__).parent
+MODES = ("vllm", "sequential", "safetensors", "transformers", "threads", "direct")
+TIMEOUT_S = 120
+
+
+def load(mode: str, directory: Path) -> dict[str, Any]:
+    """Load in a process of its own."""
+    answer = subprocess.run(
+        [sys.executable, HERE / "load.py", mode, directory],
+        check=True, capture_output=True, text=True, timeout=TIMEOUT_S,
+    )  # fmt: skip
+    result: dict[str, Any] = json.loads(answer.stdout)
+    return result
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    parser = argparse.ArgumentParser(description="Loads over a shaped link")
+    parser.add_argument("--size", default="1GiB", type=parse_size)
+    parser.add_argument("--link", default="250MB", type=parse_size)
+    parser.add_argument("--late", default=20, type=int)
+    parser.add_argument("--only", nargs="+", default=list(MODES))
+    arguments = parser.parse_args()
+    table = Table("load", "seconds", "size / bandwidth", "over it", "fetched / size", box=None)
+    lazyfs = Lazyfs(HERE.parent)
+    with tempfile.TemporaryDirectory(prefix="lazyfs-bench-", dir="/var/tmp") as temporary:
+        base = Path(temporary)
+        served, source = base / "served", base / "served" / "model"
+        mountpoint = base / "mnt"
+        mountpoint.mkdir()
+        size = write_model(source, arguments.size, 6)
+        touch_all_memory()
+        with origins.serve(served, "throttled", arguments.link) as origin:
+            place = Place(origin, source.name, mountpoint, base / "cache")
+            least_s = size / arguments.link
+            for mode in arguments.only:
+                forget(place)
+                origin.mark()
+                with lazyfs.mount(place) as mounted:
+                    took_s = load(mode, mountpoint)["ended"] - mounted.began
+                fetched = origin.requests().bytes / size
+                table.add_row(
+                    mode, f"{took_s:.2f}", f"{least_s:.2f}", f"{took_s / least_s - 1:.1%}",
+                    f"{fetched:.3f}",
+                )  # fmt: skip
+            forget(place)
+            with lazyfs.mount(place):
+                time.sleep(arguments.late)
+                late = load("vllm", mountpoint)
+        for name, run in ((f"vllm, {arguments.late} s after mount", late),
+                          ("vllm, local files", load("vllm", source))):  # fmt: skip
+            table.add_row(name, f"{run['ended'] - run['opened']:.2f}")
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+if __name__ == "__main__":
+    main()
