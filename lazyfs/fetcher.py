@@ -10,7 +10,7 @@ After that it stays in memory until its room is needed.
 All decisions are made in the trio thread, so nothing here needs a lock; worker threads only move
 bytes. Demand overtakes prefetch for slots and for room. What can be brought again is given up for
 demand: blocks nobody uses, then blocks that only wait to be written to a slow disk. A block that is
-being pushed or written cannot be taken, but those are at most `PUSHERS + WRITERS`.
+being pushed or written cannot be taken, but those are few (`PUSHERS`, `WRITERS`).
 
 A block that is not on disk is claimed there before it is fetched, so that of all daemons on a node
 one fetches it. What another daemon has claimed is waited for, if a reader needs it, and else left
@@ -20,7 +20,7 @@ to it until it is there; for `LEASE_S` at most.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -28,9 +28,12 @@ from typing import Any, TypeVar
 import trio
 
 from lazyfs.blocks import BlockId, Span, block_length, gaps
+from lazyfs.blocks.elsewhere import Elsewhere
 from lazyfs.blocks.getter import BlockGetter
 from lazyfs.blocks.memory import BlockMemory, Held, all_unread
 from lazyfs.blocks.processor import Processors
+from lazyfs.blocks.queue import BlockQueue
+from lazyfs.blocks.writer import BlockWriter
 from lazyfs.cache import BlockCache, Claim
 from lazyfs.errors import SourceError
 from lazyfs.observe.events import Activity, Purpose
@@ -46,9 +49,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PUSHERS = 2
-WRITERS = 2
-# How often it is looked whether writing, put off while the processors are busy, can go on.
-WRITE_CHECK_S = 0.05
 # Readers are not kept waiting longer than this for the rest of their block to be pushed.
 LONGEST_PUSH_S = 0.05
 # When the mount ends, blocks that wait for the disk may take so long.
@@ -57,9 +57,6 @@ LAST_WRITES_S = 5.0
 LOADERS = 3
 # Requests of waiting readers that may be in flight beyond the adaptive limit.
 URGENT_EXTRA = 8
-# How long a block is left to another daemon that claimed it, and how often it is looked for.
-LEASE_S = 10.0
-LOOK_S = 0.02
 # How often the cache is told what is needed and looks after itself.
 CARE_S = 10.0
 # A prefetch is given up after this time; a reader who needs the block tries on his own account.
@@ -122,21 +119,20 @@ class BlockFetcher:
         self._urgent: deque[Job] = deque()
         self._fetching = 0
         self._loading = 0
-        self._writing = 0
-        self._pushes = _Queue()
-        self._writes = _Queue()
-        # Blocks that other daemons bring, and until when they are left to them.
-        self._elsewhere: dict[BlockId, float] = {}
-        self._left_to_others = trio.Event()
-        self._lease_over: set[BlockId] = set()
-        # Blocks that were not written, and may still be in the page cache.
-        self._shed: dict[BlockId, File] = {}
-        self._processors = processors or Processors()
+        self._pushes = BlockQueue()
         # Threads are bounded by slots; trio's own limit of 40 must not stand in the way.
         self._threads = trio.CapacityLimiter(4 * options.max_concurrency + 64)
         self._getter = BlockGetter(
             source, self._memory, options, self._threads, self.pump, recorder
         )
+        self._elsewhere: Elsewhere | None = None
+        self._writer: BlockWriter | None = None
+        if cache is not None:
+            self._elsewhere = Elsewhere(cache, self._thread, self._found)
+            self._writer = BlockWriter(
+                cache, self._thread, self._is_loading, processors or Processors(), recorder,
+                self.pump,
+            )  # fmt: skip
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -145,10 +141,9 @@ class BlockFetcher:
             self._nursery = nursery
             for _ in range(PUSHERS):
                 nursery.start_soon(self._push_forever)
-            for _ in range(WRITERS if self._cache else 0):
-                nursery.start_soon(self._write_forever)
-            if self._cache:
-                nursery.start_soon(self._follow_others, self._cache)
+            if self._cache and self._writer and self._elsewhere:
+                nursery.start_soon(self._writer.run)
+                nursery.start_soon(self._elsewhere.follow)
                 nursery.start_soon(self._care_for_cache, self._cache)
             task_status.started()
             self.pump()
@@ -157,9 +152,8 @@ class BlockFetcher:
     async def finish_writing(self) -> None:
         """Write what waits for the disk, so that the next mount finds it; for some seconds."""
         with trio.move_on_after(LAST_WRITES_S):
-            while self._writes or self._writing:
-                await trio.sleep(0.01)
-            if self._cache is not None:
+            if self._cache and self._writer:
+                await self._writer.finish()
                 await self._thread(self._cache.care, self._plan())
 
     @property
@@ -180,16 +174,14 @@ class BlockFetcher:
     @property
     def is_at_work(self) -> bool:
         """Whether blocks are being brought, or wait to be written."""
-        return bool(self.in_flight or self._urgent or self._writes or self._writing)
+        writing = self._writer is not None and self._writer.is_at_work
+        return bool(self.in_flight or self._urgent or writing)
 
     def take_shed(self) -> list[tuple[File, BlockId]]:
         """The blocks that were not written and went into the page cache; each is given once."""
-        shed, self._shed = self._shed, {}
-        return [
-            (file, block)
-            for block, file in shed.items()
-            if self._prefetcher.place(block) == Place.NEAR
-        ]
+        shed = self._writer.take_shed() if self._writer else {}
+        near = (block for block in shed if self._prefetcher.place(block) == Place.NEAR)
+        return [(shed[block], block) for block in near]
 
     @property
     def memory_bytes(self) -> int:
@@ -351,7 +343,8 @@ class BlockFetcher:
     def _start(self, job: Job, *, from_disk: bool = False) -> None:
         assert self._nursery is not None
         job.started = True
-        self._take_back(job)
+        if self._elsewhere:
+            job.lease_until = self._elsewhere.take_back(job.file, job.block)
         self._memory.reserve(job.length)
         self._prefetcher.moved(job.block, Place.COMING)
         if from_disk:
@@ -369,7 +362,7 @@ class BlockFetcher:
             self._fail(job, error)
         else:
             if obtained is None:
-                self._leave_to_others(job)
+                self._memory.release(job.length)
             else:
                 data, job.tier = obtained
                 self._recorder.landed(
@@ -408,9 +401,10 @@ class BlockFetcher:
 
         None: another daemon brings it, and nobody waits for it here.
         """
-        if self._cache is not None:
-            found = await self._look_on_disk(self._cache, job)
+        if self._cache and self._elsewhere:
+            found = await self._look_on_disk(self._cache, self._elsewhere, job)
             if found is Claim.THEIRS:
+                self._elsewhere.leave(job.file, job.block, job.lease_until)
                 return None
             if isinstance(found, memoryview):
                 return found, Tier.DISK
@@ -428,61 +422,24 @@ class BlockFetcher:
             raise
         return data, Tier.S3
 
-    async def _look_on_disk(self, cache: BlockCache, job: Job) -> memoryview | Claim:
+    async def _look_on_disk(
+        self, cache: BlockCache, elsewhere: Elsewhere, job: Job
+    ) -> memoryview | Claim:
         """A block from the disk, or who is to fetch it; waits for others if a reader does."""
-        number = job.block.number
         while True:
-            found = await self._thread(cache.load_or_claim, job.file, number)
+            found = await self._thread(cache.load_or_claim, job.file, job.block.number)
             if found is not Claim.THEIRS:
                 return found
             if trio.current_time() >= job.lease_until:
                 return Claim.OURS
             if not job.waiting:
                 return found
-            cache.set_waiting(job.file, number, True)
-            with trio.move_on_at(job.lease_until):
-                while cache.is_claimed(job.file, number):
-                    await trio.sleep(LOOK_S)
-            cache.set_waiting(job.file, number, False)
+            await elsewhere.wait_for(job.file, job.block.number, job.lease_until)
 
-    def _leave_to_others(self, job: Job) -> None:
-        """Another daemon brings this block; it is looked for from time to time."""
-        assert self._cache is not None
-        self._memory.release(job.length)
-        self._elsewhere[job.block] = job.lease_until
-        self._cache.set_waiting(job.file, job.block.number, True)
-        self._left_to_others.set()
-
-    def _take_back(self, job: Job) -> None:
-        """A block that may have been left to another daemon is asked for again."""
-        now_s = trio.current_time()
-        job.lease_until = now_s if job.block in self._lease_over else now_s + LEASE_S
-        self._lease_over.discard(job.block)
-        if self._cache is not None and job.block in self._elsewhere:
-            job.lease_until = self._elsewhere.pop(job.block)
-            self._cache.set_waiting(job.file, job.block.number, False)
-
-    async def _follow_others(self, cache: BlockCache) -> None:
-        """See when blocks that were left to others have come, or are not going to."""
-        while True:
-            await self._left_to_others.wait()
-            await trio.sleep(LOOK_S)
-            now_s = trio.current_time()
-            for block, lease_until in list(self._elsewhere.items()):
-                file = self._files[block.inode]
-                if now_s < lease_until and cache.is_claimed(file, block.number):
-                    continue
-                there = await self._thread(cache.holds, file, block.number)
-                if block not in self._elsewhere:
-                    continue  # a reader asked for it meanwhile
-                del self._elsewhere[block]
-                cache.set_waiting(file, block.number, False)
-                if not there and now_s >= lease_until:
-                    self._lease_over.add(block)
-                self._prefetcher.moved(block, Place.LOCAL if there else Place.ABSENT)
-            if not self._elsewhere:
-                self._left_to_others = trio.Event()
-            self.pump()
+    def _found(self, block: BlockId, there: bool) -> None:
+        """A block that was left to another daemon came to the disk, or is not going to."""
+        self._prefetcher.moved(block, Place.LOCAL if there else Place.ABSENT)
+        self.pump()
 
     async def _care_for_cache(self, cache: BlockCache) -> None:
         while True:
@@ -508,10 +465,8 @@ class BlockFetcher:
         self._memory.hold(job.block, held)
         job.held = held
         self._prefetcher.moved(job.block, Place.LOCAL)
-        if job.tier is Tier.S3 and self._cache is not None:
-            held.to_write = True
-            held.users += 1
-            self._writes.put(job.block, held)
+        if job.tier is Tier.S3 and self._writer:
+            self._writer.put(job.block, held)
 
     def _may_push(self, block: BlockId) -> bool:
         fits = self._length(block) <= self._push_allowance()
@@ -567,44 +522,17 @@ class BlockFetcher:
         if pushed is not None:
             pushed.set()
 
-    async def _write_forever(self) -> None:
-        assert self._cache is not None
-        while True:
-            await self._writes.wait()
-            while self._should_put_off_writing():
-                await trio.sleep(WRITE_CHECK_S)
-            if not self._writes:
-                continue
-            block, held = self._writes.take()
-            if not held.to_write:
-                self._cache.release(held.file, block.number)
-                self._shed[block] = held.file
-                continue
-            held.to_write = False
-            self._writing += 1
-            held.on_disk = await self._thread(self._cache.put, held.file, block.number, held.data)
-            self._writing -= 1
-            self._recorder.written(len(held.data) if held.on_disk else 0)
-            held.users -= 1
-            self.pump()
-
-    def _should_put_off_writing(self) -> bool:
-        """Whether a load would have to do without the time that writing takes.
-
-        Where the page cache cannot keep what is not written, that would be fetched again.
-        """
-        loading = self._recorder.open_files and self.in_flight and self._page_cache.holds_all
-        return bool(loading) and self._processors.busy and not self._others_wait()
-
-    def _others_wait(self) -> bool:
-        """Whether another daemon waits until blocks of ours are on disk."""
-        return self._cache is not None and self._cache.others_wait()
+    def _is_loading(self) -> bool:
+        """Whether somebody loads a model of which all pages can stay in the page cache."""
+        return bool(self._recorder.open_files and self.in_flight) and self._page_cache.holds_all
 
     def _make_room(self, length: int, *, urgent: bool) -> bool:
-        # What another daemon waits for is not shed for a prefetch.
-        reader_waits = any(job.waiting for job in self._jobs.values()) and not self._others_wait()
-        reader_waits = reader_waits or self._should_put_off_writing()
-        return self._memory.make_room(length, urgent=urgent, reader_waits=reader_waits)
+        reader_waits = any(job.waiting for job in self._jobs.values())
+        if reader_waits and self._cache:
+            # What another daemon waits for is not shed for a prefetch.
+            reader_waits = not self._cache.others_wait()
+        can_shed = reader_waits or (self._writer is not None and self._writer.is_put_off)
+        return self._memory.make_room(length, urgent=urgent, reader_waits=can_shed)
 
     def _push_allowance(self) -> int:
         """How much may be put into the page cache ahead of readers."""
@@ -618,33 +546,3 @@ class BlockFetcher:
         return await trio.to_thread.run_sync(
             function, *arguments, abandon_on_cancel=True, limiter=self._threads
         )
-
-
-class _Queue:
-    """Blocks in the order in which they came; one that is no longer to be done can be taken out."""
-
-    def __init__(self) -> None:
-        self._blocks: OrderedDict[BlockId, Held] = OrderedDict()
-        self._news = trio.Event()
-
-    def __len__(self) -> int:
-        return len(self._blocks)
-
-    def put(self, block: BlockId, held: Held) -> None:
-        self._blocks[block] = held
-        self._news.set()
-
-    def discard(self, block: BlockId) -> bool:
-        """Take a block out; whether it was in."""
-        return self._blocks.pop(block, None) is not None
-
-    async def wait(self) -> None:
-        """Until there is a block."""
-        while not self._blocks:
-            if self._news.is_set():  # otherwise others wait for it already
-                self._news = trio.Event()
-            await self._news.wait()
-
-    def take(self) -> tuple[BlockId, Held]:
-        """The block that came first."""
-        return self._blocks.popitem(last=False)

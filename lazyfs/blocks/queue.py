@@ -1,0 +1,41 @@
+"""Blocks that wait for something to be done with them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import trio
+
+from lazyfs.blocks import BlockId
+from lazyfs.blocks.memory import Held
+
+
+class BlockQueue:
+    """Blocks in the order in which they came; one that is no longer to be done can be taken out."""
+
+    def __init__(self) -> None:
+        self._blocks: OrderedDict[BlockId, Held] = OrderedDict()
+        self._news = trio.Event()
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def put(self, block: BlockId, held: Held) -> None:
+        """Add a block as the last one."""
+        self._blocks[block] = held
+        self._news.set()
+
+    def discard(self, block: BlockId) -> bool:
+        """Take a block out; whether it was in."""
+        return self._blocks.pop(block, None) is not None
+
+    async def wait(self) -> None:
+        """Until there is a block."""
+        while not self._blocks:
+            if self._news.is_set():  # otherwise others wait for it already
+                self._news = trio.Event()
+            await self._news.wait()
+
+    def take(self) -> tuple[BlockId, Held]:
+        """The block that came first; there must be one."""
+        return self._blocks.popitem(last=False)

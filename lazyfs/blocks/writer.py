@@ -1,0 +1,108 @@
+"""Writes blocks to the disk, behind the back of readers: nobody waits for it.
+
+While a load leaves the processors no time, nothing is written, if the page cache keeps the bytes
+until there is time. A block that memory cannot keep so long is *shed*: its bytes are read back from
+there when the load is over (`lazyfs/cache/salvage.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from lazyfs.blocks import BlockId
+from lazyfs.blocks.memory import Held
+from lazyfs.blocks.processor import Processors
+from lazyfs.blocks.queue import BlockQueue
+from lazyfs.cache import BlockCache
+from lazyfs.observe.recorder import Recorder
+from lazyfs.tree import File
+
+WRITERS = 2
+# How often it is looked whether writing, put off while the processors are busy, can go on.
+CHECK_S = 0.05
+
+
+class BlockWriter:
+    """All that one mount writes to its cache.
+
+    Args:
+        cache: where to.
+        run: runs a blocking call in a worker thread.
+        is_loading: whether a load is under way whose pages the page cache keeps.
+        processors: say whether there is time for what need not be done now.
+        recorder: is told of what was written.
+        on_written: called when a block need no longer be kept for the disk.
+    """
+
+    def __init__(
+        self,
+        cache: BlockCache,
+        run: Callable[..., Awaitable[bool]],
+        is_loading: Callable[[], bool],
+        processors: Processors,
+        recorder: Recorder,
+        on_written: Callable[[], None],
+    ) -> None:
+        self._cache = cache
+        self._run = run
+        self._is_loading = is_loading
+        self._processors = processors
+        self._recorder = recorder
+        self._on_written = on_written
+        self._queue = BlockQueue()
+        self._writing = 0
+        self._shed: dict[BlockId, File] = {}
+
+    def put(self, block: BlockId, held: Held) -> None:
+        """Write a block when there is time; it is used until then, or until it is shed."""
+        held.to_write = True
+        held.users += 1
+        self._queue.put(block, held)
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether a block waits to be written, or is being written."""
+        return bool(self._queue or self._writing)
+
+    @property
+    def is_put_off(self) -> bool:
+        """Whether a load would have to do without the time that writing takes."""
+        return self._is_loading() and self._processors.busy and not self._cache.others_wait()
+
+    def take_shed(self) -> dict[BlockId, File]:
+        """Which blocks were shed; each is told once."""
+        shed, self._shed = self._shed, {}
+        return shed
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with trio.open_nursery() as nursery:
+            for _ in range(WRITERS):
+                nursery.start_soon(self._write_forever)
+
+    async def finish(self) -> None:
+        """Until all is written."""
+        while self.is_at_work:
+            await trio.sleep(0.01)
+
+    async def _write_forever(self) -> None:
+        while True:
+            await self._queue.wait()
+            while self.is_put_off:
+                await trio.sleep(CHECK_S)
+            if not self._queue:
+                continue
+            block, held = self._queue.take()
+            if not held.to_write:
+                self._cache.release(held.file, block.number)
+                self._shed[block] = held.file
+                continue
+            held.to_write = False
+            self._writing += 1
+            held.on_disk = await self._run(self._cache.put, held.file, block.number, held.data)
+            self._writing -= 1
+            self._recorder.written(len(held.data) if held.on_disk else 0)
+            held.users -= 1
+            self._on_written()
