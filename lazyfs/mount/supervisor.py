@@ -43,6 +43,14 @@ from lazyfs.mount import syscalls
 from lazyfs.mount.handover import FUSE, SPEC
 from lazyfs.mount.keeper import Keeper, KeeperClient, KeeperError
 from lazyfs.mount.privileges import protect_from_oom
+from lazyfs.mount.processes import (
+    END_TIMEOUT_S,
+    POLL_S,
+    end_former,
+    how_it_ended,
+    parent_of,
+    wait_for_end,
+)
 from lazyfs.mount.runtime import (
     MountRecord,
     RunningMount,
@@ -57,14 +65,11 @@ log = logging.getLogger("lazyfs.mount.supervisor")  # not "__main__", which it m
 EXIT_CANNOT_RESUME = 75
 # A worker that is neither ready nor refused by then is given up.
 READY_TIMEOUT_S = 120.0
-# A worker that was told to end, or whose mount ended, gets this long to finish what it does.
-END_TIMEOUT_S = 8.0
 # Between the death of a worker and the next one. The long pause is for workers that do not even
 # become ready; somebody waits for the others.
 FIRST_PAUSE_S, LONGEST_PAUSE_S, LONGEST_PAUSE_AFTER_READY_S = 0.25, 30.0, 1.0
 # A worker that lived this long did not die of what its predecessor died of.
 LONG_LIFE_S = 60.0
-POLL_S = 0.1
 
 
 class Supervisor:
@@ -138,7 +143,7 @@ class Supervisor:
         self._record = RunningMount(self._describe())
         try:
             if former is not None and former.worker is not None:
-                _end_former(former.worker, self.name)
+                end_former(former.worker, self.name)
             self._fetch_kept()
         except BaseException:
             self._release()
@@ -279,7 +284,7 @@ class Supervisor:
         pause_s = 0.0
         while True:
             began = time.monotonic()
-            code = _wait_for_end(self._worker) if self._worker else 0
+            code = wait_for_end(self._worker) if self._worker else 0
             if self._leaving.is_set():
                 self._let_go()
                 self._release()
@@ -293,7 +298,7 @@ class Supervisor:
                 self._record.write(self._describe(self.pid))
             log.warning(
                 "%s: the worker %s %s; another one goes on%s",
-                self._mountpoint, self.pid, _how_it_ended(code),
+                self._mountpoint, self.pid, how_it_ended(code),
                 f" in {pause_s:g} s" if pause_s else "",
             )  # fmt: skip
             if self._wait_to_end(pause_s):
@@ -417,7 +422,7 @@ def replace_worker(record: MountRecord) -> MountRecord:
         MountError: nobody would start another one, or none became ready.
     """
     worker = record.worker
-    if worker is None or _parent(worker) != record.supervisor:
+    if worker is None or parent_of(worker) != record.supervisor:
         raise MountError(
             f"{record.mountpoint}: its worker has no supervisor that would start another one: "
             "unmount it, and mount it again"
@@ -429,64 +434,9 @@ def replace_worker(record: MountRecord) -> MountRecord:
         now = record_of(Path(record.mountpoint))
         if now is not None and now.worker != worker:
             return now
-        if time.monotonic() - began > END_TIMEOUT_S and _parent(worker) == record.supervisor:
+        if time.monotonic() - began > END_TIMEOUT_S and parent_of(worker) == record.supervisor:
             os.kill(worker, signal.SIGKILL)
     raise MountError(f"{record.mountpoint}: no new worker became ready; its log says why")
-
-
-def _end_former(worker: int, name: str) -> None:
-    """See that the worker of a supervisor that died serves no more, which its leash should do.
-
-    Two workers would share what the kernel asks, and what the former took just before its end
-    would be answered by nobody.
-    """
-    began = time.monotonic()
-    while _serves(worker, name):
-        if time.monotonic() - began > END_TIMEOUT_S:
-            os.kill(worker, signal.SIGKILL)
-        time.sleep(POLL_S)
-
-
-def _serves(pid: int, name: str) -> bool:
-    """Whether that process is a worker of the mount of this name, and its first thread lives."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
-    return os.fsencode(name) in words and _status(pid)[:1] not in ([], ["Z"])
-
-
-def _wait_for_end(worker: subprocess.Popen[bytes]) -> int:
-    """Wait until a worker serves no more; its exit code.
-
-    A killed process is only gone when all its threads are. One of them may be putting a page into
-    the page cache that is locked for a read, which the worker has not answered and only the next
-    one will. So the end of its first thread, which does the serving, must do.
-    """
-    while (code := worker.poll()) is None:
-        if _status(worker.pid)[:1] == ["Z"]:
-            code = worker.poll()
-            return -signal.SIGKILL if code is None else code
-        time.sleep(POLL_S)
-    return code
-
-
-def _parent(pid: int) -> int | None:
-    """The process that started a process (proc(5)); None if there is no such process."""
-    status = _status(pid)
-    return int(status[1]) if status else None
-
-
-def _status(pid: int) -> list[str]:
-    """State, parent and so on of a process (proc(5), stat); empty if there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-def _how_it_ended(code: int) -> str:
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
 def main(spec_fd: int, report_fd: int | None) -> int:

@@ -1,0 +1,72 @@
+"""Processes of workers: who serves, who started whom, and when one has really ended.
+
+Only the standard library.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+# A worker that was told to end, or whose mount ended, gets this long to finish what it does.
+END_TIMEOUT_S = 8.0
+POLL_S = 0.1
+
+
+def end_former(worker: int, name: str) -> None:
+    """See that the worker of a supervisor that died serves no more, which its leash should do.
+
+    Two workers would share what the kernel asks, and what the former took just before its end
+    would be answered by nobody.
+    """
+    began = time.monotonic()
+    while serves(worker, name):
+        if time.monotonic() - began > END_TIMEOUT_S:
+            os.kill(worker, signal.SIGKILL)
+        time.sleep(POLL_S)
+
+
+def serves(pid: int, name: str) -> bool:
+    """Whether that process is a worker of the mount of this name, and its first thread lives."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return os.fsencode(name) in words and _status(pid)[:1] not in ([], ["Z"])
+
+
+def wait_for_end(worker: subprocess.Popen[bytes]) -> int:
+    """Wait until a worker serves no more; its exit code.
+
+    A killed process is only gone when all its threads are. One of them may be putting a page into
+    the page cache that is locked for a read, which the worker has not answered and only the next
+    one will. So the end of its first thread, which does the serving, must do.
+    """
+    while (code := worker.poll()) is None:
+        if _status(worker.pid)[:1] == ["Z"]:
+            code = worker.poll()
+            return -signal.SIGKILL if code is None else code
+        time.sleep(POLL_S)
+    return code
+
+
+def parent_of(pid: int) -> int | None:
+    """The process that started a process (proc(5)); None if there is no such process."""
+    status = _status(pid)
+    return int(status[1]) if status else None
+
+
+def _status(pid: int) -> list[str]:
+    """State, parent and so on of a process (proc(5), stat); empty if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def how_it_ended(code: int) -> str:
+    """The exit code of a process, in words."""
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
