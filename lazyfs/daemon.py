@@ -28,6 +28,7 @@ from lazyfs.control.recording import recording
 from lazyfs.control.scrape import listen, serve_metrics
 from lazyfs.control.server import Route, serve_control
 from lazyfs.control.status import Status
+from lazyfs.control.warming import Warming
 from lazyfs.fetcher import BlockFetcher
 from lazyfs.filesystem import Filesystem
 from lazyfs.journal import ListingJournal
@@ -160,8 +161,11 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
                 routes = {("GET", "/metrics"): lambda _: _metrics(status)}
                 nursery.start_soon(serve_metrics, scraped, listeners, routes)
             verb = "resumed" if former else "mounted"
+            warming = Warming(source, catalog, options, nursery)
             await nursery.start(
-                serve_control, control_socket(mount.mountpoint), _routes(source, status, mount)
+                serve_control,
+                control_socket(mount.mountpoint),
+                _routes(source, status, mount) | warming.routes(),
             )
             log.info("%s %s at %s", verb, mount.url, mount.mountpoint)
             on_ready()

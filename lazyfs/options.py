@@ -296,9 +296,7 @@ class MountOptions:
 
     def wants(self, path: str) -> bool:
         """Whether a file is to be shown, by `include` and `exclude`; its path in the mount."""
-        return (not self.include or _matches(path, self.include)) and not _matches(
-            path, self.exclude
-        )
+        return (not self.include or matches(path, self.include)) and not matches(path, self.exclude)
 
     @classmethod
     def parse(cls, *layers: tuple[str, Mapping[str, str | Iterable[str]]]) -> MountOptions:
@@ -330,7 +328,8 @@ class MountOptions:
         return cls(**values)
 
 
-def _matches(path: str, globs: tuple[str, ...]) -> bool:
+def matches(path: str, globs: Iterable[str]) -> bool:
+    """Whether one of some patterns is that of a path, or of the name at its end."""
     name = path.rpartition("/")[2]
     return any(fnmatchcase(path, glob) or fnmatchcase(name, glob) for glob in globs)
 

@@ -41,6 +41,7 @@ from lazyfs.errors import (
     classify_text,
 )
 from lazyfs.mount.spec import Credentials
+from lazyfs.objectsum import ObjectSum
 from lazyfs.options import MountOptions
 from lazyfs.tree import ListedObject
 
@@ -188,6 +189,19 @@ class Source:
         if len(body) != length:
             raise BadResponseError(f"{where}: asked for {length} bytes at {start}, got {len(body)}")
         return memoryview(body)
+
+    def checksum(self, key: str, etag: str) -> ObjectSum | None:
+        """The checksum of a whole object, to be compared; None if S3 keeps none that can be.
+
+        Raises:
+            SourceError: the object is gone or was replaced, or S3 did not answer.
+        """
+        request: dict[str, Any] = {"Bucket": self.url.bucket, "Key": key, "IfMatch": etag}
+        if self._options.requester_pays:
+            request["RequestPayer"] = "requester"
+        with _as_source_error(f"s3://{self.url.bucket}/{key}"):
+            head: Any = self._client.head_object(**request, ChecksumMode="ENABLED")
+        return ObjectSum.of(head)
 
     def _connect(self) -> S3Client:
         """A client for the bucket's own region."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,9 +31,10 @@ def s3(server: S3) -> Iterator[S3]:
 def mount(server: S3, tmp_path: Path) -> Iterator[Callable[..., Mounted]]:
     """Make mounts with `mount(source, *options)`; all are taken down at the end of the test."""
     made: list[Mounted] = []
+    numbers = itertools.count()  # mounts may be made at the same time
 
     def make(source: str, *options: str) -> Mounted:
-        path = tmp_path / f"mnt{len(made)}"
+        path = tmp_path / f"mnt{next(numbers)}"
         mounted = Mounted(source, path, tmp_path / "cache", server.url, *options)
         made.append(mounted)
         return mounted

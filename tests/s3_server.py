@@ -5,7 +5,8 @@ interpreter lock. Below `/_test/` it takes orders: `GET requests`, `DELETE reque
 `PUT objects`, `PUT access` (the access keys that are let in, "" for unsigned requests; null: all).
 A fault is JSON: {"match": regex on "METHOD /path?query", "kind": ..., "times": N}, with kinds
 `status` (with "status" and "code"), `hang` (with "seconds"), `truncate`, `reset`, `corrupt_range`,
-`slow` (the body in ten parts, one in every "seconds").
+`slow` (the body in ten parts, one in every "seconds"), `headers` ("add" in the
+place of those that begin with "without").
 """
 
 from __future__ import annotations
@@ -102,6 +103,13 @@ class Middleware:
                 return start_response(status, wrong, info)
 
             return self.application(environ, shifted)
+        if fault["kind"] == "headers":
+
+            def with_more(status: str, headers: list[tuple[str, str]], info: Any = None) -> Any:
+                kept = [one for one in headers if not one[0].lower().startswith(fault["without"])]
+                return start_response(status, [*kept, *fault["add"].items()], info)
+
+            return self.application(environ, with_more)
         if fault["kind"] == "slow":
             return self.slow(self.application(environ, start_response), fault["seconds"])
         assert fault["kind"] == "truncate"

@@ -142,6 +142,16 @@ class BlockCache:
                 return data
         return Claim.OURS
 
+    def load(self, file: File, number: int) -> memoryview | None:
+        """A block's bytes, if it is on disk."""
+        content = self._content(file)
+        return self._home(content, number).load(content, number)
+
+    def drop(self, file: File) -> None:
+        """Forget all blocks of a file."""
+        for directory in self.directories:
+            directory.drop(self._content(file))
+
     def put(self, file: File, number: int, data: Buffer) -> bool:
         """Keep a block, and give up the claim to it; False if there is no room or no disk."""
         content = self._content(file)

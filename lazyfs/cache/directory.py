@@ -3,7 +3,8 @@
     cache.db          the index (`index.py`), and its -wal and -shm
     00/ ... ff/       block files (`blockfile.py`) under random names
     claims, waiting   locked, never written (`claims.py`)
-    care              locked by who repairs; its time says when the directory was last gone through
+    care              locked by who goes through the directory; its time says when that was last
+    opening           locked by who opens the index, makes it, or takes a damaged one away
 
 Any number of processes use a directory at once, any of them may be killed at any instant, and
 anybody may take files away or change them: what is read is checked, and what does not fit is
@@ -45,6 +46,7 @@ from lazyfs.cache.index import (
     BlockIndex,
     IndexCorruptError,
     IndexFailedError,
+    Stored,
     remove_index,
 )
 from lazyfs.cache.space import Limits
@@ -70,7 +72,7 @@ SWEEP_S = 3600.0
 # Of very many damaged blocks only the first are named in the log.
 DAMAGED_SHOWN = 10
 
-CARE_NAME = "care"
+CARE, OPENING = "care", "opening"
 _FILENAME = re.compile("[0-9a-f]{2}/[0-9a-f]{30}")
 T = TypeVar("T")
 
@@ -158,6 +160,12 @@ class CacheDirectory:
             self._used[key] = time.time()
         return data
 
+    def verify(self, content: Content, number: int) -> bool:
+        """Read a block and check it; one that is damaged is dropped. True if it is not here."""
+        damaged = self.counters.damaged
+        self._attempt(Side.READING, lambda index: self._read(index, content, number), None)
+        return self.counters.damaged == damaged
+
     def put(self, content: Content, number: int, data: Buffer) -> bool:
         """Keep a block, if there is room for it and the disk takes it."""
         self._asked()
@@ -169,6 +177,49 @@ class CacheDirectory:
         )
         self.counters.failed_writes += kept is None
         return bool(kept)
+
+    def drop(self, content: Content) -> None:
+        """Forget all blocks of a content."""
+        self._attempt(
+            Side.WRITING, lambda index: self._remove(index.forget(content.digest)), None
+        )  # fmt: skip
+
+    def drop_older(self, used_before_s: float) -> int:
+        """Forget blocks that were last used before a time (since the epoch); how many."""
+        return self._attempt(
+            Side.WRITING, lambda index: self._evict(index.forget_older(used_before_s)), 0
+        )  # fmt: skip
+
+    def shrink(self, size_bytes: int) -> int:
+        """Forget the least recently used blocks until so much is left at most; how many."""
+
+        def shrink(index: BlockIndex) -> int:
+            excess = index.used_bytes() - size_bytes
+            return self._evict(index.shrink(excess, time.time())) if excess > 0 else 0
+
+        return self._attempt(Side.WRITING, shrink, 0)
+
+    def stored(self) -> list[Stored]:
+        """Of which contents there are blocks, and how many."""
+        return self._attempt(Side.READING, lambda index: index.contents(), [])
+
+    def hits_and_misses(self) -> tuple[int, int]:
+        """How often blocks were found and not found, by all mounts since the index was made."""
+        return self._attempt(Side.READING, lambda index: index.hits_and_misses(), (0, 0))
+
+    def space(self) -> dict[str, int]:
+        """What is used, and may be; of the disk, what is free and is left to others."""
+        used, disk = self.used_bytes(), os.statvfs(self.path)
+        return {
+            "used_bytes": used,
+            "allowed_bytes": self.limits.allowed_bytes(disk, used),
+            "free_bytes": disk.f_bavail * disk.f_frsize,
+            "reserve_bytes": self.limits.reserve_bytes(disk),
+        }
+
+    def used_bytes(self) -> int:
+        """Bytes of all block files."""
+        return self._attempt(Side.READING, lambda index: index.used_bytes(), 0)
 
     def claim(self, content: Content, number: int) -> bool:
         """Whether this process is to fetch a block, because no other one does.
@@ -222,7 +273,7 @@ class CacheDirectory:
                 adopted = self._has_index_anew and self._adopt(index, filename)
                 if not adopted:
                     self.counters.orphans += 1
-                    Path(self.path, filename).unlink(missing_ok=True)
+                    self._remove([filename])
         there = set(files)
         for row in rows.values():
             unfinished = row.is_pending and not (self._claims and self._claims.is_taken(row.key))
@@ -253,7 +304,7 @@ class CacheDirectory:
         excess = used - allowed
         if excess > 0:
             self._evict(index.shrink(excess, time.time()))
-        with self._exclusively(wait=False) as care:
+        with self._exclusively(CARE, wait=False) as care:
             if care is not None and (self._has_index_anew or _is_older(care, SWEEP_S)):
                 self.sweep(index)
                 os.utime(care)
@@ -319,8 +370,6 @@ class CacheDirectory:
 
     def _adopt(self, index: BlockIndex, filename: str) -> bool:
         """Enter a file into an index that was made anew; False if it is not worth it."""
-        if not _FILENAME.fullmatch(filename):
-            return False
         try:
             with open(self._path(filename), "rb") as file:
                 status = os.fstat(file.fileno())
@@ -340,12 +389,15 @@ class CacheDirectory:
         self.counters.adopted += adopted
         return adopted
 
-    def _evict(self, filenames: Sequence[str]) -> None:
+    def _evict(self, filenames: Sequence[str]) -> int:
         self.counters.evicted += len(filenames)
         self._remove(filenames)
+        return len(filenames)
 
     def _files(self, folder: str) -> list[str]:
-        return [f"{folder}/{path.name}" for path in Path(self.path, folder).iterdir()]
+        """The block files of a folder; what others may have put there is not touched."""
+        names = (f"{folder}/{path.name}" for path in Path(self.path, folder).iterdir())
+        return [name for name in names if _FILENAME.fullmatch(name)]
 
     def _remove(self, filenames: Sequence[str]) -> None:
         for filename in filenames:
@@ -418,7 +470,7 @@ class CacheDirectory:
             Path(self.path, folder).mkdir(exist_ok=True, mode=0o700)
         self._claims = Claims(self.path)
         file = Path(self.path, INDEX_NAME)
-        with self._exclusively(wait=True):
+        with self._exclusively(OPENING, wait=True):
             if not file.exists() or not file.stat().st_size:
                 remove_index(self.path)
                 self._has_index_anew = True
@@ -426,7 +478,7 @@ class CacheDirectory:
 
     def _replace_index(self, error: IndexCorruptError) -> None:
         """Take a damaged index away, unless another process has done so."""
-        with self._opening, self._exclusively(wait=True):
+        with self._opening, self._exclusively(OPENING, wait=True):
             if self._index is None or self._index.is_current:
                 log.warning(
                     "cache directory %s: %s; making it anew from the files", self.path, error
@@ -436,11 +488,11 @@ class CacheDirectory:
             self._index = None
 
     @contextmanager
-    def _exclusively(self, *, wait: bool) -> Iterator[int | None]:
+    def _exclusively(self, name: str, *, wait: bool) -> Iterator[int | None]:
         """Alone among all processes; None if another one is and `wait` is false."""
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         care: int | None
-        with open(os.open(self.path / CARE_NAME, flags, 0o600), "rb") as file:
+        with open(os.open(self.path / name, flags, 0o600), "rb") as file:
             care = file.fileno()
             try:
                 fcntl.flock(care, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

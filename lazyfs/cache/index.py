@@ -51,11 +51,12 @@ class Row(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """The blocks of one content. Times are seconds since the epoch."""
+    """The blocks of one content; the last one that is there has a number. Times are seconds since
+    the epoch."""
 
     tag: str
     blocks: int
-    size_bytes: int
+    last_number: int
     stored_s: float
     used_s: float
 
@@ -217,6 +218,27 @@ class BlockIndex(diskcache.Cache):  # type: ignore[misc]
             sql("DELETE FROM Cache WHERE key = ? AND raw = 1 AND filename = ?", (key, filename))
 
     @_asks
+    def forget(self, content: str) -> list[str]:
+        """Forget all blocks of a content that are ready; the files that are to be removed."""
+        with self._transact() as (sql, _):
+            victims = sql(
+                "SELECT rowid, filename FROM Cache"
+                " WHERE key > ? AND key < ? AND raw = 1 AND mode = ?",
+                (f"{content}:", f"{content};", READY),
+            ).fetchall()
+            return self._forget(victims)
+
+    @_asks
+    def forget_older(self, used_before_s: float) -> list[str]:
+        """Forget blocks that were last used before a time; the files that are to be removed."""
+        with self._transact() as (sql, _):
+            victims = sql(
+                "SELECT rowid, filename FROM Cache WHERE access_time < ? AND mode = ?",
+                (used_before_s, READY),
+            ).fetchall()
+            return self._forget(victims)
+
+    @_asks
     def shrink(self, excess_bytes: int, now_s: float) -> list[str]:
         """Forget blocks of at least so many bytes; the files that are to be removed."""
         with self._transact():
@@ -258,8 +280,8 @@ class BlockIndex(diskcache.Cache):  # type: ignore[misc]
     def contents(self) -> list[Stored]:
         """Of which contents there are blocks."""
         rows = self._sql(
-            "SELECT tag, COUNT(*), SUM(size), MIN(store_time), MAX(access_time) FROM Cache"
-            " WHERE mode = ? GROUP BY tag",
+            "SELECT tag, COUNT(*), MAX(CAST(substr(key, instr(key, ':') + 1) AS INTEGER)),"
+            " MIN(store_time), MAX(access_time) FROM Cache WHERE mode = ? GROUP BY tag",
             (READY,),
         )
         return [Stored(*row) for row in rows]

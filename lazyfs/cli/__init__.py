@@ -24,6 +24,9 @@ COMMANDS = {
     "report": "report",
     "inspect": "inspecting",
     "upgrade": "mounting",
+    "warm": "warming",
+    "warmup": "warming",
+    "cache": "caching",
 }
 
 

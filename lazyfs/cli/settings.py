@@ -25,6 +25,14 @@ def with_mount_options(command: Command) -> Command:
     )(command)
 
 
+def with_cache_options(command: Command) -> Command:
+    """Give a command the options that say where the cache is and what it may hold."""
+    for option in reversed(OPTIONS):
+        if option.group == "Cache":
+            command = _click_option(option)(command)
+    return command
+
+
 def settings(
     config: Path | None, given: Mapping[str, Any]
 ) -> tuple[MountOptions, dict[str, str | list[str]]]:

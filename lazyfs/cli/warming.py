@@ -1,0 +1,148 @@
+"""`lazyfs warm`: bring a model into this node's cache before anybody needs it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import trio
+
+from lazyfs import log
+from lazyfs.cache import BlockCache
+from lazyfs.catalog import Catalog
+from lazyfs.cli.mounts import record_at
+from lazyfs.cli.progress import ByteProgress
+from lazyfs.cli.settings import settings, with_mount_options
+from lazyfs.control.client import ControlClient, ControlError
+from lazyfs.errors import LazyfsError, OptionError
+from lazyfs.journal import ListingJournal
+from lazyfs.kinds import format_size
+from lazyfs.mount.runtime import control_socket
+from lazyfs.observe.recorder import Recorder
+from lazyfs.options import MountOptions
+from lazyfs.source import Source, SourceUrl
+from lazyfs.warm import IncompleteError, Progress, Warmer
+
+POLL_S = 0.2
+
+
+@click.command()
+@click.argument("source_or_mountpoint", metavar="SOURCE|MOUNTPOINT")
+@click.option(
+    "--verify", is_flag=True,
+    help="Read everything back, and compare whole objects with the checksums that S3 keeps.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Progress as lines of JSON.")
+@with_mount_options
+def warm(
+    source_or_mountpoint: str, verify: bool, as_json: bool, config: Path | None, **given: Any
+) -> None:
+    """Fill the cache of this node with what is at SOURCE (s3://BUCKET/PREFIX) or MOUNTPOINT.
+
+    That is what a loader of its models will read; with --include, what matches; where there is no
+    model, everything. Begun again it goes on where it stopped; mounts may be in use meanwhile. Of a
+    mount, its own options and credentials are used.
+
+    \b
+    Examples:
+      lazyfs warm s3://models/llama --cache-dir /nvme/lazyfs
+      lazyfs warm s3://models/llama --include '*.json' --verify
+      lazyfs warm /mnt/llama
+
+    Exit code 1: something is missing, for which the last line says the reason.
+    """
+    if source_or_mountpoint.startswith("s3://"):
+        options, _ = settings(config, given)
+        _warm_source(SourceUrl.parse(source_or_mountpoint), options, verify, as_json)
+        return
+    include = given.pop("include")
+    others = [name for name, value in given.items() if value not in (None, ())]
+    if others or config:
+        name = others[0].replace("_", "-") if others else "config"
+        raise OptionError(f"--{name}: a mount is warmed with its own options")
+    _warm_mount(Path(os.path.realpath(source_or_mountpoint)), list(include), verify, as_json)
+
+
+# The word that others use for it.
+warmup = warm
+
+
+def _warm_source(url: SourceUrl, options: MountOptions, verify: bool, as_json: bool) -> None:
+    log.configure(options.log_level, options.log_format, str(url))
+    trio.run(functools.partial(_run, url, options, verify, as_json))
+
+
+async def _run(url: SourceUrl, options: MountOptions, verify: bool, as_json: bool) -> None:
+    source = await trio.to_thread.run_sync(Source, url, options)
+    catalog = Catalog(source, options, ListingJournal(None), Recorder("off"))
+    await catalog.open()
+    cache = BlockCache.of(options, source.endpoint, url.bucket)
+    if cache is None:
+        raise OptionError("--cache-dir: none: there is nothing to warm")
+    await trio.to_thread.run_sync(cache.open)
+    warmer = Warmer(source, catalog, cache, options)
+    with ByteProgress("cached", as_json=as_json) as shown:
+        failure: LazyfsError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_show, warmer.progress, shown)
+            try:
+                await warmer.run(options.include, verify=verify)
+            except LazyfsError as error:
+                failure = error  # raised in here it would come out as a group
+            nursery.cancel_scope.cancel()
+        shown.update(warmer.progress.done_bytes, warmer.progress.total_bytes)
+        if failure is not None:
+            raise failure
+    _tell(warmer.progress, verify, as_json)
+
+
+async def _show(progress: Progress, shown: ByteProgress) -> None:
+    while True:
+        if progress.total_bytes:
+            shown.update(progress.done_bytes, progress.total_bytes)
+        await trio.sleep(POLL_S)
+
+
+def _warm_mount(mountpoint: Path, include: list[str], verify: bool, as_json: bool) -> None:
+    order = {"include": include, "verify": verify}
+    record_at(mountpoint)
+    client = ControlClient(control_socket(mountpoint))
+    client.put("/warm", order)
+    with ByteProgress("cached", as_json=as_json) as shown:
+        while True:
+            time.sleep(POLL_S)
+            try:
+                answer = client.get("/warm")
+                if answer["state"] == "idle":  # another worker serves the mount now
+                    answer = client.put("/warm", order)
+            except ControlError:
+                record_at(mountpoint)
+                continue
+            fields = {name: answer[name] for name in Progress.__dataclass_fields__}
+            progress = Progress(**fields)
+            if progress.total_bytes:
+                shown.update(progress.done_bytes, progress.total_bytes)
+            if answer["state"] == "failed":
+                raise IncompleteError(answer["error"])
+            if answer["state"] == "done":
+                break
+    _tell(progress, verify, as_json)
+
+
+def _tell(progress: Progress, verify: bool, as_json: bool) -> None:
+    if as_json:
+        return
+    line = (
+        f"{progress.files} files, {format_size(progress.total_bytes)} in the cache; "
+        f"{format_size(progress.fetched_bytes)} fetched"
+    )
+    if verify:
+        line += (
+            f"; {format_size(progress.verified_bytes)} read back, {progress.compared_files} files "
+            f"compared with the checksums that S3 keeps"
+        )
+    click.echo(line)

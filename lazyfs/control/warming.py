@@ -1,0 +1,86 @@
+"""Filling the cache from a mount, asked for at its control socket.
+
+The mount has what it takes: credentials, the listing, the options.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from typing import Any
+
+import trio
+
+from lazyfs.cache import BlockCache
+from lazyfs.catalog import Catalog
+from lazyfs.control.server import Route
+from lazyfs.errors import BadRequestError, LazyfsError
+from lazyfs.options import MountOptions
+from lazyfs.source import Source
+from lazyfs.warm import Warmer
+
+log = logging.getLogger(__name__)
+
+
+class Warming:
+    """One filling at a time: `start` from `PUT /warm`, `describe` from `GET /warm`.
+
+    Args:
+        source: of the mount.
+        catalog: of the mount.
+        options: of the mount.
+        nursery: ends with the mount.
+    """
+
+    def __init__(
+        self, source: Source, catalog: Catalog, options: MountOptions, nursery: trio.Nursery
+    ) -> None:
+        self._source = source
+        self._catalog = catalog
+        self._options = options
+        self._nursery = nursery
+        self._warmer: Warmer | None = None
+        self._is_running = False
+        self._error: str | None = None
+
+    def routes(self) -> dict[tuple[str, str], Route]:
+        """What it answers at the control socket."""
+        return {("GET", "/warm"): lambda _: self.describe(), ("PUT", "/warm"): self.start}
+
+    def start(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Begin, with `include`, a list of patterns, and `verify`; the answer of `describe`.
+
+        Raises:
+            BadRequestError: one is under way, or the mount has no cache.
+            ValueError: the body is not that.
+        """
+        include, verify = body.get("include", []), body.get("verify", False)
+        if not isinstance(include, list) or not all(isinstance(one, str) for one in include):
+            raise ValueError("include")
+        if self._is_running:
+            raise BadRequestError(f"{self._source.url}: the cache is being filled already")
+        # Its own: claims of one opening do not stand against each other.
+        cache = BlockCache.of(self._options, self._source.endpoint, self._source.url.bucket)
+        if cache is None:
+            raise BadRequestError(f"{self._source.url}: was mounted with --cache-dir none")
+        self._warmer = Warmer(self._source, self._catalog, cache, self._options)
+        self._is_running, self._error = True, None
+        self._nursery.start_soon(self._run, self._warmer, tuple(include), bool(verify))
+        return self.describe()
+
+    def describe(self) -> dict[str, Any]:
+        """How far it is: `state` (idle, running, done, failed), `error`, and the progress."""
+        if self._warmer is None:
+            return {"state": "idle", "error": None}
+        state = "running" if self._is_running else "failed" if self._error else "done"
+        return {"state": state, "error": self._error, **asdict(self._warmer.progress)}
+
+    async def _run(self, warmer: Warmer, include: tuple[str, ...], verify: bool) -> None:
+        try:
+            await warmer.run(include, verify=verify)
+            log.info("the cache was filled with %d files", warmer.progress.files)
+        except LazyfsError as error:
+            self._error = str(error)
+            log.warning("filling the cache: %s", error)
+        finally:
+            self._is_running = False

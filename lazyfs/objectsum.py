@@ -1,0 +1,91 @@
+"""The checksum that S3 keeps of a whole object, taken of its bytes as they pass. Pure.
+
+S3 says which ones it has when a HEAD asks for them (`x-amz-checksum-mode: ENABLED`). One of an
+object that was uploaded in parts may be COMPOSITE, a checksum of the parts' checksums, which cannot
+be compared without knowing the parts; those end in `-N`
+(https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import zlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from crc32c import crc32c
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+class _Sum(Protocol):
+    def update(self, data: Buffer, /) -> None: ...
+
+    def digest(self) -> bytes: ...
+
+
+class _Crc:
+    """A checksum that is a number: the function takes it on from the number before."""
+
+    def __init__(self, function: Callable[[bytes, int], int], length: int) -> None:
+        self._function = function
+        self._length = length
+        self._value = 0
+
+    def update(self, data: Buffer, /) -> None:
+        self._value = self._function(data, self._value)  # type: ignore[arg-type]
+
+    def digest(self) -> bytes:
+        return self._value.to_bytes(self._length, "big")
+
+
+def _crc64nvme(data: bytes, value: int) -> int:
+    from awscrt import checksums  # megabytes that a mount never needs
+
+    return int(checksums.crc64nvme(data, value))
+
+
+# By the name in a HEAD's answer, `ChecksumCRC64NVME`; the cheapest first.
+_KINDS: dict[str, Callable[[], _Sum]] = {
+    "CRC32C": lambda: _Crc(crc32c, 4),
+    "CRC64NVME": lambda: _Crc(_crc64nvme, 8),
+    "CRC32": lambda: _Crc(zlib.crc32, 4),
+    "SHA1": lambda: hashlib.sha1(usedforsecurity=False),
+    "SHA256": hashlib.sha256,
+}
+
+
+class ObjectSum:
+    """One object's checksum, to be compared.
+
+    Args:
+        kind: such as `CRC32C`.
+        expected: what S3 says, in Base64.
+    """
+
+    def __init__(self, kind: str, expected: str) -> None:
+        self.kind = kind
+        self._expected = expected
+        self._sum = _KINDS[kind]()
+
+    @classmethod
+    def of(cls, head: Mapping[str, object]) -> ObjectSum | None:
+        """Of what boto3 gives for a HEAD; None if S3 keeps none that can be compared."""
+        if head.get("ChecksumType") == "COMPOSITE":
+            return None
+        for kind in _KINDS:
+            expected = head.get(f"Checksum{kind}")
+            if isinstance(expected, str) and "-" not in expected:
+                return cls(kind, expected)
+        return None
+
+    def update(self, data: Buffer) -> None:
+        """The next bytes of the object."""
+        self._sum.update(data)
+
+    @property
+    def matches(self) -> bool:
+        """Whether the bytes so far have the checksum that S3 says."""
+        return base64.b64encode(self._sum.digest()).decode() == self._expected
