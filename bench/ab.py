@@ -25,7 +25,7 @@ from pathlib import Path
 
 import load
 import origin as origins
-from accounting import FuseRequests, fuse_requests, settle, touch_all_memory
+from accounting import FuseRequests, end_in_order, fuse_requests, settle, touch_all_memory
 from measure import Loader, Meter, Run
 from model import write_model
 from mounts import Lazyfs, Place, forget, from_disk
@@ -127,7 +127,9 @@ def main() -> None:
     parser.add_argument("--head", default=str(ROOT), help="a revision or a directory")
     parser.add_argument("--rounds", default=5, type=int)
     parser.add_argument(
-        "--workload", default="vllm", choices=[m for m in load.MODES if m != "replay"]
+        "--workload",
+        default="vllm",
+        choices=[m for m in load.MODES if m not in ("replay", "check")],
     )
     parser.add_argument("--origins", nargs="+", default=["s3like", "unlimited"],
                         choices=origins.PROFILES)  # fmt: skip
@@ -138,6 +140,7 @@ def main() -> None:
     parser.add_argument("--option", action="append", default=[], metavar="--NAME=VALUE",
                         help="for both mounts, such as --option=--memory-limit=512MiB")  # fmt: skip
     arguments = parser.parse_args()
+    end_in_order()
     with contextlib.ExitStack() as stack:
         temporary = tempfile.TemporaryDirectory(prefix="lazyfs-ab-", dir="/var/tmp")
         base = Path(stack.enter_context(temporary))

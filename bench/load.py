@@ -1,6 +1,6 @@
 """Loads a model directory the way some program would; run as a process of its own.
 
-    python bench/load.py MODE DIRECTORY [--ranks N --rank R] [--trace FILE]
+    python bench/load.py MODE DIRECTORY [--ranks N --rank R] [--trace FILE] [--against DIRECTORY]
 
 Prints one line of JSON: `began`, `opened` and `ended` on the monotonic clock, which all processes
 of a machine share, so that whoever started the mount can tell how long it took from there to the
@@ -18,6 +18,7 @@ loader that hands tensors on to a GPU, and the allocator is not measured. Modes:
     sequential   plain reads of 1 MiB
     direct       O_DIRECT, 8 threads, 8 MiB each, over all shards
     replay       a recorded trace (see traces/README.md): its ranges, mapped, in its order
+    check        no load: compare pieces of every file with those of --against
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import gzip  # noqa: E402
 import json  # noqa: E402
 import mmap  # noqa: E402
 import os  # noqa: E402
+import random  # noqa: E402
 import resource  # noqa: E402
 import struct  # noqa: E402
 import threading  # noqa: E402
@@ -180,9 +182,23 @@ def replay(arguments: argparse.Namespace) -> int:
         return sum(pool.map(read, (row for row in rows if row["op"] == "read")))
 
 
+def check(arguments: argparse.Namespace) -> int:
+    size, choice = 0, random.Random(1)
+    for path in sorted(arguments.against.rglob("*.safetensors")):
+        ours, theirs = mapped(arguments.directory / path.name), mapped(path)
+        if len(ours) != len(theirs):
+            raise SystemExit(f"{path.name}: {len(ours)} bytes instead of {len(theirs)}")
+        for begin in [0, len(theirs) - MIB, *(choice.randrange(len(theirs)) for _ in range(16))]:
+            piece = slice(max(0, begin), begin + MIB)
+            if not np.array_equal(ours[piece], theirs[piece]):
+                raise SystemExit(f"{path.name}: wrong bytes at {begin}")
+            size += MIB
+    return size
+
+
 MODES: dict[str, Callable[[argparse.Namespace], int]] = {
     mode.__name__: mode
-    for mode in (vllm, safetensors, transformers, threads, sequential, direct, replay)
+    for mode in (vllm, safetensors, transformers, threads, sequential, direct, replay, check)
 }
 
 
@@ -194,6 +210,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--trace", type=Path)
+    parser.add_argument("--against", type=Path)
     arguments = parser.parse_args()
     before, opened = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
     size = MODES[arguments.mode](arguments)

@@ -1,10 +1,10 @@
 """One measured load through one mount.
 
-What is counted: from the moment in which the mount begins (before the first process of it is
-started) to the moment in which the last tensor has been copied. In between lie the mount, the
-start of the loader (the interpreter, numpy, safetensors: `loader_start_s`) and the load itself
-(`load_s`). Of a download it is the same: from the start of the client to the last tensor. Where
-nothing is mounted or downloaded (hot, local file) only the load itself is counted, for both.
+What is counted: from the moment before the first process is started, that of the mount, to the
+moment in which the last tensor has been copied. In between lie the mount, the start of the loader
+(the interpreter, numpy, safetensors) and the load itself (`load_s`). Of a download it is the same,
+from the start of the client; of a local file that is not in the page cache, from the start of the
+loader. Where everything is in the page cache (hot) only the load itself is counted, for all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from accounting import FuseRequests
 from mounts import Mounted, Place
 
 HERE = Path(__file__).parent
-TIMEOUT_S = 900
+TIMEOUT_S = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,7 @@ class Run:
     """What a load took. Fields that do not apply are None.
 
     Attributes:
-        seconds: from the beginning of the mount or of the download to the last tensor; of a load
-            from what is mounted already or local, the load alone.
+        seconds: as above.
         load_s: from before the first file is opened to the last tensor.
         mount_s: until the mount could be used.
         bytes: that the loader copied.
@@ -68,23 +67,23 @@ class Loader:
     """Starts load.py, possibly as several processes at once."""
 
     def __init__(self, mode: str, *arguments: object, ranks: int = 1) -> None:
-        self._command = [sys.executable, str(HERE / "load.py"), mode]
-        self._arguments = list(map(str, arguments))
+        self._mode = mode
+        self._arguments = arguments
         self._ranks = ranks
 
     def load(self, *directories: Path) -> list[dict[str, float]]:
         """Load all directories at the same time, each with all ranks."""
         started = [
-            subprocess.Popen(
-                [*self._command, directory, *self._arguments, f"--ranks={self._ranks}",
-                 f"--rank={rank}"],
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                env=origins.environment(),
-            )
+            program("load.py", self._mode, directory, *self._arguments, f"--ranks={self._ranks}",
+                    f"--rank={rank}")
             for directory in directories
             for rank in range(self._ranks)
         ]  # fmt: skip
-        return [_answer(process) for process in started]
+        try:
+            return [answer_of(process) for process in started]
+        finally:
+            for process in started:
+                process.kill()  # nothing happens to those that have ended
 
 
 class Meter:
@@ -117,7 +116,7 @@ class Meter:
         self, loader: Loader, mounts: Sequence[Mounted], places: Sequence[Place],
         began: float | None, cpu_s: float,
     ) -> Run:  # fmt: skip
-        answers = loader.load(*(place.mountpoint for place in places))
+        answers = loader.load(*(mounted.directory for mounted in mounts))
         client_cpu_s = sum(mounted.group.cpu_seconds() for mounted in mounts) - cpu_s
         size = int(sum(answer["bytes"] for answer in answers))
         ended = max(answer["ended"] for answer in answers)
@@ -139,17 +138,34 @@ class Meter:
         )
 
 
-def local(loader: Loader, directory: Path) -> Run:
-    """A load from a local directory."""
+def local(loader: Loader, directory: Path, *, hot: bool) -> Run:
+    """A load from a local directory that is in the page cache (hot) or not."""
+    began = time.monotonic()
     (answer,) = loader.load(directory)
     load_s = answer["ended"] - answer["opened"]
-    return Run(load_s, load_s, int(answer["bytes"]), answer["cpu_s"])
+    seconds = load_s if hot else answer["ended"] - began
+    return Run(seconds, load_s, int(answer["bytes"]), answer["cpu_s"])
 
 
-def download(origin: origins.Origin, prefix: str, keys: Path, target: Path) -> Run:
+def limit(origin: origins.Origin, source: Path) -> Run:
+    """All bytes by parallel ranged GETs, thrown away: first request to last byte, the better of
+    16 and 32 in flight."""
+    runs = [fetch(origin, "raw", source, in_flight) for in_flight in (16, 32)]
+    best = min(runs, key=lambda run: run["seconds"])
+    return Run(
+        seconds=best["seconds"],
+        load_s=best["seconds"],
+        bytes=int(best["bytes"]),
+        reader_cpu_s=0.0,
+        client_cpu_s=best["cpu_s"],
+        peak_mib=best["peak_mib"],
+    )
+
+
+def download(origin: origins.Origin, source: Path, target: Path) -> Run:
     """Download everything by parallel ranged GETs, then load it from there."""
     began = time.monotonic()
-    fetched = fetch(origin, "download", prefix, keys, 32, target)
+    fetched = fetch(origin, "download", source, 32, target)
     (loaded,) = Loader("vllm").load(target)
     return Run(
         seconds=loaded["ended"] - began,
@@ -163,18 +179,19 @@ def download(origin: origins.Origin, prefix: str, keys: Path, target: Path) -> R
 
 def fetch(origin: origins.Origin, mode: str, *arguments: object) -> dict[str, float]:
     """Run fetch.py."""
-    return _answer(
-        subprocess.Popen(
-            [sys.executable, HERE / "fetch.py", mode, origin.url, *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=origins.environment(),
-        )
-    )
+    return answer_of(program("fetch.py", mode, origin.url, *arguments))
 
 
-def _answer(process: subprocess.Popen[str]) -> dict[str, float]:
+def program(script: str, *arguments: object) -> subprocess.Popen[str]:
+    """Start a program of the bench."""
+    return subprocess.Popen(
+        [sys.executable, str(HERE / script), *map(str, arguments)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=origins.environment(),
+    )  # fmt: skip
+
+
+def answer_of(process: subprocess.Popen[str]) -> dict[str, float]:
     """A program's line of JSON."""
     try:
         output, errors = process.communicate(timeout=TIMEOUT_S)
@@ -183,6 +200,6 @@ def _answer(process: subprocess.Popen[str]) -> dict[str, float]:
         process.communicate()
         raise SystemExit(f"bench: {process.args!r}: no end after {TIMEOUT_S} s") from None
     if process.returncode != 0:
-        raise SystemExit(f"bench: {process.args!r}: {errors.strip()}")
+        raise SystemExit(f"bench: {process.args!r}: exit {process.returncode}: {errors.strip()}")
     answer: dict[str, float] = json.loads(output)
     return answer

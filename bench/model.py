@@ -1,4 +1,4 @@
-"""Writes a safetensors model of any size: layers of a Llama, in shards, with its small files."""
+"""Writes what is served: a model of any size, a model as one was recorded, many small files."""
 
 from __future__ import annotations
 
@@ -47,21 +47,86 @@ def write_model(directory: Path, total_bytes: int, shards: int) -> int:
                 begin, end = end, end + rows * columns * _WIDTH
                 header[key] = {"dtype": "F16", "shape": shape, "data_offsets": [begin, end]}
                 weight_map[key] = name
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with open(directory / name, "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            position = shard * 7919
-            left = end
-            while left:
-                start = position % (_POOL // 2)
-                piece = min(left, _POOL // 2)
-                file.write(memoryview(pool)[start : start + piece])
-                left -= piece
-                position += 1_000_003
-            written += 8 + len(text) + end
+        written += _write_shard(directory / name, header, end, pool, shard)
     index = {"metadata": {"total_size": written}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    (directory / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    (directory / "tokenizer.json").write_text(json.dumps({"vocab": list(range(50_000))}))
+    _write_small(directory, 0)
     return written
+
+
+def write_recorded(directory: Path, layout: Path) -> int:
+    """Write a model of the layout that a trace was recorded from; the bytes of its shards.
+
+    Args:
+        layout: a file as described in traces/README.md.
+    """
+    directory.mkdir(parents=True)
+    pool = np.random.default_rng(2).bytes(_POOL)
+    weight_map: dict[str, str] = {}
+    files = json.loads(layout.read_text())
+    written = 0
+    for number, (name, file) in enumerate(files.items()):
+        if "tensors" not in file:
+            continue
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        for key, (dtype, shape, begin, end) in file["tensors"].items():
+            header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+            weight_map[key] = name
+        length = file["size"] - 8 - file["header_length"]
+        path = directory / name
+        written += _write_shard(path, header, length, pool, number, file["header_length"])
+        if path.stat().st_size != file["size"]:
+            raise ValueError(f"{name}: its layout does not fit its size")
+    for name, file in files.items():
+        if name.endswith(".index.json"):
+            text = json.dumps({"metadata": {}, "weight_map": weight_map})
+        elif "tensors" not in file:
+            text = json.dumps({"model_type": "llama"})
+        else:
+            continue
+        (directory / name).write_text(text.ljust(file["size"]))
+    return written
+
+
+# Small files of one model repository and their sizes in bytes.
+_SMALL = {
+    "README.md": 5000, "config.json": 700, "generation_config.json": 200, "merges.txt": 20000,
+    "special_tokens_map.json": 500, "tokenizer.json": 60000, "tokenizer_config.json": 3000,
+    "chat_template.jinja": 4000, "vocab.json": 30000, "LICENSE": 11000,
+}  # fmt: skip
+
+
+def write_small_files(directory: Path, count: int) -> int:
+    """Write the small files of as many models as give `count` files; how many were written."""
+    written = 0
+    for model in range(count // len(_SMALL)):
+        folder = directory / f"model-{model:04d}"
+        folder.mkdir(parents=True)
+        written += _write_small(folder, model)
+    return written
+
+
+def _write_small(directory: Path, model: int) -> int:
+    for name, size in _SMALL.items():
+        text = json.dumps({"model_type": "llama", "number": model, "name": name})
+        (directory / name).write_text(text.ljust(size))
+    return len(_SMALL)
+
+
+def _write_shard(
+    path: Path, header: dict[str, object], length: int, pool: bytes, number: int,
+    header_length: int = 0,
+) -> int:  # fmt: skip
+    """Write one file whose tensors take `length` bytes; its size."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * max(-len(text) % 8, header_length - len(text))
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        position, left = number * 7919, length
+        while left:
+            start = position % (_POOL // 2)
+            piece = min(left, _POOL // 2)
+            file.write(memoryview(pool)[start : start + piece])
+            left -= piece
+            position += 1_000_003
+    return 8 + len(text) + length

@@ -44,11 +44,13 @@ class Mounted:
         began: when its making began, on the monotonic clock.
         ready: when it could be used.
         group: all its processes.
+        directory: where the prefix is.
     """
 
     began: float
     ready: float
     group: Group
+    directory: Path
 
 
 class Contender(Protocol):
@@ -107,7 +109,7 @@ class Lazyfs:
                 *self.options, group=counted,
             )  # fmt: skip
             try:
-                yield Mounted(began, time.monotonic(), counted)
+                yield Mounted(began, time.monotonic(), counted, place.mountpoint)
             finally:
                 self._run("umount", place.mountpoint)
 

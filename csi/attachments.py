@@ -102,20 +102,21 @@ class Attachments:
         """The volume's place at a path."""
         return self._state.volume(volume_id).places.get(str(path))
 
-    def note(self, volume_id: str, path: Path) -> None:
+    def note(self, volume_id: str, path: Path, asked: str) -> None:
         """A volume is staged at a path, where nothing is mounted: its daemons come with the pods.
 
         Raises:
-            RpcError: another volume is there.
+            RpcError: the path is taken.
         """
-        self._check_free(volume_id, path)
-        self._save(volume_id, path, Place("staging", None))
+        self._check_free(volume_id, path, "staging", asked)
+        self._save(volume_id, path, Place("staging", None, asked))
 
     def put(
         self,
         volume_id: str,
         path: Path,
         kind: Kind,
+        asked: str,
         volume: Volume,
         credentials: Credentials | None,
         timeout_s: float,
@@ -124,6 +125,7 @@ class Attachments:
         """Mount a volume at a path; see that it is as it should be if it is there already.
 
         Args:
+            asked: a digest of what the volume is to be: calls that are repeated have the same.
             credentials: newer ones replace those that the daemon has.
             via: that daemon is to serve it; otherwise any that fits, or a new one.
 
@@ -135,11 +137,15 @@ class Attachments:
             LazyfsError, KeeperError: it cannot be mounted. Then it is as it was before.
         """
         until = time.monotonic() + timeout_s
-        self._check_free(volume_id, path)
+        self._check_free(volume_id, path, kind, asked)
         present = self.place(volume_id, path)
         daemon = self.daemons.get(present.daemon) if present and present.daemon else None
         if daemon is not None:
-            _check_same(daemon, volume_id, path, volume, credentials)
+            if credentials is not None and not daemon.needs_credentials:
+                raise RpcError(
+                    StatusCode.ALREADY_EXISTS,
+                    f"{path}: volume {volume_id} is there already, without credentials of its own",
+                )
             device = self.daemons.ensure(daemon, credentials, until - time.monotonic())
             self._mount_again(volume_id, path, daemon, device)
             return daemon
@@ -149,9 +155,10 @@ class Attachments:
             daemon = via
             self.daemons.use(daemon, str(path))
         try:
-            self._save(volume_id, path, Place(kind, daemon.name))
+            self._save(volume_id, path, Place(kind, daemon.name, asked))
             device = self.daemons.ensure(daemon, credentials, until - time.monotonic())
             mounts.bind(daemon.mountpoint, path, device)
+            log.info("volume %s is at %s, served at %s", volume_id, path, daemon.mountpoint)
         except BaseException:
             self._roll_back(volume_id, path, present, kind)
             raise
@@ -166,7 +173,7 @@ class Attachments:
             RpcError: another volume is there.
             MountError: it cannot be unmounted, or the directory is not empty.
         """
-        self._check_free(volume_id, path)
+        self._check_free(volume_id, path, kind)
         place = self.place(volume_id, path)
         mounts.unbind(path)
         if kind == "target":
@@ -209,12 +216,21 @@ class Attachments:
         except LazyfsError as error:
             log.error("%s: what failed cannot be undone: %s", path, error)
 
-    def _check_free(self, volume_id: str, path: Path) -> None:
-        """Raises RpcError if a path is another volume's."""
+    def _check_free(self, volume_id: str, path: Path, kind: Kind, asked: str | None = None) -> None:
+        """Raises RpcError if a path is another volume's, or this one's for something else."""
         for record in self._state.volumes():
-            if record.volume_id != volume_id and str(path) in record.places:
+            place = record.places.get(str(path))
+            if place is None:
+                continue
+            if record.volume_id != volume_id or place.kind != kind:
                 raise RpcError(
-                    StatusCode.FAILED_PRECONDITION, f"{path}: volume {record.volume_id} is there"
+                    StatusCode.FAILED_PRECONDITION,
+                    f"{path}: is the {place.kind} path of volume {record.volume_id}",
+                )
+            if asked is not None and place.asked != asked:
+                raise RpcError(
+                    StatusCode.ALREADY_EXISTS,
+                    f"{path}: volume {volume_id} is there already, with other attributes",
                 )
 
     def _save(self, volume_id: str, path: Path, place: Place | None) -> None:
@@ -253,15 +269,3 @@ class Attachments:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             self._save(volume_id, path, replace(place, renewed=now))
             log.warning("%s: mounted anew; what was open there fails", path)
-
-
-def _check_same(
-    daemon: Daemon, volume_id: str, path: Path, volume: Volume, credentials: Credentials | None
-) -> None:
-    """Raises RpcError if a place is not what is asked for again."""
-    if not daemon.is_of(volume) or (credentials is not None and not daemon.needs_credentials):
-        raise RpcError(
-            StatusCode.ALREADY_EXISTS,
-            f"{path}: volume {volume_id} is there already, from {daemon.spec.source}, with other "
-            "options or credentials",
-        )

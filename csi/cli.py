@@ -260,12 +260,14 @@ def node(
     from csi.node import Node
     from csi.staged import State
     from lazyfs.cache import check_directory, directories_of
+    from lazyfs.mount.keeper import allow_many_descriptors
     from lazyfs.mount.syscalls import check_fuse
 
     options, defaults = settings(config, given)
     configure(driver_name, options)
     # Pods run as other users than the driver.
     volume_rules = rules(allow_attributes, max_memory_limit, {**defaults, "allow-other": "true"})
+    allow_many_descriptors()
     attachments = Attachments(State(state_dir), state_dir / "mounts", keeper_socket)
     attachments.recover()
     servicer = Node(node_id, volume_rules, attachments, inline_node_role=inline_node_role)

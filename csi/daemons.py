@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -45,6 +46,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 START_TIMEOUT_S = 120.0
 # How soon a keeper that was replaced is noticed.
 KEEPER_POLL_S = 2.0
+# Characters of a source in the name of its daemon.
+LONGEST_READABLE = 48
 
 
 class Daemon:
@@ -205,7 +208,7 @@ class Daemons:
                 if not daemon.retired and daemon.serves(volume, credentials):
                     daemon.users.add(user)
                     return daemon
-            name = secrets.token_hex(8)
+            name = _name(volume)
             mountpoint = self._directory / name
             spec = volume.mount_spec(str(mountpoint), credentials)
             daemon = self._daemons[name] = Daemon(name, mountpoint, spec, credentials is not None)
@@ -225,6 +228,8 @@ class Daemons:
             KeeperError: the keeper is not there.
         """
         with daemon.locked(timeout_s):
+            if daemon.retired:
+                raise RpcError(StatusCode.ABORTED, f"{daemon.spec.source}: its daemon is ending")
             if daemon.supervisor is None:
                 self._start(daemon, credentials, timeout_s)
             elif credentials is not None and credentials != daemon.spec.credentials:
@@ -263,12 +268,10 @@ class Daemons:
         if credentials is not None:
             daemon.spec = _with(daemon.spec, credentials)
         if daemon.needs_credentials and daemon.spec.credentials is None:
-            daemon.refusal = (
-                "the keeper was restarted, and with it the credentials are lost; "
-                "delete the pods that use the volume on this node, so that it is staged again"
-            )
             raise RpcError(
-                StatusCode.FAILED_PRECONDITION, f"{daemon.spec.source}: {daemon.refusal}"
+                StatusCode.FAILED_PRECONDITION,
+                "the keeper was restarted, and with it the credentials are lost; "
+                "delete the pods that use the volume on this node, so that it is staged again",
             )
         try:
             daemon.mountpoint.mkdir(mode=0o700, exist_ok=True)
@@ -289,7 +292,7 @@ class Daemons:
     def _resume(self, daemon: Daemon) -> None:
         """Have a daemon of a former plugin run again, however long that takes."""
         pause_s = FIRST_PAUSE_S
-        while daemon.users and not self._closing.is_set():
+        while not (daemon.retired or self._closing.is_set()):
             try:
                 with self._resuming:
                     self.ensure(daemon, None, START_TIMEOUT_S)
@@ -350,6 +353,12 @@ def _detach(mountpoint: Path) -> None:
     if entry is not None and entry.filesystem_type == syscalls.FILESYSTEM_TYPE:
         syscalls.unmount(mountpoint, lazy=True)
         syscalls.abort(entry.device)
+
+
+def _name(volume: Volume) -> str:
+    """A new name for a daemon: unlike all others, and telling in logs and in lists of mounts."""
+    readable = re.sub(r"[^A-Za-z0-9.]+", "-", volume.source.removeprefix("s3://"))
+    return f"{readable[-LONGEST_READABLE:].strip('-.')}-{secrets.token_hex(4)}"
 
 
 def _with(spec: MountSpec, credentials: Credentials) -> MountSpec:

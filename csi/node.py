@@ -6,6 +6,8 @@ and after any failure.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Mapping
@@ -22,7 +24,7 @@ from csi.daemons import Daemon
 from csi.errors import InvalidArgumentError, RpcError
 from csi.mounts import safe_path
 from csi.staged import Place
-from csi.volumes import Rules, Volume, check_capability, check_text
+from csi.volumes import Rules, Volume, check_capability, check_text, own_attributes
 from lazyfs.errors import LazyfsError
 from lazyfs.mount.spec import Credentials
 
@@ -71,12 +73,13 @@ class Node(NodeServicer):
         path = safe_path("staging_target_path", request.staging_target_path)
         volume = self._volume(request.volume_context, request.volume_capability)
         given = credentials.of_stage(volume, request.secrets)
+        asked = _digest(request.volume_context, request.volume_capability)
         with self._attachments.locks.held(request.volume_id):
             if volume.role_arn:
-                self._attachments.note(request.volume_id, path)
+                self._attachments.note(request.volume_id, path, asked)
                 return csi_pb2.NodeStageVolumeResponse()
             daemon = self._attachments.put(
-                request.volume_id, path, "staging", volume, given, until - time.monotonic()
+                request.volume_id, path, "staging", asked, volume, given, until - time.monotonic()
             )
             _wait_for(volume, daemon, until)
         return csi_pb2.NodeStageVolumeResponse()
@@ -101,6 +104,7 @@ class Node(NodeServicer):
         attributes = request.volume_context
         volume = self._volume(attributes, request.volume_capability)
         given = credentials.of_publish(volume, request.secrets, attributes)
+        asked = _digest(attributes, request.volume_capability)
         inline = attributes.get(EPHEMERAL) == "true"
         with self._attachments.locks.held(request.volume_id):
             via = None
@@ -110,8 +114,9 @@ class Node(NodeServicer):
                 staged = self._staged(request.volume_id, request.staging_target_path)
                 via = staged if given is None else None
             daemon = self._attachments.put(
-                request.volume_id, target, "target", volume, given, until - time.monotonic(), via
-            )
+                request.volume_id, target, "target", asked, volume, given,
+                until - time.monotonic(), via,
+            )  # fmt: skip
             if via is None:
                 _wait_for(volume, daemon, until)
         return csi_pb2.NodePublishVolumeResponse()
@@ -231,6 +236,21 @@ def _deadline(context: ServicerContext) -> float:
     remaining_s = context.time_remaining()
     limit_s = TIMEOUT_S if remaining_s is None else min(TIMEOUT_S, remaining_s - RESERVE_S)
     return time.monotonic() + max(limit_s, 0.0)
+
+
+def _digest(attributes: Mapping[str, str], capability: csi_pb2.VolumeCapability) -> str:
+    """What a call says that a volume is to be.
+
+    The driver's own defaults are not in it: after an upgrade that changed them, the calls that
+    kubelet repeats are still for the same volume.
+    """
+    mount = capability.mount
+    asked = [
+        sorted(own_attributes(attributes).items()),
+        list(mount.mount_flags),
+        mount.volume_mount_group,
+    ]
+    return hashlib.blake2b(json.dumps(asked).encode(), digest_size=16).hexdigest()
 
 
 def _with_group(volume: Volume, group: str) -> Volume:

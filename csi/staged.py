@@ -38,11 +38,13 @@ class Place:
         kind: what asked for it: NodeStageVolume, or NodePublishVolume.
         daemon: the name of the one that serves it; None: a staged volume whose daemons start with
             the pods, because they need what only a pod brings.
+        asked: a digest of what the volume was to be when it came here.
         renewed: when it was mounted anew after its mount was lost, as ISO 8601.
     """
 
     kind: Kind
     daemon: str | None
+    asked: str
     renewed: str | None = None
 
 

@@ -64,7 +64,7 @@ class Keeper:
         Raises:
             KeeperError: something else is at that path, or others can write to its directory.
         """
-        _allow_many_descriptors()
+        allow_many_descriptors()
         with _listen(path) as listener:
             while True:
                 try:
@@ -266,7 +266,8 @@ def _answers(path: Path) -> bool:
     return True
 
 
-def _allow_many_descriptors() -> None:
+def allow_many_descriptors() -> None:
+    """Let this process open as many descriptors as it may: each mount needs several."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

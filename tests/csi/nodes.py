@@ -182,13 +182,17 @@ class TestNode:
         for pid in workers:
             wait_until_gone(pid)
 
-    def start_plugin(self) -> None:
+    def start_plugin(self, *options: str) -> None:
         """Start it again, as kubelet does."""
-        self.plugin = self._start()
+        self.plugin = self._start(*options)
 
     def kill_keeper(self) -> None:
         """SIGKILL, and start it again: what it kept is lost."""
         self.keeper.end()
+        self.start_keeper()
+
+    def start_keeper(self) -> None:
+        """Start it again."""
         self.keeper.socket.unlink()
         self.keeper = KeeperProcess(self._keeper_directory())
 
@@ -229,7 +233,7 @@ class TestNode:
         path.mkdir(mode=0o700, exist_ok=True)
         return path
 
-    def _start(self) -> Plugin:
+    def _start(self, *options: str) -> Plugin:
         return Plugin(
             "node",
             self.directory,
@@ -238,6 +242,7 @@ class TestNode:
             f"--keeper={self.keeper.socket}",
             f"--cache-dir={self.directory / 'cache'}",
             *self._options,
+            *options,
             **self._env,
         )
 

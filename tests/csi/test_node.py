@@ -188,7 +188,9 @@ def test_waiting_for_the_model_keeps_to_the_deadline(node: TestNode, s3: S3) -> 
     assert info.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert "bytes are here" in info.value.details(), "the plugin answered before the deadline"
     s3.forget()
-    node.stage("vol", node.context("s3://models/llama", waitFor="headers", ioTimeout="1h"))
+    node.stage("vol", context)  # goes on from there
+    node.unstage("vol")
+    node.stage("vol", {**context, "waitFor": "headers"})
     node.unstage("vol")
     assert node.leftovers() == []
 
@@ -247,7 +249,17 @@ def test_bad_requests(node: TestNode, tmp_path: Path) -> None:
     code, message = refused(
         lambda: node.stage("other", good, staging_target_path=str(node.staging("vol")))
     )
-    assert (code, "volume vol is there" in message) == ("FAILED_PRECONDITION", True)
+    assert (code, "staging path of volume vol" in message) == ("FAILED_PRECONDITION", True)
+    for wrong in (
+        lambda: node.publish("vol", good, target_path=str(node.staging("vol"))),
+        lambda: node.stub.NodeUnpublishVolume(
+            csi_pb2.NodeUnpublishVolumeRequest(
+                volume_id="vol", target_path=str(node.staging("vol"))
+            )
+        ),
+    ):
+        code, message = refused(wrong)
+        assert (code, "staging path of volume vol" in message) == ("FAILED_PRECONDITION", True)
 
 
 def test_nothing_is_ever_deleted(node: TestNode) -> None:

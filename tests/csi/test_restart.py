@@ -121,6 +121,18 @@ def test_everything_goes_on_after_a_restart(node: TestNode, context: dict[str, s
     assert node.leftovers() == []
 
 
+def test_an_upgrade_may_change_defaults(node: TestNode, context: dict[str, str]) -> None:
+    """What kubelet repeats is for the same volume, and what runs goes on as it began."""
+    node.stage("vol", context)
+    target = node.publish("vol", context)
+    node.plugin.end()
+    node.start_plugin("--memory-limit=64MiB")
+    node.stage("vol", context)
+    assert node.publish("vol", context) == target
+    assert len(node.workers()) == 1
+    assert hashes(target) == sha256(FILES)
+
+
 def test_unstage_of_what_nobody_serves(node: TestNode, context: dict[str, str]) -> None:
     node.stage("vol", context)
     node.publish("vol", context)
@@ -180,11 +192,14 @@ def test_a_keeper_that_was_replaced_is_given_the_sessions(
     """Only the keeper died: nobody notices, and the next death of a worker is survived as well."""
     node.stage("vol", context)
     target = node.publish("vol", context)
-    with reader(target, 5):
-        node.kill_keeper()
+    with reader(target, 6):
+        node.keeper.end()
         (worker,) = node.workers()
         os.kill(worker, signal.SIGKILL)
         wait_until_gone(worker)
+        wait_for(lambda: "its daemon is down" in (node.condition("vol", target) or ""))
+        wait_for(lambda: "no keeper" in (node.condition("vol", target) or ""))
+        node.start_keeper()
         wait_for(lambda: node.condition("vol", target) is None)
         node.kill_keeper()
         wait_for(lambda: node.kept() != [])

@@ -1,0 +1,178 @@
+"""What is measured against one origin; each scenario yields lines as soon as it has them.
+
+States: *cold*, nothing is cached anywhere; *hot*, the same mount once more, everything in the page
+cache that found room there; *warm*, a new mount that finds what the last one left on disk, while
+the kernel has forgotten the files of that cache.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import origin as origins
+from accounting import FuseRequests, drop_page_cache, settle
+from measure import Loader, Meter, Run, answer_of, download, limit, local, program
+from mounts import Contender, Lazyfs, Place, forget, from_disk
+
+MODEL, RECORDED, SMALL = "model", "recorded", "small"
+TRACES = Path(__file__).parent / "traces"
+SMALL_FILES = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What was measured: who, doing what, in which state."""
+
+    contender: str
+    workload: str
+    state: str
+
+    def __str__(self) -> str:
+        return ", ".join(word for word in (self.contender, self.workload, self.state) if word)
+
+
+Lines = Iterator[tuple[Line, Run]]
+LIMIT = Line("limit", "ranged GETs, thrown away", "")
+DOWNLOAD = Line("download, then load", "vllm", "cold")
+
+
+class Scenarios:
+    """Everything that can be measured against one origin.
+
+    Args:
+        base: a directory for mountpoints and caches; the origin serves `base / "served"`.
+    """
+
+    def __init__(self, origin: origins.Origin, requests: FuseRequests | None, base: Path) -> None:
+        self._origin = origin
+        self._meter = Meter(origin, requests)
+        self._base = base
+        self._source = base / "served" / MODEL
+
+    def place(self, prefix: str, name: str = "mnt") -> Place:
+        """A mountpoint and its cache; all share one cache."""
+        mountpoint = self._base / name
+        mountpoint.mkdir(exist_ok=True)
+        return Place(self._origin, prefix, mountpoint, self._base / "state" / "cache")
+
+    def references(self) -> Lines:
+        """What the origin can deliver, what is done today, and local files."""
+        yield LIMIT, limit(self._origin, self._source)
+        target = self._base / "downloaded"
+        yield DOWNLOAD, download(self._origin, self._source, target)
+        for mode in ("vllm", "sequential"):
+            yield Line("local file", mode, "hot"), local(Loader(mode), target, hot=True)
+            drop_page_cache(target)
+            yield Line("local file", mode, "cold"), local(Loader(mode), target, hot=False)
+        shutil.rmtree(target)
+
+    def load(self, contender: Contender, workload: str, *, check: bool = False) -> Lines:
+        """One workload in all states.
+
+        Args:
+            workload: a mode of load.py; `vllm, N ranks`; or `replay NAME`, a trace.
+            check: compare bytes with the source afterwards.
+
+        Raises:
+            SystemExit: the contender does not mount, does not read or gives wrong bytes.
+        """
+        loader, prefix = self._loader(workload)
+        place = self.place(prefix)
+        forget(place)
+        self._meter.mark()
+        with contender.mount(place) as mounted:
+            run = self._meter.first(loader, mounted, place)
+            yield Line(contender.name, workload, "cold"), run
+            settle(mounted.group)
+            run = self._meter.again(loader, mounted, place)
+            yield Line(contender.name, workload, "hot"), run
+            if check:
+                against = self._origin.directory / prefix
+                Loader("check", f"--against={against}").load(mounted.directory)
+            settle(mounted.group)
+        if contender.keeps:
+            from_disk(place)
+            self._meter.mark()
+            with contender.mount(place) as mounted:
+                run = self._meter.first(loader, mounted, place)
+                yield Line(contender.name, workload, "warm"), run
+        shutil.rmtree(place.state)
+
+    def two_mounts(self, lazyfs: Lazyfs) -> Lines:
+        """Two mounts of one model with one cache, loaded at the same time."""
+        first, second = self.place(MODEL), self.place(MODEL, "mnt2")
+        forget(first)
+        self._meter.mark()
+        with lazyfs.mount(first) as one, lazyfs.mount(second) as two:
+            run = self._meter.together(Loader("vllm"), [one, two], [first, second])
+            yield Line(lazyfs.name, "vllm, 2 mounts at once", "cold"), run
+
+    def _loader(self, workload: str) -> tuple[Loader, str]:
+        mode, _, rest = workload.partition(" ")
+        if mode == "replay":
+            return Loader("replay", f"--trace={TRACES / rest}.csv.gz"), RECORDED
+        if mode == "vllm,":
+            return Loader("vllm", ranks=int(rest.split()[0])), MODEL
+        return Loader(mode), MODEL
+
+    def metadata_under_load(self, lazyfs: Lazyfs) -> dict[str, float]:
+        """How long metadata calls take while a cold load runs, as latency.py tells it."""
+        place = self.place(MODEL)
+        forget(place)
+        with lazyfs.mount(place) as mounted:
+            asking = program("latency.py", "metadata", mounted.directory)
+            try:
+                Loader("vllm").load(mounted.directory)
+                return answer_of(asking)
+            finally:
+                asking.kill()
+
+    def small_files(self, contender: Contender, prefix: str) -> dict[str, float]:
+        """Mount time of a prefix, and how long its small files take in each state."""
+        place = self.place(prefix)
+        forget(place)
+        with contender.mount(place) as mounted:
+            walked = answer_of(program("latency.py", "walk", mounted.directory))
+            first = {
+                "files": walked["files"],
+                "mount_ms": (mounted.ready - mounted.began) * 1000,
+                "mount_and_walk_ms": (walked["ended"] - mounted.began) * 1000,
+            }
+        forget(place)
+        states: dict[str, dict[str, float]] = {}
+        with contender.mount(place) as mounted:
+            for state in ("cold", "hot"):
+                states[state] = _read_small(mounted.directory)
+            settle(mounted.group)
+        if contender.keeps:
+            from_disk(place)
+            with contender.mount(place) as mounted:
+                states["warm"] = _read_small(mounted.directory)
+        shutil.rmtree(place.state)
+        return first | {
+            f"{state}_{name}": value
+            for state, answer in states.items()
+            for name, value in answer.items()
+            if name.endswith("_ms")
+        }
+
+
+def _read_small(directory: Path) -> dict[str, float]:
+    return answer_of(program("latency.py", "small", directory, SMALL_FILES))
+
+
+def left_out(contender: str, error: SystemExit) -> str:
+    """Why a peer has no line, in one line; errors that are not the peer's go on.
+
+    Raises:
+        SystemExit: it is the end of the bench.
+    """
+    if not isinstance(error.code, str):
+        raise error
+    reason = error.code.strip().splitlines()[0] if error.code.strip() else "no reason given"
+    print(f"bench: {contender} is left out: {reason}", file=sys.stderr, flush=True)
+    return reason
