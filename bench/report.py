@@ -118,7 +118,8 @@ def plot(everything: Mapping[str, Medians], about: str, path: Path) -> None:
                     colour = {"cold": "#777777", "warm": "#c4c4c4"}[state]
                 bar = axis.barh(at + offset, run.rate, height=0.38, color=colour)
                 axis.bar_label(bar, [f"{run.rate:.2f} {state} ({run.seconds:.1f} s)"],
-                               padding=3, fontsize=8)  # fmt: skip
+                               padding=3, fontsize=8, zorder=3,
+                               bbox={"color": "white", "pad": 0.5})  # fmt: skip
         if LIMIT in medians:
             limit = medians[LIMIT].rate
             axis.axvline(limit, color="#b03030", linewidth=1, linestyle="--")
