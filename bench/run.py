@@ -64,7 +64,7 @@ class Plan:
 
 
 _EVERY_WORKLOAD = (
-    "safetensors", "threads", "direct", "vllm, 2 ranks", "vllm, 8 ranks",
+    "safetensors", "transformers", "threads", "direct", "vllm, 2 ranks", "vllm, 8 ranks",
     "replay vllm-lazy-ra1024", "replay vllm-lazy-ra128", "replay transformers-ra1024",
 )  # fmt: skip
 PLANS = {
