@@ -23,11 +23,13 @@ import trio
 from lazyfs.cache import BlockCache
 from lazyfs.cache.salvage import Salvage
 from lazyfs.catalog import Catalog
+from lazyfs.control.first_load import tell_first_load
 from lazyfs.control.measure import measure
 from lazyfs.control.recording import recording
 from lazyfs.control.scrape import listen, serve_metrics
 from lazyfs.control.server import Route, serve_control
 from lazyfs.control.status import Status
+from lazyfs.control.tunables import tune
 from lazyfs.control.warming import Warming
 from lazyfs.fetcher import BlockFetcher
 from lazyfs.filesystem import Filesystem
@@ -160,6 +162,7 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
             if scraped:
                 routes = {("GET", "/metrics"): lambda _: _metrics(status)}
                 nursery.start_soon(serve_metrics, scraped, listeners, routes)
+            nursery.start_soon(tell_first_load, status)
             verb = "resumed" if former else "mounted"
             warming = Warming(source, catalog, options, nursery)
             await nursery.start(
@@ -184,6 +187,8 @@ def _routes(source: Source, status: Status, mount: Mount) -> dict[tuple[str, str
         ("GET", "/options"): lambda _: dict(mount.texts),
         ("GET", "/metrics"): lambda _: _metrics(status),
         ("GET", "/metrics.json"): lambda _: measure(status),
+        ("PUT", "/prefetch"): lambda body: status.fetcher.pause(bool(body["paused"])),
+        ("PUT", "/tunables"): lambda body: tune(status, body),
         ("PUT", "/credentials"): lambda body: source.set_credentials(credentials_from(body)),
     }
 

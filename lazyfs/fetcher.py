@@ -108,6 +108,7 @@ class BlockFetcher:
         processors: Processors | None = None,
     ) -> None:
         self._recorder = recorder
+        self._paused = False
         self._cache = cache
         self._page_cache = page_cache
         self._prefetcher = prefetcher
@@ -298,6 +299,16 @@ class BlockFetcher:
             raise job.error
         return job.held, job.tier
 
+    def pause(self, paused: bool) -> None:
+        """Fetch nothing ahead any more, or again; what readers ask for is always fetched."""
+        self._paused = paused
+        self.pump()
+
+    def tune(self, options: MountOptions) -> None:
+        """Use other limits of requests and bandwidth from now on."""
+        self._getter.tune(options)
+        self.pump()
+
     def pump(self) -> None:
         """Start whatever may start now. Called after everything that could make a difference."""
         if self._nursery is None:
@@ -308,6 +319,8 @@ class BlockFetcher:
             self._start(self._urgent.popleft())
         if self._urgent:
             self._recorder.prefetch_is(Activity.DEMAND)
+        elif self._paused:
+            self._recorder.prefetch_is(Activity.PAUSED)
         else:
             self._recorder.prefetch_is(self._prefetch_from_s3())
             self._prefetch_from_disk()
@@ -318,7 +331,9 @@ class BlockFetcher:
             if block is None:
                 return Activity.DONE
             if not self._make_room(self._length(block), urgent=False):
-                return Activity.NO_ROOM
+                # What is on its way takes room too; that is no lack of it.
+                enough = 2 * self._fetching >= self._getter.limit
+                return Activity.FETCHING if enough else Activity.NO_ROOM
             self._start(self._new_job(block))
         return Activity.FETCHING
 

@@ -9,7 +9,9 @@ and nowhere else.
 from __future__ import annotations
 
 import datetime
+import email.utils
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -165,6 +167,22 @@ class Source:
             ],
             next_token=answer.get("NextContinuationToken") if answer.get("IsTruncated") else None,
         )
+
+    def clock_skew_s(self) -> float | None:
+        """How far S3's clock is ahead of ours, by the Date of an answer; None if it has none.
+
+        Raises:
+            SourceError: S3 did not answer.
+        """
+        with _as_source_error(f"s3://{self.url.bucket}"):
+            try:
+                answer: Any = self._client.list_objects_v2(
+                    Bucket=self.url.bucket, Prefix=self.url.prefix, MaxKeys=1
+                )
+            except botocore.exceptions.ClientError as error:
+                answer = error.response
+        told = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+        return email.utils.parsedate_to_datetime(told).timestamp() - time.time() if told else None
 
     def read_range(self, key: str, etag: str, start: int, length: int) -> memoryview:
         """Exactly `length` bytes of an object from `start`, of the version that `etag` names.

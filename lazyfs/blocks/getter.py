@@ -78,6 +78,11 @@ class BlockGetter:
         """How many blocks should be asked for at once now."""
         return self._concurrency.limit
 
+    def tune(self, options: MountOptions) -> None:
+        """Use other limits of requests and bandwidth from now on."""
+        self._concurrency = Concurrency(options.max_concurrency)
+        self._pacer = Pacer(options.bandwidth_limit)
+
     async def get(
         self,
         file: File,

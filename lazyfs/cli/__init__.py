@@ -21,13 +21,23 @@ COMMANDS = {
     "mount": "mounting",
     "umount": "mounting",
     "status": "status",
+    "top": "top",
     "report": "report",
+    "doctor": "doctor",
+    "pause": "tuning",
+    "resume": "tuning",
+    "set": "tuning",
+    "completion": "completion",
     "inspect": "inspecting",
     "upgrade": "mounting",
     "warm": "warming",
     "warmup": "warming",
     "cache": "caching",
 }
+
+
+# Where the function is called otherwise than its command.
+_FUNCTIONS = {"set": "set_"}
 
 
 class OneLineErrors(click.Group):
@@ -63,7 +73,7 @@ class _Commands(OneLineErrors):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"lazyfs.cli.{COMMANDS[cmd_name]}")
-        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
+        command: click.Command = getattr(module, _FUNCTIONS.get(cmd_name, cmd_name))
         return command
 
 

@@ -34,7 +34,7 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps(found, indent=1))
         elif found:
-            _print_table(found)
+            console().print(mounts_table(found))
         else:
             click.echo("nothing is mounted by this user", err=True)
         return
@@ -165,7 +165,8 @@ def _waiting(status: Status) -> list[tuple[str, str]]:
     return lines
 
 
-def _print_table(found: list[Status]) -> None:
+def mounts_table(found: list[Status]) -> Table:
+    """A row for each mount."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("MOUNTPOINT", "SOURCE", "STATE"):
         table.add_column(name, overflow="fold")
@@ -173,7 +174,7 @@ def _print_table(found: list[Status]) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for each in found:
         table.add_row(*_cells(each))
-    console().print(table)
+    return table
 
 
 def _cells(status: Status) -> list[str]:

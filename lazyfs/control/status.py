@@ -28,7 +28,7 @@ from lazyfs.prefetch import Prefetcher
 WAITS_SHOWN = 20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Status:
     """The state of one mount.
 

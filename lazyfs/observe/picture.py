@@ -28,7 +28,7 @@ HEIGHT = AXIS_TOP + 84
 ROW = 2.0
 BINS = 200
 FILES_NAMED = 16
-NAME_LONGEST = 22
+NAME_LONGEST = 20
 
 FROM = {Tier.S3: "#4a86c5", Tier.DISK: "#8a6bb0"}
 PUSHED, READ, INK, FAINT = "#e39a2d", "#14693c", "#222", "#d9d9d9"
@@ -104,7 +104,7 @@ class Picture:
             return bottom - rate / top * RATE_HEIGHT
 
         yield _text(LEFT, RATE_TOP - 8, "rate: from S3, from disk", weight="bold")
-        for step in _steps(top):
+        for step in _steps(top, unit=1 << 10 * max(0, (int(top).bit_length() - 3) // 10)):
             yield _line(LEFT, y(step), WIDTH - RIGHT, y(step), FAINT)
             yield _text(
                 LEFT - 6, y(step) + 4, f"{format_size(step)}/s", anchor="end", colour="#555"
@@ -149,8 +149,8 @@ class Picture:
         load = self._load
         if load.start_s is not None:
             x = self._x(load.start_s)
-            yield _line(x, MODEL_TOP, x, AXIS_TOP, "#888", dash="2 3")
-            yield _text(x + 4, MODEL_TOP + 14, "first open", colour="#666")
+            yield _line(x, WAIT_TOP - 8, x, AXIS_TOP, "#888", dash="2 3")
+            yield _text(x + 4, WAIT_TOP - 6, "first open", colour="#666")
         for tier in (Tier.DISK, Tier.S3):
             lives = [life for life in load.lives if life.tier is tier]
             yield from self._bars(lives, FROM[tier])
@@ -168,9 +168,9 @@ class Picture:
             if y - last_y >= MODEL_HEIGHT / FILES_NAMED:
                 last_y = y
                 path = self._load.path(file)
-                name = path.rpartition("/")[2]
+                name = path.rpartition("/")[2].removesuffix(".safetensors")
                 if len(name) > NAME_LONGEST:
-                    name = f"{name[:9]}…{name[-12:]}"
+                    name = f"…{name[-NAME_LONGEST:]}"
                 yield _text(LEFT - 6, y + 11, name, anchor="end", colour="#555", tip=path)
 
     def _y(self, place: float) -> float:
@@ -230,9 +230,9 @@ def _joined(times: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     return joined
 
 
-def _steps(top: float, most: int = 4) -> list[float]:
-    """Round numbers from 0 up to `top`, so many at most."""
-    step = 1e-6
+def _steps(top: float, most: int = 4, unit: float = 1.0) -> list[float]:
+    """Round numbers of a unit from 0 up to `top`, so many at most."""
+    step = 1e-6 * unit
     while top / step > most:
         for factor in (2, 2.5, 2):
             step *= factor
@@ -257,7 +257,8 @@ def _text(
     title = f"<title>{escape(tip)}</title>" if tip else ""
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}" '
-        f'font-size="{size}" font-weight="{weight}">{title}{escape(words)}</text>'
+        f'font-size="{size}" font-weight="{weight}" stroke="#fff" stroke-width="3" '
+        f'stroke-opacity="0.8" paint-order="stroke">{title}{escape(words)}</text>'
     )
 
 

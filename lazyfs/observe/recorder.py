@@ -42,6 +42,7 @@ class Wait:
 
     Attributes:
         coming: the block was being brought already when he asked.
+        again: it had come before, and was let go since.
         activity: what prefetching did then.
     """
 
@@ -49,6 +50,7 @@ class Wait:
     span: Span
     since_s: float
     coming: bool
+    again: bool
     activity: Activity
 
 
@@ -68,10 +70,13 @@ class Recorder:
         self.events = EventRing()
         self.files: list[File] = []
         self._numbers: dict[int, int] = {}
+        # A byte for each block of a file: whether it was read, or came.
         self._seen: dict[int, bytearray] = {}
+        self._landed: dict[int, bytearray] = {}
         self._openers: dict[int, dict[int, None]] = {}
         self.activity = Activity.OFF if policy == "off" else Activity.DONE
-        self._planned = policy != "model"
+        # Without a plan nothing is expected to have come already.
+        self._planned = policy in ("off", "sequential")
         self.waits: dict[Wait, None] = {}
         self._accounted_until_s = 0.0
         self._troubled: dict[BlockId, Cause] = {}
@@ -133,6 +138,10 @@ class Recorder:
         self.open_files = max(0, self.open_files - 1)
         self.events.add(self.uptime_s, Kind.CLOSED, file=self._number(file))
 
+    def was_opened(self, file: File) -> bool:
+        """Whether anybody opened the file since the worker began."""
+        return file.inode in self._openers
+
     def openers(self, file: File) -> list[int]:
         """Which processes opened the file, the latest first; some may have ended."""
         return list(reversed(self._openers.get(file.inode, {})))
@@ -144,17 +153,15 @@ class Recorder:
         now_s = self._now_s()
         self.reads[tier].observe(now_s - began_s)
         self.read_bytes[tier] += span.stop - span.start
-        seen = self._seen.setdefault(file.inode, bytearray())
-        if len(seen) <= span.number:
-            seen.extend(bytes(span.number + 1 - len(seen)))
-        if not seen[span.number]:
-            seen[span.number] = 1
+        if not _is_marked(self._seen, file.inode, span.number):
+            _mark(self._seen, file.inode, span.number)
             at_s = now_s - self._began_s
             self.events.add(at_s, Kind.READ, 0, self._number(file), span.number, 0, now_s - began_s)
 
     def begin_wait(self, file: File, span: Span, *, coming: bool) -> Wait:
         """A reader has to wait for a block; `coming`: it is being brought already."""
-        wait = Wait(file, span, self._now_s(), coming, self.activity)
+        again = _is_marked(self._landed, file.inode, span.number)
+        wait = Wait(file, span, self._now_s(), coming, again, self.activity)
         self.waits[wait] = None
         return wait
 
@@ -191,7 +198,7 @@ class Recorder:
             return Cause.NETWORK
         if wait.activity in (Activity.DONE, Activity.PAUSED, Activity.OFF):
             return Cause.NO_PREFETCH
-        return Cause.ORDER
+        return Cause.MEMORY if wait.again else Cause.ORDER
 
     # Blocks
 
@@ -211,6 +218,7 @@ class Recorder:
         else:
             self.fetched_bytes[purpose] += size
             self.fetched_blocks[purpose] += 1
+        _mark(self._landed, file.inode, block.number)
         kind = Kind.LOADED if tier is Tier.DISK else Kind.FETCHED
         at_s = now_s - self._began_s
         self.events.add(
@@ -299,6 +307,18 @@ class Recorder:
             number = self._numbers[file.inode] = len(self.files)
             self.files.append(file)
         return number
+
+
+def _is_marked(marks: dict[int, bytearray], inode: int, number: int) -> bool:
+    of_file = marks.get(inode)
+    return of_file is not None and number < len(of_file) and bool(of_file[number])
+
+
+def _mark(marks: dict[int, bytearray], inode: int, number: int) -> None:
+    of_file = marks.setdefault(inode, bytearray())
+    if len(of_file) <= number:
+        of_file.extend(bytes(number + 1 - len(of_file)))
+    of_file[number] = 1
 
 
 def cause_of(error: SourceError) -> Cause:

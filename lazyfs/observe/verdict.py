@@ -131,7 +131,7 @@ def _memory(load: Load) -> Explained:
     return (
         "memory",
         f"--memory-limit ({format_size(load.recording.about['options']['memory_limit'])}) had no "
-        "room for more blocks at once.",
+        "room for more blocks at once, or let blocks go before they were read.",
         "Raise --memory-limit"
         + (", or give the mount a --cache-dir to put blocks on." if no_disk else "."),
     )
@@ -148,7 +148,7 @@ def _order(load: Load) -> Explained:
 
 def _no_prefetch(load: Load) -> Explained:
     policy = load.recording.about["options"]["prefetch"]
-    if policy == "model":
+    if policy in ("model", "tensor"):
         return (
             "no_prefetch",
             "they read what is not fetched ahead: files that are no part of the model, or a second "

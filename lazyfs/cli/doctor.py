@@ -1,0 +1,61 @@
+"""`lazyfs doctor`: what is wrong here, and what to do about it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.text import Text
+
+from lazyfs.cli.settings import settings, with_mount_options
+from lazyfs.cli.tables import console
+from lazyfs.doctor import Finding, State, examine
+from lazyfs.source import SourceUrl
+
+_STYLES = {State.OK: "green", State.WARNING: "yellow", State.FAILED: "bold red"}
+
+
+@click.command()
+@click.argument("source", required=False)
+@click.option("--json", "as_json", is_flag=True, help="The findings as a list of JSON objects.")
+@with_mount_options
+def doctor(source: str | None, as_json: bool, config: Path | None, **given: Any) -> None:
+    """Check this machine, and SOURCE (s3://BUCKET/PREFIX) if given, for what usually goes wrong.
+
+    Takes the options of `lazyfs mount`, so that what is checked is what would be mounted. Writes
+    and removes one file of 64 MiB in the cache directory, and reads up to eight blocks of an
+    object.
+
+    \b
+    Examples:
+      lazyfs doctor
+      lazyfs doctor s3://my-bucket/models/llama --profile research
+      lazyfs doctor s3://models --endpoint-url https://minio.example --ca-bundle ca.pem
+
+    Exit code 0: nothing stands in the way, there may be warnings; 1: something failed; 2: an option
+    is wrong.
+    """
+    options, _ = settings(config, given)
+    url = SourceUrl.parse(source) if source else None
+    found = []
+    for finding in examine(options, url):
+        found.append(finding)
+        if not as_json:
+            _show(finding)
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in found], indent=1))
+    if any(finding.state is State.FAILED for finding in found):
+        sys.exit(1)
+
+
+def _show(finding: Finding) -> None:
+    line = Text()
+    line.append(f"{finding.state.value:<8}", style=_STYLES[finding.state])
+    line.append(f"{finding.what}: {finding.words}")
+    console().print(line, soft_wrap=True)
+    if finding.advice:
+        console().print(Text(f"        {finding.advice}"), soft_wrap=True)

@@ -1,0 +1,63 @@
+"""`lazyfs pause`, `resume` and `set`: change what a mount does while it is mounted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lazyfs.cli.mounts import record_at
+from lazyfs.control.client import ControlClient
+from lazyfs.control.tunables import TUNABLE
+from lazyfs.errors import OptionError
+from lazyfs.mount.runtime import control_socket
+
+
+@click.command()
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+def pause(mountpoint: Path) -> None:
+    """Fetch nothing ahead for MOUNTPOINT until `lazyfs resume`; readers get what they ask for.
+
+    Gives the link to others for a while. A mount whose worker is replaced fetches again.
+    """
+    _tell(mountpoint, "/prefetch", {"paused": True})
+
+
+@click.command()
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+def resume(mountpoint: Path) -> None:
+    """Fetch ahead again for MOUNTPOINT after `lazyfs pause`."""
+    _tell(mountpoint, "/prefetch", {"paused": False})
+
+
+@click.command(
+    "set",
+    help=f"""Change options of MOUNTPOINT while it is mounted: {", ".join(TUNABLE)}.
+
+    A change lasts until another worker serves the mount (a crash, `lazyfs upgrade`).
+
+    \b
+    Examples:
+      lazyfs set /mnt/llama bandwidth-limit=200MB
+      lazyfs set /mnt/llama log-level=debug max-concurrency=16
+
+    Exit code 1: nothing is mounted there, or it cannot be changed so; 2: not NAME=VALUE.
+    """,
+)
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("changes", nargs=-1, required=True, metavar="NAME=VALUE...")
+def set_(mountpoint: Path, changes: Sequence[str]) -> None:
+    texts = {}
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise OptionError(f"set: {change!r} is not NAME=VALUE")
+        texts[name] = value
+    _tell(mountpoint, "/tunables", texts)
+
+
+def _tell(mountpoint: Path, what: str, body: dict[str, Any]) -> None:
+    record = record_at(mountpoint)
+    ControlClient(control_socket(Path(record.mountpoint))).put(what, body)

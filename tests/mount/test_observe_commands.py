@@ -1,0 +1,128 @@
+"""`lazyfs top`, `doctor`, `pause`, `resume`, `set` and `completion`, in a terminal and piped."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mounting import Mounted, lazyfs, shell
+from s3 import S3
+from terminal import Terminal, in_terminal
+from test_models import model, settle
+
+pytestmark = pytest.mark.fuse
+
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _objects(server: S3) -> None:
+    server.put("told", model("m/"))
+
+
+def status(mounted: Mounted) -> dict[str, object]:
+    described: dict[str, object] = json.loads(lazyfs("status", mounted.path, "--json").stdout)
+    return described
+
+
+def test_top_in_a_terminal_and_in_a_pipe(mount: Callable[..., Mounted]) -> None:
+    mounted = mount("s3://told/m")
+    terminal = Terminal("top", "-d", "0.2")
+    try:
+        terminal.read_until(lambda text: text.count("MOUNTPOINT") >= 2)
+        terminal.process.send_signal(signal.SIGINT)
+        assert terminal.finish()[0] == 130
+    finally:
+        terminal.close()
+    piped = lazyfs("top", mounted.path, "-n", "2", "-d", "0.1")
+    assert piped.returncode == 0
+    assert piped.stdout.count("s3://told/m") == 2
+    assert "\x1b" not in piped.stdout
+    assert lazyfs("top").returncode == 2
+
+
+def test_pause_and_resume(mount: Callable[..., Mounted], s3: S3) -> None:
+    s3.fault("GET /told/m/model-0000", "slow", seconds=0.1, times=6)
+    mounted = mount("s3://told/m", "--block-size=256KiB", "--max-concurrency=1")
+    assert lazyfs("pause", mounted.path).returncode == 0
+    before = settle(s3)
+    assert before != set(model("m/"))
+    assert status(mounted)["prefetch"]["activity"] == "paused"  # type: ignore[index]
+    assert "paused" in lazyfs("status", mounted.path).stdout
+    read = shell("cat model-00002* | wc -c", mounted.path).stdout
+    assert int(read) == len(model("")["model-00002-of-00002.safetensors"])
+    assert lazyfs("resume", mounted.path).returncode == 0
+    assert settle(s3) == set(model("m/"))
+
+
+def test_set(mount: Callable[..., Mounted]) -> None:
+    mounted = mount("s3://told/m", "--prefetch=off")
+    assert lazyfs("set", mounted.path, "max-concurrency=3", "log-level=debug").returncode == 0
+    assert status(mounted)["requests_limit"] == 3
+    wrong = lazyfs("set", mounted.path, "max-concurrency=many")
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert "'many' is not allowed" in wrong.stderr
+    assert "cannot be changed while mounted" in lazyfs("set", mounted.path, "uid=3").stderr
+    assert lazyfs("set", mounted.path, "log-level").returncode == 2
+
+
+def test_the_log_has_one_line_of_the_first_load(mount: Callable[..., Mounted]) -> None:
+    mounted = mount("s3://told/m")
+    for _ in range(2):
+        shell("cat model-0000*.safetensors | wc -c", mounted.path)
+        deadline = time.monotonic() + 30
+        while "first load: " not in mounted.log():
+            assert time.monotonic() < deadline, mounted.log()
+            time.sleep(0.1)
+    (line,) = [line for line in mounted.log().splitlines() if "first load" in line]
+    assert f"lazyfs report {mounted.path}" in line
+
+
+def test_doctor_of_a_healthy_source(server: S3, tmp_path: Path) -> None:
+    options = [f"--endpoint-url={server.url}", f"--cache-dir={tmp_path / 'cache'}"]
+    answer = lazyfs("doctor", "s3://told/m", *options)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "ok      listing: 4 objects" in answer.stdout
+    assert "reading: first byte after" in answer.stdout
+    assert "\x1b" not in answer.stdout
+    assert not list((tmp_path / "cache").glob("doctor*"))
+    code, text, raw = in_terminal("doctor", "--cache-dir=none")
+    assert code == 0 and "FUSE: /dev/fuse can be opened" in text and "\x1b[32m" in raw
+
+
+def test_doctor_of_what_is_wrong(server: S3, tmp_path: Path) -> None:
+    found = json.loads(
+        lazyfs(
+            "doctor", "s3://nowhere/m", f"--endpoint-url={server.url}", "--json",
+            f"--cache-dir={tmp_path / 'cache'}",
+        ).stdout
+    )  # fmt: skip
+    (failed,) = [finding for finding in found if finding["state"] == "failed"]
+    assert "there is no such bucket" in failed["words"]
+    public = tmp_path / "public"
+    public.mkdir(mode=0o777)
+    public.chmod(0o777)
+    answer = lazyfs("doctor", f"--cache-dir={public}")
+    assert answer.returncode == 1
+    assert "other users could put bytes into it" in answer.stdout
+    assert lazyfs("doctor", "http://x").returncode == 2
+
+
+@pytest.mark.parametrize("shell_name", ["bash", "zsh", "fish"])
+def test_completion(shell_name: str) -> None:
+    answer = lazyfs("completion", shell_name)
+    assert answer.returncode == 0
+    assert "_LAZYFS_COMPLETE" in answer.stdout
+    if shell_name == "bash":
+        subprocess.run(["bash", "-n", "-c", answer.stdout], check=True)
+
+
+@pytest.mark.parametrize("command", ["status", "report", "top", "doctor", "set", "pause", "mount"])
+def test_help_needs_no_mount(command: str) -> None:
+    answer = lazyfs(command, "--help")
+    assert answer.returncode == 0 and "Usage: " in answer.stdout
