@@ -30,6 +30,12 @@ DRIVER_NAME = "csi.lazyfs.io"
 KEEPER_SOCKET = "/run/lazyfs/keeper.sock"
 STATE_DIRECTORY = "/var/lib/kubelet/plugins/csi.lazyfs.io"
 
+# Mount options that make no sense for all volumes of a node at once, and what does.
+NOT_FOR_PLUGINS = {
+    "metrics-address": "--http-address has the metrics of a plugin and its mounts",
+    "log-file": "a plugin and its mounts log to standard error",
+}
+
 Command = Callable[..., None]
 
 
@@ -122,10 +128,9 @@ def rules(
     from lazyfs.errors import OptionError
     from lazyfs.options import find_option
 
-    if "metrics-address" in defaults:
-        raise OptionError(
-            "--metrics-address is of a single mount; --http-address has the metrics of a plugin"
-        )
+    for name, instead in NOT_FOR_PLUGINS.items():
+        if name in defaults:
+            raise OptionError(f"--{name} is for a mount by hand; {instead}")
     memory_limit = find_option("memory-limit")
     assert memory_limit is not None
     most = memory_limit.parse(max_memory_limit, "--max-memory-limit") if max_memory_limit else None
@@ -159,9 +164,12 @@ def serve(
 
     identity = Identity(driver_name, checks)
     server = Server(endpoint, [lambda it: add_IdentityServicer_to_server(identity, it), *services])
-    if http_address:
-        HealthServer(http_address, checks, mount_metrics).start()
+    health = HealthServer(http_address, checks, mount_metrics) if http_address else None
+    if health is not None:
+        health.start()
     server.serve()
+    if health is not None:
+        health.stop()
 
 
 @main.command()

@@ -23,7 +23,8 @@ CONTROLLER = ("controller", "--endpoint={directory}/csi.sock", "--state-dir={dir
         ([*CONTROLLER, "--allow-attributes=blockSze"], "--allow-attributes: attribute 'blockSze'"),
         ([*CONTROLLER, "--max-memory-limit=1"], "--max-memory-limit: '1' is not allowed: a size"),
         ([*CONTROLLER, "--block-size=1"], "--block-size: '1' is not allowed: a size"),
-        ([*CONTROLLER, "--metrics-address=:9"], "--metrics-address is of a single mount"),
+        ([*CONTROLLER, "--metrics-address=:9"], "--metrics-address is for a mount by hand"),
+        ([*CONTROLLER, "--log-file=/x"], "--log-file is for a mount by hand; a plugin"),
         (["keeper", "--socket=/tmp/keeper.sock"], "/tmp: is not a directory that only this user"),
     ],
 )
