@@ -253,6 +253,7 @@ class Cluster(Driver):
                     ),
                     timeout=KUBELET_TIMEOUT_S,
                 )
+                volume.staging.rmdir()  # as kubelet does; nothing is mounted there any more
                 volume.staging = None
 
     def _stage(self, volume: Volume) -> None:

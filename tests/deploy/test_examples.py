@@ -9,6 +9,9 @@ from __future__ import annotations
 import configparser
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +20,7 @@ import pytest
 import schemas
 from manifests import CHART, DEPLOY, EXAMPLES, Object, PodSpec, load, pod_specs
 from models import model_hashes
+from mounting import environment
 from rehearsal import Cluster
 from s3 import S3
 
@@ -164,6 +168,43 @@ def test_pods_of_one_node_share_a_daemon_and_outlive_the_node_plugin(cluster: Cl
     cluster.end_pods()
     cluster.delete_volumes()
     assert cluster.mounts() == []
+
+
+@pytest.mark.fuse
+@pytest.mark.timeout(240)
+def test_what_the_job_warmed_is_not_fetched_by_a_pod(cluster: Cluster) -> None:
+    """The Job's own command, with the directory that the driver's cache is in."""
+    cluster.apply((DEPLOY / "examples" / "warm-job.yaml").read_text())
+    (pod,) = pod_specs(cluster.objects)
+    (container,) = pod.containers
+    assert pod.host_path("warm", "/cache") == "/var/cache/lazyfs"
+    shutil.rmtree(cluster.directory / "cache")
+    arguments = [
+        each.replace("=/cache", f"={cluster.directory / 'cache'}") for each in container["args"]
+    ]
+    job = subprocess.run(
+        [Path(sys.executable).with_name(arguments[0]), *arguments[1:]],
+        env={
+            **environment(LAZYFS_ENDPOINT_URL=cluster.s3.url),
+            **cluster.secret_environment(pod, container),
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert job.returncode == 0, job.stderr
+
+    cluster.apply((DEPLOY / "examples" / "warm-daemonset.yaml").read_text())
+    cluster.s3.forget()
+    (path,) = cluster.run_pod(list(pod_specs(cluster.objects))[-1]).values()
+    for shard in path.glob("*.safetensors"):
+        subprocess.run(["cat", shard], stdout=subprocess.DEVNULL, timeout=60, check=True)
+    fetched = [key for key, _ in cluster.s3.data_requests() if key.endswith(".safetensors")]
+    assert fetched == []
+    cluster.check()
+    cluster.end_pods()
+    cluster.delete_volumes()
 
 
 @pytest.mark.fuse
