@@ -226,7 +226,7 @@ def _log_summary(
 ) -> None:
     log.info(
         "served %s: %d reads; %s from S3 in %d blocks, %s from disk; %s put into the page "
-        "cache, %s written to disk, %d blocks not (it was too slow)",
+        "cache, %s written to disk, %d blocks not during the load",
         mount.mountpoint,
         filesystem.reads,
         format_size(recorder.fetched_bytes.total()),

@@ -126,6 +126,8 @@ class BlockFetcher:
         self._getter = BlockGetter(
             source, self._memory, options, self._threads, self.pump, recorder
         )
+        # Somebody reads with O_DIRECT: what he had is not in the page cache afterwards.
+        self._passes_by_pages = False
         self._elsewhere: Elsewhere | None = None
         self._writer: BlockWriter | None = None
         if cache is not None:
@@ -164,7 +166,7 @@ class BlockFetcher:
 
     @property
     def shed_blocks(self) -> int:
-        """How many blocks were not written to disk because it was too slow."""
+        """How many blocks a load left no time or memory to write (see `BlockWriter`)."""
         return self._memory.shed_blocks
 
     @property
@@ -248,6 +250,7 @@ class BlockFetcher:
     def opened(self, file: File, *, direct: bool) -> None:
         """A file was opened; `direct`: with O_DIRECT, which passes by the page cache."""
         self.add_file(file)
+        self._passes_by_pages |= direct
         self._prefetcher.opened(file.inode, direct=direct)
 
     async def read(self, file: File, span: Span, *, reader: bool = True) -> memoryview:
@@ -539,7 +542,8 @@ class BlockFetcher:
 
     def _is_loading(self) -> bool:
         """Whether somebody loads a model of which all pages can stay in the page cache."""
-        return bool(self._recorder.open_files and self.in_flight) and self._page_cache.holds_all
+        loading = bool(self._recorder.open_files and self.in_flight)
+        return loading and self._page_cache.holds_all and not self._passes_by_pages
 
     def _make_room(self, length: int, *, urgent: bool) -> bool:
         reader_waits = any(job.waiting for job in self._jobs.values())

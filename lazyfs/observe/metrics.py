@@ -128,8 +128,8 @@ METRICS = (
     ),
     Declared("lazyfs_cache_written_bytes_total", "counter", "Blocks written to the cache."),
     Declared(
-        "lazyfs_cache_shed_blocks_total", "counter", "Blocks not written, because the disk is too "
-        "slow for a load.",
+        "lazyfs_cache_shed_blocks_total", "counter", "Blocks that a load left no time or memory "
+        "to write; what the page cache has of them is written after it.",
     ),
     Declared("lazyfs_memory_blocks_bytes", "gauge", "Blocks in memory and on their way there."),
     Declared("lazyfs_memory_limit_bytes", "gauge", "Most that they may be (--memory-limit)."),
