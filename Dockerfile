@@ -59,5 +59,6 @@ ENV PATH=/opt/lazyfs/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin
     PYTHONUNBUFFERED=1
 # Root, because mounting needs it: the chart runs the controller as 65532 and the keeper without
 # any capability.
-ENTRYPOINT ["/usr/bin/tini", "--"]
+# -s: it reaps processes also where it is not the first one (hostPID).
+ENTRYPOINT ["/usr/bin/tini", "-s", "--"]
 CMD ["lazyfs", "--help"]

@@ -31,7 +31,7 @@ class Kind(IntEnum):
     LIMIT = 11  # so many requests may be in flight from now on: -; number
     PLANNED = 12  # the order of loading is known: -; bytes of the model
     RESUMED = 13  # another worker took up the mount
-    SHED = 14  # a block was not written to disk, because it is too slow; its bytes
+    SHED = 14  # a load left no time or memory to write a block to the disk; its bytes
 
 
 class Purpose(IntEnum):
