@@ -29,7 +29,7 @@ COMMANDS = {
     "set": "tuning",
     "completion": "completion",
     "inspect": "inspecting",
-    "upgrade": "mounting",
+    "upgrade": "upgrading",
     "warm": "warming",
     "warmup": "warming",
     "cache": "caching",

@@ -1,4 +1,7 @@
-"""`lazyfs mount`, `umount` and `upgrade`: begin, end and renew a mount of this machine."""
+"""`lazyfs mount` and `umount`: begin and end a mount of this machine.
+
+A mount is quick to begin; so what only some mounts need is imported where it is needed.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,10 @@ from typing import IO, Any, NoReturn
 import click
 
 from lazyfs.cli.settings import settings, with_mount_options
-from lazyfs.cli.waiting import wait_until_here
 from lazyfs.errors import DaemonError, MountError, OptionError
 from lazyfs.mount import syscalls
-from lazyfs.mount.runtime import DaemonWatch, MountRecord, default_log_file, record_of, records
+from lazyfs.mount.runtime import DaemonWatch, default_log_file
 from lazyfs.mount.spec import MountSpec
-from lazyfs.mount.supervisor import replace_worker
 
 # A background mount that is neither ready nor refused by then is given up; its supervisor, which
 # gives its worker 120 s, knows more.
@@ -64,6 +65,8 @@ def mount(
         _serve(spec)
     _start_in_background(spec, log_file)
     if wait:
+        from lazyfs.cli.waiting import wait_until_here
+
         wait_until_here(mountpoint, wait, as_json=as_json)
 
 
@@ -82,29 +85,6 @@ def umount(mountpoint: Path, lazy: bool) -> None:
     syscalls.unmount(mountpoint, lazy=lazy)
     if not lazy and not watch.wait(timeout_s=15):
         raise MountError(f"{mountpoint}: unmounted, but its daemon has not ended yet")
-
-
-@click.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path), required=False)
-@click.option("--all", "every", is_flag=True, help="All mounts of this user.")
-def upgrade(mountpoint: Path | None, every: bool) -> None:
-    """Have MOUNTPOINT served by the version that is installed now, without unmounting.
-
-    Whoever reads notices a pause of about a second.
-    """
-    if (mountpoint is None) != every:
-        raise OptionError("upgrade: give a MOUNTPOINT, or --all")
-    chosen = records() if mountpoint is None else [_served(Path(os.path.realpath(mountpoint)))]
-    for record in chosen:
-        replacement = replace_worker(record)
-        click.echo(f"{record.mountpoint}: {record.version} -> {replacement.version}")
-
-
-def _served(mountpoint: Path) -> MountRecord:
-    record = record_of(mountpoint)
-    if record is None:
-        raise MountError(f"{mountpoint}: no lazyfs daemon serves it")
-    return record
 
 
 def _command(spec: MountSpec, descriptors: Sequence[int]) -> list[str]:
