@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import socket
 import stat
@@ -27,8 +28,12 @@ def _objects(server: S3) -> None:
 
 
 def socket_of(mounted: Mounted) -> Path:
-    (path,) = Path(RUNTIME_DIRECTORY).glob("*.sock")
-    return path
+    """Beside the record of the mount; those of mounts that were killed may lie there as well."""
+    records = Path(RUNTIME_DIRECTORY).glob("*.json")
+    (record,) = (
+        path for path in records if json.loads(path.read_text())["mountpoint"] == str(mounted.path)
+    )
+    return record.with_suffix(".sock")
 
 
 def test_status_says_what_happened(mount: Callable[..., Mounted]) -> None:

@@ -124,7 +124,10 @@ def test_cache_directories(refused: Callable[..., str], tmp_path: Path) -> None:
         ("--block-size=7MB", ["--block-size", "7MB", "256KiB", "64MiB"]),
         ("--block-size=tiny", ["--block-size", "tiny"]),
         ("--memory-limit=1K", ["--memory-limit", "1K", "64MiB"]),
-        ("--prefetch=everything", ["--prefetch", "everything", "model, sequential or off"]),
+        (
+            "--prefetch=everything",
+            ["--prefetch", "everything", "model, tensor, sequential, headers or off"],
+        ),
         ("--io-timeout=5", ["--io-timeout", "'5'", "30s"]),
         ("--file-mode=666", ["--file-mode", "666"]),
         ("--endpoint-url=ftp://x", ["--endpoint-url", "http://"]),
