@@ -41,7 +41,8 @@ pid {base}/nginx.pid;
 error_log {base}/error.log warn;
 events {{ worker_connections 4096; }}
 http {{
-    log_format counted '$request_method $status $body_bytes_sent $request_uri';
+    log_format counted
+        '$msec $request_time $request_method $status $body_bytes_sent $request_uri';
     access_log {base}/access.log counted;
     client_body_temp_path {base}/body; proxy_temp_path {base}/proxy; fastcgi_temp_path {base}/fcgi;
     uwsgi_temp_path {base}/uwsgi; scgi_temp_path {base}/scgi;
@@ -188,7 +189,7 @@ class Origin:
         with open(self._log) as log:
             log.seek(self._mark)
             for line in log:
-                method, status, sent, uri = line.split(" ", 3)
+                _, _, method, status, sent, uri = line.split(" ", 5)
                 if not uri.strip().partition("?")[0].removeprefix(f"/{BUCKET}").strip("/"):
                     lists += method == "GET"
                 elif method == "HEAD":
@@ -197,6 +198,20 @@ class Origin:
                     gets += 1
                     size += int(sent)
         return Requests(lists, heads, gets, size)
+
+    def first_range(self) -> float:
+        """When a range was first asked for since the mark, in seconds since the epoch.
+
+        Raises:
+            SystemExit: none was.
+        """
+        with open(self._log) as log:
+            log.seek(self._mark)
+            lines = [line.split(" ", 4) for line in log]
+        began = [float(end) - float(took) for end, took, _, status, _ in lines if status == "206"]
+        if not began:
+            raise SystemExit("bench: the origin was not asked for a range")
+        return min(began)
 
 
 @contextlib.contextmanager

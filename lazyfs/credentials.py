@@ -7,6 +7,7 @@ from functools import partial
 import botocore.credentials
 import botocore.session
 
+from lazyfs.aws import new_session
 from lazyfs.mount.spec import Credentials, StaticCredentials, WebIdentity
 
 METHOD = "lazyfs"
@@ -49,7 +50,7 @@ class GivenCredentials(botocore.credentials.CredentialProvider):
 
     def new_session(self) -> botocore.session.Session:
         """A botocore session with these credentials and no others."""
-        session = botocore.session.get_session()
+        session = new_session()
         session.register_component(
             "credential_provider", botocore.credentials.CredentialResolver([self])
         )
@@ -62,9 +63,7 @@ class GivenCredentials(botocore.credentials.CredentialProvider):
                 given.access_key_id, given.secret_access_key, given.session_token, METHOD
             )
         fetcher = botocore.credentials.AssumeRoleWithWebIdentityCredentialFetcher(
-            client_creator=partial(
-                botocore.session.get_session().create_client, region_name=self._region
-            ),
+            client_creator=partial(new_session().create_client, region_name=self._region),
             web_identity_token_loader=self._token,
             role_arn=given.role_arn,
             extra_args={"RoleSessionName": given.session_name},

@@ -31,6 +31,7 @@ from lazyfs.control.server import Route, serve_control
 from lazyfs.control.status import Status
 from lazyfs.control.tunables import tune
 from lazyfs.control.warming import Warming
+from lazyfs.errors import CannotResumeError
 from lazyfs.fetcher import BlockFetcher
 from lazyfs.filesystem import Filesystem
 from lazyfs.journal import ListingJournal
@@ -45,7 +46,7 @@ from lazyfs.options import MountOptions
 from lazyfs.pagecache import PageCache, tune_kernel
 from lazyfs.planner import PLANNED, Planner
 from lazyfs.prefetch import Prefetcher
-from lazyfs.session import CannotResumeError, Session
+from lazyfs.session import Session
 from lazyfs.source import Source, SourceUrl
 from lazyfs.tree import File
 

@@ -28,6 +28,10 @@ class MountError(LazyfsError):
     """The mountpoint or FUSE itself is not as it must be."""
 
 
+class CannotResumeError(MountError):
+    """The session cannot go on with this daemon; the mount must be made anew."""
+
+
 class DaemonError(LazyfsError):
     """What a daemon said when it refused to mount, or to go on.
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import pyfuse3
 import trio
 
-from lazyfs.errors import MountError
+from lazyfs.errors import CannotResumeError, MountError
 from lazyfs.mount import syscalls
 
 log = logging.getLogger(__name__)
@@ -36,10 +36,6 @@ RESEND = struct.pack("<IiQ", 16, 7, 0)
 # In the kernel since.
 RESEND_SINCE = "6.9"
 OPTIONS = {"default_permissions"}
-
-
-class CannotResumeError(MountError):
-    """The session cannot go on with this daemon; the mount must be made anew."""
 
 
 class Session:

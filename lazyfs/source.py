@@ -29,6 +29,7 @@ from obstore.exceptions import BaseError as ObstoreError
 from obstore.store import S3Store
 
 from lazyfs import __version__
+from lazyfs.aws import new_session
 from lazyfs.credentials import GivenCredentials
 from lazyfs.errors import (
     AccessDeniedError,
@@ -316,7 +317,7 @@ def _session(options: MountOptions, given: GivenCredentials | None) -> boto3.Ses
     if given is not None:
         return boto3.Session(botocore_session=given.new_session())
     try:
-        return boto3.Session(profile_name=options.profile)
+        return boto3.Session(botocore_session=new_session(options.profile))
     except botocore.exceptions.ProfileNotFound:
         raise OptionError(f"--profile: there is no profile {options.profile!r}") from None
 

@@ -19,8 +19,6 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from crc32c import crc32c
-
 from lazyfs.blocks import block_count, block_length
 from lazyfs.blocks.directio import align
 
@@ -94,6 +92,8 @@ class Content:
 
 def checksum(data: Buffer) -> int:
     """CRC-32C, without the interpreter's lock."""
+    from crc32c import crc32c  # brings argparse, and a mount can be ready without it
+
     return crc32c(data, 0, _RELEASE_GIL)
 
 

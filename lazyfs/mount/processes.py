@@ -14,6 +14,8 @@ from pathlib import Path
 # A worker that was told to end, or whose mount ended, gets this long to finish what it does.
 END_TIMEOUT_S = 8.0
 POLL_S = 0.1
+# Of a worker that says that the mount must be made anew.
+EXIT_CANNOT_RESUME = 75
 
 
 def end_former(worker: int, name: str) -> None:

@@ -45,6 +45,7 @@ from lazyfs.mount.keeper import Keeper, KeeperClient, KeeperError
 from lazyfs.mount.privileges import protect_from_oom
 from lazyfs.mount.processes import (
     END_TIMEOUT_S,
+    EXIT_CANNOT_RESUME,
     POLL_S,
     end_former,
     how_it_ended,
@@ -62,7 +63,6 @@ from lazyfs.mount.spec import Credentials, MountSpec
 
 log = logging.getLogger("lazyfs.mount.supervisor")  # not "__main__", which it may be run as
 
-EXIT_CANNOT_RESUME = 75
 # A worker that is neither ready nor refused by then is given up.
 READY_TIMEOUT_S = 120.0
 # Between the death of a worker and the next one. The long pause is for workers that do not even

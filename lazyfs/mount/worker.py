@@ -7,6 +7,7 @@ with the supervisor.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -14,19 +15,19 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lazyfs import __version__, daemon, log
-from lazyfs.errors import LazyfsError
+from lazyfs import __version__, log
+from lazyfs.errors import CannotResumeError, LazyfsError
 from lazyfs.mount import privileges
 from lazyfs.mount.handover import SPEC
 from lazyfs.mount.keeper import KeeperClient, KeeperError
+from lazyfs.mount.processes import EXIT_CANNOT_RESUME
 from lazyfs.mount.spec import MountSpec
-from lazyfs.mount.supervisor import EXIT_CANNOT_RESUME
 from lazyfs.options import MountOptions
-from lazyfs.session import CannotResumeError
-from lazyfs.source import SourceUrl
 
 # For the end of a worker whose supervisor is gone, before its process just ends.
 LAST_STEPS_S = 5.0
@@ -34,6 +35,8 @@ LAST_STEPS_S = 5.0
 
 def main(name: str, keeper_fd: int, report_fd: int, leash_fd: int | None) -> int:
     """Serve the mount that is kept under `name`; the exit code."""
+    # What a start makes stays: looking through it again and again takes a quarter of the time.
+    gc.disable()
     os.chdir("/")  # a daemon must not keep a filesystem busy
     keeper = KeeperClient(socket.socket(fileno=keeper_fd))
     spec = MountSpec.from_descriptor(keeper.fetch(name)[SPEC])
@@ -43,16 +46,7 @@ def main(name: str, keeper_fd: int, report_fd: int, leash_fd: int | None) -> int
         log.configure(options.log_level, options.log_format, spec.mountpoint)
         if leash_fd is not None:
             threading.Thread(target=_end_with, args=[leash_fd], daemon=True).start()
-        mount = daemon.Mount(
-            SourceUrl.parse(spec.source),
-            Path(spec.mountpoint),
-            options,
-            spec.credentials,
-            spec.options,
-        )
-        daemon.run(
-            mount, keeper, lambda: _report(report_fd, {"ready": True, "version": __version__})
-        )
+        _serve(spec, options, keeper, lambda: _ready(report_fd))
     except CannotResumeError as error:
         _report(report_fd, _described(error))
         return EXIT_CANNOT_RESUME
@@ -60,6 +54,54 @@ def main(name: str, keeper_fd: int, report_fd: int, leash_fd: int | None) -> int
         _report(report_fd, _described(error))
         return 1
     return 0
+
+
+def _serve(
+    spec: MountSpec, options: MountOptions, keeper: KeeperClient, on_ready: Callable[[], None]
+) -> None:
+    with _without_awscrt():
+        from lazyfs import daemon
+        from lazyfs.source import SourceUrl
+
+    mount = daemon.Mount(
+        SourceUrl.parse(spec.source),
+        Path(spec.mountpoint),
+        options,
+        spec.credentials,
+        spec.options,
+    )
+    daemon.run(mount, keeper, on_ready)
+
+
+@contextmanager
+def _without_awscrt() -> Iterator[None]:
+    """Let botocore not load a library of twelve megabytes that a mount has no use for.
+
+    botocore does that wherever it is installed (botocore/compat.py), and needs it for credentials
+    of `aws login` only, which a profile of the configuration file names (`login_session`).
+    """
+    if _may_use_aws_login() or "awscrt" in sys.modules:
+        yield
+        return
+    sys.modules["awscrt"] = None  # type: ignore[assignment]  # it is as if it were not installed
+    try:
+        yield
+    finally:
+        del sys.modules["awscrt"]
+
+
+def _may_use_aws_login() -> bool:
+    path = Path(os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config")
+    try:
+        return b"login_session" in path.expanduser().read_bytes()
+    except (OSError, RuntimeError):  # there is none, or no home
+        return False
+
+
+def _ready(report_fd: int) -> None:
+    _report(report_fd, {"ready": True, "version": __version__})
+    gc.freeze()
+    gc.enable()
 
 
 def _described(error: LazyfsError | KeeperError) -> dict[str, Any]:

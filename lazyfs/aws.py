@@ -1,0 +1,30 @@
+"""Sessions of botocore that are begun quickly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import botocore.session
+from botocore.loaders import Loader, create_loader
+
+
+def new_session(profile: str | None = None) -> botocore.session.Session:
+    """A session of its own: credentials and configuration are found when they are needed.
+
+    Raises:
+        botocore.exceptions.ProfileNotFound: of this name, or of the one in the environment.
+    """
+    session = botocore.session.Session(profile=profile)
+    paths = create_loader(session.get_config_variable("data_path")).search_paths
+    session.register_component(
+        "data_loader", _Loader(extra_search_paths=paths, include_default_search_paths=False)
+    )
+    return session
+
+
+class _Loader(Loader):
+    """Finds a service without looking into the directories of four hundred others (20 ms)."""
+
+    def list_available_services(self, type_name: str) -> list[str]:
+        directories = [path for path in map(Path, self.search_paths) if path.is_dir()]
+        return sorted({service.name for path in directories for service in path.iterdir()})
