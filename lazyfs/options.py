@@ -9,8 +9,6 @@ has read it, whatever it came from, so every source gets the same checks and the
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -353,6 +351,8 @@ _BY_NAME = {
 
 def _unknown(pattern: str, name: str) -> OptionError:
     place = pattern.format(name=name, environment=name, attribute=name)
+    import difflib  # for who misspells
+
     near = difflib.get_close_matches(name, _BY_NAME, 1)
     hint = f"did you mean {near[0]}?" if near else "see docs/OPTIONS.md for all"
     return OptionError(f"{place}: no such option; {hint}")
@@ -395,6 +395,8 @@ def config_layer(path: Path) -> dict[str, str | Iterable[str]]:
     Raises:
         OptionError: the file cannot be read, or is not such a file.
     """
+    import tomllib  # few have such a file
+
     try:
         table = tomllib.loads(path.read_text())
     except OSError as error:

@@ -128,15 +128,7 @@ def is_mounted(path: Path) -> bool:
 
 def worker_pid(path: Path) -> int:
     """The worker that serves a mount, found as anyone can find it."""
-    return _process(b"lazyfs.mount.worker", path)
-
-
-def supervisor_pid(path: Path) -> int:
-    """The process that looks after the worker of a mount."""
-    return _process(b"lazyfs.mount.supervisor", path)
-
-
-def _process(module: bytes, path: Path) -> int:
+    module = b"lazyfs.mount.worker"
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
             try:
@@ -145,7 +137,13 @@ def _process(module: bytes, path: Path) -> int:
                 continue
             if module in words and str(path).encode() in words:
                 return int(process.name)
-    raise AssertionError(f"no {module.decode()} for {path}")
+    raise AssertionError(f"no worker for {path}")
+
+
+def supervisor_pid(path: Path) -> int:
+    """The process that looks after the worker of a mount."""
+    status = Path(f"/proc/{worker_pid(path)}/stat").read_text()
+    return int(status.rpartition(")")[2].split()[1])
 
 
 def wait_until_gone(pid: int, timeout_s: float = 10) -> None:

@@ -5,12 +5,13 @@ A mount is quick to begin; so what only some mounts need is imported where it is
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
-import subprocess
+import signal
 import sys
-from collections.abc import Sequence
+import traceback
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -62,7 +63,7 @@ def mount(
     log_file = options.log_file or default_log_file(mountpoint)
     spec = MountSpec(source, str(mountpoint), texts)
     if foreground:
-        _serve(spec)
+        sys.exit(_supervise(spec))
     _start_in_background(spec, log_file)
     if wait:
         from lazyfs.cli.waiting import wait_until_here
@@ -87,17 +88,11 @@ def umount(mountpoint: Path, lazy: bool) -> None:
         raise MountError(f"{mountpoint}: unmounted, but its daemon has not ended yet")
 
 
-def _command(spec: MountSpec, descriptors: Sequence[int]) -> list[str]:
-    numbers = map(str, descriptors)
-    return [sys.executable, "-P", "-m", "lazyfs.mount.supervisor", spec.mountpoint, *numbers]
+def _supervise(spec: MountSpec, report_fd: int | None = None) -> int:
+    """Be the mount's supervisor until it ends; the exit code."""
+    from lazyfs.mount import supervisor
 
-
-def _serve(spec: MountSpec) -> NoReturn:
-    """Become the mount's supervisor."""
-    descriptor = spec.to_descriptor()
-    os.set_inheritable(descriptor, True)
-    command = _command(spec, [descriptor])
-    os.execv(command[0], command)  # noqa: S606
+    return supervisor.main(spec, report_fd)
 
 
 def _start_in_background(spec: MountSpec, log_file: Path) -> None:
@@ -107,27 +102,43 @@ def _start_in_background(spec: MountSpec, log_file: Path) -> None:
         LazyfsError: it was refused, with the message of the daemon, or it did not become ready.
     """
     reader, writer = os.pipe()
-    passed = [spec.to_descriptor(), writer]
     with _open_log(log_file) as output, open(reader) as answers:
-        process = subprocess.Popen(
-            _command(spec, passed),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            pass_fds=passed,
-            start_new_session=True,
-        )
+        # What was imported here for the options is what a supervisor needs; begun anew it would
+        # take as long again.
+        process = os.fork()
+        if process == 0:
+            _detach(spec, output.fileno(), writer)
         os.close(writer)
         readable, _, _ = select.select([answers], [], [], READY_TIMEOUT_S)
         answer = json.loads(answers.read() or "{}") if readable else {}
     if answer.get("ready"):
         return
     if not answer:
-        process.terminate()
-    process.wait()
+        os.kill(process, signal.SIGTERM)
+    os.waitpid(process, 0)
     if answer:
         raise DaemonError(answer["error"], answer["exit_code"])
     raise MountError(f"the daemon ended before the mount was ready; its log is {log_file}")
+
+
+def _detach(spec: MountSpec, log_fd: int, report_fd: int) -> NoReturn:
+    """Be a supervisor that keeps nothing of whoever gave the command but his environment."""
+    code = 1
+    try:
+        os.setsid()
+        # Above those that are replaced, wherever they are now.
+        descriptors = [
+            fcntl.fcntl(descriptor, fcntl.F_DUPFD, 8)
+            for descriptor in (os.open(os.devnull, os.O_RDONLY), log_fd, log_fd, report_fd)
+        ]
+        for number, descriptor in enumerate(descriptors):
+            os.dup2(descriptor, number, inheritable=number < 3)
+        os.closerange(len(descriptors), os.sysconf("SC_OPEN_MAX"))
+        code = _supervise(spec, len(descriptors) - 1)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 def _open_log(log_file: Path) -> IO[bytes]:

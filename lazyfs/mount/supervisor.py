@@ -1,8 +1,8 @@
 """Has a worker serve a mount, and another one when it dies, until the mount ends.
 
-`Supervisor` looks after one mount. `python -m lazyfs.mount.supervisor` is the process that
-`lazyfs mount` leaves in the background: keeper and supervisor of one mount in one, small, and
-without any library that could fail. It understands two signals:
+`Supervisor` looks after one mount. `main` is what the process does that `lazyfs mount` leaves in
+the background: keeper and supervisor of one mount in one, without any library that could fail. It
+understands two signals:
 
     SIGTERM, SIGINT   unmount and end
 
@@ -34,9 +34,8 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lazyfs.control.client import ControlClient
 from lazyfs.errors import DaemonError, LazyfsError, MountError
 from lazyfs.log import configure
 from lazyfs.mount import syscalls
@@ -61,7 +60,10 @@ from lazyfs.mount.runtime import (
 )
 from lazyfs.mount.spec import Credentials, MountSpec
 
-log = logging.getLogger("lazyfs.mount.supervisor")  # not "__main__", which it may be run as
+if TYPE_CHECKING:
+    from lazyfs.control.client import ControlClient
+
+log = logging.getLogger(__name__)
 
 # A worker that is neither ready nor refused by then is given up.
 READY_TIMEOUT_S = 120.0
@@ -191,7 +193,7 @@ class Supervisor:
         self._spec = replace(self._spec, credentials=credentials)
         self._store_spec()
         if self.alive:
-            ControlClient(control_socket(self._mountpoint)).put("/credentials", asdict(credentials))
+            self._client().put("/credentials", asdict(credentials))
 
     def give_back(self) -> None:
         """Give a keeper that was replaced what the former one kept. Raises KeeperError."""
@@ -202,8 +204,14 @@ class Supervisor:
 
     def status(self) -> dict[str, Any]:
         """What the worker says of itself (`GET /status`). Raises ControlError."""
-        answer: dict[str, Any] = ControlClient(control_socket(self._mountpoint)).get("/status")
+        answer: dict[str, Any] = self._client().get("/status")
         return answer
+
+    def _client(self) -> ControlClient:
+        # Asked by the CSI driver only, which has imported it; a mount by hand begins sooner.
+        from lazyfs.control.client import ControlClient
+
+        return ControlClient(control_socket(self._mountpoint))
 
     @property
     def trouble(self) -> str | None:
@@ -439,15 +447,13 @@ def replace_worker(record: MountRecord) -> MountRecord:
     raise MountError(f"{record.mountpoint}: no new worker became ready; its log says why")
 
 
-def main(spec_fd: int, report_fd: int | None) -> int:
+def main(spec: MountSpec, report_fd: int | None) -> int:
     """Keep and supervise one mount in this process; the exit code.
 
     Args:
-        spec_fd: has the spec.
+        spec: what to mount.
         report_fd: of a pipe to whoever waits for the mount; without it, errors are printed.
     """
-    spec = MountSpec.from_descriptor(spec_fd)
-    os.close(spec_fd)
     os.chdir("/")
     configure(
         str(spec.options.get("log-level", "info")),
@@ -488,9 +494,3 @@ def _report(descriptor: int | None, message: dict[str, Any]) -> None:
     if descriptor is not None:
         with open(descriptor, "w") as pipe:
             json.dump(message, pipe)
-
-
-if __name__ == "__main__":
-    # The first argument, the mountpoint, is there for those who look at the list of processes.
-    numbers = [int(text) for text in sys.argv[2:]]
-    sys.exit(main(numbers[0], numbers[1] if len(numbers) > 1 else None))

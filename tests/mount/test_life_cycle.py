@@ -19,7 +19,9 @@ from mounting import (
     is_mounted,
     lazyfs,
     shell,
+    supervisor_pid,
     wait_until_gone,
+    worker_pid,
 )
 from s3 import S3
 
@@ -54,6 +56,32 @@ def test_signals_unmount(mount: Callable[..., Mounted], number: signal.Signals, 
         reader.kill()
         reader.wait(timeout=10)
         reader.stdout.close()
+
+
+def test_a_background_mount_holds_nothing_of_the_command(s3: S3, tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    ours, theirs = os.pipe()
+    command = [sys.executable, "-m", "lazyfs", "mount", "s3://life/m", str(tmp_path / "mnt"),
+               f"--endpoint-url={s3.url}", f"--cache-dir={tmp_path}/cache",
+               f"--log-file={tmp_path}/log"]  # fmt: skip
+    # Both outputs are read to their end, which comes when the last process has closed them.
+    answer = subprocess.run(
+        command, env=environment(), cwd=tmp_path, pass_fds=[theirs], start_new_session=True,
+        capture_output=True, timeout=60, check=True,
+    )  # fmt: skip
+    try:
+        os.close(theirs)
+        assert (answer.stdout, answer.stderr) == (b"", b"")
+        assert os.read(ours, 1) == b""
+        worker = worker_pid(tmp_path / "mnt")
+        for pid in (worker, supervisor_pid(tmp_path / "mnt")):
+            assert os.getsid(pid) == pid
+            assert Path(f"/proc/{pid}/cwd").readlink() == Path("/")
+            assert Path(f"/proc/{pid}/fd/0").readlink() == Path("/dev/null")
+            assert Path(f"/proc/{pid}/fd/2").readlink() == tmp_path / "log"
+    finally:
+        os.close(ours)
+        lazyfs("umount", tmp_path / "mnt")
 
 
 def test_foreground_exits_with_zero(s3: S3, tmp_path: Path) -> None:
