@@ -4,7 +4,7 @@
     python bench/fetch.py download ENDPOINT SOURCE_DIRECTORY CONCURRENCY TARGET_DIRECTORY
 
 `raw` gets every byte of the model by ranged GETs of 8 MiB and throws it away. `download` writes
-it to local disk. Both by obstore, the client that lazyfs uses.
+it to local disk. Both by obstore, a client in Rust.
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@ before the mountpoint is touched, so that a refused mount leaves nothing behind.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import logging
 import signal
 import subprocess
@@ -59,8 +57,6 @@ SESSION_CHECK_S = 0.5
 LAST_REPLIES_S = 6.0
 # After a signal: how long pushes under way may take.
 LAST_PUSHES_S = 2.0
-# malloc.h
-M_ARENA_MAX = -8
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,19 +83,7 @@ def run(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None]) -> Non
         LazyfsError: it could not be mounted, or not be resumed.
         KeeperError: the session cannot be kept.
     """
-    _share_one_heap()
     trio.run(_serve, mount, keeper, on_ready)
-
-
-def _share_one_heap() -> None:
-    """Let all threads allocate from one heap of the C library, where it is glibc's.
-
-    Each worker thread receives blocks into memory of its own arena otherwise, and what one thread
-    frees another cannot use: twice the memory, and a page fault for every page of every block
-    (mallopt(3), M_ARENA_MAX; `bench/`: 385 MiB at the peak instead of 560, a sixth less time).
-    """
-    with contextlib.suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None]) -> None:

@@ -8,7 +8,6 @@ A message is one line for a person: what happened, to which object or path, and 
 from __future__ import annotations
 
 import errno
-import re
 from typing import ClassVar
 
 
@@ -178,30 +177,3 @@ def classify(status: int | None, code: str | None) -> type[SourceError]:
     if status is None or status >= 500:
         return UnavailableError
     return _BY_STATUS.get(status, BadRequestError)
-
-
-# rustls names the reason of a refused certificate deep in the details.
-_CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(?:Other\(\s*OtherError\(\s*)?(\w+)")
-_REASON = re.compile(r'message: "([^"]+)"')
-_STATUS = re.compile(r"status code: (\d{3})")
-_CODE = re.compile(r"<Code>(\w+)</Code>")
-
-
-def classify_text(text: str) -> tuple[type[SourceError], str]:
-    """The error, and its cause in a few words, for a client that only has a message.
-
-    obstore's exceptions carry the HTTP status and S3's body as text
-    (`Server returned non-2xx status code: 503 ...: <Error><Code>SlowDown</Code>`).
-    """
-    if untrusted := _CERTIFICATE.search(text):
-        return UntrustedError, f"certificate refused: {untrusted[1]}; see --ca-bundle"
-    status = _STATUS.search(text)
-    code = _CODE.search(text)
-    kind = classify(int(status[1]) if status else None, code[1] if code else None)
-    if status or code:
-        cause = " ".join(found[1] for found in (status, code) if found)
-    else:
-        summary, _, details = text.partition("Debug source")
-        reasons = _REASON.findall(details)
-        cause = " ".join(summary.split())[:300] + (f": {reasons[-1]}" if reasons else "")
-    return kind, cause

@@ -57,6 +57,8 @@ LAST_WRITES_S = 5.0
 LOADERS = 3
 # Requests of waiting readers that may be in flight beyond the adaptive limit.
 URGENT_EXTRA = 8
+# How often connections that nobody uses are closed.
+IDLE_S = 30.0
 # How often the cache is told what is needed and looks after itself.
 CARE_S = 10.0
 # A prefetch is given up after this time; a reader who needs the block tries on his own account.
@@ -107,6 +109,7 @@ class BlockFetcher:
         recorder: Recorder,
         processors: Processors | None = None,
     ) -> None:
+        self._source = source
         self._recorder = recorder
         self._paused = False
         self._cache = cache
@@ -144,6 +147,7 @@ class BlockFetcher:
             self._nursery = nursery
             for _ in range(PUSHERS):
                 nursery.start_soon(self._push_forever)
+            nursery.start_soon(self._close_idle)
             if self._cache and self._writer and self._elsewhere:
                 nursery.start_soon(self._writer.run)
                 nursery.start_soon(self._elsewhere.follow)
@@ -458,6 +462,11 @@ class BlockFetcher:
         """A block that was left to another daemon came to the disk, or is not going to."""
         self._prefetcher.moved(block, Place.LOCAL if there else Place.ABSENT)
         self.pump()
+
+    async def _close_idle(self) -> None:
+        while True:
+            await trio.sleep(IDLE_S)
+            await self._thread(self._source.close_idle)
 
     async def _care_for_cache(self, cache: BlockCache) -> None:
         while True:

@@ -1,35 +1,35 @@
 """One S3 prefix: what lies below it, and ranges of its objects.
 
-boto3 finds credentials, lists and heads; obstore brings the bytes, because it fetches and decrypts
-without the interpreter's lock and at a third of boto3's processor time.
-All calls here block: they are made from worker threads. S3's errors become the project's own here
-and nowhere else.
+boto3 finds credentials, lists, heads and signs; `transport.py` brings the bytes, which costs it a
+fraction of the processor time. All calls here block: they are made from worker threads. S3's errors
+become the project's own here and nowhere else.
 """
 
 from __future__ import annotations
 
-import datetime
 import email.utils
+import http.client
 import re
+import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote_to_bytes
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 import boto3
+import botocore.auth
+import botocore.awsrequest
 import botocore.config
 import botocore.exceptions
-import obstore
+import botocore.httpsession
+import botocore.utils
 from botocore import UNSIGNED
-from obstore.exceptions import BaseError as ObstoreError
-from obstore.store import S3Store
 
 from lazyfs import __version__
 from lazyfs.aws import new_session
+from lazyfs.blocks.buffers import take_buffer
 from lazyfs.credentials import GivenCredentials
 from lazyfs.errors import (
     AccessDeniedError,
@@ -39,25 +39,30 @@ from lazyfs.errors import (
     OptionError,
     SourceError,
     UnavailableError,
+    UntrustedError,
     WrongRegionError,
     classify,
-    classify_text,
 )
 from lazyfs.mount.spec import Credentials
 from lazyfs.objectsum import ObjectSum
 from lazyfs.options import MountOptions
+from lazyfs.transport import (
+    CONNECT_TIMEOUT_S,
+    SILENCE_TIMEOUT_S,
+    OtherRangeError,
+    Proxy,
+    RefusedError,
+    Transport,
+    tls_context,
+)
 from lazyfs.tree import ListedObject
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
-    from obstore.store import ClientConfig, S3Config, S3Credential
 
 DEFAULT_REGION = "us-east-1"
-CONNECT_TIMEOUT_S = 5.0
-# A connection that is silent for this long is given up and the range is asked for again.
-SILENCE_TIMEOUT_S = 20.0
-# boto3's credentials refresh themselves ahead of their expiry; obstore asks again this often.
-CREDENTIALS_TTL = timedelta(minutes=1)
+# An error's code in the XML that S3 sends with a refusal.
+_CODE = re.compile(r"<Code>(\w+)</Code>")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.\-_]{1,254}", re.IGNORECASE)
 
 
@@ -127,7 +132,9 @@ class Source:
             self._session = _session(options, self._given)
             self._client = self._client_for(region) if region else self._connect()
         self.region: str = self._client.meta.region_name
-        self._store = self._open_store(self.region)
+        # Where objects are: a server, and what stands before their keys in the path.
+        self._server, self._path = self._place()
+        self._transport = self._open_transport()
         # What makes cached blocks of equal keys in different services distinct.
         self.endpoint = options.endpoint_url or f"aws:{self.region}"
 
@@ -188,26 +195,31 @@ class Source:
     def read_range(self, key: str, etag: str, start: int, length: int) -> memoryview:
         """Exactly `length` bytes of an object from `start`, of the version that `etag` names.
 
-        The memory is obstore's own: nothing is copied into Python.
-
         Raises:
             ObjectChangedError, ObjectGoneError: the object is no longer what was listed.
             SourceError: any other failure.
         """
         where = f"s3://{self.url.bucket}/{key}"
-        try:
-            result = obstore.get(
-                self._store, key, options={"range": (start, start + length), "if_match": etag}
-            )
-            if result.range != (start, start + length):
-                raise BadResponseError(f"{where}: asked for {start}+{length}, got {result.range}")
-            body = result.bytes()
-        except (ObstoreError, OSError, ValueError) as error:
-            kind, cause = classify_text(str(error))
-            raise kind(f"{where}: {cause}") from error
-        if len(body) != length:
-            raise BadResponseError(f"{where}: asked for {length} bytes at {start}, got {len(body)}")
-        return memoryview(body)
+        target = self._path + quote(key, safe="/~")
+        headers = {"Range": f"bytes={start}-{start + length - 1}", "If-Match": etag}
+        into = take_buffer(length)
+        with _as_source_error(where):
+            try:
+                self._transport.get_range(target, self._signed(target, headers), start, into)
+            except RefusedError as error:
+                raise _refused(where, error) from error
+            except OtherRangeError as error:
+                raise BadResponseError(f"{where}: {error}") from error
+            except ssl.SSLCertVerificationError as error:
+                cause = f"certificate refused: {error.verify_message}; see --ca-bundle"
+                raise UntrustedError(f"{where}: {cause}") from error
+            except (OSError, http.client.HTTPException) as error:
+                raise UnavailableError(f"{where}: {_cause(error)}") from error
+        return into
+
+    def close_idle(self) -> None:
+        """Close connections that nobody has used for a while."""
+        self._transport.close_idle()
 
     def checksum(self, key: str, etag: str) -> ObjectSum | None:
         """The checksum of a whole object, to be compared; None if S3 keeps none that can be.
@@ -263,54 +275,79 @@ class Source:
             ),
         )
 
-    def _open_store(self, region: str) -> S3Store:
-        options = self._options
-        client_options: ClientConfig = {
-            "allow_http": True,
-            "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_S),
-            "read_timeout": timedelta(seconds=SILENCE_TIMEOUT_S),
-            "timeout": timedelta(minutes=10),
-            "user_agent": f"lazyfs/{__version__}",
-        }
-        if options.ca_bundle:
-            client_options["root_certificate"] = _pem(options.ca_bundle)
-        virtual = options.addressing_style == "virtual" or (
-            options.addressing_style == "auto" and not options.endpoint_url
-        )
+    def _place(self) -> tuple[str, str]:
+        """The bucket is in the server's name, or first in the path."""
+        options, bucket = self._options, self.url.bucket
+        scheme, _, host = self._client.meta.endpoint_url.rstrip("/").partition("://")
         # A name with a dot does not match the certificate *.s3.amazonaws.com.
-        virtual = virtual and ("." not in self.url.bucket or options.addressing_style == "virtual")
-        config: S3Config = {
-            "region": region,
-            "virtual_hosted_style_request": virtual,
-            "skip_signature": options.no_sign_request,
-            "request_payer": options.requester_pays,
-        }
-        if options.endpoint_url:
-            scheme, _, host = options.endpoint_url.partition("://")
-            config["endpoint"] = (
-                f"{scheme}://{self.url.bucket}.{host}" if virtual else options.endpoint_url
-            )
-        return S3Store(
-            self.url.bucket,
-            config=config,
-            client_options=client_options,
-            # Retries are ours (`lazyfs/retry.py`): they know who waits and for how long.
-            retry_config={"max_retries": 0},
-            credential_provider=None if options.no_sign_request else self._credentials,
+        virtual = options.addressing_style == "virtual" or (
+            options.addressing_style == "auto" and not options.endpoint_url and "." not in bucket
         )
+        host, slash, path = host.partition("/")
+        if virtual:
+            return f"{scheme}://{bucket}.{host}", f"{slash}{path}/"
+        return f"{scheme}://{host}", f"{slash}{path}/{bucket}/"
 
-    def _credentials(self) -> S3Credential:
-        """What obstore signs with: boto3's credentials, which refresh themselves."""
+    def _open_transport(self) -> Transport:
+        session = self._session._session  # boto3 hides what botocore offers
+        given = self._options.ca_bundle or session.get_config_variable("ca_bundle")
+        tls = None
+        if given or self._server.startswith("https"):
+            try:
+                tls = tls_context(str(given) if given else botocore.httpsession.where())
+            except OSError as error:
+                raise OptionError(f"--ca-bundle: {given}: {error.strerror or error}") from None
+        return Transport(self._server, tls, _proxy(self._server))
+
+    def _signed(self, target: str, headers: dict[str, str]) -> dict[str, str]:
+        """The headers of a request, signed with boto3's credentials of now."""
+        if self._options.requester_pays:
+            headers["x-amz-request-payer"] = "requester"
+        headers["User-Agent"] = f"lazyfs/{__version__}"
+        if self._options.no_sign_request:
+            return headers
         credentials = self._session.get_credentials()
         if credentials is None:
             raise AccessDeniedError(f"{self.url}: the credentials are gone")
-        frozen = credentials.get_frozen_credentials()
-        return {
-            "access_key_id": frozen.access_key or "",
-            "secret_access_key": frozen.secret_key or "",
-            "token": frozen.token,
-            "expires_at": datetime.datetime.now(datetime.UTC) + CREDENTIALS_TTL,
-        }
+        request = botocore.awsrequest.AWSRequest("GET", self._server + target, headers=headers)
+        signer = botocore.auth.S3SigV4Auth(credentials.get_frozen_credentials(), "s3", self.region)
+        signer.add_auth(request)
+        return dict(request.headers)
+
+
+def _refused(where: str, error: RefusedError) -> SourceError:
+    found = _CODE.search(error.text)
+    code = found[1] if found else None
+    request = error.headers.get("x-amz-request-id")
+    cause = " ".join(filter(None, [str(error.status), code]))
+    return classify(error.status, code)(
+        f"{where}: {cause}" + (f" (request {request})" if request else "")
+    )
+
+
+def _cause(error: Exception) -> str:
+    """What is wrong with a connection, in a few words."""
+    if isinstance(error, TimeoutError):
+        return f"no answer for {SILENCE_TIMEOUT_S:g} s"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def _proxy(url: str) -> Proxy | None:
+    """The proxy that the environment names for a URL (`HTTPS_PROXY`, `NO_PROXY`, ...).
+
+    Raises:
+        OptionError: it is one of a kind that is not supported.
+    """
+    proxies = botocore.httpsession.ProxyConfiguration(botocore.utils.get_environ_proxies(url))
+    text = proxies.proxy_url_for(url)
+    if not text:
+        return None
+    proxy = urlsplit(text)
+    if proxy.scheme != "http" or not proxy.hostname:
+        raise OptionError("the environment names a proxy that is not http://HOST:PORT")
+    return Proxy(proxy.hostname, proxy.port or 80, proxies.proxy_headers_for(text))
 
 
 def _session(options: MountOptions, given: GivenCredentials | None) -> boto3.Session:
@@ -320,13 +357,6 @@ def _session(options: MountOptions, given: GivenCredentials | None) -> boto3.Ses
         return boto3.Session(botocore_session=new_session(options.profile))
     except botocore.exceptions.ProfileNotFound:
         raise OptionError(f"--profile: there is no profile {options.profile!r}") from None
-
-
-def _pem(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise OptionError(f"--ca-bundle: {path}: {error.strerror}") from None
 
 
 def _bucket_region(client: S3Client, bucket: str) -> str | None:

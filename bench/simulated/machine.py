@@ -152,6 +152,9 @@ class Bucket:
             return self._zeros[:length]
         return memoryview(head + bytes(length - len(head)))
 
+    def close_idle(self) -> None:
+        """There are no connections."""
+
 
 class Disk:
     """In the place of `BlockCache`."""

@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lazyfs.blocks import block_count, block_length
-from lazyfs.blocks.directio import align
+from lazyfs.blocks.buffers import align
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

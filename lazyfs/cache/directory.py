@@ -37,7 +37,8 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from lazyfs.blocks.directio import ALIGNMENT, read_file, write_file
+from lazyfs.blocks.buffers import ALIGNMENT
+from lazyfs.blocks.directio import read_file, write_file
 from lazyfs.cache.blockfile import Content, DamagedBlockError, check, make_tail, parse_tail
 from lazyfs.cache.claims import Claims
 from lazyfs.cache.index import (

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from lazyfs.blocks import BlockId, block_length
+from lazyfs.blocks.buffers import take_buffer
 from lazyfs.cache import BlockCache
 from lazyfs.tree import File
 
@@ -124,7 +125,7 @@ def save(mountpoint: Path, cache: BlockCache, blocks: Iterable[tuple[str, File, 
     return saved
 
 
-def resident(path: Path, inode: int, offset: int, length: int) -> bytes | None:
+def resident(path: Path, inode: int, offset: int, length: int) -> memoryview | None:
     """A part of a file, if all of its pages are in memory and it is that inode; else None.
 
     Raises:
@@ -139,8 +140,8 @@ def resident(path: Path, inode: int, offset: int, length: int) -> bytes | None:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead
         if not _all_resident(descriptor, offset, length):
             return None
-        data = os.pread(descriptor, length, offset)
-        return data if len(data) == length else None
+        data = take_buffer(length)
+        return data if os.preadv(descriptor, [data], offset) == length else None
     finally:
         os.close(descriptor)
 

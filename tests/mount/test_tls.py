@@ -47,11 +47,8 @@ def test_an_unknown_authority_is_refused(tls_s3: S3, tmp_path: Path) -> None:
     assert "certificate" in answer.stderr.lower()
 
 
-def test_a_certificate_that_only_the_listing_takes(tmp_path: Path) -> None:
-    """OpenSSL (boto3) takes an authority for a server's certificate; rustls (obstore) does not.
-
-    Waiting cannot help, so the read fails at once and the log says why.
-    """
+def test_a_certificate_that_is_its_own_authority(tmp_path: Path) -> None:
+    """What the listing takes, the reading takes."""
     pem, key = make_certificate(tmp_path, "both", *ADDRESS)
     server = S3(pem, key, authority=pem)
     try:
@@ -59,8 +56,7 @@ def test_a_certificate_that_only_the_listing_takes(tmp_path: Path) -> None:
         options = [f"--ca-bundle={pem}"]
         mounted = Mounted("s3://tls/m", tmp_path / "mnt", tmp_path / "cache", server.url, *options)
         try:
-            assert "Input/output error" in shell("cat file", mounted.path, timeout_s=20).stderr
-            assert "certificate refused: CaUsedAsEndEntity" in mounted.log()
+            assert shell("cat file", mounted.path).stdout == "x"
         finally:
             mounted.end()
     finally:

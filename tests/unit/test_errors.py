@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from lazyfs.errors import classify, classify_text
+from lazyfs.errors import classify
 
 
 @pytest.mark.parametrize(
@@ -30,21 +30,3 @@ from lazyfs.errors import classify, classify_text
 def test_table(status: int | None, code: str | None, number: int, transient: bool) -> None:
     kind = classify(status, code)
     assert (kind.errno, kind.transient) == (number, transient)
-
-
-def test_text() -> None:
-    kind, cause = classify_text(
-        "Error performing GET http://x/y in 1s - Server returned non-2xx status code: "
-        "503 Service Unavailable: <Error><Code>SlowDown</Code></Error>\n\nDebug source: ..."
-    )
-    assert kind.transient and cause == "503 SlowDown"
-    kind, cause = classify_text(
-        "HTTP error: error sending request\n\nDebug source:\nOs {\n  code: 111,\n"
-        '  kind: ConnectionRefused,\n  message: "Connection refused",\n}'
-    )
-    assert kind.transient and cause == "HTTP error: error sending request: Connection refused"
-    kind, cause = classify_text(
-        "HTTP error: error sending request\n\nDebug source:\nerror: InvalidCertificate(\n"
-        "    Other(\n  OtherError(\n   CaUsedAsEndEntity,\n"
-    )
-    assert not kind.transient and "CaUsedAsEndEntity" in cause

@@ -1,0 +1,211 @@
+"""Ranged GETs over HTTP connections that are kept open.
+
+A body goes from the socket straight into memory that was there before: one copy, made by the kernel
+or by OpenSSL while other threads run. That is what other clients cannot do, which hand out memory
+of their own: at 8 MiB a request it costs half the processor time (`bench/transport.py`).
+
+What is asked, and what an answer means, `source.py` knows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import re
+import ssl
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+CONNECT_TIMEOUT_S = 5.0
+# A connection that is silent for this long is given up and the range is asked for again.
+SILENCE_TIMEOUT_S = 20.0
+# A connection that nobody needed for so long is closed: servers do so too, after a minute or less.
+MOST_IDLE_S = 30.0
+# Of a body, how much is received between two looks at the rest.
+PIECE = 1 << 20
+# Of the text that comes with a refusal, how much is read.
+MOST_TEXT = 64 << 10
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/")
+
+
+class RefusedError(Exception):
+    """The server answered, but not with the range.
+
+    Attributes:
+        status: of HTTP.
+        headers: of the answer; names in lower case.
+        text: the beginning of the body.
+    """
+
+    def __init__(self, status: int, headers: Mapping[str, str], text: str) -> None:
+        super().__init__(status)
+        self.status = status
+        self.headers = headers
+        self.text = text
+
+
+class OtherRangeError(Exception):
+    """The server answered with other bytes than were asked for; the message says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """An HTTP proxy, and what it is told with each request; its user's password, it may be."""
+
+    host: str
+    port: int
+    headers: Mapping[str, str] = field(repr=False)
+
+
+@dataclass(slots=True)
+class _Idle:
+    connection: http.client.HTTPConnection
+    since_s: float
+
+
+class Transport:
+    """Connections to one host, as many as there are requests at once.
+
+    Args:
+        endpoint: `http://HOST[:PORT]` or `https://HOST[:PORT]`.
+        tls: for https.
+        proxy: that leads there, or None.
+    """
+
+    def __init__(
+        self, endpoint: str, tls: ssl.SSLContext | None = None, proxy: Proxy | None = None
+    ) -> None:
+        self._url = urlsplit(endpoint)
+        self._tls = tls
+        self._proxy = proxy
+        self._idle: list[_Idle] = []
+        self._lock = threading.Lock()
+
+    def get_range(
+        self, target: str, headers: Mapping[str, str], start: int, into: memoryview
+    ) -> None:
+        """Fill a buffer with the bytes of an object from `start`.
+
+        Args:
+            target: path and query, as they go over the wire.
+            headers: of the request, `Range` included.
+
+        Raises:
+            RefusedError: the answer is not 206.
+            OtherRangeError: it is another range.
+            OSError, http.client.HTTPException: no connection, or it broke, or it was silent.
+        """
+        if self._proxy and self._url.scheme == "http":
+            target = f"{self._url.scheme}://{self._url.netloc}{target}"
+            headers = {**headers, **self._proxy.headers}
+        connection, answer = self._ask(target, headers)
+        with _closed_on_error(connection):
+            if answer.status != 206:
+                text = answer.read(MOST_TEXT).decode(errors="replace")
+                raise RefusedError(
+                    answer.status,
+                    {name.lower(): value for name, value in answer.getheaders()},
+                    text,
+                )
+            _check_range(answer, start, len(into))
+            _receive(answer, into)
+        if connection.sock is not None:  # else the server wanted it closed
+            with self._lock:
+                self._idle.append(_Idle(connection, time.monotonic()))
+
+    def close_idle(self, longer_than_s: float = MOST_IDLE_S) -> None:
+        """Close the connections that nobody used for so long."""
+        before_s = time.monotonic() - longer_than_s
+        with self._lock:
+            idle, self._idle = self._idle, []
+            self._idle = [each for each in idle if each.since_s > before_s]
+        for each in idle:
+            if each.since_s <= before_s:
+                each.connection.close()
+
+    def _ask(
+        self, target: str, headers: Mapping[str, str]
+    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        """Where a request was sent, and the head of the answer."""
+        with self._lock:
+            kept = self._idle.pop().connection if self._idle else None
+        if kept is not None:
+            with contextlib.suppress(ConnectionError, http.client.BadStatusLine):
+                return kept, _answer_of(kept, target, headers)
+            self.close_idle(0.0)  # the server has closed it, and the others are older
+        connection = self._connect()
+        return connection, _answer_of(connection, target, headers)
+
+    def _connect(self) -> http.client.HTTPConnection:
+        host, port = self._url.hostname or "", self._url.port
+        if self._proxy:
+            host, port = self._proxy.host, self._proxy.port
+        connection: http.client.HTTPConnection
+        if self._url.scheme == "https":
+            connection = http.client.HTTPSConnection(
+                host, port, timeout=CONNECT_TIMEOUT_S, context=self._tls
+            )
+            if self._proxy:
+                beyond = self._url.hostname or ""
+                connection.set_tunnel(beyond, self._url.port or 443, dict(self._proxy.headers))
+        else:
+            connection = http.client.HTTPConnection(host, port, timeout=CONNECT_TIMEOUT_S)
+        with _closed_on_error(connection):
+            connection.connect()
+            connection.sock.settimeout(SILENCE_TIMEOUT_S)
+        return connection
+
+
+def tls_context(authorities: str) -> ssl.SSLContext:
+    """What a connection is secured with, as boto3 does it.
+
+    Args:
+        authorities: a file of certificates that are trusted.
+
+    Raises:
+        OSError: it cannot be read, or holds none.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(authorities)
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def _answer_of(
+    connection: http.client.HTTPConnection, target: str, headers: Mapping[str, str]
+) -> http.client.HTTPResponse:
+    with _closed_on_error(connection):
+        connection.request("GET", target, headers=dict(headers))
+        return connection.getresponse()
+
+
+@contextlib.contextmanager
+def _closed_on_error(connection: http.client.HTTPConnection) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _check_range(answer: http.client.HTTPResponse, start: int, length: int) -> None:
+    told = answer.getheader("Content-Range", "")
+    found = _CONTENT_RANGE.match(told)
+    if found is None or (int(found[1]), int(found[2])) != (start, start + length - 1):
+        raise OtherRangeError(f"asked for {length} bytes at {start}, got {told!r}")
+    if answer.length not in (None, length):
+        raise OtherRangeError(f"asked for {length} bytes at {start}, got {answer.length}")
+
+
+def _receive(answer: http.client.HTTPResponse, into: memoryview) -> None:
+    done = 0
+    while done < len(into):
+        count = answer.readinto(into[done : done + PIECE])
+        if count == 0:
+            raise http.client.IncompleteRead(b"", len(into) - done)
+        done += count
+    if answer.read(1):  # a body in chunks does not say its length before
+        raise OtherRangeError(f"asked for {len(into)} bytes, got more")
