@@ -236,7 +236,6 @@ def _prefetcher(options: MountOptions) -> Prefetcher:
     return Prefetcher(
         options.prefetch,
         options.block_size,
-        heads_bytes=options.memory_limit // 4,
         wanted=None if matches is None else lambda name: matches(name) is not None,
     )
 

@@ -30,6 +30,7 @@ import trio
 from lazyfs.blocks import BlockId, Span, block_length, gaps
 from lazyfs.blocks.elsewhere import Elsewhere
 from lazyfs.blocks.getter import BlockGetter
+from lazyfs.blocks.heads import Heads, has_head, heads_limit
 from lazyfs.blocks.memory import BlockMemory, Held, all_unread
 from lazyfs.blocks.processor import Processors
 from lazyfs.blocks.queue import BlockQueue
@@ -41,6 +42,7 @@ from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.options import MountOptions
 from lazyfs.pagecache import PageCache
 from lazyfs.prefetch import Place, Prefetcher
+from lazyfs.safetensors import LENGTH_BYTES, header_size
 from lazyfs.source import Source
 from lazyfs.tree import File
 
@@ -112,13 +114,17 @@ class BlockFetcher:
         self._source = source
         self._recorder = recorder
         self._paused = False
+        # Since the last `pump`, so that more may be wished for now, or put into the page cache.
+        self._reader_moved = False
         self._cache = cache
         self._page_cache = page_cache
         self._prefetcher = prefetcher
         self._options = options
         self._block_size = options.block_size
         self._files: dict[int, File] = {}
-        self._memory = BlockMemory(options.memory_limit, options.block_size, prefetcher)
+        for_heads = heads_limit(options.memory_limit, options.block_size)
+        for_blocks = options.memory_limit - for_heads
+        self._memory = BlockMemory(for_blocks, options.block_size, prefetcher)
         self._jobs: dict[BlockId, Job] = {}
         self._urgent: deque[Job] = deque()
         self._fetching = 0
@@ -129,6 +135,7 @@ class BlockFetcher:
         self._getter = BlockGetter(
             source, self._memory, options, self._threads, self.pump, recorder
         )
+        self._heads = Heads(self._getter, for_heads, page_cache, prefetcher, self._thread, recorder)
         # Somebody reads with O_DIRECT: what he had is not in the page cache afterwards.
         self._passes_by_pages = False
         self._elsewhere: Elsewhere | None = None
@@ -192,8 +199,8 @@ class BlockFetcher:
 
     @property
     def memory_bytes(self) -> int:
-        """Blocks in memory and on their way there."""
-        return self._memory.used_bytes
+        """Blocks and heads in memory and on their way there."""
+        return self._memory.used_bytes + self._heads.used_bytes
 
     @property
     def in_flight(self) -> int:
@@ -236,12 +243,14 @@ class BlockFetcher:
     def was_read(self, file: File, offset: int, size: int) -> None:
         """A reader asked for `size` bytes at `offset` of a file."""
         self.add_file(file)
-        self._prefetcher.was_read(file.inode, offset, size)
+        self._reader_moved |= self._prefetcher.was_read(file.inode, offset, size)
 
     def set_known(self, file: File, known: bool) -> None:
         """The kernel looked a file up, or forgot it."""
         self.add_file(file)
         self._prefetcher.set_known(file.inode, known)
+        if known and self._nursery:
+            self._heads.set_known(self._nursery, file.inode)
         self.pump()
 
     async def cached_bytes(self, file: File) -> int:
@@ -257,6 +266,30 @@ class BlockFetcher:
         self._passes_by_pages |= direct
         self._prefetcher.opened(file.inode, direct=direct)
 
+    async def header(self, file: File) -> memoryview | None:
+        """The header of a safetensors file, without bringing a block for it if it has many.
+
+        None: it is too long, see `LONGEST_HEADER`.
+
+        Raises:
+            SourceError: it cannot be had.
+            MalformedHeaderError: its length is not valid.
+        """
+        self.add_file(file)
+        first = BlockId(file.inode, 0)
+        is_here = self._memory.get(first) or self._prefetcher.place(first) == Place.LOCAL
+        if is_here or not has_head(file):
+            whole = block_length(file.size_bytes, self._block_size, 0)
+            data = await self.read(file, Span(0, 0, min(LENGTH_BYTES, whole)), reader=False)
+            length = header_size(data, file.size_bytes)
+            if length <= whole:
+                return await self.read(file, Span(0, 0, length), reader=False)
+        return await self._heads.header(file)
+
+    def is_coming(self, file: File) -> bool:
+        """Whether the first block of a file is on its way."""
+        return BlockId(file.inode, 0) in self._jobs
+
     async def read(self, file: File, span: Span, *, reader: bool = True) -> memoryview:
         """The bytes of a part of a block, brought if need be.
 
@@ -271,6 +304,9 @@ class BlockFetcher:
         block = BlockId(file.inode, span.number)
         held = self._memory.get(block)
         tier = Tier.MEMORY
+        if held is None and span.number == 0 and span.stop <= len(self._heads.get(file.inode)):
+            self._recorder.read(file, span, tier, began_s)
+            return self._heads.get(file.inode)[span.start : span.stop]
         if held is None:
             held, tier = await self._wait_for(file, span, reader)
             held.users -= 1
@@ -281,8 +317,8 @@ class BlockFetcher:
         data = held.data[span.start : span.stop]  # from here on the block may be let go
         if reader and held.unread:
             held.was_read(span)
-            if not held.unread:
-                self.pump()  # its room can be used
+            if not held.unread or self._reader_moved:
+                self.pump()  # its room can be used, or more can be put into the page cache
         if reader:
             self._recorder.read(file, span, tier, began_s)
         return data
@@ -320,17 +356,19 @@ class BlockFetcher:
         """Start whatever may start now. Called after everything that could make a difference."""
         if self._nursery is None:
             return
+        self._reader_moved = False
         while self._urgent and self._fetching < self._getter.limit + URGENT_EXTRA:
             if not self._make_room(self._urgent[0].length, urgent=True):
                 break
             self._start(self._urgent.popleft())
+        self._push_ahead(from_disk=not self._urgent and not self._paused)
         if self._urgent:
             self._recorder.prefetch_is(Activity.DEMAND)
         elif self._paused:
             self._recorder.prefetch_is(Activity.PAUSED)
         else:
             self._recorder.prefetch_is(self._prefetch_from_s3())
-            self._prefetch_from_disk()
+            self._heads.pump(self._nursery, self._files)
 
     def _prefetch_from_s3(self) -> Activity:
         while self._fetching < self._getter.limit:
@@ -344,15 +382,23 @@ class BlockFetcher:
             self._start(self._new_job(block))
         return Activity.FETCHING
 
-    def _prefetch_from_disk(self) -> None:
-        while self._loading < LOADERS and self._page_cache.supported:
+    def _push_ahead(self, *, from_disk: bool) -> None:
+        """Put what is on this machine into the page cache, in the order in which it is wanted.
+
+        So what has just come waits for what came before it and had to go to the disk.
+        """
+        while self._page_cache.supported:
             block = self._prefetcher.next_load(self._push_allowance())
             if block is None:
                 return
             held = self._memory.get(block)
             if held is not None:
                 self._queue_push(block, held)
-            elif self._make_room(self._length(block), urgent=False):
+            elif (
+                from_disk
+                and self._loading < LOADERS
+                and self._make_room(self._length(block), urgent=False, soon=True)
+            ):
                 self._start(self._new_job(block), from_disk=True)
             else:
                 return
@@ -401,12 +447,9 @@ class BlockFetcher:
         else:
             self._fetching -= 1
         del self._jobs[job.block]
-        if job.held is not None and self._may_push(job.block):
-            if job.waiting:
-                job.held.users += 1
-                await self._push_around(job.block, job.held, job.waiting)
-            else:
-                self._queue_push(job.block, job.held)
+        if job.held is not None and job.waiting and self._may_push(job.block):
+            job.held.users += 1
+            await self._push_around(job.block, job.held, job.waiting)
         job.done.set()
         self.pump()
 
@@ -554,13 +597,20 @@ class BlockFetcher:
         loading = bool(self._recorder.open_files and self.in_flight)
         return loading and self._page_cache.holds_all and not self._passes_by_pages
 
-    def _make_room(self, length: int, *, urgent: bool) -> bool:
+    def _make_room(self, length: int, *, urgent: bool, soon: bool = False) -> bool:
         reader_waits = any(job.waiting for job in self._jobs.values())
         if reader_waits and self._cache:
             # What another daemon waits for is not shed for a prefetch.
             reader_waits = not self._cache.others_wait()
         can_shed = reader_waits or (self._writer is not None and self._writer.is_put_off)
-        return self._memory.make_room(length, urgent=urgent, reader_waits=can_shed)
+        demanded = sum(job.started and bool(job.waiting) for job in self._jobs.values())
+        return self._memory.make_room(
+            length,
+            urgent=urgent,
+            reader_waits=can_shed,
+            soon=soon,
+            is_served=demanded >= URGENT_EXTRA,
+        )
 
     def _push_allowance(self) -> int:
         """How much may be put into the page cache ahead of readers."""

@@ -13,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from lazyfs.blocks.heads import LONGEST_HEADER
 from lazyfs.errors import SourceError
 from lazyfs.model import MAX_INDEX_BYTES, ModelFile, ModelLayout, layouts, wanted_models
-from lazyfs.planner import LONGEST_HEADER, PLANNED
+from lazyfs.planner import PLANNED
 from lazyfs.safetensors import LENGTH_BYTES, MalformedHeaderError, Tensor, header_size, parse_header
 
 # Reads bytes of a file: its path, the offset and the length.

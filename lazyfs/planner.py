@@ -8,40 +8,38 @@ prefetching is lost. Which models are prefetched:
 - where a reader takes other weights of a model than was expected (`consolidated*`, another format),
   those.
 
-What tensors a shard has is read from its first block when that comes, and not fetched for it.
+What tensors a shard has is read from its head (`lazyfs/blocks/heads.py`), of the first shards as
+soon as that comes, of others when they are opened: so thousands of shards cost no memory and no
+time for tensors that nobody reads soon.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import trio
 
-from lazyfs.blocks import BlockId, spans
+from lazyfs.blocks import spans
+from lazyfs.blocks.heads import SUFFIX, has_head
 from lazyfs.catalog import Catalog
 from lazyfs.errors import SourceError
 from lazyfs.fetcher import BlockFetcher
 from lazyfs.model import ModelFile, layouts, wanted_models
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options import MountOptions
-from lazyfs.prefetch import Place, Prefetcher
-from lazyfs.safetensors import (
-    LENGTH_BYTES,
-    MalformedHeaderError,
-    Tensor,
-    header_size,
-    parse_header,
-)
+from lazyfs.prefetch import Prefetcher
+from lazyfs.safetensors import MalformedHeaderError, Tensor, parse_header
 from lazyfs.tree import File
 
 log = logging.getLogger(__name__)
 
-# Parsing takes 5 ms for a usual header (300 tensors), but seconds for the longest that the format
-# allows; such a file is prefetched by offset.
-LONGEST_HEADER = 16 << 20
-SUFFIX = ".safetensors"
+# Of so many shards, the first ones and those after one that was opened, it is found out what
+# tensors they have before they are opened.
+TABLES_AHEAD = 16
+# Headers that are parsed at once: that holds the interpreter's lock.
+LEARNERS = 2
 # The policies that want a plan.
 PLANNED = frozenset(("model", "tensor", "headers"))
 
@@ -80,6 +78,12 @@ class Planner:
         # Of the files that were there at the last plan: those of no model, and weights left out.
         self._useless: set[int] = set()
         self._left_out: set[int] = set()
+        # In loading order, and the position of each.
+        self._shards: list[File] = []
+        self._ranks: dict[int, int] = {}
+        # Of which shards it is found out what tensors they have as soon as their heads come.
+        self._foremost: set[int] = set()
+        self._learners = trio.CapacityLimiter(LEARNERS)
         self._send, self._news = trio.open_memory_channel[File](math.inf)
         prefetcher.on_stray = self._was_read
         prefetcher.on_head = self._has_come
@@ -98,7 +102,7 @@ class Planner:
 
     def _has_come(self, inode: int) -> None:
         file = self._catalog.tree.get(inode)
-        if isinstance(file, File) and self._may_have_tensors(file):
+        if isinstance(file, File) and (inode in self._foremost or inode in self._opened):
             self._send.send_nowait(file)
 
     async def run(self) -> None:
@@ -113,8 +117,19 @@ class Planner:
             async for file in self._news:
                 if self._is_unexpected(file):
                     await self._plan()
-                if self._may_have_tensors(file):
-                    nursery.start_soon(self._learn_tensors, file)
+                for each in (file, *self._next_foremost(file)):
+                    if self._may_have_tensors(each):
+                        nursery.start_soon(self._learn_tensors, each)
+
+    def _next_foremost(self, file: File) -> list[File]:
+        """The shards after this one, if a reader has come to it, that were too far off before."""
+        rank = self._ranks.get(file.inode)
+        if rank is None or file.inode not in self._opened:
+            return []
+        after = self._shards[rank + 1 : rank + 1 + TABLES_AHEAD]
+        found = [shard for shard in after if shard.inode not in self._foremost]
+        self._foremost.update(shard.inode for shard in found)
+        return [shard for shard in found if self._prefetcher.has_beginning(shard.inode)]
 
     def _is_unexpected(self, file: File) -> bool:
         """Whether what was done with a file may change the plan."""
@@ -123,13 +138,17 @@ class Planner:
         return file.inode in (self._strays if file.inode in self._left_out else self._opened)
 
     def _may_have_tensors(self, file: File) -> bool:
-        """Whether its header can be had without fetching it anew."""
-        if not file.name.endswith(SUFFIX) or self._prefetcher.knows_tensors(file.inode):
-            return False
+        """Whether it is worth knowing what tensors are in it, and not known."""
         self._fetcher.add_file(file)
-        if not file.size_bytes:
-            return True
-        return self._prefetcher.place(BlockId(file.inode, 0)) not in (Place.NEAR, Place.USED)
+        if not file.name.endswith(SUFFIX) or not self._wants_tensors:
+            return False
+        # What is on its way tells when it comes.
+        return not self._prefetcher.knows_tensors(file.inode) and not self._fetcher.is_coming(file)
+
+    @property
+    def _wants_tensors(self) -> bool:
+        """Whether the policy goes by tensors."""
+        return self._options.prefetch != "headers" or self._options.tensors is not None
 
     async def _plan(self) -> None:
         """Put the files of the wanted models into loading order."""
@@ -156,57 +175,66 @@ class Planner:
         shards = [files[path] for layout in found for path in layout.shards]
         for file in (*small, *shards):
             await self._fetcher.scan(file)
-        self._prefetcher.set_order([file.inode for file in small], [file.inode for file in shards])
+        self._prefetcher.set_order(
+            [file.inode for file in small],
+            [file.inode for file in shards],
+            [file.inode for file in shards if has_head(file)],
+        )
         self._recorder.planned(sum(file.size_bytes for file in (*small, *shards)))
         self._look_for_tensors(shards)
         self._fetcher.pump()
 
-    def _look_for_tensors(self, shards: Iterable[File]) -> None:
-        """See to it that what tensors there are gets known, where only some of them are wanted."""
-        if self._options.tensors is None:
-            return
-        for file in shards:
+    def _look_for_tensors(self, shards: Sequence[File]) -> None:
+        """See to it that it gets known what tensors there are: of some shards, or, where only some
+        of them are wanted, of all."""
+        some = self._options.tensors is not None
+        self._shards = list(shards)
+        self._ranks = {file.inode: rank for rank, file in enumerate(shards)}
+        self._foremost = {file.inode for file in (shards if some else shards[:TABLES_AHEAD])}
+        for file in shards if some else ():
             if not file.name.endswith(SUFFIX):
                 self._prefetcher.set_tensors(file.inode, ())
-            elif not self._prefetcher.is_away(BlockId(file.inode, 0)):
-                self._send.send_nowait(file)  # on disk: it will not come once more
+            elif self._prefetcher.has_beginning(file.inode):
+                self._send.send_nowait(file)  # it will not come once more
 
     async def _learn_tensors(self, file: File) -> None:
         """Read a header, and tell the prefetcher what it says."""
-        try:
-            tensors = await self._tensors(file)
-        except MalformedHeaderError as error:
-            log.warning("%s: prefetched by offset, its header is not valid: %s", file.key, error)
-            tensors = ()
-        if tensors is not None:
-            self._prefetcher.set_tensors(file.inode, tensors)
-            self._fetcher.pump()
+        async with self._learners:
+            if not self._may_have_tensors(file):
+                return
+            try:
+                tensors = await self._tensors(file)
+            except SourceError:
+                return  # logged where it was fetched
+            except MalformedHeaderError as error:
+                log.warning(
+                    "%s: prefetched by offset, its header is not valid: %s", file.key, error
+                )
+                tensors = ()
+        self._prefetcher.set_tensors(file.inode, tensors)
+        self._fetcher.pump()
 
-    async def _tensors(self, file: File) -> Sequence[Tensor] | None:
-        """The tensors of a file, none if they are not worth it, None if it cannot be read now.
+    async def _tensors(self, file: File) -> Sequence[Tensor]:
+        """The tensors of a file, none if they are not worth it.
 
         Raises:
-            MalformedHeaderError: the header is not valid.
+            SourceError: its header cannot be had.
+            MalformedHeaderError: it is not valid.
         """
-        first = await self._content(file, LENGTH_BYTES)
-        if first is None:
-            return None
-        size = header_size(first, file.size_bytes)
-        if size > LONGEST_HEADER:
-            log.info("%s: prefetched by offset, its header has %d bytes", file.key, size)
-            return ()
-        header = await self._content(file, size)
+        if not file.size_bytes:
+            raise MalformedHeaderError("the file is empty")
+        header = await self._fetcher.header(file)
         if header is None:
-            return None
+            log.info("%s: prefetched by offset, its header is very long", file.key)
+            return ()
         table = await trio.to_thread.run_sync(parse_header, header, file.size_bytes)
         return table.tensors
 
-    async def _content(self, file: File, length: int | None = None) -> bytes | None:
-        """The first bytes of a file, or all; None if they cannot be had."""
-        block_size = self._fetcher.block_size
-        wanted = file.size_bytes if length is None else length
+    async def _content(self, file: File) -> bytes | None:
+        """The bytes of a file; None if they cannot be had."""
+        size, block_size = file.size_bytes, self._fetcher.block_size
         parts = []
-        for span in spans(0, wanted, file.size_bytes, block_size):
+        for span in spans(0, size, size, block_size):
             try:
                 parts.append(bytes(await self._fetcher.read(file, span, reader=False)))
             except SourceError:

@@ -25,7 +25,8 @@ class Case:
         model, loader: what is loaded and how.
         rate: bytes a second of each of the loader's streams.
         most_stall, most_waste: the bounds, as shares.
-        most_twice: blocks that may be fetched twice.
+        most_inversions: the bound of blocks that come too late; None: in what order they are
+            wanted cannot be known.
     """
 
     model: Callable[[], Model]
@@ -36,7 +37,7 @@ class Case:
     rate: float = 5e9
     most_stall: float = 0.05
     most_waste: float = 0.01
-    most_twice: int = 0
+    most_inversions: int | None = 2
 
     def run(self) -> Report:
         """Let it run."""
@@ -48,13 +49,18 @@ class Case:
 
 
 recorded = cache(models.recorded)
-# A policy that fetches ahead only what is likely to be read waits for it more often.
 TENSOR = {"prefetch": "tensor"}
+# Nothing but its first layer shows what a loader takes. Of a model of 16 layers that is a
+# sixteenth, too much to be within 5 % of who knows it beforehand; loads of 48 layers are.
+LEARNING = 0.14
+# Readers who are at several places do not say who of them is next.
+SIDE_BY_SIDE = 16
 MEMORY_ONLY = Machine(disk=None, pages=0)
 
 dense = cache(partial(models.llama, 2 * GIB, 8))
 large = cache(partial(models.llama, 6 * GIB, 16))
 mixture = cache(partial(models.experts, 4 * GIB, 8))
+deep_mixture = cache(partial(models.experts, 12 * GIB, 24, layers=48))
 twice = cache(partial(models.with_consolidated, 2 * GIB, 8))
 quantised = cache(partial(models.quantised, 4 * GIB, 8))
 
@@ -73,8 +79,12 @@ CASES: dict[str, Case] = {
     "vLLM, as fast as the link": Case(model=large, loader=loaders.lazy, rate=250e6),
     "vLLM, 20 s after mount": Case(model=dense, loader=loaders.lazy, starts_s=20),
     "eager": Case(model=dense, loader=loaders.eager),
-    "4 shards at once": Case(model=dense, loader=partial(loaders.multithread, files=4)),
-    "8 shards at once": Case(model=dense, loader=partial(loaders.multithread, files=8)),
+    "4 shards at once": Case(
+        model=dense, loader=partial(loaders.multithread, files=4), most_inversions=SIDE_BY_SIDE
+    ),
+    "8 shards at once": Case(
+        model=dense, loader=partial(loaders.multithread, files=8), most_inversions=SIDE_BY_SIDE
+    ),
     "pool of 32 threads": Case(model=dense, loader=partial(loaders.pool, threads=32)),
     **{
         f"tensor-parallel, {ranks} ranks, {kind}": Case(
@@ -86,9 +96,15 @@ CASES: dict[str, Case] = {
     },
     "vLLM's own prefetch, 2 ranks": Case(model=dense, loader=partial(loaders.prefetching, ranks=2)),
     "vLLM's own prefetch, 8 ranks": Case(model=dense, loader=partial(loaders.prefetching, ranks=8)),
-    "O_DIRECT, 16 threads": Case(model=dense, loader=loaders.streamer, most_twice=4),
-    "tensors in no order": Case(model=large, loader=loaders.shuffled, rate=10e9),
-    "tensors backwards": Case(model=large, loader=loaders.backwards, rate=10e9),
+    "O_DIRECT, 16 threads": Case(
+        model=dense, loader=loaders.streamer, most_inversions=SIDE_BY_SIDE
+    ),
+    "tensors in no order": Case(
+        model=large, loader=loaders.shuffled, rate=10e9, most_inversions=None
+    ),
+    "tensors backwards": Case(
+        model=large, loader=loaders.backwards, rate=10e9, most_inversions=None
+    ),
     "tensor: vLLM": Case(model=dense, loader=loaders.lazy, options=TENSOR),
     "tensor: pool of 32 threads": Case(
         model=dense, loader=partial(loaders.pool, threads=32), options=TENSOR
@@ -98,52 +114,45 @@ CASES: dict[str, Case] = {
             model=large,
             loader=partial(loaders.lazy, wanted=loaders.pipeline(rank, 2, 32)),
             options=TENSOR,
-            most_stall=0.2,
             most_waste=0.1,
         )
         for rank in (0, 1)
     },
     **{
-        f"tensor: expert-parallel, rank {rank} of 2": Case(
-            model=mixture,
-            loader=partial(loaders.lazy, wanted=loaders.expert_parallel(rank, 2, 64)),
+        f"tensor: expert-parallel, rank {rank} of {ranks}{deep}": Case(
+            model=model,
+            loader=partial(loaders.lazy, wanted=loaders.expert_parallel(rank, ranks, 64)),
             options=TENSOR,
-            most_stall=1.0,
+            most_stall=0.05 if deep else LEARNING,
             most_waste=0.1,
         )
-        for rank in (0, 1)
+        for model, deep in ((mixture, ""), (deep_mixture, ", 48 layers"))
+        for rank, ranks in ((0, 2), (1, 2), (3, 8))
     },
-    "tensor: expert-parallel, rank 3 of 8": Case(
-        model=mixture,
-        loader=partial(loaders.lazy, wanted=loaders.expert_parallel(3, 8, 64)),
-        options=TENSOR,
-        most_stall=1.0,
-        most_waste=0.15,
-    ),
     **{
         f"tensor: one of two quantisations, {kind}": Case(
             model=quantised,
             loader=partial(loaders.lazy, wanted=lambda name, kind=kind: name.endswith(kind)),
             options=TENSOR,
-            most_stall=0.25,
+            most_stall=LEARNING,
             most_waste=0.1,
         )
         for kind in ("weight", "q8")
     },
+    # Until one of the others is read the expected ones come: for 0.2 s here, of 4.3.
     "other weights than expected": Case(
         model=twice,
         loader=lambda model: loaders.lazy(model, paths=model.named("consolidated")),
-        most_stall=0.1,
-        most_waste=0.3,
+        most_stall=0.06,
+        most_waste=0.05,
     ),
     "no disk": Case(model=dense, loader=loaders.lazy, machine=Machine(disk=None)),
     "memory only": Case(model=dense, loader=loaders.lazy, machine=MEMORY_ONLY),
     "memory only, 8 shards at once": Case(
         model=dense, loader=partial(loaders.multithread, files=8), machine=MEMORY_ONLY
     ),
-    # 16 readers who ask for 8 MiB each have half of the memory at any moment.
     "memory only, O_DIRECT": Case(
-        model=dense, loader=loaders.streamer, machine=MEMORY_ONLY, most_stall=0.1, most_twice=12
+        model=dense, loader=loaders.streamer, machine=MEMORY_ONLY, most_inversions=SIDE_BY_SIDE
     ),
     "disk slower than the link": Case(
         model=dense,
@@ -156,7 +165,6 @@ CASES: dict[str, Case] = {
         loader=loaders.lazy,
         machine=Machine(pages=512 * MIB),
         rate=100e6,
-        most_stall=0.2,
     ),
     "small cache, 20 s after mount": Case(
         model=dense,
@@ -164,6 +172,5 @@ CASES: dict[str, Case] = {
         machine=Machine(pages=512 * MIB, disk=1 * GIB),
         starts_s=20,
         rate=100e6,
-        most_stall=0.15,
     ),
 }

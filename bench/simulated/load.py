@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+from bisect import bisect_right, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from typing import cast
 from unittest import mock
 
@@ -30,7 +31,11 @@ from simulated.models import Model
 
 # When the walk over the mount has shown all files to the kernel.
 KNOWN_S = 0.3
+# From an open to the first read of a file.
+OPENING_S = 0.001
 LONGEST_S = 7200
+# Blocks that are asked for together come together: their order does not matter.
+AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +46,12 @@ class Report:
         seconds: from its first read to its last.
         ideal_s: the least that it could take: of the link from the moment of mount, and of the
             loader with everything at hand.
-        needed_bytes: of the blocks that it touched.
+        needed_bytes: of the blocks of tensors that it touched.
         fetched_bytes: that the link carried.
-        wasted_bytes: of blocks that were fetched and not touched.
+        wasted_bytes: of blocks that were fetched and not touched, and of heads, which blocks bring
+            once more.
         twice: blocks that were asked for more than once.
-        inversions: how often a block was asked for right after one that was needed later.
+        inversions: blocks that were asked for after more than `AT_ONCE` that were needed later.
         requests: reads through FUSE.
     """
 
@@ -117,9 +123,7 @@ class _Load:
         self._bucket = Bucket(model.contents, options.block_size, self._link, self.threads)
         self._pages = Pages(machine, options.block_size, self.threads)
         disk = Disk(machine, self.threads) if machine.disk else None
-        prefetcher = Prefetcher(
-            options.prefetch, options.block_size, heads_bytes=options.memory_limit // 4
-        )
+        prefetcher = Prefetcher(options.prefetch, options.block_size)
         recorder = Recorder(options.prefetch)
         self._fetcher = BlockFetcher(
             cast(Source, self._bucket),
@@ -180,24 +184,29 @@ class _Load:
     async def _read(self, file: File, read: Read) -> None:
         if read.path not in self._opened:
             self._opened.add(read.path)
+            self._fetcher.set_known(file, True)
             self._fetcher.opened(file, direct=self._loader.direct)
             if self._plans:
                 self._planner.opened(file)
-        pieces = list(spans(read.offset, read.size, file.size_bytes, self._block_size))
-        for piece in pieces:
+            await trio.sleep(OPENING_S)
+        blocks = partial(
+            spans, read.offset, size_bytes=file.size_bytes, block_size=self._block_size
+        )
+        needed = list(blocks(length=read.size))
+        for piece in () if read.asked else needed:
             self._touched.setdefault((read.path, piece.number), len(self._touched))
-        missing = [piece for piece in pieces if not self._has(file, piece)]
-        if missing:
+        if any(not self._has(file, piece) for piece in needed):
+            size = read.size if self._loader.direct else read.asked or read.size
             self._requests += 1
-            self._fetcher.was_read(file, read.offset, read.size)
-            for piece in missing:
+            self._fetcher.was_read(file, read.offset, size)
+            for piece in blocks(length=size):
                 # What is pushed meanwhile: the kernel has its pages locked until this is answered.
                 if not self._has(file, piece):
                     data = await self._fetcher.read(file, piece)
                     assert len(data) == piece.stop - piece.start, "the kernel takes it for the end"
                 if not self._loader.direct:
                     self._pages.fill(file.inode, *self._range(piece))
-            await trio.sleep(self._machine.request_s + read.size / self._machine.request)
+            await trio.sleep(self._machine.request_s + size / self._machine.request)
         await trio.sleep(read.size / self._loader.rate)
 
     def _range(self, piece: Span) -> tuple[int, int]:
@@ -208,7 +217,12 @@ class _Load:
         return not self._loader.direct and self._pages.has(file.inode, *self._range(piece))
 
     def report(self) -> Report:
-        asked = [(key, start // self._block_size) for key, start in self._bucket.asked]
+        asked = [
+            (key, start // self._block_size)
+            for key, start, length in self._bucket.asked
+            if length == self._length(key, start // self._block_size)
+        ]
+        heads = self._bucket.sent_bytes - sum(self._length(*block) for block in asked)
         needed = sum(self._length(*block) for block in self._touched)
         link_s = self._machine.latency_s + needed / self._machine.link
         order = [self._touched[block] for block in asked if block in self._touched]
@@ -218,11 +232,21 @@ class _Load:
             ideal_s=max(shortest_s, link_s - self._starts_s),
             needed_bytes=needed,
             fetched_bytes=self._bucket.sent_bytes,
-            wasted_bytes=sum(self._length(*b) for b in set(asked) - set(self._touched)),
+            wasted_bytes=heads + sum(self._length(*b) for b in set(asked) - set(self._touched)),
             twice=len(asked) - len(set(asked)),
-            inversions=sum(late > early for late, early in pairwise(order)),
+            inversions=_inversions(order),
             requests=self._requests,
         )
 
     def _length(self, path: str, number: int) -> int:
         return block_length(self._files[path].size_bytes, self._block_size, number)
+
+
+def _inversions(order: Iterable[int]) -> int:
+    """How many come after more than `AT_ONCE` that are greater."""
+    before: list[int] = []
+    count = 0
+    for number in order:
+        count += len(before) - bisect_right(before, number) > AT_ONCE
+        insort(before, number)
+    return count

@@ -23,11 +23,16 @@ SLICE = 64 << 10  # of a row that one rank of a tensor-parallel group reads
 
 
 class Read(NamedTuple):
-    """Bytes of a file."""
+    """Bytes of a file.
+
+    Attributes:
+        asked: what the kernel asks for where they are not in the page cache; 0: them.
+    """
 
     path: str
     offset: int
     size: int
+    asked: int = 0
 
 
 Stream = Sequence[Read]
@@ -101,8 +106,8 @@ def cut(path: str, begin: int, end: int, unit: int = MIB) -> list[Read]:
 
 
 def header(model: Model, path: str) -> Step:
-    """What the kernel reads when the header is looked at."""
-    return [[Read(path, 0, min(MIB, model.sizes[path]))]]
+    """A look at the header; the kernel reads ahead from there if it has not got it."""
+    return [[Read(path, 0, model.headers[path], min(MIB, model.sizes[path]))]]
 
 
 def tensor(path: str, begin: int, end: int, threads: int) -> Step:
@@ -191,7 +196,7 @@ def streamer(model: Model, threads: int = 16, chunk: int = 8 * MIB) -> Loader:
     """Run:ai's: first all headers, then each thread a part of all bytes, with O_DIRECT."""
     chunks = [read for path in model.shards for read in cut(path, 0, model.sizes[path], chunk)]
     part = -(-len(chunks) // threads)
-    requests = [cut(path, at, at + size) for path, at, size in chunks]
+    requests = [cut(read.path, read.offset, read.offset + read.size) for read in chunks]
     parts = [
         [read for chunk in requests[at : at + part] for read in chunk]
         for at in range(0, len(requests), part)

@@ -140,11 +140,11 @@ class Bucket:
         self._link = link
         self._threads = threads
         # Key and offset, each time it was asked for.
-        self.asked: list[tuple[str, int]] = []
+        self.asked: list[tuple[str, int, int]] = []
         self.sent_bytes = 0
 
     def read_range(self, key: str, etag: str, start: int, length: int) -> memoryview:
-        self.asked.append((key, start))
+        self.asked.append((key, start, length))
         self.sent_bytes += length
         self._threads.takes(self._link.transfer(length))
         head = self._contents.get(key, b"")[start : start + length]

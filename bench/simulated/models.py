@@ -28,11 +28,13 @@ class Model:
         sizes: of all files, in bytes.
         contents: the first bytes of files, as far as anyone looks at them.
         tables: what is in which shard, in loading order.
+        headers: how long their headers are.
     """
 
     sizes: dict[str, int] = field(default_factory=dict)
     contents: dict[str, bytes] = field(default_factory=dict)
     tables: dict[str, TensorTable] = field(default_factory=dict)
+    headers: dict[str, int] = field(default_factory=dict)
 
     def add(self, path: str, content: bytes, size: int | None = None) -> None:
         """A file that begins with `content`."""
@@ -52,6 +54,7 @@ class Model:
         start = len(text).to_bytes(8, "little") + text
         self.add(path, start, len(start) + end)
         self.tables[path] = parse_header(start, len(start) + end)
+        self.headers[path] = len(start)
 
     def add_index(self) -> None:
         """The index of all shards, and a config."""
@@ -88,6 +91,7 @@ def recorded() -> Model:
         start = len(text).to_bytes(8, "little") + text
         model.add(path, start, entry["size"])
         model.tables[path] = parse_header(start, entry["size"])
+        model.headers[path] = len(start)
     model.add_index()
     return model
 

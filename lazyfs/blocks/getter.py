@@ -91,12 +91,14 @@ class BlockGetter:
         *,
         patience_s: Callable[[], float],
         saturated: Callable[[], bool],
+        is_block: bool = True,
     ) -> memoryview:
         """`length` bytes of a file from `start`.
 
         Args:
             patience_s: how long to go on after transient errors; asked anew each time.
             saturated: whether as much is under way as `limit` allows; else speed says nothing.
+            is_block: what is got is a block; how long less takes says nothing of blocks.
 
         Raises:
             SourceError: they cannot be had, or not in that time.
@@ -107,9 +109,10 @@ class BlockGetter:
             began_s = trio.current_time()
             data = await self._first_answer(_Request(file, start, length))
             now_s = trio.current_time()
-            self._timer.answered(now_s - began_s)
             self.troubles.pop(file.key, None)
-            self._concurrency.answered(now_s, length, saturated=saturated())
+            if is_block:
+                self._timer.answered(now_s - began_s)
+                self._concurrency.answered(now_s, length, saturated=saturated())
             return data
 
         what = f"s3://{self._source.url.bucket}/{file.key}"

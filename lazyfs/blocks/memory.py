@@ -7,7 +7,8 @@ What is counted: the blocks held, and the room reserved for those on their way. 
     the cache    it only waits for a slow disk, and this load has or gets its bytes otherwise
     a fetch      it must be fetched again, by a reader who is still to come
 
-A prefetch pays nothing, or the cache if a reader waits. Demand pays whatever it must. What is in
+A prefetch pays nothing, or the cache if a reader waits. Demand pays whatever it must, but no fetch
+while others keep the link busy, whose readers make room soon. What is in
 use (being pushed, being written, being waited for) is never let go.
 """
 
@@ -24,6 +25,8 @@ from lazyfs.tree import File
 PART = 64 << 10
 # Blocks that somebody has begun to read and that are kept for him, at least.
 LEAST_BEGUN = 8
+# Blocks that only demand has room for.
+LEAST_RESERVE = 2
 
 
 @dataclass(slots=True)
@@ -105,19 +108,31 @@ class BlockMemory:
             self._held.move_to_end(block)
         return held
 
-    def make_room(self, size_bytes: int, *, urgent: bool, reader_waits: bool) -> bool:
+    def make_room(
+        self,
+        size_bytes: int,
+        *,
+        urgent: bool,
+        reader_waits: bool,
+        soon: bool = False,
+        is_served: bool = False,
+    ) -> bool:
         """Let blocks go until there is room; False if there are not enough to spare.
 
         Args:
             urgent: the room is for demand, not for a prefetch.
             reader_waits: some reader waits for a block, not necessarily for this one.
+            is_served: so much is on its way to readers that demand can wait for that to be read.
+            soon: the room is for a block that is read before those that are fetched ahead, and
+                is on disk, so that it hardly takes any time.
         """
-        limit = self._limit_bytes - (0 if urgent else self._reserve())
+        least = LEAST_RESERVE * self._block_size
+        limit = self._limit_bytes - (0 if urgent else least if soon else self._reserve())
         while self.used_bytes + size_bytes > limit:
             victim = self._costs_nothing()
             if victim is None and (urgent or reader_waits):
                 victim = self._costs_the_cache()
-            if victim is None and urgent:
+            if victim is None and urgent and not is_served:
                 victim = self._costs_a_fetch()
             if victim is None:
                 return False
@@ -131,7 +146,7 @@ class BlockMemory:
         have to go for another.
         """
         for_readers = min(self._limit_bytes // 2, self._prefetcher.readers * self._block_size)
-        return max(2 * self._block_size, self._limit_bytes // 4, for_readers)
+        return max(LEAST_RESERVE * self._block_size, self._limit_bytes // 4, for_readers)
 
     def _costs_nothing(self) -> BlockId | None:
         for block, held in self._held.items():

@@ -50,6 +50,7 @@ class FileBlocks:
         known: the kernel knows the inode, so that blocks can be put into the page cache.
         reads_pages: opened, and not with O_DIRECT: its readers find what is in the page cache.
             None: not opened.
+        has_head: its header is or was here, without its first block.
         rank: its position in the loading order; -1: it has none.
         roles: of the tensors, one for each piece (`role_of`); empty without a table.
         touched: 1 for each piece of which something was read.
@@ -63,6 +64,7 @@ class FileBlocks:
         self.counts = [count, *[0] * (len(Place) - 1)]
         self.known = False
         self.reads_pages: bool | None = None
+        self.has_head = False
         self.rank = -1
         self.roles: Sequence[str] = ()
         self.last_read = -1
@@ -71,6 +73,11 @@ class FileBlocks:
         self._starts: Sequence[int] = range(0, size_bytes, PIECE_BLOCKS * block_size)
         self._wanted: bytearray | None = None
         self.touched = bytearray(len(self._starts))
+
+    @property
+    def takes_pages(self) -> bool:
+        """Whether what is put into the page cache stays there, and is found by readers."""
+        return self.known and self.reads_pages is not False
 
     def set_pieces(self, starts: Sequence[int], roles: Sequence[str]) -> None:
         """Where the tensors begin, in ascending order of bytes, and their roles."""

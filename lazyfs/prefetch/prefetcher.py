@@ -10,8 +10,8 @@ Both questions have the same answer, the first of these in which there is a bloc
 1. The rest of a *piece* (a tensor) of which something was read. Reads inside a tensor come
    interleaved and backwards, because every thread of the loader copies a part of its own, and in
    slices, when ranks share it. It is one thing, and is had whole.
-2. Small files, then the beginnings of shards, where the headers are: loaders open all of them
-   long before they read one.
+2. Small files. Beside them the headers of shards (`next_head`), by themselves and not with their
+   blocks: loaders open all shards long before they read one.
 3. What follows a reader in his file, of several readers (`Streams`) the one with the least ahead
    of him first, so that none waits for what another will read later.
 4. The files after the one that is being read, then those that were passed by.
@@ -20,9 +20,9 @@ Both questions have the same answer, the first of these in which there is a bloc
 What of this a policy does:
 
 - `model`: all of it, from the moment it is told the order.
-- `tensor`: 1 and 2; of 3 in small doses (`UNREAD_SHARE`), and no more once too much of it was
-  passed over (`WASTED_SHARE`). Into the page cache it puts 1 only: so the next tensor's first read
-  comes as a request and shows what the loader passes over.
+- `tensor`: 1 and 2; of 3 in small doses (`UNREAD_SHARE`), and of tensors of which it knows nothing
+  no more once too much was passed over (`WASTED_SHARE`). Into the page cache it puts 1 only: so the
+  next tensor's first read comes as a request and shows what the loader passes over.
 - `sequential`: of a file that is read, twice as far as it was read; so a look at the end of a
   large file costs little, and a copy of it runs at full speed. The other policies do so with
   files that have no place in the order; `tensor` also with those that have no tensors.
@@ -50,10 +50,11 @@ POLICIES = ("model", "tensor", "sequential", "headers", "off")
 # Pieces of which something was read and that are not whole yet; the oldest is given up.
 TOUCHED_PIECES = 64
 # With `tensor`: how much may lie there that nobody has read yet, and how much that was passed over:
-# a share of what was read, or so many blocks.
+# a share of what was read, or so many blocks; more of tensors whose like was read one layer before.
 UNREAD_SHARE = 1 / 16
 WASTED_SHARE = 1 / 20
 LEAST_BLOCKS = 8
+EXPECTED_BLOCKS = 16
 
 
 class Prefetcher:
@@ -62,12 +63,11 @@ class Prefetcher:
     Args:
         policy: one of `POLICIES`.
         block_size: bytes.
-        heads_bytes: the most that the beginnings of shards may take before anyone opens them.
         wanted: which tensors may be fetched ahead, by name; None: all.
 
     Attributes:
         on_stray: told of a file's inode when it is first read and has no place in the order.
-        on_head: told of a file's inode when its first block has come, and is in memory.
+        on_head: told of a file's inode when its header has come, and is in memory.
     """
 
     def __init__(
@@ -75,12 +75,10 @@ class Prefetcher:
         policy: str,
         block_size: int,
         *,
-        heads_bytes: int = 64 << 20,
         wanted: Callable[[str], bool] | None = None,
     ) -> None:
         self._policy = policy
         self._block_size = block_size
-        self._heads = heads_bytes // block_size
         self._wanted = wanted
         self.on_stray: Callable[[int], None] = lambda inode: None
         self.on_head: Callable[[int], None] = lambda inode: None
@@ -90,10 +88,15 @@ class Prefetcher:
         self._totals = [0] * len(Place)
         # Files of which it is known what tensors are in them, if any.
         self._tabled: set[int] = set()
+        # To be fetched, and to be put into the page cache, before all others.
         self._first: deque[BlockId] = deque()
+        self._first_pages: deque[BlockId] = deque()
+        # Files whose headers are wanted by themselves, and those that were named already.
+        self._heads: deque[int] = deque()
+        self._named_heads: set[int] = set()
         self._touched: OrderedDict[tuple[int, int], None] = OrderedDict()
         self._streams = Streams()
-        self._skips = Skips()
+        self._skips = Skips(1 if policy == "tensor" else 2)
         self._roles: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         # With `tensor`: what was fetched ahead and not read yet, what of it was passed over, and
         # how many blocks were read.
@@ -107,10 +110,15 @@ class Prefetcher:
         if inode not in self._files:
             self._files[inode] = FileBlocks(size_bytes, self._block_size)
 
-    def set_order(self, small: Iterable[int], shards: Iterable[int]) -> None:
+    def set_order(
+        self, small: Iterable[int], shards: Iterable[int], headed: Iterable[int] = ()
+    ) -> None:
         """The order in which a loader reads; files that are not named are not fetched whole.
 
         All of them must have been added.
+
+        Args:
+            headed: the shards whose headers are to be had by themselves.
         """
         for inode in self._order:
             self._files[inode].rank = -1
@@ -120,19 +128,20 @@ class Prefetcher:
             self._files[inode].rank = rank
         counts = [self._files[inode].counts for inode in self._order]
         self._totals = [sum(each[place] for each in counts) for place in Place]
-        heads = [BlockId(inode, 0) for inode in shards if self._files[inode].places]
-        if self._policy != "headers" and self._wanted is None:
-            heads = heads[: self._heads]
+        headed = set(headed)
+        self._heads = deque(inode for inode in shards if inode in headed - self._named_heads)
         self._first = deque(
             BlockId(inode, number)
             for inode in small
             for number in range(len(self._files[inode].places))
         )
-        self._first += heads
+        if self._policy == "headers" or self._wanted is not None:
+            self._first += [BlockId(inode, 0) for inode in shards if inode not in headed]
+        self._first_pages = deque(self._first)
         if self._wanted is not None:
             for inode in shards:
                 if inode not in self._tabled:
-                    self._leave(inode, [(0, 1)])
+                    self._leave(inode, [] if inode in headed else [(0, 1)])
         self._ahead.locate(self._order, self._streams)
 
     @property
@@ -159,12 +168,13 @@ class Prefetcher:
         return size
 
     def beginnings_are_here(self) -> bool:
-        """Whether of each file in the loading order the first block is or was here."""
-        return all(
-            self._files[inode].places[0] not in AWAY
-            for inode in self._order
-            if self._files[inode].places
-        )
+        """Whether of each file in the loading order the header or the first block was here."""
+        return all(map(self.has_beginning, self._order))
+
+    def has_beginning(self, inode: int) -> bool:
+        """Whether the header of a file, or its first block, is or was here."""
+        blocks = self._files[inode]
+        return blocks.has_head or not blocks.places or blocks.places[0] not in AWAY
 
     @property
     def readers(self) -> int:
@@ -200,7 +210,8 @@ class Prefetcher:
             del self._touched[touched]
         if self._wanted is not None:
             chosen = (at for at, tensor in enumerate(filled) if self._wanted(tensor.name))
-            self._leave(inode, [(0, 1), *map(blocks.blocks_of, chosen)])
+            first = [] if blocks.has_head else [(0, 1)]
+            self._leave(inode, [*first, *map(blocks.blocks_of, chosen)])
         for piece, role in enumerate(roles):
             self._roles[role].append((inode, piece))
             if self._skips.expects(role):
@@ -228,7 +239,7 @@ class Prefetcher:
     def takes_pages(self, block: BlockId) -> bool:
         """Whether a block can and should be put into the page cache."""
         blocks = self._files[block.inode]
-        if not blocks.known or blocks.reads_pages is False:
+        if not blocks.takes_pages:
             return False
         return not self._by_tensor(blocks) or self._is_touched(blocks, block.number)
 
@@ -265,12 +276,12 @@ class Prefetcher:
         """The block could not be fetched; it is left to those who read it."""
         self.moved(block, Place.LEFT)
 
-    def was_read(self, inode: int, offset: int, size: int) -> None:
-        """A reader asked for `size` bytes at `offset`."""
+    def was_read(self, inode: int, offset: int, size: int) -> bool:
+        """A reader asked for `size` bytes at `offset`; whether that changes what is wished for."""
         blocks = self._files[inode]
         number = offset // self._block_size
         if number >= len(blocks.places):
-            return  # at the end of the file
+            return False  # at the end of the file
         if blocks.places[number] == Place.USED:
             self._begin_again(inode, number)
         elif blocks.places[number] == Place.LEFT:
@@ -279,10 +290,29 @@ class Prefetcher:
             blocks.last_read = number
             blocks.blocks_read += 1
         if blocks.piece_at(offset) < 0 if blocks.roles else blocks.rank >= 0 and number == 0:
-            return  # the header
+            return False  # the header
         # Where a page of a mapped file is missed, the kernel reads as much before it as behind it
         # (Linux, mm/filemap.c, do_sync_mmap_readahead), so the middle is what is meant.
-        self._touch(inode, blocks, blocks.piece_at(min(offset + size // 2, blocks.size_bytes - 1)))
+        middle = min(offset + size // 2, blocks.size_bytes - 1)
+        return self._touch(inode, blocks, blocks.piece_at(middle))
+
+    def next_head(self) -> int | None:
+        """The next file whose header is to be had by itself, or None; each is named once."""
+        while self._policy != "off" and self._heads:
+            inode = self._heads.popleft()
+            self._named_heads.add(inode)
+            if self._files[inode].places[0] in (Place.ABSENT, Place.LEFT):
+                return inode
+        return None
+
+    def head_came(self, inode: int) -> None:
+        """The header of a file is here."""
+        self._files[inode].has_head = True
+        self.on_head(inode)
+
+    def takes_head(self, inode: int) -> bool:
+        """Whether the header of a file can be put into the page cache."""
+        return self._files[inode].takes_pages
 
     def next_fetch(self) -> BlockId | None:
         """The absent block to bring from S3 next, or None."""
@@ -332,11 +362,18 @@ class Prefetcher:
         return best
 
     def _of_first(self, place: Place) -> BlockId | None:
-        while place == Place.ABSENT and self._first and self.place(self._first[0]) != place:
-            self._first.popleft()
         if place == Place.ABSENT:
+            while self._first and self.place(self._first[0]) != Place.ABSENT:
+                self._first.popleft()
             return self._first[0] if self._first else None
-        return None
+        while self._first_pages and self.place(self._first_pages[0]) in (Place.NEAR, Place.USED):
+            self._first_pages.popleft()
+        return next((block for block in self._first_pages if self._is_loadable(block)), None)
+
+    def _is_loadable(self, block: BlockId) -> bool:
+        """Whether a block is local and can be put into the page cache."""
+        blocks = self._files[block.inode]
+        return blocks.takes_pages and blocks.places[block.number] == Place.LOCAL
 
     def _of_following(self, place: Place) -> BlockId | None:
         best: BlockId | None = None
@@ -353,18 +390,31 @@ class Prefetcher:
         first, _ = blocks.blocks_of(piece)
         stop = len(blocks.places)
         if self._by_tensor(blocks):
-            if place != Place.ABSENT or not self._may_venture:
-                return
-        elif self._policy != "model" or blocks.rank < 0:
+            if place == Place.ABSENT:
+                yield from self._of_likely(inode, piece)
+            return
+        if self._policy != "model" or blocks.rank < 0:
             stop = min(stop, blocks.last_read + 1 + 2 * blocks.blocks_read)
         number = self._find(blocks, place, first, stop)
         if number >= 0:
             yield BlockId(inode, number), number - first
-        elif self._by_tensor(blocks) and 0 <= blocks.rank < len(self._order) - 1:
-            after = self._order[blocks.rank + 1]
-            number = self._find(self._files[after], place, 0, len(self._files[after].places))
-            if number >= 0:
-                yield BlockId(after, number), stop - first + number
+
+    def _of_likely(self, inode: int, piece: int) -> Iterator[tuple[BlockId, int]]:
+        """The first absent block after a reader, if he is likely enough to read it."""
+        blocks = self._files[inode]
+        _, after = blocks.blocks_of(piece)
+        number = blocks.find(Place.ABSENT, after - 1, len(blocks.places))
+        lead = number - after
+        if number < 0 and 0 <= blocks.rank < len(self._order) - 1:
+            lead = len(blocks.places) - after
+            inode = self._order[blocks.rank + 1]
+            following = self._files[inode]
+            number = following.find(
+                Place.ABSENT, 0, len(following.places) if following.roles else 0
+            )
+            lead += number
+        if number >= 0 and self._may_venture(BlockId(inode, number)):
+            yield BlockId(inode, number), lead
 
     def _in_order(self, place: Place) -> BlockId | None:
         if not self._totals[place]:
@@ -381,16 +431,26 @@ class Prefetcher:
         return None
 
     def _find(self, blocks: FileBlocks, place: Place, start: int, stop: int) -> int:
-        if place == Place.LOCAL and (not blocks.known or blocks.reads_pages is False):
+        if place == Place.LOCAL and not blocks.takes_pages:
             return -1
         return blocks.find(place, start, stop)
 
-    @property
-    def _may_venture(self) -> bool:
-        """Whether more of what may not be read can be fetched."""
-        unread = max(LEAST_BLOCKS, self._read_blocks * UNREAD_SHARE)
-        wasted = max(LEAST_BLOCKS, self._read_blocks * WASTED_SHARE)
-        return len(self._unread) < unread and len(self._wasted) < wasted
+    def _may_venture(self, block: BlockId) -> bool:
+        """Whether a block should be brought now that nobody may read."""
+        unread, wasted = len(self._unread), len(self._wasted)
+        if self._is_expected(block):
+            return unread < max(EXPECTED_BLOCKS, self._read_blocks * UNREAD_SHARE)
+        return unread < max(LEAST_BLOCKS, self._read_blocks * UNREAD_SHARE) and (
+            wasted < max(LEAST_BLOCKS, self._read_blocks * WASTED_SHARE)
+        )
+
+    def _is_expected(self, block: BlockId) -> bool:
+        """Whether a tensor in a block was read in the layer where it was met last."""
+        blocks = self._files[block.inode]
+        pieces = blocks.pieces_in(block.number)
+        return any(
+            self._skips.expects_read(blocks.roles[piece]) for piece in pieces if blocks.roles
+        )
 
     def _by_tensor(self, blocks: FileBlocks) -> bool:
         return self._policy == "tensor" and bool(blocks.roles)
@@ -399,13 +459,15 @@ class Prefetcher:
         pieces = blocks.pieces_in(number)
         return blocks.touched.find(1, pieces.start, pieces.stop) >= 0
 
-    def _touch(self, inode: int, blocks: FileBlocks, piece: int) -> None:
-        """Something of a piece was read."""
+    def _touch(self, inode: int, blocks: FileBlocks, piece: int) -> bool:
+        """Something of a piece was read; whether its reader was elsewhere before."""
         if blocks.rank < 0 and not any(blocks.touched):
             self.on_stray(inode)
         passed = self._streams.read(inode, piece)
         if passed is None:
-            return
+            return False
+        if self._by_tensor(blocks) and not any(blocks.touched):
+            passed = range(piece)  # who begins a file there does not want what is before
         first, stop = blocks.blocks_of(piece)
         if not blocks.touched[piece]:
             blocks.touched[piece] = 1
@@ -421,6 +483,7 @@ class Prefetcher:
             self._unread.discard(BlockId(inode, number))
             self._wasted.discard(BlockId(inode, number))
         self._ahead.locate(self._order, self._streams)
+        return True
 
     def _learn(self, inode: int, blocks: FileBlocks, piece: int, passed: Iterable[int]) -> None:
         """See what the reader passed over on his way to a tensor."""
@@ -431,8 +494,7 @@ class Prefetcher:
                 if block in self._unread:
                     self._unread.discard(block)
                     self._wasted.add(block)
-            places = blocks.places[first:stop]
-            silent = places.count(Place.NEAR) + places.count(Place.COMING) == len(places)
+            silent = all(self._may_be_pages(blocks, number) for number in range(first, stop))
             if not blocks.touched[other] and not silent:
                 role = blocks.roles[other]
                 if self._skips.passed(role):
@@ -446,6 +508,12 @@ class Prefetcher:
                 for number in range(*self._files[owner].blocks_of(other)):
                     if self._files[owner].places[number] == Place.PASSED:
                         self.moved(BlockId(owner, number), Place.ABSENT)
+
+    def _may_be_pages(self, blocks: FileBlocks, number: int) -> bool:
+        """Whether a block lies in the page cache, or is about to."""
+        if self._by_tensor(blocks) and not self._is_touched(blocks, number):
+            return False  # see `takes_pages`
+        return blocks.places[number] in (Place.NEAR, Place.COMING)
 
     def _pass_over(self, inode: int, piece: int) -> None:
         """Wish last for those blocks of a tensor in which only such tensors are."""

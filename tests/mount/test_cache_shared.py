@@ -63,9 +63,14 @@ def sums(mounted: Mounted) -> dict[str, str]:
     return {line.split()[1]: line.split()[0] for line in lines}
 
 
+def block_requests(s3: S3) -> list[tuple[str, str | None]]:
+    """What was asked for, but for headers alone, which each mount has for itself."""
+    return [request for request in s3.data_requests() if request[1] != "bytes=0-65535"]
+
+
 def fetched_bytes(s3: S3) -> int:
     """What was asked for, each range once: one that is slow may be asked for twice."""
-    ranges = [text.removeprefix("bytes=").split("-") for _, text in set(s3.data_requests()) if text]
+    ranges = [text.removeprefix("bytes=").split("-") for _, text in set(block_requests(s3)) if text]
     return sum(int(last) - int(first) + 1 for first, last in ranges)
 
 
@@ -92,7 +97,7 @@ def test_two_mounts_that_load_at_once_fetch_the_model_once(
         mounts = list(pool.map(lambda _: mount(source, BLOCKS), range(3)))
         assert list(pool.map(sums, mounts)) == [SUMS] * 3
     assert fetched_bytes(s3) == SIZE
-    assert len(s3.data_requests()) <= 32  # of 31 blocks
+    assert len(block_requests(s3)) <= 32  # of 31 blocks
 
 
 def test_a_killed_claimant_is_overtaken(mount: Callable[..., Mounted], s3: S3, source: str) -> None:
@@ -182,7 +187,7 @@ def test_two_warms_at_once_share_the_work(s3: S3, source: str, cache: Path) -> N
     ]
     assert [process.wait(timeout=60) for process in both] == [0, 0]
     assert fetched_bytes(s3) == SIZE
-    assert len(s3.data_requests()) <= 32
+    assert len(block_requests(s3)) <= 32
 
 
 def test_warm_what_matches_of_a_mount(

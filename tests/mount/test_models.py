@@ -89,3 +89,25 @@ def test_a_wrong_header_costs_only_the_prefetch(
     for _ in range(2):
         assert python(code, mounted.path / "model.safetensors") == body.hex()
     assert "its header is not valid" in mounted.log()
+
+
+def test_to_open_a_shard_and_read_its_header_asks_s3_for_nothing(
+    mount: Callable[..., Mounted], s3: S3
+) -> None:
+    """Also of the last of many shards, before their blocks are here."""
+    shard = save({"w": np.zeros(1 << 20, "float32")})
+    names = [f"model-{n:05}-of-00020.safetensors" for n in range(1, 21)]
+    s3.put("headers", dict.fromkeys(names, shard))
+    mounted = mount("s3://headers", "--block-size=1MiB", "--prefetch=headers")
+    settle(s3)
+    s3.forget()
+    code = """
+import sys
+from safetensors import safe_open
+for path in sys.argv[1:]:
+    with safe_open(path, framework="np") as opened:
+        print(opened.keys())
+"""
+    told = python(code, *(mounted.path / name for name in names))
+    assert told.split() == ["['w']"] * 20
+    assert s3.data_requests() == []

@@ -21,6 +21,11 @@ def prefetcher(policy: str = "model", *sizes: int) -> Prefetcher:
     return made
 
 
+def heads(made: Prefetcher) -> list[int]:
+    """All files whose headers are wished for by themselves."""
+    return list(iter(made.next_head, None))
+
+
 def tensors(*begins: int, end: int, name: str = "t.{}.w") -> list[Tensor]:
     """Tensors that begin there and leave no gaps."""
     return [
@@ -40,28 +45,36 @@ def take(made: Prefetcher, count: int) -> list[tuple[int, int]]:
     return taken
 
 
-def test_a_model_is_fetched_in_loading_order_headers_first_before_anyone_reads() -> None:
+def test_a_model_is_fetched_in_loading_order_before_anyone_reads() -> None:
     made = prefetcher("model", 2, 1, 2)
-    assert take(made, 9) == [(2, 0), (3, 0), (4, 0), (2, 1), (4, 1)]
+    assert take(made, 9) == [(2, 0), (2, 1), (3, 0), (4, 0), (4, 1)]
 
 
 def test_small_files_come_before_all_shards() -> None:
     made = prefetcher("model", 2, 1, 2)
     made.set_order([4], [2, 3])
-    assert take(made, 9) == [(4, 0), (4, 1), (2, 0), (3, 0), (2, 1)]
+    assert take(made, 9) == [(4, 0), (4, 1), (2, 0), (2, 1), (3, 0)]
 
 
-def test_headers_of_very_many_shards_do_not_fill_the_memory() -> None:
-    made = Prefetcher("model", BLOCK, heads_bytes=2 * BLOCK)
-    for inode in range(2, 8):
-        made.add_file(inode, 2 * BLOCK)
-    made.set_order((), range(2, 8))
-    assert take(made, 4) == [(2, 0), (3, 0), (2, 1), (3, 1)]
+def test_headers_are_wished_for_by_themselves_once_and_not_where_the_block_comes() -> None:
+    made = prefetcher("model", 2, 3, 3)
+    take(made, 1)
+    made.set_order((), [2, 3, 4], [2, 3, 4])
+    assert heads(made) == [3, 4]
+    assert not made.beginnings_are_here()
+    made.head_came(3)
+    made.set_order((), [3, 2, 4], [2, 3, 4])
+    assert heads(made) == []
+    made.head_came(4)
+    made.moved(BlockId(2, 0), Place.LOCAL)
+    assert made.beginnings_are_here()
 
 
 def test_headers_alone() -> None:
     made = prefetcher("headers", 3, 3)
-    assert take(made, 9) == [(2, 0), (3, 0)]
+    made.set_order((), [2, 3], [3])
+    assert take(made, 9) == [(2, 0)], "what has no header has its first block"
+    assert heads(made) == [3]
     made.was_read(2, BLOCK, BLOCK)
     assert take(made, 9) == []
 
@@ -70,7 +83,7 @@ def test_a_reader_moves_the_focus_and_what_was_passed_over_comes_last() -> None:
     made = prefetcher("model", 2, 3, 2)
     made.was_read(3, BLOCK, 1)
     assert take(made, 3) == [(3, 0), (3, 1), (3, 2)]
-    assert take(made, 9) == [(2, 0), (4, 0), (4, 1), (2, 1)]
+    assert take(made, 9) == [(4, 0), (4, 1), (2, 0), (2, 1)]
 
 
 def test_a_touched_tensor_is_fetched_whole_wherever_it_was_touched() -> None:
@@ -141,7 +154,7 @@ def test_when_the_kernel_forgets_an_inode_its_pages_are_gone() -> None:
 
 def test_to_open_a_shard_and_read_its_header_says_nothing() -> None:
     made = prefetcher("model", 2, 4, 4)
-    take(made, 3)
+    take(made, 1)
     for inode in (2, 3, 4):
         made.was_read(inode, 0, BLOCK)
     assert take(made, 1) == [(2, 1)], "still the first shard"
@@ -157,7 +170,8 @@ def test_where_a_mapped_page_is_missed_the_middle_of_the_request_is_meant() -> N
 
 def test_several_readers_are_served_evenly() -> None:
     made = prefetcher("model", 30, 30, 30)
-    take(made, 3)
+    for inode in (2, 4):
+        made.moved(BlockId(inode, 0), Place.NEAR)
     for inode in (2, 4):
         made.set_tensors(inode, tensors(2, 15, end=297))
         made.was_read(inode, 20, 1)
@@ -171,7 +185,7 @@ def test_tensor_fetches_the_touched_one_whole_and_little_more() -> None:
     made.set_tensors(2, tensors(2, 200, 300, 600, end=997))
     assert take(made, 9) == []
     made.was_read(2, 310, 4)
-    assert take(made, 99) == [(2, number) for number in range(30, 60 + 8)]
+    assert take(made, 99) == [(2, number) for number in range(30, 60 + 16)]
 
 
 def layered(policy: str, layers: int = 20) -> Prefetcher:
@@ -253,9 +267,10 @@ def test_strays_and_heads_are_told() -> None:
     made.was_read(9, 50, 4)
     made.was_read(9, 60, 4)
     assert told == [9]
-    take(made, 1)
+    made.moved(BlockId(2, 0), Place.COMING)
     made.moved(BlockId(2, 0), Place.LOCAL)
-    assert told == [9, 2]
+    made.head_came(2)
+    assert told == [9, 2, 2]
 
 
 def test_pages_count_as_unread_until_a_request_from_behind_them() -> None:
