@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -61,6 +61,14 @@ class VolumeLocks:
                 self._changed.notify_all()
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Whom a daemon serves: volumes by id, and pods by namespace and name."""
+
+    volumes: set[str]
+    pods: set[tuple[str, str]]
+
+
 class Attachments:
     """Which volume is where on this node.
 
@@ -88,15 +96,19 @@ class Attachments:
         self.daemons.recover(users)
         threading.Thread(target=self._repair_forever, daemon=True).start()
 
-    def served(self) -> dict[Daemon, list[str]]:
-        """The volumes that each daemon serves, by id and in order."""
-        volumes: dict[Daemon, list[str]] = {}
+    def served(self) -> dict[Daemon, Served]:
+        """Which volumes each daemon serves, and to whom."""
+        found: dict[Daemon, Served] = {}
         for record in self._state.volumes():
-            for name in {place.daemon for place in record.places.values()}:
-                daemon = self.daemons.get(name) if name else None
-                if daemon is not None:
-                    volumes.setdefault(daemon, []).append(record.volume_id)
-        return {daemon: sorted(ids) for daemon, ids in volumes.items()}
+            for place in record.places.values():
+                daemon = self.daemons.get(place.daemon) if place.daemon else None
+                if daemon is None:
+                    continue
+                served = found.setdefault(daemon, Served(set(), set()))
+                served.volumes.add(record.volume_id)
+                if place.pod:
+                    served.pods.add((place.namespace, place.pod))
+        return found
 
     def place(self, volume_id: str, path: Path) -> Place | None:
         """The volume's place at a path."""
@@ -115,8 +127,7 @@ class Attachments:
         self,
         volume_id: str,
         path: Path,
-        kind: Kind,
-        asked: str,
+        wanted: Place,
         volume: Volume,
         credentials: Credentials | None,
         timeout_s: float,
@@ -125,7 +136,7 @@ class Attachments:
         """Mount a volume at a path; see that it is as it should be if it is there already.
 
         Args:
-            asked: a digest of what the volume is to be: calls that are repeated have the same.
+            wanted: the place, without a daemon; calls that are repeated have the same `asked`.
             credentials: newer ones replace those that the daemon has.
             via: that daemon is to serve it; otherwise any that fits, or a new one.
 
@@ -137,7 +148,7 @@ class Attachments:
             LazyfsError, KeeperError: it cannot be mounted. Then it is as it was before.
         """
         until = time.monotonic() + timeout_s
-        self._check_free(volume_id, path, kind, asked)
+        self._check_free(volume_id, path, wanted.kind, wanted.asked)
         present = self.place(volume_id, path)
         daemon = self.daemons.get(present.daemon) if present and present.daemon else None
         if daemon is not None:
@@ -148,6 +159,7 @@ class Attachments:
                 )
             device = self.daemons.ensure(daemon, credentials, until - time.monotonic())
             self._mount_again(volume_id, path, daemon, device)
+            self._note_pod(volume_id, path, wanted)
             return daemon
         if via is None:
             daemon = self.daemons.reserve(volume, credentials, str(path))
@@ -155,12 +167,12 @@ class Attachments:
             daemon = via
             self.daemons.use(daemon, str(path))
         try:
-            self._save(volume_id, path, Place(kind, daemon.name, asked))
+            self._save(volume_id, path, replace(wanted, daemon=daemon.name))
             device = self.daemons.ensure(daemon, credentials, until - time.monotonic())
             mounts.bind(daemon.mountpoint, path, device)
             log.info("volume %s is at %s, served at %s", volume_id, path, daemon.mountpoint)
         except BaseException:
-            self._roll_back(volume_id, path, present, kind)
+            self._roll_back(volume_id, path, present, wanted.kind)
             raise
         return daemon
 
@@ -239,6 +251,13 @@ class Attachments:
         if place is not None:
             places[str(path)] = place
         self._state.save_volume(VolumeRecord(volume_id, places))
+
+    def _note_pod(self, volume_id: str, path: Path, wanted: Place) -> None:
+        """Write down whose path it is, if a plugin that did not know that put the volume there."""
+        place = self.place(volume_id, path)
+        if place is not None and (place.namespace, place.pod) != (wanted.namespace, wanted.pod):
+            whose = replace(place, namespace=wanted.namespace, pod=wanted.pod)
+            self._save(volume_id, path, whose)
 
     def _repair_forever(self) -> None:
         while True:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from csi.attachments import Attachments
+from csi.attachments import Attachments, Served
 from csi.daemons import Daemon
 from lazyfs.control.client import ControlClient, ControlError
 from lazyfs.mount.runtime import control_socket
@@ -20,13 +20,30 @@ TIMEOUT_S = 3.0
 def mount_metrics(attachments: Attachments) -> str:
     """The text of all of them; the label `volume` has the ids of the volumes that a mount serves.
 
-    Of a mount whose worker does not answer, `lazyfs_up` is 0 and the rest is missing.
+    Of a mount whose worker does not answer, `lazyfs_up` is 0, and only who uses it is known.
     """
     served = attachments.served()
     with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
         values = list(threads.map(_ask, served))
-    labels = [{"volume": ",".join(volumes)} for volumes in served.values()]
-    return exposition(zip(labels, values, strict=True))
+    mounts = [
+        ({"volume": ",".join(sorted(each.volumes))}, {**told, **_pods(each)})
+        for each, told in zip(served.values(), values, strict=True)
+    ]
+    return exposition(mounts)
+
+
+def _pods(served: Served) -> Values:
+    """Who uses the mount: to be joined with the others by `volume`, of which several pods have one.
+
+    A sample for each, as of `kube_pod_info`, instead of labels on every metric, which would change
+    as pods come and go.
+    """
+    pods = sorted(served.pods)
+    return {
+        "lazyfs_volume_pod_info": [
+            ({"namespace": namespace, "pod": pod}, 1) for namespace, pod in pods
+        ]
+    }
 
 
 def _ask(daemon: Daemon) -> Values:

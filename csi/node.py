@@ -30,7 +30,9 @@ from lazyfs.mount.spec import Credentials
 
 log = logging.getLogger(__name__)
 
+# Attributes that kubelet adds (podInfoOnMount of the CSIDriver object).
 EPHEMERAL = "csi.storage.k8s.io/ephemeral"
+POD_NAME, POD_NAMESPACE = "csi.storage.k8s.io/pod.name", "csi.storage.k8s.io/pod.namespace"
 # kubelet gives a call two minutes; without a deadline as long.
 TIMEOUT_S = 115.0
 # Of a deadline, for what is to be undone, and for the answer.
@@ -79,8 +81,9 @@ class Node(NodeServicer):
                 self._attachments.note(request.volume_id, path, asked)
                 return csi_pb2.NodeStageVolumeResponse()
             daemon = self._attachments.put(
-                request.volume_id, path, "staging", asked, volume, given, until - time.monotonic()
-            )
+                request.volume_id, path, Place("staging", None, asked), volume, given,
+                until - time.monotonic(),
+            )  # fmt: skip
             _wait_for(volume, daemon, until)
         return csi_pb2.NodeStageVolumeResponse()
 
@@ -104,7 +107,10 @@ class Node(NodeServicer):
         attributes = request.volume_context
         volume = self._volume(attributes, request.volume_capability)
         given = credentials.of_publish(volume, request.secrets, attributes)
-        asked = _digest(attributes, request.volume_capability)
+        wanted = Place(
+            "target", None, _digest(attributes, request.volume_capability),
+            namespace=attributes.get(POD_NAMESPACE, ""), pod=attributes.get(POD_NAME, ""),
+        )  # fmt: skip
         inline = attributes.get(EPHEMERAL) == "true"
         with self._attachments.locks.held(request.volume_id):
             via = None
@@ -114,9 +120,8 @@ class Node(NodeServicer):
                 staged = self._staged(request.volume_id, request.staging_target_path)
                 via = staged if given is None else None
             daemon = self._attachments.put(
-                request.volume_id, target, "target", asked, volume, given,
-                until - time.monotonic(), via,
-            )  # fmt: skip
+                request.volume_id, target, wanted, volume, given, until - time.monotonic(), via
+            )
             if via is None:
                 _wait_for(volume, daemon, until)
         return csi_pb2.NodePublishVolumeResponse()

@@ -40,12 +40,15 @@ class Place:
             the pods, because they need what only a pod brings.
         asked: a digest of what the volume was to be when it came here.
         renewed: when it was mounted anew after its mount was lost, as ISO 8601.
+        namespace, pod: whose path it is, by name, of a target where kubelet says so.
     """
 
     kind: Kind
     daemon: str | None
     asked: str
     renewed: str | None = None
+    namespace: str = ""
+    pod: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,12 +130,19 @@ class Rules:
                     f"{name}: given as volume attribute and as mount option, with other values; "
                     "leave one out"
                 )
-        return Volume(
+        volume = Volume(
             source=str(source_of(own)),
             options=self._checked({**texts, **flags}),
             wait_for=_wait_for(own.get("waitFor")),
             role_arn=_role_arn(own.get("roleArn")),
         )
+        options = volume.mount_options
+        if volume.wait_for and not options.brings(volume.wait_for):
+            raise InvalidArgumentError(
+                f"waitFor: {volume.wait_for!r} is not allowed with prefetch {options.prefetch} and "
+                f"prefetchOn {options.prefetch_on}, which do not bring it before a file is opened"
+            )
+        return volume
 
     def _set(self, texts: Texts, what: str, key: str, value: str) -> None:
         """Put one option's text where it belongs."""

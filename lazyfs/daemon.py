@@ -27,7 +27,7 @@ from lazyfs.control.recording import recording
 from lazyfs.control.scrape import listen, serve_metrics
 from lazyfs.control.server import Route, serve_control
 from lazyfs.control.status import Status
-from lazyfs.control.tunables import tune
+from lazyfs.control.tunables import pause, tune, with_former_changes
 from lazyfs.control.warming import Warming
 from lazyfs.errors import CannotResumeError
 from lazyfs.fetcher import BlockFetcher
@@ -35,15 +35,16 @@ from lazyfs.filesystem import Filesystem
 from lazyfs.journal import ListingJournal
 from lazyfs.kinds import compile_pattern, format_size
 from lazyfs.mount import privileges, syscalls
-from lazyfs.mount.handover import Beginning, Handover
+from lazyfs.mount.carried import Carried
+from lazyfs.mount.handover import Beginning, Handover, new_carried
 from lazyfs.mount.keeper import KeeperClient
 from lazyfs.mount.runtime import control_socket, restarts_of
 from lazyfs.mount.spec import Credentials, credentials_from
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options import MountOptions
 from lazyfs.pagecache import PageCache, tune_kernel
-from lazyfs.planner import PLANNED, Planner
-from lazyfs.prefetch import Prefetcher
+from lazyfs.planner import Planner
+from lazyfs.prefetch import PLANNED, Prefetcher
 from lazyfs.session import Session
 from lazyfs.source import Source, SourceUrl
 from lazyfs.tree import File
@@ -87,8 +88,9 @@ def run(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None]) -> Non
 
 
 async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None]) -> None:
-    options = mount.options
     former = Handover.fetch(keeper, str(mount.mountpoint))
+    carried = Carried(former.carried if former else new_carried())
+    options = with_former_changes(mount.options, carried)
     if former is None:
         syscalls.check_mountpoint(mount.mountpoint)
     region = former.beginning.region if former else None
@@ -107,6 +109,7 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
     prefetcher = _prefetcher(options)
     page_cache = PageCache(options.page_cache)
     fetcher = BlockFetcher(source, cache, page_cache, prefetcher, options, recorder)
+    fetcher.pause(carried.paused)
     planner = Planner(catalog, fetcher, prefetcher, recorder, options)
     on_open = planner.opened if options.prefetch in PLANNED else _ignore
     scraped = options.metrics_address
@@ -115,7 +118,7 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
         session, beginning = await _resume(mount, former)
     else:
         session, beginning = await _begin(mount, source.region)
-        handover = Handover(session.descriptor, journal.descriptor, beginning)
+        handover = Handover(session.descriptor, journal.descriptor, carried.descriptor, beginning)
         handover.store(keeper, str(mount.mountpoint))
     tune_kernel(session.device, options.read_ahead)
     privileges.drop()
@@ -127,6 +130,8 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
         if former:
             filesystem.remember_all()
             recorder.resumed()
+            carried.resumes += 1
+            carried.save()
             session.resend()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_end_on_signal, nursery.cancel_scope, page_cache)
@@ -142,7 +147,7 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
             status = Status(
                 str(mount.url), str(mount.mountpoint), beginning.mounted_ns,
                 restarts_of(mount.mountpoint), options, catalog,
-                filesystem, fetcher, page_cache, prefetcher, planner, recorder, cache,
+                filesystem, fetcher, page_cache, prefetcher, planner, recorder, cache, carried,
             )  # fmt: skip
             if scraped:
                 routes = {("GET", "/metrics"): lambda _: _metrics(status)}
@@ -172,7 +177,7 @@ def _routes(source: Source, status: Status, mount: Mount) -> dict[tuple[str, str
         ("GET", "/options"): lambda _: dict(mount.texts),
         ("GET", "/metrics"): lambda _: _metrics(status),
         ("GET", "/metrics.json"): lambda _: measure(status),
-        ("PUT", "/prefetch"): lambda body: status.fetcher.pause(bool(body["paused"])),
+        ("PUT", "/prefetch"): lambda body: pause(status, body.get("paused")),
         ("PUT", "/tunables"): lambda body: tune(status, body),
         ("PUT", "/credentials"): lambda body: source.set_credentials(credentials_from(body)),
     }

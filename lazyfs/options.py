@@ -36,7 +36,7 @@ from lazyfs.kinds import (
     Url,
     format_size,
 )
-from lazyfs.prefetch import POLICIES
+from lazyfs.prefetch import PLANNED, POLICIES
 
 # What is set at once by `--preset`.
 PRESETS: dict[str, dict[str, str]] = {
@@ -295,6 +295,11 @@ class MountOptions:
     def wants(self, path: str) -> bool:
         """Whether a file is to be shown, by `include` and `exclude`; its path in the mount."""
         return (not self.include or matches(path, self.include)) and not matches(path, self.exclude)
+
+    def brings(self, what: str) -> bool:
+        """Whether prefetching brings `headers`, or the `model`, before any file is opened."""
+        policies = PLANNED if what == "headers" else ("model",)
+        return self.prefetch in policies and self.prefetch_on == "mount"
 
     @classmethod
     def parse(cls, *layers: tuple[str, Mapping[str, str | Iterable[str]]]) -> MountOptions:

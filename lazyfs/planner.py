@@ -40,8 +40,6 @@ log = logging.getLogger(__name__)
 TABLES_AHEAD = 16
 # Headers that are parsed at once: that holds the interpreter's lock.
 LEARNERS = 2
-# The policies that want a plan.
-PLANNED = frozenset(("model", "tensor", "headers"))
 
 
 class Planner:

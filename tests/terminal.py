@@ -84,9 +84,9 @@ class Terminal:
         return bool(data)
 
 
-def in_terminal(*arguments: object, **variables: str) -> tuple[int, str, str]:
+def in_terminal(*arguments: object, columns: int = 100, **variables: str) -> tuple[int, str, str]:
     """Run the command line in a terminal to its end: exit code, text, and what was really sent."""
-    terminal = Terminal(*arguments, **variables)
+    terminal = Terminal(*arguments, columns=columns, **variables)
     try:
         code, text = terminal.finish()
         return code, text, terminal.raw

@@ -21,8 +21,8 @@ from lazyfs.fetcher import BlockFetcher
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options import MountOptions
 from lazyfs.pagecache import PageCache
-from lazyfs.planner import PLANNED, Planner
-from lazyfs.prefetch import Prefetcher
+from lazyfs.planner import Planner
+from lazyfs.prefetch import PLANNED, Prefetcher
 from lazyfs.source import Source
 from lazyfs.tree import Directory, File, ListedObject, Node, Tree
 from simulated.loaders import Job, Loader, Read

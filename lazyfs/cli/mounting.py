@@ -36,7 +36,7 @@ READY_TIMEOUT_S = 150.0
     "--wait",
     type=click.Choice(["headers", "model"]),
     help="Return only when the small files and the beginnings of all shards, or the whole model, "
-    "are on this machine.",
+    "are on this machine; if nothing else fetches the model, it is put into the cache.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Tell progress as JSON lines.")
 @with_mount_options
@@ -57,8 +57,10 @@ def mount(
     options, texts = settings(config, given)
     if wait and foreground:
         raise OptionError("--wait: not with --foreground, which does not return")
-    if wait and options.prefetch != "model":
-        raise OptionError(f"--wait {wait}: needs --prefetch model; otherwise nothing is fetched")
+    if wait:
+        from lazyfs.cli.waiting import check_wait, wait_until_here
+
+        check_wait(wait, options)
     mountpoint = Path(os.path.realpath(mountpoint))
     log_file = options.log_file or default_log_file(mountpoint)
     spec = MountSpec(source, str(mountpoint), texts)
@@ -66,9 +68,7 @@ def mount(
         sys.exit(_supervise(spec))
     _start_in_background(spec, log_file)
     if wait:
-        from lazyfs.cli.waiting import wait_until_here
-
-        wait_until_here(mountpoint, wait, as_json=as_json)
+        wait_until_here(mountpoint, wait, options, as_json=as_json)
 
 
 @click.command()

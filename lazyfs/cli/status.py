@@ -62,6 +62,7 @@ def rows(status: Status) -> list[tuple[str, str]]:
         ("state", state(status)),
         ("version", f"{status['version']}, worker {status['pid']}"),
         ("mounted", f"{format_duration(status['mounted_for_s'])} ago{_restarts(status)}"),
+        *_changed(status),
         ("files", f"{status['files']}, {format_size(status['size_bytes'])}"),
         ("model", share(prefetch["there_bytes"], prefetch["wanted_bytes"]) + " on this machine"),
         ("loaded", share(near, prefetch["wanted_bytes"]) + " in the page cache or read"),
@@ -122,6 +123,12 @@ def share(part: int, whole: int) -> str:
 def _restarts(status: Status) -> str:
     many = status["restarts"]
     return f", {many} worker{'s' if many > 1 else ''} before this one" if many else ""
+
+
+def _changed(status: Status) -> list[tuple[str, str]]:
+    """What was changed since the mount began, if anything was."""
+    texts = [f"{name}={text}" for name, text in status.get("changed", {}).items()]
+    return [("changed", ", ".join(texts))] if texts else []
 
 
 def _reads(status: Status) -> str:

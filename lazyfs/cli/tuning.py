@@ -20,7 +20,9 @@ from lazyfs.mount.runtime import control_socket
 def pause(mountpoint: Path) -> None:
     """Fetch nothing ahead for MOUNTPOINT until `lazyfs resume`; readers get what they ask for.
 
-    Gives the link to others for a while. A mount whose worker is replaced fetches again.
+    Gives the link to others for a while.
+
+    Exit code 1: nothing is mounted there.
     """
     _tell(mountpoint, "/prefetch", {"paused": True})
 
@@ -28,7 +30,10 @@ def pause(mountpoint: Path) -> None:
 @click.command()
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 def resume(mountpoint: Path) -> None:
-    """Fetch ahead again for MOUNTPOINT after `lazyfs pause`."""
+    """Fetch ahead again for MOUNTPOINT after `lazyfs pause`.
+
+    Exit code 1: nothing is mounted there.
+    """
     _tell(mountpoint, "/prefetch", {"paused": False})
 
 
@@ -36,14 +41,14 @@ def resume(mountpoint: Path) -> None:
     "set",
     help=f"""Change options of MOUNTPOINT while it is mounted: {", ".join(TUNABLE)}.
 
-    A change lasts until another worker serves the mount (a crash, `lazyfs upgrade`).
+    A change lasts until it is unmounted, over crashes and `lazyfs upgrade`.
 
     \b
     Examples:
       lazyfs set /mnt/llama bandwidth-limit=200MB
       lazyfs set /mnt/llama log-level=debug max-concurrency=16
 
-    Exit code 1: nothing is mounted there, or it cannot be changed so; 2: not NAME=VALUE.
+    Exit code 1: nothing is mounted there; 2: it cannot be changed, or not to that.
     """,
 )
 @click.argument("mountpoint", type=click.Path(path_type=Path))
@@ -54,6 +59,8 @@ def set_(mountpoint: Path, changes: Sequence[str]) -> None:
         name, equals, value = change.partition("=")
         if not equals:
             raise OptionError(f"set: {change!r} is not NAME=VALUE")
+        if name in texts:
+            raise OptionError(f"set: {name} is given twice")
         texts[name] = value
     _tell(mountpoint, "/tunables", texts)
 

@@ -1,4 +1,8 @@
-"""Waits until a mount has on this machine what was asked for."""
+"""Waits until a mount has on this machine what was asked for.
+
+headers   is waited for: a policy that plans brings the beginnings of all files first
+model     is waited for where prefetching brings it; elsewhere the cache is filled with it
+"""
 
 from __future__ import annotations
 
@@ -8,24 +12,53 @@ from typing import Any
 
 from lazyfs.cli.progress import ByteProgress
 from lazyfs.control.client import ControlClient, ControlError
-from lazyfs.errors import MountError
+from lazyfs.errors import MountError, OptionError
 from lazyfs.kinds import format_size
 from lazyfs.mount.runtime import control_socket, record_of
+from lazyfs.options import MountOptions
 
 POLL_S = 0.1
 # When nothing was under way for so long, nothing will come any more.
 REST_S = 3.0
 
 
-def wait_until_here(mountpoint: Path, what: str, *, as_json: bool) -> None:
+def check_wait(what: str, options: MountOptions) -> None:
+    """See that it can come, before anything is mounted. Raises OptionError when it cannot."""
+    if options.brings(what):
+        return
+    if what == "headers":
+        raise OptionError(
+            f"--wait headers: with --prefetch {options.prefetch} --prefetch-on "
+            f"{options.prefetch_on} nothing is fetched before a file is opened; use --prefetch "
+            "headers, or --wait model, which fills the cache"
+        )
+    if options.cache_dir == "none":
+        raise OptionError(
+            "--wait model: without --prefetch model the model is put into the cache: "
+            "it needs a --cache-dir"
+        )
+
+
+def wait_until_here(mountpoint: Path, what: str, options: MountOptions, *, as_json: bool) -> None:
     """Wait, and show how far it is.
 
     Args:
         what: `headers` or `model`, as in `status["ready"]`.
+        options: of the mount.
 
     Raises:
         MountError: the mount ended, or what is missing does not come by itself.
+        LazyfsError: the cache could not be filled.
     """
+    if options.brings(what):
+        _wait(mountpoint, what, as_json=as_json)
+    else:
+        from lazyfs.cli.warming import warm_mount  # much of lazyfs, for few mounts
+
+        warm_mount(mountpoint, [], verify=False, as_json=as_json)
+
+
+def _wait(mountpoint: Path, what: str, *, as_json: bool) -> None:
     client = ControlClient(control_socket(mountpoint))
     busy_at_s = time.monotonic()
     with ByteProgress(what, as_json=as_json) as progress:
@@ -39,6 +72,11 @@ def wait_until_here(mountpoint: Path, what: str, *, as_json: bool) -> None:
                 continue
             prefetch = status["prefetch"]
             progress.update(prefetch["there_bytes"], prefetch["wanted_bytes"])
+            if prefetch["planned"] and not prefetch["wanted_bytes"]:
+                raise MountError(
+                    f"{mountpoint}: mounted, but nothing is fetched ahead: below the prefix is no "
+                    "model, or several; mount one, or fill the cache with `lazyfs warm`"
+                )
             if status["ready"][what]:
                 return
             if _is_busy(status):

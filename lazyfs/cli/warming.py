@@ -64,7 +64,9 @@ def warm(
     if others or config:
         name = others[0].replace("_", "-") if others else "config"
         raise OptionError(f"--{name}: a mount is warmed with its own options")
-    _warm_mount(Path(os.path.realpath(source_or_mountpoint)), list(include), verify, as_json)
+    mountpoint = Path(os.path.realpath(source_or_mountpoint))
+    progress = warm_mount(mountpoint, list(include), verify=verify, as_json=as_json)
+    _tell(progress, verify, as_json)
 
 
 # The word that others use for it.
@@ -107,7 +109,14 @@ async def _show(progress: Progress, shown: ByteProgress) -> None:
         await trio.sleep(POLL_S)
 
 
-def _warm_mount(mountpoint: Path, include: list[str], verify: bool, as_json: bool) -> None:
+def warm_mount(mountpoint: Path, include: list[str], *, verify: bool, as_json: bool) -> Progress:
+    """Have a mount fill its cache, and show how far it is until it is done.
+
+    Raises:
+        MountError: nothing is mounted there, or not any more.
+        ControlError: it cannot, or is at it already.
+        IncompleteError: something is missing.
+    """
     order = {"include": include, "verify": verify}
     record_at(mountpoint)
     client = ControlClient(control_socket(mountpoint))
@@ -129,8 +138,7 @@ def _warm_mount(mountpoint: Path, include: list[str], verify: bool, as_json: boo
             if answer["state"] == "failed":
                 raise IncompleteError(answer["error"])
             if answer["state"] == "done":
-                break
-    _tell(progress, verify, as_json)
+                return progress
 
 
 def _tell(progress: Progress, verify: bool, as_json: bool) -> None:

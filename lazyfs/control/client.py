@@ -14,7 +14,15 @@ TIMEOUT_S = 10.0
 
 
 class ControlError(LazyfsError):
-    """The worker did not answer, or refused."""
+    """The worker did not answer, or refused.
+
+    Attributes:
+        exit_code: for the command line; 2 if what was asked for is not allowed.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class ControlClient:
@@ -56,15 +64,16 @@ class ControlClient:
         finally:
             connection.close()
         if response.status != 200:
-            raise ControlError(_reason(answer, response.status))
+            raise _refusal(answer, response.status)
         return answer
 
 
-def _reason(answer: bytes, status: int) -> str:
+def _refusal(answer: bytes, status: int) -> ControlError:
     try:
-        return str(json.loads(answer)["error"])
-    except (ValueError, KeyError, TypeError):
-        return f"the daemon answered with status {status}"
+        told = json.loads(answer)
+        return ControlError(str(told["error"]), int(told.get("exit_code", 1)))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return ControlError(f"the daemon answered with status {status}")
 
 
 class _UnixConnection(http.client.HTTPConnection):

@@ -38,7 +38,7 @@ def _mount(status: Status) -> Values:
         "lazyfs_mount_start_time_seconds": [({}, status.mounted_ns / 10**9)],
         "lazyfs_worker_start_time_seconds": [({}, time.time() - status.recorder.uptime_s)],
         "lazyfs_worker_restarts_total": [({}, status.restarts)],
-        "lazyfs_worker_resumed": [({}, int(status.recorder.took_up))],
+        "lazyfs_mount_resumes_total": [({}, status.carried.resumes)],
         "lazyfs_trouble": [({}, int(fetcher.trouble is not None))],
         "lazyfs_memory_blocks_bytes": [({}, fetcher.memory_bytes)],
         "lazyfs_memory_limit_bytes": [({}, status.options.memory_limit)],

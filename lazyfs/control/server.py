@@ -1,7 +1,8 @@
 """HTTP of a worker: its control socket, which only its user and root can use, and its metrics.
 
 One request a connection. Answers are JSON, or text where a route gives text; an error is
-`{"error": "one line"}` with status 400 (the request), 404, 413 or 500.
+`{"error": "one line"}` with status 400 (the request), 404, 413 or 500; with `exit_code` beside it
+if it is one that the command line would show.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ async def _answer(
         answer = route(content)
         return 200, await answer if inspect.isawaitable(answer) else answer
     except LazyfsError as error:
-        return 400, {"error": str(error)}
+        return 400, {"error": str(error), "exit_code": error.exit_code}
     except ValueError as error:
         # Not the body itself: it may hold credentials.
         return 400, {"error": f"the body is not what {path} takes: {type(error).__name__}"}

@@ -17,6 +17,7 @@ from lazyfs.cache import BlockCache
 from lazyfs.catalog import Catalog
 from lazyfs.fetcher import BlockFetcher
 from lazyfs.filesystem import Filesystem
+from lazyfs.mount.carried import Carried
 from lazyfs.observe.events import Purpose
 from lazyfs.observe.recorder import Recorder, Tier, Wait
 from lazyfs.options import MountOptions
@@ -52,6 +53,7 @@ class Status:
     planner: Planner
     recorder: Recorder
     cache: BlockCache | None
+    carried: Carried
 
     def describe(self) -> dict[str, Any]:
         """All of it, as JSON can say it."""
@@ -64,6 +66,8 @@ class Status:
             "mounted_for_s": round(time.time() - self.mounted_ns / 10**9, 3),
             "worker_uptime_s": round(self.recorder.uptime_s, 3),
             "restarts": self.restarts,
+            "resumes": self.carried.resumes,
+            "changed": dict(self.carried.options),
             "trouble": self.fetcher.trouble,
             **self._model(),
             **self._traffic(),

@@ -1,6 +1,6 @@
-"""What of a mount's options can be changed while it runs, `PUT /tunables`.
+"""What can be changed of a mount while it runs: `PUT /tunables` and `PUT /prefetch`.
 
-A change lasts until another worker serves the mount; then it is as it was mounted.
+A change lasts as long as the mount: workers that follow this one are told of it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from typing import Any
 
 from lazyfs.control.status import Status
 from lazyfs.errors import OptionError
-from lazyfs.options import find_option
+from lazyfs.mount.carried import Carried
+from lazyfs.options import MountOptions, Option, find_option
+
+log = logging.getLogger(__name__)
 
 TUNABLE = ("log-level", "max-concurrency", "bandwidth-limit")
 
@@ -26,16 +29,53 @@ def tune(status: Status, texts: Mapping[str, Any]) -> None:
     Raises:
         OptionError: one cannot be changed, or not to that; then none is.
     """
+    before, status.options = status.options, _changed(status.options, texts)
+    _use_log_level(status.options)
+    if dataclasses.replace(before, log_level=status.options.log_level) != status.options:
+        status.fetcher.tune(status.options)
+    status.carried.options |= {_tunable(name).name: str(text) for name, text in texts.items()}
+    status.carried.save()
+
+
+def pause(status: Status, paused: Any) -> None:
+    """Fetch nothing ahead any more, or again.
+
+    Raises:
+        ValueError: it is not said which of the two.
+    """
+    if not isinstance(paused, bool):
+        raise ValueError("paused")
+    status.fetcher.pause(paused)
+    status.carried.paused = paused
+    status.carried.save()
+
+
+def with_former_changes(options: MountOptions, carried: Carried) -> MountOptions:
+    """The options with which a worker goes on: those of the mount, as they were changed since."""
+    try:
+        options = _changed(options, carried.options)
+    except OptionError as error:  # by another version, which knew more
+        log.warning("what was set is left out: %s", error)
+    _use_log_level(options)
+    return options
+
+
+def _changed(options: MountOptions, texts: Mapping[str, Any]) -> MountOptions:
     changes = {}
     for name, text in texts.items():
-        option = find_option(name)
-        if option is None or option.name not in TUNABLE:
-            raise OptionError(
-                f"{name}: cannot be changed while mounted; these can: {', '.join(TUNABLE)}"
-            )
+        option = _tunable(name)
         changes[option.attribute] = option.parse(str(text), option.name)
-    status.options = dataclasses.replace(status.options, **changes)
-    if "log_level" in changes:
-        logging.getLogger("lazyfs").setLevel(status.options.log_level.upper())
-    if changes.keys() - {"log_level"}:
-        status.fetcher.tune(status.options)
+    return dataclasses.replace(options, **changes)
+
+
+def _tunable(name: str) -> Option:
+    option = find_option(name)
+    if option is None or option.name not in TUNABLE:
+        raise OptionError(
+            f"{name}: cannot be changed while mounted; these can: {', '.join(TUNABLE)}"
+        )
+    return option
+
+
+def _use_log_level(options: MountOptions) -> None:
+    logging.getLogger("lazyfs").setLevel(options.log_level.upper())

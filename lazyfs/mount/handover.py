@@ -3,6 +3,7 @@
     fuse      the kernel's side of the mount
     session   how the conversation with the kernel began, and what must not change with a restart
     listing   what was listed (`lazyfs/journal.py`)
+    carried   what was changed while it runs (`lazyfs/mount/carried.py`)
 
 Beside them the supervisor keeps `spec` (`lazyfs/spec.py`).
 """
@@ -17,7 +18,7 @@ from lazyfs.mount.spec import memory_file, read_whole
 
 SPEC = "spec"
 FUSE = "fuse"
-_SESSION, _LISTING = "session", "listing"
+_SESSION, _LISTING, _CARRIED = "session", "listing", "carried"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class Handover:
 
     fuse: int
     listing: int
+    carried: int
     beginning: Beginning
 
     @classmethod
@@ -52,9 +54,18 @@ class Handover:
         if FUSE not in kept:
             return None
         beginning = Beginning(**json.loads(read_whole(kept[_SESSION])))
-        return cls(kept[FUSE], kept[_LISTING], beginning)
+        if _CARRIED not in kept:  # the mount began with a version that knew of nothing to carry
+            kept[_CARRIED] = new_carried()
+            keeper.store(name, {_CARRIED: kept[_CARRIED]})
+        return cls(kept[FUSE], kept[_LISTING], kept[_CARRIED], beginning)
 
     def store(self, keeper: KeeperClient, name: str) -> None:
         """Have it kept. Raises KeeperError."""
         session = memory_file("lazyfs-session", json.dumps(asdict(self.beginning)).encode())
-        keeper.store(name, {FUSE: self.fuse, _SESSION: session, _LISTING: self.listing})
+        labels = {_SESSION: session, _LISTING: self.listing, _CARRIED: self.carried}
+        keeper.store(name, {FUSE: self.fuse, **labels})
+
+
+def new_carried() -> int:
+    """A memory file for `Carried`, of a mount to which nothing was done."""
+    return memory_file("lazyfs-carried", b"")

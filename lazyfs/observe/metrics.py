@@ -38,6 +38,10 @@ METRICS = (
     # Is it there?
     Declared("lazyfs_up", "gauge", "1 if the worker of the mount answered, else 0."),
     Declared("lazyfs_mount_info", "gauge", "Always 1.", ("source", "mountpoint", "version")),
+    Declared(
+        "lazyfs_volume_pod_info", "gauge", "Always 1; one for each pod that has the volume. From "
+        "node plugins.", ("namespace", "pod"),
+    ),
     Declared("lazyfs_mount_start_time_seconds", "gauge", "When it was mounted, since the epoch."),
     Declared(
         "lazyfs_worker_start_time_seconds", "gauge", "When its present worker began, since the "
@@ -48,7 +52,8 @@ METRICS = (
         "were replaced.",
     ),
     Declared(
-        "lazyfs_worker_resumed", "gauge", "1 if the present worker took the mount up from another.",
+        "lazyfs_mount_resumes_total", "counter", "Times that a worker took the mount up from "
+        "another, since it was mounted.",
     ),
     Declared("lazyfs_trouble", "gauge", "1 while S3 does not give some object."),
     # The model

@@ -65,7 +65,6 @@ class Recorder:
     def __init__(self, policy: str = "model", now_s: Callable[[], float] = time.monotonic) -> None:
         self._now_s = now_s
         self._began_s = now_s()
-        self.took_up = False
         self.open_files = 0
         self.events = EventRing()
         self.files: list[File] = []
@@ -114,7 +113,6 @@ class Recorder:
 
     def resumed(self) -> None:
         """The mount was taken up from another worker."""
-        self.took_up = True
         self.events.add(self.uptime_s, Kind.RESUMED)
 
     def planned(self, size_bytes: int) -> None:

@@ -7,6 +7,6 @@ prefetcher.py  the policy: what is wished for, in which order
 """
 
 from lazyfs.prefetch.places import Place
-from lazyfs.prefetch.prefetcher import POLICIES, Prefetcher
+from lazyfs.prefetch.prefetcher import PLANNED, POLICIES, Prefetcher
 
-__all__ = ["POLICIES", "Place", "Prefetcher"]
+__all__ = ["PLANNED", "POLICIES", "Place", "Prefetcher"]

@@ -46,6 +46,8 @@ from lazyfs.prefetch.streams import Streams
 from lazyfs.safetensors import Tensor
 
 POLICIES = ("model", "tensor", "sequential", "headers", "off")
+# Those that want a plan of what a loader will read (`lazyfs/planner.py`).
+PLANNED = frozenset(("model", "tensor", "headers"))
 
 # Pieces of which something was read and that are not whole yet; the oldest is given up.
 TOUCHED_PIECES = 64

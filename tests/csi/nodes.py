@@ -111,7 +111,7 @@ class TestNode:
                     "staging_target_path": str(self.staging(volume)),
                     "target_path": str(target),
                     "volume_capability": capability(),
-                    "volume_context": {**context, **POD},
+                    "volume_context": {**POD, **context},
                     "readonly": True,
                     **fields,
                 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -64,11 +65,57 @@ def test_set(mount: Callable[..., Mounted]) -> None:
     mounted = mount("s3://told/m", "--prefetch=off")
     assert lazyfs("set", mounted.path, "max-concurrency=3", "log-level=debug").returncode == 0
     assert status(mounted)["requests_limit"] == 3
-    wrong = lazyfs("set", mounted.path, "max-concurrency=many")
-    assert (wrong.returncode, wrong.stdout) == (1, "")
-    assert "'many' is not allowed" in wrong.stderr
-    assert "cannot be changed while mounted" in lazyfs("set", mounted.path, "uid=3").stderr
-    assert lazyfs("set", mounted.path, "log-level").returncode == 2
+    assert "max-concurrency=3, log-level=debug" in lazyfs("status", mounted.path).stdout
+    for changes, words in (
+        (["max-concurrency=many"], "max-concurrency: 'many' is not allowed: "),
+        (["max-concurrency=4", "bandwidth-limit=-1"], "bandwidth-limit: '-1' is not allowed: "),
+        (["uid=3"], "uid: cannot be changed while mounted; these can: "),
+        (["log-level"], "set: 'log-level' is not NAME=VALUE"),
+        (["log-level=info", "log-level=debug"], "set: log-level is given twice"),
+    ):
+        wrong = lazyfs("set", mounted.path, *changes)
+        assert (wrong.returncode, wrong.stdout) == (2, "")
+        assert wrong.stderr.startswith(f"lazyfs: {words}") and wrong.stderr.count("\n") == 1
+    assert status(mounted)["requests_limit"] == 3, "nothing of a refused change is done"
+
+
+def test_in_a_terminal(mount: Callable[..., Mounted], tmp_path: Path) -> None:
+    mounted = mount("s3://told/m", "--prefetch=off")
+    for arguments in (["pause"], ["resume"], ["set", "log-level=debug", "bandwidth-limit=1GB"]):
+        command, *changes = arguments
+        assert in_terminal(command, mounted.path, *changes)[:2] == (0, "")
+    assert status(mounted)["changed"] == {"log-level": "debug", "bandwidth-limit": "1GB"}
+    code, text, _ = in_terminal("set", mounted.path, "log-level=loud", columns=200)
+    assert code == 2
+    assert text.strip() == "lazyfs: log-level: 'loud' is not allowed: debug, info, warning or error"
+    for command in (["pause"], ["resume"], ["set", "log-level=debug"]):
+        code, text, _ = in_terminal(command[0], tmp_path, *command[1:], columns=200)
+        assert code == 1 and "no lazyfs daemon serves it" in text
+
+
+def test_changes_outlive_the_worker(mount: Callable[..., Mounted], s3: S3) -> None:
+    s3.fault("GET /told/m/model-0000", "slow", seconds=0.1, times=6)
+    mounted = mount("s3://told/m", "--block-size=256KiB", "--max-concurrency=1")
+    assert lazyfs("pause", mounted.path).returncode == 0
+    changes = ["max_concurrency=3", "log-level=debug", "bandwidth-limit=500MB"]
+    assert lazyfs("set", mounted.path, *changes).returncode == 0
+    assert lazyfs("set", mounted.path, "maxConcurrency=2").returncode == 0
+    for restarts in (1, 2):
+        before = settle(s3)
+        assert before != set(model("m/"))
+        os.kill(mounted.worker, signal.SIGKILL)
+        while (now := status(mounted)).get("restarts") != restarts or "error" in now:
+            time.sleep(0.1)
+        assert now["resumes"] == restarts
+        assert now["requests_limit"] == 2
+        assert now["changed"] == {
+            "max-concurrency": "2", "log-level": "debug", "bandwidth-limit": "500MB",
+        }  # fmt: skip
+        assert settle(s3) == before, "it fetches nothing"
+        assert status(mounted)["prefetch"]["activity"] == "paused"  # type: ignore[index]
+    assert "DEBUG" in mounted.log()
+    assert lazyfs("resume", mounted.path).returncode == 0
+    assert settle(s3) == set(model("m/"))
 
 
 def test_the_log_has_one_line_of_the_first_load(mount: Callable[..., Mounted]) -> None:

@@ -154,8 +154,54 @@ def test_wait_for_what_has_no_room(s3: S3, place: Path) -> None:
     assert lazyfs("umount", place).returncode == 0, "it is mounted all the same"
 
 
-@pytest.mark.parametrize("options", [["--prefetch=off"], ["--foreground"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--wait=model", "--foreground"],
+        ["--wait=model", "--prefetch=off", "--cache-dir=none"],
+        ["--wait=headers", "--prefetch=off"],
+        ["--wait=headers", "--prefetch-on=open"],
+    ],
+)
 def test_wait_for_what_cannot_come(server: S3, place: Path, options: list[str]) -> None:
-    answer = lazyfs(*mount_arguments(server, place, "--wait=model", *options))
+    answer = lazyfs(*mount_arguments(server, place, *options))
     assert answer.returncode == 2
-    assert answer.stderr.startswith("lazyfs: --wait")
+    assert answer.stderr.startswith("lazyfs: --wait") and answer.stderr.count("\n") == 1
+    assert lazyfs("status", place).returncode == 1, "nothing was mounted"
+
+
+@pytest.mark.parametrize("policy", ["headers", "tensor"])
+def test_wait_for_headers_that_are_all_that_comes(
+    server: S3, s3: S3, place: Path, policy: str
+) -> None:
+    options = [f"--prefetch={policy}", "--wait=headers"]
+    assert lazyfs(*mount_arguments(server, place, *options)).returncode == 0
+    fetched = {path.rpartition("/")[2] for path, _ in s3.data_requests()}
+    assert fetched == set(model(""))
+    blocks = sum(-(-len(content) // (256 << 10)) for content in model("").values())
+    assert len(s3.data_requests()) < blocks / 2
+
+
+@pytest.mark.parametrize(
+    "options", [["--prefetch=off"], ["--prefetch-on=open"], ["--preset=browse"]]
+)
+def test_wait_for_a_model_that_nothing_else_brings(
+    server: S3, s3: S3, place: Path, options: list[str]
+) -> None:
+    answer = lazyfs(*mount_arguments(server, place, "--wait=model", "--json", *options))
+    assert answer.returncode == 0, answer.stderr
+    last = json.loads(answer.stdout.splitlines()[-1])
+    total = sum(map(len, model("").values()))
+    assert (last["done_bytes"], last["total_bytes"], last["finished"]) == (total, total, True)
+    s3.forget()
+    assert shell("cat * | wc -c", place).stdout.strip() == str(total)
+    assert not s3.data_requests(), "it was all in the cache"
+
+
+def test_wait_where_there_is_no_model(server: S3, place: Path) -> None:
+    arguments = mount_arguments(server, place, "--wait=model")
+    arguments[1] = "s3://seen/plain"
+    answer = lazyfs(*arguments)
+    assert answer.returncode == 1
+    assert "nothing is fetched ahead" in answer.stderr
+    assert lazyfs("umount", place).returncode == 0, "it is mounted all the same"

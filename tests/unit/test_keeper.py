@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from mounting import descriptors
 
+from lazyfs.mount.carried import Carried
+from lazyfs.mount.handover import Beginning, Handover, new_carried
 from lazyfs.mount.keeper import LONGEST_MESSAGE, MOST_LABELS, Keeper, KeeperClient, KeeperError
 from lazyfs.mount.spec import memory_file, read_whole
 
@@ -139,3 +141,34 @@ def connect(path: Path) -> KeeperClient:
         except KeeperError:
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+
+def test_what_is_carried_is_kept_with_the_session(client: KeeperClient) -> None:
+    carried = Carried(new_carried())
+    assert (carried.paused, carried.options, carried.resumes) == (False, {}, 0)
+    beginning = Beginning("00", "01", "us-east-1", 7)
+    fuse, listing = memory_file("fuse", b""), memory_file("listing", b"")
+    Handover(fuse, listing, carried.descriptor, beginning).store(client, "mount")
+    carried.paused, carried.resumes = True, 10
+    carried.options["max-concurrency"] = "200"
+    carried.save()
+    carried.options["max-concurrency"] = "3"
+    carried.save()  # shorter than before
+    handover = Handover.fetch(client, "mount")
+    assert handover is not None and handover.beginning == beginning
+    found = Carried(handover.carried)
+    assert (found.paused, found.options, found.resumes) == (True, {"max-concurrency": "3"}, 10)
+
+
+def test_a_session_of_a_version_that_carried_nothing(client: KeeperClient) -> None:
+    beginning = b'{"init_message": "00", "init_answer": "01", "region": "r", "mounted_ns": 7}'
+    contents = {"fuse": b"", "session": beginning, "listing": b""}
+    client.store("old", {key: memory_file(key, value) for key, value in contents.items()})
+    handover = Handover.fetch(client, "old")
+    assert handover is not None
+    carried = Carried(handover.carried)
+    assert (carried.paused, carried.resumes) == (False, 0)
+    carried.resumes = 1
+    carried.save()
+    again = Handover.fetch(client, "old")
+    assert again is not None and Carried(again.carried).resumes == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -48,7 +49,8 @@ class Server:
         with connection, connection.makefile("rb") as stream:
 
             def request() -> str:
-                head = b"".join(iter(stream.readline, b"\r\n")).decode()
+                lines = itertools.takewhile(bool, iter(stream.readline, b"\r\n"))
+                head = b"".join(lines).decode()
                 if not head:
                     raise EOFError
                 self.heads.append(head)

@@ -52,6 +52,11 @@ def test_source_in_every_spelling(attributes: dict[str, str], source: str) -> No
         ({**SOURCE, "logFile": "/etc/passwd"}, "volumes may not set logFile here"),
         ({**SOURCE, "caBundle": "/etc/shadow"}, "volumes may not set caBundle here"),
         ({**SOURCE, "waitFor": "everything"}, "waitFor: 'everything' is not allowed: headers or"),
+        (
+            {**SOURCE, "waitFor": "model", "prefetch": "headers"},
+            "waitFor: 'model' is not allowed with prefetch headers",
+        ),
+        ({**SOURCE, "waitFor": "headers", "prefetchOn": "open"}, "do not bring it before a file"),
         ({**SOURCE, "roleArn": "admin"}, "roleArn: 'admin' is not allowed"),
         ({**SOURCE, "include": "x" * 4096}, "more than 4096"),
         ({**SOURCE, "a b": "c"}, "'a b': there is none of this name"),
