@@ -1,6 +1,21 @@
-"""`python -m lazyfs`."""
+"""`python -m lazyfs`, and what the command `lazyfs` is."""
 
-from lazyfs.cli import main
+import sys
+
+from lazyfs.mount import background
+
+
+def main() -> None:
+    """Run the command line."""
+    begun = background.begin(sys.argv[1:])
+    try:
+        from lazyfs.cli import main  # after the fork: see there
+
+        main(obj=begun)
+    finally:
+        if begun is not None:
+            begun.end()
+
 
 if __name__ == "__main__":
     main()

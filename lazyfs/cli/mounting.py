@@ -5,21 +5,18 @@ A mount is quick to begin; so what only some mounts need is imported where it is
 
 from __future__ import annotations
 
-import fcntl
-import json
+import contextlib
 import os
-import select
-import signal
 import sys
-import traceback
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 import click
 
 from lazyfs.cli.settings import settings, with_mount_options
 from lazyfs.errors import DaemonError, MountError, OptionError
 from lazyfs.mount import syscalls
+from lazyfs.mount.background import Background
 from lazyfs.mount.runtime import DaemonWatch, default_log_file
 from lazyfs.mount.spec import MountSpec
 
@@ -40,7 +37,10 @@ READY_TIMEOUT_S = 150.0
 )
 @click.option("--json", "as_json", is_flag=True, help="Tell progress as JSON lines.")
 @with_mount_options
+@click.pass_obj
 def mount(
+    begun: Background | None,
+    /,
     source: str,
     mountpoint: Path,
     foreground: bool,
@@ -65,8 +65,12 @@ def mount(
     log_file = options.log_file or default_log_file(mountpoint)
     spec = MountSpec(source, str(mountpoint), texts)
     if foreground:
-        sys.exit(_supervise(spec))
-    _start_in_background(spec, log_file)
+        from lazyfs.mount import supervisor
+
+        sys.exit(supervisor.main(spec, None))
+    if begun is None or begun.mountpoint != spec.mountpoint:
+        begun = Background(spec.mountpoint)
+    _start_in_background(begun, spec, log_file)
     if wait:
         wait_until_here(mountpoint, wait, options, as_json=as_json)
 
@@ -88,57 +92,21 @@ def umount(mountpoint: Path, lazy: bool) -> None:
         raise MountError(f"{mountpoint}: unmounted, but its daemon has not ended yet")
 
 
-def _supervise(spec: MountSpec, report_fd: int | None = None) -> int:
-    """Be the mount's supervisor until it ends; the exit code."""
-    from lazyfs.mount import supervisor
-
-    return supervisor.main(spec, report_fd)
-
-
-def _start_in_background(spec: MountSpec, log_file: Path) -> None:
-    """Start the mount's supervisor in a session of its own, and return when it is ready.
+def _start_in_background(background: Background, spec: MountSpec, log_file: Path) -> None:
+    """Have the mount supervised in a session of its own, and return when it is ready.
 
     Raises:
         LazyfsError: it was refused, with the message of the daemon, or it did not become ready.
     """
-    reader, writer = os.pipe()
-    with _open_log(log_file) as output, open(reader) as answers:
-        # What was imported here for the options is what a supervisor needs; begun anew it would
-        # take as long again.
-        process = os.fork()
-        if process == 0:
-            _detach(spec, output.fileno(), writer)
-        os.close(writer)
-        readable, _, _ = select.select([answers], [], [], READY_TIMEOUT_S)
-        answer = json.loads(answers.read() or "{}") if readable else {}
+    answer: dict[str, Any] = {}
+    with _open_log(log_file) as output, contextlib.suppress(BrokenPipeError):
+        answer = background.mount(spec, output.fileno(), READY_TIMEOUT_S)
     if answer.get("ready"):
         return
-    if not answer:
-        os.kill(process, signal.SIGTERM)
-    os.waitpid(process, 0)
+    background.stop()
     if answer:
         raise DaemonError(answer["error"], answer["exit_code"])
     raise MountError(f"the daemon ended before the mount was ready; its log is {log_file}")
-
-
-def _detach(spec: MountSpec, log_fd: int, report_fd: int) -> NoReturn:
-    """Be a supervisor that keeps nothing of whoever gave the command but his environment."""
-    code = 1
-    try:
-        os.setsid()
-        # Above those that are replaced, wherever they are now.
-        descriptors = [
-            fcntl.fcntl(descriptor, fcntl.F_DUPFD, 8)
-            for descriptor in (os.open(os.devnull, os.O_RDONLY), log_fd, log_fd, report_fd)
-        ]
-        for number, descriptor in enumerate(descriptors):
-            os.dup2(descriptor, number, inheritable=number < 3)
-        os.closerange(len(descriptors), os.sysconf("SC_OPEN_MAX"))
-        code = _supervise(spec, len(descriptors) - 1)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
 
 
 def _open_log(log_file: Path) -> IO[bytes]:

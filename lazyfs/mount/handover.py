@@ -5,7 +5,8 @@
     listing   what was listed (`lazyfs/journal.py`)
     carried   what was changed while it runs (`lazyfs/mount/carried.py`)
 
-Beside them the supervisor keeps `spec` (`lazyfs/spec.py`).
+Beside them the supervisor keeps `spec` (`lazyfs/spec.py`), and by hand what a worker holds as long
+as it lives: `log`, and `lock`, by which others see that the mount is served.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass
 from lazyfs.mount.keeper import KeeperClient
 from lazyfs.mount.spec import memory_file, read_whole
 
-SPEC = "spec"
+SPEC, LOG, LOCK = "spec", "log", "lock"
 FUSE = "fuse"
 _SESSION, _LISTING, _CARRIED = "session", "listing", "carried"
 

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 # A worker that was told to end, or whose mount ended, gets this long to finish what it does.
@@ -16,6 +19,32 @@ END_TIMEOUT_S = 8.0
 POLL_S = 0.1
 # Of a worker that says that the mount must be made anew.
 EXIT_CANNOT_RESUME = 75
+
+
+@dataclass(frozen=True, slots=True)
+class StartedWorker:
+    """A worker that was started, and the descriptor from which its report can be read."""
+
+    process: subprocess.Popen[bytes]
+    reports: int
+
+
+def start_worker(name: str, connection: socket.socket, leash: int | None = None) -> StartedWorker:
+    """Start the process of a worker.
+
+    Args:
+        name: under which its mount is kept, which it asks for when it has loaded what it needs.
+        connection: to the keeper.
+        leash: the descriptor whose end is its end.
+    """
+    ours, theirs = os.pipe()
+    passed = [connection.fileno(), theirs, *([] if leash is None else [leash])]
+    command = [sys.executable, "-P", "-m", "lazyfs.mount.worker", name, *map(str, passed)]
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, pass_fds=passed, start_new_session=True
+    )
+    os.close(theirs)
+    return StartedWorker(process, ours)
 
 
 def end_former(worker: int, name: str) -> None:

@@ -70,9 +70,9 @@ class RunningMount:
         os.pwrite(self._descriptor, content.ljust(size), 0)
 
     @property
-    def descriptors(self) -> list[int]:
-        """What another process must inherit for the mount to count as served while it lives."""
-        return [self._descriptor]
+    def descriptor(self) -> int:
+        """What another process must hold for the mount to count as served while it lives."""
+        return self._descriptor
 
     def close(self) -> None:
         """The mount ends: take the record away."""

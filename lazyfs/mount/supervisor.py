@@ -39,16 +39,18 @@ from typing import TYPE_CHECKING, Any
 from lazyfs.errors import DaemonError, LazyfsError, MountError
 from lazyfs.log import configure
 from lazyfs.mount import syscalls
-from lazyfs.mount.handover import FUSE, SPEC
+from lazyfs.mount.handover import FUSE, LOCK, LOG, SPEC
 from lazyfs.mount.keeper import Keeper, KeeperClient, KeeperError
 from lazyfs.mount.privileges import protect_from_oom
 from lazyfs.mount.processes import (
     END_TIMEOUT_S,
     EXIT_CANNOT_RESUME,
     POLL_S,
+    StartedWorker,
     end_former,
     how_it_ended,
     parent_of,
+    start_worker,
     wait_for_end,
 )
 from lazyfs.mount.runtime import (
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+STDERR = 2
 # A worker that is neither ready nor refused by then is given up.
 READY_TIMEOUT_S = 120.0
 # Between the death of a worker and the next one. The long pause is for workers that do not even
@@ -85,6 +88,7 @@ class Supervisor:
         on_end: called from another thread when the mount has ended, for whatever reason.
         on_new_mount: called from another thread when a mount that could not go on was made anew:
             bind mounts of the old one are dead.
+        first: gives a worker that was started already; called when what it asks for is kept.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class Supervisor:
         leash: bool,
         on_end: Callable[[], None] = lambda: None,
         on_new_mount: Callable[[], None] = lambda: None,
+        first: Callable[[], StartedWorker] | None = None,
     ) -> None:
         self.name = spec.mountpoint
         self.restarts = 0
@@ -106,6 +111,7 @@ class Supervisor:
         self._leash = os.pipe() if leash else None
         self._on_end = on_end
         self._on_new_mount = on_new_mount
+        self._first = first
         self._refusal: str | None = None
         self._stopping = threading.Event()
         self._leaving = threading.Event()
@@ -235,33 +241,20 @@ class Supervisor:
             self._watcher.join()
 
     def _start_worker(self, timeout_s: float) -> None:
-        with self._connect() as connection:
-            self._start_connected(connection, timeout_s)
+        first, self._first = self._first, None
+        started = first() if first else None
+        if started is None or started.process.poll() is not None:
+            started = self._start_process()
+        self._worker = started.process
+        self._wait_until_ready(started, timeout_s)
         self._fetch_kept()
 
-    def _start_connected(self, connection: socket.socket, timeout_s: float) -> None:
-        ours, theirs = os.pipe()
-        with open(ours) as reports:
-            passed = [connection.fileno(), theirs]
-            if self._leash is not None:
-                passed.append(self._leash[0])
-            command = [
-                sys.executable,
-                "-P",
-                "-m",
-                "lazyfs.mount.worker",
-                self.name,
-                *map(str, passed),
-            ]
-            inherited = passed
-            # On a leash the lock is the supervisor's alone: a killed worker, whose threads wait in
-            # the kernel for the next one's answers, would hold it against that one's supervisor.
-            if self._leash is None and self._record is not None:
-                inherited = [*passed, *self._record.descriptors]
-            self._worker = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=inherited, start_new_session=True
-            )
-            os.close(theirs)
+    def _start_process(self) -> StartedWorker:
+        with self._connect() as connection:
+            return start_worker(self.name, connection, self._leash[0] if self._leash else None)
+
+    def _wait_until_ready(self, started: StartedWorker, timeout_s: float) -> None:
+        with open(started.reports) as reports:
             readable, _, _ = select.select([reports], [], [], timeout_s)
             report: dict[str, Any] = json.loads(reports.read() or "{}") if readable else {}
         if report.get("ready"):
@@ -271,9 +264,9 @@ class Supervisor:
                 self._record.write(self._describe(self.pid))
             return
         if not readable:
-            self._worker.kill()
+            started.process.kill()
             raise MountError(f"{self._mountpoint}: the daemon was not ready after {timeout_s:g} s")
-        code = self._worker.wait()
+        code = started.process.wait()
         if report:
             raise DaemonError(report["error"], report["exit_code"], report["kind"], code)
         raise MountError(f"{self._mountpoint}: the daemon ended before the mount was ready")
@@ -369,9 +362,14 @@ class Supervisor:
 
     def _store_spec(self) -> None:
         descriptor = self._spec.to_descriptor()
+        kept = {SPEC: descriptor}
+        # On a leash the lock is the supervisor's alone: a killed worker, whose threads wait in
+        # the kernel for the next one's answers, would hold it against that one's supervisor.
+        if self._leash is None and self._record is not None:
+            kept |= {LOG: STDERR, LOCK: self._record.descriptor}
         try:
             with self._keeper() as keeper:
-                keeper.store(self.name, {SPEC: descriptor})
+                keeper.store(self.name, kept)
         finally:
             os.close(descriptor)
 
@@ -447,12 +445,17 @@ def replace_worker(record: MountRecord) -> MountRecord:
     raise MountError(f"{record.mountpoint}: no new worker became ready; its log says why")
 
 
-def main(spec: MountSpec, report_fd: int | None) -> int:
+def main(
+    spec: MountSpec,
+    report_fd: int | None,
+    waiting: tuple[StartedWorker, socket.socket] | None = None,
+) -> int:
     """Keep and supervise one mount in this process; the exit code.
 
     Args:
         spec: what to mount.
         report_fd: of a pipe to whoever waits for the mount; without it, errors are printed.
+        waiting: a worker for it that was started already, and the keeper's end of its connection.
     """
     os.chdir("/")
     configure(
@@ -465,16 +468,28 @@ def main(spec: MountSpec, report_fd: int | None) -> int:
         signal.signal(number, lambda got, _: news.put(got))
     keeper = Keeper()
 
+    def serve(client: socket.socket) -> None:
+        threading.Thread(target=keeper.serve, args=[client], daemon=True).start()
+
     def connect() -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        threading.Thread(target=keeper.serve, args=[ours], daemon=True).start()
+        serve(ours)
         return theirs
 
+    def first() -> StartedWorker:
+        assert waiting is not None
+        serve(waiting[1])
+        return waiting[0]
+
     protect_from_oom()
-    supervisor = Supervisor(spec, connect, leash=False, on_end=lambda: news.put(None))
+    supervisor = Supervisor(
+        spec, connect, leash=False, on_end=lambda: news.put(None), first=first if waiting else None
+    )
     try:
         supervisor.start()
     except LazyfsError as error:
+        if waiting:
+            waiting[0].process.kill()
         return _refused(error, report_fd)
     _report(report_fd, {"ready": True})
     while (got := news.get()) is not None:

@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 from lazyfs import __version__, log
 from lazyfs.errors import CannotResumeError, LazyfsError
 from lazyfs.mount import privileges
-from lazyfs.mount.handover import SPEC
+from lazyfs.mount.handover import LOG, SPEC
 from lazyfs.mount.keeper import KeeperClient, KeeperError
 from lazyfs.mount.processes import EXIT_CANNOT_RESUME
 from lazyfs.mount.spec import MountSpec
@@ -38,15 +38,31 @@ def main(name: str, keeper_fd: int, report_fd: int, leash_fd: int | None) -> int
     # What a start makes stays: looking through it again and again takes a quarter of the time.
     gc.disable()
     os.chdir("/")  # a daemon must not keep a filesystem busy
+    # First, because a worker is started before it is known what it is to mount.
+    with _without_awscrt():
+        from lazyfs import daemon
+        from lazyfs.source import SourceUrl
+
     keeper = KeeperClient(socket.socket(fileno=keeper_fd))
-    spec = MountSpec.from_descriptor(keeper.fetch(name)[SPEC])
+    kept = keeper.fetch(name)
+    if LOG in kept:
+        for output in (1, 2):
+            os.dup2(kept[LOG], output)
+    spec = MountSpec.from_descriptor(kept[SPEC])
     privileges.protect_from_oom()
     try:
         options = MountOptions.parse(("--{name}", spec.options))
         log.configure(options.log_level, options.log_format, spec.mountpoint)
         if leash_fd is not None:
             threading.Thread(target=_end_with, args=[leash_fd], daemon=True).start()
-        _serve(spec, options, keeper, lambda: _ready(report_fd))
+        mount = daemon.Mount(
+            SourceUrl.parse(spec.source),
+            Path(spec.mountpoint),
+            options,
+            spec.credentials,
+            spec.options,
+        )
+        daemon.run(mount, keeper, lambda: _ready(report_fd))
     except CannotResumeError as error:
         _report(report_fd, _described(error))
         return EXIT_CANNOT_RESUME
@@ -54,23 +70,6 @@ def main(name: str, keeper_fd: int, report_fd: int, leash_fd: int | None) -> int
         _report(report_fd, _described(error))
         return 1
     return 0
-
-
-def _serve(
-    spec: MountSpec, options: MountOptions, keeper: KeeperClient, on_ready: Callable[[], None]
-) -> None:
-    with _without_awscrt():
-        from lazyfs import daemon
-        from lazyfs.source import SourceUrl
-
-    mount = daemon.Mount(
-        SourceUrl.parse(spec.source),
-        Path(spec.mountpoint),
-        options,
-        spec.credentials,
-        spec.options,
-    )
-    daemon.run(mount, keeper, on_ready)
 
 
 @contextmanager

@@ -84,6 +84,38 @@ def test_a_background_mount_holds_nothing_of_the_command(s3: S3, tmp_path: Path)
         lazyfs("umount", tmp_path / "mnt")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["s3://life/m", "{mnt}", "--block-size=7"],
+        ["s3://life/m", "{mnt}", "one too many"],
+        ["s3://life/m", "--block-size=7", "{mnt}"],
+    ],
+)
+def test_a_wrong_command_leaves_no_process(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "mnt").mkdir()
+    answer = lazyfs("mount", *(text.format(mnt=tmp_path / "mnt") for text in arguments))
+    assert answer.returncode == 2
+    assert answer.stderr.count("\n") == 1
+    with pytest.raises(AssertionError, match="no worker"):
+        worker_pid(tmp_path / "mnt")
+
+
+def test_arguments_in_another_order(s3: S3, tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    (tmp_path / "link").symlink_to("mnt")
+    for arguments in (["--cache-dir=none", "s3://life/m", "link"],
+                      ["s3://life/m", "--cache-dir=none", "link/."]):  # fmt: skip
+        answer = subprocess.run(
+            [sys.executable, "-m", "lazyfs", "mount", f"--endpoint-url={s3.url}", *arguments,
+             f"--log-file={tmp_path}/log"],
+            env=environment(), cwd=tmp_path, capture_output=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert (answer.returncode, answer.stderr) == (0, b"")
+        assert shell("cat mnt/file", tmp_path).stdout == "content"
+        assert lazyfs("umount", tmp_path / "mnt").returncode == 0
+
+
 def test_foreground_exits_with_zero(s3: S3, tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
     process = subprocess.Popen(
