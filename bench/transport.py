@@ -33,7 +33,7 @@ import origin as origins
 
 from lazyfs.blocks.buffers import take_buffer
 from lazyfs.kinds import parse_size
-from lazyfs.transport import Transport, tls_context
+from lazyfs.transport import Cancel, Transport, tls_context
 
 BLOCK = 8 << 20
 KEY = "model/file"
@@ -60,7 +60,7 @@ def lazyfs_client(url: str, ca: str) -> Callable[[int, memoryview], None]:
 
     def get(start: int, buffer: memoryview) -> None:
         span = {"Range": f"bytes={start}-{start + BLOCK - 1}"}
-        client.get_range(f"/{origins.BUCKET}/{KEY}", span, start, take_buffer(BLOCK))
+        client.get_range(f"/{origins.BUCKET}/{KEY}", span, start, take_buffer(BLOCK), Cancel())
 
     return get
 

@@ -49,6 +49,7 @@ from lazyfs.options import MountOptions
 from lazyfs.transport import (
     CONNECT_TIMEOUT_S,
     SILENCE_TIMEOUT_S,
+    Cancel,
     OtherRangeError,
     Proxy,
     RefusedError,
@@ -192,10 +193,16 @@ class Source:
         told = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
         return email.utils.parsedate_to_datetime(told).timestamp() - time.time() if told else None
 
-    def read_range(self, key: str, etag: str, start: int, length: int) -> memoryview:
+    def read_range(
+        self, key: str, etag: str, start: int, length: int, cancel: Cancel | None = None
+    ) -> memoryview:
         """Exactly `length` bytes of an object from `start`, of the version that `etag` names.
 
+        Args:
+            cancel: lets another thread end it.
+
         Raises:
+            CancelledError: by `cancel`.
             ObjectChangedError, ObjectGoneError: the object is no longer what was listed.
             SourceError: any other failure.
         """
@@ -205,7 +212,8 @@ class Source:
         into = take_buffer(length)
         with _as_source_error(where):
             try:
-                self._transport.get_range(target, self._signed(target, headers), start, into)
+                signed = self._signed(target, headers)
+                self._transport.get_range(target, signed, start, into, cancel or Cancel())
             except RefusedError as error:
                 raise _refused(where, error) from error
             except OtherRangeError as error:

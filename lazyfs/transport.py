@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import re
+import socket
 import ssl
 import threading
 import time
@@ -60,6 +61,51 @@ class Proxy:
     headers: Mapping[str, str] = field(repr=False)
 
 
+class CancelledError(Exception):
+    """Another thread did not want the answer any more."""
+
+
+class Cancel:
+    """Lets another thread end a request: what waits for the server wakes up."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self.called = False
+
+    def __call__(self) -> None:
+        """End it, whether it has begun or not; without effect when it is over."""
+        with self._lock:
+            self.called = True
+            if self._socket is not None:
+                with contextlib.suppress(OSError):  # the server was faster
+                    # Of TLS, too, only the connection: its state is the other thread's.
+                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    @contextlib.contextmanager
+    def watching(self, connection: http.client.HTTPConnection) -> Iterator[None]:
+        """A request is made over this connection.
+
+        Raises:
+            CancelledError: in the place of whatever comes of it once it was ended.
+        """
+        try:
+            with self._lock:
+                self._socket = connection.sock
+                if self.called:
+                    raise CancelledError
+            yield
+        except Exception as error:
+            if self.called:
+                raise CancelledError from error
+            raise
+        finally:
+            with self._lock:
+                self._socket = None
+        if self.called:  # what was received may be cut off
+            raise CancelledError
+
+
 @dataclass(slots=True)
 class _Idle:
     connection: http.client.HTTPConnection
@@ -85,24 +131,31 @@ class Transport:
         self._lock = threading.Lock()
 
     def get_range(
-        self, target: str, headers: Mapping[str, str], start: int, into: memoryview
+        self,
+        target: str,
+        headers: Mapping[str, str],
+        start: int,
+        into: memoryview,
+        cancel: Cancel,
     ) -> None:
         """Fill a buffer with the bytes of an object from `start`.
 
         Args:
             target: path and query, as they go over the wire.
             headers: of the request, `Range` included.
+            cancel: ends it from another thread.
 
         Raises:
             RefusedError: the answer is not 206.
             OtherRangeError: it is another range.
+            CancelledError: `cancel` was called.
             OSError, http.client.HTTPException: no connection, or it broke, or it was silent.
         """
         if self._proxy and self._url.scheme == "http":
             target = f"{self._url.scheme}://{self._url.netloc}{target}"
             headers = {**headers, **self._proxy.headers}
-        connection, answer = self._ask(target, headers)
-        with _closed_on_error(connection):
+        connection, answer = self._ask(target, headers, cancel)
+        with _closed_on_error(connection), cancel.watching(connection):
             if answer.status != 206:
                 text = answer.read(MOST_TEXT).decode(errors="replace")
                 raise RefusedError(
@@ -127,17 +180,17 @@ class Transport:
                 each.connection.close()
 
     def _ask(
-        self, target: str, headers: Mapping[str, str]
+        self, target: str, headers: Mapping[str, str], cancel: Cancel
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         """Where a request was sent, and the head of the answer."""
         with self._lock:
             kept = self._idle.pop().connection if self._idle else None
         if kept is not None:
             with contextlib.suppress(ConnectionError, http.client.BadStatusLine):
-                return kept, _answer_of(kept, target, headers)
+                return kept, _answer_of(kept, target, headers, cancel)
             self.close_idle(0.0)  # the server has closed it, and the others are older
         connection = self._connect()
-        return connection, _answer_of(connection, target, headers)
+        return connection, _answer_of(connection, target, headers, cancel)
 
     def _connect(self) -> http.client.HTTPConnection:
         host, port = self._url.hostname or "", self._url.port
@@ -175,9 +228,12 @@ def tls_context(authorities: str) -> ssl.SSLContext:
 
 
 def _answer_of(
-    connection: http.client.HTTPConnection, target: str, headers: Mapping[str, str]
+    connection: http.client.HTTPConnection,
+    target: str,
+    headers: Mapping[str, str],
+    cancel: Cancel,
 ) -> http.client.HTTPResponse:
-    with _closed_on_error(connection):
+    with _closed_on_error(connection), cancel.watching(connection):
         connection.request("GET", target, headers=dict(headers))
         return connection.getresponse()
 

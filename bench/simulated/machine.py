@@ -143,7 +143,9 @@ class Bucket:
         self.asked: list[tuple[str, int, int]] = []
         self.sent_bytes = 0
 
-    def read_range(self, key: str, etag: str, start: int, length: int) -> memoryview:
+    def read_range(
+        self, key: str, etag: str, start: int, length: int, cancel: object
+    ) -> memoryview:
         self.asked.append((key, start, length))
         self.sent_bytes += length
         self._threads.takes(self._link.transfer(length))

@@ -1,7 +1,7 @@
 """One block from S3: not too many at once, not too fast, asked twice when slow, and patiently.
 
-Each attempt is one ranged GET in a worker thread. A thread cannot be stopped: an attempt whose
-answer is no longer wanted goes on until it ends by itself, and its memory is counted until then.
+Each attempt is one ranged GET in a worker thread. An attempt whose answer is no longer wanted is
+ended by breaking its connection; its memory is counted until its thread has noticed.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 
 from lazyfs.blocks.concurrency import Concurrency, HedgeTimer, Pacer
 from lazyfs.blocks.memory import BlockMemory
 from lazyfs.blocks.retry import patiently
-from lazyfs.errors import SourceError, ThrottledError
+from lazyfs.errors import SourceError, ThrottledError, UnavailableError
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options import MountOptions
 from lazyfs.source import Source
+from lazyfs.transport import Cancel, CancelledError
 from lazyfs.tree import File
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class _Request:
     file: File
     start: int
     length: int
-    attempts: int = 0
+    under_way: list[Cancel] = field(default_factory=list)
     hedged: bool = False
 
 
@@ -136,19 +137,23 @@ class BlockGetter:
             SourceError: all attempts failed.
         """
         answer: memoryview | SourceError | None = None
-        async with trio.open_nursery() as nursery:
-            send, receive = trio.open_memory_channel[memoryview | SourceError](2)
-            nursery.start_soon(self._attempt, request, send)
-            with trio.move_on_after(self._timer.delay_s):
-                answer = await receive.receive()
-            unanswered = 1 if answer is None else 0
-            if unanswered and self._may_hedge(request):
+        try:
+            async with trio.open_nursery() as nursery:
+                send, receive = trio.open_memory_channel[memoryview | SourceError](2)
                 nursery.start_soon(self._attempt, request, send)
-                unanswered += 1
-            while unanswered and not isinstance(answer, memoryview):
-                answer = await receive.receive()
-                unanswered -= 1
-            nursery.cancel_scope.cancel()
+                with trio.move_on_after(self._timer.delay_s):
+                    answer = await receive.receive()
+                unanswered = 1 if answer is None else 0
+                if unanswered and self._may_hedge(request):
+                    nursery.start_soon(self._attempt, request, send)
+                    unanswered += 1
+                while unanswered and not isinstance(answer, memoryview):
+                    answer = await receive.receive()
+                    unanswered -= 1
+                nursery.cancel_scope.cancel()
+        finally:
+            for cancel in request.under_way:
+                cancel()
         if isinstance(answer, SourceError):
             raise answer
         assert answer is not None
@@ -157,7 +162,8 @@ class BlockGetter:
     async def _attempt(
         self, request: _Request, answers: trio.MemorySendChannel[memoryview | SourceError]
     ) -> None:
-        request.attempts += 1
+        cancel = Cancel()
+        request.under_way.append(cancel)
         began_s = self._recorder.asked("get")
         token = trio.lowlevel.current_trio_token()
 
@@ -165,15 +171,17 @@ class BlockGetter:
             size = 0
             try:
                 data = self._source.read_range(
-                    request.file.key, request.file.etag, request.start, request.length
+                    request.file.key, request.file.etag, request.start, request.length, cancel
                 )
                 size = len(data)
                 return data
             except SourceError as error:
                 return error
+            except CancelledError:
+                return UnavailableError("not wanted any more")
             finally:
                 with contextlib.suppress(trio.RunFinishedError):  # the mount has ended
-                    token.run_sync_soon(self._ended, request, began_s, size)
+                    token.run_sync_soon(self._ended, request, cancel, began_s, size)
 
         answers.send_nowait(
             await trio.to_thread.run_sync(get, abandon_on_cancel=True, limiter=self._threads)
@@ -192,11 +200,11 @@ class BlockGetter:
         request.hedged = True
         return True
 
-    def _ended(self, request: _Request, began_s: float, size: int) -> None:
+    def _ended(self, request: _Request, cancel: Cancel, began_s: float, size: int) -> None:
         """The thread of an attempt came back, wanted or not."""
-        self._recorder.answered("get", began_s, size, failed=not size)
-        request.attempts -= 1
-        if request.hedged and not request.attempts:
+        self._recorder.answered("get", began_s, size, failed=not size and not cancel.called)
+        request.under_way.remove(cancel)
+        if request.hedged and not request.under_way:
             self._hedges_running -= 1
             self._memory.release(request.length)
             self._room_made()

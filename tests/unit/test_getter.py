@@ -16,6 +16,7 @@ from lazyfs.observe.events import Cause
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options import MountOptions
 from lazyfs.prefetch import Prefetcher
+from lazyfs.transport import Cancel
 from lazyfs.tree import File
 
 FILE = File(2, 1, "f", "f", 100, "e", 0)
@@ -32,11 +33,15 @@ class Source:
     def __init__(self, *answers: Callable[[], memoryview]) -> None:
         self.answers = list(answers)
         self.asked = 0
+        self.cancels: list[Cancel] = []
         self._lock = threading.Lock()
 
-    def read_range(self, key: str, etag: str, start: int, length: int) -> memoryview:
+    def read_range(
+        self, key: str, etag: str, start: int, length: int, cancel: Cancel
+    ) -> memoryview:
         with self._lock:
             self.asked += 1
+            self.cancels.append(cancel)
             answer = self.answers.pop(0)
         return answer()
 
@@ -101,6 +106,7 @@ def test_a_stuck_request_is_asked_a_second_time_and_its_room_is_counted() -> Non
         assert bytes(data) == b"good"
         assert (source.asked, recorder.hedges) == (2, 1)
         assert memory.used_bytes == 4, "the stuck thread still holds its bytes"
+        assert source.cancels[0].called, "and is told to end"
     finally:
         released.set()
 

@@ -12,7 +12,15 @@ from contextlib import closing, contextmanager
 import pytest
 
 from lazyfs import transport
-from lazyfs.transport import OtherRangeError, Proxy, RefusedError, Transport, tls_context
+from lazyfs.transport import (
+    Cancel,
+    CancelledError,
+    OtherRangeError,
+    Proxy,
+    RefusedError,
+    Transport,
+    tls_context,
+)
 
 DATA = bytes(range(256)) * 8192  # two pieces
 HEADERS = {"Range": f"bytes=0-{len(DATA) - 1}"}
@@ -79,9 +87,9 @@ def serving(
         server.stop()
 
 
-def get(client: Transport, length: int = len(DATA)) -> bytes:
-    into = memoryview(bytearray(length))
-    client.get_range("/bucket/key", HEADERS, 0, into)
+def get(client: Transport, cancel: Cancel | None = None) -> bytes:
+    into = memoryview(bytearray(len(DATA)))
+    client.get_range("/bucket/key", HEADERS, 0, into, cancel or Cancel())
     return bytes(into)
 
 
@@ -207,6 +215,40 @@ def test_silence_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(serve) as (_, client), pytest.raises(TimeoutError):
         get(client)
     over.set()
+
+
+@pytest.mark.parametrize("sent", [b"", HEAD, HEAD + LENGTH + DATA[:-1]])
+def test_a_request_is_ended_by_another_thread(sent: bytes) -> None:
+    over = threading.Event()
+
+    def serve(_: int, request: Callable[[], str], send: Callable[[bytes], None]) -> None:
+        request()
+        send(sent)
+        threading.Timer(0.1, cancel).start()
+        over.wait(30)
+
+    cancel = Cancel()
+    with serving(serve) as (_, client), pytest.raises(CancelledError):
+        get(client, cancel)
+    over.set()
+
+
+def test_a_request_that_was_ended_before_is_not_made() -> None:
+    cancel = Cancel()
+    cancel()
+    with serving(always(ANSWER)) as (server, client):
+        with pytest.raises(CancelledError):
+            get(client, cancel)
+        assert server.heads == []
+
+
+def test_ending_what_is_over_leaves_its_connection() -> None:
+    with serving(always(ANSWER, ANSWER)) as (server, client):
+        cancel = Cancel()
+        get(client, cancel)
+        cancel()
+        get(client)
+        assert server.connections == 1
 
 
 def test_nobody_listens() -> None:
