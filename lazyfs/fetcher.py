@@ -23,6 +23,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, TypeVar
 
 import trio
@@ -53,6 +54,8 @@ T = TypeVar("T")
 PUSHERS = 2
 # Readers are not kept waiting longer than this for the rest of their block to be pushed.
 LONGEST_PUSH_S = 0.05
+# So many blocks of the disk make room for others at once.
+SLIDE_BLOCKS = 8
 # When the mount ends, blocks that wait for the disk may take so long.
 LAST_WRITES_S = 5.0
 # Blocks that are read from the disk at once, ahead of readers.
@@ -144,8 +147,10 @@ class BlockFetcher:
             self._elsewhere = Elsewhere(cache, self._thread, self._found)
             self._writer = BlockWriter(
                 cache, self._thread, self._is_loading, processors or Processors(), recorder,
-                self.pump,
+                self._written,
             )  # fmt: skip
+        # The cache is being told that blocks of which readers are done may make room.
+        self._sliding = False
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -233,10 +238,12 @@ class BlockFetcher:
         if self._cache is None:
             return
         numbers = await self._thread(self._cache.present, file)
+        self._cache.set_loading(file)
         if numbers:
             await self._thread(self._cache.announce, [file])
         for number in numbers:
             block = BlockId(file.inode, number)
+            self._prefetcher.stored(block)
             if self._prefetcher.place(block) not in (Place.COMING, Place.LOCAL, Place.NEAR):
                 self._prefetcher.moved(block, Place.LOCAL)
 
@@ -264,6 +271,8 @@ class BlockFetcher:
         """A file was opened; `direct`: with O_DIRECT, which passes by the page cache."""
         self.add_file(file)
         self._passes_by_pages |= direct
+        if self._cache:
+            self._cache.set_loading(file)
         self._prefetcher.opened(file.inode, direct=direct)
 
     async def header(self, file: File) -> memoryview | None:
@@ -362,6 +371,7 @@ class BlockFetcher:
                 break
             self._start(self._urgent.popleft())
         self._push_ahead(from_disk=not self._urgent and not self._paused)
+        self._slide()
         if self._urgent:
             self._recorder.prefetch_is(Activity.DEMAND)
         elif self._paused:
@@ -402,6 +412,41 @@ class BlockFetcher:
                 self._start(self._new_job(block), from_disk=True)
             else:
                 return
+
+    def _written(self, block: BlockId, stored: bool) -> None:
+        """A block need not be kept for the disk any more; whether it is there."""
+        if stored:
+            self._prefetcher.stored(block)
+        self.pump()
+
+    def _slide(self) -> None:
+        """Where the cache took no more, let it exchange what readers have had for what comes."""
+        if self._sliding or self._writer is None or not self._writer.has_refused:
+            return
+        spent = self._prefetcher.take_spent(SLIDE_BLOCKS)
+        if spent:
+            assert self._nursery is not None and self._cache is not None
+            self._sliding = True
+            self._nursery.start_soon(self._exchange, self._cache, self._writer, spent)
+
+    async def _exchange(self, cache: BlockCache, writer: BlockWriter, spent: list[BlockId]) -> None:
+        for inode, blocks in groupby(spent, lambda block: block.inode):
+            numbers = [block.number for block in blocks]
+            if await self._thread(cache.give_up, self._files[inode], numbers):
+                for block in (BlockId(inode, number) for number in numbers):
+                    held = self._memory.get(block)
+                    if held is not None:
+                        held.on_disk, held.unread = False, 0
+                    elif self._prefetcher.place(block) == Place.LOCAL:
+                        self._prefetcher.moved(block, Place.USED)
+        writer.retry(self._kept)
+        self._sliding = False
+
+    def _kept(self, block: BlockId) -> Held | None:
+        """A block that is in memory alone, for a reader who is still to come."""
+        held = self._memory.get(block)
+        is_alone = self._prefetcher.place(block) == Place.LOCAL
+        return held if held and held.unread and not held.on_disk and is_alone else None
 
     def _new_job(self, block: BlockId) -> Job:
         job = Job(self._files[block.inode], block, self._length(block))

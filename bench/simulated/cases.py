@@ -166,6 +166,21 @@ CASES: dict[str, Case] = {
         machine=Machine(pages=512 * MIB),
         rate=100e6,
     ),
+    **{
+        f"small cache, 20 s after mount, {name}": Case(
+            model=large,
+            loader=partial(loaders.lazy, threads=threads),
+            machine=Machine(pages=pages, disk=2 * GIB),
+            starts_s=20,
+            rate=rate,
+        )
+        for name, threads, rate, pages in (
+            ("faster than the link", 2, 500e6, 512 * MIB),
+            ("few pages", 2, 500e6, 256 * MIB),
+            ("no pages", 8, 5e9, 0),
+            ("8 threads", 8, 150e6, 512 * MIB),
+        )
+    },
     "small cache, 20 s after mount": Case(
         model=dense,
         loader=loaders.lazy,

@@ -44,8 +44,8 @@ class Report:
 
     Attributes:
         seconds: from its first read to its last.
-        ideal_s: the least that it could take: of the link from the moment of mount, and of the
-            loader with everything at hand.
+        ideal_s: the least that it could take: of the link, which brings before the load as much as
+            there is room for, and of the loader with everything at hand.
         needed_bytes: of the blocks of tensors that it touched.
         fetched_bytes: that the link carried.
         wasted_bytes: of blocks that were fetched and not touched, and of heads, which blocks bring
@@ -113,6 +113,9 @@ class _Load:
         self._loader = loader
         self._machine = machine
         self._starts_s = starts_s
+        # What can be on this machine before anyone has read anything; a part of the memory is for
+        # demand and for headers, and what is pushed into the page cache is on the disk as well.
+        self._room = (machine.disk or machine.pages // 2) + int(0.7 * options.memory_limit)
         self._block_size = options.block_size
         self.threads = Threads()
         self._link = Link(machine)
@@ -224,12 +227,13 @@ class _Load:
         ]
         heads = self._bucket.sent_bytes - sum(self._length(*block) for block in asked)
         needed = sum(self._length(*block) for block in self._touched)
-        link_s = self._machine.latency_s + needed / self._machine.link
+        early = min(self._starts_s * self._machine.link, self._room)
+        link_s = self._machine.latency_s + max(0.0, needed - early) / self._machine.link
         order = [self._touched[block] for block in asked if block in self._touched]
         shortest_s = self._loader.shortest_s()
         return Report(
             seconds=self._seconds,
-            ideal_s=max(shortest_s, link_s - self._starts_s),
+            ideal_s=max(shortest_s, link_s),
             needed_bytes=needed,
             fetched_bytes=self._bucket.sent_bytes,
             wasted_bytes=heads + sum(self._length(*b) for b in set(asked) - set(self._touched)),

@@ -190,6 +190,14 @@ class Disk:
         self._used += len(data)
         return True
 
+    def set_loading(self, file: File) -> None:
+        pass
+
+    def give_up(self, file: File, numbers: list[int]) -> bool:
+        for number in numbers:
+            self._used -= len(self._blocks.pop((file.key, number), b""))
+        return True
+
     def announce(self, files: list[File]) -> None:
         pass
 

@@ -4,6 +4,7 @@ What is counted: the blocks held, and the room reserved for those on their way. 
 `--memory-limit`, whoever asks. Blocks differ in what it costs to let them go:
 
     nothing      nobody uses it, and it is on disk, or in the page cache, or every byte was read
+    the disk     it is there, but somebody is reading it part by part
     the cache    it only waits for a slow disk, and this load has or gets its bytes otherwise
     a fetch      it must be fetched again, by a reader who is still to come
 
@@ -132,8 +133,8 @@ class BlockMemory:
             victim = self._costs_nothing()
             if victim is None and (urgent or reader_waits):
                 victim = self._costs_the_cache()
-            if victim is None and urgent and not is_served:
-                victim = self._costs_a_fetch()
+            if victim is None and urgent:
+                victim = self._costs_the_disk() or (None if is_served else self._costs_a_fetch())
             if victim is None:
                 return False
             self._drop(victim)
@@ -149,15 +150,25 @@ class BlockMemory:
         return max(LEAST_RESERVE * self._block_size, self._limit_bytes // 4, for_readers)
 
     def _costs_nothing(self) -> BlockId | None:
+        begun: list[BlockId] = []
         for block, held in self._held.items():
-            if not held.users and (held.on_disk or not held.unread or self._is_near(block)):
+            if held.users or not (held.on_disk or not held.unread or self._is_near(block)):
+                continue
+            if not (held.demanded and held.unread) or self._is_near(block):
                 return block
-        return None
+            begun.append(block)  # its reader is about to ask for the next part
+        return begun[0] if len(begun) > max(LEAST_BEGUN, self._prefetcher.readers) else None
 
     def _costs_the_cache(self) -> BlockId | None:
         for block, held in self._held.items():
             mapped = self._is_near(block) and self._prefetcher.reads_pages(block.inode)
             if held.spare and (mapped or not held.unread):
+                return block
+        return None
+
+    def _costs_the_disk(self) -> BlockId | None:
+        for block, held in self._held.items():
+            if held.on_disk and not held.users:
                 return block
         return None
 

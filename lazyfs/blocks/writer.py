@@ -33,7 +33,7 @@ class BlockWriter:
         is_loading: whether a load is under way whose pages the page cache keeps.
         processors: say whether there is time for what need not be done now.
         recorder: is told of what was written.
-        on_written: called when a block need no longer be kept for the disk.
+        on_written: told of a block that need not be kept for the disk now, and whether it is there.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class BlockWriter:
         is_loading: Callable[[], bool],
         processors: Processors,
         recorder: Recorder,
-        on_written: Callable[[], None],
+        on_written: Callable[[BlockId, bool], None],
     ) -> None:
         self._cache = cache
         self._run = run
@@ -54,12 +54,26 @@ class BlockWriter:
         self._queue = BlockQueue()
         self._writing = 0
         self._shed: dict[BlockId, File] = {}
+        # What the cache had no room for, though nobody has read it yet.
+        self._refused: list[BlockId] = []
 
     def put(self, block: BlockId, held: Held) -> None:
         """Write a block when there is time; it is used until then, or until it is shed."""
         held.to_write = True
         held.users += 1
         self._queue.put(block, held)
+
+    @property
+    def has_refused(self) -> bool:
+        """Whether the cache had no room for blocks that are still to be read."""
+        return bool(self._refused)
+
+    def retry(self, kept: Callable[[BlockId], Held | None]) -> None:
+        """Write what the cache had no room for, as far as it is still kept for a reader."""
+        refused, self._refused = self._refused, []
+        for block in refused:
+            if (held := kept(block)) is not None:
+                self.put(block, held)
 
     @property
     def is_at_work(self) -> bool:
@@ -105,4 +119,6 @@ class BlockWriter:
             self._writing -= 1
             self._recorder.written(len(held.data) if held.on_disk else 0)
             held.users -= 1
-            self._on_written()
+            if not held.on_disk and held.unread:
+                self._refused.append(block)
+            self._on_written(block, held.on_disk)

@@ -186,6 +186,22 @@ class BlockCache:
         for directory in self.directories:
             directory.announce(contents)
 
+    def set_loading(self, file: File) -> None:
+        """Let other processes see that this one needs a file's blocks. Does not block."""
+        content = self._content(file)
+        for directory in self.directories:
+            directory.set_loading(content)
+
+    def give_up(self, file: File, numbers: Iterable[int]) -> bool:
+        """Say that blocks are not needed any more in this load; False if others may need them."""
+        content = self._content(file)
+        given_up = [
+            directory.give_up(content, here)
+            for directory in self.directories
+            if (here := [n for n in numbers if self._home(content, n) is directory])
+        ]
+        return all(given_up)
+
     def care(self, plan: Iterable[File]) -> None:
         """What is to be done every ten seconds or so, and at the end.
 

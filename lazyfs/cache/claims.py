@@ -6,7 +6,8 @@ process, however that ends. What a claim cannot know is whether its holder gets 
 waits does so for a limited time, the lease, and then fetches for himself.
 
 Those who wait hold a shared lock on a byte of another file, so that a holder who could put off
-writing to the disk sees that somebody wants it soon.
+writing to the disk sees that somebody wants it soon. Those who load a content hold one on a byte of
+a third, so that nobody takes away what one of them has read and another has not.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from pathlib import Path
 
 # struct flock of 64-bit Linux: l_type, l_whence, padding, l_start, l_len, l_pid.
 _FLOCK = struct.Struct("=hh4xqqi4x")
-NAMES = ("claims", "waiting")
+NAMES = ("claims", "waiting", "loading")
 
 
 class Claims:
     """The claims of one directory, as one process has them.
 
     Args:
-        directory: of the two files, which are made.
+        directory: of the three files, which are made.
 
     Raises:
         OSError: they cannot be made.
@@ -37,7 +38,7 @@ class Claims:
     def __init__(self, directory: Path) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         # File objects: closed when the last thread has let go of them, never under a call.
-        self._claims, self._waiting = (
+        self._claims, self._waiting, self._loading = (
             FileIO(os.open(directory / name, flags, 0o600), "r+") for name in NAMES
         )
 
@@ -60,6 +61,14 @@ class Claims:
     def others_wait(self) -> bool:
         """Whether another process waits for a block, of whoever has it."""
         return self._is_locked(self._waiting, 0, 0)
+
+    def set_loading(self, content: str) -> None:
+        """Let the others see, from now on, that this process loads a content."""
+        self._lock(self._loading, fcntl.F_RDLCK, _place(content))
+
+    def others_load(self, content: str) -> bool:
+        """Whether another process loads a content."""
+        return self._is_locked(self._loading, _place(content), 1)
 
     def _lock(self, file: FileIO, kind: int, place: int) -> bool:
         request = _FLOCK.pack(kind, os.SEEK_SET, place, 1, 0)

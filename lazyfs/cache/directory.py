@@ -2,7 +2,7 @@
 
     cache.db          the index (`index.py`), and its -wal and -shm
     00/ ... ff/       block files (`blockfile.py`) under random names
-    claims, waiting   locked, never written (`claims.py`)
+    claims, waiting, loading   locked, never written (`claims.py`)
     care              locked by who goes through the directory; its time says when that was last
     opening           locked by who opens the index, makes it, or takes a damaged one away
 
@@ -16,7 +16,8 @@ says of the blocks it has in its plan that it will need them, the first ones las
 are the last to leave. And a block does not make room for another one of the same load: what was
 used or announced since the load began stays (for an hour at most), and the new block is *declined*.
 So a cache that is smaller than a model keeps a part of it, instead of forgetting each block just
-before it is needed again.
+before it is needed again. What may make room for what comes later in the same load are blocks that
+it *gave up*: its readers have had them, and no other process loads the content.
 
 All calls block: they are made from worker threads.
 """
@@ -120,6 +121,7 @@ class CacheDirectory:
         self._has_index_anew = False
         self._used: dict[str, float] = {}
         self._told = (0, 0)
+        self._given_up: set[str] = set()
         self._load_began = self._last_asked = time.monotonic()
         self._announced = self._declined = float("-inf")
 
@@ -159,6 +161,7 @@ class CacheDirectory:
         else:
             self.counters.hits += 1
             self._used[key] = time.time()
+            self._given_up.discard(key)
         return data
 
     def verify(self, content: Content, number: int) -> bool:
@@ -253,6 +256,25 @@ class CacheDirectory:
         self._asked()
         self._attempt(Side.WRITING, lambda index: self._announce(index, plan), None)
 
+    def set_loading(self, content: Content) -> None:
+        """Let other processes see that this one loads a content."""
+        if self._claims is not None:
+            self._claims.set_loading(content.digest)
+
+    def give_up(self, content: Content, numbers: Sequence[int]) -> bool:
+        """Say that blocks are not needed any more in this load, so that others may have their room.
+
+        Returns:
+            False if another process loads the content and may need them.
+        """
+        if self._claims is None or self._claims.others_load(content.digest):
+            return False
+        keys = [_key(content, number) for number in numbers]
+        self._given_up.update(keys)
+        self._attempt(Side.WRITING, lambda index: index.touch([(0.0, key) for key in keys]), None)
+        self._declined = float("-inf")
+        return True
+
     def care(self, plan: Sequence[Content]) -> None:
         """What is to be done now and then (every ten seconds or so, and at the end).
 
@@ -290,7 +312,8 @@ class CacheDirectory:
             for content in plan
             for number in index.numbers(content.digest)
         )
-        index.touch([(now - rank * 1e-6, key) for rank, key in enumerate(keys)])
+        needed = (key for key in keys if key not in self._given_up)
+        index.touch([(now - rank * 1e-6, key) for rank, key in enumerate(needed)])
 
     def _care(self, index: BlockIndex, plan: Sequence[Content]) -> None:
         self._tell_use(index)

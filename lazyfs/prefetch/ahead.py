@@ -61,6 +61,10 @@ class PagesAhead:
         for inode, first in self._elsewhere.items():
             self.blocks += self._near(inode, first)
 
+    def is_behind(self, rank: int, number: int) -> bool:
+        """Whether a block of a file in the order lies before all readers."""
+        return (rank, number) < self._rear
+
     def _near(self, inode: int, first: int) -> int:
         blocks = self._files[inode]
         return blocks.places.count(Place.NEAR, first) if first else blocks.counts[Place.NEAR]

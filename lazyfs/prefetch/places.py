@@ -50,6 +50,7 @@ class FileBlocks:
         known: the kernel knows the inode, so that blocks can be put into the page cache.
         reads_pages: opened, and not with O_DIRECT: its readers find what is in the page cache.
             None: not opened.
+        stored: 1 for each block that is on the disk.
         has_head: its header is or was here, without its first block.
         rank: its position in the loading order; -1: it has none.
         roles: of the tensors, one for each piece (`role_of`); empty without a table.
@@ -64,6 +65,7 @@ class FileBlocks:
         self.counts = [count, *[0] * (len(Place) - 1)]
         self.known = False
         self.reads_pages: bool | None = None
+        self.stored = bytearray(count)
         self.has_head = False
         self.rank = -1
         self.roles: Sequence[str] = ()

@@ -51,6 +51,8 @@ PLANNED = frozenset(("model", "tensor", "headers"))
 
 # Pieces of which something was read and that are not whole yet; the oldest is given up.
 TOUCHED_PIECES = 64
+# So many blocks just behind the rearmost reader he may still ask for.
+BEHIND_BLOCKS = 4
 # With `tensor`: how much may lie there that nobody has read yet, and how much that was passed over:
 # a share of what was read, or so many blocks; more of tensors whose like was read one layer before.
 UNREAD_SHARE = 1 / 16
@@ -106,6 +108,8 @@ class Prefetcher:
         self._wasted: set[BlockId] = set()
         self._read_blocks = 0
         self._ahead = PagesAhead(self._files)
+        # No file before this one in the order has blocks on the disk.
+        self._first_stored = 0
 
     def add_file(self, inode: int, size_bytes: int) -> None:
         """A file exists. Adding it again changes nothing."""
@@ -126,6 +130,7 @@ class Prefetcher:
             self._files[inode].rank = -1
         small, shards = list(small), list(shards)
         self._order = [*small, *shards]
+        self._first_stored = 0
         for rank, inode in enumerate(self._order):
             self._files[inode].rank = rank
         counts = [self._files[inode].counts for inode in self._order]
@@ -265,6 +270,38 @@ class Prefetcher:
         if block.number == 0 and (before, place) == (Place.COMING, Place.LOCAL):
             self.on_head(block.inode)
         self._ahead.moved(block, before, place)
+
+    def stored(self, block: BlockId) -> None:
+        """A block is on the disk, wherever else it is."""
+        blocks = self._files[block.inode]
+        blocks.stored[block.number] = 1
+        self._first_stored = min(self._first_stored, max(0, blocks.rank))
+
+    def take_spent(self, count: int) -> list[BlockId]:
+        """Blocks on the disk that all readers have had, the first ones first; each is named once.
+
+        Whoever takes them says that they are not on the disk any more.
+        """
+        spent: list[BlockId] = []
+        for rank in range(self._first_stored, len(self._order)):
+            inode = self._order[rank]
+            blocks = self._files[inode]
+            number = blocks.stored.find(1)
+            if number < 0 and rank == self._first_stored:
+                self._first_stored += 1
+            while number >= 0 and len(spent) < count:
+                if not self._ahead.is_behind(rank, number + BEHIND_BLOCKS):
+                    return spent
+                if self._was_had(blocks, number):
+                    blocks.stored[number] = 0
+                    spent.append(BlockId(inode, number))
+                number = blocks.stored.find(1, number + 1)
+        return spent
+
+    def _was_had(self, blocks: FileBlocks, number: int) -> bool:
+        """Whether what is behind all readers was read, if only out of the page cache."""
+        place = blocks.places[number]
+        return place == Place.NEAR or (place != Place.COMING and self._is_touched(blocks, number))
 
     def place(self, block: BlockId) -> Place:
         """Where a block is."""

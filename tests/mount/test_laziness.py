@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +106,54 @@ def test_a_cache_smaller_than_the_model_helps(
         assert len(s3.data_requests()) == fetched
         used = int(shell("du -sb . | cut -f1", tmp_path / "cache").stdout)
         assert 62 << 20 < used < 66 << 20
+
+
+def test_a_cache_smaller_than_the_model_keeps_a_window_ahead_of_the_reader(
+    mount: Callable[..., Mounted], s3: S3, tmp_path: Path
+) -> None:
+    """What he has had makes room on the disk, and nothing is fetched twice."""
+    body = random.Random(8).randbytes(96 << 20)
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    s3.put("window", dict.fromkeys(names, body))
+    s3.forget()
+    options = ["--cache-size=64MiB", "--memory-limit=64MiB", "--page-cache=off"]
+    mounted = mount("s3://window", *options, "--block-size=1MiB", "--prefetch=model")
+
+    def come_to_rest() -> int:
+        seen = -1
+        while seen != (now := len(blocks(s3))):
+            seen = now
+            time.sleep(1)
+        return now
+
+    waiting = come_to_rest()
+    assert 80 < waiting < 125, "the disk, and what memory holds"
+    code = """
+import hashlib, sys
+for number, path in enumerate(sys.argv[1:]):
+    with open(path, "rb") as file:
+        content = file.read(60 << 20)
+        if not number:
+            print("paused", flush=True)
+            sys.stdin.readline()
+        print(hashlib.sha256(content + file.read()).hexdigest(), flush=True)
+"""
+    command = [sys.executable, "-c", code, *(mounted.path / name for name in names)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as reader:
+        assert reader.stdout is not None
+        try:
+            assert reader.stdout.readline() == "paused\n"
+            assert come_to_rest() > waiting + 40, "the window has moved"
+            read, _ = reader.communicate("go on\n", timeout=60)
+        finally:
+            reader.kill()
+    assert read.split() == [hashlib.sha256(body).hexdigest()] * 2
+    fetched = blocks(s3)
+    assert len(set(fetched)) == 192
+    assert len(fetched) <= 200, "only what is very slow to come is asked for twice"
+    used = sum(file.stat().st_size for file in (tmp_path / "cache").glob("[0-9a-f][0-9a-f]/*"))
+    assert 60 << 20 < used <= 64 << 20
 
 
 def attribute(mounted: Mounted, name: str) -> str:

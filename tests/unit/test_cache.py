@@ -172,6 +172,30 @@ def test_a_load_does_not_forget_what_it_has_just_stored(
         fill(cache, one, range(4, 10))
 
 
+def test_what_readers_have_had_makes_room_for_what_comes_in_the_same_load(
+    open_cache: Callable[..., BlockCache],
+) -> None:
+    cache, one = open_cache(size=4 * ROOM), file(blocks=10)
+    fill(cache, one, range(4))
+    cache.announce([one])
+    assert fill(cache, one, range(4, 6)) == [False, False]
+    assert cache.give_up(one, [0, 1])
+    cache.announce([one])
+    assert fill(cache, one, range(4, 7)) == [True, True, False]
+    assert cache.present(one) == [2, 3, 4, 5]
+
+
+def test_nothing_is_given_up_that_another_mount_loads(
+    open_cache: Callable[..., BlockCache],
+) -> None:
+    cache, other, one = open_cache(size=4 * ROOM), open_cache(size=4 * ROOM), file(blocks=10)
+    other.set_loading(one)
+    fill(cache, one, range(4))
+    cache.announce([one])
+    assert not cache.give_up(one, [0, 1])
+    assert fill(cache, one, range(4, 6)) == [False, False]
+
+
 def test_what_is_needed_last_leaves_first(open_cache: Callable[..., BlockCache]) -> None:
     cache = open_cache(size=8 * ROOM)
     first, second = file("1"), file("2")

@@ -57,6 +57,25 @@ def test_what_can_be_had_again_goes_first_and_oldest_first(room: Room, state: di
     assert room.left() == set(range(8)) - {3}
 
 
+def test_what_is_read_part_by_part_stays_for_its_reader_though_it_is_on_disk(room: Room) -> None:
+    for number in range(8):
+        room.hold(number, on_disk=True, demanded=True)
+    assert not room.ask()
+    assert room.ask(urgent=True)
+    assert room.ask(urgent=True)
+    assert room.left() == set(range(8)), "there was room for demand"
+    room.hold(8), room.hold(9)
+    assert room.ask(urgent=True)
+    assert 0 not in room.left()
+
+
+def test_demand_pays_no_fetch_while_others_are_served(room: Room) -> None:
+    for number in range(10):
+        room.hold(number)
+    assert not room.memory.make_room(1, urgent=True, reader_waits=True, is_served=True)
+    assert room.ask(urgent=True)
+
+
 def test_what_is_in_use_stays_even_for_demand(room: Room) -> None:
     for number in range(10):
         room.hold(number, users=1, on_disk=True)

@@ -297,3 +297,18 @@ def test_each_wish_is_found_without_a_walk_over_all_blocks() -> None:
         made.was_read(block.inode, block.number * BLOCK, BLOCK)
         wishes += 1
     assert wishes == 16_000
+
+
+def test_blocks_on_disk_are_spent_once_all_readers_have_had_them() -> None:
+    made = prefetcher("model", 60, 60)
+    for number in range(60):
+        made.stored(BlockId(2, number))
+        made.moved(BlockId(2, number), Place.NEAR if number < 30 else Place.LOCAL)
+    assert made.take_spent(99) == []
+    for number in (10, 35, 50):
+        made.was_read(2, number * BLOCK, BLOCK)
+    assert [number for _, number in made.take_spent(5)] == [0, 1, 2, 3, 4]
+    assert [number for _, number in made.take_spent(99)] == [*range(5, 30), *range(32, 40)], (
+        "what lay in the page cache, and the pieces that were touched; not what was passed by, "
+        "and not what is just behind the reader"
+    )
