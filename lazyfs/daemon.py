@@ -21,6 +21,7 @@ import trio
 from lazyfs.cache import BlockCache
 from lazyfs.cache.salvage import Salvage
 from lazyfs.catalog import Catalog
+from lazyfs.control.contents import Contents
 from lazyfs.control.first_load import tell_first_load
 from lazyfs.control.measure import measure
 from lazyfs.control.recording import recording
@@ -155,10 +156,11 @@ async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None
             nursery.start_soon(tell_first_load, status)
             verb = "resumed" if former else "mounted"
             warming = Warming(source, catalog, options, nursery)
+            contents = Contents(source, catalog, fetcher)
             await nursery.start(
                 serve_control,
                 control_socket(mount.mountpoint),
-                _routes(source, status, mount) | warming.routes(),
+                _routes(source, status, mount) | warming.routes() | contents.routes(),
             )
             log.info("%s %s at %s", verb, mount.url, mount.mountpoint)
             on_ready()

@@ -295,6 +295,10 @@ class BlockFetcher:
                 return await self.read(file, Span(0, 0, length), reader=False)
         return await self._heads.header(file)
 
+    def head(self, file: File) -> memoryview:
+        """As much of the beginning of a file as came by itself and is in memory."""
+        return self._heads.get(file.inode)
+
     def is_coming(self, file: File) -> bool:
         """Whether the first block of a file is on its way."""
         return BlockId(file.inode, 0) in self._jobs

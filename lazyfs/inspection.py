@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from lazyfs.blocks.heads import LONGEST_HEADER
+from lazyfs.blocks.heads import HEAD_BYTES, LONGEST_HEADER
 from lazyfs.errors import SourceError
 from lazyfs.model import MAX_INDEX_BYTES, ModelFile, ModelLayout, layouts, wanted_models
 from lazyfs.prefetch import PLANNED
@@ -22,8 +22,6 @@ from lazyfs.safetensors import LENGTH_BYTES, MalformedHeaderError, Tensor, heade
 # Reads bytes of a file: its path, the offset and the length.
 Reader: TypeAlias = Callable[[str, int, int], bytes]
 
-# Most headers are no longer; a longer one takes a second request.
-FIRST_READ = 256 << 10
 READERS = 16
 _LAYER = re.compile(r"(?P<before>.*?\.)(?P<number>\d+)(\..*)?$")
 
@@ -213,7 +211,7 @@ def _tensors(path: str, size: int, read: Reader) -> tuple[Sequence[Tensor] | Non
     if not path.endswith(".safetensors"):
         return None, None
     try:
-        first = read(path, 0, min(size, FIRST_READ)) if size else b""
+        first = read(path, 0, min(size, HEAD_BYTES)) if size else b""
         length = header_size(first[:LENGTH_BYTES], size)
         if length > LONGEST_HEADER:
             return None, f"its header has {length} bytes: prefetched by offset"

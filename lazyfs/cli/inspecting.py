@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -17,9 +18,9 @@ from lazyfs.cache import BlockCache
 from lazyfs.cli.mounts import record_at
 from lazyfs.cli.settings import settings, with_mount_options
 from lazyfs.cli.tables import console, print_rows
-from lazyfs.control.client import ControlClient
-from lazyfs.errors import ObjectGoneError
-from lazyfs.inspection import Layer, Model, alike, inspect_files
+from lazyfs.control.client import ControlClient, ControlError
+from lazyfs.errors import ObjectGoneError, SourceError
+from lazyfs.inspection import Layer, Model, Reader, alike, inspect_files
 from lazyfs.kinds import compile_pattern, format_size
 from lazyfs.mount.runtime import control_socket
 from lazyfs.options import MountOptions
@@ -27,6 +28,8 @@ from lazyfs.source import Source, SourceUrl
 from lazyfs.tree import File, ListedObject, Tree
 
 FILES_NAMED = 12
+# A mount may have to ask S3 first, patiently.
+MOUNT_TIMEOUT_S = 60.0
 WHEN = {
     "mount": "from the moment of mount, in this order",
     "open": "once one of its files is opened, in this order",
@@ -43,8 +46,9 @@ def inspect(what: str, as_json: bool, config: Path | None, **given: Any) -> None
     parameters by layer, what is prefetched in which order, what is left out and why, and how much
     of it is in the cache of this machine.
 
-    Reads the listing, indexes and headers from S3, with the options of the mount or, for a SOURCE,
-    those that are given.
+    Of a SOURCE the listing, indexes and headers are read from S3, with the options that are given.
+    Of a MOUNTPOINT its daemon tells what it has listed, and what is in it: that takes no
+    credentials.
 
     \b
     Examples:
@@ -54,12 +58,13 @@ def inspect(what: str, as_json: bool, config: Path | None, **given: Any) -> None
     if what.startswith("s3://"):
         options, _ = settings(config, given)
         url = what
+        models = _models_of_source(Source(SourceUrl.parse(url), options), options)
     else:
         record = record_at(Path(what))
-        texts = ControlClient(control_socket(Path(record.mountpoint))).get("/options")
-        options = MountOptions.parse(("--{name}", texts))
+        client = ControlClient(control_socket(Path(record.mountpoint)), MOUNT_TIMEOUT_S)
+        options = MountOptions.parse(("--{name}", client.get("/options")))
         url = record.source
-    models = _models(Source(SourceUrl.parse(url), options), options)
+        models = _models_of_mount(client, options)
     if as_json:
         described = [_as_json(model) for model in models]
         click.echo(json.dumps({"source": url, "models": described}, indent=1))
@@ -68,7 +73,25 @@ def inspect(what: str, as_json: bool, config: Path | None, **given: Any) -> None
         _show(model, url, options)
 
 
-def _models(source: Source, options: MountOptions) -> list[Model]:
+def _models_of_mount(client: ControlClient, options: MountOptions) -> list[Model]:
+    def read(path: str, offset: int, length: int) -> bytes:
+        wanted = {"path": path, "offset": offset, "length": length}
+        try:
+            return base64.b64decode(client.put("/files/read", wanted)["base64"]) if length else b""
+        except ControlError as error:
+            raise SourceError(str(error)) from error
+
+    return _models(
+        client.get("/files"),
+        read,
+        options,
+        lambda path: (
+            client.put("/files/cached", {"path": path}) if options.cache_dir != "none" else None
+        ),
+    )
+
+
+def _models_of_source(source: Source, options: MountOptions) -> list[Model]:
     tree = Tree(source.url.prefix)
     tree.plant(tree.root, _listing(source), [], whole=True)
     files = {tree.path(file): file for file in tree.files()}
@@ -79,14 +102,24 @@ def _models(source: Source, options: MountOptions) -> list[Model]:
         file = files[path]
         return bytes(source.read_range(file.key, file.etag, offset, length)) if length else b""
 
+    sizes = {path: file.size_bytes for path, file in files.items()}
+    return _models(sizes, read, options, _cached(source, options, files))
+
+
+def _models(
+    sizes: Mapping[str, int],
+    read: Reader,
+    options: MountOptions,
+    cached: Callable[[str], int | None],
+) -> list[Model]:
     wanted = compile_pattern(options.tensors).search if options.tensors else None
     return inspect_files(
-        {path: file.size_bytes for path, file in files.items()},
+        sizes,
         read,
         prefetch=options.prefetch,
         prefetch_on=options.prefetch_on,
         wanted=None if wanted is None else lambda name: wanted(name) is not None,
-        cached=_cached(source, options, files),
+        cached=cached,
     )
 
 

@@ -89,6 +89,8 @@ class Status:
                 "wanted_bytes": wanted,
                 "there_bytes": there,
                 "near_bytes": self.prefetcher.near_bytes(),
+                "passed_over_bytes": self.prefetcher.passed_over_bytes,
+                "dropped_bytes": self.fetcher.dropped_bytes,
             },
             "ready": self.ready(),
         }

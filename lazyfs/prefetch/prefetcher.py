@@ -107,6 +107,8 @@ class Prefetcher:
         self._unread: set[BlockId] = set()
         self._wasted: set[BlockId] = set()
         self._read_blocks = 0
+        # What was here already when a reader passed over it, and was not read since.
+        self._passed_by: set[BlockId] = set()
         self._ahead = PagesAhead(self._files)
         # No file before this one in the order has blocks on the disk.
         self._first_stored = 0
@@ -254,6 +256,14 @@ class Prefetcher:
         """Bytes of all files that are in the loading order, or open to readers of pages."""
         files = self._files.values()
         return sum(file.size_bytes for file in files if file.rank >= 0 or file.reads_pages)
+
+    @property
+    def passed_over_bytes(self) -> int:
+        """What was fetched and passed over by a reader, as far as requests show that.
+
+        Of what lies in the page cache nothing shows whether it was read.
+        """
+        return len(self._passed_by) * self._block_size
 
     @property
     def near_ahead_bytes(self) -> int:
@@ -521,6 +531,7 @@ class Prefetcher:
         for number in range(first, stop):
             self._unread.discard(BlockId(inode, number))
             self._wasted.discard(BlockId(inode, number))
+            self._passed_by.discard(BlockId(inode, number))
         self._ahead.locate(self._order, self._streams)
         return True
 
@@ -535,6 +546,11 @@ class Prefetcher:
                     self._wasted.add(block)
             silent = all(self._may_be_pages(blocks, number) for number in range(first, stop))
             if not blocks.touched[other] and not silent:
+                self._passed_by.update(
+                    BlockId(inode, number)
+                    for number in range(first, stop)
+                    if blocks.places[number] not in AWAY and not self._is_touched(blocks, number)
+                )
                 role = blocks.roles[other]
                 if self._skips.passed(role):
                     for which in self._roles[role]:

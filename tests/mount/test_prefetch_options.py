@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from mounting import Mounted, lazyfs, python, shell
-from s3 import S3
+from mounting import Mounted, environment, lazyfs, python, shell
+from s3 import CREDENTIALS, S3
 from safetensors.numpy import save
 from test_models import LOAD, model, settle
 
@@ -89,7 +89,8 @@ def test_inspect_a_source_and_a_mount(mount: Callable[..., Mounted], s3: S3) -> 
     mounted = mount("s3://look", "--block-size=256KiB")
     settle(s3)
     s3.forget()
-    answer = lazyfs("inspect", mounted.path, "--json")
+    without = {name: text for name, text in environment().items() if name not in CREDENTIALS}
+    answer = lazyfs("inspect", mounted.path, "--json", env=without)
     assert answer.stderr == ""
     told = json.loads(answer.stdout)
     (found,) = told["models"]
@@ -98,6 +99,7 @@ def test_inspect_a_source_and_a_mount(mount: Callable[..., Mounted], s3: S3) -> 
     ]
     assert found["total"]["parameters"] == 4 << 18
     assert found["excluded"][0]["path"] == "pytorch_model.bin"
+    assert all(shard["cached_bytes"] == shard["size_bytes"] for shard in found["shards"])
     asked = {path for path, _ in s3.data_requests()}
     assert not any(path.endswith("pytorch_model.bin") for path in asked)
     plain = lazyfs("inspect", "s3://look", f"--endpoint-url={s3.url}", "--cache-dir=none").stdout

@@ -211,6 +211,17 @@ def test_what_a_loader_passes_over_again_and_again_is_not_fetched() -> None:
     assert not {36, 37, 38} & ahead, "layers.3.b"
 
 
+def test_what_was_fetched_and_passed_over_is_counted_until_it_is_read() -> None:
+    made = layered("model")
+    for number in range(200):
+        made.moved(BlockId(2, number), Place.LOCAL)
+    made.was_read(2, 20, 4)
+    made.was_read(2, 120, 4)
+    assert made.passed_over_bytes == 4 * BLOCK, "layers.0.b, without what it shares with others"
+    made.was_read(2, 80, 4)
+    assert made.passed_over_bytes == 0
+
+
 def test_what_was_passed_over_is_wanted_again_once_it_is_read() -> None:
     made = layered("tensor")
     for layer in range(3):

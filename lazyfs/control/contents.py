@@ -1,0 +1,77 @@
+"""What a mount knows of its files, and their beginnings, asked for at its control socket.
+
+So that `lazyfs inspect` needs no credentials for a mount: the daemon has them. Nothing that is
+asked here counts as read, opens a file, or is kept.
+"""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import trio
+
+from lazyfs.catalog import Catalog
+from lazyfs.control.server import Route
+from lazyfs.errors import ObjectGoneError
+from lazyfs.fetcher import BlockFetcher
+from lazyfs.model import MAX_INDEX_BYTES
+from lazyfs.source import Source
+from lazyfs.tree import Directory, File, Node
+
+
+class Contents:
+    """The files of one mount.
+
+    Args:
+        source: where their bytes are.
+        catalog: what is listed, as far as anyone has looked.
+        fetcher: what is on this machine.
+    """
+
+    def __init__(self, source: Source, catalog: Catalog, fetcher: BlockFetcher) -> None:
+        self._source = source
+        self._catalog = catalog
+        self._fetcher = fetcher
+
+    def routes(self) -> dict[tuple[str, str], Route]:
+        """What it answers at the control socket."""
+        return {
+            ("GET", "/files"): lambda _: self.list(),
+            ("PUT", "/files/cached"): self.cached,
+            ("PUT", "/files/read"): self.read,
+        }
+
+    async def list(self) -> dict[str, int]:
+        """Sizes by path."""
+        tree = self._catalog.tree
+        await self._catalog.children(tree.root)
+        return {tree.path(file): file.size_bytes for file in tree.files()}
+
+    async def cached(self, body: dict[str, Any]) -> int:
+        """How many bytes of the file at `path` are on the disk."""
+        return await self._fetcher.cached_bytes(self._file(body))
+
+    async def read(self, body: dict[str, Any]) -> dict[str, str]:
+        """`length` bytes of the file at `path` from `offset`, in base64.
+
+        Raises:
+            SourceError: they cannot be had.
+        """
+        file, offset = self._file(body), int(body["offset"])
+        length = min(int(body["length"]), MAX_INDEX_BYTES)
+        data = self._fetcher.head(file)[offset : offset + length]
+        if len(data) < length:
+            data = await trio.to_thread.run_sync(
+                self._source.read_range, file.key, file.etag, offset, length
+            )
+        return {"base64": base64.b64encode(data).decode()}
+
+    def _file(self, body: dict[str, Any]) -> File:
+        path = str(body["path"])
+        node: Node | None = self._catalog.tree.root
+        for name in path.split("/"):
+            node = (node.children or {}).get(name) if isinstance(node, Directory) else None
+        if not isinstance(node, File):
+            raise ObjectGoneError(f"{path}: no such file in this mount")
+        return node
