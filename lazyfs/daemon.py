@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from lazyfs.fetcher import BlockFetcher
 from lazyfs.filesystem import Filesystem
 from lazyfs.journal import ListingJournal
 from lazyfs.kinds import compile_pattern, format_size
-from lazyfs.mount import privileges, syscalls
+from lazyfs.mount import privileges
 from lazyfs.mount.carried import Carried
 from lazyfs.mount.handover import Beginning, Handover, new_carried
 from lazyfs.mount.keeper import KeeperClient
@@ -72,30 +73,40 @@ class Mount:
     texts: Mapping[str, str | list[str]] = field(default_factory=dict)
 
 
-def run(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None]) -> None:
+def run(
+    mount: Mount,
+    keeper: KeeperClient,
+    former: Handover | None,
+    opening: Future[Source],
+    on_ready: Callable[[], None],
+) -> None:
     """Mount and serve, or go on serving what is mounted, until SIGTERM, SIGINT or an unmount.
 
     Nothing is unmounted here: whoever holds the session may have another daemon go on.
 
     Args:
         keeper: keeps the session under the name of the mountpoint.
+        former: what was kept there when this daemon began.
+        opening: the source, which is being connected.
         on_ready: called once the mount can be used.
 
     Raises:
         LazyfsError: it could not be mounted, or not be resumed.
         KeeperError: the session cannot be kept.
     """
-    trio.run(_serve, mount, keeper, on_ready)
+    trio.run(_serve, mount, keeper, former, opening, on_ready)
 
 
-async def _serve(mount: Mount, keeper: KeeperClient, on_ready: Callable[[], None]) -> None:
-    former = Handover.fetch(keeper, str(mount.mountpoint))
+async def _serve(
+    mount: Mount,
+    keeper: KeeperClient,
+    former: Handover | None,
+    opening: Future[Source],
+    on_ready: Callable[[], None],
+) -> None:
     carried = Carried(former.carried if former else new_carried())
     options = with_former_changes(mount.options, carried)
-    if former is None:
-        syscalls.check_mountpoint(mount.mountpoint)
-    region = former.beginning.region if former else None
-    source = await trio.to_thread.run_sync(Source, mount.url, options, mount.credentials, region)
+    source = await trio.to_thread.run_sync(opening.result)
     journal = ListingJournal(former.listing if former else None)
     recorder = Recorder(options.prefetch)
     catalog = Catalog(source, options, journal, recorder)

@@ -136,6 +136,7 @@ class Source:
         # Where objects are: a server, and what stands before their keys in the path.
         self._server, self._path = self._place()
         self._transport = self._open_transport()
+        self._ahead: Page | None = None
         # What makes cached blocks of equal keys in different services distinct.
         self.endpoint = options.endpoint_url or f"aws:{self.region}"
 
@@ -149,12 +150,23 @@ class Source:
             raise BadRequestError(f"{self.url}: was mounted without credentials of its own")
         self._given.replace(credentials)
 
+    def look_ahead(self) -> None:
+        """List the first page of all that lies below the prefix, for who will ask for it first.
+
+        Raises:
+            SourceError: S3 did not answer, or not as it must.
+        """
+        self._ahead = self.list_page(self.url.prefix, None)
+
     def list_page(self, prefix: str, token: str | None, *, delimiter: str = "") -> Page:
         """Up to 1,000 objects below a prefix, in key order, from where `token` says.
 
         Raises:
             SourceError: S3 did not answer, or not as it must.
         """
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and (prefix, token, delimiter) == (self.url.prefix, None, ""):
+            return ahead
         request: dict[str, Any] = {
             "Bucket": self.url.bucket,
             "Prefix": prefix,

@@ -16,18 +16,22 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lazyfs import __version__, log
 from lazyfs.errors import CannotResumeError, LazyfsError
-from lazyfs.mount import privileges
-from lazyfs.mount.handover import LOG, SPEC
+from lazyfs.mount import privileges, syscalls
+from lazyfs.mount.handover import LOG, SPEC, Handover
 from lazyfs.mount.keeper import KeeperClient, KeeperError
 from lazyfs.mount.processes import EXIT_CANNOT_RESUME
-from lazyfs.mount.spec import MountSpec
+from lazyfs.mount.spec import Credentials, MountSpec
 from lazyfs.options import MountOptions
+
+if TYPE_CHECKING:
+    from lazyfs.source import Source, SourceUrl
 
 # For the end of a worker whose supervisor is gone, before its process just ends.
 LAST_STEPS_S = 5.0
@@ -40,7 +44,6 @@ def main(name: str, keeper_fd: int, report_fd: int, leash_fd: int | None) -> int
     os.chdir("/")  # a daemon must not keep a filesystem busy
     # First, because a worker is started before it is known what it is to mount.
     with _without_awscrt():
-        from lazyfs import daemon
         from lazyfs.source import SourceUrl
 
     keeper = KeeperClient(socket.socket(fileno=keeper_fd))
@@ -55,14 +58,17 @@ def main(name: str, keeper_fd: int, report_fd: int, leash_fd: int | None) -> int
         log.configure(options.log_level, options.log_format, spec.mountpoint)
         if leash_fd is not None:
             threading.Thread(target=_end_with, args=[leash_fd], daemon=True).start()
-        mount = daemon.Mount(
-            SourceUrl.parse(spec.source),
-            Path(spec.mountpoint),
-            options,
-            spec.credentials,
-            spec.options,
-        )
-        daemon.run(mount, keeper, lambda: _ready(report_fd))
+        url, mountpoint = SourceUrl.parse(spec.source), Path(spec.mountpoint)
+        former = Handover.fetch(keeper, name)
+        if former is None:
+            syscalls.check_mountpoint(mountpoint)
+        aside = ThreadPoolExecutor(1)
+        opening = aside.submit(_open, url, options, spec.credentials, former)
+        aside.shutdown(wait=False)
+        from lazyfs import daemon  # loaded while S3 is asked
+
+        mount = daemon.Mount(url, mountpoint, options, spec.credentials, spec.options)
+        daemon.run(mount, keeper, former, opening, lambda: _ready(report_fd))
     except CannotResumeError as error:
         _report(report_fd, _described(error))
         return EXIT_CANNOT_RESUME
@@ -70,6 +76,20 @@ def main(name: str, keeper_fd: int, report_fd: int, leash_fd: int | None) -> int
         _report(report_fd, _described(error))
         return 1
     return 0
+
+
+def _open(
+    url: SourceUrl,
+    options: MountOptions,
+    credentials: Credentials | None,
+    former: Handover | None,
+) -> Source:
+    from lazyfs.source import Source
+
+    source = Source(url, options, credentials, former.beginning.region if former else None)
+    if former is None:
+        source.look_ahead()
+    return source
 
 
 @contextmanager
