@@ -111,6 +111,11 @@ class FileBlocks:
             max(0, self.piece_at(begin)), bisect_left(self._starts, begin + self._block_size)
         )
 
+    def is_touched(self, number: int) -> bool:
+        """Whether something was read of a piece that has bytes in a block."""
+        pieces = self.pieces_in(number)
+        return self.touched.find(1, pieces.start, pieces.stop) >= 0
+
     def find(self, place: Place, start: int, stop: int) -> int:
         """The first block of a range that is at a place; -1 if there is none."""
         return self.places.find(place, start, stop) if self.counts[place] else -1

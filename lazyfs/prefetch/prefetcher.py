@@ -15,7 +15,7 @@ Both questions have the same answer, the first of these in which there is a bloc
 3. What follows a reader in his file, of several readers (`Streams`) the one with the least ahead
    of him first, so that none waits for what another will read later.
 4. The files after the one that is being read, then those that were passed by.
-5. Tensors that this loader passes over (`Skips`).
+5. Tensors that this loader passes over (`Taste`).
 
 What of this a policy does:
 
@@ -34,15 +34,18 @@ is bounded by what memory and disk can hold, which is the caller's to say.
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 
 from lazyfs.blocks import BlockId
 from lazyfs.prefetch.ahead import PagesAhead
 from lazyfs.prefetch.places import AWAY, FileBlocks, Place
-from lazyfs.prefetch.skips import Skips, role_of
+from lazyfs.prefetch.skips import role_of
+from lazyfs.prefetch.spent import SpentBlocks
 from lazyfs.prefetch.streams import Streams
+from lazyfs.prefetch.taste import Taste
 from lazyfs.safetensors import Tensor
 
 POLICIES = ("model", "tensor", "sequential", "headers", "off")
@@ -51,14 +54,6 @@ PLANNED = frozenset(("model", "tensor", "headers"))
 
 # Pieces of which something was read and that are not whole yet; the oldest is given up.
 TOUCHED_PIECES = 64
-# So many blocks just behind the rearmost reader he may still ask for.
-BEHIND_BLOCKS = 4
-# With `tensor`: how much may lie there that nobody has read yet, and how much that was passed over:
-# a share of what was read, or so many blocks; more of tensors whose like was read one layer before.
-UNREAD_SHARE = 1 / 16
-WASTED_SHARE = 1 / 20
-LEAST_BLOCKS = 8
-EXPECTED_BLOCKS = 16
 
 
 class Prefetcher:
@@ -100,18 +95,9 @@ class Prefetcher:
         self._named_heads: set[int] = set()
         self._touched: OrderedDict[tuple[int, int], None] = OrderedDict()
         self._streams = Streams()
-        self._skips = Skips(1 if policy == "tensor" else 2)
-        self._roles: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
-        # With `tensor`: what was fetched ahead and not read yet, what of it was passed over, and
-        # how many blocks were read.
-        self._unread: set[BlockId] = set()
-        self._wasted: set[BlockId] = set()
-        self._read_blocks = 0
-        # What was here already when a reader passed over it, and was not read since.
-        self._passed_by: set[BlockId] = set()
+        self._taste = Taste(self._files, self.moved, 1 if policy == "tensor" else 2)
         self._ahead = PagesAhead(self._files)
-        # No file before this one in the order has blocks on the disk.
-        self._first_stored = 0
+        self._spent = SpentBlocks(self._files, self._ahead)
 
     def add_file(self, inode: int, size_bytes: int) -> None:
         """A file exists. Adding it again changes nothing."""
@@ -132,7 +118,7 @@ class Prefetcher:
             self._files[inode].rank = -1
         small, shards = list(small), list(shards)
         self._order = [*small, *shards]
-        self._first_stored = 0
+        self._spent.reorder()
         for rank, inode in enumerate(self._order):
             self._files[inode].rank = rank
         counts = [self._files[inode].counts for inode in self._order]
@@ -221,10 +207,7 @@ class Prefetcher:
             chosen = (at for at, tensor in enumerate(filled) if self._wanted(tensor.name))
             first = [] if blocks.has_head else [(0, 1)]
             self._leave(inode, [*first, *map(blocks.blocks_of, chosen)])
-        for piece, role in enumerate(roles):
-            self._roles[role].append((inode, piece))
-            if self._skips.expects(role):
-                self._pass_over(inode, piece)
+        self._taste.add_tensors(inode)
         self._ahead.locate(self._order, self._streams)
 
     def set_known(self, inode: int, known: bool) -> None:
@@ -250,7 +233,7 @@ class Prefetcher:
         blocks = self._files[block.inode]
         if not blocks.takes_pages:
             return False
-        return not self._by_tensor(blocks) or self._is_touched(blocks, block.number)
+        return not self._by_tensor(blocks) or blocks.is_touched(block.number)
 
     def planned_bytes(self) -> int:
         """Bytes of all files that are in the loading order, or open to readers of pages."""
@@ -263,7 +246,7 @@ class Prefetcher:
 
         Of what lies in the page cache nothing shows whether it was read.
         """
-        return len(self._passed_by) * self._block_size
+        return self._taste.passed_by_blocks * self._block_size
 
     @property
     def near_ahead_bytes(self) -> int:
@@ -283,35 +266,14 @@ class Prefetcher:
 
     def stored(self, block: BlockId) -> None:
         """A block is on the disk, wherever else it is."""
-        blocks = self._files[block.inode]
-        blocks.stored[block.number] = 1
-        self._first_stored = min(self._first_stored, max(0, blocks.rank))
+        self._spent.stored(block)
 
     def take_spent(self, count: int) -> list[BlockId]:
         """Blocks on the disk that all readers have had, the first ones first; each is named once.
 
         Whoever takes them says that they are not on the disk any more.
         """
-        spent: list[BlockId] = []
-        for rank in range(self._first_stored, len(self._order)):
-            inode = self._order[rank]
-            blocks = self._files[inode]
-            number = blocks.stored.find(1)
-            if number < 0 and rank == self._first_stored:
-                self._first_stored += 1
-            while number >= 0 and len(spent) < count:
-                if not self._ahead.is_behind(rank, number + BEHIND_BLOCKS):
-                    return spent
-                if self._was_had(blocks, number):
-                    blocks.stored[number] = 0
-                    spent.append(BlockId(inode, number))
-                number = blocks.stored.find(1, number + 1)
-        return spent
-
-    def _was_had(self, blocks: FileBlocks, number: int) -> bool:
-        """Whether what is behind all readers was read, if only out of the page cache."""
-        place = blocks.places[number]
-        return place == Place.NEAR or (place != Place.COMING and self._is_touched(blocks, number))
+        return self._spent.take(self._order, count)
 
     def place(self, block: BlockId) -> Place:
         """Where a block is."""
@@ -393,7 +355,7 @@ class Prefetcher:
         if block is None and self._policy == "model":
             block = self._in_order(place)
         if block is not None and self._policy == "tensor" and place == Place.ABSENT:
-            self._unread.add(block)
+            self._taste.venture(block)
         return block
 
     def _of_touched(self, place: Place) -> BlockId | None:
@@ -462,7 +424,7 @@ class Prefetcher:
                 Place.ABSENT, 0, len(following.places) if following.roles else 0
             )
             lead += number
-        if number >= 0 and self._may_venture(BlockId(inode, number)):
+        if number >= 0 and self._taste.may_venture(BlockId(inode, number)):
             yield BlockId(inode, number), lead
 
     def _in_order(self, place: Place) -> BlockId | None:
@@ -484,29 +446,8 @@ class Prefetcher:
             return -1
         return blocks.find(place, start, stop)
 
-    def _may_venture(self, block: BlockId) -> bool:
-        """Whether a block should be brought now that nobody may read."""
-        unread, wasted = len(self._unread), len(self._wasted)
-        if self._is_expected(block):
-            return unread < max(EXPECTED_BLOCKS, self._read_blocks * UNREAD_SHARE)
-        return unread < max(LEAST_BLOCKS, self._read_blocks * UNREAD_SHARE) and (
-            wasted < max(LEAST_BLOCKS, self._read_blocks * WASTED_SHARE)
-        )
-
-    def _is_expected(self, block: BlockId) -> bool:
-        """Whether a tensor in a block was read in the layer where it was met last."""
-        blocks = self._files[block.inode]
-        pieces = blocks.pieces_in(block.number)
-        return any(
-            self._skips.expects_read(blocks.roles[piece]) for piece in pieces if blocks.roles
-        )
-
     def _by_tensor(self, blocks: FileBlocks) -> bool:
         return self._policy == "tensor" and bool(blocks.roles)
-
-    def _is_touched(self, blocks: FileBlocks, number: int) -> bool:
-        pieces = blocks.pieces_in(number)
-        return blocks.touched.find(1, pieces.start, pieces.stop) >= 0
 
     def _touch(self, inode: int, blocks: FileBlocks, piece: int) -> bool:
         """Something of a piece was read; whether its reader was elsewhere before."""
@@ -517,73 +458,20 @@ class Prefetcher:
             return False
         if self._by_tensor(blocks) and not any(blocks.touched):
             passed = range(piece)  # who begins a file there does not want what is before
-        first, stop = blocks.blocks_of(piece)
-        if not blocks.touched[piece]:
-            blocks.touched[piece] = 1
-            self._read_blocks += stop - first
-        if blocks.roles:
-            self._learn(inode, blocks, piece, passed)
+        self._taste.read(inode, piece, passed, partial(self._may_be_pages, blocks))
         if self._by_tensor(blocks) or (self._policy == "model" and blocks.rank >= 0):
             self._touched[inode, piece] = None
             self._touched.move_to_end((inode, piece))
             if len(self._touched) > TOUCHED_PIECES:
                 self._touched.popitem(last=False)
-        for number in range(first, stop):
-            self._unread.discard(BlockId(inode, number))
-            self._wasted.discard(BlockId(inode, number))
-            self._passed_by.discard(BlockId(inode, number))
         self._ahead.locate(self._order, self._streams)
         return True
 
-    def _learn(self, inode: int, blocks: FileBlocks, piece: int, passed: Iterable[int]) -> None:
-        """See what the reader passed over on his way to a tensor."""
-        for other in passed:
-            # What lies in the page cache he may have read without a request.
-            first, stop = blocks.blocks_of(other)
-            for block in (BlockId(inode, number) for number in range(first, stop)):
-                if block in self._unread:
-                    self._unread.discard(block)
-                    self._wasted.add(block)
-            silent = all(self._may_be_pages(blocks, number) for number in range(first, stop))
-            if not blocks.touched[other] and not silent:
-                self._passed_by.update(
-                    BlockId(inode, number)
-                    for number in range(first, stop)
-                    if blocks.places[number] not in AWAY and not self._is_touched(blocks, number)
-                )
-                role = blocks.roles[other]
-                if self._skips.passed(role):
-                    for which in self._roles[role]:
-                        self._pass_over(*which)
-                    # It will not happen again, so it is not held against what comes.
-                    self._wasted = {block for block in self._wasted if not self._is_passed(block)}
-        role = blocks.roles[piece]
-        if self._skips.read(role):
-            for owner, other in self._roles[role]:
-                for number in range(*self._files[owner].blocks_of(other)):
-                    if self._files[owner].places[number] == Place.PASSED:
-                        self.moved(BlockId(owner, number), Place.ABSENT)
-
     def _may_be_pages(self, blocks: FileBlocks, number: int) -> bool:
         """Whether a block lies in the page cache, or is about to."""
-        if self._by_tensor(blocks) and not self._is_touched(blocks, number):
+        if self._by_tensor(blocks) and not blocks.is_touched(number):
             return False  # see `takes_pages`
         return blocks.places[number] in (Place.NEAR, Place.COMING)
-
-    def _pass_over(self, inode: int, piece: int) -> None:
-        """Wish last for those blocks of a tensor in which only such tensors are."""
-        for number in range(*self._files[inode].blocks_of(piece)):
-            block = BlockId(inode, number)
-            if self.place(block) == Place.ABSENT and self._is_passed(block):
-                self.moved(block, Place.PASSED)
-
-    def _is_passed(self, block: BlockId) -> bool:
-        """Whether all tensors in a block are expected to be passed over."""
-        blocks = self._files[block.inode]
-        return all(
-            self._skips.expects(blocks.roles[piece]) and not blocks.touched[piece]
-            for piece in blocks.pieces_in(block.number)
-        )
 
     def _leave(self, inode: int, wanted: Iterable[tuple[int, int]] | None) -> None:
         """Leave all but these blocks to their readers; None: leave none."""
