@@ -113,14 +113,15 @@ def _supervise(mountpoint: str, connection: socket.socket) -> int:
     with theirs:
         worker = start_worker(mountpoint, theirs)
 
-    from lazyfs.mount import supervisor
-    from lazyfs.mount.spec import MountSpec
-
     told, descriptors, _, _ = socket.recv_fds(connection, 16, 3, socket.MSG_CMSG_CLOEXEC)
     if not told:
         worker.process.kill()
         worker.process.wait()
         return 0
+    # Only now, because until then the worker and the command need the processors.
+    from lazyfs.mount import supervisor
+    from lazyfs.mount.spec import MountSpec
+
     spec_fd, log_fd, report_fd = descriptors
     for output in (1, 2):
         os.dup2(log_fd, output)

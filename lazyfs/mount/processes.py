@@ -11,8 +11,8 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 # A worker that was told to end, or whose mount ended, gets this long to finish what it does.
 END_TIMEOUT_S = 8.0
@@ -21,8 +21,7 @@ POLL_S = 0.1
 EXIT_CANNOT_RESUME = 75
 
 
-@dataclass(frozen=True, slots=True)
-class StartedWorker:
+class StartedWorker(NamedTuple):
     """A worker that was started, and the descriptor from which its report can be read."""
 
     process: subprocess.Popen[bytes]
