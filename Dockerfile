@@ -19,7 +19,8 @@ WORKDIR /src
 COPY pyproject.toml constraints.txt ./
 RUN python3 -c 'import tomllib; \
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-print(*project["dependencies"], *project["optional-dependencies"]["csi"], sep="\n")' \
+extras = project["optional-dependencies"]; \
+print(*project["dependencies"], *extras["csi"], *extras["otel"], sep="\n")' \
         > requirements.txt \
     && python3 -m pip wheel --no-cache-dir -c constraints.txt -r requirements.txt -w /wheels \
     && python3 -m venv --without-pip /opt/lazyfs \

@@ -25,6 +25,7 @@ from csi.errors import RpcError
 from csi.staged import Kind, Place, State, VolumeRecord
 from csi.volumes import Volume
 from lazyfs.errors import LazyfsError
+from lazyfs.mount.keeper import KeeperError
 from lazyfs.mount.spec import Credentials
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class Attachments:
         self.locks = VolumeLocks()
         self._state = state
         self._to_repair: queue.SimpleQueue[Daemon] = queue.SimpleQueue()
+        self._to_name: queue.SimpleQueue[Daemon] = queue.SimpleQueue()
         self.daemons = Daemons(state, directory, keeper, self._to_repair.put)
 
     def recover(self) -> None:
@@ -94,7 +96,10 @@ class Attachments:
                 if place.daemon is not None:
                     users.setdefault(place.daemon, []).append(path)
         self.daemons.recover(users)
+        for daemon in self.served():
+            self._to_name.put(daemon)
         threading.Thread(target=self._repair_forever, daemon=True).start()
+        threading.Thread(target=self._name_forever, daemon=True).start()
 
     def served(self) -> dict[Daemon, Served]:
         """Which volumes each daemon serves, and to whom."""
@@ -162,7 +167,7 @@ class Attachments:
             self._note_pod(volume_id, path, wanted)
             return daemon
         if via is None:
-            daemon = self.daemons.reserve(volume, credentials, str(path))
+            daemon = self.daemons.reserve(volume, credentials, str(path), volume_id)
         else:
             daemon = via
             self.daemons.use(daemon, str(path))
@@ -247,10 +252,14 @@ class Attachments:
 
     def _save(self, volume_id: str, path: Path, place: Place | None) -> None:
         places = dict(self._state.volume(volume_id).places)
-        places.pop(str(path), None)
+        before = places.pop(str(path), None)
         if place is not None:
             places[str(path)] = place
         self._state.save_volume(VolumeRecord(volume_id, places))
+        for each in (before, place):
+            daemon = self.daemons.get(each.daemon) if each and each.daemon else None
+            if daemon is not None:
+                self._to_name.put(daemon)
 
     def _note_pod(self, volume_id: str, path: Path, wanted: Place) -> None:
         """Write down whose path it is, if a plugin that did not know that put the volume there."""
@@ -258,6 +267,20 @@ class Attachments:
         if place is not None and (place.namespace, place.pod) != (wanted.namespace, wanted.pod):
             whose = replace(place, namespace=wanted.namespace, pod=wanted.pod)
             self._save(volume_id, path, whose)
+
+    def _name_forever(self) -> None:
+        """Tell daemons which volumes they serve, when that changed: their logs name them.
+
+        In a thread of its own, so that no call waits for a worker that is stopped.
+        """
+        while True:
+            daemon = self._to_name.get()
+            served = self.served().get(daemon)
+            try:
+                if served is not None and not daemon.retired:
+                    daemon.name_volumes(",".join(sorted(served.volumes)))
+            except (LazyfsError, KeeperError) as error:
+                log.debug("%s: is not told its volumes: %s", daemon.mountpoint, error)
 
     def _repair_forever(self) -> None:
         while True:

@@ -110,7 +110,7 @@ def configure(driver_name: str, options: MountOptions) -> None:
     """Begin the log of a plugin."""
     from lazyfs.log import configure as configure_log
 
-    configure_log(options.log_level, options.log_format, None, "csi")
+    configure_log(options.log_level, options.log_format, "csi")
     logging.getLogger("csi").info("lazyfs %s, driver %s", __version__, driver_name)
 
 

@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 START_TIMEOUT_S = 120.0
 # How soon a keeper that was replaced is noticed.
 KEEPER_POLL_S = 2.0
+# Which differs each time, so that the same refusal would be another one (`lazyfs/source.py`).
+_REQUEST_ID = re.compile(r" \(request [^)]*\)")
 # Characters of a source in the name of its daemon.
 LONGEST_READABLE = 48
 
@@ -126,6 +129,17 @@ class Daemon:
         finally:
             self._lock.release()
 
+    def name_volumes(self, volume: str) -> None:
+        """Have its log name these volumes.
+
+        Raises:
+            LazyfsError, KeeperError: it cannot be told now. A worker that comes later knows.
+        """
+        with self.locked(START_TIMEOUT_S):
+            self.spec = replace(self.spec, volume=volume)
+            if self.supervisor is not None:
+                self.supervisor.name_volumes(volume)
+
     def adopt(self, supervisor: Supervisor, ended: threading.Event) -> None:
         """It is mounted."""
         self._supervisor, self._ended = supervisor, ended
@@ -198,7 +212,9 @@ class Daemons:
         with self._lock:
             return self._daemons.get(name)
 
-    def reserve(self, volume: Volume, credentials: Credentials | None, user: str) -> Daemon:
+    def reserve(
+        self, volume: Volume, credentials: Credentials | None, user: str, volume_id: str
+    ) -> Daemon:
         """A daemon for a volume, that is used by `user` from now on: one there is, or a new one.
 
         It need not run yet: see `ensure`.
@@ -210,7 +226,7 @@ class Daemons:
                     return daemon
             name = _name(volume)
             mountpoint = self._directory / name
-            spec = volume.mount_spec(str(mountpoint), credentials)
+            spec = replace(volume.mount_spec(str(mountpoint), credentials), volume=volume_id)
             daemon = self._daemons[name] = Daemon(name, mountpoint, spec, credentials is not None)
             daemon.users.add(user)
             return daemon
@@ -264,7 +280,7 @@ class Daemons:
             # Of a session that nobody has: what uses it gets an error and does not wait.
             _detach(daemon.mountpoint)
         else:
-            daemon.spec = kept
+            daemon.spec = replace(kept, volume=daemon.spec.volume or kept.volume)
         if credentials is not None:
             daemon.spec = _with(daemon.spec, credentials)
         if daemon.needs_credentials and daemon.spec.credentials is None:
@@ -299,9 +315,10 @@ class Daemons:
                 self._on_mount(daemon)
                 return
             except (LazyfsError, KeeperError) as error:
-                if str(error) != daemon.refusal:
+                refusal = _REQUEST_ID.sub("", str(error))
+                if refusal != daemon.refusal:
                     log.warning("%s: %s; tried again", daemon.spec.source, error)
-                daemon.refusal = str(error)
+                daemon.refusal = refusal
             except Exception:
                 log.exception("%s: cannot be resumed", daemon.spec.source)
             self._closing.wait(pause_s)
@@ -362,7 +379,7 @@ def _name(volume: Volume) -> str:
 
 
 def _with(spec: MountSpec, credentials: Credentials) -> MountSpec:
-    return MountSpec(spec.source, spec.mountpoint, spec.options, credentials)
+    return replace(spec, credentials=credentials)
 
 
 def _same(ours: Credentials | None, theirs: Credentials | None) -> bool:

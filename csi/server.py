@@ -13,13 +13,15 @@ import contextlib
 import itertools
 import logging
 import os
+import secrets
 import signal
 import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,10 @@ from prometheus_client import Histogram
 
 from csi.errors import code_of
 from lazyfs.errors import LazyfsError, OptionError
+from lazyfs.log import within
 from lazyfs.mount.keeper import KeeperError
+from lazyfs.observe import tracing
+from lazyfs.observe.tracing import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +76,10 @@ class Server:
     def __init__(self, endpoint: str, services: Sequence[Callable[[grpc.Server], None]]) -> None:
         self._path = socket_path(endpoint)
         _make_room(self._path)
+        self._tracer = tracing.tracer("lazyfs-csi")
         self._server = grpc.server(
-            ThreadPoolExecutor(THREADS, thread_name_prefix="rpc"), interceptors=[RpcLog()]
+            ThreadPoolExecutor(THREADS, thread_name_prefix="rpc"),
+            interceptors=[RpcLog(self._tracer)],
         )
         for add in services:
             add(self._server)
@@ -92,6 +99,8 @@ class Server:
     def stop(self) -> None:
         """Take no new RPCs, let those that run finish, within GRACE_S."""
         self._server.stop(GRACE_S).wait()
+        if self._tracer is not None:
+            self._tracer.finish()
 
     def serve(self) -> None:
         """Answer until SIGTERM or SIGINT."""
@@ -105,11 +114,18 @@ class Server:
 class RpcLog(grpc.ServerInterceptor):
     """Logs and measures every RPC, and answers errors with their codes.
 
-    A line has the number of the RPC, its name, its volume, its result and how long it took; nothing
-    else of a request, so that no secret can be in it.
+    A line has the name of the RPC, its result and how long it took; nothing else of a request, so
+    that no secret can be in it. This line and all others that are written meanwhile have the id of
+    the RPC and its volume.
+
+    Args:
+        tracer: makes a span of each.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tracer: Tracer | None) -> None:
+        # Numbers of a plugin that is started again are not those of the former.
+        self._run = secrets.token_hex(2)
+        self._tracer = tracer
         self._numbers = itertools.count(1)
 
     def intercept_service(
@@ -134,8 +150,33 @@ class RpcLog(grpc.ServerInterceptor):
         request: Any,
         context: grpc.ServicerContext,
     ) -> Any:
-        number = next(self._numbers)
         volume = getattr(request, "volume_id", "") or getattr(request, "name", "")
+        about = {"rpc": f"{self._run}-{next(self._numbers)}", "volume": volume}
+        with within(about), self._span(name, about) as span:
+            code, message, response = self._try(name, behaviour, request, context)
+            if self._tracer is not None and span is not None:
+                span.set_attribute("rpc.grpc.status_code", code.value[0])
+                if code is not StatusCode.OK:
+                    self._tracer.mark_failed(span)
+        if code is not StatusCode.OK:
+            context.abort(code, message)
+        return response
+
+    def _span(self, name: str, about: Mapping[str, str]) -> AbstractContextManager[Any]:
+        """A span of a trace; of None if nobody wants one of this RPC."""
+        if self._tracer is None or name in CHATTY:
+            return contextlib.nullcontext()
+        fields = {f"lazyfs.{key}": text for key, text in about.items()}
+        return self._tracer.during(name, {"rpc.system": "grpc", "rpc.method": name, **fields})
+
+    def _try(
+        self,
+        name: str,
+        behaviour: Callable[[Any, Any], Any],
+        request: Any,
+        context: grpc.ServicerContext,
+    ) -> tuple[StatusCode, str, Any]:
+        """Answer, and say so: the code, the message that goes with it, and the answer."""
         began = time.monotonic()
         response: Any = None
         code, message = StatusCode.OK, ""
@@ -147,7 +188,7 @@ class RpcLog(grpc.ServerInterceptor):
             code, message = StatusCode.UNIMPLEMENTED, f"this driver has no {name}"
         except Exception as error:
             # Its text may hold anything; the traceback is for the log alone.
-            log.exception("rpc %d %s: a fault of the plugin", number, name)
+            log.exception("%s: a fault of the plugin", name)
             code = StatusCode.INTERNAL
             message = f"a fault of the plugin ({type(error).__name__}); its log has more"
         took_s = time.monotonic() - began
@@ -155,17 +196,10 @@ class RpcLog(grpc.ServerInterceptor):
         level = logging.DEBUG if name in CHATTY else logging.INFO
         log.log(
             level if code in (StatusCode.OK, StatusCode.UNIMPLEMENTED) else logging.WARNING,
-            "rpc %d %s%s: %s in %.3f s%s",
-            number, name, _shown(volume), code.name, took_s, f": {message}" if message else "",
+            "%s: %s in %.3f s%s",
+            name, code.name, took_s, f": {message}" if message else "",
         )  # fmt: skip
-        if code is not StatusCode.OK:
-            context.abort(code, message)
-        return response
-
-
-def _shown(volume: str) -> str:
-    """A volume's name or id for the log, on one line whatever it is."""
-    return f" {volume if volume.isprintable() else repr(volume)}" if volume else ""
+        return code, message, response
 
 
 def socket_path(endpoint: str) -> Path:

@@ -107,7 +107,7 @@ class Catalog:
                 abandon_on_cancel=True,
             )
         finally:
-            self._recorder.answered("list", began_s, failed=page is None)
+            self._recorder.answered("list", began_s, key=prefix, failed=page is None)
         return page
 
     def _add(self, listing: Listing) -> None:

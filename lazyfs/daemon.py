@@ -36,12 +36,14 @@ from lazyfs.fetcher import BlockFetcher
 from lazyfs.filesystem import Filesystem
 from lazyfs.journal import ListingJournal
 from lazyfs.kinds import compile_pattern, format_size
+from lazyfs.log import now_about
 from lazyfs.mount import privileges
 from lazyfs.mount.carried import Carried
 from lazyfs.mount.handover import Beginning, Handover, new_carried
 from lazyfs.mount.keeper import KeeperClient
 from lazyfs.mount.runtime import control_socket, restarts_of
 from lazyfs.mount.spec import Credentials, credentials_from
+from lazyfs.observe import tracing
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options import MountOptions
 from lazyfs.pagecache import PageCache, tune_kernel
@@ -94,7 +96,21 @@ def run(
         LazyfsError: it could not be mounted, or not be resumed.
         KeeperError: the session cannot be kept.
     """
-    trio.run(_serve, mount, keeper, former, opening, on_ready)
+    recorder = _recorder(mount)
+    try:
+        trio.run(_serve, mount, keeper, former, opening, on_ready, recorder)
+    finally:
+        recorder.close()
+
+
+def _recorder(mount: Mount) -> Recorder:
+    tracer = tracing.tracer("lazyfs")
+    if tracer is None:
+        return Recorder(mount.options.prefetch)
+    from lazyfs.observe.traced import TracedRecorder
+
+    about = {"lazyfs.source": str(mount.url), "lazyfs.mountpoint": str(mount.mountpoint)}
+    return TracedRecorder(mount.options.prefetch, tracer, about)
 
 
 async def _serve(
@@ -103,12 +119,12 @@ async def _serve(
     former: Handover | None,
     opening: Future[Source],
     on_ready: Callable[[], None],
+    recorder: Recorder,
 ) -> None:
     carried = Carried(former.carried if former else new_carried())
     options = with_former_changes(mount.options, carried)
     source = await trio.to_thread.run_sync(opening.result)
     journal = ListingJournal(former.listing if former else None)
-    recorder = Recorder(options.prefetch)
     catalog = Catalog(source, options, journal, recorder)
     if former:
         catalog.restore()
@@ -174,6 +190,7 @@ async def _serve(
                 _routes(source, status, mount) | warming.routes() | contents.routes(),
             )
             log.info("%s %s at %s", verb, mount.url, mount.mountpoint)
+            recorder.ready()
             on_ready()
             await pyfuse3.main(max_tasks=MOST_REQUESTS)
             await fetcher.finish_writing()
@@ -192,6 +209,7 @@ def _routes(source: Source, status: Status, mount: Mount) -> dict[tuple[str, str
         ("GET", "/metrics.json"): lambda _: measure(status),
         ("PUT", "/prefetch"): lambda body: pause(status, body.get("paused")),
         ("PUT", "/tunables"): lambda body: tune(status, body),
+        ("PUT", "/log"): lambda body: now_about(volume=str(body.get("volume", ""))),
         ("PUT", "/credentials"): lambda body: source.set_credentials(credentials_from(body)),
     }
 

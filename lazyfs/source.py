@@ -340,9 +340,12 @@ def _refused(where: str, error: RefusedError) -> SourceError:
     code = found[1] if found else None
     request = error.headers.get("x-amz-request-id")
     cause = " ".join(filter(None, [str(error.status), code]))
-    return classify(error.status, code)(
-        f"{where}: {cause}" + (f" (request {request})" if request else "")
-    )
+    return classify(error.status, code)(f"{where}: {cause}{_told(request)}")
+
+
+def _told(request: str | None) -> str:
+    """S3's own id of a request (x-amz-request-id), by which its operator finds it."""
+    return f" (request {request})" if request else ""
 
 
 def _cause(error: Exception) -> str:
@@ -450,4 +453,5 @@ def _from_client_error(what: str, error: botocore.exceptions.ClientError) -> Sou
         hint = "; s3:ListBucket and s3:GetObject are needed"
     if kind is WrongRegionError:
         hint = "; set --region to the bucket's region"
-    return kind(f"{what}: {code}: {message}{hint}")
+    request = error.response.get("ResponseMetadata", {}).get("RequestId")
+    return kind(f"{what}: {code}: {message}{_told(request)}{hint}")

@@ -202,7 +202,8 @@ class BlockGetter:
 
     def _ended(self, request: _Request, cancel: Cancel, began_s: float, size: int) -> None:
         """The thread of an attempt came back, wanted or not."""
-        self._recorder.answered("get", began_s, size, failed=not size and not cancel.called)
+        failed = not size and not cancel.called
+        self._recorder.answered("get", began_s, size, key=request.file.key, failed=failed)
         request.under_way.remove(cancel)
         if request.hedged and not request.under_way:
             self._hedges_running -= 1

@@ -74,7 +74,7 @@ warmup = warm
 
 
 def _warm_source(url: SourceUrl, options: MountOptions, verify: bool, as_json: bool) -> None:
-    log.configure(options.log_level, options.log_format, str(url))
+    log.configure(options.log_level, options.log_format, source=str(url))
     trio.run(functools.partial(_run, url, options, verify, as_json))
 
 

@@ -25,11 +25,19 @@ async def tell_first_load(status: Status) -> None:
     recorded = recording(status)
     load = await trio.to_thread.run_sync(lambda: Load.of(Recording.parse(recorded)))
     total = sum(life.size for life in load.lives)
+    verdict = judge(load)
     log.info(
         "first load: %s in %s; %s (more: lazyfs report %s)",
-        format_size(total), format_duration(load.duration_s), judge(load).headline,
+        format_size(total), format_duration(load.duration_s), verdict.headline,
         status.mountpoint,
     )  # fmt: skip
+    if load.start_s is not None and load.end_s is not None:
+        facts: dict[str, str | float] = {
+            "lazyfs.limit": verdict.limit,
+            "lazyfs.bytes": total,
+            "lazyfs.stalled_s": round(sum(load.stalled_s.values()), 3),
+        }
+        status.recorder.loaded(load.start_s, load.end_s, facts)
 
 
 def _is_over(status: Status) -> bool:

@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from lazyfs.observe.tracing import child_environment
+
 # A worker that was told to end, or whose mount ended, gets this long to finish what it does.
 END_TIMEOUT_S = 8.0
 POLL_S = 0.1
@@ -40,8 +42,9 @@ def start_worker(name: str, connection: socket.socket, leash: int | None = None)
     passed = [connection.fileno(), theirs, *([] if leash is None else [leash])]
     command = [sys.executable, "-P", "-m", "lazyfs.mount.worker", name, *map(str, passed)]
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, pass_fds=passed, start_new_session=True
-    )
+        command, stdin=subprocess.DEVNULL, pass_fds=passed, start_new_session=True,
+        env=child_environment(),
+    )  # fmt: skip
     os.close(theirs)
     return StartedWorker(process, ours)
 

@@ -60,12 +60,14 @@ class MountSpec:
         mountpoint: an absolute path.
         options: texts by option name (`lazyfs/options.py`).
         credentials: given for this mount; None: boto3 finds them.
+        volume: ids of the volumes of a cluster that are served, with commas, for the log.
     """
 
     source: str
     mountpoint: str
     options: Mapping[str, str | list[str]] = field(default_factory=dict)
     credentials: Credentials | None = None
+    volume: str = ""
 
     def to_descriptor(self) -> int:
         """A memory file that holds it."""
@@ -81,6 +83,7 @@ class MountSpec:
             fields["mountpoint"],
             fields["options"],
             None if credentials is None else credentials_from(credentials),
+            fields.get("volume", ""),
         )
 
 

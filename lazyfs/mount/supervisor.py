@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lazyfs.errors import DaemonError, LazyfsError, MountError
-from lazyfs.log import configure
+from lazyfs.log import configure, within
 from lazyfs.mount import syscalls
 from lazyfs.mount.handover import FUSE, LOCK, LOG, SPEC
 from lazyfs.mount.keeper import Keeper, KeeperClient, KeeperError
@@ -119,7 +119,8 @@ class Supervisor:
         self._record: RunningMount | None = None
         self._device: str | None = None
         self._version = ""
-        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._about = {"mountpoint": spec.mountpoint, "volume": spec.volume}
+        self._watcher = threading.Thread(target=self._look_after, daemon=True)
 
     @property
     def alive(self) -> bool:
@@ -201,6 +202,21 @@ class Supervisor:
         if self.alive:
             self._client().put("/credentials", asdict(credentials))
 
+    def name_volumes(self, volume: str) -> None:
+        """Have the log name these volumes from now on, of this worker and of those after it.
+
+        Raises:
+            KeeperError: the keeper is not there.
+            ControlError: the worker does not answer.
+        """
+        if volume == self._spec.volume:
+            return
+        self._about["volume"] = volume
+        self._spec = replace(self._spec, volume=volume)
+        self._store_spec()
+        if self.alive:
+            self._client().put("/log", {"volume": volume})
+
     def give_back(self) -> None:
         """Give a keeper that was replaced what the former one kept. Raises KeeperError."""
         with self._keeper() as keeper, self._kept_lock:
@@ -279,6 +295,10 @@ class Supervisor:
         return MountRecord(
             self.name, self._spec.source, os.getpid(), worker, self._version, self.restarts
         )
+
+    def _look_after(self) -> None:
+        with within(self._about):
+            self._watch()
 
     def _watch(self) -> None:
         """Wait for the end of each worker and do what the module docstring says."""
@@ -461,7 +481,7 @@ def main(
     configure(
         str(spec.options.get("log-level", "info")),
         str(spec.options.get("log-format", "text")),
-        spec.mountpoint,
+        mountpoint=spec.mountpoint,
     )
     news: queue.SimpleQueue[int | None] = queue.SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -55,7 +55,9 @@ def main(name: str, keeper_fd: int, report_fd: int, leash_fd: int | None) -> int
     privileges.protect_from_oom()
     try:
         options = MountOptions.parse(("--{name}", spec.options))
-        log.configure(options.log_level, options.log_format, spec.mountpoint)
+        log.configure(
+            options.log_level, options.log_format, mountpoint=spec.mountpoint, volume=spec.volume
+        )
         if leash_fd is not None:
             threading.Thread(target=_end_with, args=[leash_fd], daemon=True).start()
         url, mountpoint = SourceUrl.parse(spec.source), Path(spec.mountpoint)

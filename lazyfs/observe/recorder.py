@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -108,6 +108,17 @@ class Recorder:
     def uptime_s(self) -> float:
         """Seconds since the worker began; events are on this clock."""
         return self._now_s() - self._began_s
+
+    # For those who trace (`observe/traced.py`)
+
+    def ready(self) -> None:
+        """The mount can be used."""
+
+    def loaded(self, start_s: float, end_s: float, facts: Mapping[str, str | float]) -> None:
+        """The first load is over; from and until when, since the worker began, and about it."""
+
+    def close(self) -> None:
+        """The worker ends."""
 
     # Files
 
@@ -256,8 +267,10 @@ class Recorder:
         self.in_flight[operation] += 1
         return self._now_s()
 
-    def answered(self, operation: str, began_s: float, size: int = 0, *, failed: bool) -> None:
-        """S3 answered a request, however it did, and wanted or not."""
+    def answered(
+        self, operation: str, began_s: float, size: int = 0, *, key: str = "", failed: bool
+    ) -> None:
+        """S3 answered a request for a key or prefix, however it did, and wanted or not."""
         self.in_flight[operation] -= 1
         self.requests[operation].observe(self._now_s() - began_s)
         self.received_bytes += size

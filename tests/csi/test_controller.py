@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -424,7 +426,9 @@ def test_identity_and_log(plugin: Callable[..., Plugin], model: S3, tmp_path: Pa
     )
     started.end()
     log = started.log()
-    assert '"message": "rpc ' in log and "CreateVolume pvc-1: OK in " in log
+    lines = [json.loads(line) for line in log.splitlines()]
+    (line,) = [line for line in lines if line["message"].startswith("CreateVolume: OK in ")]
+    assert line["volume"] == "pvc-1" and re.fullmatch("[0-9a-f]{4}-[0-9]+", line["rpc"])
     for secret in SECRET.values():
         assert secret not in log
     assert not started.socket.exists()

@@ -29,6 +29,7 @@ from csi.health import HealthServer
 from csi.identity import Identity
 from csi.server import Server
 from lazyfs.errors import AccessDeniedError, DaemonError, MountError, OptionError, UnavailableError
+from lazyfs.log import TextFormatter
 from lazyfs.mount.keeper import KeeperError
 
 SECRET = "wJalrXUtnFEMI"
@@ -101,16 +102,20 @@ def test_each_rpc_is_one_line_without_secrets(
     channel: grpc.Channel, failing: Failing, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "csi.server")
+    caplog.handler.setFormatter(TextFormatter())
     request = csi_pb2.DeleteVolumeRequest(volume_id="pvc\n1", secrets={"secretAccessKey": SECRET})
     ControllerStub(channel).DeleteVolume(request, timeout=10)
     failing.error = InvalidArgumentError("volume_id is wrong")
     with pytest.raises(grpc.RpcError):
         ControllerStub(channel).DeleteVolume(request, timeout=10)
-    good, bad = (record.getMessage() for record in caplog.records)
-    assert re.fullmatch(r"rpc \d+ DeleteVolume 'pvc\\n1': OK in [\d.]+ s", good)
-    assert re.fullmatch(
-        r"rpc \d+ DeleteVolume 'pvc\\n1': INVALID_ARGUMENT in [\d.]+ s: volume_id is wrong", bad
+    good, bad = caplog.text.splitlines()
+    about = r"\[rpc=([0-9a-f]{4})-(\d+) volume='pvc\\n1'\]"
+    first = re.search(rf"INFO csi.server: DeleteVolume: OK in [\d.]+ s {about}$", good)
+    second = re.search(
+        rf"csi.server: DeleteVolume: INVALID_ARGUMENT in [\d.]+ s: volume_id is wrong {about}$", bad
     )
+    assert first and second
+    assert (first[1], int(first[2]) + 1) == (second[1], int(second[2]))
     assert SECRET not in caplog.text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -131,7 +132,10 @@ def test_foreground_exits_with_zero(s3: S3, tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     _, log = process.communicate(timeout=20)
     assert process.returncode == 0
-    assert all(line.startswith('{"time": "20') for line in log.splitlines())
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert {"mounted", "served", "unmounted"} <= {line["message"].split()[0] for line in lines}
+    assert all(line["mountpoint"] == str(tmp_path / "mnt") for line in lines)
+    assert not any("volume" in line for line in lines)
     assert not is_mounted(tmp_path / "mnt")
 
 
