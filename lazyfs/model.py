@@ -30,73 +30,40 @@ indexes are (`index_paths`), `layouts(files, indexes=...)` uses them.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from posixpath import basename, dirname, join, split, splitext
+from posixpath import basename, dirname, join, split
 from types import MappingProxyType
-from typing import Literal, TypeAlias
 
-Format: TypeAlias = Literal["safetensors", "gguf", "pytorch", "other"]
+from lazyfs.filenames import (
+    COPY_DIRECTORIES,
+    FORMAT_ORDER,
+    PART,
+    PYTORCH_ORDER,
+    TRAINING_STATE,
+    VARIANT,
+    Format,
+    family_of,
+    format_of,
+    is_consolidated,
+    is_small,
+    natural_order,
+    small_rank,
+    stem_of,
+    suffix_of,
+)
 
 INDEX_SUFFIX = ".safetensors.index.json"
 PIPELINE_INDEX = "model_index.json"
 # The index of DeepSeek-V3, 90,000 tensors, has 9 MB; a parsed one takes up to 25 times its size.
 MAX_INDEX_BYTES = 32 << 20
 
-# A file below this is small whatever its name; one with a suffix of `_SMALL_SUFFIXES` is small as
-# long as the small files of a model fit into these limits together.
-SMALL_FILE_BYTES = 1 << 20
+# Small files are wanted as long as those of a model fit into these limits together.
 SMALL_TOTAL_BYTES = 64 << 20
 SMALL_COUNT = 512
 
 NAMES_SHOWN = 3
 NO_INDEXES: Mapping[str, bytes] = MappingProxyType({})
-
-_FORMATS: Mapping[str, Format] = MappingProxyType(
-    {
-        ".safetensors": "safetensors",
-        ".bin": "pytorch",
-        ".pt": "pytorch",
-        ".pth": "pytorch",
-        ".ckpt": "pytorch",
-        ".gguf": "gguf",
-        ".h5": "other",
-        ".mlmodel": "other",
-        ".msgpack": "other",
-        ".onnx": "other",
-        ".onnx_data": "other",
-        ".ot": "other",
-        ".tflite": "other",
-    }
-)
-# Which format is read where several are, and which of PyTorch's suffixes.
-_FORMAT_ORDER: Sequence[Format] = ("safetensors", "pytorch", "gguf", "other")
-_PYTORCH_ORDER = (".bin", ".pt", ".pth", ".ckpt")
-# Directories in which publishers put copies of the model above.
-_COPY_DIRECTORIES = frozenset(
-    {"coreml", "flax", "metal", "onnx", "openvino", "original", "tf", "tflite"}
-)
-# What the transformers Trainer leaves beside a model; vLLM's filter_files_not_needed_for_inference.
-_TRAINING_STATE = re.compile(
-    r"(training_args\.bin|optimizer\.(bin|pt)|scheduler\.pt|scaler\.pt|rng_state.*\.pth)$"
-)
-_VARIANT = re.compile(r"(?P<stem>.+)\.(bf16|fp16|fp32|fp8|ema|non_ema)(?P<part>-\d+-of-\d+)?$")
-_PART = re.compile(r"-\d+-of-\d+$")
-
-_SMALL_SUFFIXES = frozenset(
-    {".jinja", ".json", ".model", ".py", ".spm", ".tiktoken", ".txt", ".yaml", ".yml"}
-)
-# In the order in which transformers and vLLM open them.
-_SMALL_ORDER = (
-    re.compile(r"(model_index|config|params|adapter_config)\.json$"),
-    re.compile(r".*\.index(\.\w+)?\.json$"),
-    re.compile(r"\w*(generation|quant|processor|scheduler)\w*\.json$"),
-    re.compile(r"tokenizer_config\.json$"),
-    re.compile(r"(tokenizer|tekken|vocab|special_tokens_map|added_tokens|merges)\b|.*\.tiktoken$"),
-    re.compile(r".*\.(json|jinja|py)$"),
-    re.compile(r".*\.(txt|model|spm|ya?ml)$"),
-)
 
 
 class MalformedIndexError(ValueError):
@@ -201,7 +168,7 @@ def layouts(
         directories[dirname(path)].read.append(basename(path))
     for path, directory in directories.items():
         above = directories.get(dirname(path)) if path else None
-        if above and directory.format != "other" and basename(path) not in _COPY_DIRECTORIES:
+        if above and directory.format != "other" and basename(path) not in COPY_DIRECTORIES:
             above.is_pipeline = above.has_pipeline_index
     models: dict[str, _Directory] = {}
     for path, directory in directories.items():
@@ -275,9 +242,9 @@ class _Directory:
         self._warnings: list[str] = []
 
     def add(self, name: str, file: ModelFile) -> None:
-        if _TRAINING_STATE.fullmatch(name):
+        if TRAINING_STATE.fullmatch(name):
             self.exclude([name], "training state, which only a trainer reads")
-        elif _format(name):
+        elif format_of(name):
             self.weights.append(name)
         else:
             self.others.append(file)
@@ -286,8 +253,8 @@ class _Directory:
     @property
     def format(self) -> Format:
         """Of the weights that loaders read."""
-        there = {_format(name) for name in self.weights}
-        return next((candidate for candidate in _FORMAT_ORDER if candidate in there), "other")
+        there = {format_of(name) for name in self.weights}
+        return next((candidate for candidate in FORMAT_ORDER if candidate in there), "other")
 
     def exclude(self, names: Iterable[str], reason: str, *, directory: str | None = None) -> None:
         """Leave out weights of this directory or of one below."""
@@ -301,9 +268,9 @@ class _Directory:
         self.exclude(copies, "a single-file copy of the pipeline in the directories here")
         self.weights = [name for name in self.weights if name not in copies]
         chosen = self.format
-        names = [name for name in self.weights if _format(name) == chosen]
+        names = [name for name in self.weights if format_of(name) == chosen]
         self.exclude(
-            (name for name in self.weights if _format(name) != chosen),
+            (name for name in self.weights if format_of(name) != chosen),
             f"a copy in another format than {chosen}, which loaders read instead",
         )
         if chosen == "safetensors":
@@ -318,7 +285,7 @@ class _Directory:
             directory=self.path,
             format=chosen,
             small=self._small(),
-            shards=tuple(join(self.path, name) for name in sorted(names, key=_natural)),
+            shards=tuple(join(self.path, name) for name in sorted(names, key=natural_order)),
             excluded=tuple(sorted(self._excluded, key=lambda excluded: excluded.path)),
             index_paths=index_paths,
             warnings=tuple(self._warnings),
@@ -329,8 +296,8 @@ class _Directory:
         strays = [name for name in self.read if name in self.weights and name not in names]
         if not strays:
             return names
-        families = {_family(name) for name in strays}
-        like = [name for name in self.weights if _family(name) in families]
+        families = {family_of(name) for name in strays}
+        like = [name for name in self.weights if family_of(name) in families]
         kept = names if set(names).intersection(self.read) else []
         self._excluded = [item for item in self._excluded if basename(item.path) not in like]
         self.exclude(
@@ -341,14 +308,14 @@ class _Directory:
 
     def _index_paths(self, shards: list[str]) -> tuple[str, ...]:
         """The indexes of the shards that are read, not of Mistral's second copy of them."""
-        second = all(_is_consolidated(name) for name in shards)
+        second = all(is_consolidated(name) for name in shards)
         return tuple(
             sorted(
                 file.path
                 for file in self.others
                 if file.path.endswith(INDEX_SUFFIX)
                 and dirname(file.path) == self.path
-                and _is_consolidated(basename(file.path)) == second
+                and is_consolidated(basename(file.path)) == second
             )
         )
 
@@ -365,10 +332,10 @@ class _Directory:
                 "not named in the index of the shards",
             )
             return [name for name in names if name in named]
-        consolidated = [name for name in names if _is_consolidated(name)]
+        consolidated = [name for name in names if is_consolidated(name)]
         if 0 < len(consolidated) < len(names):
             self.exclude(consolidated, "Mistral's second copy of the shards beside it")
-            names = [name for name in names if not _is_consolidated(name)]
+            names = [name for name in names if not is_consolidated(name)]
         return self._without_variants(names)
 
     def _named(self, path: str, index: bytes, listed: set[str]) -> set[str]:
@@ -391,28 +358,28 @@ class _Directory:
 
     def _without_variants(self, names: list[str]) -> list[str]:
         plain = {
-            _PART.sub("", _stem(name)) for name in names if not _VARIANT.fullmatch(_stem(name))
+            PART.sub("", stem_of(name)) for name in names if not VARIANT.fullmatch(stem_of(name))
         }
         kept = []
         for name in names:
-            variant = _VARIANT.fullmatch(_stem(name))
-            if variant and _PART.sub("", variant["stem"]) in plain:
+            variant = VARIANT.fullmatch(stem_of(name))
+            if variant and PART.sub("", variant["stem"]) in plain:
                 self.exclude([name], "a variant, read only where its name is asked for")
             else:
                 kept.append(name)
         return kept
 
     def _pytorch(self, names: list[str]) -> list[str]:
-        there = {_suffix(name) for name in names}
-        chosen = next(suffix for suffix in _PYTORCH_ORDER if suffix in there)
+        there = {suffix_of(name) for name in names}
+        chosen = next(suffix for suffix in PYTORCH_ORDER if suffix in there)
         self.exclude(
-            (name for name in names if _suffix(name) != chosen),
+            (name for name in names if suffix_of(name) != chosen),
             f"a copy under another suffix than {chosen}, which loaders read instead",
         )
-        return self._without_variants([name for name in names if _suffix(name) == chosen])
+        return self._without_variants([name for name in names if suffix_of(name) == chosen])
 
     def _gguf(self, names: list[str]) -> list[str]:
-        models = {_PART.sub("", _stem(name)) for name in names if "mmproj" not in name}
+        models = {PART.sub("", stem_of(name)) for name in names if "mmproj" not in name}
         if len(models) <= 1:
             return names
         self.exclude(names, f"one of {len(models)} GGUF models; the one that is opened is read")
@@ -420,11 +387,12 @@ class _Directory:
 
     def _small(self) -> tuple[str, ...]:
         def order(file: ModelFile) -> tuple[int, bool, str]:
-            return _small_rank(basename(file.path)), dirname(file.path) != self.path, file.path
+            return small_rank(basename(file.path)), dirname(file.path) != self.path, file.path
 
         chosen: list[str] = []
         total = 0
-        for file in sorted(filter(_is_small, self.others), key=order):
+        small = (file for file in self.others if is_small(basename(file.path), file.size_bytes))
+        for file in sorted(small, key=order):
             if len(chosen) == SMALL_COUNT:
                 break
             if total + file.size_bytes <= SMALL_TOTAL_BYTES:
@@ -441,7 +409,7 @@ def _owner_of_copy(
         return None
     parts = directory.path.split("/")
     for depth, part in enumerate(parts):
-        above = directories.get("/".join(parts[:depth])) if part in _COPY_DIRECTORIES else None
+        above = directories.get("/".join(parts[:depth])) if part in COPY_DIRECTORIES else None
         if above and (above.weights or above.is_pipeline):
             return above
     above = directories.get(dirname(directory.path)) if directory.path else None
@@ -457,53 +425,8 @@ def _nearest(path: str, models: Mapping[str, _Directory]) -> _Directory | None:
     return None
 
 
-def _is_small(file: ModelFile) -> bool:
-    return file.size_bytes < SMALL_FILE_BYTES or _suffix(basename(file.path)) in _SMALL_SUFFIXES
-
-
-def _small_rank(name: str) -> int:
-    for rank, pattern in enumerate(_SMALL_ORDER):
-        if pattern.match(name):
-            return rank
-    return len(_SMALL_ORDER)
-
-
 def _is_foreign(name: str) -> bool:
     return "/" in name or name in ("", ".", "..")
-
-
-def _is_consolidated(name: str) -> bool:
-    return name.startswith("consolidated")
-
-
-def _natural(name: str) -> tuple[tuple[str | tuple[int, str], ...], str]:
-    """A key that sorts numbers by value without making them integers, however long they are."""
-    parts = re.split(r"([0-9]+)", name)
-    values: list[str | tuple[int, str]] = []
-    for index, part in enumerate(parts):
-        digits = part.lstrip("0")
-        values.append((len(digits), digits) if index % 2 else part)
-    return tuple(values), name
-
-
-def _family(name: str) -> str:
-    """What the parts of one model have in common, as `consolidated` and `.safetensors`."""
-    return re.sub(r"[-.][0-9]+(-of-[0-9]+)?(?=\.\w+$)", "", name)
-
-
-def _suffix(name: str) -> str:
-    return splitext(name)[1]
-
-
-def _stem(name: str) -> str:
-    return splitext(name)[0]
-
-
-def _format(name: str) -> Format | None:
-    """The format of a file of weights; None for any other file."""
-    if name.startswith("openvino") and name.endswith(".bin"):
-        return "other"
-    return _FORMATS.get(_suffix(name))
 
 
 def _some(names: Sequence[str]) -> str:
