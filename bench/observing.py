@@ -1,6 +1,12 @@
-"""What it costs that a mount records what it does: processor time of the recorder for a load.
+"""What it costs that a mount records what it does.
 
-    python bench/observing.py [--rate 1GB] [--block-size 8MiB]
+    python bench/observing.py [--rate 1GB] [--block-size 8MiB] [--rounds 6 [--size 1GiB]]
+
+With --rounds, loads through real mounts, in interleaved rounds (see ab.py, which needs root and
+nginx): `base` is lazyfs with a recorder that keeps nothing of requests, blocks and reads, `head` is
+lazyfs as it is.
+
+Processor time of the recorder alone, for a load:
 
 Tells a recorder what it is told of a load whose every block is fetched, pushed and read through the
 daemon in requests of 1 MiB, which is more than happens in a real one, and sets the time against the
@@ -10,7 +16,12 @@ time that the load takes at a rate. Also the time for which a report stops the l
 from __future__ import annotations
 
 import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 from lazyfs.blocks import BlockId, Span
 from lazyfs.kinds import format_size, parse_size
@@ -20,6 +31,15 @@ from lazyfs.tree import File
 
 BLOCKS = 20_000
 REQUEST = 1 << 20
+ROOT = Path(__file__).parent.parent
+# What others look up in a recorder (requests under way, open files, waits) must go on.
+FORGETFUL = """
+
+def _nothing(*_, **__): pass
+
+EventRing.add = Histogram.observe = _nothing
+Recorder.read = Recorder.landed = Recorder.pushed = Recorder.written = _nothing
+"""
 
 
 def tell(recorder: Recorder, file: File, number: int, block_size: int) -> None:
@@ -46,6 +66,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="the cost of observing")
     parser.add_argument("--rate", default="1GB", type=parse_size, help="of the load, a second")
     parser.add_argument("--block-size", default="8MiB", type=parse_size)
+    parser.add_argument("--rounds", type=int, help="of loads through mounts")
+    parser.add_argument("--size", default="1GiB", help="of the model for these")
     arguments = parser.parse_args()
     recorder = Recorder()
     file = File(5, 1, "f", "f", BLOCKS * arguments.block_size, "e", 0)
@@ -61,6 +83,23 @@ def main() -> None:
     began_s = time.perf_counter()
     size = len(recorder.events.dump())
     print(f"a report copies {format_size(size)} in {(time.perf_counter() - began_s) * 1e3:.1f} ms")
+    if arguments.rounds:
+        compare(arguments.rounds, arguments.size)
+
+
+def compare(rounds: int, size: str) -> None:
+    """Load through mounts that record and through mounts that do not."""
+    with tempfile.TemporaryDirectory(prefix="lazyfs-observing-") as base:
+        shutil.copytree(ROOT / "lazyfs", f"{base}/lazyfs")
+        with open(f"{base}/lazyfs/observe/recorder.py", "a") as recorder:
+            recorder.write(FORGETFUL)
+        sys.stdout.flush()
+        subprocess.run(
+            [sys.executable, ROOT / "bench/ab.py", "--base", base, "--head", ROOT,
+             "--origins", "unlimited", "--cache", "none", "--rounds", str(rounds),
+             "--size", size],
+            check=True,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

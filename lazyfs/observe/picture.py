@@ -255,10 +255,15 @@ def _text(
     weight: str = "normal", tip: str = "",
 ) -> str:  # fmt: skip
     title = f"<title>{escape(tip)}</title>" if tip else ""
+    begin = (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" '
+        f'font-weight="{weight}"'
+    )
+    # The halo is a text of its own: cairosvg knows no paint-order, and draws it over the letters.
+    halo = 'fill="#fff" stroke="#fff" stroke-width="3" opacity="0.8" aria-hidden="true"'
     return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}" '
-        f'font-size="{size}" font-weight="{weight}" stroke="#fff" stroke-width="3" '
-        f'stroke-opacity="0.8" paint-order="stroke">{title}{escape(words)}</text>'
+        f"{begin} {halo}>{escape(words)}</text>"
+        f'{begin} fill="{colour}">{title}{escape(words)}</text>'
     )
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mounting import Mounted, lazyfs, python
+from matplotlib.image import imread
+from mounting import Mounted, environment, lazyfs, python
 from s3 import S3
 from safetensors.numpy import save
 from terminal import in_terminal
@@ -151,6 +155,30 @@ def test_pictures_need_no_network(mount: Callable[..., Mounted], tmp_path: Path)
     words = " ".join(root.itertext())
     assert "place in the model over time" in words and SHARDS[0][:9] in words
     assert "In numbers" in html and "In numbers" not in svg
+
+
+def test_a_png_is_drawn_without_a_network(
+    mount: Callable[..., Mounted], s3: S3, tmp_path: Path
+) -> None:
+    s3.fault("GET /reported/m/model", "slow", seconds=0.05, times=100)
+    mounted = mount("s3://reported/m", "--block-size=1MiB")
+    load(mounted)
+    path = tmp_path / "report.png"
+    alone = ["unshare", "--net"] if os.geteuid() == 0 else []
+    subprocess.run(
+        [*alone, sys.executable, "-m", "lazyfs", "report", mounted.path, "-o", path],
+        env=environment(), timeout=60, check=True,
+    )  # fmt: skip
+    picture = imread(path)
+    height, width, _ = picture.shape
+    assert width >= 1600 and 600 <= height <= 4 * width
+    assert path.stat().st_size < 2 * MIB
+    colours = {tuple(colour) for colour in (picture[::2, ::2, :3] * 15).round().reshape(-1, 3)}
+    assert len(colours) > 8
+    assert picture[:60, :, :3].min() < 0.3, "its title can be read"
+    # Something is drawn in each fifth of its height.
+    for part in np.array_split(picture, 5):
+        assert part.std() > 0.02
 
 
 def test_words_in_a_terminal_and_in_a_pipe(mount: Callable[..., Mounted]) -> None:
