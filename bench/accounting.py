@@ -25,7 +25,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _SENT = re.compile(r"fuse_request_send: connection (\d+) .*\(FUSE_(\w+)\)")
-_IDLE_S = 0.5  # with less than a twentieth of a processor
+# Idle is less than a twentieth of a processor. What a load left no time for is written after it.
+_SAMPLE_S = 0.5
+_IDLE_S = 2.5
 _TRACE_BUFFER_KIB = 16 << 10  # for each processor; an event takes about 50 bytes
 
 
@@ -70,17 +72,19 @@ class Group:
 
 
 def settle(counted: Group) -> None:
-    """Wait until its processes are idle: what they still write is written.
+    """Wait until its processes are idle, and do not begin again: what they still write is written.
 
     Raises:
         SystemExit: they are busy after a minute.
     """
-    deadline, before = time.monotonic() + 60, counted.cpu_seconds()
-    while time.monotonic() < deadline:
-        time.sleep(_IDLE_S)
-        now = counted.cpu_seconds()
-        if now - before < _IDLE_S / 20:
+    deadline, idle_since, before = time.monotonic() + 60, time.monotonic(), counted.cpu_seconds()
+    while (now_s := time.monotonic()) < deadline:
+        if now_s - idle_since >= _IDLE_S:
             return
+        time.sleep(_SAMPLE_S)
+        now = counted.cpu_seconds()
+        if now - before >= _SAMPLE_S / 20:
+            idle_since = time.monotonic()
         before = now
     raise SystemExit("bench: the mount's processes do not come to rest")
 

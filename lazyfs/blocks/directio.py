@@ -20,43 +20,20 @@ from lazyfs.blocks.buffers import ALIGNMENT, align, is_aligned, take_buffer
 def read_file(path: Path, length: int, tail_length: int) -> tuple[memoryview, memoryview] | None:
     """A file of `write_file`: its data and tail, or None if it is not exactly that long.
 
-    What the page cache has anyway is copied from there, the rest comes from the device.
-
     Raises:
         OSError: the file cannot be opened or read.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    size = align(length) + tail_length
+    descriptor = _open(path, os.O_RDONLY)
     try:
-        size = align(length) + tail_length
         if os.fstat(descriptor).st_size != size:
             return None
-        data, tail = _aligned(length), _aligned(tail_length)
-        done = 0
-        try:
-            done = os.preadv(descriptor, [data, tail], 0, os.RWF_NOWAIT)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
-                raise
-        done -= done % ALIGNMENT if done < size else 0
-        if done < size:
-            rest = [data[done:], tail] if done < len(data) else [tail[done - len(data) :]]
-            done += _read_rest(path, descriptor, rest, done)
+        # Not with RWF_NOWAIT first: for what is not there that reads ahead, for nothing.
+        data, tail = take_buffer(align(length)), take_buffer(align(tail_length))
+        done = os.preadv(descriptor, [data, tail], 0)
         return (data[:length], tail[:tail_length]) if done >= size else None
     finally:
         os.close(descriptor)
-
-
-def _read_rest(path: Path, descriptor: int, buffers: list[memoryview], start: int) -> int:
-    try:
-        direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return os.preadv(descriptor, buffers, start)
-    try:
-        return os.preadv(direct, buffers, start)
-    finally:
-        os.close(direct)
 
 
 def write_file(path: Path, data: memoryview, tail: bytes) -> None:
@@ -74,14 +51,7 @@ def write_file(path: Path, data: memoryview, tail: bytes) -> None:
     # What does not fill a block of the device goes with the tail.
     body = len(data) - len(data) % ALIGNMENT
     end = bytes(data[body:]).ljust(align(len(data)) - body, b"\0") + tail
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    try:
-        descriptor = os.open(path, flags | os.O_DIRECT, 0o600)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        path.unlink(missing_ok=True)
-        descriptor = os.open(path, flags, 0o600)
+    descriptor = _open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
         _write_all(descriptor, data[:body], _copy(end.ljust(align(len(end)), b"\0")))
         os.ftruncate(descriptor, body + len(end))
@@ -96,9 +66,17 @@ def _write_all(descriptor: int, body: memoryview, end: memoryview) -> None:
         body = body[written:]
 
 
-def _aligned(size: int) -> memoryview:
-    """Memory that direct I/O can fill: as large as the next multiple of the alignment."""
-    return take_buffer(align(size))
+def _open(path: Path, flags: int) -> int:
+    """A descriptor that passes by the page cache, where the filesystem can do that."""
+    flags |= os.O_CLOEXEC
+    try:
+        return os.open(path, flags | os.O_DIRECT, 0o600)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        if flags & os.O_EXCL:
+            path.unlink(missing_ok=True)  # it was made nevertheless
+        return os.open(path, flags, 0o600)
 
 
 def _copy(data: memoryview | bytes) -> memoryview:
