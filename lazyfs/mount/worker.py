@@ -1,8 +1,8 @@
 """The process that serves one mount: `python -m lazyfs.mount.worker`.
 
-It is started by a supervisor (`lazyfs/supervisor.py`), which passes descriptors: of a connection to
-the keeper, which has the mount's spec, of a pipe for its report, and of a leash, a pipe that ends
-with the supervisor.
+It is started by whoever supervises it (`start_worker`), who passes descriptors: of a connection to
+the keeper, which has the mount's spec, if not yet then soon, of a pipe for its report, and of a
+leash, a pipe that ends with the supervisor.
 """
 
 from __future__ import annotations
