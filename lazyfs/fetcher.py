@@ -10,7 +10,7 @@ After that it stays in memory until its room is needed.
 All decisions are made in the trio thread, so nothing here needs a lock; worker threads only move
 bytes. Demand overtakes prefetch for slots and for room. What can be brought again is given up for
 demand: blocks nobody uses, then blocks that only wait to be written to a slow disk. A block that is
-being pushed or written cannot be taken, but those are few (`PUSHERS`, `WRITERS`).
+being pushed or written cannot be taken, but those are few (`pusher.py`, `writer.py`).
 
 A block that is not on disk is claimed there before it is fetched, so that of all daemons on a node
 one fetches it. What another daemon has claimed is waited for, if a reader needs it, and else left
@@ -23,18 +23,18 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any, TypeVar
 
 import trio
 
-from lazyfs.blocks import BlockId, Span, block_length, gaps
+from lazyfs.blocks import BlockId, Span, block_length
 from lazyfs.blocks.elsewhere import Elsewhere
 from lazyfs.blocks.getter import BlockGetter
 from lazyfs.blocks.heads import Heads, has_head, heads_limit
 from lazyfs.blocks.memory import BlockMemory, Held, all_unread
 from lazyfs.blocks.processor import Processors
-from lazyfs.blocks.queue import BlockQueue
+from lazyfs.blocks.pusher import BlockPusher
+from lazyfs.blocks.window import DiskWindow
 from lazyfs.blocks.writer import BlockWriter
 from lazyfs.cache import BlockCache, Claim
 from lazyfs.errors import SourceError
@@ -51,11 +51,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PUSHERS = 2
-# Readers are not kept waiting longer than this for the rest of their block to be pushed.
-LONGEST_PUSH_S = 0.05
-# So many blocks of the disk make room for others at once.
-SLIDE_BLOCKS = 8
 # When the mount ends, blocks that wait for the disk may take so long.
 LAST_WRITES_S = 5.0
 # Blocks that are read from the disk at once, ahead of readers.
@@ -132,38 +127,47 @@ class BlockFetcher:
         self._urgent: deque[Job] = deque()
         self._fetching = 0
         self._loading = 0
-        self._pushes = BlockQueue()
         # Threads are bounded by slots; trio's own limit of 40 must not stand in the way.
         self._threads = trio.CapacityLimiter(4 * options.max_concurrency + 64)
         self._getter = BlockGetter(
             source, self._memory, options, self._threads, self.pump, recorder
+        )
+        self._pusher = BlockPusher(
+            page_cache,
+            prefetcher,
+            self._memory,
+            self._block_size,
+            self._thread,
+            recorder,
+            self.pump,
         )
         self._heads = Heads(self._getter, for_heads, page_cache, prefetcher, self._thread, recorder)
         # Somebody reads with O_DIRECT: what he had is not in the page cache afterwards.
         self._passes_by_pages = False
         self._elsewhere: Elsewhere | None = None
         self._writer: BlockWriter | None = None
+        self._window: DiskWindow | None = None
         if cache is not None:
             self._elsewhere = Elsewhere(cache, self._thread, self._found)
             self._writer = BlockWriter(
                 cache, self._thread, self._is_loading, processors or Processors(), recorder,
                 self._written,
             )  # fmt: skip
-        # The cache is being told that blocks of which readers are done may make room.
-        self._sliding = False
+            self._window = DiskWindow(
+                cache, self._writer, prefetcher, self._memory, self._files, self._thread
+            )
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled."""
         async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            for _ in range(PUSHERS):
-                nursery.start_soon(self._push_forever)
+            await nursery.start(self._pusher.run)
             nursery.start_soon(self._close_idle)
             if self._cache and self._writer and self._elsewhere:
                 nursery.start_soon(self._writer.run)
                 nursery.start_soon(self._elsewhere.follow)
                 nursery.start_soon(self._care_for_cache, self._cache)
+            self._nursery = nursery
             task_status.started()
             self.pump()
             await trio.sleep_forever()
@@ -318,14 +322,15 @@ class BlockFetcher:
         held = self._memory.get(block)
         tier = Tier.MEMORY
         if held is None and span.number == 0 and span.stop <= len(self._heads.get(file.inode)):
-            self._recorder.read(file, span, tier, began_s)
+            if reader:
+                self._recorder.read(file, span, tier, began_s)
             return self._heads.get(file.inode)[span.start : span.stop]
         if held is None:
             held, tier = await self._wait_for(file, span, reader)
             held.users -= 1
-        elif self._pushes.discard(block):
+        elif self._pusher.withdraw(block, held):
             held.users += 1
-            await self._push_around(block, held, [span])
+            await self._pusher.push_around(block, held, [span])
             held.users -= 1
         data = held.data[span.start : span.stop]  # from here on the block may be let go
         if reader and held.unread:
@@ -375,7 +380,8 @@ class BlockFetcher:
                 break
             self._start(self._urgent.popleft())
         self._push_ahead(from_disk=not self._urgent and not self._paused)
-        self._slide()
+        if self._window:
+            self._window.slide(self._nursery)
         if self._urgent:
             self._recorder.prefetch_is(Activity.DEMAND)
         elif self._paused:
@@ -402,12 +408,12 @@ class BlockFetcher:
         So what has just come waits for what came before it and had to go to the disk.
         """
         while self._page_cache.supported:
-            block = self._prefetcher.next_load(self._push_allowance())
+            block = self._prefetcher.next_load(self._pusher.allowance)
             if block is None:
                 return
             held = self._memory.get(block)
             if held is not None:
-                self._queue_push(block, held)
+                self._pusher.put(block, held)
             elif (
                 from_disk
                 and self._loading < LOADERS
@@ -422,35 +428,6 @@ class BlockFetcher:
         if stored:
             self._prefetcher.stored(block)
         self.pump()
-
-    def _slide(self) -> None:
-        """Where the cache took no more, let it exchange what readers have had for what comes."""
-        if self._sliding or self._writer is None or not self._writer.has_refused:
-            return
-        spent = self._prefetcher.take_spent(SLIDE_BLOCKS)
-        if spent:
-            assert self._nursery is not None and self._cache is not None
-            self._sliding = True
-            self._nursery.start_soon(self._exchange, self._cache, self._writer, spent)
-
-    async def _exchange(self, cache: BlockCache, writer: BlockWriter, spent: list[BlockId]) -> None:
-        for inode, blocks in groupby(spent, lambda block: block.inode):
-            numbers = [block.number for block in blocks]
-            if await self._thread(cache.give_up, self._files[inode], numbers):
-                for block in (BlockId(inode, number) for number in numbers):
-                    held = self._memory.get(block)
-                    if held is not None:
-                        held.on_disk, held.unread = False, 0
-                    elif self._prefetcher.place(block) == Place.LOCAL:
-                        self._prefetcher.moved(block, Place.USED)
-        writer.retry(self._kept)
-        self._sliding = False
-
-    def _kept(self, block: BlockId) -> Held | None:
-        """A block that is in memory alone, for a reader who is still to come."""
-        held = self._memory.get(block)
-        is_alone = self._prefetcher.place(block) == Place.LOCAL
-        return held if held and held.unread and not held.on_disk and is_alone else None
 
     def _new_job(self, block: BlockId) -> Job:
         job = Job(self._files[block.inode], block, self._length(block))
@@ -496,9 +473,8 @@ class BlockFetcher:
         else:
             self._fetching -= 1
         del self._jobs[job.block]
-        if job.held is not None and job.waiting and self._may_push(job.block):
-            job.held.users += 1
-            await self._push_around(job.block, job.held, job.waiting)
+        if job.held and job.waiting and self._pusher.takes(job.block, job.held):
+            await self._pusher.push_around(job.block, job.held, job.waiting)
         job.done.set()
         self.pump()
 
@@ -587,60 +563,6 @@ class BlockFetcher:
         if job.tier is Tier.S3 and self._writer:
             self._writer.put(job.block, held)
 
-    def _may_push(self, block: BlockId) -> bool:
-        fits = self._length(block) <= self._push_allowance()
-        return fits and self._prefetcher.takes_pages(block)
-
-    def _queue_push(self, block: BlockId, held: Held) -> None:
-        held.users += 1
-        self._prefetcher.moved(block, Place.COMING)
-        self._pushes.put(block, held)
-
-    async def _push_forever(self) -> None:
-        while True:
-            await self._pushes.wait()
-            block, held = self._pushes.take()
-            await self._push(block, held, [Span(block.number, 0, len(held.data))])
-            self.pump()
-
-    async def _push_around(self, block: BlockId, held: Held, waiting: list[Span]) -> None:
-        """Push what nobody waits for, so that whoever is answered then finds the rest in place.
-
-        Without this he would ask for it piece by piece while it is being pushed. What is waited
-        for is left out: its pages are locked until the answer. The kernel may lock pages beyond
-        a request's range, so this ends after a while whatever happens.
-        """
-        assert self._nursery is not None
-        self._prefetcher.moved(block, Place.COMING)
-        pushed = trio.Event()
-        rest = list(gaps(waiting, len(held.data)))
-        self._nursery.start_soon(self._push, block, held, rest, pushed)
-        self.pump()
-        with trio.move_on_after(LONGEST_PUSH_S):
-            await pushed.wait()
-
-    async def _push(
-        self, block: BlockId, held: Held, spans: list[Span], pushed: trio.Event | None = None
-    ) -> None:
-        """Put parts of a held block, which has a user for this, into the page cache."""
-        began_s = self._recorder.clock()
-        offset = block.number * self._block_size
-        for span in spans:
-            data = held.data[span.start : span.stop]
-            if not await self._thread(
-                self._page_cache.push, block.inode, offset + span.start, data
-            ):
-                self._prefetcher.set_known(block.inode, False)
-                self._prefetcher.moved(block, Place.LOCAL)
-                break
-        else:
-            self._prefetcher.moved(block, Place.NEAR)
-            size = sum(span.stop - span.start for span in spans)
-            self._recorder.pushed(held.file, block, size, began_s)
-        held.users -= 1
-        if pushed is not None:
-            pushed.set()
-
     def _is_loading(self) -> bool:
         """Whether somebody loads a model of which all pages can stay in the page cache."""
         loading = bool(self._recorder.open_files and self.in_flight)
@@ -660,11 +582,6 @@ class BlockFetcher:
             soon=soon,
             is_served=demanded >= URGENT_EXTRA,
         )
-
-    def _push_allowance(self) -> int:
-        """How much may be put into the page cache ahead of readers."""
-        budget = self._page_cache.budget(self._prefetcher.planned_bytes, self._memory.unused_bytes)
-        return budget - self._prefetcher.near_ahead_bytes
 
     def _length(self, block: BlockId) -> int:
         return block_length(self._files[block.inode].size_bytes, self._block_size, block.number)
