@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from lazyfs.blocks import BlockId, Span
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--block-size", default="8MiB", type=parse_size)
     parser.add_argument("--rounds", type=int, help="of loads through mounts")
     parser.add_argument("--size", default="1GiB", help="of the model for these")
+    parser.add_argument("--origins", nargs="+", default=["throttled"], help="where it is")
     arguments = parser.parse_args()
     recorder = Recorder()
     file = File(5, 1, "f", "f", BLOCKS * arguments.block_size, "e", 0)
@@ -84,10 +86,10 @@ def main() -> None:
     size = len(recorder.events.dump())
     print(f"a report copies {format_size(size)} in {(time.perf_counter() - began_s) * 1e3:.1f} ms")
     if arguments.rounds:
-        compare(arguments.rounds, arguments.size)
+        compare(arguments.rounds, arguments.size, arguments.origins)
 
 
-def compare(rounds: int, size: str) -> None:
+def compare(rounds: int, size: str, origins: Sequence[str]) -> None:
     """Load through mounts that record and through mounts that do not."""
     with tempfile.TemporaryDirectory(prefix="lazyfs-observing-") as base:
         shutil.copytree(ROOT / "lazyfs", f"{base}/lazyfs")
@@ -96,7 +98,7 @@ def compare(rounds: int, size: str) -> None:
         sys.stdout.flush()
         subprocess.run(
             [sys.executable, ROOT / "bench/ab.py", "--base", base, "--head", ROOT,
-             "--origins", "unlimited", "--cache", "none", "--rounds", str(rounds),
+             "--origins", *origins, "--cache", "none", "--rounds", str(rounds),
              "--size", size],
             check=True,
         )  # fmt: skip

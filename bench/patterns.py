@@ -1,17 +1,19 @@
 """Whether a model is loaded as fast as its link is, whatever the order in which it is read.
 
-    python bench/patterns.py [--size 1GiB] [--link 250MB] [--late 20]
+    python bench/patterns.py [--size 1GiB] [--link 250MB] [--late 20] [--repeat 3]
 
 Mounts anew for each way of loading (`load.py`), nothing cached, against an origin whose link is
 shaped (`origin.py`, throttled), and prints seconds from the beginning of the mount to the last
-tensor, over size / bandwidth. Then the same for a loader that begins `--late` seconds after the
-mount, beside the same load from local files. Needs root, and nobody else on the loopback device.
+tensor, over size / bandwidth; medians. Then the same for a loader that begins `--late` seconds
+after the mount, beside the same load from local files. Needs root, and nobody else on the loopback
+device.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import origin as origins
-from accounting import touch_all_memory
+from accounting import end_in_order, touch_all_memory
 from model import write_model
 from mounts import Lazyfs, Place, forget
 from rich.console import Console
@@ -49,8 +51,10 @@ def main() -> None:
     parser.add_argument("--size", default="1GiB", type=parse_size)
     parser.add_argument("--link", default="250MB", type=parse_size)
     parser.add_argument("--late", default=20, type=int)
+    parser.add_argument("--repeat", default=3, type=int)
     parser.add_argument("--only", nargs="+", default=list(MODES))
     arguments = parser.parse_args()
+    end_in_order()
     table = Table("load", "seconds", "size / bandwidth", "over it", "fetched / size", box=None)
     lazyfs = Lazyfs(HERE.parent)
     with tempfile.TemporaryDirectory(prefix="lazyfs-bench-", dir="/var/tmp") as temporary:
@@ -64,22 +68,29 @@ def main() -> None:
             place = Place(origin, source.name, mountpoint, base / "cache")
             least_s = size / arguments.link
             for mode in arguments.only:
-                forget(place)
-                origin.mark()
-                with lazyfs.mount(place) as mounted:
-                    took_s = load(mode, mountpoint)["ended"] - mounted.began
-                fetched = origin.requests().bytes / size
+                took_s, fetched = [], []
+                for _ in range(arguments.repeat):
+                    forget(place)
+                    origin.mark()
+                    with lazyfs.mount(place) as mounted:
+                        took_s.append(load(mode, mountpoint)["ended"] - mounted.began)
+                    fetched.append(origin.requests().bytes / size)
+                median_s = statistics.median(took_s)
                 table.add_row(
-                    mode, f"{took_s:.2f}", f"{least_s:.2f}", f"{took_s / least_s - 1:.1%}",
-                    f"{fetched:.3f}",
+                    mode, f"{median_s:.2f}", f"{least_s:.2f}", f"{median_s / least_s - 1:.1%}",
+                    f"{statistics.median(fetched):.3f}",
                 )  # fmt: skip
-            forget(place)
-            with lazyfs.mount(place):
-                time.sleep(arguments.late)
-                late = load("vllm", mountpoint)
-        for name, run in ((f"vllm, {arguments.late} s after mount", late),
-                          ("vllm, local files", load("vllm", source))):  # fmt: skip
-            table.add_row(name, f"{run['ended'] - run['opened']:.2f}")
+            late, local = [], []
+            for _ in range(arguments.repeat):
+                forget(place)
+                with lazyfs.mount(place):
+                    time.sleep(arguments.late)
+                    late.append(load("vllm", mountpoint))
+                local.append(load("vllm", source))
+        for name, runs in ((f"vllm, {arguments.late} s after mount", late),
+                           ("vllm, local files", local)):  # fmt: skip
+            seconds = statistics.median(run["ended"] - run["opened"] for run in runs)
+            table.add_row(name, f"{seconds:.2f}")
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
