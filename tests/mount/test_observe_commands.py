@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -167,6 +169,21 @@ def test_completion(shell_name: str) -> None:
     assert "_LAZYFS_COMPLETE" in answer.stdout
     if shell_name == "bash":
         subprocess.run(["bash", "-n", "-c", answer.stdout], check=True)
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("lazyfs pa", "pause"), ("lazyfs mount --prefet", "--prefetch"), ("lazyfs cache pr", "prune")],
+)
+def test_completion_offers_what_fits(typed: str, offered: str) -> None:
+    last = str(len(typed.split()) - 1)
+    pressed = {"_LAZYFS_COMPLETE": "bash_complete", "COMP_WORDS": typed, "COMP_CWORD": last}
+    script = Path(sys.executable).with_name("lazyfs")  # as the shell calls it
+    answer = subprocess.run(
+        [script], env={**os.environ, **pressed}, capture_output=True, text=True, timeout=20,
+        check=True,
+    )  # fmt: skip
+    assert offered in re.split(r"[,\n]", answer.stdout)
 
 
 @pytest.mark.parametrize("command", ["status", "report", "top", "doctor", "set", "pause", "mount"])
