@@ -50,7 +50,7 @@ def test_top_in_a_terminal_and_in_a_pipe(mount: Callable[..., Mounted]) -> None:
 
 
 def test_pause_and_resume(mount: Callable[..., Mounted], s3: S3) -> None:
-    s3.fault("GET /told/m/model-0000", "slow", seconds=0.1, times=6)
+    s3.fault("GET /told/m/model-0000", "slow", seconds=0.7, times=6)
     mounted = mount("s3://told/m", "--block-size=256KiB", "--max-concurrency=1")
     assert lazyfs("pause", mounted.path).returncode == 0
     before = settle(s3)
@@ -96,7 +96,7 @@ def test_in_a_terminal(mount: Callable[..., Mounted], tmp_path: Path) -> None:
 
 
 def test_changes_outlive_the_worker(mount: Callable[..., Mounted], s3: S3) -> None:
-    s3.fault("GET /told/m/model-0000", "slow", seconds=0.1, times=6)
+    s3.fault("GET /told/m/model-0000", "slow", seconds=0.7, times=6)
     mounted = mount("s3://told/m", "--block-size=256KiB", "--max-concurrency=1")
     assert lazyfs("pause", mounted.path).returncode == 0
     changes = ["max_concurrency=3", "log-level=debug", "bandwidth-limit=500MB"]
