@@ -23,6 +23,7 @@ from lazyfs.blocks.directio import read_file, write_file
 from lazyfs.cache import check_directory, default_directory
 from lazyfs.errors import LazyfsError
 from lazyfs.kinds import GIB, MIB, format_duration, format_size
+from lazyfs.mount import syscalls
 from lazyfs.options import MountOptions
 from lazyfs.pagecache import free_memory
 from lazyfs.source import Source, SourceUrl
@@ -32,8 +33,6 @@ T = TypeVar("T")
 
 # linux/capability.h
 CAP_SYS_ADMIN = 21
-# The kernel can ask again for what a dead worker had taken (FUSE_NOTIFY_RESEND) since this one.
-RESEND_SINCE = (6, 9)
 TEST_BYTES = 64 * MIB
 SLOW_DISK = 200 * 10**6
 SLOW_FIRST_BYTE_S = 0.5
@@ -134,7 +133,7 @@ def _allows_others() -> bool:
 def _kernel(options: MountOptions) -> Iterator[Finding]:
     release = platform.release()
     numbers = tuple(int(number) for number in re.findall(r"\d+", release)[:2])
-    if numbers >= RESEND_SINCE:
+    if numbers >= syscalls.RESEND_SINCE:
         yield Finding("kernel", State.OK, f"{release}: a mount goes on when its worker dies")
     else:
         yield Finding(

@@ -29,14 +29,14 @@ import trio
 
 from lazyfs.blocks import BlockId, Span, block_length
 from lazyfs.blocks.elsewhere import Elsewhere
-from lazyfs.blocks.getter import BlockGetter
+from lazyfs.blocks.getter import PREFETCH_PATIENCE_S, BlockGetter
 from lazyfs.blocks.heads import Heads, has_head, heads_limit
 from lazyfs.blocks.memory import BlockMemory, Held, all_unread
 from lazyfs.blocks.processor import Processors
 from lazyfs.blocks.pusher import BlockPusher
 from lazyfs.blocks.window import DiskWindow
 from lazyfs.blocks.writer import BlockWriter
-from lazyfs.cache import BlockCache, Claim
+from lazyfs.cache import CARE_S, BlockCache, Claim
 from lazyfs.errors import SourceError
 from lazyfs.observe.events import Activity, Purpose
 from lazyfs.observe.recorder import Recorder, Tier
@@ -59,10 +59,6 @@ LOADERS = 3
 URGENT_EXTRA = 8
 # How often connections that nobody uses are closed.
 IDLE_S = 30.0
-# How often the cache is told what is needed and looks after itself.
-CARE_S = 10.0
-# A prefetch is given up after this time; a reader who needs the block tries on his own account.
-PREFETCH_PATIENCE_S = 20.0
 
 
 @dataclass(slots=True)
@@ -321,10 +317,11 @@ class BlockFetcher:
         block = BlockId(file.inode, span.number)
         held = self._memory.get(block)
         tier = Tier.MEMORY
-        if held is None and span.number == 0 and span.stop <= len(self._heads.get(file.inode)):
+        head = self._heads.get(file.inode)
+        if held is None and span.number == 0 and span.stop <= len(head):
             if reader:
                 self._recorder.read(file, span, tier, began_s)
-            return self._heads.get(file.inode)[span.start : span.stop]
+            return head[span.start : span.stop]
         if held is None:
             held, tier = await self._wait_for(file, span, reader)
             held.users -= 1

@@ -33,8 +33,6 @@ log = logging.getLogger(__name__)
 INIT_BUFFER = 1 << 16
 # linux/fuse.h: struct fuse_out_header with FUSE_NOTIFY_RESEND in the place of an error.
 RESEND = struct.pack("<IiQ", 16, 7, 0)
-# In the kernel since.
-RESEND_SINCE = "6.9"
 OPTIONS = {"default_permissions"}
 
 
@@ -126,9 +124,10 @@ class Session:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
+            since = ".".join(map(str, syscalls.RESEND_SINCE))
             raise CannotResumeError(
                 f"{self.mountpoint}: this kernel cannot ask again for what was in flight "
-                f"(it can since Linux {RESEND_SINCE}): mounting anew"
+                f"(it can since Linux {since}): mounting anew"
             ) from error
 
     def close(self) -> None:

@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 import trio
 
 from lazyfs.blocks import BlockId, block_count, block_length
+from lazyfs.blocks.elsewhere import LEASE_S
 from lazyfs.blocks.getter import BlockGetter
 from lazyfs.blocks.memory import BlockMemory
-from lazyfs.cache import BlockCache, Claim
+from lazyfs.cache import CARE_S, BlockCache, Claim
 from lazyfs.catalog import Catalog
 from lazyfs.errors import LazyfsError, SourceError
 from lazyfs.kinds import format_size
@@ -32,11 +33,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# How long a block is left to another process that claimed it, and how often it is looked for.
-LEASE_S = 10.0
+# How often it is looked for what another process claimed.
 LOOK_S = 0.05
-# How often the cache is told what is needed and looks after itself.
-CARE_S = 10.0
 # A damaged block is fetched again, and what was fetched is verified again.
 ROUNDS = 2
 

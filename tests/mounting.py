@@ -6,6 +6,7 @@ A mount is only ever read from other processes than its daemon, each with a time
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from s3 import CREDENTIALS
@@ -22,6 +24,21 @@ TIMEOUT_S = 60
 # Of this run alone; short, because sockets are in it.
 RUNTIME_DIRECTORY = tempfile.mkdtemp(prefix="lazyfs-")
 atexit.register(shutil.rmtree, RUNTIME_DIRECTORY)
+
+
+@contextlib.contextmanager
+def tmpfs(path: Path, size: str) -> Iterator[Path]:
+    """A disk that is full soon; needs root.
+
+    Args:
+        size: as the option of tmpfs(5), such as `20m`.
+    """
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", path], check=True)
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 # Second attempts under way at once; when more are slow, it is the link.
 HEDGES = 4
+# A prefetch is given up after this time; a reader who needs the block tries on his own account.
+PREFETCH_PATIENCE_S = 20.0
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import trio
 
-from lazyfs.blocks.getter import BlockGetter
+from lazyfs.blocks.getter import PREFETCH_PATIENCE_S, BlockGetter
 from lazyfs.errors import SourceError
 from lazyfs.observe.events import Purpose
 from lazyfs.observe.recorder import Recorder
@@ -41,7 +41,6 @@ AT_ONCE = 16
 SHARE = 1 / 16
 # Blocks that there must be memory for beside them.
 LEAST_BLOCKS = 4
-PATIENCE_S = 20.0
 
 
 def has_head(file: File) -> bool:
@@ -143,7 +142,7 @@ class Heads:
         try:
             rest = await self._getter.get(
                 file, len(have), end - len(have),
-                patience_s=lambda: PATIENCE_S, saturated=lambda: False, is_block=False,
+                patience_s=lambda: PREFETCH_PATIENCE_S, saturated=lambda: False, is_block=False,
             )  # fmt: skip
         except SourceError as error:
             log.warning("the header of %s cannot be had: %s", file.key, error)

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 
+# How often whoever uses a cache calls `BlockCache.care`.
+CARE_S = 10.0
+
+
 class Claim(Enum):
     """Who is to fetch a block that is not in the cache."""
 

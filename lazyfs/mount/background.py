@@ -57,8 +57,7 @@ class Background:
         Raises:
             BrokenPipeError: it has ended.
         """
-        import json
-        import select
+        from lazyfs.mount.processes import read_report
 
         ours, theirs = os.pipe()
         passed = [spec.to_descriptor(), log_fd, theirs]
@@ -68,10 +67,7 @@ class Background:
         finally:
             os.close(passed[0])
             os.close(theirs)
-        with open(ours) as reports:
-            readable, _, _ = select.select([reports], [], [], timeout_s)
-            report: dict[str, Any] = json.loads(reports.read() or "{}") if readable else {}
-        return report
+        return read_report(ours, timeout_s) or {}
 
     def end(self) -> None:
         """End it, unless it was told to mount."""

@@ -5,14 +5,16 @@ Only the standard library.
 
 from __future__ import annotations
 
+import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lazyfs.observe.tracing import child_environment
 
@@ -47,6 +49,17 @@ def start_worker(name: str, connection: socket.socket, leash: int | None = None)
     )  # fmt: skip
     os.close(theirs)
     return StartedWorker(process, ours)
+
+
+def read_report(descriptor: int, timeout_s: float) -> dict[str, Any] | None:
+    """What a process that was started says of itself; empty if it ended, None if it says nothing.
+
+    Args:
+        descriptor: of a pipe; it is closed.
+    """
+    with open(descriptor) as reports:
+        readable, _, _ = select.select([reports], [], [], timeout_s)
+        return json.loads(reports.read() or "{}") if readable else None
 
 
 def end_former(worker: int, name: str) -> None:

@@ -23,7 +23,6 @@ import json
 import logging
 import os
 import queue
-import select
 import signal
 import socket
 import subprocess
@@ -50,6 +49,7 @@ from lazyfs.mount.processes import (
     end_former,
     how_it_ended,
     parent_of,
+    read_report,
     start_worker,
     wait_for_end,
 )
@@ -270,16 +270,14 @@ class Supervisor:
             return start_worker(self.name, connection, self._leash[0] if self._leash else None)
 
     def _wait_until_ready(self, started: StartedWorker, timeout_s: float) -> None:
-        with open(started.reports) as reports:
-            readable, _, _ = select.select([reports], [], [], timeout_s)
-            report: dict[str, Any] = json.loads(reports.read() or "{}") if readable else {}
-        if report.get("ready"):
+        report = read_report(started.reports, timeout_s)
+        if report and report.get("ready"):
             self._find_device()
             if self._record is not None:
                 self._version = report["version"]
                 self._record.write(self._describe(self.pid))
             return
-        if not readable:
+        if report is None:
             started.process.kill()
             raise MountError(f"{self._mountpoint}: the daemon was not ready after {timeout_s:g} s")
         code = started.process.wait()

@@ -23,6 +23,8 @@ from lazyfs.errors import MountError
 MS_RDONLY, MS_NOSUID, MS_NODEV = 1, 2, 4
 MNT_DETACH = 2
 FILESYSTEM_TYPE = "fuse.lazyfs"
+# The kernel can ask again for what a dead worker had taken (FUSE_NOTIFY_RESEND) since this one.
+RESEND_SINCE = (6, 9)
 
 IN_USE = "in use; end what uses it, or detach it with --lazy"
 # A process of the mount's own may have a file open for some milliseconds (`cache/salvage.py`).

@@ -187,7 +187,7 @@ def test_service_account_tokens(make_node: Callable[..., TestNode], s3: S3, sts:
     for pod_name in ("a", "b"):
         node.publish("vol", context | tokens("token-2"), pod_name)
     seen = len(sts.calls)
-    # Not in memory yet, and obstore asks for keys once a minute at the latest.
+    # Not in memory yet: keys of the new token are needed.
     wait_for(lambda: shell("cat later/file", second).stdout == "later", timeout_s=100)
     assert {call["WebIdentityToken"] for call in sts.calls[seen:]} == {"token-2"}
 

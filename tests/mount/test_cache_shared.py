@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from awscrt import checksums
 from crc32c import crc32c
-from mounting import Mounted, environment, lazyfs, load_json, python, shell
+from mounting import Mounted, environment, lazyfs, load_json, python, shell, tmpfs
 from s3 import S3
 
 pytestmark = pytest.mark.fuse
@@ -359,11 +359,8 @@ def drop_pages(mounted: Mounted) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "disk"
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", path], check=True)
-    yield path
-    subprocess.run(["umount", "--lazy", path], check=True)
+    with tmpfs(tmp_path / "disk", "20m") as path:
+        yield path
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small tmpfs")

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from mounting import Mounted, environment, lazyfs, python
+from mounting import Mounted, environment, lazyfs, python, tmpfs
 from s3 import S3
 
 pytestmark = [
@@ -78,11 +78,8 @@ print(len(files ^ rows), len(rows))
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "disk"
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", path], check=True)
-    yield path
-    subprocess.run(["umount", "--lazy", path], check=True)
+    with tmpfs(tmp_path / "disk", "24m") as path:
+        yield path
 
 
 class Chaos:
