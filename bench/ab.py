@@ -25,7 +25,7 @@ from pathlib import Path
 
 import load
 import origin as origins
-from accounting import FuseRequests, end_in_order, fuse_requests, settle, touch_all_memory
+from accounting import FuseRequests, end_in_order, fuse_requests, settle
 from measure import Loader, Meter, Run
 from model import write_model
 from mounts import Lazyfs, Place, forget, from_disk
@@ -154,7 +154,6 @@ def main() -> None:
             (base / lazyfs.name).mkdir()
             print(f"{lazyfs.name}: {lazyfs.version()}", file=sys.stderr, flush=True)
         write_model(base / "served" / "model", arguments.size, arguments.shards)
-        touch_all_memory()
         compare(arguments, contenders, base, requests)
 
 

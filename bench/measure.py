@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import origin as origins
-from accounting import FuseRequests
+from accounting import FuseRequests, touch_memory
 from mounts import Mounted, Place
 
 HERE = Path(__file__).parent
@@ -95,6 +95,10 @@ class Meter:
 
     def mark(self) -> None:
         """Count requests from here on; before the mount begins."""
+        touch_memory()
+        self._mark()
+
+    def _mark(self) -> None:
         self._origin.mark()
         if self._requests:
             self._requests.mark()
@@ -105,7 +109,7 @@ class Meter:
 
     def again(self, loader: Loader, mounted: Mounted, place: Place) -> Run:
         """A further load of the same mount."""
-        self.mark()
+        self._mark()
         return self._load(loader, [mounted], [place], None, mounted.group.cpu_seconds())
 
     def together(self, loader: Loader, mounts: Sequence[Mounted], places: Sequence[Place]) -> Run:
@@ -140,6 +144,8 @@ class Meter:
 
 def local(loader: Loader, directory: Path, *, hot: bool) -> Run:
     """A load from a local directory that is in the page cache (hot) or not."""
+    if not hot:
+        touch_memory()
     began = time.monotonic()
     (answer,) = loader.load(directory)
     load_s = answer["ended"] - answer["opened"]
@@ -164,6 +170,7 @@ def limit(origin: origins.Origin, source: Path) -> Run:
 
 def download(origin: origins.Origin, source: Path, target: Path) -> Run:
     """Download everything by parallel ranged GETs, then load it from there."""
+    touch_memory()
     began = time.monotonic()
     fetched = fetch(origin, "download", source, 32, target)
     (loaded,) = Loader("vllm").load(target)

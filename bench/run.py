@@ -29,7 +29,7 @@ from typing import Any
 
 import origin as origins
 import report
-from accounting import FuseRequests, end_in_order, fuse_requests, touch_all_memory
+from accounting import FuseRequests, end_in_order, fuse_requests
 from bars import judge
 from measure import Run
 from model import write_model, write_recorded, write_small_files
@@ -219,7 +219,6 @@ def main() -> None:
         write_small_files(served / SMALL, OBJECTS)
         if any(peer.name == "juicefs" for peer in peers):
             prepare_juicefs(served, MODEL)
-        touch_all_memory()
         results = Results({
             "plan": arguments.plan, "bytes": size, "shards": plan.shards, "repeat": plan.repeat,
             "machine": machine, "versions": versions, "began": time.strftime("%Y-%m-%d %H:%M"),
