@@ -1,53 +1,40 @@
 """One S3 prefix: what lies below it, and ranges of its objects.
 
-boto3 finds credentials, lists, heads and signs; `transport.py` brings the bytes, which costs it a
-fraction of the processor time. All calls here block: they are made from worker threads. S3's errors
-become the project's own here and nowhere else.
+boto3 finds credentials, lists and heads (`aws/client.py`); `transport.py` brings the bytes, signed
+by `signing.py`, which costs a fraction of the processor time. For bytes no more is needed than a
+`Place` and `Keys`: so a source whose `Found` another process has brought loads boto3 only when it
+has to list, or when its keys run out. All calls here block: they are made from worker threads.
+S3's errors become the project's own here and in `aws/client.py`, and nowhere else.
 """
 
 from __future__ import annotations
 
-import email.utils
 import http.client
 import re
 import ssl
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote_to_bytes, urlsplit
-
-import boto3
-import botocore.auth
-import botocore.awsrequest
-import botocore.config
-import botocore.exceptions
-import botocore.httpsession
-import botocore.utils
-from botocore import UNSIGNED
+from urllib.parse import quote
 
 from lazyfs import __version__
-from lazyfs.aws import new_session
 from lazyfs.blocks.buffers import take_buffer
-from lazyfs.credentials import GivenCredentials
 from lazyfs.errors import (
-    AccessDeniedError,
     BadRequestError,
     BadResponseError,
-    NoSuchBucketError,
+    CredentialsExpiredError,
     OptionError,
     SourceError,
     UnavailableError,
     UntrustedError,
-    WrongRegionError,
     classify,
 )
-from lazyfs.mount.spec import Credentials
-from lazyfs.objectsum import ObjectSum
+from lazyfs.mount.spec import Credentials, StaticCredentials, WebIdentity
 from lazyfs.options import MountOptions
+from lazyfs.signing import Signer
 from lazyfs.transport import (
-    CONNECT_TIMEOUT_S,
     SILENCE_TIMEOUT_S,
     Cancel,
     OtherRangeError,
@@ -59,9 +46,9 @@ from lazyfs.transport import (
 from lazyfs.tree import ListedObject
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3.client import S3Client
+    from lazyfs.aws.client import Bucket
+    from lazyfs.objectsum import ObjectSum
 
-DEFAULT_REGION = "us-east-1"
 # An error's code in the XML that S3 sends with a refusal.
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.\-_]{1,254}", re.IGNORECASE)
@@ -101,6 +88,83 @@ class Page:
     next_token: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the objects of a bucket are, and how to get there.
+
+    Attributes:
+        server: `https://HOST[:PORT]`, or of http.
+        path: what stands before a key.
+        authorities: a file of certificates that are trusted; None: of no use there.
+    """
+
+    region: str
+    server: str
+    path: str
+    authorities: str | None
+    proxy: Proxy | None
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What requests are signed with.
+
+    Attributes:
+        until_s: when to ask for others, in seconds since the epoch; None: they stay.
+    """
+
+    access_key_id: str = field(repr=False)
+    secret_access_key: str = field(repr=False)
+    session_token: str | None = field(default=None, repr=False)
+    until_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What boto3 found out of a source, for a process that does without it.
+
+    Attributes:
+        keys: None: requests are not signed.
+        page: the first one of all that lies below the prefix, if it was asked for.
+    """
+
+    place: Place
+    keys: Keys | None
+    page: Page | None
+
+    def as_json(self) -> dict[str, Any]:
+        """For `of_json`. Secrets are in it."""
+        return asdict(self)
+
+    @classmethod
+    def of_json(cls, fields: Mapping[str, Any]) -> Found:
+        """What `as_json` gave."""
+        place, keys, page = (fields[name] for name in ("place", "keys", "page"))
+        proxy = place["proxy"] and Proxy(**place["proxy"])
+        if page:
+            page = Page(**{**page, "objects": [ListedObject(**each) for each in page["objects"]]})
+        return cls(Place(**{**place, "proxy": proxy}), keys and Keys(**keys), page)
+
+
+def find(
+    url: SourceUrl,
+    options: MountOptions,
+    credentials: Credentials | None = None,
+    region: str | None = None,
+) -> Found:
+    """Have boto3 find out what a source needs, its first page included.
+
+    Args:
+        region: of the bucket, if it is known from before: then nothing is asked of S3.
+
+    Raises:
+        SourceError, OptionError: as of `Source`; or the first page cannot be had.
+    """
+    bucket = _bucket(url, options, credentials, region)
+    page = None if region else bucket.list_page(url.prefix, None)
+    return Found(bucket.place, bucket.keys(), page)
+
+
 class Source:
     """One prefix of one bucket, connected.
 
@@ -108,7 +172,7 @@ class Source:
         url: what to read.
         options: how to reach it.
         credentials: given for this source; None: boto3 finds them.
-        region: of the bucket, when it is known from before: then nothing is asked of S3 now.
+        found: what is known of it; else boto3 finds it out now.
 
     Raises:
         SourceError: no credentials, or the bucket cannot be reached as asked.
@@ -120,23 +184,21 @@ class Source:
         url: SourceUrl,
         options: MountOptions,
         credentials: Credentials | None = None,
-        region: str | None = None,
+        found: Found | None = None,
     ) -> None:
         self.url = url
         self._options = options
-        self._given = (
-            GivenCredentials(credentials, options.region or region or DEFAULT_REGION)
-            if credentials
-            else None
-        )
-        with _as_source_error(str(url)):
-            self._session = _session(options, self._given)
-            self._client = self._client_for(region) if region else self._connect()
-        self.region: str = self._client.meta.region_name
-        # Where objects are: a server, and what stands before their keys in the path.
-        self._server, self._path = self._place()
-        self._transport = self._open_transport()
-        self._ahead: Page | None = None
+        self._credentials = credentials
+        self._bucket: Bucket | None = None
+        self._loading = threading.Lock()
+        if found is None:
+            self._bucket = _bucket(url, options, credentials, None)
+            found = Found(self._bucket.place, self._bucket.keys(), None)
+        self._place, self._keys, self._ahead = found.place, found.keys, found.page
+        self.region = self._place.region
+        self._signer = Signer(self._place.server, self.region)
+        tls = trust(self._place.authorities) if self._place.authorities else None
+        self._transport = Transport(self._place.server, tls, self._place.proxy)
         # What makes cached blocks of equal keys in different services distinct.
         self.endpoint = options.endpoint_url or f"aws:{self.region}"
 
@@ -146,17 +208,16 @@ class Source:
         Raises:
             BadRequestError: none were given at first; boto3 keeps its own fresh.
         """
-        if self._given is None:
+        former = self._credentials
+        if former is None:
             raise BadRequestError(f"{self.url}: was mounted without credentials of its own")
-        self._given.replace(credentials)
-
-    def look_ahead(self) -> None:
-        """List the first page of all that lies below the prefix, for who will ask for it first.
-
-        Raises:
-            SourceError: S3 did not answer, or not as it must.
-        """
-        self._ahead = self.list_page(self.url.prefix, None)
+        self._credentials = credentials
+        if self._bucket is not None:
+            self._bucket.replace_credentials(credentials)
+        if isinstance(credentials, StaticCredentials):
+            self._keys = Keys(**asdict(credentials))
+        elif not (isinstance(former, WebIdentity) and credentials.role_arn == former.role_arn):
+            self._keys = None  # else a new token is for the next keys: those at hand are still good
 
     def list_page(self, prefix: str, token: str | None, *, delimiter: str = "") -> Page:
         """Up to 1,000 objects below a prefix, in key order, from where `token` says.
@@ -167,27 +228,7 @@ class Source:
         ahead, self._ahead = self._ahead, None
         if ahead is not None and (prefix, token, delimiter) == (self.url.prefix, None, ""):
             return ahead
-        request: dict[str, Any] = {
-            "Bucket": self.url.bucket,
-            "Prefix": prefix,
-            "EncodingType": "url",
-        }
-        if delimiter:
-            request["Delimiter"] = delimiter
-        if token:
-            request["ContinuationToken"] = token
-        if self._options.requester_pays:
-            request["RequestPayer"] = "requester"
-        with _as_source_error(f"listing s3://{self.url.bucket}/{prefix}"):
-            answer = self._client.list_objects_v2(**request)
-        encoded = answer.get("EncodingType") == "url"
-        return Page(
-            objects=[_listed(item, encoded) for item in answer.get("Contents", [])],
-            prefixes=[
-                _decode(item["Prefix"], encoded) for item in answer.get("CommonPrefixes", [])
-            ],
-            next_token=answer.get("NextContinuationToken") if answer.get("IsTruncated") else None,
-        )
+        return self._loaded().list_page(prefix, token, delimiter=delimiter)
 
     def clock_skew_s(self) -> float | None:
         """How far S3's clock is ahead of ours, by the Date of an answer; None if it has none.
@@ -195,15 +236,7 @@ class Source:
         Raises:
             SourceError: S3 did not answer.
         """
-        with _as_source_error(f"s3://{self.url.bucket}"):
-            try:
-                answer: Any = self._client.list_objects_v2(
-                    Bucket=self.url.bucket, Prefix=self.url.prefix, MaxKeys=1
-                )
-            except botocore.exceptions.ClientError as error:
-                answer = error.response
-        told = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
-        return email.utils.parsedate_to_datetime(told).timestamp() - time.time() if told else None
+        return self._loaded().clock_skew_s()
 
     def read_range(
         self, key: str, etag: str, start: int, length: int, cancel: Cancel | None = None
@@ -219,22 +252,24 @@ class Source:
             SourceError: any other failure.
         """
         where = f"s3://{self.url.bucket}/{key}"
-        target = self._path + quote(key, safe="/~")
+        target = self._place.path + quote(key, safe="/~")
         headers = {"Range": f"bytes={start}-{start + length - 1}", "If-Match": etag}
+        signed = self._signed(target, headers)
         into = take_buffer(length)
-        with _as_source_error(where):
-            try:
-                signed = self._signed(target, headers)
-                self._transport.get_range(target, signed, start, into, cancel or Cancel())
-            except RefusedError as error:
-                raise _refused(where, error) from error
-            except OtherRangeError as error:
-                raise BadResponseError(f"{where}: {error}") from error
-            except ssl.SSLCertVerificationError as error:
-                cause = f"certificate refused: {error.verify_message}; see --ca-bundle"
-                raise UntrustedError(f"{where}: {cause}") from error
-            except (OSError, http.client.HTTPException) as error:
-                raise UnavailableError(f"{where}: {_cause(error)}") from error
+        try:
+            self._transport.get_range(target, signed, start, into, cancel or Cancel())
+        except RefusedError as error:
+            refused = _refused(where, error)
+            if isinstance(refused, CredentialsExpiredError):
+                self._keys = None  # others are asked for before the next attempt
+            raise refused from error
+        except OtherRangeError as error:
+            raise BadResponseError(f"{where}: {error}") from error
+        except ssl.SSLCertVerificationError as error:
+            cause = f"certificate refused: {error.verify_message}; see --ca-bundle"
+            raise UntrustedError(f"{where}: {cause}") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise UnavailableError(f"{where}: {_cause(error)}") from error
         return into
 
     def close_idle(self) -> None:
@@ -247,92 +282,54 @@ class Source:
         Raises:
             SourceError: the object is gone or was replaced, or S3 did not answer.
         """
-        request: dict[str, Any] = {"Bucket": self.url.bucket, "Key": key, "IfMatch": etag}
-        if self._options.requester_pays:
-            request["RequestPayer"] = "requester"
-        with _as_source_error(f"s3://{self.url.bucket}/{key}"):
-            head: Any = self._client.head_object(**request, ChecksumMode="ENABLED")
-        return ObjectSum.of(head)
+        from lazyfs.objectsum import ObjectSum  # for `lazyfs warm`
 
-    def _connect(self) -> S3Client:
-        """A client for the bucket's own region."""
-        options = self._options
-        if not options.no_sign_request and self._session.get_credentials() is None:
-            raise AccessDeniedError(
-                f"{self.url}: no credentials found (environment, profile, SSO, web identity, "
-                "container or instance role); set AWS_PROFILE or AWS_ACCESS_KEY_ID, or use "
-                "--no-sign-request for a public bucket"
-            )
-        region = options.region or self._session.region_name
-        client = self._client_for(region or DEFAULT_REGION)
-        if options.endpoint_url:
-            return client
-        found = _bucket_region(client, self.url.bucket)
-        if found and options.region and found != options.region:
-            raise WrongRegionError(
-                f"{self.url}: the bucket is in {found}, not in {options.region}: "
-                f"use --region {found}, or leave the option out"
-            )
-        return client if found in (None, region) else self._client_for(found or "")
-
-    def _client_for(self, region: str) -> S3Client:
-        options = self._options
-        style: Any = options.addressing_style
-        if style == "auto" and options.endpoint_url:
-            style = "path"
-        return self._session.client(
-            "s3",
-            region_name=region,
-            endpoint_url=options.endpoint_url,
-            verify=str(options.ca_bundle) if options.ca_bundle else None,
-            config=botocore.config.Config(
-                signature_version=UNSIGNED if options.no_sign_request else None,
-                s3={"addressing_style": style},
-                connect_timeout=CONNECT_TIMEOUT_S,
-                read_timeout=SILENCE_TIMEOUT_S,
-                retries={"mode": "standard", "total_max_attempts": 2},
-                user_agent_extra=f"lazyfs/{__version__}",
-            ),
-        )
-
-    def _place(self) -> tuple[str, str]:
-        """The bucket is in the server's name, or first in the path."""
-        options, bucket = self._options, self.url.bucket
-        scheme, _, host = self._client.meta.endpoint_url.rstrip("/").partition("://")
-        # A name with a dot does not match the certificate *.s3.amazonaws.com.
-        virtual = options.addressing_style == "virtual" or (
-            options.addressing_style == "auto" and not options.endpoint_url and "." not in bucket
-        )
-        host, slash, path = host.partition("/")
-        if virtual:
-            return f"{scheme}://{bucket}.{host}", f"{slash}{path}/"
-        return f"{scheme}://{host}", f"{slash}{path}/{bucket}/"
-
-    def _open_transport(self) -> Transport:
-        session = self._session._session  # boto3 hides what botocore offers
-        given = self._options.ca_bundle or session.get_config_variable("ca_bundle")
-        tls = None
-        if given or self._server.startswith("https"):
-            try:
-                tls = tls_context(str(given) if given else botocore.httpsession.where())
-            except OSError as error:
-                raise OptionError(f"--ca-bundle: {given}: {error.strerror or error}") from None
-        return Transport(self._server, tls, _proxy(self._server))
+        return ObjectSum.of(self._loaded().head(key, etag))
 
     def _signed(self, target: str, headers: dict[str, str]) -> dict[str, str]:
-        """The headers of a request, signed with boto3's credentials of now."""
+        """The headers of a request, signed with the keys of now. Raises SourceError."""
         if self._options.requester_pays:
             headers["x-amz-request-payer"] = "requester"
         headers["User-Agent"] = f"lazyfs/{__version__}"
         if self._options.no_sign_request:
             return headers
-        credentials = self._session.get_credentials()
-        if credentials is None:
-            raise AccessDeniedError(f"{self.url}: the credentials are gone")
-        request = botocore.awsrequest.AWSRequest("GET", self._server + target, headers=headers)
-        signer = botocore.auth.S3SigV4Auth(credentials.get_frozen_credentials(), "s3", self.region)
-        signer.add_auth(request)
-        return dict(request.headers)
+        keys = self._current_keys()
+        return headers | self._signer.sign(
+            target, headers, keys.access_key_id, keys.secret_access_key, keys.session_token
+        )
+
+    def _current_keys(self) -> Keys:
+        keys = self._keys
+        while keys is None or (keys.until_s is not None and keys.until_s <= time.time()):
+            bucket = self._loaded()
+            with self._loading:
+                if self._keys is keys:  # nobody else was faster
+                    self._keys = bucket.keys()
+                keys = self._keys
+        return keys
+
+    def _loaded(self) -> Bucket:
+        """What boto3 is needed for. Raises SourceError."""
+        with self._loading:
+            if self._bucket is None:
+                self._bucket = _bucket(self.url, self._options, self._credentials, self.region)
+            return self._bucket
+
+
+def _bucket(
+    url: SourceUrl, options: MountOptions, credentials: Credentials | None, region: str | None
+) -> Bucket:
+    from lazyfs.aws.client import Bucket  # a tenth of a second, which not everybody needs
+
+    return Bucket(url, options, credentials, region)
+
+
+def trust(authorities: str) -> ssl.SSLContext:
+    """What connections are secured with. Raises OptionError when the file is not usable."""
+    try:
+        return tls_context(authorities)
+    except OSError as error:
+        raise OptionError(f"--ca-bundle: {authorities}: {error.strerror or error}") from None
 
 
 def _refused(where: str, error: RefusedError) -> SourceError:
@@ -340,10 +337,10 @@ def _refused(where: str, error: RefusedError) -> SourceError:
     code = found[1] if found else None
     request = error.headers.get("x-amz-request-id")
     cause = " ".join(filter(None, [str(error.status), code]))
-    return classify(error.status, code)(f"{where}: {cause}{_told(request)}")
+    return classify(error.status, code)(f"{where}: {cause}{told_request(request)}")
 
 
-def _told(request: str | None) -> str:
+def told_request(request: str | None) -> str:
     """S3's own id of a request (x-amz-request-id), by which its operator finds it."""
     return f" (request {request})" if request else ""
 
@@ -355,103 +352,3 @@ def _cause(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
-
-
-def _proxy(url: str) -> Proxy | None:
-    """The proxy that the environment names for a URL (`HTTPS_PROXY`, `NO_PROXY`, ...).
-
-    Raises:
-        OptionError: it is one of a kind that is not supported.
-    """
-    proxies = botocore.httpsession.ProxyConfiguration(botocore.utils.get_environ_proxies(url))
-    text = proxies.proxy_url_for(url)
-    if not text:
-        return None
-    proxy = urlsplit(text)
-    if proxy.scheme != "http" or not proxy.hostname:
-        raise OptionError("the environment names a proxy that is not http://HOST:PORT")
-    return Proxy(proxy.hostname, proxy.port or 80, proxies.proxy_headers_for(text))
-
-
-def _session(options: MountOptions, given: GivenCredentials | None) -> boto3.Session:
-    if given is not None:
-        return boto3.Session(botocore_session=given.new_session())
-    try:
-        return boto3.Session(botocore_session=new_session(options.profile))
-    except botocore.exceptions.ProfileNotFound:
-        raise OptionError(f"--profile: there is no profile {options.profile!r}") from None
-
-
-def _bucket_region(client: S3Client, bucket: str) -> str | None:
-    """The region that S3 says the bucket is in; it says so even when it refuses the request."""
-    try:
-        answer: Any = client.head_bucket(Bucket=bucket)
-    except botocore.exceptions.ClientError as error:
-        answer = error.response
-        if answer["ResponseMetadata"]["HTTPStatusCode"] == 404:
-            raise
-    region: str | None = answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
-    return region
-
-
-def _decode(text: str, encoded: bool) -> str | None:
-    """A key of a listing as text, or None if it is not UTF-8.
-
-    Listings are asked for URL-encoded, because XML cannot carry every character of a key
-    (https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html, encoding-type).
-    """
-    if not encoded:
-        return text
-    try:
-        return unquote_to_bytes(text.replace("+", " ")).decode()
-    except UnicodeDecodeError:
-        return None
-
-
-def _listed(item: Any, encoded: bool) -> ListedObject:
-    return ListedObject(
-        key=_decode(item["Key"], encoded),
-        size_bytes=item["Size"],
-        etag=item["ETag"],
-        modified_ns=int(item["LastModified"].timestamp()) * 10**9,
-        shown=item["Key"],
-    )
-
-
-@contextmanager
-def _as_source_error(what: str) -> Iterator[None]:
-    """Turn what boto3 raises into the project's errors; `what` begins the message."""
-    try:
-        yield
-    except botocore.exceptions.ClientError as error:
-        raise _from_client_error(what, error) from error
-    except botocore.exceptions.NoCredentialsError as error:
-        raise AccessDeniedError(f"{what}: no credentials") from error
-    except (
-        botocore.exceptions.ConnectionError,
-        botocore.exceptions.HTTPClientError,
-        botocore.exceptions.IncompleteReadError,
-        botocore.exceptions.ResponseStreamingError,
-        botocore.parsers.ResponseParserError,
-    ) as error:
-        raise UnavailableError(f"{what}: no usable answer: {error}") from error
-    except botocore.exceptions.BotoCoreError as error:
-        raise BadRequestError(f"{what}: {error}") from error
-
-
-def _from_client_error(what: str, error: botocore.exceptions.ClientError) -> SourceError:
-    details = error.response.get("Error", {})
-    code, message = details.get("Code", ""), details.get("Message", "")
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    if status == 404 and code in ("404", "NoSuchBucket"):
-        return NoSuchBucketError(
-            f"{what}: there is no such bucket; check its name and the endpoint"
-        )
-    kind = classify(status, code)
-    hint = ""
-    if kind is AccessDeniedError:
-        hint = "; s3:ListBucket and s3:GetObject are needed"
-    if kind is WrongRegionError:
-        hint = "; set --region to the bucket's region"
-    request = error.response.get("ResponseMetadata", {}).get("RequestId")
-    return kind(f"{what}: {code}: {message}{_told(request)}{hint}")

@@ -15,11 +15,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lazyfs import __version__, log
 from lazyfs.errors import CannotResumeError, LazyfsError
@@ -27,11 +26,10 @@ from lazyfs.mount import privileges, syscalls
 from lazyfs.mount.handover import LOG, SPEC, Handover
 from lazyfs.mount.keeper import KeeperClient, KeeperError
 from lazyfs.mount.processes import EXIT_CANNOT_RESUME
-from lazyfs.mount.spec import Credentials, MountSpec
+from lazyfs.mount.scout import Scout
+from lazyfs.mount.spec import MountSpec
 from lazyfs.options import MountOptions
-
-if TYPE_CHECKING:
-    from lazyfs.source import Source, SourceUrl
+from lazyfs.source import Source, SourceUrl, find
 
 # For the end of a worker whose supervisor is gone, before its process just ends.
 LAST_STEPS_S = 5.0
@@ -43,80 +41,73 @@ def main(name: str, keeper_fd: int, report_fd: int, leash_fd: int | None) -> int
     gc.disable()
     os.chdir("/")  # a daemon must not keep a filesystem busy
     # First, because a worker is started before it is known what it is to mount.
-    with _without_awscrt():
-        from lazyfs.source import SourceUrl
-
+    scout = Scout()
+    if leash_fd is not None:
+        threading.Thread(target=_end_with, args=[leash_fd], daemon=True).start()
     keeper = KeeperClient(socket.socket(fileno=keeper_fd))
-    kept = keeper.fetch(name)
-    if LOG in kept:
-        for output in (1, 2):
-            os.dup2(kept[LOG], output)
-    spec = MountSpec.from_descriptor(kept[SPEC])
-    privileges.protect_from_oom()
+    aside = ThreadPoolExecutor(1)
+    asking = aside.submit(_ask_keeper, keeper, name)
+    opening = aside.submit(lambda: _open(asking.result(), scout))
+    aside.shutdown(wait=False)
     try:
-        options = MountOptions.parse(("--{name}", spec.options))
-        log.configure(
-            options.log_level, options.log_format, mountpoint=spec.mountpoint, volume=spec.volume
-        )
-        if leash_fd is not None:
-            threading.Thread(target=_end_with, args=[leash_fd], daemon=True).start()
-        url, mountpoint = SourceUrl.parse(spec.source), Path(spec.mountpoint)
-        former = Handover.fetch(keeper, name)
-        if former is None:
-            syscalls.check_mountpoint(mountpoint)
-        aside = ThreadPoolExecutor(1)
-        opening = aside.submit(_open, url, options, spec.credentials, former)
-        aside.shutdown(wait=False)
-        from lazyfs import daemon  # loaded while S3 is asked
+        from lazyfs import daemon  # loaded while the keeper and S3 are asked
 
-        mount = daemon.Mount(url, mountpoint, options, spec.credentials, spec.options)
-        daemon.run(mount, keeper, former, opening, lambda: _ready(report_fd))
+        order = asking.result()
+        mount = daemon.Mount(
+            order.url, Path(order.spec.mountpoint), order.options, order.spec.credentials,
+            order.spec.options,
+        )  # fmt: skip
+        daemon.run(mount, keeper, order.former, opening, lambda: _ready(report_fd))
     except CannotResumeError as error:
         _report(report_fd, _described(error))
         return EXIT_CANNOT_RESUME
     except (LazyfsError, KeeperError) as error:
         _report(report_fd, _described(error))
         return 1
+    finally:
+        scout.end()
     return 0
 
 
-def _open(
-    url: SourceUrl,
-    options: MountOptions,
-    credentials: Credentials | None,
-    former: Handover | None,
-) -> Source:
-    from lazyfs.source import Source
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What this worker is to do; `descriptor` is of where its spec is written."""
 
-    source = Source(url, options, credentials, former.beginning.region if former else None)
-    if former is None:
-        source.look_ahead()
-    return source
+    descriptor: int
+    spec: MountSpec
+    url: SourceUrl
+    options: MountOptions
+    former: Handover | None
 
 
-@contextmanager
-def _without_awscrt() -> Iterator[None]:
-    """Let botocore not load a library of twelve megabytes that a mount has no use for.
+def _ask_keeper(keeper: KeeperClient, name: str) -> _Order:
+    """What is to be mounted, as soon as the keeper knows.
 
-    botocore does that wherever it is installed (botocore/compat.py), and needs it for credentials
-    of `aws login` only, which a profile of the configuration file names (`login_session`).
+    Raises:
+        LazyfsError, KeeperError: it cannot be.
     """
-    if _may_use_aws_login() or "awscrt" in sys.modules:
-        yield
-        return
-    sys.modules["awscrt"] = None  # type: ignore[assignment]  # it is as if it were not installed
-    try:
-        yield
-    finally:
-        del sys.modules["awscrt"]
+    kept = keeper.fetch(name)
+    if LOG in kept:
+        for output in (1, 2):
+            os.dup2(kept[LOG], output)
+    spec = MountSpec.from_descriptor(kept[SPEC])
+    privileges.protect_from_oom()
+    options = MountOptions.parse(("--{name}", spec.options))
+    log.configure(
+        options.log_level, options.log_format, mountpoint=spec.mountpoint, volume=spec.volume
+    )
+    former = Handover.fetch(keeper, name)
+    if former is None:
+        syscalls.check_mountpoint(Path(spec.mountpoint))
+    return _Order(kept[SPEC], spec, SourceUrl.parse(spec.source), options, former)
 
 
-def _may_use_aws_login() -> bool:
-    path = Path(os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config")
-    try:
-        return b"login_session" in path.expanduser().read_bytes()
-    except (OSError, RuntimeError):  # there is none, or no home
-        return False
+def _open(order: _Order, scout: Scout) -> Source:
+    """The source, as the scout found it; where that was killed, it is found here."""
+    region = order.former.beginning.region if order.former else None
+    about = (order.url, order.options, order.spec.credentials)
+    found = scout.ask(order.descriptor, region) or find(*about, region)
+    return Source(*about, found)
 
 
 def _ready(report_fd: int) -> None:

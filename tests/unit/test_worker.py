@@ -1,4 +1,4 @@
-"""What a worker loads before it serves."""
+"""What is loaded before a mount is served."""
 
 import subprocess
 import sys
@@ -8,9 +8,7 @@ import pytest
 # In a process of its own: botocore looks for awscrt once.
 IMPORT = """
 import sys
-from lazyfs.mount.worker import _without_awscrt
-with _without_awscrt():
-    import botocore.session
+import lazyfs.aws
 from botocore.compat import EC
 print(EC is not None, "_awscrt" in sys.modules)
 from awscrt import checksums  # what verifies whole objects can have it

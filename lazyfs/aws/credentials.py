@@ -7,7 +7,7 @@ from functools import partial
 import botocore.credentials
 import botocore.session
 
-from lazyfs.aws import new_session
+from lazyfs.aws.session import new_session
 from lazyfs.mount.spec import Credentials, StaticCredentials, WebIdentity
 
 METHOD = "lazyfs"
@@ -28,7 +28,7 @@ class GivenCredentials(botocore.credentials.CredentialProvider):
         super().__init__()
         self._given = credentials
         self._region = region
-        self._loaded = _Replaceable(self._make())
+        self._loaded = Replaceable(self._make())
 
     def replace(self, credentials: Credentials) -> None:
         """Use these from the next request on."""
@@ -77,7 +77,7 @@ class GivenCredentials(botocore.credentials.CredentialProvider):
         return self._given.token
 
 
-class _Replaceable(botocore.credentials.Credentials):
+class Replaceable(botocore.credentials.Credentials):
     """What botocore holds on to; what it asks for comes from `behind`."""
 
     def __init__(self, behind: botocore.credentials.Credentials) -> None:
