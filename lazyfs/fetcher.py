@@ -31,6 +31,7 @@ from lazyfs.blocks import BlockId, Span, block_length
 from lazyfs.blocks.elsewhere import Elsewhere
 from lazyfs.blocks.getter import PREFETCH_PATIENCE_S, BlockGetter
 from lazyfs.blocks.heads import Heads, has_head, heads_limit
+from lazyfs.blocks.loading import Loading
 from lazyfs.blocks.memory import BlockMemory, Held, all_unread
 from lazyfs.blocks.processor import Processors
 from lazyfs.blocks.pusher import BlockPusher
@@ -138,8 +139,7 @@ class BlockFetcher:
             self.pump,
         )
         self._heads = Heads(self._getter, for_heads, page_cache, prefetcher, self._thread, recorder)
-        # Somebody reads with O_DIRECT: what he had is not in the page cache afterwards.
-        self._passes_by_pages = False
+        self._load = Loading()
         self._elsewhere: Elsewhere | None = None
         self._writer: BlockWriter | None = None
         self._window: DiskWindow | None = None
@@ -156,6 +156,7 @@ class BlockFetcher:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled."""
+        self._load.begun(trio.current_time())
         async with trio.open_nursery() as nursery:
             await nursery.start(self._pusher.run)
             nursery.start_soon(self._close_idle)
@@ -270,7 +271,7 @@ class BlockFetcher:
     def opened(self, file: File, *, direct: bool) -> None:
         """A file was opened; `direct`: with O_DIRECT, which passes by the page cache."""
         self.add_file(file)
-        self._passes_by_pages |= direct
+        self._load.opened(direct=direct)
         if self._cache:
             self._cache.set_loading(file)
         self._prefetcher.opened(file.inode, direct=direct)
@@ -556,14 +557,16 @@ class BlockFetcher:
         )
         self._memory.hold(job.block, held)
         job.held = held
+        self._load.landed(trio.current_time())
         self._prefetcher.moved(job.block, Place.LOCAL)
         if job.tier is Tier.S3 and self._writer:
             self._writer.put(job.block, held)
 
     def _is_loading(self) -> bool:
         """Whether somebody loads a model of which all pages can stay in the page cache."""
-        loading = bool(self._recorder.open_files and self.in_flight)
-        return loading and self._page_cache.holds_all and not self._passes_by_pages
+        return self._page_cache.holds_all and self._load.is_under_way(
+            trio.current_time(), open_files=self._recorder.open_files, in_flight=self.in_flight
+        )
 
     def _make_room(self, length: int, *, urgent: bool, soon: bool = False) -> bool:
         reader_waits = any(job.waiting for job in self._jobs.values())
