@@ -123,17 +123,19 @@ async def _serve(
 ) -> None:
     carried = Carried(former.carried if former else new_carried())
     options = with_former_changes(mount.options, carried)
+    cache = BlockCache.of(options, "", mount.url.bucket)
+    if cache and not former:
+        # A mount that is resumed goes on without a cache that fails.
+        await trio.to_thread.run_sync(cache.open)
     source = await trio.to_thread.run_sync(opening.result)
+    if cache:
+        cache.endpoint = source.endpoint
     journal = ListingJournal(former.listing if former else None)
     catalog = Catalog(source, options, journal, recorder)
     if former:
         catalog.restore()
     else:
         await catalog.open()
-    cache = BlockCache.of(options, source.endpoint, mount.url.bucket)
-    if cache and not former:
-        # A mount that is resumed goes on without a cache that fails.
-        await trio.to_thread.run_sync(cache.open)
     prefetcher = _prefetcher(options)
     page_cache = PageCache(options.page_cache)
     fetcher = BlockFetcher(source, cache, page_cache, prefetcher, options, recorder)

@@ -48,7 +48,7 @@ class BlockCache:
     Args:
         directories: each block is in one of them; made if they are missing.
         limits: of each directory.
-        endpoint: of the mount's objects.
+        endpoint: of the mount's objects; may be given when it was opened already.
         bucket: of the mount's objects.
         block_size: of the mount, in bytes.
     """
@@ -64,7 +64,7 @@ class BlockCache:
         self.directories = [CacheDirectory(path, limits) for path in directories]
         self.block_size = block_size
         self._limits = limits
-        self._endpoint = endpoint
+        self.endpoint = endpoint
         self._bucket = bucket
         self._contents: dict[int, Content] = {}
 
@@ -82,7 +82,7 @@ class BlockCache:
         return {
             "directories": [str(directory.path) for directory in self.directories],
             "limits": asdict(self._limits),
-            "endpoint": self._endpoint,
+            "endpoint": self.endpoint,
             "bucket": self._bucket,
             "block_size": self.block_size,
         }
@@ -220,7 +220,7 @@ class BlockCache:
         content = self._contents.get(file.inode)
         if content is None:
             content = self._contents[file.inode] = Content(
-                self._endpoint, self._bucket, file.key, file.etag, file.size_bytes, self.block_size
+                self.endpoint, self._bucket, file.key, file.etag, file.size_bytes, self.block_size
             )
         return content
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from lazyfs.control.recording import recording
 from lazyfs.control.status import Status
 from lazyfs.kinds import format_duration, format_size
-from lazyfs.observe.load import Load, Recording
-from lazyfs.observe.verdict import judge
 from lazyfs.tree import File
+
+if TYPE_CHECKING:
+    from lazyfs.observe.load import Load
+    from lazyfs.observe.verdict import Verdict
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +26,8 @@ async def tell_first_load(status: Status) -> None:
     while not _is_over(status):
         await trio.sleep(LOOK_S)
     recorded = recording(status)
-    load = await trio.to_thread.run_sync(lambda: Load.of(Recording.parse(recorded)))
+    load, verdict = await trio.to_thread.run_sync(_judged, recorded)
     total = sum(life.size for life in load.lives)
-    verdict = judge(load)
     log.info(
         "first load: %s in %s; %s (more: lazyfs report %s)",
         format_size(total), format_duration(load.duration_s), verdict.headline,
@@ -38,6 +40,14 @@ async def tell_first_load(status: Status) -> None:
             "lazyfs.stalled_s": round(sum(load.stalled_s.values()), 3),
         }
         status.recorder.loaded(load.start_s, load.end_s, facts)
+
+
+def _judged(recorded: dict[str, Any]) -> tuple[Load, Verdict]:
+    from lazyfs.observe.load import Load, Recording  # not before a load is over
+    from lazyfs.observe.verdict import judge
+
+    load = Load.of(Recording.parse(recorded))
+    return load, judge(load)
 
 
 def _is_over(status: Status) -> bool:

@@ -7,9 +7,6 @@ if it is one that the command line would show.
 
 from __future__ import annotations
 
-import inspect
-import json
-import logging
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -17,23 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import h11
 import trio
 
-from lazyfs.errors import LazyfsError
 from lazyfs.mount.keeper import is_trusted
 
-log = logging.getLogger(__name__)
-
-LONGEST_BODY = 1 << 16
 # A client that neither asks nor hangs up is let go.
 PATIENCE_S = 10.0
 
 # Answers a request: it gets the body, a JSON object, and returns what is sent as JSON, or text; or
 # something to be awaited that gives it.
 Route = Callable[[dict[str, Any]], Any]
-# What Prometheus calls its text format.
-TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
 async def serve_control(
@@ -85,70 +75,9 @@ async def _answer_one(
     trusts: Callable[[trio.SocketStream], bool],
     stream: trio.SocketStream,
 ) -> None:
+    from lazyfs.control.conversation import converse  # loaded when the first client comes
+
     with trio.move_on_after(PATIENCE_S):
-        try:
-            if trusts(stream):
-                await _converse(stream, routes)
-        except (trio.BrokenResourceError, h11.RemoteProtocolError) as error:
-            log.debug("control: %s", error)
+        if trusts(stream):
+            await converse(stream, routes)
     await trio.aclose_forcefully(stream)
-
-
-async def _converse(stream: trio.SocketStream, routes: Mapping[tuple[str, str], Route]) -> None:
-    connection = h11.Connection(h11.SERVER)
-    request: h11.Request | None = None
-    body = b""
-    while True:
-        event = connection.next_event()
-        if event is h11.NEED_DATA:
-            connection.receive_data(await stream.receive_some(LONGEST_BODY))
-        elif isinstance(event, h11.Request):
-            request = event
-        elif isinstance(event, h11.Data):
-            body += bytes(event.data)
-            if len(body) > LONGEST_BODY:
-                status, answer = 413, {"error": f"more than {LONGEST_BODY} bytes"}
-                break
-        elif isinstance(event, h11.EndOfMessage):
-            assert request is not None
-            status, answer = await _answer(request, body, routes)
-            break
-        else:
-            return  # the client hung up
-    text = isinstance(answer, str)
-    content = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode() + b"\n"
-    headers = [
-        ("Content-Type", TEXT if text else "application/json"),
-        ("Content-Length", str(len(content))),
-        ("Connection", "close"),
-    ]
-    for event in (
-        h11.Response(status_code=status, headers=headers),
-        h11.Data(data=content),
-        h11.EndOfMessage(),
-    ):
-        await stream.send_all(connection.send(event) or b"")
-
-
-async def _answer(
-    request: h11.Request, body: bytes, routes: Mapping[tuple[str, str], Route]
-) -> tuple[int, Any]:
-    method, path = request.method.decode(), request.target.decode().partition("?")[0]
-    route = routes.get((method, path))
-    if route is None:
-        known = ", ".join(" ".join(each) for each in sorted(routes))
-        return 404, {"error": f"no such request: {method} {path}; there are {known}"}
-    try:
-        content = json.loads(body) if body else {}
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
-        answer = route(content)
-        return 200, await answer if inspect.isawaitable(answer) else answer
-    except LazyfsError as error:
-        return 400, {"error": str(error), "exit_code": error.exit_code}
-    except ValueError as error:
-        # Not the body itself: it may hold credentials.
-        return 400, {"error": f"the body is not what {path} takes: {type(error).__name__}"}
-    except Exception:
-        log.exception("control: %s %s", method, path)
-        return 500, {"error": "the daemon failed; its log says how"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -17,7 +17,9 @@ from lazyfs.control.server import Route
 from lazyfs.errors import BadRequestError, LazyfsError
 from lazyfs.options import MountOptions
 from lazyfs.source import Source
-from lazyfs.warm import Warmer
+
+if TYPE_CHECKING:
+    from lazyfs.warm import Warmer
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,8 @@ class Warming:
         cache = BlockCache.of(self._options, self._source.endpoint, self._source.url.bucket)
         if cache is None:
             raise BadRequestError(f"{self._source.url}: was mounted with --cache-dir none")
+        from lazyfs.warm import Warmer  # most mounts are never asked
+
         self._warmer = Warmer(self._source, self._catalog, cache, self._options)
         self._is_running, self._error = True, None
         self._nursery.start_soon(self._run, self._warmer, tuple(include), bool(verify))

@@ -16,8 +16,6 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lazyfs.observe.tracing import child_environment
-
 # A worker that was told to end, or whose mount ended, gets this long to finish what it does.
 END_TIMEOUT_S = 8.0
 POLL_S = 0.1
@@ -49,6 +47,15 @@ def start_worker(name: str, connection: socket.socket, leash: int | None = None)
     )  # fmt: skip
     os.close(theirs)
     return StartedWorker(process, ours)
+
+
+def child_environment() -> dict[str, str] | None:
+    """The environment of a process that continues the present span; None: that of this one."""
+    if "opentelemetry.sdk.trace" not in sys.modules:
+        return None
+    from lazyfs.observe import tracing
+
+    return tracing.child_environment()
 
 
 def read_report(descriptor: int, timeout_s: float) -> dict[str, Any] | None:

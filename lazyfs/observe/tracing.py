@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -62,13 +61,11 @@ def tracer(service: str, **resource: str) -> Tracer | None:
         return None
 
 
-def child_environment() -> dict[str, str] | None:
-    """The environment of a child process that continues the present span; None: that of this one.
+def child_environment() -> dict[str, str]:
+    """The environment of a child process that continues the present span.
 
     As in https://opentelemetry.io/docs/specs/otel/context/env-carriers/.
     """
-    if "opentelemetry.sdk.trace" not in sys.modules:
-        return None
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     carrier: dict[str, str] = {}
