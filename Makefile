@@ -28,12 +28,12 @@ lock:
 	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
 	    --no-annotate --no-header -U -q -o constraints.txt
 
-# lazyfs beside a download and other mounts, on this machine: `make bench` takes about an hour,
-# `make bench RUN=quick` five minutes; PEERS=all compiles Mountpoint for S3 first. Needs root.
+# lazyfs beside a download and other mounts, on this machine: `make bench` takes 35 minutes,
+# `make bench RUN=quick` seven; PEERS=all compiles Mountpoint for S3 first. Needs root.
 .PHONY: bench
 bench: setup
 	@./bench/install
-	@.venv/bin/python bench/run.py $(or $(RUN),full) $(ARGS)
+	@.venv/bin/python bench/run.py $(or $(RUN),standard) $(ARGS)
 
 # The image, on a base made by debootstrap, and a try of it. Needs root.
 .PHONY: image

@@ -16,9 +16,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -61,18 +63,25 @@ class Group:
         """Sum of the peaks of resident memory of those that are alive."""
         return sum(_peak_mib(pid) for pid in self.processes())
 
-    def close(self) -> None:
-        """Remove it.
+    def close(self, patience_s: float = 10.0) -> None:
+        """Remove it, when its processes have ended; end those that do not.
 
         Raises:
-            SystemExit: processes are still in it after ten seconds: a contender left them behind.
+            SystemExit: some did not end by themselves: a contender left them behind.
         """
-        deadline = time.monotonic() + 10
-        while left := self.processes():
-            if time.monotonic() > deadline:
-                raise SystemExit(f"bench: {self._path.name}: processes left behind: {left}")
-            time.sleep(0.02)
+        left = self._wait(patience_s)
+        if left:
+            (self._path / "cgroup.kill").write_text("1")
+            self._wait(5)
         self._path.rmdir()
+        if left and patience_s:
+            raise SystemExit(f"bench: {self._path.name}: processes left behind: {left}")
+
+    def _wait(self, patience_s: float) -> list[int]:
+        deadline = time.monotonic() + patience_s
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return left
 
 
 def settle(counted: Group) -> None:
@@ -99,8 +108,10 @@ def group(name: str) -> Iterator[Group]:
     made = Group(name)
     try:
         yield made
-    finally:
-        made.close()
+    except BaseException:
+        made.close(patience_s=0)
+        raise
+    made.close()
 
 
 class FuseRequests:
@@ -156,8 +167,33 @@ def fuse_requests(base: Path) -> Iterator[FuseRequests | None]:
 
 
 def end_in_order() -> None:
-    """Let SIGTERM be the end of all blocks, so that nothing stays mounted."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    """Let SIGTERM, SIGINT and SIGHUP be the end of all blocks, so that nothing stays behind.
+
+    Only the first of them counts: another one must not end what clears away.
+    """
+    ends = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+    def end(number: int, frame: object) -> None:
+        for each in ends:
+            signal.signal(each, lambda number, frame: None)
+        sys.exit(128 + number)
+
+    for number in ends:
+        signal.signal(number, end)
+
+
+@contextlib.contextmanager
+def workplace(prefix: str) -> Iterator[Path]:
+    """A directory for everything that a bench needs; whatever is mounted in it is unmounted."""
+    base = Path(tempfile.mkdtemp(prefix=prefix, dir="/var/tmp"))
+    try:
+        yield base
+    finally:
+        # The last one first: one mount may be inside another.
+        for fields in reversed(_mounts()):
+            if Path(fields[4]).is_relative_to(base):
+                subprocess.run(["umount", "-l", fields[4]], check=False, timeout=60)
+        shutil.rmtree(base)
 
 
 def device_of(mountpoint: Path) -> int:
@@ -172,6 +208,16 @@ def device_of(mountpoint: Path) -> int:
 def is_mounted(mountpoint: Path) -> bool:
     """Whether anything is mounted at a place."""
     return any(fields[4] == str(mountpoint) for fields in _mounts())
+
+
+def keep_in_page_cache(directory: Path) -> None:
+    """Read all files below a directory, so that whoever serves them need not wait for the disk."""
+    buffer = bytearray(1 << 20)
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with open(path, "rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
 
 
 def drop_page_cache(directory: Path) -> None:
@@ -191,9 +237,18 @@ def touch_memory() -> None:
     where the kernel reports free pages to the host, they are gone again seconds later.
     """
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    size = min(_TOUCHED, free * 9 // 10)
+    count = os.cpu_count() or 1
+    size = min(_TOUCHED, free * 9 // 10) // count
     code = f"import mmap; mmap.mmap(-1, {size}, mmap.MAP_PRIVATE).madvise({_MADV_POPULATE_WRITE})"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    at_work = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(count)]
+    try:
+        for process in at_work:
+            if process.wait(timeout=300) != 0:
+                raise SystemExit("bench: memory could not be touched")
+    finally:
+        for process in at_work:
+            process.kill()
+            process.wait()
 
 
 def _mounts() -> list[list[str]]:

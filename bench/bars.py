@@ -104,14 +104,16 @@ def _caches(everything: Everything) -> Iterable[Bar]:
 
 
 def _costs(everything: Everything) -> Iterable[Bar]:
-    cpu = {
-        profile: _client_cpu(medians[COLD]) / _client_cpu(medians[LIMIT])
+    both = {
+        profile: (medians[COLD], medians[LIMIT])
         for profile, medians in everything.items()
         if COLD in medians and LIMIT in medians
     }
-    if cpu:
+    if both:
+        cpu = {name: _client_cpu(ours) / _client_cpu(raw) for name, (ours, raw) in both.items()}
+        loading = {name: _loading(ours) / _loading(raw) for name, (ours, raw) in both.items()}
         yield _at_most("cold: client CPU / that of the raw client", max(cpu.values()), 1.5,
-                       _each(cpu))  # fmt: skip
+                       f"{_each(cpu)}; both without their start: {_each(loading)}")  # fmt: skip
     fetched = {
         profile: medians[COLD].fetched_over_needed or 0.0
         for profile, medians in everything.items()
@@ -137,6 +139,10 @@ def _is_peer(line: Line) -> bool:
 
 def _client_cpu(run: Run) -> float:
     return (run.client_cpu_s or 0.0) / run.bytes * 1e9
+
+
+def _loading(run: Run) -> float:
+    return _client_cpu(run) - (run.start_cpu_s or 0.0) / run.bytes * 1e9
 
 
 def _rates(medians: Medians, *lines: Line) -> str:

@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import origin as origins
-from accounting import FuseRequests, touch_memory
+from accounting import FuseRequests, keep_in_page_cache, touch_memory
 from mounts import Mounted, Place
 
 HERE = Path(__file__).parent
-TIMEOUT_S = 300
+TIMEOUT_S = 180
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,10 @@ class Run:
         bytes: that the loader copied.
         client_cpu_s: processor time of the mount's processes, or of the download client, from
             their start to the last tensor.
+        start_cpu_s: that part of it which was spent before the mount could be used, or before the
+            client's first request.
+        after_cpu_s: what the mount's processes took beside it, from the last tensor until they
+            had nothing more to do.
         reader_cpu_s: processor time of the loader during the load.
         peak_mib: peak of resident memory of the mount's processes, or of the download client.
         fuse_requests, fuse_reads: that the kernel sent.
@@ -48,6 +52,8 @@ class Run:
     reader_cpu_s: float
     mount_s: float | None = None
     client_cpu_s: float | None = None
+    start_cpu_s: float | None = None
+    after_cpu_s: float | None = None
     peak_mib: float | None = None
     fuse_requests: int | None = None
     fuse_reads: int | None = None
@@ -84,6 +90,7 @@ class Loader:
         finally:
             for process in started:
                 process.kill()  # nothing happens to those that have ended
+                process.wait()
 
 
 class Meter:
@@ -93,8 +100,14 @@ class Meter:
         self._origin = origin
         self._requests = requests
 
-    def mark(self) -> None:
-        """Count requests from here on; before the mount begins."""
+    def mark(self, served: Path | None = None) -> None:
+        """Count requests from here on; before the mount begins.
+
+        Args:
+            served: what the origin will be asked for, which it is to have in memory.
+        """
+        if served:
+            keep_in_page_cache(served)
         touch_memory()
         self._mark()
 
@@ -134,6 +147,7 @@ class Meter:
             reader_cpu_s=sum(answer["cpu_s"] for answer in answers),
             mount_s=None if began is None else max(m.ready - m.began for m in mounts),
             client_cpu_s=client_cpu_s,
+            start_cpu_s=None if began is None else sum(m.start_cpu_s for m in mounts),
             peak_mib=max(mounted.group.peak_mib() for mounted in mounts),
             fuse_requests=sum(counts.total() for counts in fuse) if fuse else None,
             fuse_reads=sum(counts["READ"] for counts in fuse) if fuse else None,
@@ -156,6 +170,7 @@ def local(loader: Loader, directory: Path, *, hot: bool) -> Run:
 def limit(origin: origins.Origin, source: Path) -> Run:
     """All bytes by parallel ranged GETs, thrown away: first request to last byte, the better of
     16 and 32 in flight."""
+    keep_in_page_cache(source)
     runs = [fetch(origin, "raw", source, in_flight) for in_flight in (16, 32)]
     best = min(runs, key=lambda run: run["seconds"])
     return Run(
@@ -164,12 +179,14 @@ def limit(origin: origins.Origin, source: Path) -> Run:
         bytes=int(best["bytes"]),
         reader_cpu_s=0.0,
         client_cpu_s=best["cpu_s"],
+        start_cpu_s=best["start_cpu_s"],
         peak_mib=best["peak_mib"],
     )
 
 
 def download(origin: origins.Origin, source: Path, target: Path) -> Run:
     """Download everything by parallel ranged GETs, then load it from there."""
+    keep_in_page_cache(source)
     touch_memory()
     began = time.monotonic()
     fetched = fetch(origin, "download", source, 32, target)
@@ -180,21 +197,24 @@ def download(origin: origins.Origin, source: Path, target: Path) -> Run:
         bytes=int(loaded["bytes"]),
         reader_cpu_s=loaded["cpu_s"],
         client_cpu_s=fetched["cpu_s"],
+        start_cpu_s=fetched["start_cpu_s"],
         peak_mib=fetched["peak_mib"],
     )
 
 
 def fetch(origin: origins.Origin, mode: str, *arguments: object) -> dict[str, float]:
     """Run fetch.py."""
-    return answer_of(program("fetch.py", mode, origin.url, *arguments))
+    return answer_of(program("fetch.py", mode, origin.url, *arguments, clients_of=origin))
 
 
-def program(script: str, *arguments: object) -> subprocess.Popen[str]:
-    """Start a program of the bench."""
+def program(
+    script: str, *arguments: object, clients_of: origins.Origin | None = None
+) -> subprocess.Popen[str]:
+    """Start a program of the bench; with what clients of an origin need, if it is one."""
     return subprocess.Popen(
         [sys.executable, str(HERE / script), *map(str, arguments)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=origins.environment(),
+        env=clients_of.environment if clients_of else origins.environment(),
     )  # fmt: skip
 
 
@@ -203,9 +223,10 @@ def answer_of(process: subprocess.Popen[str]) -> dict[str, float]:
     try:
         output, errors = process.communicate(timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
         raise SystemExit(f"bench: {process.args!r}: no end after {TIMEOUT_S} s") from None
+    finally:
+        process.kill()  # nothing happens to one that has ended
+        process.wait()
     if process.returncode != 0:
         raise SystemExit(f"bench: {process.args!r}: exit {process.returncode}: {errors.strip()}")
     answer: dict[str, float] = json.loads(output)

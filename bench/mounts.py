@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import origin as origins
-from accounting import Group, drop_page_cache, group
+from accounting import Group, drop_page_cache, group, is_mounted
 
 TIMEOUT_S = 60
 
@@ -43,12 +43,14 @@ class Mounted:
     Attributes:
         began: when its making began, on the monotonic clock.
         ready: when it could be used.
+        start_cpu_s: processor time of its processes until then.
         group: all its processes.
         directory: where the prefix is.
     """
 
     began: float
     ready: float
+    start_cpu_s: float
     group: Group
     directory: Path
 
@@ -59,10 +61,14 @@ class Contender(Protocol):
     Attributes:
         name: as the tables show it.
         keeps: whether it has a cache on disk, which a new mount finds again.
+        folder: of the bucket in which the bytes are; empty if it is the prefix that is mounted.
     """
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def folder(self) -> str: ...
 
     @property
     def keeps(self) -> bool: ...
@@ -84,6 +90,7 @@ class Lazyfs:
     tree: Path
     name: str = "lazyfs"
     keeps: bool = True
+    folder: str = ""
     options: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=origins.environment)
 
@@ -103,22 +110,24 @@ class Lazyfs:
         cache = place.state if self.keeps else "none"
         with group(place.mountpoint.name) as counted:
             began = time.monotonic()
-            self._run(
-                "mount", source, place.mountpoint, f"--endpoint-url={place.origin.url}",
-                f"--cache-dir={cache}", f"--log-file={place.state.parent / 'lazyfs.log'}",
-                *self.options, group=counted,
-            )  # fmt: skip
             try:
-                yield Mounted(began, time.monotonic(), counted, place.mountpoint)
+                self._run(
+                    "mount", source, place.mountpoint, f"--endpoint-url={place.origin.url}",
+                    f"--cache-dir={cache}", f"--log-file={place.state.parent / 'lazyfs.log'}",
+                    *self.options, group=counted, more=place.origin.environment,
+                )  # fmt: skip
+                ready, cpu_s = time.monotonic(), counted.cpu_seconds()
+                yield Mounted(began, ready, cpu_s, counted, place.mountpoint)
             finally:
-                self._run("umount", place.mountpoint)
+                if is_mounted(place.mountpoint):
+                    self._run("umount", place.mountpoint)
 
     def _run(
-        self, *arguments: object, group: Group | None = None
+        self, *arguments: object, group: Group | None = None, more: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         answer = subprocess.run(
             [sys.executable, "-P", "-m", "lazyfs", *map(str, arguments)],
-            env={**self.environment, "PYTHONPATH": str(self.tree)},
+            env={**self.environment, **(more or {}), "PYTHONPATH": str(self.tree)},
             cwd="/", capture_output=True, text=True, check=False,
             timeout=TIMEOUT_S, preexec_fn=group.enter if group else None,
         )  # fmt: skip

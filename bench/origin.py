@@ -8,6 +8,7 @@ of the two cores that it shares with its client. Needs Debian's `nginx-light` or
 Profiles:
 
     unlimited   nothing in the way
+    tls         the same over https, with a certificate made for it (needs openssl)
     s3like      30 ms to the first byte, 90 MB/s a connection, as one sees from one S3 host
     throttled   30 ms to the first byte, and all connections share one link of 250 MB/s: a token
                 bucket (tc-tbf) on the loopback device
@@ -29,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BUCKET = "bench"
-PROFILES = ("unlimited", "s3like", "throttled")
+PROFILES = ("unlimited", "s3like", "throttled", "tls")
 DEFAULT_LINK = 250_000_000
 
 CONFIG = """
@@ -170,12 +171,14 @@ class Origin:
         url: its endpoint.
         directory: what it serves, as the bucket `bench`.
         certificate: of its authority, if it serves https.
+        environment: what its clients run with.
     """
 
     def __init__(self, directory: Path, url: str, base: Path, certificate: Path | None) -> None:
         self.directory = directory
         self.url = url
         self.certificate = certificate
+        self.environment = environment(certificate)
         self._log = base / "access.log"
         self._mark = 0
 
@@ -215,16 +218,14 @@ class Origin:
 
 
 @contextlib.contextmanager
-def serve(
-    directory: Path, profile: str, link: int = DEFAULT_LINK, *, tls: bool = False
-) -> Iterator[Origin]:
+def serve(directory: Path, profile: str, link: int = DEFAULT_LINK) -> Iterator[Origin]:
     """Serve a directory tree as the bucket `bench`.
 
     Args:
         profile: one of `PROFILES`.
         link: bytes a second of the throttled link.
-        tls: serve https, with a certificate made for it (needs openssl).
     """
+    tls = profile == "tls"
     if shutil.which("nginx") is None:
         raise SystemExit("bench: nginx is missing: apt-get install nginx libnginx-mod-http-lua")
     with contextlib.ExitStack() as stack:
@@ -238,7 +239,7 @@ def serve(
             "port": port,
             "tls": TLS.format(base=base) if tls else "",
             "ssl": "ssl" if tls else "",
-            "delay": "" if profile == "unlimited" else "ngx.sleep(0.03)",
+            "delay": "ngx.sleep(0.03)" if profile in ("s3like", "throttled") else "",
             "rate": "limit_rate 90m;" if profile == "s3like" else "",
         }  # fmt: skip
         (base / "nginx.conf").write_text("user root;\n" + CONFIG.format(**settings))
@@ -277,16 +278,13 @@ def etag(path: Path) -> str:
 @contextlib.contextmanager
 def _shaped_link(rate: int) -> Iterator[None]:
     """Let all that the loopback device carries share a link of `rate` bytes a second."""
-    _tc("add", "dev", "lo", "root", "tbf", "rate", f"{rate * 8}bit", "burst", "1mb",
-        "latency", "200ms")  # fmt: skip
+    words = ["dev", "lo", "root", "tbf", "rate", f"{rate * 8}bit", "burst", "1mb",
+             "latency", "200ms"]  # fmt: skip
     try:
+        subprocess.run(["tc", "qdisc", "replace", *words], check=True, timeout=20)
         yield
     finally:
-        _tc("del", "dev", "lo", "root")
-
-
-def _tc(*arguments: str) -> None:
-    subprocess.run(["tc", "qdisc", *arguments], check=True, timeout=20)
+        subprocess.run(["tc", "qdisc", "del", "dev", "lo", "root"], check=True, timeout=20)
 
 
 def _free_port() -> int:
@@ -336,14 +334,18 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.wait(timeout=10)
 
 
-def environment() -> dict[str, str]:
-    """What clients of the origin run with: any credentials, and nothing of the user's own."""
+def environment(certificate: Path | None = None) -> dict[str, str]:
+    """What clients of an origin run with: any credentials, and nothing of the user's own.
+
+    Args:
+        certificate: of the authority that they are to trust, if they are to use https.
+    """
     kept = {k: v for k, v in os.environ.items() if not re.match("AWS_|LAZYFS_|RCLONE_", k)}
-    return {
-        **kept,
+    kept |= {
         "AWS_ACCESS_KEY_ID": "bench",
         "AWS_SECRET_ACCESS_KEY": "bench",
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_CONFIG_FILE": "/dev/null",
         "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
     }
+    return kept | ({"AWS_CA_BUNDLE": str(certificate)} if certificate else {})

@@ -1,6 +1,6 @@
 """What people mount buckets with today, each with the settings that loaded a model fastest here.
 
-Programs are looked for in `.venv/peers/bin`, where `bench/install-peers` puts them, then on PATH.
+Programs are looked for in `.venv/peers/bin`, where `bench/install` puts them, then on PATH.
 What is not there is left out. Which settings were tried, and why these: docs/BENCHMARKS.md.
 
 JuiceFS cannot read a bucket that it has not written: it gets a copy of the model in its own
@@ -46,6 +46,7 @@ class Peer:
         keeps: whether it has a cache on disk that a new mount uses. Mountpoint empties its own at
             mount and at unmount.
         whole: what it mounts is more than the prefix, which is a folder of it.
+        folder: of the bucket in which it has its own copy.
         version_words: its arguments to say its version.
     """
 
@@ -54,6 +55,7 @@ class Peer:
     command: Callable[[Place], Command]
     keeps: bool = True
     whole: bool = False
+    folder: str = ""
     version_words: tuple[str, ...] = ("--version",)
 
     @property
@@ -89,7 +91,7 @@ class Peer:
                 time.sleep(0.005)
             _set_read_ahead(place.mountpoint)
             directory = place.mountpoint / (place.prefix if self.whole else "")
-            yield Mounted(began, time.monotonic(), counted, directory)
+            yield Mounted(began, time.monotonic(), counted.cpu_seconds(), counted, directory)
 
 
 def _program(name: str) -> str | None:
@@ -184,13 +186,14 @@ def _mount_s3(place: Place) -> Command:
 
 def _geesefs(place: Place) -> Command:
     return [
-        "-f", "--endpoint", place.origin.url, "--memory-limit=2000", "--read-ahead-large=262144",
+        "-f", "-o", "ro", "--endpoint", place.origin.url, "--memory-limit=2000",
+        "--read-ahead-large=262144",
         f"{origins.BUCKET}:{place.prefix}", place.mountpoint,
     ]  # fmt: skip
 
 
 def _goofys(place: Place) -> Command:
-    return ["-f", "--endpoint", place.origin.url, f"{origins.BUCKET}:{place.prefix}",
+    return ["-f", "-o", "ro", "--endpoint", place.origin.url, f"{origins.BUCKET}:{place.prefix}",
             place.mountpoint]  # fmt: skip
 
 
@@ -214,7 +217,7 @@ PEERS = (
     Peer("rclone", "rclone", _rclone, version_words=("version",)),
     Peer("s3fs", "s3fs", _s3fs),
     Peer("mountpoint", "mount_from_config", _mountpoint, keeps=False, whole=True),
-    Peer("juicefs", "juicefs", _juicefs, whole=True, version_words=("version",)),
+    Peer("juicefs", "juicefs", _juicefs, whole=True, folder=JUICEFS, version_words=("version",)),
     Peer("mount-s3", "mount-s3", _mount_s3, keeps=False),
     Peer("geesefs", "geesefs", _geesefs, keeps=False),
     Peer("goofys", "goofys", _goofys, keeps=False),

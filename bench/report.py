@@ -25,21 +25,24 @@ def median(runs: Sequence[Run]) -> Run:
     return Run(**values)
 
 
-def loads_table(medians: Medians) -> str:
-    """Lines of one origin, as Markdown."""
+def loads_table(medians: Medians, runs: Mapping[Line, Sequence[Run]]) -> str:
+    """Lines of one origin, as Markdown; with the number of runs of each."""
     lines = [
-        "| | workload | state | mount s | seconds | GB/s | of the limit | client CPU s/GB "
-        "| reader CPU s/GB | peak MiB | FUSE requests (reads) | GETs | fetched/needed |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| | workload | state | runs | mount s | seconds | GB/s | of the limit | client CPU s/GB "
+        "| of it start | after | reader CPU s/GB | peak MiB | FUSE requests (reads) | GETs "
+        "| fetched/needed |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     limit = medians.get(LIMIT)
     for line, run in medians.items():
         gigabytes = run.bytes / 1e9
         cells = [
-            line.contender, line.workload, line.state, _shown(run.mount_s, 2),
+            line.contender, line.workload, line.state, str(len(runs[line])),
+            _shown(run.mount_s, 2),
             f"{run.seconds:.2f}", f"{run.rate:.2f}",
-            f"{run.rate / limit.rate:.2f}" if limit and line.state not in ("hot", "warm") else "",
-            _shown(run.client_cpu_s, 2, gigabytes),
+            f"{run.rate / limit.rate:.2f}" if limit and line.state in ("", "cold") else "",
+            _shown(run.client_cpu_s, 2, gigabytes), _shown(run.start_cpu_s, 2, gigabytes),
+            _shown(run.after_cpu_s, 2, gigabytes),
             "" if line == LIMIT else f"{run.reader_cpu_s / gigabytes:.2f}",
             _shown(run.peak_mib, 0),
             "" if run.fuse_reads is None else f"{run.fuse_requests:.0f} ({run.fuse_reads:.0f})",
@@ -104,6 +107,8 @@ def plot(everything: Mapping[str, Medians], about: str, path: Path) -> None:
         line.contender for medians in everything.values() for line in medians
         if line.workload == "vllm" and line.state == "cold" and line.contender != "local file"
     ))[::-1]  # fmt: skip
+    if not names:
+        return
     figure, axes = pyplot.subplots(
         1, len(everything), figsize=(5.2 * len(everything) + 1.2, 1.6 + 0.62 * len(names)),
         sharey=True, squeeze=False,

@@ -1,11 +1,14 @@
 """The bench: lazyfs beside what people use today, in one run, on one machine.
 
-    make bench            everything: about an hour
-    make bench RUN=quick  less of everything: about five minutes
-    python bench/run.py [quick|full] [--size 2GiB] [--repeat 3] [--origins ...] [--without ...]
+    make bench               about 35 minutes
+    make bench RUN=quick     less of everything: about seven minutes
+    make bench RUN=full      all workloads several times: an hour and a half
+    python bench/run.py [quick|standard|full] [--size 2GiB] [--repeat 3] [--minutes 40]
+                        [--origins ...] [--without ...]
 
-Prints tables and writes them, `results.json` and `results.png` to `bench/results/`
-after each origin.
+First, in several turns through all origins, what the bars are made of, then the rest. Tables and
+`results.json` are written to `bench/results/` after each line, `results.png` after each origin; so
+they are there too when a run is ended early. The tables are printed at the end.
 What is counted is told in measure.py, the states in scenarios.py, the peers and their settings in
 peers.py. Needs root, control groups of version 2, and nginx with Lua; `bench/install` brings that
 and the peers.
@@ -15,32 +18,35 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
+import math
 import os
 import platform
 import sys
-import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import origin as origins
 import report
-from accounting import FuseRequests, end_in_order, fuse_requests
+from accounting import FuseRequests, end_in_order, fuse_requests, workplace
 from bars import judge
 from measure import Run
 from model import write_model, write_recorded, write_small_files
 from mounts import Contender, Lazyfs
 from peers import PEERS, point_juicefs_at, prepare_juicefs
-from scenarios import MODEL, RECORDED, SMALL, TRACES, Line, Lines, Scenarios, left_out
+from scenarios import MODEL, RECORDED, SMALL, TRACES, Line, Lines, Scenarios, why_left_out
 
 from lazyfs.kinds import parse_size
 
 HERE = Path(__file__).parent
 OBJECTS = 5000
+# Where lazyfs is to be faster than its peers.
+_BARS_OF_PEERS = ("unlimited", "s3like")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,43 +55,72 @@ class Plan:
 
     Attributes:
         size: of the model, in bytes, and its number of shards.
-        repeat: how often each line is measured.
+        repeat: how often what bars are made of is measured.
+        repeat_rest: how often the rest is.
         workloads: by origin, what lazyfs is asked beside `vllm` and `sequential`.
         peers: at which origins they are measured.
-        small_by_peers: whether they are asked for small files as well.
+        slow: peers that are measured with the rest only, and at which origins.
+        small_by_peers: which of them are asked for small files as well.
     """
 
     size: int
     shards: int
     repeat: int
     workloads: dict[str, tuple[str, ...]]
-    peers: tuple[str, ...] = origins.PROFILES
-    small_by_peers: bool = True
+    repeat_rest: int = 1
+    peers: tuple[str, ...] = ("unlimited", "s3like", "throttled")
+    slow: dict[str, tuple[str, ...]] = field(default_factory=lambda: _SLOW)
+    small_by_peers: tuple[str, ...] = ("rclone", "mountpoint")
 
 
 _EVERY_WORKLOAD = (
     "safetensors", "transformers", "threads", "direct", "vllm, 2 ranks", "vllm, 8 ranks",
     "replay vllm-lazy-ra1024", "replay vllm-lazy-ra128", "replay transformers-ra1024",
 )  # fmt: skip
+_WORKLOADS = {
+    "s3like": _EVERY_WORKLOAD,
+    "unlimited": ("direct", "threads", "vllm, 2 ranks"),
+    "throttled": ("direct",),
+}
+# Where each mapped read is a request of its own, the s3like origin's delay makes minutes of it.
+_SLOW = {"mountpoint": ("unlimited", "s3like"), "goofys": ("unlimited",)}
 PLANS = {
     "quick": Plan(
         3 << 28,
         3,
         1,
         {"s3like": ("direct", "replay vllm-lazy-ra1024")},
-        ("s3like", "unlimited"),
-        small_by_peers=False,
+        peers=("s3like", "unlimited"),
+        small_by_peers=(),
     ),
-    "full": Plan(2 << 30, 8, 3, {"s3like": _EVERY_WORKLOAD, "unlimited": ("direct", "threads")}),
+    "standard": Plan(2 << 30, 8, 3, _WORKLOADS),
+    "full": Plan(
+        2 << 30,
+        8,
+        5,
+        _WORKLOADS,
+        repeat_rest=3,
+        small_by_peers=("rclone", "s3fs", "mountpoint"),
+    ),
 }
 
 
 @dataclass(slots=True)
 class Results:
-    """What was measured so far."""
+    """What was measured so far.
+
+    Attributes:
+        about: the run, in words and figures.
+        directory: where tables and JSON are written, again after each line.
+        until: on the monotonic clock, when nothing more is to be begun.
+    """
 
     about: dict[str, Any]
-    runs: dict[str, defaultdict[Line, list[Run]]] = field(default_factory=dict)
+    directory: Path
+    until: float = math.inf
+    runs: dict[str, defaultdict[Line, list[Run]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(list))
+    )
     small: dict[str, dict[str, float]] = field(default_factory=dict)
     metadata: dict[str, dict[str, float]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -96,34 +131,46 @@ class Results:
             for profile, lines in self.runs.items()
         }
 
+    @property
+    def time_is_up(self) -> bool:
+        """Whether nothing more is to be begun."""
+        return time.monotonic() >= self.until
+
     def add(self, profile: str, lines: Lines) -> None:
-        """Measure lines, and say so."""
-        for line, run in lines:
-            self.runs[profile][line].append(run)
-            count = len(self.runs[profile][line])
-            print(f"{profile}, {count}: {line}: {run.seconds:.2f} s", file=sys.stderr, flush=True)
+        """Measure lines, unless time is up, and say so."""
+        if self.time_is_up:
+            return
+        with contextlib.closing(lines):
+            for line, run in lines:
+                self.runs[profile][line].append(run)
+                count = len(self.runs[profile][line])
+                say(f"{profile}, {count}: {line}: {run.seconds:.2f} s")
+                self.write()
 
     def as_markdown(self) -> str:
         """All tables."""
         medians = self.medians()
         about = self.about
         parts = [
-            f"{about['bytes'] / 1e9:.2f} GB in {about['shards']} shards, medians of "
-            f"{about['repeat']}; {about['machine']}; {', '.join(about['versions'])}.",
+            f"{about['bytes'] / 1e9:.2f} GB in {about['shards']} shards, medians of at most "
+            f"{about['repeat']}; {about['machine']}; {', '.join(about['versions'])}; began "
+            f"{about['began']}, {about['ended']}.",
             f"### Bars\n\n{report.bars_table(judge(medians))}",
             *(
-                f"### {profile}\n\n{report.loads_table(lines)}"
+                f"### {profile}\n\n{report.loads_table(lines, self.runs[profile])}"
                 for profile, lines in medians.items()
             ),
             f"### Small files\n\n{report.small_table(self.small)}" if self.small else "",
-            f"### Metadata during a cold load\n\n{report.metadata_table(self.metadata)}",
+            f"### Metadata during a cold load\n\n{report.metadata_table(self.metadata)}"
+            if self.metadata
+            else "",
             *(f"{name} is left out: {reason}" for name, reason in self.left_out.items()),
         ]
         return "\n\n".join(part for part in parts if part) + "\n"
 
-    def write(self, directory: Path) -> None:
-        """Write the tables, the JSON and the picture."""
-        (directory / "results.md").write_text(self.as_markdown())
+    def write(self) -> None:
+        """Write the tables and the JSON."""
+        (self.directory / "results.md").write_text(self.as_markdown())
         medians = self.medians()
         loads = {
             profile: [
@@ -141,78 +188,153 @@ class Results:
             "bars": [asdict(bar) for bar in judge(medians)],
             "left_out": self.left_out,
         }
-        (directory / "results.json").write_text(json.dumps(everything, indent=1) + "\n")
+        (self.directory / "results.json").write_text(json.dumps(everything, indent=1) + "\n")
+
+    def draw(self) -> None:
+        """Draw the picture."""
         about = self.about
         title = (f"Mapped load of {about['bytes'] / 1e9:.1f} GB in vLLM's order: medians of "
                  f"{about['repeat']}, {about['machine']}")  # fmt: skip
-        report.plot(medians, title, directory / "results.png")
+        report.plot(self.medians(), title, self.directory / "results.png")
 
 
-def measure(
-    profile: str, plan: Plan, peers: Sequence[Contender], requests: FuseRequests | None,
-    base: Path, results: Results,
-) -> None:  # fmt: skip
-    """Measure all that the plan has for one origin, in turns."""
-    lazyfs = Lazyfs(HERE.parent)
-    contenders: list[Contender] = [lazyfs, Lazyfs(HERE.parent, "lazyfs, no disk", keeps=False)]
-    contenders += peers if profile in plan.peers else ()
-    results.runs[profile] = defaultdict(list)
-    with origins.serve(base / "served", profile) as origin:
-        scenarios = Scenarios(origin, requests, base)
-        if any(peer.name == "juicefs" for peer in peers):
-            point_juicefs_at(origin)
-        for turn in range(plan.repeat):
-            results.add(profile, scenarios.references())
-            for contender in contenders:
-                if contender.name in results.left_out:
-                    continue
+def say(words: str) -> None:
+    """What happens, with the time of day, to standard error."""
+    print(f"{time.strftime('%H:%M:%S')} {words}", file=sys.stderr, flush=True)
+
+
+class Bench:
+    """One run of a plan.
+
+    Args:
+        peers: that are present.
+        base: a directory that holds `served`, what origins serve, and takes mounts and caches.
+    """
+
+    def __init__(
+        self, plan: Plan, peers: Sequence[Contender], requests: FuseRequests | None, base: Path,
+        results: Results,
+    ) -> None:  # fmt: skip
+        self._plan = plan
+        self._peers = peers
+        self._requests = requests
+        self._base = base
+        self._results = results
+        self._lazyfs = Lazyfs(HERE.parent)
+
+    def measure_bars(self, profile: str) -> None:
+        """Measure once, at one origin, what bars are made of."""
+        if self._results.time_is_up:
+            return
+        with self._at(profile) as scenarios:
+            add = self._results.add
+            add(profile, scenarios.limit())
+            add(profile, scenarios.download_and_local("vllm"))
+            add(profile, scenarios.load(self._lazyfs, "vllm"))
+            add(profile, scenarios.cold(self._lazyfs, "sequential"))
+            if profile in _BARS_OF_PEERS:
+                for peer in self._peers_of(profile, slow=False):
+                    self._try(profile, peer, scenarios.cold(peer, "vllm"))
+
+    def measure_rest(self, profile: str) -> None:
+        """Measure once, at one origin, what else there is."""
+        if self._results.time_is_up:
+            return
+        with self._at(profile) as scenarios:
+            add = self._results.add
+            without_disk = Lazyfs(HERE.parent, "lazyfs, no disk", keeps=False)
+            if profile == "tls":
+                add(profile, scenarios.limit())
+                add(profile, scenarios.download_and_local())
+                add(profile, scenarios.load(self._lazyfs, "vllm"))
+                add(profile, scenarios.load(without_disk, "vllm"))
+                return
+            add(profile, scenarios.load(without_disk, "vllm"))
+            for peer in self._peers_of(profile):
+                self._try(profile, peer, scenarios.load(peer, "vllm"))
+            add(profile, scenarios.download_and_local("sequential"))
+            add(profile, scenarios.load(self._lazyfs, "sequential"))
+            for workload in self._plan.workloads.get(profile, ()):
+                add(profile, scenarios.load(self._lazyfs, workload))
+            if profile in self._plan.workloads:
+                add(profile, scenarios.two_mounts(self._lazyfs))
+            if not self._results.time_is_up:
+                self._latencies(profile, scenarios)
+
+    @contextlib.contextmanager
+    def _at(self, profile: str) -> Iterator[Scenarios]:
+        with origins.serve(self._base / "served", profile) as origin:
+            if any(peer.name == "juicefs" for peer in self._peers):
+                point_juicefs_at(origin)
+            yield Scenarios(origin, self._requests, self._base)
+
+    def _peers_of(self, profile: str, *, slow: bool = True) -> list[Contender]:
+        if profile not in self._plan.peers:
+            return []
+        # Those that are not slow are measured wherever peers are.
+        where = {peer.name: self._plan.slow.get(peer.name) for peer in self._peers}
+        return [
+            peer
+            for peer in self._peers
+            if peer.name not in self._results.left_out
+            and ((at := where[peer.name]) is None or (slow and profile in at))
+        ]
+
+    def _try(self, profile: str, peer: Contender, lines: Lines) -> None:
+        try:
+            self._results.add(profile, lines)
+        except SystemExit as error:
+            self._results.left_out[peer.name] = why_left_out(peer.name, error)
+
+    def _latencies(self, profile: str, scenarios: Scenarios) -> None:
+        results = self._results
+        say(f"{profile}: metadata during a load")
+        results.metadata[profile] = scenarios.metadata_under_load(self._lazyfs)
+        if profile != "s3like":
+            return
+        say(f"{profile}: small files")
+        name = self._lazyfs.name
+        results.small[f"{name}, one model"] = scenarios.small_files(self._lazyfs, MODEL)
+        results.small[name] = scenarios.small_files(self._lazyfs, SMALL)
+        for peer in self._peers_of(profile):
+            if peer.name in self._plan.small_by_peers and not results.time_is_up:
+                say(f"{profile}: small files, {peer.name}")
                 try:
-                    results.add(profile, scenarios.load(contender, "vllm", check=turn == 0))
-                except SystemExit as error:
-                    if contender not in peers:
-                        raise
-                    results.left_out[contender.name] = left_out(contender.name, error)
-            for workload in ("sequential", *plan.workloads.get(profile, ())):
-                results.add(profile, scenarios.load(lazyfs, workload, check=turn == 0))
-            if profile in plan.workloads:
-                results.add(profile, scenarios.two_mounts(lazyfs))
-        results.metadata[profile] = scenarios.metadata_under_load(lazyfs)
-        if profile == "s3like":
-            results.small[f"{lazyfs.name}, one model"] = scenarios.small_files(lazyfs, MODEL)
-            results.small[lazyfs.name] = scenarios.small_files(lazyfs, SMALL)
-            for peer in peers if plan.small_by_peers else ():
-                if peer.name != "juicefs" and peer.name not in results.left_out:
                     results.small[peer.name] = scenarios.small_files(peer, SMALL)
+                except SystemExit as error:
+                    results.left_out[f"{peer.name}, small files"] = why_left_out(peer.name, error)
 
 
 def main() -> None:
     """Run what the arguments ask for."""
     parser = argparse.ArgumentParser(description="lazyfs beside what people use today")
-    parser.add_argument("plan", nargs="?", default="full", choices=PLANS)
+    parser.add_argument("plan", nargs="?", default="standard", choices=PLANS)
     parser.add_argument("--size", type=parse_size, help="of the model")
     parser.add_argument("--shards", type=int)
-    parser.add_argument("--repeat", type=int, help="how often each line is measured")
+    parser.add_argument("--repeat", type=int, metavar="TURNS", help="how often all is measured")
+    parser.add_argument("--minutes", type=float, default=math.inf,
+                        help="begin nothing more after so many")  # fmt: skip
     parser.add_argument("--origins", nargs="+", default=list(origins.PROFILES),
                         choices=origins.PROFILES)  # fmt: skip
     parser.add_argument("--without", nargs="+", default=[], metavar="PEER",
                         choices=[peer.name for peer in PEERS])  # fmt: skip
     parser.add_argument("--results", default=HERE / "results", type=Path)
     arguments = parser.parse_args()
+    until = time.monotonic() + arguments.minutes * 60
     preset = PLANS[arguments.plan]
-    plan = Plan(
-        arguments.size or preset.size, arguments.shards or preset.shards,
-        arguments.repeat or preset.repeat, preset.workloads, preset.peers, preset.small_by_peers,
-    )  # fmt: skip
+    plan = replace(
+        preset,
+        size=arguments.size or preset.size,
+        shards=arguments.shards or preset.shards,
+        repeat=arguments.repeat or preset.repeat,
+    )
     end_in_order()
     arguments.results.mkdir(exist_ok=True, parents=True)
     peers = [peer for peer in PEERS if peer.path and peer.name not in arguments.without]
     versions = [Lazyfs(HERE.parent).version(), *(peer.version() for peer in peers)]
     machine = f"{os.cpu_count()} cores, Linux {platform.release().split('-')[0]}"
-    print(f"{', '.join(versions)}; {machine}", file=sys.stderr, flush=True)
-    with contextlib.ExitStack() as stack:
-        temporary = tempfile.TemporaryDirectory(prefix="lazyfs-bench-", dir="/var/tmp")
-        base = Path(stack.enter_context(temporary))
-        requests = stack.enter_context(fuse_requests(base))
+    say(f"{', '.join(versions)}; {machine}")
+    with workplace("lazyfs-bench-") as base, fuse_requests(base) as requests:
         served = base / "served"
         size = write_model(served / MODEL, plan.size, plan.shards)
         write_recorded(served / RECORDED, TRACES / "layout.json")
@@ -222,10 +344,22 @@ def main() -> None:
         results = Results({
             "plan": arguments.plan, "bytes": size, "shards": plan.shards, "repeat": plan.repeat,
             "machine": machine, "versions": versions, "began": time.strftime("%Y-%m-%d %H:%M"),
-        })  # fmt: skip
-        for profile in arguments.origins:
-            measure(profile, plan, peers, requests, base, results)
-            results.write(arguments.results)
+            "ended": "not ended yet",
+        }, arguments.results, until)  # fmt: skip
+        bench = Bench(plan, peers, requests, base, results)
+        turns = [bench.measure_bars] * plan.repeat + [bench.measure_rest] * plan.repeat_rest
+        cut_off = True
+        try:
+            for turn, profile in itertools.product(turns, arguments.origins):
+                if profile != "tls" or turn == bench.measure_rest:
+                    turn(profile)
+                    results.draw()
+            cut_off = results.time_is_up
+        finally:
+            how = "cut off" if cut_off else "ended"
+            results.about["ended"] = f"{how} {time.strftime('%H:%M')}"
+            results.write()
+            results.draw()
     print(results.as_markdown())
 
 

@@ -1,8 +1,9 @@
 """What is measured against one origin; each scenario yields lines as soon as it has them.
 
-States: *cold*, nothing is cached anywhere; *hot*, the same mount once more, everything in the page
-cache that found room there; *warm*, a new mount that finds what the last one left on disk, while
-the kernel has forgotten the files of that cache.
+States: *cold*, nothing is cached anywhere; *later*, the same mount once more, after its processes
+came to rest; *hot*, once more directly after a load, everything in the page cache that found room
+there; *warm*, a new mount that finds what the last one left on disk, while the kernel has forgotten
+the files of that cache.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import origin as origins
@@ -59,44 +60,71 @@ class Scenarios:
         mountpoint.mkdir(exist_ok=True)
         return Place(self._origin, prefix, mountpoint, self._base / "state" / "cache")
 
-    def references(self) -> Lines:
-        """What the origin can deliver, what is done today, and local files."""
-        yield LIMIT, limit(self._origin, self._source)
+    def download_and_local(self, *modes: str) -> Lines:
+        """What is done today, and local files in modes of load.py."""
         target = self._base / "downloaded"
         yield DOWNLOAD, download(self._origin, self._source, target)
-        for mode in ("vllm", "sequential"):
-            yield Line("local file", mode, "hot"), local(Loader(mode), target, hot=True)
+        for mode in modes:
             drop_page_cache(target)
             yield Line("local file", mode, "cold"), local(Loader(mode), target, hot=False)
+            yield Line("local file", mode, "hot"), local(Loader(mode), target, hot=True)
         shutil.rmtree(target)
 
-    def load(self, contender: Contender, workload: str, *, check: bool = False) -> Lines:
-        """One workload in all states.
+    def limit(self) -> Lines:
+        """What the origin can deliver alone."""
+        yield LIMIT, limit(self._origin, self._source)
+
+    def cold(self, contender: Contender, workload: str) -> Lines:
+        """One workload in one state.
 
         Args:
             workload: a mode of load.py; `vllm, N ranks`; or `replay NAME`, a trace.
-            check: compare bytes with the source afterwards.
+
+        Raises:
+            SystemExit: the contender does not mount or does not read.
+        """
+        loader, prefix = self._loader(workload)
+        place = self.place(prefix)
+        forget(place)
+        self._meter.mark(self._origin.directory / (contender.folder or prefix))
+        with contender.mount(place) as mounted:
+            run = self._meter.first(loader, mounted, place)
+        shutil.rmtree(place.state)
+        yield Line(contender.name, workload, "cold"), run
+
+    def load(self, contender: Contender, workload: str) -> Lines:
+        """One workload in all states, and whether the bytes were right.
+
+        Args:
+            workload: as above.
 
         Raises:
             SystemExit: the contender does not mount, does not read or gives wrong bytes.
         """
         loader, prefix = self._loader(workload)
         place = self.place(prefix)
+        served = self._origin.directory / (contender.folder or prefix)
         forget(place)
-        self._meter.mark()
+        self._meter.mark(served)
         with contender.mount(place) as mounted:
             run = self._meter.first(loader, mounted, place)
-            yield Line(contender.name, workload, "cold"), run
+            ended_cpu_s = mounted.group.cpu_seconds()
             settle(mounted.group)
+            after_cpu_s = mounted.group.cpu_seconds() - ended_cpu_s
+            yield Line(contender.name, workload, "cold"), replace(run, after_cpu_s=after_cpu_s)
+            # What the kernel took out of the page cache meanwhile comes back by this load, and
+            # the next one is measured as that of a local file is: directly after another.
+            run = self._meter.again(loader, mounted, place)
+            if workload == "vllm":
+                yield Line(contender.name, workload, "later"), run
             run = self._meter.again(loader, mounted, place)
             yield Line(contender.name, workload, "hot"), run
-            if check:
-                against = self._origin.directory / prefix
-                Loader("check", f"--against={against}").load(mounted.directory)
+            against = self._origin.directory / prefix
+            Loader("check", f"--against={against}").load(mounted.directory)
             settle(mounted.group)
         if contender.keeps:
             from_disk(place)
-            self._meter.mark()
+            self._meter.mark(served)
             with contender.mount(place) as mounted:
                 run = self._meter.first(loader, mounted, place)
                 yield Line(contender.name, workload, "warm"), run
@@ -106,7 +134,7 @@ class Scenarios:
         """Two mounts of one model with one cache, loaded at the same time."""
         first, second = self.place(MODEL), self.place(MODEL, "mnt2")
         forget(first)
-        self._meter.mark()
+        self._meter.mark(self._source)
         with lazyfs.mount(first) as one, lazyfs.mount(second) as two:
             run = self._meter.together(Loader("vllm"), [one, two], [first, second])
             yield Line(lazyfs.name, "vllm, 2 mounts at once", "cold"), run
@@ -123,6 +151,7 @@ class Scenarios:
         """How long metadata calls take while a cold load runs, as latency.py tells it."""
         place = self.place(MODEL)
         forget(place)
+        self._meter.mark(self._source)
         with lazyfs.mount(place) as mounted:
             asking = program("latency.py", "metadata", mounted.directory)
             try:
@@ -165,7 +194,7 @@ def _read_small(directory: Path) -> dict[str, float]:
     return answer_of(program("latency.py", "small", directory, SMALL_FILES))
 
 
-def left_out(contender: str, error: SystemExit) -> str:
+def why_left_out(contender: str, error: SystemExit) -> str:
     """Why a peer has no line, in one line; errors that are not the peer's go on.
 
     Raises:

@@ -156,7 +156,7 @@ def main() -> None:
         file.parent.mkdir()
         with open(file, "wb") as output:
             output.truncate(arguments.size)
-        with origins.serve(Path(temporary), "unlimited", tls=arguments.tls) as origin:
+        with origins.serve(Path(temporary), "tls" if arguments.tls else "unlimited") as origin:
             for _, client, threads in itertools.product(
                 range(arguments.repeat), CLIENTS, (1, 8, 16)
             ):
