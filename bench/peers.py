@@ -121,12 +121,13 @@ def _environment() -> dict[str, str]:
 
 
 def _rclone(place: Place) -> Command:
+    """It notes what its cache holds when it lets go of a file: sooner here than after 5 s."""
     return [
         "mount", f":s3:{origins.BUCKET}/{place.prefix}", place.mountpoint, "--read-only",
         "--s3-provider=Other", f"--s3-endpoint={place.origin.url}", "--s3-env-auth",
         f"--cache-dir={place.state}", "--config=/dev/null", "--use-server-modtime",
         "--vfs-cache-mode=full", "--vfs-read-ahead=512M", "--buffer-size=0",
-        "--vfs-read-chunk-size=8M", "--vfs-read-chunk-streams=16",
+        "--vfs-read-chunk-size=8M", "--vfs-read-chunk-streams=16", "--vfs-handle-caching=1s",
     ]  # fmt: skip
 
 
