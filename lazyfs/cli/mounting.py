@@ -16,7 +16,7 @@ import click
 from lazyfs.cli.settings import settings, with_mount_options
 from lazyfs.errors import DaemonError, MountError, OptionError
 from lazyfs.mount import syscalls
-from lazyfs.mount.background import Background
+from lazyfs.mount.background import Background, EarlyWorker
 from lazyfs.mount.runtime import DaemonWatch, default_log_file
 from lazyfs.mount.spec import MountSpec
 
@@ -39,7 +39,7 @@ READY_TIMEOUT_S = 150.0
 @with_mount_options
 @click.pass_obj
 def mount(
-    begun: Background | None,
+    begun: Background | EarlyWorker | None,
     /,
     source: str,
     mountpoint: Path,
@@ -64,12 +64,13 @@ def mount(
     mountpoint = Path(os.path.realpath(mountpoint))
     log_file = options.log_file or default_log_file(mountpoint)
     spec = MountSpec(source, str(mountpoint), texts)
-    if foreground:
-        from lazyfs.mount import supervisor
-
-        sys.exit(supervisor.main(spec, None))
-    if begun is None or begun.mountpoint != spec.mountpoint:
-        begun = Background(spec.mountpoint)
+    kind = EarlyWorker if foreground else Background
+    if not isinstance(begun, kind) or begun.mountpoint != spec.mountpoint:
+        if begun is not None:  # for something that looked like what was meant
+            begun.end()
+        begun = kind(spec.mountpoint)
+    if isinstance(begun, EarlyWorker):
+        sys.exit(begun.supervise(spec, None))
     _start_in_background(begun, spec, log_file)
     if wait:
         wait_until_here(mountpoint, wait, options, as_json=as_json)

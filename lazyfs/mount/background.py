@@ -1,9 +1,9 @@
-"""The process that goes on in the background when `lazyfs mount` returns.
+"""What `lazyfs mount` does before it has read its options: it starts a worker.
 
-It is forked before the command has read its options, and starts a worker at once: what a worker
-loads takes longer than everything else, and so passes while the command finds out what to mount.
-When it is told, it is the mount's supervisor; when the command ends without telling it, it ends,
-and the worker with it.
+What a worker loads takes longer than everything else, and so passes while the command finds out
+what to mount. The process that goes on in the background when the command returns is forked first,
+and starts the worker: when it is told, it is the mount's supervisor; when the command ends without
+telling it, it ends, and the worker with it. In the foreground the command is all of that itself.
 
 Only the standard library, and little of it: the fork is the first thing that the command does.
 """
@@ -21,17 +21,48 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from lazyfs.mount.spec import MountSpec
 
-# With which a command is not to begin in the background.
-_IN_FRONT = {"-f", "--foreground", "-h", "--help"}
+_IN_FRONT = {"-f", "--foreground"}
+_NOT_AT_ALL = {"-h", "--help"}
 
 
-def begin(arguments: Sequence[str]) -> Background | None:
-    """The process for a command line of `lazyfs`; None if it does not look like one that mounts."""
-    if arguments[:1] == ["mount"] and not _IN_FRONT & set(arguments):
+def begin(arguments: Sequence[str]) -> Background | EarlyWorker | None:
+    """What a command line of `lazyfs` begins with; None if it does not look like a mount."""
+    if arguments[:1] == ["mount"] and not _NOT_AT_ALL & set(arguments):
         for source, mountpoint in itertools.pairwise(arguments):
             if source.startswith("s3://") and not mountpoint.startswith("-"):
-                return Background(os.path.realpath(mountpoint))
+                kind = EarlyWorker if _IN_FRONT & set(arguments) else Background
+                return kind(os.path.realpath(mountpoint))
     return None
+
+
+class EarlyWorker:
+    """A worker that loads already and waits for this process to be its supervisor.
+
+    Args:
+        mountpoint: an absolute path.
+    """
+
+    def __init__(self, mountpoint: str) -> None:
+        from lazyfs.mount.processes import start_worker
+
+        self.mountpoint = mountpoint
+        self._keeper, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._worker = start_worker(mountpoint, theirs)
+        self._supervises = False
+
+    def supervise(self, spec: MountSpec, report_fd: int | None) -> int:
+        """Have it mount, and look after the mount; the exit code."""
+        from lazyfs.mount import standalone
+
+        self._supervises = True
+        return standalone.main(spec, report_fd, (self._worker, self._keeper))
+
+    def end(self) -> None:
+        """End it, unless it was supervised."""
+        if not self._supervises:
+            self._worker.process.kill()
+            self._worker.process.wait()
 
 
 class Background:
@@ -103,19 +134,12 @@ def _wait_in_background(mountpoint: str, connection: socket.socket) -> NoReturn:
 
 
 def _supervise(mountpoint: str, connection: socket.socket) -> int:
-    from lazyfs.mount.processes import start_worker
-
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        worker = start_worker(mountpoint, theirs)
-
+    begun = EarlyWorker(mountpoint)
     told, descriptors, _, _ = socket.recv_fds(connection, 16, 3, socket.MSG_CMSG_CLOEXEC)
     if not told:
-        worker.process.kill()
-        worker.process.wait()
+        begun.end()
         return 0
     # Only now, because until then the worker and the command need the processors.
-    from lazyfs.mount import supervisor
     from lazyfs.mount.spec import MountSpec
 
     spec_fd, log_fd, report_fd = descriptors
@@ -124,4 +148,4 @@ def _supervise(mountpoint: str, connection: socket.socket) -> int:
     os.close(log_fd)
     spec = MountSpec.from_descriptor(spec_fd)
     os.close(spec_fd)
-    return supervisor.main(spec, report_fd, (worker, ours))
+    return begun.supervise(spec, report_fd)

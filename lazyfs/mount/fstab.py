@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from lazyfs.cli import main as lazyfs
-from lazyfs.options import find_option
+from lazyfs.mount import background
 
 # mount(8), FILESYSTEM-INDEPENDENT MOUNT OPTIONS; systemd.mount(5) for x-systemd.*.
 _PASSED_OVER = frozenset(
@@ -50,9 +49,17 @@ USAGE = "usage: mount.lazyfs s3://BUCKET[/PREFIX] MOUNTPOINT [-o OPTION[=VALUE],
 
 def main(argv: list[str] | None = None) -> None:
     """Translate to `lazyfs mount` and run it."""
-    arguments = translate(sys.argv[1:] if argv is None else argv)
-    if arguments is not None:
-        lazyfs(arguments)
+    argv = sys.argv[1:] if argv is None else argv
+    begun = background.begin(["mount", *argv[:2]])  # mount(8) names source and mountpoint first
+    try:
+        from lazyfs.cli import main as lazyfs  # after the fork
+
+        arguments = translate(argv)
+        if arguments is not None:
+            lazyfs(arguments, obj=begun)
+    finally:
+        if begun is not None:
+            begun.end()
 
 
 def translate(argv: list[str]) -> list[str] | None:
@@ -79,6 +86,8 @@ def _translate_option(text: str) -> list[str]:
     name, equals, value = text.partition("=")
     if name in _PASSED_OVER or name.startswith(("x-", "X-", "comment")):
         return []
+    from lazyfs.options import find_option
+
     option = find_option(name)
     if option is not None:
         name = option.name

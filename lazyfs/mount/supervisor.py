@@ -1,12 +1,7 @@
 """Has a worker serve a mount, and another one when it dies, until the mount ends.
 
-`Supervisor` looks after one mount. `main` is what the process does that `lazyfs mount` leaves in
-the background: keeper and supervisor of one mount in one, without any library that could fail. It
-understands two signals:
-
-    SIGTERM, SIGINT   unmount and end
-
-What happens when a worker ends:
+`Supervisor` looks after one mount, in a process of its own (`standalone.py`) or beside others in
+that of the CSI driver. What happens when a worker ends:
 
     the mount was unmounted           all is over
     it could not be mounted           all is over, with the worker's reason
@@ -19,14 +14,11 @@ the next one is tried later.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import queue
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -36,11 +28,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lazyfs.errors import DaemonError, LazyfsError, MountError
-from lazyfs.log import configure, within
+from lazyfs.log import within
 from lazyfs.mount import syscalls
 from lazyfs.mount.handover import FUSE, LOCK, LOG, SPEC
-from lazyfs.mount.keeper import Keeper, KeeperClient, KeeperError
-from lazyfs.mount.privileges import protect_from_oom
+from lazyfs.mount.keeper import KeeperClient, KeeperError
 from lazyfs.mount.processes import (
     END_TIMEOUT_S,
     EXIT_CANNOT_RESUME,
@@ -461,69 +452,3 @@ def replace_worker(record: MountRecord) -> MountRecord:
         if time.monotonic() - began > END_TIMEOUT_S and parent_of(worker) == record.supervisor:
             os.kill(worker, signal.SIGKILL)
     raise MountError(f"{record.mountpoint}: no new worker became ready; its log says why")
-
-
-def main(
-    spec: MountSpec,
-    report_fd: int | None,
-    waiting: tuple[StartedWorker, socket.socket] | None = None,
-) -> int:
-    """Keep and supervise one mount in this process; the exit code.
-
-    Args:
-        spec: what to mount.
-        report_fd: of a pipe to whoever waits for the mount; without it, errors are printed.
-        waiting: a worker for it that was started already, and the keeper's end of its connection.
-    """
-    os.chdir("/")
-    configure(
-        str(spec.options.get("log-level", "info")),
-        str(spec.options.get("log-format", "text")),
-        mountpoint=spec.mountpoint,
-    )
-    news: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda got, _: news.put(got))
-    keeper = Keeper()
-
-    def serve(client: socket.socket) -> None:
-        threading.Thread(target=keeper.serve, args=[client], daemon=True).start()
-
-    def connect() -> socket.socket:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        serve(ours)
-        return theirs
-
-    def first() -> StartedWorker:
-        assert waiting is not None
-        serve(waiting[1])
-        return waiting[0]
-
-    protect_from_oom()
-    supervisor = Supervisor(
-        spec, connect, leash=False, on_end=lambda: news.put(None), first=first if waiting else None
-    )
-    try:
-        supervisor.start()
-    except LazyfsError as error:
-        if waiting:
-            waiting[0].process.kill()
-        return _refused(error, report_fd)
-    _report(report_fd, {"ready": True})
-    while (got := news.get()) is not None:
-        log.info("ending on %s", signal.Signals(got).name)
-        supervisor.stop()
-    return 0
-
-
-def _refused(error: LazyfsError, report_fd: int | None) -> int:
-    if report_fd is None:
-        print(f"lazyfs: {error}", file=sys.stderr)
-    _report(report_fd, {"error": str(error), "exit_code": error.exit_code})
-    return error.exit_code
-
-
-def _report(descriptor: int | None, message: dict[str, Any]) -> None:
-    if descriptor is not None:
-        with open(descriptor, "w") as pipe:
-            json.dump(message, pipe)
