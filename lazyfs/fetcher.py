@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -202,6 +202,13 @@ class BlockFetcher:
         shed = self._writer.take_shed() if self._writer else {}
         near = (block for block in shed if self._prefetcher.place(block) == Place.NEAR)
         return [(shed[block], block) for block in near]
+
+    def wish_again(self, blocks: Iterable[BlockId]) -> None:
+        """Blocks that were shed have left the page cache as well: they are only in S3 again."""
+        for block in blocks:
+            if self._prefetcher.place(block) == Place.NEAR:
+                self._prefetcher.moved(block, Place.ABSENT)
+        self.pump()
 
     @property
     def memory_bytes(self) -> int:

@@ -6,6 +6,9 @@ the load is over they are read back from there through the mount, by a process o
 must not read what it serves. That process has the lowest priority, asks the kernel first which
 pages are there (mincore(2)), and so never causes a fetch. It holds a file open for milliseconds
 only, so that an unmount does not find the mount in use.
+
+A block of which the kernel has dropped pages meanwhile is wished for again, once: else the next
+reader would wait for it, and the next mount would not find it.
 """
 
 from __future__ import annotations
@@ -17,9 +20,8 @@ import mmap
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +69,7 @@ class Salvage:
         self._prefix = prefix
         self._cache = cache
         self._fetcher = fetcher
+        self._wished_again: set[BlockId] = set()
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -80,7 +83,7 @@ class Salvage:
                 if blocks:
                     await self._save(blocks)
 
-    async def _save(self, blocks: Iterable[tuple[File, BlockId]]) -> None:
+    async def _save(self, blocks: Sequence[tuple[File, BlockId]]) -> None:
         wanted = {
             "mountpoint": str(self._mountpoint),
             "cache": self._cache.description(),
@@ -94,25 +97,42 @@ class Salvage:
             command, stdin=json.dumps(wanted).encode(), check=False, cwd="/",
             capture_stdout=True, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        if ended.returncode == 0:
-            log.debug("wrote %s blocks out of the page cache", ended.stdout.decode().strip())
-        else:
+        if ended.returncode != 0:
             log.warning("could not write blocks out of the page cache: exit %d", ended.returncode)
+            return
+        saved = Saved(**json.loads(ended.stdout))
+        log.debug("wrote %d of %d blocks out of the page cache", saved.written, len(blocks))
+        if not saved.refused:
+            gone = {blocks[at][1] for at in saved.gone} - self._wished_again
+            self._wished_again |= gone
+            self._fetcher.wish_again(gone)
 
 
-def save(mountpoint: Path, cache: BlockCache, blocks: Iterable[tuple[str, File, int]]) -> int:
+@dataclass(slots=True)
+class Saved:
+    """What became of the blocks that were to be saved.
+
+    Attributes:
+        written: how many came to the disk.
+        refused: how many the cache had no room for.
+        gone: those that were not whole in the page cache any more, by their position.
+    """
+
+    written: int = 0
+    refused: int = 0
+    gone: list[int] = field(default_factory=list)
+
+
+def save(mountpoint: Path, cache: BlockCache, blocks: Iterable[tuple[str, File, int]]) -> Saved:
     """Write those blocks that are whole in the page cache, and not on disk yet.
 
     Args:
         mountpoint: must not be served by this process.
         cache: where they belong.
         blocks: path below the mountpoint, file and number of each.
-
-    Returns:
-        How many were written.
     """
-    saved = 0
-    for path, file, number in blocks:
+    saved = Saved()
+    for at, (path, file, number) in enumerate(blocks):
         length = block_length(file.size_bytes, cache.block_size, number)
         if cache.holds(file, number):
             continue
@@ -120,8 +140,12 @@ def save(mountpoint: Path, cache: BlockCache, blocks: Iterable[tuple[str, File, 
             data = resident(mountpoint / path, file.inode, number * cache.block_size, length)
         except OSError:
             continue  # gone, or the mount is
-        if data is not None and cache.put(file, number, data):
-            saved += 1
+        if data is None:
+            saved.gone.append(at)
+        elif cache.put(file, number, data):
+            saved.written += 1
+        else:
+            saved.refused += 1
     return saved
 
 
@@ -168,13 +192,11 @@ def _yield_to_everybody() -> None:
 
 
 def main(wanted: Mapping[str, Any]) -> None:
-    """The process: what to save on standard input, how many blocks it were on standard output."""
+    """The process: what to save on standard input, what became of it on standard output."""
     _yield_to_everybody()
-    began_s = time.monotonic()
     cache = BlockCache.described(wanted["cache"])
     blocks = [(path, File(**file), number) for path, file, number in wanted["blocks"]]
-    saved = save(Path(wanted["mountpoint"]), cache, blocks)
-    print(f"{saved} of {len(blocks)} in {time.monotonic() - began_s:.1f} s")
+    print(json.dumps(asdict(save(Path(wanted["mountpoint"]), cache, blocks))))
 
 
 if __name__ == "__main__":

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from mounting import TIMEOUT_S, Mounted, environment, python
+from mounting import TIMEOUT_S, Mounted, environment, lazyfs, python
 from s3 import S3
+from safetensors.numpy import save
 
 pytestmark = pytest.mark.fuse
 
@@ -37,7 +42,7 @@ def other_cache(tmp_path: Path) -> Path:
     return tmp_path / "other cache"
 
 
-def salvage(mounted: Mounted, server: S3, cache: Path) -> str:
+def salvage(mounted: Mounted, server: S3, cache: Path) -> dict[str, Any]:
     """Have all blocks of the file saved into another cache than the mount's; what it says."""
     path = mounted.path / "big.bin"
     etag = os.getxattr(path, "user.lazyfs.etag").decode()
@@ -54,10 +59,12 @@ def salvage(mounted: Mounted, server: S3, cache: Path) -> str:
         },
         "blocks": [["big.bin", file, number] for number in range(10)],
     }  # fmt: skip
-    return subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-m", "lazyfs.cache.salvage"], input=json.dumps(wanted),
         capture_output=True, text=True, timeout=TIMEOUT_S, env=environment(), check=True,
-    ).stdout  # fmt: skip
+    )  # fmt: skip
+    saved: dict[str, Any] = json.loads(ended.stdout)
+    return saved
 
 
 def test_what_is_in_the_page_cache_comes_to_the_disk_without_a_fetch(
@@ -66,8 +73,9 @@ def test_what_is_in_the_page_cache_comes_to_the_disk_without_a_fetch(
     mounted = mount("s3://shed/m", *OPTIONS)
     expected = python(DIGEST, mounted.path / "big.bin")
     s3.forget()
-    assert salvage(mounted, s3, other_cache).startswith("10 of 10")
-    assert salvage(mounted, s3, other_cache).startswith("0 of 10"), "what is there is left alone"
+    assert salvage(mounted, s3, other_cache) == {"written": 10, "refused": 0, "gone": []}
+    left_alone = {"written": 0, "refused": 0, "gone": []}
+    assert salvage(mounted, s3, other_cache) == left_alone
     mounted.end()
     second = Mounted("s3://shed/m", tmp_path / "second", other_cache, s3.url, *OPTIONS)
     try:
@@ -84,8 +92,58 @@ def test_what_left_the_page_cache_is_not_fetched_for_it(
     python(READ, mounted.path / "big.bin")
     python(FORGET, mounted.path / "big.bin")
     s3.forget()
-    assert salvage(mounted, s3, other_cache).startswith("0 of 10")
+    assert salvage(mounted, s3, other_cache)["gone"] == list(range(10))
     assert s3.data_requests() == []
     read_one = "import os,sys; os.pread(os.open(sys.argv[1], os.O_RDONLY), 262144, 3 * 262144)"
     python(read_one, mounted.path / "big.bin")
-    assert salvage(mounted, s3, other_cache).startswith("1 of 10")
+    assert salvage(mounted, s3, other_cache)["written"] == 1
+
+
+SPIN = "import os; os.nice(19)\nwhile True: pass"
+LOAD_AND_DROP = """
+import os, sys, time
+file = os.open(sys.argv[1], os.O_RDONLY)
+while os.read(file, 1 << 20):
+    pass
+os.posix_fadvise(file, 16 << 20, 4 << 20, os.POSIX_FADV_DONTNEED)
+"""
+
+
+@contextlib.contextmanager
+def busy_processors() -> Iterator[None]:
+    spinning = [
+        subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(2 * (os.cpu_count() or 1))
+    ]
+    try:
+        yield
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()
+
+
+def cached(path: Path) -> tuple[int, int]:
+    """How many bytes of a file are on disk, and how many there are."""
+    on_disk, size = os.getxattr(path, "user.lazyfs.cached").decode().split("/")
+    return int(on_disk), int(size)
+
+
+def test_what_left_the_page_cache_before_it_was_saved_is_fetched_again_once(
+    mount: Callable[..., Mounted], s3: S3
+) -> None:
+    tensors = {f"layer.{n}": np.full(4 * MIB, n, np.uint8) for n in range(24)}
+    s3.put("dropped", {"m/model.safetensors": save(tensors)})
+    s3.forget()
+    with busy_processors():
+        mounted = mount("s3://dropped/m", "--block-size=1MiB", "--memory-limit=64MiB")
+        model = mounted.path / "model.safetensors"
+        python(LOAD_AND_DROP, model)
+        status = json.loads(lazyfs("status", mounted.path, "--json").stdout)
+    assert status["shed_blocks"] > 24, "nothing was left to be saved"
+    deadline = time.monotonic() + TIMEOUT_S
+    while (on_disk := cached(model))[0] < on_disk[1]:
+        assert time.monotonic() < deadline, f"{on_disk} on disk"
+        time.sleep(0.1)
+    blocks = -(-on_disk[1] // MIB)
+    fetched = [asked for asked in s3.data_requests() if asked[1] != "bytes=0-65535"]
+    assert len(fetched) < blocks * 5 // 4, "more than what was dropped, and what was asked twice"
