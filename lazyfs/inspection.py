@@ -107,6 +107,7 @@ def inspect_files(
     prefetch: str = "model",
     prefetch_on: str = "mount",
     wanted: Callable[[str], bool] | None = None,
+    include: Sequence[str] = (),
     cached: Callable[[str], int | None] = lambda path: None,
 ) -> list[Model]:
     """The models among some files.
@@ -114,7 +115,8 @@ def inspect_files(
     Args:
         files: sizes by path.
         read: gives bytes of a file; raises SourceError.
-        prefetch, prefetch_on, wanted: as in `MountOptions`; `wanted` is `tensors`, compiled.
+        prefetch, prefetch_on, wanted, include: as in `MountOptions`; `wanted` is `tensors`,
+            compiled.
         cached: how much of a file is on this machine's disk.
 
     Raises:
@@ -123,11 +125,11 @@ def inspect_files(
     listed = [ModelFile(path, size) for path, size in files.items()]
     indexes = {
         path: read(path, 0, files[path])
-        for layout in layouts(listed)
+        for layout in layouts(listed, include=include)
         for path in layout.index_paths
         if 0 < files[path] <= MAX_INDEX_BYTES
     }
-    found = layouts(listed, indexes=indexes)
+    found = layouts(listed, indexes=indexes, include=include)
     at_mount = wanted_models(found, on_mount=prefetch_on == "mount")
     models = []
     for layout in found:

@@ -13,6 +13,9 @@ A directory that holds weights is a model and gets a `ModelLayout`. The rules, m
 - **Variants** (`model.fp16.safetensors`, `*.non_ema.*`) are read only when someone asks for them
   by name, so they are excluded where the plain file is there, and used where it is not.
 - **Copies in directories** (`original/`, `onnx/`, `openvino/`, ...) below a model are excluded.
+- **Included by name**: what these rules leave out is wanted all the same, after the shards, if a
+  pattern of `--include` was given for it: one that matches it and none of the shards. Where one
+  matches several GGUF models it does not say which of them is read.
 - **Pipelines** (diffusers): a directory with `model_index.json` above models. It gets a layout of
   its own for its small files, first; the components follow by name, which is the order in which
   diffusers loads them (`sorted` in `DiffusionPipeline.from_pretrained`). Weights beside
@@ -47,6 +50,7 @@ from lazyfs.filenames import (
     format_of,
     is_consolidated,
     is_small,
+    matches,
     natural_order,
     small_rank,
     stem_of,
@@ -96,6 +100,7 @@ class ModelLayout:
         small: files to have right after mounting, the one that is read first at the front; within
             `SMALL_TOTAL_BYTES` and `SMALL_COUNT`.
         shards: the weights, in the order in which a loader reads them.
+        included: those at the end of `shards` that are there only because `--include` names them.
         excluded: weights that are not worth prefetching.
         index_paths: the indexes of the shards, for a second call of `layouts`.
         warnings: what is odd with this model, each a sentence for the log.
@@ -105,6 +110,7 @@ class ModelLayout:
     format: Format
     small: tuple[str, ...] = ()
     shards: tuple[str, ...] = ()
+    included: tuple[str, ...] = ()
     excluded: tuple[Excluded, ...] = ()
     index_paths: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -150,6 +156,7 @@ def layouts(
     *,
     indexes: Mapping[str, bytes] = NO_INDEXES,
     read: Iterable[str] = (),
+    include: Sequence[str] = (),
 ) -> tuple[ModelLayout, ...]:
     """The models of a listing, in the order of their directories, parents first.
 
@@ -159,6 +166,7 @@ def layouts(
             malformed or names nothing that exists leaves a warning and the order of the names.
         read: paths of weights that a loader has read. Where these rules would have it read others,
             it is followed: their like is wanted, and what the rules choose only if read as well.
+        include: the patterns of what is to be shown (`MountOptions.include`).
 
     >>> layouts([ModelFile("a.safetensors", 9), ModelFile("b.bin", 9)])[0].shards
     ('a.safetensors',)
@@ -187,7 +195,8 @@ def layouts(
     if root.others:
         models.setdefault("", root)
     return tuple(
-        models[path].layout(indexes) for path in sorted(models, key=lambda path: path.split("/"))
+        models[path].layout(indexes, include)
+        for path in sorted(models, key=lambda path: path.split("/"))
     )
 
 
@@ -261,7 +270,7 @@ class _Directory:
         path = self.path if directory is None else directory
         self._excluded += (Excluded(join(path, name), reason) for name in names)
 
-    def layout(self, indexes: Mapping[str, bytes]) -> ModelLayout:
+    def layout(self, indexes: Mapping[str, bytes], include: Sequence[str]) -> ModelLayout:
         """Decide; to be called once, when all directories were added."""
         index_paths: tuple[str, ...] = ()
         copies = self.weights if self.is_pipeline and not self.read else []
@@ -280,16 +289,34 @@ class _Directory:
             names = self._pytorch(names)
         elif chosen == "gguf":
             names = self._gguf(names)
+        included = self._included(names, include)
         names = self._follow(names)
+        in_order = sorted((join(self.path, name) for name in names), key=natural_order)
+        after = [path for path in included if path not in in_order]
+        self._excluded = [item for item in self._excluded if item.path not in after]
         return ModelLayout(
             directory=self.path,
             format=chosen,
             small=self._small(),
-            shards=tuple(join(self.path, name) for name in sorted(names, key=natural_order)),
+            shards=(*in_order, *after),
+            included=tuple(after),
             excluded=tuple(sorted(self._excluded, key=lambda excluded: excluded.path)),
             index_paths=index_paths,
             warnings=tuple(self._warnings),
         )
+
+    def _included(self, names: Iterable[str], include: Iterable[str]) -> list[str]:
+        """Paths of what is left out though a pattern was given for it, in loading order."""
+        chosen = [join(self.path, name) for name in names]
+        left_out = [item.path for item in self._excluded]
+        found: set[str] = set()
+        for pattern in include:
+            if any(matches(path, [pattern]) for path in chosen):
+                continue
+            meant = [path for path in left_out if matches(path, [pattern])]
+            if len(_gguf_models(meant)) <= 1:
+                found.update(meant)
+        return sorted(found, key=natural_order)
 
     def _follow(self, names: list[str]) -> list[str]:
         """The chosen weights, or what a loader has read instead of them or beside them."""
@@ -379,7 +406,7 @@ class _Directory:
         return self._without_variants([name for name in names if suffix_of(name) == chosen])
 
     def _gguf(self, names: list[str]) -> list[str]:
-        models = {PART.sub("", stem_of(name)) for name in names if "mmproj" not in name}
+        models = _gguf_models(names)
         if len(models) <= 1:
             return names
         self.exclude(names, f"one of {len(models)} GGUF models; the one that is opened is read")
@@ -399,6 +426,15 @@ class _Directory:
                 chosen.append(file.path)
                 total += file.size_bytes
         return tuple(chosen)
+
+
+def _gguf_models(paths: Iterable[str]) -> set[str]:
+    """Of which GGUF models some files are; a projector is of any of them."""
+    return {
+        PART.sub("", stem_of(path))
+        for path in paths
+        if format_of(path) == "gguf" and "mmproj" not in basename(path)
+    }
 
 
 def _owner_of_copy(

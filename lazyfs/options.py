@@ -11,11 +11,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
 from lazyfs.errors import OptionError
+from lazyfs.filenames import matches
 from lazyfs.kinds import (
     KIB,
     MIB,
@@ -165,7 +165,10 @@ class MountOptions:
         "10m",
     )
     include: tuple[str, ...] = _option(
-        Glob(), "Files", "Show only files that match one of these patterns (path or name)."
+        Glob(),
+        "Files",
+        "Show only files that match one of these patterns (path or name). Weights that loaders "
+        "ignore beside others are prefetched too if a pattern matches them and none of those.",
     )
     exclude: tuple[str, ...] = _option(
         Glob(), "Files", "Do not show files that match one of these patterns (path or name)."
@@ -329,12 +332,6 @@ class MountOptions:
                 else:
                     raise OptionError(f"{where}: given several times; it takes one value")
         return cls(**values)
-
-
-def matches(path: str, globs: Iterable[str]) -> bool:
-    """Whether one of some patterns is that of a path, or of the name at its end."""
-    name = path.rpartition("/")[2]
-    return any(fnmatchcase(path, glob) or fnmatchcase(name, glob) for glob in globs)
 
 
 OPTIONS: tuple[Option, ...] = tuple(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import trio
 
@@ -154,15 +154,18 @@ class Planner:
         listed = [ModelFile(path, file.size_bytes) for path, file in files.items()]
         opened = {path for path, file in files.items() if file.inode in self._opened}
         on_mount = self._options.prefetch_on == "mount"
-        read = [path for path, file in files.items() if self._prefetcher.was_touched(file.inode)]
-        found = wanted_models(layouts(listed, read=read), on_mount=on_mount, opened=opened)
+        include = self._options.include
+        found = layouts(listed, read=self._read_of(files), include=include)
+        found = wanted_models(found, on_mount=on_mount, opened=opened)
         indexes = {
             path: content
             for layout in found
             for path in layout.index_paths
             if (content := await self._content(files[path])) is not None
         }
-        found = layouts(listed, indexes=indexes, read=read)
+        # That took a while, in which others may have been read than were expected.
+        read = self._read_of(files)
+        found = layouts(listed, indexes=indexes, read=read, include=include)
         self._left_out = {files[out.path].inode for layout in found for out in layout.excluded}
         of_models = {files[path].inode for layout in found for path in layout.paths}
         self._useless = {file.inode for file in files.values()} - of_models - self._left_out
@@ -181,6 +184,10 @@ class Planner:
         self._recorder.planned(sum(file.size_bytes for file in (*small, *shards)))
         self._look_for_tensors(shards)
         self._fetcher.pump()
+
+    def _read_of(self, files: Mapping[str, File]) -> list[str]:
+        """Which of these were read."""
+        return [path for path, file in files.items() if self._prefetcher.was_touched(file.inode)]
 
     def _look_for_tensors(self, shards: Sequence[File]) -> None:
         """See to it that it gets known what tensors there are: of some shards, or, where only some

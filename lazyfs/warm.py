@@ -24,7 +24,7 @@ from lazyfs.errors import LazyfsError, SourceError
 from lazyfs.kinds import format_size
 from lazyfs.model import ModelFile, layouts
 from lazyfs.observe.recorder import Recorder
-from lazyfs.options import MountOptions, matches
+from lazyfs.options import MountOptions
 from lazyfs.prefetch import Prefetcher
 from lazyfs.source import Source
 from lazyfs.tree import Directory, File
@@ -75,6 +75,7 @@ class Warmer:
         self._catalog = catalog
         self._cache = cache
         self._block_size = options.block_size
+        self._include = options.include
         memory = BlockMemory(
             options.memory_limit, options.block_size, Prefetcher("off", options.block_size)
         )
@@ -133,12 +134,17 @@ class Warmer:
                 )
             return chosen
         listed = [ModelFile(path, file.size_bytes) for path, file in files.items()]
-        found = [layout for layout in layouts(listed) if layout.shards]
+        include = self._include
+        found = [layout for layout in layouts(listed, include=include) if layout.shards]
         if not found:
             return list(files.values())
         paths = [path for layout in found for path in layout.index_paths]
         indexes = {path: await self._content(files[path]) for path in paths}
-        found = [layout for layout in layouts(listed, indexes=indexes) if layout.shards]
+        found = [
+            layout
+            for layout in layouts(listed, indexes=indexes, include=include)
+            if layout.shards
+        ]
         for layout in found:
             for warning in layout.warnings:
                 log.warning("%s", warning)

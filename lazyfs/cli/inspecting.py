@@ -94,7 +94,7 @@ def _models_of_mount(client: ControlClient, options: MountOptions) -> list[Model
 def _models_of_source(source: Source, options: MountOptions) -> list[Model]:
     tree = Tree(source.url.prefix)
     tree.plant(tree.root, _listing(source), [], whole=True)
-    files = {tree.path(file): file for file in tree.files()}
+    files = {path: file for file in tree.files() if options.wants(path := tree.path(file))}
     if not files:
         raise ObjectGoneError(f"{source.url}: no objects below this prefix; check its spelling")
 
@@ -118,6 +118,7 @@ def _models(
         read,
         prefetch=options.prefetch,
         prefetch_on=options.prefetch_on,
+        include=options.include,
         wanted=None if wanted is None else lambda name: wanted(name) is not None,
         cached=cached,
     )
@@ -213,6 +214,8 @@ def _shards(model: Model, options: MountOptions) -> Table:
         table.add_row(shard.path, *cells, _share(shard.cached_bytes, shard.size_bytes))
         if shard.trouble:
             table.add_row(f"  {shard.trouble}", style="yellow")
+        if shard.path in model.layout.included:
+            table.add_row("  left out but for --include, so it comes last")
     return table
 
 
@@ -256,6 +259,7 @@ def _as_json(model: Model) -> dict[str, Any]:
         "prefetched": model.prefetched,
         "small": [{"path": path, "size_bytes": model.sizes[path]} for path in layout.small],
         "shards": [asdict(shard) for shard in model.shards],
+        "included": list(layout.included),
         "layers": [_layer_as_json(layer) for layer in model.layers],
         "total": _layer_as_json(model.total),
         "excluded": [

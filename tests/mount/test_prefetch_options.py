@@ -84,6 +84,25 @@ def test_a_loader_of_other_weights_is_followed(mount: Callable[..., Mounted], s3
     assert settle(s3) == set(files), "the second one was not opened yet"
 
 
+def test_a_second_copy_that_is_included_by_name_comes_too(
+    mount: Callable[..., Mounted], s3: S3
+) -> None:
+    files = model("") | {"consolidated.safetensors": layers(4), "q8.gguf": layers(4)}
+    s3.put("asked", files)
+    s3.forget()
+    include = [f"--include={each}" for each in ("*.json", "model*", "consolidated*")]
+    mounted = mount("s3://asked", "--block-size=256KiB", *include)
+    assert settle(s3) == set(model("")) | {"consolidated.safetensors"}
+    assert blocks_of(s3, "consolidated.safetensors") == set(range(17))
+    for what, options in ((mounted.path, []), ("s3://asked", [f"--endpoint-url={s3.url}"])):
+        told = lazyfs("inspect", what, *options, *(include if options else []))
+        lines = [line.strip() for line in told.stdout.splitlines()]
+        (row,) = [at for at, line in enumerate(lines) if line.startswith("consolidated")]
+        assert "--include" in lines[row + 1]
+        assert row > max(at for at, line in enumerate(lines) if line.startswith("model-"))
+        assert "gguf" not in told.stdout
+
+
 def test_inspect_a_source_and_a_mount(mount: Callable[..., Mounted], s3: S3) -> None:
     s3.put("look", model("") | {"pytorch_model.bin": bytes(1 << 20)})
     mounted = mount("s3://look", "--block-size=256KiB")

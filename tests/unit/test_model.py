@@ -263,6 +263,49 @@ def test_plain_files_are_no_model() -> None:
     assert only("model.onnx", "model.onnx_data").shards == ("model.onnx", "model.onnx_data")
 
 
+SHARDS = ("model-1.safetensors", "model-2.safetensors")
+SECOND = ("consolidated-1.safetensors", "consolidated-2.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("include", "included"),
+    [
+        (["model*", "consolidated*"], SECOND),
+        (["*.safetensors"], ()),
+        (["*"], ()),
+        (["*.safetensors", "*.gguf"], ("q8.gguf",)),
+        (["*.safetensors", "original/*", "consolidated-2*"], (SECOND[1], "original/a.pth")),
+    ],
+    ids=str,
+)
+def test_what_is_included_by_name_is_wanted_after_the_shards(
+    include: list[str], included: tuple[str, ...]
+) -> None:
+    files = listing(*SECOND, *SHARDS, "q8.gguf", "original/a.pth", "config.json")
+    (layout,) = layouts(files, include=include)
+    assert layout.shards == SHARDS + included
+    assert layout.included == included
+    assert left_out(layout) == {*SECOND, "q8.gguf", "original/a.pth"} - set(included)
+
+
+def test_a_pattern_of_several_gguf_models_does_not_say_which() -> None:
+    files = listing("a.safetensors", "q4.gguf", "q8.gguf")
+    (layout,) = layouts(files, include=["a*", "*.gguf"])
+    assert layout.shards == ("a.safetensors",)
+    (layout,) = layouts(files, include=["a*", "*.gguf", "q4*"])
+    assert layout.shards == ("a.safetensors", "q4.gguf")
+    (layout,) = layouts(listing("q4.gguf", "q8.gguf"), include=["q8*", "*.gguf"])
+    assert layout.shards == ("q8.gguf",) and left_out(layout) == {"q4.gguf"}
+
+
+def test_what_is_included_by_name_stays_when_other_weights_are_read() -> None:
+    files = listing(*SECOND, *SHARDS, "a.gguf")
+    (layout,) = layouts(files, include=["*.safetensors", "*.gguf"], read=[SECOND[0]])
+    assert layout.shards == (*SECOND, "a.gguf") and left_out(layout) == set(SHARDS)
+    (layout,) = layouts(files, include=["*.safetensors", "*.gguf"], read=["a.gguf"])
+    assert layout.shards == ("a.gguf",) and layout.included == ()
+
+
 def test_two_thousand_shards_and_a_hundred_thousand_files() -> None:
     names = [f"model-{i:05}-of-02000.safetensors" for i in range(1, 2001)]
     files = listing(*reversed(names), INDEX, *(f"set/{i % 997}/{i}.txt" for i in range(98_000)))
@@ -279,13 +322,22 @@ PARTS = st.sampled_from(
 PATHS = st.lists(PARTS, min_size=1, max_size=4).map("/".join)
 
 
-@given(st.lists(PATHS, unique=True), st.lists(st.one_of(PARTS, st.text(max_size=4))), st.data())
+PATTERNS = st.sampled_from(["*", "*.gguf", "consolidated*", "*.fp16.*", "m/*", "original/*", "a*"])
+
+
+@given(
+    st.lists(PATHS, unique=True),
+    st.lists(st.one_of(PARTS, st.text(max_size=4))),
+    st.lists(PATTERNS),
+    st.data(),
+)
 def test_any_listing_is_sorted_out_once(
-    paths: list[str], named: list[str], data: st.DataObject
+    paths: list[str], named: list[str], include: list[str], data: st.DataObject
 ) -> None:
     indexes = {path: index(*named) for path in paths if path.endswith(INDEX)}
-    found = layouts(listing(*paths), indexes=indexes)
-    assert found == layouts(listing(*data.draw(st.permutations(paths))), indexes=indexes)
+    found = layouts(listing(*paths), indexes=indexes, include=include)
+    again = listing(*data.draw(st.permutations(paths)))
+    assert found == layouts(again, indexes=indexes, include=include)
     assert len({layout.directory for layout in found}) == len(found)
     told = [path for layout in found for path in (*layout.shards, *left_out(layout), *layout.small)]
     assert len(told) == len(set(told)) and set(told) <= set(paths)
@@ -293,7 +345,9 @@ def test_any_listing_is_sorted_out_once(
     weights = (".safetensors", ".bin", ".pth", ".gguf", ".onnx")
     assert {path for path in paths if path.endswith(weights)} <= set(told)
     for layout in found:
-        assert all(path.rpartition("/")[0] == layout.directory for path in layout.shards)
+        chosen = set(layout.shards).difference(layout.included)
+        assert all(path.rpartition("/")[0] == layout.directory for path in chosen)
+        assert layout.shards[len(chosen) :] == layout.included
 
 
 @given(st.binary(max_size=60))
