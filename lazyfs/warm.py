@@ -21,6 +21,7 @@ from lazyfs.blocks.memory import BlockMemory
 from lazyfs.cache import CARE_S, BlockCache, Claim
 from lazyfs.catalog import Catalog
 from lazyfs.errors import LazyfsError, SourceError
+from lazyfs.filenames import matches
 from lazyfs.kinds import format_size
 from lazyfs.model import ModelFile, layouts
 from lazyfs.observe.recorder import Recorder
@@ -141,9 +142,7 @@ class Warmer:
         paths = [path for layout in found for path in layout.index_paths]
         indexes = {path: await self._content(files[path]) for path in paths}
         found = [
-            layout
-            for layout in layouts(listed, indexes=indexes, include=include)
-            if layout.shards
+            layout for layout in layouts(listed, indexes=indexes, include=include) if layout.shards
         ]
         for layout in found:
             for warning in layout.warnings:

@@ -131,7 +131,8 @@ class Prefetcher:
             for number in range(len(self._files[inode].places))
         )
         if self._policy == "headers" or self._wanted is not None:
-            self._first += [BlockId(inode, 0) for inode in shards if inode not in headed]
+            alone = (inode for inode in shards if inode not in headed)
+            self._first += [BlockId(inode, 0) for inode in alone if self._files[inode].places]
         self._first_pages = deque(self._first)
         if self._wanted is not None:
             for inode in shards:
