@@ -181,6 +181,8 @@ def layouts(
     models: dict[str, _Directory] = {}
     for path, directory in directories.items():
         owner = _owner_of_copy(directory, directories)
+        while owner and (above := _owner_of_copy(owner, directories)):
+            owner = above  # a copy of a copy
         if owner:
             place = owner.path or "the root"
             reason = f"a copy of the model in {place}, which loaders read instead"

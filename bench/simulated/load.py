@@ -45,7 +45,8 @@ class Report:
     Attributes:
         seconds: from its first read to its last.
         ideal_s: the least that it could take: of the link, which brings before the load as much as
-            there is room for, and of the loader with everything at hand.
+            there is room for if the policy is to have all of the model, and of the loader with
+            everything at hand.
         needed_bytes: of the blocks of tensors that it touched.
         fetched_bytes: that the link carried.
         wasted_bytes: of blocks that were fetched and not touched, and of heads, which blocks bring
@@ -140,6 +141,7 @@ class _Load:
         catalog = cast(Catalog, _Catalog(tree))
         self._planner = Planner(catalog, self._fetcher, prefetcher, recorder, options)
         self._plans = options.prefetch in PLANNED
+        self._has_all = options.prefetch == "model"
         self._touched: dict[tuple[str, int], int] = {}
         self._opened: set[str] = set()
         self._requests = 0
@@ -227,7 +229,7 @@ class _Load:
         ]
         heads = self._bucket.sent_bytes - sum(self._length(*block) for block in asked)
         needed = sum(self._length(*block) for block in self._touched)
-        early = min(self._starts_s * self._machine.link, self._room)
+        early = min(self._starts_s * self._machine.link, self._room) if self._has_all else 0.0
         link_s = self._machine.latency_s + max(0.0, needed - early) / self._machine.link
         order = [self._touched[block] for block in asked if block in self._touched]
         shortest_s = self._loader.shortest_s()

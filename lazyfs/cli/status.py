@@ -66,6 +66,7 @@ def rows(status: Status) -> list[tuple[str, str]]:
         ("files", f"{status['files']}, {format_size(status['size_bytes'])}"),
         ("model", share(prefetch["there_bytes"], prefetch["wanted_bytes"]) + " on this machine"),
         ("loaded", share(near, prefetch["wanted_bytes"]) + " in the page cache or read"),
+        *_passed_over(prefetch["passed_over_bytes"]),
         (
             "rate",
             f"{format_size(status['rate_bytes_per_s'])}/s, {status['requests_in_flight']} of "
@@ -94,6 +95,13 @@ def rows(status: Status) -> list[tuple[str, str]]:
         ("last error", status["last_error"] or "none"),
         *_waiting(status),
     ]
+
+
+def _passed_over(size_bytes: int) -> list[tuple[str, str]]:
+    if not size_bytes:
+        return []
+    told = "fetched and passed over by its reader, as far as requests show (--prefetch tensor)"
+    return [("unread", f"{format_size(size_bytes)} {told}")]
 
 
 def state(status: Status) -> str:

@@ -105,6 +105,7 @@ def _blocks(status: Status) -> Values:
             ({"reason": "duplicate"}, duplicate),
             ({"reason": "dropped"}, status.fetcher.dropped_bytes),
         ],
+        "lazyfs_prefetch_passed_over_bytes": [({}, status.prefetcher.passed_over_bytes)],
         "lazyfs_page_cache_pushed_bytes_total": [({}, status.page_cache.pushed_bytes)],
         "lazyfs_cache_written_bytes_total": [({}, recorder.written_bytes)],
         "lazyfs_cache_shed_blocks_total": [({}, status.fetcher.shed_blocks)],

@@ -92,6 +92,10 @@ METRICS = (
         "slower of two requests (duplicate), and what was let go before it was read (dropped).",
         ("reason",),
     ),
+    Declared(
+        "lazyfs_prefetch_passed_over_bytes", "gauge", "Fetched, and passed over by a reader, as "
+        "far as requests show; of what is in the page cache nothing shows whether it was read.",
+    ),
     Declared("lazyfs_page_cache_pushed_bytes_total", "counter", "Put into the page cache."),
     # Readers
     Declared(

@@ -78,13 +78,14 @@ def test_a_lying_index_costs_only_the_order(mount: Callable[..., Mounted], s3: S
     assert "missing.safetensors" in mounted.log()
 
 
+@pytest.mark.parametrize("options", [[], ["--tensors=a"]], ids=repr)
 @pytest.mark.parametrize("body", [b"", b"short", b"\xff" * 100, bytes(100)], ids=repr)
 def test_a_wrong_header_costs_only_the_prefetch(
-    mount: Callable[..., Mounted], s3: S3, body: bytes
+    mount: Callable[..., Mounted], s3: S3, body: bytes, options: list[str]
 ) -> None:
-    bucket = f"wrong{len(body)}{len(set(body))}"
+    bucket = f"wrong{len(body)}{len(set(body))}{len(options)}"
     s3.put(bucket, {"model.safetensors": body})
-    mounted = mount(f"s3://{bucket}")
+    mounted = mount(f"s3://{bucket}", *options)
     code = "import sys; sys.stdout.write(open(sys.argv[1], 'rb').read().hex())"
     for _ in range(2):
         assert python(code, mounted.path / "model.safetensors") == body.hex()

@@ -74,6 +74,26 @@ with safe_open(sys.argv[1], framework="np") as opened:
     assert len(asked) < 30, "of 161 blocks: the header, the tensor, a little of what follows"
 
 
+def test_what_a_rank_passes_over_is_told(mount: Callable[..., Mounted], s3: S3) -> None:
+    """The whole model is brought, and half of it is read."""
+    s3.put("half", {"model.safetensors": layers(20)})
+    mounted = mount("s3://half", "--block-size=256KiB", "--page-cache=off", "--read-ahead=0")
+    settle(s3)
+    assert "passed over" not in lazyfs("status", mounted.path).stdout
+    code = """
+import sys
+from safetensors import safe_open
+with safe_open(sys.argv[1], framework="np") as opened:
+    for layer in range(10):
+        opened.get_tensor(f"layers.{layer}.w").sum()
+    opened.get_tensor("layers.19.w").sum()
+"""
+    python(code, mounted.path / "model.safetensors")
+    told = json.loads(lazyfs("status", mounted.path, "--json").stdout)
+    assert told["prefetch"]["passed_over_bytes"] > 20 * BLOCK, "of 9 layers of 4 blocks"
+    assert "passed over by its reader" in lazyfs("status", mounted.path).stdout
+
+
 def test_a_loader_of_other_weights_is_followed(mount: Callable[..., Mounted], s3: S3) -> None:
     """vLLM prefers `consolidated*` in some models; nothing in the listing says which."""
     files = model("") | {f"consolidated-{n}.safetensors": layers(10) for n in (1, 2)}

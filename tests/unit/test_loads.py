@@ -61,6 +61,10 @@ def test_a_header_of_100_mb_costs_only_the_prefetch() -> None:
     model = models.Model()
     model.add("model.safetensors", (100_000_000).to_bytes(8, "little") + b"{", size=300_000_000)
     loader = loaders.Loader([loaders.Queue([[[loaders.cut("model.safetensors", 0, 300_000_000)]]])])
+    tracemalloc.start()
     report = simulate(model, loader)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
     assert report.stall < 0.2
+    assert peak_bytes < 64 << 20, "it is not read into memory"
     assert report.twice == 0

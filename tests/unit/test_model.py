@@ -246,6 +246,13 @@ def test_a_diffusers_pipeline() -> None:
     assert len(left_out(vae)) == 2
 
 
+def test_a_copy_of_a_copy_is_left_out_with_it() -> None:
+    paths = ("m/a.safetensors", "unet/e.onnx", "unet/original/a.safetensors")
+    root, one = layouts(listing("model_index.json", *paths))
+    assert one.shards == paths[:1]
+    assert left_out(root) == set(paths[1:])
+
+
 def test_gguf() -> None:
     split = tuple(f"q8-0000{i}-of-00003.gguf" for i in (1, 2, 3))
     layout = only(*reversed(split), "mmproj-f16.gguf", "config.json")
