@@ -7,6 +7,7 @@ these tests allow are those that `lazyfs.safetensors` lists.
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -315,3 +316,18 @@ def test_many_tensors() -> None:
     assert all(first.end == second.begin for first, second in pairwise(table.tensors))
     found = table.at(table.header_bytes + 4 * 17_777 + 3)
     assert found is not None and found.name == "layer.17777"
+
+
+@pytest.mark.parametrize("value", ["[]", '{"a":1}', '{"dtype":"U8","shape":[0]}'])
+def test_a_hostile_header_takes_memory_in_proportion(value: str) -> None:
+    """Of many small things, which take most; what is read into memory has 16 MiB at most."""
+    text = (
+        "{" + ",".join(f'"{at:06x}":{value}' for at in range((2 << 20) // (len(value) + 10))) + "}"
+    )
+    header = len(text).to_bytes(8, "little") + text.encode()
+    tracemalloc.start()
+    with pytest.raises(MalformedHeaderError):
+        parse_header(header, 1 << 40)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 30 * len(header)
