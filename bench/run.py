@@ -39,7 +39,17 @@ from measure import Run
 from model import write_model, write_recorded, write_small_files
 from mounts import Contender, Lazyfs
 from peers import PEERS, point_juicefs_at, prepare_juicefs
-from scenarios import MODEL, RECORDED, SMALL, TRACES, Line, Lines, Scenarios, why_left_out
+from scenarios import (
+    DOWNLOADED,
+    MODEL,
+    RECORDED,
+    SMALL,
+    TRACES,
+    Line,
+    Lines,
+    Scenarios,
+    why_left_out,
+)
 
 from lazyfs.kinds import parse_size
 
@@ -201,7 +211,7 @@ class Results:
 
 def _as_shown(lines: Iterable[Line]) -> list[Line]:
     lines = list(lines)
-    first = ("limit", "download, then load", "local file", "lazyfs", "lazyfs, no disk")
+    first = ("limit", "download, then load", DOWNLOADED, "local file", "lazyfs", "lazyfs, no disk")
     places = list(dict.fromkeys((*first, *(line.contender for line in lines))))
     return sorted(lines, key=lambda line: places.index(line.contender))
 
@@ -259,7 +269,8 @@ class Bench:
                 return
             add(profile, scenarios.load(without_disk, "vllm"))
             for peer in self._peers_of(profile):
-                self._try(profile, peer, scenarios.load(peer, "vllm"))
+                measure = scenarios.cold if peer.name in self._plan.slow else scenarios.load
+                self._try(profile, peer, measure(peer, "vllm"))
             add(profile, scenarios.download_and_local("sequential"))
             add(profile, scenarios.load(self._lazyfs, "sequential"))
             for workload in self._plan.workloads.get(profile, ()):

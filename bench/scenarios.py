@@ -39,6 +39,7 @@ class Line:
 Lines = Iterator[tuple[Line, Run]]
 LIMIT = Line("limit", "ranged GETs, thrown away", "")
 DOWNLOAD = Line("download, then load", "vllm", "cold")
+DOWNLOADED = "local file, as written"
 
 
 class Scenarios:
@@ -64,6 +65,9 @@ class Scenarios:
         """What is done today, and local files in modes of load.py."""
         target = self._base / "downloaded"
         yield DOWNLOAD, download(self._origin, self._source, target)
+        for mode in modes:
+            # Written pages lie in larger pieces of memory than mapped ones do, and map faster.
+            yield Line(DOWNLOADED, mode, "hot"), local(Loader(mode), target, hot=True)
         for mode in modes:
             drop_page_cache(target)
             yield Line("local file", mode, "cold"), local(Loader(mode), target, hot=False)
