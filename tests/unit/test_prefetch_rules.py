@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from lazyfs.blocks import BlockId, block_count
 from lazyfs.prefetch import POLICIES, Place, Prefetcher
-from lazyfs.prefetch.places import AWAY
+from lazyfs.prefetch.places import AWAY, PIECE_BLOCKS
 from lazyfs.safetensors import Tensor
 
 BLOCK = 10
@@ -69,6 +69,8 @@ class Mount(RuleBasedStateMachine):
         ]
         if inode not in self.tables:
             self.tables[inode] = data.draw(st.sampled_from([tensors, tensors, []]))
+            # It is not known any more which runs of blocks were read; tensors are seen from now on.
+            self.touched = {piece for piece in self.touched if piece[0] != inode}
         self.made.set_tensors(inode, self.tables[inode])
 
     @rule(data=st.data(), direct=st.booleans())
@@ -106,13 +108,10 @@ class Mount(RuleBasedStateMachine):
         if offset < self.sizes[inode] and self.made.place(first) == Place.USED:
             again = {block for block in self.came if block.inode == inode and block >= first}
             self.came -= {block for block in again if self.made.place(block) == Place.USED}
+            self.touched = {piece for piece in self.touched if piece[0] != inode}
         self.made.was_read(inode, offset, size)
-        middle = min(offset + size // 2, self.sizes[inode] - 1)
-        for tensor in self.tables.get(inode, ()):
-            if tensor.begin <= middle < tensor.end and 0 < offset < self.sizes[inode]:
-                stop = block_count(tensor.end, BLOCK)
-                if self._completes(inode):
-                    self.touched.add((inode, tensor.begin // BLOCK, stop))
+        if self._completes(inode) and first.number < block_count(self.sizes[inode], BLOCK):
+            self._touch(inode, offset, min(offset + size // 2, self.sizes[inode] - 1))
         stop = min(offset + size, self.sizes[inode])
         for number in range(offset // BLOCK, block_count(stop, BLOCK)):
             block = BlockId(inode, number)
@@ -124,9 +123,21 @@ class Mount(RuleBasedStateMachine):
                 self.came.add(block)
             self.read.add(block)
 
+    def _touch(self, inode: int, offset: int, middle: int) -> None:
+        """Something was read of the tensor, or else of the run of blocks, around `middle`."""
+        tensors = self.tables.get(inode)
+        if tensors:
+            for tensor in tensors:
+                if tensor.begin <= middle < tensor.end and offset:
+                    stop = block_count(tensor.end, BLOCK)
+                    self.touched.add((inode, tensor.begin // BLOCK, stop))
+        elif offset >= BLOCK:  # else it is the header
+            begin = middle // BLOCK // PIECE_BLOCKS * PIECE_BLOCKS
+            self.touched.add((inode, begin, begin + PIECE_BLOCKS))
+
     def _completes(self, inode: int) -> bool:
         """Whether tensors of a file are to be had whole, and first."""
-        return self.policy == "tensor" or (
+        return (self.policy == "tensor" and bool(self.tables.get(inode))) or (
             self.policy == "model" and inode in (*self.small, *self.shards)
         )
 
@@ -211,6 +222,7 @@ class Mount(RuleBasedStateMachine):
         assert not self._is_excluded(block) or self._is_of_touched(block)
         if not self._is_of_touched(block):
             for inode, first, stop in self.touched:
+                stop = min(stop, block_count(self.sizes[inode], BLOCK))
                 rest = [BlockId(inode, number) for number in range(first, stop)]
                 assert Place.ABSENT not in map(self.made.place, rest), "of a tensor that was read"
         if self.policy == "headers":
