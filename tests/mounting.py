@@ -20,6 +20,8 @@ from pathlib import Path
 
 from s3 import CREDENTIALS
 
+from lazyfs.mount import scout
+
 TIMEOUT_S = 60
 # Of this run alone; short, because sockets are in it.
 RUNTIME_DIRECTORY = tempfile.mkdtemp(prefix="lazyfs-")
@@ -143,17 +145,25 @@ def is_mounted(path: Path) -> bool:
     return any(line.split()[4] == str(path) for line in open("/proc/self/mountinfo"))
 
 
-def worker_pid(path: Path) -> int:
-    """The worker that serves a mount, found as anyone can find it."""
-    module = b"lazyfs.mount.worker"
+def workers() -> Iterator[tuple[int, list[str]]]:
+    """Process id and command line of each process that serves a mount of this machine."""
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
             try:
-                words = (process / "cmdline").read_bytes().split(b"\0")
+                words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                name, _, rest = (process / "stat").read_text().partition("(")[2].rpartition(")")
             except OSError:
                 continue
-            if module in words and str(path).encode() in words:
-                return int(process.name)
+            # A scout is a copy of its worker for some moments.
+            if "lazyfs.mount.worker" in words and name != scout.NAME and rest.split()[0] != "Z":
+                yield int(process.name), words
+
+
+def worker_pid(path: Path) -> int:
+    """The worker that serves a mount, found as anyone can find it."""
+    for pid, words in workers():
+        if str(path) in words:
+            return pid
     raise AssertionError(f"no worker for {path}")
 
 

@@ -32,6 +32,9 @@ PIECE = 1 << 16
 _UNKNOWN = b"-"
 # linux/prctl.h
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+# What ps(1) shows in the place of the worker's name, at most 15 letters.
+NAME = "lazyfs-scout"
 
 
 class Scout:
@@ -84,7 +87,9 @@ class Scout:
 def _be_scout(connection: socket.socket, worker: int) -> NoReturn:
     code = 1
     try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        libc = ctypes.CDLL(None)
+        libc.prctl(_PR_SET_NAME, NAME.encode())
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != worker:  # which ended before that
             os._exit(code)
         # Whatever else the worker holds must end with the worker.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from mounting import python, wait_until_gone
+from mounting import python, wait_until_gone, workers
 from plugins import KeeperProcess, Plugin
 
 from csi import csi_pb2
@@ -147,18 +147,8 @@ class TestNode:
 
     def workers(self) -> list[int]:
         """The processes that serve mounts of this node."""
-        found = []
-        for process in Path("/proc").iterdir():
-            if process.name.isdigit():
-                try:
-                    words = (process / "cmdline").read_bytes().split(b"\0")
-                    state = (process / "stat").read_text().rpartition(")")[2].split()[0]
-                except OSError:
-                    continue
-                own = any(word.startswith(os.fsencode(self.state)) for word in words)
-                if b"lazyfs.mount.worker" in words and own and state != "Z":
-                    found.append(int(process.name))
-        return found
+        mine = str(self.state)
+        return [pid for pid, words in workers() if any(word.startswith(mine) for word in words)]
 
     def mounts(self) -> list[str]:
         """Where anything of this node is mounted."""

@@ -22,7 +22,7 @@ import grpc
 from api_server import FakeApiServer
 from certificates import make_certificates
 from manifests import PLAIN, load, option, pod_specs
-from mounting import environment
+from mounting import environment, workers
 from s3 import CREDENTIALS, S3
 
 from csi.csi_pb2_grpc import ControllerStub, IdentityStub, NodeStub
@@ -178,9 +178,8 @@ class Driver:
 
     def workers(self) -> int:
         """How many daemons serve volumes here."""
-        marks = (b"lazyfs.mount.worker", f"{self.directory}/".encode())
-        lines = (_command_line(each) for each in Path("/proc").iterdir() if each.name.isdigit())
-        return sum(all(mark in line for mark in marks) for line in lines)
+        mine = f"{self.directory}/"
+        return sum(any(mine in word for word in words) for _, words in workers())
 
 
 def _here(arguments: list[str], env: dict[str, str]) -> list[str]:
@@ -197,13 +196,6 @@ def _here(arguments: list[str], env: dict[str, str]) -> list[str]:
 def account_of(env: Mapping[str, str]) -> Path:
     """The directory of the controller's service account; beside it is all of the node."""
     return Path(env["LAZYFS_RUNTIME_DIR"]).parent / "account"
-
-
-def _command_line(process: Path) -> bytes:
-    try:
-        return (process / "cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 def _free_port() -> int:
