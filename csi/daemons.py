@@ -290,7 +290,11 @@ class Daemons:
                 "delete the pods that use the volume on this node, so that it is staged again",
             )
         try:
-            daemon.mountpoint.mkdir(mode=0o700, exist_ok=True)
+            # With exist_ok it would ask what is mounted there, and wait for the daemon that this is
+            # to start.
+            daemon.mountpoint.mkdir(mode=0o700)
+        except FileExistsError:
+            pass
         except OSError as error:
             raise MountError(f"{daemon.mountpoint}: {error.strerror}") from error
         spec = daemon.spec

@@ -10,6 +10,7 @@ Servicers raise; the code of an error is decided by `csi/errors.py`, here and no
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import itertools
 import logging
 import os
@@ -43,6 +44,8 @@ log = logging.getLogger(__name__)
 THREADS = 64
 # What runs when the plugin is told to end may finish, within kubelet's own 30 s for a pod.
 GRACE_S = 20.0
+# A plugin that was told to end, and has not by then, ends where it is.
+LAST_STEPS_S = 25.0
 # sockaddr_un(7)
 LONGEST_SOCKET_PATH = 107
 # Asked over and over; logged only when they fail.
@@ -108,6 +111,8 @@ class Server:
             self.start()
             ended.wait()
         log.info("ending")
+        # What is stuck is told, and does not keep the next plugin waiting.
+        faulthandler.dump_traceback_later(LAST_STEPS_S, exit=True)
         self.stop()
 
 

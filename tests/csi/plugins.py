@@ -15,6 +15,7 @@ from mounting import environment
 
 from csi import csi_pb2
 from csi.csi_pb2_grpc import ControllerStub, IdentityStub, NodeStub
+from lazyfs.mount.keeper import KeeperClient, KeeperError
 
 READY_TIMEOUT_S = 30
 
@@ -54,7 +55,10 @@ class Plugin:
         """End it as a cluster does."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-            assert self.process.wait(30) == 0, self.log()
+            try:
+                assert self.process.wait(30) == 0, self.log()
+            except subprocess.TimeoutExpired:
+                raise AssertionError(f"it does not end:\n{self.log()}") from None
         self.channel.close()
 
     def _wait(self) -> None:
@@ -77,9 +81,16 @@ class KeeperProcess:
         with open(directory / "keeper.log", "ab") as log:
             self.process = _start("keeper", log, f"--socket={self.socket}")
         deadline = time.monotonic() + READY_TIMEOUT_S
-        while not self.socket.exists():
+        while not self._answers():
             assert self.process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
+
+    def _answers(self) -> bool:
+        try:
+            KeeperClient.connect(self.socket).close()
+        except KeeperError:
+            return False
+        return True
 
     def end(self) -> None:
         """End it; it has nothing to tidy up."""
