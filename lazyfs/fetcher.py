@@ -156,7 +156,6 @@ class BlockFetcher:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled."""
-        self._load.begun(trio.current_time())
         async with trio.open_nursery() as nursery:
             await nursery.start(self._pusher.run)
             nursery.start_soon(self._close_idle)

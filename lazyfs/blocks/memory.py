@@ -161,7 +161,7 @@ class BlockMemory:
 
     def _costs_the_cache(self) -> BlockId | None:
         for block, held in self._held.items():
-            mapped = self._is_near(block) and self._prefetcher.may_read_pages(block.inode)
+            mapped = self._is_near(block) and self._prefetcher.reads_pages(block.inode)
             if held.spare and (mapped or not held.unread):
                 return block
         return None

@@ -225,9 +225,9 @@ class Prefetcher:
         """A file was opened; `direct`: with O_DIRECT, which passes by the page cache."""
         self._files[inode].reads_pages = not direct
 
-    def may_read_pages(self, inode: int) -> bool:
-        """Whether who reads the file, or may come to read it, finds what is in the page cache."""
-        return self._files[inode].reads_pages is not False
+    def reads_pages(self, inode: int) -> bool:
+        """Whether the file is open to someone who finds what is in the page cache."""
+        return self._files[inode].reads_pages is True
 
     def takes_pages(self, block: BlockId) -> bool:
         """Whether a block can and should be put into the page cache."""

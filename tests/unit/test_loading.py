@@ -1,18 +1,11 @@
 """Whether a load is under way."""
 
-from lazyfs.blocks.loading import BEHIND_S, EXPECTED_S, Loading
+from lazyfs.blocks.loading import BEHIND_S, Loading
 
 
-def test_a_reader_is_expected_for_some_seconds_after_the_mount() -> None:
+def test_a_load_needs_a_reader() -> None:
     load = Loading()
-    load.begun(100.0)
-    assert load.is_under_way(100.0, open_files=0, in_flight=3)
-    assert not load.is_under_way(100.0 + EXPECTED_S, open_files=0, in_flight=3)
-
-
-def test_who_has_left_is_not_expected_again() -> None:
-    load = Loading()
-    load.begun(100.0)
+    assert not load.is_under_way(101.0, open_files=0, in_flight=3)
     load.opened(direct=False)
     assert load.is_under_way(101.0, open_files=1, in_flight=3)
     assert not load.is_under_way(101.0, open_files=0, in_flight=3)
@@ -20,7 +13,6 @@ def test_who_has_left_is_not_expected_again() -> None:
 
 def test_a_reader_has_some_time_for_what_came_last() -> None:
     load = Loading()
-    load.begun(100.0)
     load.opened(direct=False)
     load.landed(120.0)
     assert load.is_under_way(120.0 + BEHIND_S / 2, open_files=1, in_flight=0)
@@ -29,11 +21,6 @@ def test_a_reader_has_some_time_for_what_came_last() -> None:
 
 def test_direct_readers_leave_nothing_in_the_page_cache() -> None:
     load = Loading()
-    load.begun(100.0)
     load.opened(direct=False)
     load.opened(direct=True)
     assert not load.is_under_way(101.0, open_files=2, in_flight=3)
-
-
-def test_a_mount_that_was_never_asked_for_anything_loads_nothing() -> None:
-    assert not Loading().is_under_way(0.0, open_files=0, in_flight=0)
