@@ -25,7 +25,7 @@ from pathlib import Path
 
 import load
 import origin as origins
-from accounting import FuseRequests, end_in_order, fuse_requests, settle
+from accounting import FuseRequests, end_in_order, fuse_requests, settle, workplace
 from measure import Loader, Meter, Run
 from model import write_model
 from mounts import Lazyfs, Place, forget, from_disk
@@ -142,8 +142,7 @@ def main() -> None:
     arguments = parser.parse_args()
     end_in_order()
     with contextlib.ExitStack() as stack:
-        temporary = tempfile.TemporaryDirectory(prefix="lazyfs-ab-", dir="/var/tmp")
-        base = Path(stack.enter_context(temporary))
+        base = stack.enter_context(workplace("lazyfs-ab-"))
         requests = stack.enter_context(fuse_requests(base))
         options = tuple(arguments.option)
         contenders = [

@@ -16,13 +16,12 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import origin as origins
-from accounting import end_in_order, touch_memory
+from accounting import end_in_order, touch_memory, workplace
 from model import write_model
 from mounts import Lazyfs, Place, forget
 from rich.console import Console
@@ -57,8 +56,7 @@ def main() -> None:
     end_in_order()
     table = Table("load", "seconds", "size / bandwidth", "over it", "fetched / size", box=None)
     lazyfs = Lazyfs(HERE.parent)
-    with tempfile.TemporaryDirectory(prefix="lazyfs-bench-", dir="/var/tmp") as temporary:
-        base = Path(temporary)
+    with workplace("lazyfs-bench-") as base:
         served, source = base / "served", base / "served" / "model"
         mountpoint = base / "mnt"
         mountpoint.mkdir()

@@ -17,14 +17,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import statistics
-import tempfile
 import time
 from collections import defaultdict
-from pathlib import Path
 
 import origin as origins
 from ab import ROOT, tree
-from accounting import end_in_order, settle
+from accounting import end_in_order, settle, workplace
 from model import write_model
 from mounts import Lazyfs, Place, forget
 
@@ -53,7 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
     end_in_order()
     with contextlib.ExitStack() as stack:
-        base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lazyfs-startup-")))
+        base = stack.enter_context(workplace("lazyfs-startup-"))
         trees = [stack.enter_context(tree(each, base)) for each in (arguments.base, arguments.head)]
         write_model(base / "served" / "model", 8 << 20, 2)
         origin = stack.enter_context(origins.serve(base / "served", "unlimited"))

@@ -44,8 +44,9 @@ log = logging.getLogger(__name__)
 THREADS = 64
 # What runs when the plugin is told to end may finish, within kubelet's own 30 s for a pod.
 GRACE_S = 20.0
-# A plugin that was told to end, and has not by then, ends where it is.
-LAST_STEPS_S = 25.0
+# A plugin that was told to end, and has not by then, ends where it is: after RPCs have had their
+# grace and workers theirs, and before those 30 s are over.
+LAST_STEPS_S = 29.0
 # sockaddr_un(7)
 LONGEST_SOCKET_PATH = 107
 # Asked over and over; logged only when they fail.

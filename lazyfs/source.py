@@ -162,7 +162,7 @@ def find(
     """
     bucket = _bucket(url, options, credentials, region)
     page = None if region else bucket.list_page(url.prefix, None)
-    return Found(bucket.place, bucket.keys(), page)
+    return bucket.found(page)
 
 
 class Source:
@@ -193,7 +193,7 @@ class Source:
         self._loading = threading.Lock()
         if found is None:
             self._bucket = _bucket(url, options, credentials, None)
-            found = Found(self._bucket.place, self._bucket.keys(), None)
+            found = self._bucket.found()
         self._place, self._keys, self._ahead = found.place, found.keys, found.page
         self.region = self._place.region
         self._signer = Signer(self._place.server, self.region)

@@ -36,7 +36,7 @@ from lazyfs.errors import (
 )
 from lazyfs.mount.spec import Credentials
 from lazyfs.options import MountOptions
-from lazyfs.source import Keys, Page, Place, SourceUrl, told_request, trust
+from lazyfs.source import Found, Keys, Page, Place, SourceUrl, told_request, trust
 from lazyfs.transport import CONNECT_TIMEOUT_S, SILENCE_TIMEOUT_S, Proxy
 from lazyfs.tree import ListedObject
 
@@ -81,6 +81,10 @@ class Bucket:
             self._session = _session(options, self._given)
             self._client = self._client_for(region) if region else self._connect()
         self.place = self._place()
+
+    def found(self, page: Page | None = None) -> Found:
+        """What a process needs to know that does without boto3. Raises as `keys` does."""
+        return Found(self.place, self.keys(), page)
 
     def keys(self) -> Keys | None:
         """What requests are signed with now; None if they are not signed.
