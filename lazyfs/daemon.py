@@ -60,6 +60,7 @@ MOST_REQUESTS = 4096
 # After an unmount: how soon it is noticed, and how long replies and writes under way may take.
 SESSION_CHECK_S = 0.5
 LAST_REPLIES_S = 6.0
+LAST_WRITES_S = 5.0
 # After a signal: how long pushes under way may take.
 LAST_PUSHES_S = 2.0
 
@@ -195,7 +196,8 @@ async def _serve(
             recorder.ready()
             on_ready()
             await pyfuse3.main(max_tasks=MOST_REQUESTS)
-            await fetcher.finish_writing()
+            with trio.move_on_after(LAST_WRITES_S):
+                await fetcher.finish_writing()
             nursery.cancel_scope.cancel()
     finally:
         session.close()

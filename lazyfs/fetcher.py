@@ -52,8 +52,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# When the mount ends, blocks that wait for the disk may take so long.
-LAST_WRITES_S = 5.0
 # Blocks that are read from the disk at once, ahead of readers.
 LOADERS = 3
 # Requests of waiting readers that may be in flight beyond the adaptive limit.
@@ -169,11 +167,10 @@ class BlockFetcher:
             await trio.sleep_forever()
 
     async def finish_writing(self) -> None:
-        """Write what waits for the disk, so that the next mount finds it; for some seconds."""
-        with trio.move_on_after(LAST_WRITES_S):
-            if self._cache and self._writer:
-                await self._writer.finish()
-                await self._thread(self._cache.care, self._plan())
+        """Write what waits for the disk, so that the next mount finds it."""
+        if self._cache and self._writer:
+            await self._writer.finish()
+            await self._thread(self._cache.care, self._plan())
 
     @property
     def block_size(self) -> int:
@@ -199,8 +196,14 @@ class BlockFetcher:
     def take_shed(self) -> list[tuple[File, BlockId]]:
         """The blocks that were not written and went into the page cache; each is given once."""
         shed = self._writer.take_shed() if self._writer else {}
-        near = (block for block in shed if self._prefetcher.place(block) == Place.NEAR)
-        return [(shed[block], block) for block in near]
+        # Who read a block part by part has got it into the page cache as well.
+        places = (Place.NEAR, Place.USED)
+        return [(shed[block], block) for block in shed if self._prefetcher.place(block) in places]
+
+    def unwritten_bytes(self) -> int:
+        """Of the blocks that wait to be written, or were shed."""
+        unwritten = self._writer.unwritten() if self._writer else ()
+        return sum(map(self._length, unwritten))
 
     def wish_again(self, blocks: Iterable[BlockId]) -> None:
         """Blocks that were shed have left the page cache as well: they are only in S3 again."""

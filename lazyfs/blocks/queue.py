@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 
 import trio
 
@@ -19,6 +20,9 @@ class BlockQueue:
 
     def __len__(self) -> int:
         return len(self._blocks)
+
+    def __iter__(self) -> Iterator[tuple[BlockId, Held]]:
+        return iter(self._blocks.items())
 
     def put(self, block: BlockId, held: Held) -> None:
         """Add a block as the last one."""

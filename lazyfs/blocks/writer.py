@@ -53,6 +53,8 @@ class BlockWriter:
         self._on_written = on_written
         self._queue = BlockQueue()
         self._writing = 0
+        # Somebody waits for all to be written: nothing is put off.
+        self._finishing = 0
         self._shed: dict[BlockId, File] = {}
         # What the cache had no room for, though nobody has read it yet.
         self._refused: list[BlockId] = []
@@ -83,7 +85,12 @@ class BlockWriter:
     @property
     def is_put_off(self) -> bool:
         """Whether a load would have to do without the time that writing takes."""
-        return self._is_loading() and self._processors.busy and not self._cache.others_wait()
+        can_wait = not (self._finishing or self._cache.others_wait())
+        return can_wait and self._is_loading() and self._processors.busy
+
+    def unwritten(self) -> dict[BlockId, File]:
+        """What waits to be written, or was shed."""
+        return self._shed | {block: held.file for block, held in self._queue}
 
     def take_shed(self) -> dict[BlockId, File]:
         """Which blocks were shed; each is told once."""
@@ -97,9 +104,13 @@ class BlockWriter:
                 nursery.start_soon(self._write_forever)
 
     async def finish(self) -> None:
-        """Until all is written."""
-        while self.is_at_work:
-            await trio.sleep(0.01)
+        """Until all is written, or known as shed, even if a load needs the time."""
+        self._finishing += 1
+        try:
+            while self.is_at_work:
+                await trio.sleep(0.01)
+        finally:
+            self._finishing -= 1
 
     async def _write_forever(self) -> None:
         while True:
