@@ -1,7 +1,13 @@
 """What the mount shows: the tree, listed from S3 as far as anyone has looked.
 
 A source of up to 1,000 objects is listed by one request, whole. Of a larger one each directory is
-listed when it is first looked at, so that a mount of a huge prefix is ready after one request.
+listed when it is first looked at, so that a mount of a huge prefix is ready after one request. Who
+walks through it would wait for as many requests as there are directories. So when a directory is
+looked at and the one before it is listed already, what is asked for is not that directory, but
+all that follows in the order of keys, at any depth: a page of 1,000 objects. All directories that
+are in it from begin to end are listed then. Of the page that was asked for at mount the same is
+kept.
+
 Either way a directory is listed once and stays as it was: the mount is a snapshot.
 """
 
@@ -13,12 +19,12 @@ from collections import defaultdict
 import trio
 
 from lazyfs.blocks.retry import patiently
-from lazyfs.errors import ObjectGoneError
+from lazyfs.errors import ObjectGoneError, SourceError
 from lazyfs.journal import Listing, ListingJournal
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options import MountOptions
 from lazyfs.source import Page, Source
-from lazyfs.tree import Directory, Hidden, ListedObject, Node, Tree
+from lazyfs.tree import Directory, Hidden, ListedObject, Node, Tree, whole_directories
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +51,10 @@ class Catalog:
         self._journal = journal
         self.tree = Tree(source.url.prefix, options.wants)
         self._listing: defaultdict[int, trio.Lock] = defaultdict(trio.Lock)
+        # What was asked for at mount, of a source that has more.
+        self._first: list[ListedObject] = []
+        # Inodes of directories of which those below do not come together.
+        self._scattered: set[int] = set()
 
     async def open(self) -> None:
         """Ask for the first page, which shows whether there is anything to mount.
@@ -59,6 +69,8 @@ class Catalog:
             )
         if page.next_token is None:
             self._add(Listing(self.tree.root.prefix, page.objects, [], whole=True))
+        else:
+            self._first = page.objects
 
     def restore(self) -> None:
         """Become what the journal says that a former daemon has shown."""
@@ -81,29 +93,85 @@ class Catalog:
         return directory.children
 
     async def _list(self, directory: Directory) -> None:
+        if self._follows(directory):
+            await self._list_from(directory)
+        # What others have listed meanwhile was seen, and stays.
+        if directory.children is None:
+            listing = await self._list_alone(directory.prefix)
+            if directory.children is None:
+                self._add(listing)
+                if directory is self.tree.root:
+                    self._add_whole(directory, self._first, ended=False)
+                    self._first = []
+
+    def _follows(self, directory: Directory) -> bool:
+        """Whether somebody seems to walk: the directory before this one is listed."""
+        before: Directory | None = None
+        if directory is not self.tree.root and directory.parent not in self._scattered:
+            for node in self._parent(directory).in_order():
+                if node is directory:
+                    return before is not None and before.children is not None
+                if isinstance(node, Directory):
+                    before = node
+        return False
+
+    def _parent(self, directory: Directory) -> Directory:
+        parent = self.tree.get(directory.parent)
+        assert isinstance(parent, Directory)
+        return parent
+
+    async def _list_from(self, directory: Directory) -> None:
+        """List this directory and those that follow it, if they are small enough for that."""
+        parent = self._parent(directory)
+        try:
+            page = await self._patient_page(parent.prefix, after=directory.prefix)
+        except SourceError as error:
+            if error.transient:
+                raise
+            # There are policies that allow only listings by `/`. If it is not that, the listing
+            # of the directory alone will tell.
+            log.info("directories of %r are listed one by one: %s", parent.prefix, error)
+        else:
+            self._add_whole(parent, page.objects, ended=page.next_token is None)
+        if directory.children is None:
+            self._scattered.add(parent.inode)
+
+    def _add_whole(self, parent: Directory, objects: list[ListedObject], *, ended: bool) -> None:
+        """Add the directories below that one which are in a listing from begin to end."""
+        assert parent.children is not None
+        for name, below in whole_directories(parent.prefix, objects, ended=ended).items():
+            node = parent.children.get(name)
+            if isinstance(node, Directory) and node.children is None:
+                self._add(Listing(node.prefix, below, [], whole=True))
+
+    async def _list_alone(self, prefix: str) -> Listing:
         objects: list[ListedObject] = []
         prefixes: list[str | None] = []
         token: str | None = None
         while True:
-            page = await patiently(
-                lambda: self._page(directory.prefix, token, "/"),  # noqa: B023 - awaited right here
-                what=f"listing of s3://{self._source.url.bucket}/{directory.prefix}",
-                timeout_s=lambda: self._options.io_timeout,
-                on_retry=self._recorder.listing_retried,
-            )
+            page = await self._patient_page(prefix, token, "/")
             objects += page.objects
             prefixes += page.prefixes
             token = page.next_token
             if token is None:
-                self._add(Listing(directory.prefix, objects, prefixes, whole=False))
-                return
+                return Listing(prefix, objects, prefixes, whole=False)
 
-    async def _page(self, prefix: str, token: str | None, delimiter: str) -> Page:
+    async def _patient_page(
+        self, prefix: str, token: str | None = None, delimiter: str = "", after: str = ""
+    ) -> Page:
+        return await patiently(
+            lambda: self._page(prefix, token, delimiter, after),
+            what=f"listing of s3://{self._source.url.bucket}/{prefix}",
+            timeout_s=lambda: self._options.io_timeout,
+            on_retry=self._recorder.listing_retried,
+        )
+
+    async def _page(self, prefix: str, token: str | None, delimiter: str, after: str = "") -> Page:
         began_s = self._recorder.asked("list")
         page: Page | None = None
         try:
             page = await trio.to_thread.run_sync(
-                lambda: self._source.list_page(prefix, token, delimiter=delimiter),
+                lambda: self._source.list_page(prefix, token, delimiter=delimiter, after=after),
                 abandon_on_cancel=True,
             )
         finally:

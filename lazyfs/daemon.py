@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -43,6 +41,7 @@ from lazyfs.mount.handover import Beginning, Handover, new_carried
 from lazyfs.mount.keeper import KeeperClient
 from lazyfs.mount.runtime import control_socket, restarts_of
 from lazyfs.mount.spec import Credentials, credentials_from
+from lazyfs.mount.walker import Walker
 from lazyfs.observe import tracing
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options import MountOptions
@@ -172,9 +171,10 @@ async def _serve(
                 salvage = Salvage(mount.mountpoint, mount.url.prefix, cache, fetcher)
                 nursery.start_soon(salvage.run)
             if options.prefetch in PLANNED:
-                nursery.start_soon(planner.run)
                 if page_cache.supported:
-                    nursery.start_soon(_show_to_kernel, mount.mountpoint)
+                    walker = Walker(mount.mountpoint, catalog.tree.path, nursery)
+                    planner.on_wanted = walker.look_up
+                nursery.start_soon(planner.run)
             status = Status(
                 str(mount.url), str(mount.mountpoint), beginning.mounted_ns,
                 restarts_of(mount.mountpoint), options, catalog,
@@ -294,21 +294,3 @@ async def _end_on_signal(scope: trio.CancelScope, page_cache: PageCache) -> None
                 while page_cache.busy:
                     await trio.sleep(0.01)
             scope.cancel()
-
-
-async def _show_to_kernel(mountpoint: Path) -> None:
-    """Let the kernel look every file up once, so that blocks can be put into its page cache.
-
-    A process of its own does that: one that serves a mount must not walk it, or the two wait for
-    each other when it is killed.
-    """
-    walk = (
-        "import os, sys\n"
-        "for step, _ in zip(os.walk(sys.argv[1]), range(1000)):\n"
-        "    for name in step[2]: os.lstat(os.path.join(step[0], name))\n"
-    )
-    command = [sys.executable, "-I", "-S", "-c", walk, str(mountpoint)]
-    # Silent: it may wait for the next worker, and must not keep this one's output open.
-    await trio.run_process(
-        command, check=False, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import trio
 
@@ -54,6 +54,7 @@ class Planner:
 
     Attributes:
         planned: there is a plan.
+        on_wanted: told of files that became part of the plan.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Planner:
         self._prefetcher = prefetcher
         self._options = options
         self.planned = False
+        self.on_wanted: Callable[[Sequence[File]], None] = lambda files: None
         # Inodes of files that were opened, and of those that were read though not expected to be.
         self._opened: set[int] = set()
         self._strays: set[int] = set()
@@ -157,6 +159,7 @@ class Planner:
         include = self._options.include
         found = layouts(listed, read=self._read_of(files), include=include)
         found = wanted_models(found, on_mount=on_mount, opened=opened)
+        self.on_wanted([files[path] for layout in found for path in layout.paths])
         indexes = {
             path: content
             for layout in found

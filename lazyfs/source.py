@@ -219,16 +219,26 @@ class Source:
         elif not (isinstance(former, WebIdentity) and credentials.role_arn == former.role_arn):
             self._keys = None  # else a new token is for the next keys: those at hand are still good
 
-    def list_page(self, prefix: str, token: str | None, *, delimiter: str = "") -> Page:
+    def list_page(
+        self, prefix: str, token: str | None, *, delimiter: str = "", after: str = ""
+    ) -> Page:
         """Up to 1,000 objects below a prefix, in key order, from where `token` says.
+
+        Args:
+            after: without a token, only keys that follow this one.
 
         Raises:
             SourceError: S3 did not answer, or not as it must.
         """
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and (prefix, token, delimiter) == (self.url.prefix, None, ""):
+        if ahead is not None and (prefix, token, delimiter, after) == (
+            self.url.prefix,
+            None,
+            "",
+            "",
+        ):
             return ahead
-        return self._loaded().list_page(prefix, token, delimiter=delimiter)
+        return self._loaded().list_page(prefix, token, delimiter=delimiter, after=after)
 
     def clock_skew_s(self) -> float | None:
         """How far S3's clock is ahead of ours, by the Date of an answer; None if it has none.

@@ -108,6 +108,33 @@ def refusal(relative_key: str) -> str | None:
     return None
 
 
+def whole_directories(
+    prefix: str, objects: Iterable[ListedObject], *, ended: bool
+) -> dict[str, list[ListedObject]]:
+    """The directories directly below a prefix that are in a listing from begin to end, by name.
+
+    Args:
+        objects: what was listed below the prefix, at any depth, from the beginning of one of its
+            directories on. They must be in the order of their keys: of others nothing is known.
+        ended: nothing follows.
+    """
+    found: dict[str, list[ListedObject]] = {}
+    last_key, last_name = "", None
+    for listed in objects:
+        if listed.key is None:
+            ended = False  # no telling where it belongs
+            break
+        if listed.key < last_key:
+            return {}
+        name, slash, _ = listed.key[len(prefix) :].partition("/")
+        if slash:
+            found.setdefault(name, []).append(listed)
+        last_key, last_name = listed.key, name if slash else None
+    if last_name is not None and not ended:
+        del found[last_name]
+    return found
+
+
 class Tree:
     """All nodes that the mount has met so far.
 

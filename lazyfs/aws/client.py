@@ -108,8 +108,13 @@ class Bucket:
         assert self._given is not None
         self._given.replace(credentials)
 
-    def list_page(self, prefix: str, token: str | None, *, delimiter: str = "") -> Page:
+    def list_page(
+        self, prefix: str, token: str | None, *, delimiter: str = "", after: str = ""
+    ) -> Page:
         """Up to 1,000 objects below a prefix, in key order, from where `token` says.
+
+        Args:
+            after: without a token, only keys that follow this one.
 
         Raises:
             SourceError: S3 did not answer, or not as it must.
@@ -123,6 +128,8 @@ class Bucket:
             request["Delimiter"] = delimiter
         if token:
             request["ContinuationToken"] = token
+        elif after:
+            request["StartAfter"] = after
         if self._options.requester_pays:
             request["RequestPayer"] = "requester"
         with _as_source_error(f"listing s3://{self.url.bucket}/{prefix}"):

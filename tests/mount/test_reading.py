@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mounting import Mounted, python, shell
+from mounting import Mounted, lazyfs, python, shell
 from s3 import S3
 
 pytestmark = pytest.mark.fuse
@@ -174,6 +174,29 @@ print(json.dumps([oct(s.st_mode), s.st_uid, s.st_gid, s.st_size, s.st_mtime_ns, 
     assert seen[6]["user.lazyfs.cached"].endswith("/4096")
     again = mount(bucket)
     assert json.loads(python(code, again.path / "f4096.bin"))[5] == seen[5], "inode is not stable"
+
+
+def test_a_walk_through_many_directories_asks_for_a_few_pages(
+    mount: Callable[..., Mounted], server: S3
+) -> None:
+    sizes = {"large": 1500} | {f"m{i:03d}": 10 for i in range(300)}
+    keys = [f"{name}/sub/{i:04d}" for name, size in sizes.items() for i in range(size)]
+    server.put_many("walked", [*keys, "top.txt"])
+    server.forget()
+    mounted = mount("s3://walked")
+
+    def listings() -> int:
+        return sum("list-type" in line for line in server.requests())
+
+    assert shell("cat m200/sub/0003", mounted.path).stdout == "m200/sub/0003"
+    assert listings() <= 4, "at mount, the root, this directory and the one in it"
+    find = "find . -type f -printf '%P\n' | LC_ALL=C sort"
+    assert shell(find, mounted.path).stdout.split() == [*keys, "top.txt"]
+    assert listings() < 20, "not one for each of six hundred directories"
+    asked = listings()
+    assert lazyfs("upgrade", mounted.path).returncode == 0
+    assert shell(find, mounted.path).stdout.split() == [*keys, "top.txt"]
+    assert listings() == asked, "what was seen outlives a worker"
 
 
 def test_directory_of_ten_thousand_objects(mount: Callable[..., Mounted], server: S3) -> None:

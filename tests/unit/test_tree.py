@@ -5,7 +5,15 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.tree import Directory, File, ListedObject, Tree, file_inode, refusal
+from lazyfs.tree import (
+    Directory,
+    File,
+    ListedObject,
+    Tree,
+    file_inode,
+    refusal,
+    whole_directories,
+)
 
 
 def listed(*keys: str | None) -> list[ListedObject]:
@@ -85,3 +93,31 @@ def test_any_keys_make_a_sound_tree(keys: list[str]) -> None:
         assert "/".join(reversed(names)) == file.key
         assert refusal(file.key) is None
         assert isinstance(tree.get(file.inode), File)
+
+
+def test_directories_that_a_page_has_from_begin_to_end() -> None:
+    page = listed("p/a/1", "p/a/x/2", "p/b", "p/b/", "p/c/3")
+    found = whole_directories("p/", page, ended=False)
+    assert {name: [each.key for each in below] for name, below in found.items()} == {
+        "a": ["p/a/1", "p/a/x/2"],
+        "b": ["p/b/"],
+    }
+    assert list(whole_directories("p/", page, ended=True)) == ["a", "b", "c"]
+
+
+def test_of_keys_in_disorder_or_unreadable_ones_nothing_is_taken_for_whole() -> None:
+    assert whole_directories("", listed("a/1", "b/1", "a/2"), ended=True) == {}
+    assert list(whole_directories("", listed("a/1", "b/1", None, "c/1"), ended=True)) == ["a"]
+
+
+@given(st.sets(st.text(st.sampled_from("a/-é0"), max_size=6)), st.integers(0, 30))
+def test_whole_directories_are_as_if_listed_by_themselves(keys: set[str], size: int) -> None:
+    ordered = sorted(keys)
+    page, rest = ordered[:size], ordered[size:]
+    found = whole_directories("", listed(*page), ended=not rest)
+    for name, below in found.items():
+        assert [each.key for each in below] == [
+            key for key in ordered if key.startswith(f"{name}/")
+        ]
+    cut = page[-1].partition("/")[0] if page and rest and "/" in page[-1] else None
+    assert set(found) == {key.partition("/")[0] for key in page if "/" in key} - {cut}
