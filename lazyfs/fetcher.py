@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -242,20 +242,21 @@ class BlockFetcher:
             self._files[file.inode] = file
             self._prefetcher.add_file(file.inode, file.size_bytes)
 
-    async def scan(self, file: File) -> None:
-        """Find which blocks of a file are on disk already, so that they are not fetched ahead."""
-        self.add_file(file)
+    async def scan(self, files: Sequence[File]) -> None:
+        """Find which blocks of files are on disk already, so that they are not fetched ahead."""
+        for file in files:
+            self.add_file(file)
         if self._cache is None:
             return
-        numbers = await self._thread(self._cache.present, file)
-        self._cache.set_loading(file)
-        if numbers:
-            await self._thread(self._cache.announce, [file])
-        for number in numbers:
-            block = BlockId(file.inode, number)
-            self._prefetcher.stored(block)
-            if self._prefetcher.place(block) not in (Place.COMING, Place.LOCAL, Place.NEAR):
-                self._prefetcher.moved(block, Place.LOCAL)
+        present = await self._thread(_find_present, self._cache, files)
+        for file in files:
+            self._cache.set_loading(file)
+        for file, numbers in present:
+            for number in numbers:
+                block = BlockId(file.inode, number)
+                self._prefetcher.stored(block)
+                if self._prefetcher.place(block) not in (Place.COMING, Place.LOCAL, Place.NEAR):
+                    self._prefetcher.moved(block, Place.LOCAL)
 
     def was_read(self, file: File, offset: int, size: int) -> None:
         """A reader asked for `size` bytes at `offset` of a file."""
@@ -599,3 +600,11 @@ class BlockFetcher:
         return await trio.to_thread.run_sync(
             function, *arguments, abandon_on_cancel=True, limiter=self._threads
         )
+
+
+def _find_present(cache: BlockCache, files: Sequence[File]) -> list[tuple[File, list[int]]]:
+    """The files of which blocks are on disk, and which; the cache is told that they are needed."""
+    present = [(file, numbers) for file in files if (numbers := cache.present(file))]
+    if present:
+        cache.announce([file for file, _ in present])
+    return present

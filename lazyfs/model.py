@@ -203,7 +203,11 @@ def layouts(
 
 
 def wanted_models(
-    found: Sequence[ModelLayout], *, on_mount: bool, opened: Container[str] = ()
+    found: Sequence[ModelLayout],
+    *,
+    on_mount: bool,
+    opened: Container[str] = (),
+    whole: bool = True,
 ) -> tuple[ModelLayout, ...]:
     """Which of the models are to be fetched now.
 
@@ -213,10 +217,11 @@ def wanted_models(
     Args:
         on_mount: the moment of mount counts (`--prefetch-on`).
         opened: paths of the files that were opened.
+        whole: there are no others than those that were found.
     """
     models = [layout for layout in found if layout.shards]
     root = next((layout for layout in found if not layout.directory), None)
-    as_one = len(models) == 1 or (root is not None and PIPELINE_INDEX in root.small)
+    as_one = (whole and len(models) == 1) or (root is not None and PIPELINE_INDEX in root.small)
     touched = [layout for layout in found if any(path in opened for path in layout.paths)]
     if as_one:
         return tuple(found) if on_mount or touched else ()

@@ -156,9 +156,12 @@ class Planner:
         listed = [ModelFile(path, file.size_bytes) for path, file in files.items()]
         opened = {path for path, file in files.items() if file.inode in self._opened}
         on_mount = self._options.prefetch_on == "mount"
+        whole = self._catalog.tree.is_whole
         include = self._options.include
-        found = layouts(listed, read=self._read_of(files), include=include)
-        found = wanted_models(found, on_mount=on_mount, opened=opened)
+        read = self._read_of(files)
+        # Of thousands of files that takes a while, in which readers want to be answered.
+        every = await trio.to_thread.run_sync(lambda: layouts(listed, read=read, include=include))
+        found = wanted_models(every, on_mount=on_mount, opened=opened, whole=whole)
         self.on_wanted([files[path] for layout in found for path in layout.paths])
         indexes = {
             path: content
@@ -166,19 +169,21 @@ class Planner:
             for path in layout.index_paths
             if (content := await self._content(files[path])) is not None
         }
-        # That took a while, in which others may have been read than were expected.
-        read = self._read_of(files)
-        found = layouts(listed, indexes=indexes, read=read, include=include)
-        self._left_out = {files[out.path].inode for layout in found for out in layout.excluded}
-        of_models = {files[path].inode for layout in found for path in layout.paths}
+        # Meanwhile others may have been read than were expected.
+        if indexes or read != self._read_of(files):
+            read = self._read_of(files)
+            every = await trio.to_thread.run_sync(
+                lambda: layouts(listed, indexes=indexes, read=read, include=include)
+            )
+        self._left_out = {files[out.path].inode for layout in every for out in layout.excluded}
+        of_models = {files[path].inode for layout in every for path in layout.paths}
         self._useless = {file.inode for file in files.values()} - of_models - self._left_out
-        found = wanted_models(found, on_mount=on_mount, opened=opened)
+        found = wanted_models(every, on_mount=on_mount, opened=opened, whole=whole)
         for warning in (warning for layout in found for warning in layout.warnings):
             log.warning("%s", warning)
         small = [files[path] for layout in found for path in layout.small]
         shards = [files[path] for layout in found for path in layout.shards]
-        for file in (*small, *shards):
-            await self._fetcher.scan(file)
+        await self._fetcher.scan([*small, *shards])
         self._prefetcher.set_order(
             [file.inode for file in small],
             [file.inode for file in shards],

@@ -167,6 +167,12 @@ class Tree:
         key = node.key if isinstance(node, File) else node.prefix.removesuffix("/")
         return key[len(self.root.prefix) :]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all directories met so far are listed, so that there are no others."""
+        directories = (node for node in self._nodes.values() if isinstance(node, Directory))
+        return all(directory.children is not None for directory in directories)
+
     def files(self) -> Iterable[File]:
         """All files met so far."""
         return (node for node in self._nodes.values() if isinstance(node, File))

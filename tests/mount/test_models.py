@@ -68,6 +68,19 @@ def test_of_several_models_the_one_that_is_opened(mount: Callable[..., Mounted],
     assert settle(s3) == {"README.md", *model("b/")}
 
 
+def test_the_only_model_among_the_first_objects_may_not_be_the_only_one(
+    mount: Callable[..., Mounted], s3: S3
+) -> None:
+    s3.put_many("first", (f"b/{number:04}" for number in range(1100)))
+    s3.put("first", model("a/"))
+    s3.forget()
+    mounted = mount("s3://first", "--block-size=256KiB")
+    shell("ls . a", mounted.path)
+    assert settle(s3) == set()
+    shell("cat a/config.json", mounted.path)
+    assert settle(s3) == set(model("a/"))
+
+
 def test_a_lying_index_costs_only_the_order(mount: Callable[..., Mounted], s3: S3) -> None:
     files = model("")
     lie = {"weight_map": {"a": "missing.safetensors", "b": "../../etc/passwd"}}
