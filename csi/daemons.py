@@ -267,7 +267,7 @@ class Daemons:
             daemon.retired = True
         with daemon.locked(START_TIMEOUT_S):
             if daemon.supervisor is not None:
-                daemon.supervisor.stop()
+                daemon.supervisor.stop(is_enough=self._closing.is_set)
             self._clear(daemon.mountpoint)
             self._state.remove_daemon(name)
         with self._lock:

@@ -24,6 +24,7 @@ from lazyfs.control.contents import Contents
 from lazyfs.control.first_load import tell_first_load
 from lazyfs.control.measure import measure
 from lazyfs.control.recording import recording
+from lazyfs.control.saving import Saving
 from lazyfs.control.scrape import listen, serve_metrics
 from lazyfs.control.server import Route, serve_control
 from lazyfs.control.status import Status
@@ -167,9 +168,12 @@ async def _serve(
             nursery.start_soon(_end_on_signal, nursery.cancel_scope, page_cache)
             nursery.start_soon(_end_with_session, session, nursery.cancel_scope)
             await nursery.start(fetcher.run)
-            if cache and page_cache.supported:
+            routes: dict[tuple[str, str], Route] = {}
+            if cache:
                 salvage = Salvage(mount.mountpoint, mount.url.prefix, cache, fetcher)
-                nursery.start_soon(salvage.run)
+                routes |= Saving(salvage, fetcher, recorder, carried, nursery).routes()
+                if page_cache.supported:
+                    nursery.start_soon(salvage.run)
             if options.prefetch in PLANNED:
                 if page_cache.supported:
                     walker = Walker(mount.mountpoint, catalog.tree.path, nursery)
@@ -181,17 +185,14 @@ async def _serve(
                 filesystem, fetcher, page_cache, prefetcher, planner, recorder, cache, carried,
             )  # fmt: skip
             if scraped:
-                routes = {("GET", "/metrics"): lambda _: _metrics(status)}
-                nursery.start_soon(serve_metrics, scraped, listeners, routes)
+                metrics = {("GET", "/metrics"): lambda _: _metrics(status)}
+                nursery.start_soon(serve_metrics, scraped, listeners, metrics)
             nursery.start_soon(tell_first_load, status)
             verb = "resumed" if former else "mounted"
-            warming = Warming(source, catalog, options, nursery)
-            contents = Contents(source, catalog, fetcher)
-            await nursery.start(
-                serve_control,
-                control_socket(mount.mountpoint),
-                _routes(source, status, mount) | warming.routes() | contents.routes(),
-            )
+            routes |= _routes(source, status, mount)
+            routes |= Warming(source, catalog, options, nursery).routes()
+            routes |= Contents(source, catalog, fetcher).routes()
+            await nursery.start(serve_control, control_socket(mount.mountpoint), routes)
             log.info("%s %s at %s", verb, mount.url, mount.mountpoint)
             recorder.ready()
             on_ready()

@@ -2,10 +2,11 @@
 
 While a load leaves the processors no time, blocks are not written to the disk; those that memory
 cannot keep until later are dropped (*shed*), since their bytes are in the kernel's page cache. When
-the load is over they are read back from there through the mount, by a process of its own: a daemon
-must not read what it serves. That process has the lowest priority, asks the kernel first which
-pages are there (mincore(2)), and so never causes a fetch. It holds a file open for milliseconds
-only, so that an unmount does not find the mount in use.
+the load is over, or before the mount ends in an orderly way, they are read back from there through
+the mount, by a process of its own: a daemon must not read what it serves. That process asks the
+kernel first which pages are there (mincore(2)), and so never causes a fetch. After a load it has
+the lowest priority, and holds a file open for milliseconds only, so that an unmount does not find
+the mount in use; before an unmount somebody waits for it.
 
 A block of which the kernel has dropped pages meanwhile is wished for again, once: else the next
 reader would wait for it, and the next mount would not find it.
@@ -21,7 +22,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +43,8 @@ log = logging.getLogger(__name__)
 # A load that made no request for so long is over, or has what it needs.
 QUIET_S = 1.0
 CHECK_S = 0.25
+# One reads while another writes, when somebody waits for it.
+THREADS = 2
 
 _PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -53,7 +58,7 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class Salvage:
-    """Has the shed blocks of one mount written whenever it is quiet.
+    """Has the shed blocks of one mount written whenever it is quiet, and when it is about to end.
 
     Args:
         mountpoint: of the mount.
@@ -69,43 +74,84 @@ class Salvage:
         self._prefix = prefix
         self._cache = cache
         self._fetcher = fetcher
+        # Shed, and not tried yet to the end.
+        self._unsaved: dict[BlockId, File] = {}
         self._wished_again: set[BlockId] = set()
+        self._one_at_a_time = trio.Lock()
+        self._in_peace: trio.CancelScope | None = None
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Save after each load, until cancelled."""
         quiet_since_s = trio.current_time()
         while True:
             await trio.sleep(CHECK_S)
             if self._fetcher.is_at_work:
                 quiet_since_s = trio.current_time()
             elif trio.current_time() - quiet_since_s >= QUIET_S:
-                blocks = self._fetcher.take_shed()
-                if blocks:
-                    await self._save(blocks)
+                async with self._one_at_a_time:
+                    with trio.CancelScope() as self._in_peace:
+                        await self._save_shed(in_peace=True)
+                    self._in_peace = None
 
-    async def _save(self, blocks: Sequence[tuple[File, BlockId]]) -> None:
+    def unsaved_bytes(self) -> int:
+        """What would be lost if the mount ended now, and no more were written."""
+        unsaved = sum(self._length(file, block) for block, file in self._unsaved.items())
+        return unsaved + self._fetcher.unwritten_bytes()
+
+    def give_way(self) -> None:
+        """Have what is being saved after a load left for later; its files are closed soon."""
+        if self._in_peace is not None:
+            self._in_peace.cancel()
+
+    async def save(self) -> None:
+        """Write all that is not on the disk yet, at once. If it is cancelled, the rest stays."""
+        self.give_way()
+        async with self._one_at_a_time:
+            await self._fetcher.finish_writing()
+            await self._save_shed(in_peace=False)
+
+    async def _save_shed(self, *, in_peace: bool) -> None:
+        self._unsaved |= {block: file for file, block in self._fetcher.take_shed()}
+        if not self._unsaved:
+            return
+        blocks = [(file, block) for block, file in self._unsaved.items()]
+        saved = await self._have_saved(blocks, in_peace=in_peace)
+        for _, block in blocks:
+            del self._unsaved[block]
+        if saved is None:
+            return
+        log.debug("wrote %d of %d blocks out of the page cache", saved.written, len(blocks))
+        if not saved.refused:
+            gone = {blocks[at][1] for at in saved.gone} - self._wished_again
+            self._wished_again |= gone
+            self._fetcher.wish_again(gone)
+
+    async def _have_saved(
+        self, blocks: Sequence[tuple[File, BlockId]], *, in_peace: bool
+    ) -> Saved | None:
+        """Start the process, and wait for it; None: it failed."""
         wanted = {
             "mountpoint": str(self._mountpoint),
             "cache": self._cache.description(),
+            "in_peace": in_peace,
             "blocks": [
                 [file.key[len(self._prefix) :], asdict(file), block.number]
                 for file, block in blocks
             ],
         }
         command = [sys.executable, "-P", "-m", "lazyfs.cache.salvage"]
-        ended = await trio.run_process(
-            command, stdin=json.dumps(wanted).encode(), check=False, cwd="/",
-            capture_stdout=True, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        if ended.returncode != 0:
-            log.warning("could not write blocks out of the page cache: exit %d", ended.returncode)
-            return
-        saved = Saved(**json.loads(ended.stdout))
-        log.debug("wrote %d of %d blocks out of the page cache", saved.written, len(blocks))
-        if not saved.refused:
-            gone = {blocks[at][1] for at in saved.gone} - self._wished_again
-            self._wished_again |= gone
-            self._fetcher.wish_again(gone)
+        try:
+            ended = await trio.run_process(
+                command, stdin=json.dumps(wanted).encode(), cwd="/",
+                capture_stdout=True, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+        except (OSError, subprocess.CalledProcessError) as error:
+            log.warning("could not write blocks out of the page cache: %s", error)
+            return None
+        return Saved(**json.loads(ended.stdout))
+
+    def _length(self, file: File, block: BlockId) -> int:
+        return block_length(file.size_bytes, self._cache.block_size, block.number)
 
 
 @dataclass(slots=True)
@@ -123,30 +169,46 @@ class Saved:
     gone: list[int] = field(default_factory=list)
 
 
-def save(mountpoint: Path, cache: BlockCache, blocks: Iterable[tuple[str, File, int]]) -> Saved:
+def save(
+    mountpoint: Path, cache: BlockCache, blocks: Iterable[tuple[str, File, int]], threads: int = 1
+) -> Saved:
     """Write those blocks that are whole in the page cache, and not on disk yet.
 
     Args:
         mountpoint: must not be served by this process.
         cache: where they belong.
         blocks: path below the mountpoint, file and number of each.
+        threads: so many blocks at once.
     """
-    saved = Saved()
-    for at, (path, file, number) in enumerate(blocks):
-        length = block_length(file.size_bytes, cache.block_size, number)
-        if cache.holds(file, number):
-            continue
-        try:
-            data = resident(mountpoint / path, file.inode, number * cache.block_size, length)
-        except OSError:
-            continue  # gone, or the mount is
-        if data is None:
-            saved.gone.append(at)
-        elif cache.put(file, number, data):
-            saved.written += 1
-        else:
-            saved.refused += 1
-    return saved
+    with ThreadPoolExecutor(threads) as pool:
+        outcomes = list(pool.map(lambda block: _save_one(mountpoint, cache, *block), blocks))
+    return Saved(
+        outcomes.count(Outcome.WRITTEN),
+        outcomes.count(Outcome.REFUSED),
+        [at for at, outcome in enumerate(outcomes) if outcome is Outcome.GONE],
+    )
+
+
+class Outcome(Enum):
+    """What became of a block that was to be saved."""
+
+    WRITTEN = "written"
+    REFUSED = "refused"
+    GONE = "gone"
+    NOTHING_TO_DO = "nothing to do"
+
+
+def _save_one(mountpoint: Path, cache: BlockCache, path: str, file: File, number: int) -> Outcome:
+    length = block_length(file.size_bytes, cache.block_size, number)
+    if cache.holds(file, number):
+        return Outcome.NOTHING_TO_DO
+    try:
+        data = resident(mountpoint / path, file.inode, number * cache.block_size, length)
+    except OSError:
+        return Outcome.NOTHING_TO_DO  # the file is gone, or the mount is
+    if data is None:
+        return Outcome.GONE
+    return Outcome.WRITTEN if cache.put(file, number, data) else Outcome.REFUSED
 
 
 def resident(path: Path, inode: int, offset: int, length: int) -> memoryview | None:
@@ -193,10 +255,12 @@ def _yield_to_everybody() -> None:
 
 def main(wanted: Mapping[str, Any]) -> None:
     """The process: what to save on standard input, what became of it on standard output."""
-    _yield_to_everybody()
+    if wanted["in_peace"]:
+        _yield_to_everybody()
     cache = BlockCache.described(wanted["cache"])
     blocks = [(path, File(**file), number) for path, file, number in wanted["blocks"]]
-    print(json.dumps(asdict(save(Path(wanted["mountpoint"]), cache, blocks))))
+    threads = 1 if wanted["in_peace"] else THREADS
+    print(json.dumps(asdict(save(Path(wanted["mountpoint"]), cache, blocks, threads))))
 
 
 if __name__ == "__main__":

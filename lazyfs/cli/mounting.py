@@ -15,7 +15,8 @@ import click
 
 from lazyfs.cli.settings import settings, with_mount_options
 from lazyfs.errors import DaemonError, MountError, OptionError
-from lazyfs.mount import syscalls
+from lazyfs.kinds import format_size
+from lazyfs.mount import before_unmount, syscalls
 from lazyfs.mount.background import Background, EarlyWorker
 from lazyfs.mount.runtime import DaemonWatch, default_log_file
 from lazyfs.mount.spec import MountSpec
@@ -80,7 +81,11 @@ def mount(
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.option("--lazy", "-l", is_flag=True, help="Detach it even if it is in use.")
 def umount(mountpoint: Path, lazy: bool) -> None:
-    """Unmount MOUNTPOINT and wait for its daemon to end; works after a crash as well."""
+    """Unmount MOUNTPOINT and wait for its daemon to end; works after a crash as well.
+
+    What a load left no time to write is written to the cache first, for up to 30 seconds; Ctrl-C
+    unmounts at once. Not with --lazy.
+    """
     mountpoint = Path(os.path.realpath(mountpoint))
     found = syscalls.find_mount(mountpoint)
     if found is None:
@@ -88,9 +93,18 @@ def umount(mountpoint: Path, lazy: bool) -> None:
     if found.filesystem_type != syscalls.FILESYSTEM_TYPE:
         raise MountError(f"{mountpoint}: is a mount of type {found.filesystem_type}, not of lazyfs")
     watch = DaemonWatch(mountpoint)
+    left = 0
+    if not lazy:
+        left = before_unmount.save(mountpoint, unless_in_use=True, on_wait=_tell_saving)
     syscalls.unmount(mountpoint, lazy=lazy)
+    if left:
+        click.echo("not all was saved: the next mount fetches the rest again", err=True)
     if not lazy and not watch.wait(timeout_s=15):
         raise MountError(f"{mountpoint}: unmounted, but its daemon has not ended yet")
+
+
+def _tell_saving(size_bytes: int) -> None:
+    click.echo(f"saving {format_size(size_bytes)} to the cache ... (Ctrl-C: unmount now)", err=True)
 
 
 def _start_in_background(background: Background, spec: MountSpec, log_file: Path) -> None:

@@ -3,7 +3,7 @@
 It is what `lazyfs mount` leaves in the background, and what it is in the foreground; without any
 library that could fail. It understands two signals:
 
-    SIGTERM, SIGINT   unmount and end
+    SIGTERM, SIGINT   save what is not in the cache yet, unmount and end; once more: save no more
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main(
     _report(report_fd, {"ready": True})
     while (got := news.get()) is not None:
         log.info("ending on %s", signal.Signals(got).name)
-        supervisor.stop()
+        supervisor.stop(is_enough=lambda: not news.empty())
     return 0
 
 

@@ -238,14 +238,32 @@ class Supervisor:
             return str(error)
         return trouble
 
-    def stop(self) -> None:
-        """Unmount, even if the mount is in use, and end the worker."""
+    def stop(self, is_enough: Callable[[], bool] = lambda: False) -> None:
+        """Save what is not in the cache yet, unmount, even if it is in use, and end the worker.
+
+        Args:
+            is_enough: whether to save no more; asked every second.
+        """
         self._stopping.set()
+        if self.alive:
+            self._save(is_enough)
         self._unmount()
         if self._worker is not None:
             self._end_worker(self._worker)
         if self._watcher.is_alive():
             self._watcher.join()
+
+    def _save(self, is_enough: Callable[[], bool]) -> None:
+        # A mount by hand begins sooner without these.
+        from lazyfs.kinds import format_size
+        from lazyfs.mount import before_unmount
+
+        def tell(size_bytes: int) -> None:
+            size = format_size(size_bytes)
+            log.info("%s: saving %s to the cache before the unmount", self._mountpoint, size)
+
+        if before_unmount.save(self._mountpoint, on_wait=tell, is_enough=is_enough):
+            log.warning("%s: not all was saved before the unmount", self._mountpoint)
 
     def _start_worker(self, timeout_s: float) -> None:
         first, self._first = self._first, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mounting import TIMEOUT_S, Mounted, environment, lazyfs, python
+from mounting import TIMEOUT_S, Mounted, environment, lazyfs, python, wait_until_gone
 from s3 import S3
 from safetensors.numpy import save
 
@@ -52,7 +53,7 @@ def salvage(mounted: Mounted, server: S3, cache: Path) -> dict[str, Any]:
         "size_bytes": status.st_size, "etag": f'"{etag}"', "modified_ns": status.st_mtime_ns,
     }  # fmt: skip
     wanted = {
-        "mountpoint": str(mounted.path),
+        "mountpoint": str(mounted.path), "in_peace": True,
         "cache": {
             "directories": [str(cache)], "limits": {"size": 1 << 30, "reserve": 0},
             "endpoint": server.url, "bucket": "shed", "block_size": BLOCK,
@@ -147,3 +148,96 @@ def test_what_left_the_page_cache_before_it_was_saved_is_fetched_again_once(
     blocks = -(-on_disk[1] // MIB)
     fetched = [asked for asked in s3.data_requests() if asked[1] != "bytes=0-65535"]
     assert len(fetched) < blocks * 5 // 4, "more than what was dropped, and what was asked twice"
+
+
+@pytest.fixture
+def shedding(mount: Callable[..., Mounted], s3: S3) -> Iterator[Mounted]:
+    """A mount of a model that was just read while the processors were busy, and still are."""
+    tensors = {f"layer.{n}": np.full(4 * MIB, n, np.uint8) for n in range(24)}
+    s3.put("shedding", {"m/model.safetensors": save(tensors)})
+    with busy_processors():
+        mounted = mount("s3://shedding/m", "--block-size=1MiB", "--memory-limit=64MiB")
+        python(READ, mounted.path / "model.safetensors")
+        status = json.loads(lazyfs("status", mounted.path, "--json").stdout)
+        assert status["shed_blocks"] > 3 * DROPPED_MEANWHILE, "nothing was left to be saved"
+        on_disk, size = cached(mounted.path / "model.safetensors")
+        assert on_disk < size * 3 // 4, "it was saved before the end"
+        yield mounted
+
+
+# Blocks that the kernel may drop pages of between a look and the end.
+DROPPED_MEANWHILE = 8
+
+DROPPED = """
+import os, pathlib, sys
+from lazyfs.cache.salvage import resident
+path, block = pathlib.Path(sys.argv[1]), 1 << 20
+status = path.stat()
+parts = [(at, min(block, status.st_size - at)) for at in range(0, status.st_size, block)]
+print(sum(resident(path, status.st_ino, *part) is None for part in parts))
+"""
+
+
+def dropped(mounted: Mounted) -> int:
+    """Of how many blocks the kernel has dropped pages, which it may do at any time."""
+    return int(python(DROPPED, mounted.path / "model.safetensors"))
+
+
+def fetched_by_next_mount(mount: Callable[..., Mounted], s3: S3) -> int:
+    """How many blocks the next mount asks S3 for."""
+    s3.forget()
+    mounted = mount("s3://shedding/m", "--block-size=1MiB")
+    python(READ, mounted.path / "model.safetensors")
+    return len(s3.data_requests())
+
+
+def by_command(mounted: Mounted) -> None:
+    answer = lazyfs("umount", mounted.path)
+    assert answer.returncode == 0, answer.stderr
+
+
+def by_signal(mounted: Mounted) -> None:
+    mounted.kill(signal.SIGTERM)
+    wait_until_gone(mounted.pid, timeout_s=TIMEOUT_S)
+
+
+@pytest.mark.parametrize("unmount", [by_command, by_signal])
+def test_an_orderly_unmount_saves_what_was_shed(
+    shedding: Mounted,
+    mount: Callable[..., Mounted],
+    s3: S3,
+    unmount: Callable[[Mounted], None],
+) -> None:
+    lost = dropped(shedding)
+    unmount(shedding)
+    assert fetched_by_next_mount(mount, s3) <= lost + DROPPED_MEANWHILE
+
+
+def test_a_mount_in_use_is_neither_saved_nor_unmounted(
+    shedding: Mounted, mount: Callable[..., Mounted], s3: S3
+) -> None:
+    before = cached(shedding.path / "model.safetensors")
+    with subprocess.Popen(["tail", "-f", shedding.path / "model.safetensors"], stdout=-3) as user:
+        while not list(Path(f"/proc/{user.pid}/fd").glob("3")):
+            time.sleep(0.01)
+        answer = lazyfs("umount", shedding.path)
+        user.kill()
+    assert (answer.returncode, "in use" in answer.stderr) == (1, True)
+    assert cached(shedding.path / "model.safetensors") == before
+    lost = dropped(shedding)
+    by_command(shedding)
+    assert fetched_by_next_mount(mount, s3) <= lost + DROPPED_MEANWHILE
+
+
+def test_a_cache_without_room_does_not_keep_the_mount(
+    mount: Callable[..., Mounted], s3: S3
+) -> None:
+    tensors = {f"layer.{n}": np.full(4 * MIB, n, np.uint8) for n in range(24)}
+    s3.put("shedding", {"m/model.safetensors": save(tensors)})
+    with busy_processors():
+        mounted = mount(
+            "s3://shedding/m", "--block-size=1MiB", "--memory-limit=64MiB", "--cache-size=64MiB"
+        )
+        python(READ, mounted.path / "model.safetensors")
+        answer = lazyfs("umount", mounted.path)
+    assert (answer.returncode, answer.stderr) == (0, "")
