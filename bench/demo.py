@@ -107,7 +107,6 @@ class Demo:
             loaded = json.loads(self.call([sys.executable, "-c", LOAD, str(self.mountpoint)]))
             if loaded["sums"] != sums:
                 sys.exit("demo: a tensor is not what was written")
-            time.sleep(0.5)  # the last blocks are still on their way to the disk
         finally:
             self.call([sys.executable, "-m", "lazyfs", "umount", str(self.mountpoint)])
         gets = self.s3.data_requests()

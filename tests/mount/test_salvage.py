@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from busy import busy_processors
 from mounting import TIMEOUT_S, Mounted, environment, lazyfs, python, wait_until_gone
 from s3 import S3
 from safetensors.numpy import save
@@ -100,7 +100,6 @@ def test_what_left_the_page_cache_is_not_fetched_for_it(
     assert salvage(mounted, s3, other_cache)["written"] == 1
 
 
-SPIN = "import os; os.nice(19)\nwhile True: pass"
 LOAD_AND_DROP = """
 import os, sys, time
 file = os.open(sys.argv[1], os.O_RDONLY)
@@ -108,19 +107,6 @@ while os.read(file, 1 << 20):
     pass
 os.posix_fadvise(file, 16 << 20, 4 << 20, os.POSIX_FADV_DONTNEED)
 """
-
-
-@contextlib.contextmanager
-def busy_processors() -> Iterator[None]:
-    spinning = [
-        subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(2 * (os.cpu_count() or 1))
-    ]
-    try:
-        yield
-    finally:
-        for process in spinning:
-            process.kill()
-            process.wait()
 
 
 def cached(path: Path) -> tuple[int, int]:
