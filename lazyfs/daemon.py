@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyfuse3
 import trio
@@ -22,7 +23,6 @@ from lazyfs.cache.salvage import Salvage
 from lazyfs.catalog import Catalog
 from lazyfs.control.contents import Contents
 from lazyfs.control.first_load import tell_first_load
-from lazyfs.control.measure import measure
 from lazyfs.control.recording import recording
 from lazyfs.control.saving import Saving
 from lazyfs.control.scrape import listen, serve_metrics
@@ -45,10 +45,10 @@ from lazyfs.mount.spec import Credentials, credentials_from
 from lazyfs.mount.walker import Walker
 from lazyfs.observe import tracing
 from lazyfs.observe.recorder import Recorder
-from lazyfs.options import MountOptions
+from lazyfs.options import PLANNED, MountOptions
 from lazyfs.pagecache import PageCache, tune_kernel
 from lazyfs.planner import Planner
-from lazyfs.prefetch import PLANNED, Prefetcher
+from lazyfs.prefetch import Prefetcher
 from lazyfs.session import Session
 from lazyfs.source import Source, SourceUrl
 from lazyfs.tree import File
@@ -211,7 +211,7 @@ def _routes(source: Source, status: Status, mount: Mount) -> dict[tuple[str, str
         ("GET", "/report"): lambda _: recording(status),
         ("GET", "/options"): lambda _: dict(mount.texts),
         ("GET", "/metrics"): lambda _: _metrics(status),
-        ("GET", "/metrics.json"): lambda _: measure(status),
+        ("GET", "/metrics.json"): lambda _: _measured(status),
         ("PUT", "/prefetch"): lambda body: pause(status, body.get("paused")),
         ("PUT", "/tunables"): lambda body: tune(status, body),
         ("PUT", "/log"): lambda body: now_about(volume=str(body.get("volume", ""))),
@@ -222,7 +222,13 @@ def _routes(source: Source, status: Status, mount: Mount) -> dict[tuple[str, str
 def _metrics(status: Status) -> str:
     from lazyfs.observe.exposition import exposition  # most workers are never asked
 
-    return exposition([({"volume": status.mountpoint}, measure(status))])
+    return exposition([({"volume": status.mountpoint}, _measured(status))])
+
+
+def _measured(status: Status) -> dict[str, Any]:
+    from lazyfs.control.measure import measure  # the same
+
+    return measure(status)
 
 
 async def _begin(mount: Mount, region: str) -> tuple[Session, Beginning]:

@@ -16,7 +16,7 @@ from typing import TypeAlias
 from lazyfs.blocks.heads import HEAD_BYTES, LONGEST_HEADER
 from lazyfs.errors import SourceError
 from lazyfs.model import MAX_INDEX_BYTES, ModelFile, ModelLayout, layouts, wanted_models
-from lazyfs.prefetch import PLANNED
+from lazyfs.options import PLANNED
 from lazyfs.safetensors import LENGTH_BYTES, MalformedHeaderError, Tensor, header_size, parse_header
 
 # Reads bytes of a file: its path, the offset and the length.

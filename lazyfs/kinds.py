@@ -6,10 +6,11 @@ import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlsplit
 
-import re2
+if TYPE_CHECKING:
+    import re2
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -177,7 +178,6 @@ class Count(Kind):
         return number
 
 
-@dataclass(frozen=True)
 class Mode(Kind):
     """Permission bits, in octal; write bits are refused because the mount is read-only."""
 
@@ -210,7 +210,6 @@ class Choice(Kind):
         return text
 
 
-@dataclass(frozen=True)
 class Flag(Kind):
     """On or off; the command line gives it without a value."""
 
@@ -227,7 +226,6 @@ class Flag(Kind):
             raise ValueError(text) from None
 
 
-@dataclass(frozen=True)
 class Pattern(Kind):
     """A regular expression of RE2, which takes linear time whatever the expression."""
 
@@ -246,6 +244,8 @@ class Pattern(Kind):
 
 def compile_pattern(text: str) -> re2.Pattern[str]:
     """What `Pattern` takes, compiled. Raises ValueError."""
+    import re2  # for the few mounts that are given one
+
     options = re2.Options()
     options.log_errors = False
     try:
@@ -270,7 +270,6 @@ class Text(Kind):
         return text
 
 
-@dataclass(frozen=True)
 class Url(Kind):
     """An http or https URL of an S3 endpoint; it must not carry a user or password."""
 
@@ -291,7 +290,6 @@ class Url(Kind):
         return repr(re.sub(r"//.*@", "//***@", text))
 
 
-@dataclass(frozen=True)
 class Address(Kind):
     """Where to listen: a host, which may be missing (all of them), and a port."""
 
@@ -351,7 +349,6 @@ class LocalPaths(Kind):
         return tuple(Path(path) for path in paths)
 
 
-@dataclass(frozen=True)
 class Glob(Kind):
     """One shell pattern; the option may be given several times."""
 

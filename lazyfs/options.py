@@ -36,7 +36,10 @@ from lazyfs.kinds import (
     Url,
     format_size,
 )
-from lazyfs.prefetch import PLANNED, POLICIES
+
+POLICIES = ("model", "tensor", "sequential", "headers", "off")
+# Those that want a plan of what a loader will read (`lazyfs/planner.py`).
+PLANNED = frozenset(("model", "tensor", "headers"))
 
 # What is set at once by `--preset`.
 PRESETS: dict[str, dict[str, str]] = {

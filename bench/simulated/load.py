@@ -19,10 +19,10 @@ from lazyfs.cache import BlockCache
 from lazyfs.catalog import Catalog
 from lazyfs.fetcher import BlockFetcher
 from lazyfs.observe.recorder import Recorder
-from lazyfs.options import MountOptions
+from lazyfs.options import PLANNED, MountOptions
 from lazyfs.pagecache import PageCache
 from lazyfs.planner import Planner
-from lazyfs.prefetch import PLANNED, Prefetcher
+from lazyfs.prefetch import Prefetcher
 from lazyfs.source import Source
 from lazyfs.tree import Directory, File, ListedObject, Node, Tree
 from simulated.loaders import Job, Loader, Read

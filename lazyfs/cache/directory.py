@@ -58,6 +58,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_FOLDER = re.compile("[0-9a-f]{2}")
+
 # How long a full or failing disk is left alone before it is tried again.
 REST_S = 30.0
 # A load has ended when nothing was asked of the cache for so long.
@@ -288,7 +290,7 @@ class CacheDirectory:
 
         If the index was lost, files become its rows again.
         """
-        files = [name for folder in FOLDERS for name in self._files(folder)]
+        files = [name for folder in self._folders() for name in self._files(folder)]
         # Rows after files: a file of that time has its row since before it was made.
         rows = {row.filename: row for row in index.rows()}
         for filename in files:
@@ -418,6 +420,10 @@ class CacheDirectory:
         self._remove(filenames)
         return len(filenames)
 
+    def _folders(self) -> list[str]:
+        """Where block files are: `FOLDERS`, and others if an earlier version has made the cache."""
+        return [path.name for path in self.path.iterdir() if _FOLDER.fullmatch(path.name)]
+
     def _files(self, folder: str) -> list[str]:
         """The block files of a folder; what others may have put there is not touched."""
         names = (f"{folder}/{path.name}" for path in Path(self.path, folder).iterdir())
@@ -535,7 +541,7 @@ def _key_of(digest: str, number: int) -> str:
 
 def _new_name() -> str:
     name = os.urandom(16).hex()
-    return f"{name[:2]}/{name[2:]}"
+    return f"{name[0]}0/{name[2:]}"
 
 
 def _is_older(descriptor: int, age_s: float) -> bool:

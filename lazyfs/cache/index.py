@@ -22,8 +22,8 @@ from diskcache.core import DBNAME, MODE_BINARY, MODE_NONE
 
 INDEX_NAME: str = DBNAME
 READY, PENDING = MODE_BINARY, MODE_NONE
-# Blocks are spread over so many directories, whose names are these.
-FOLDERS = tuple(f"{number:02x}" for number in range(256))
+# Blocks are spread over these directories. To make many of them takes longer than the database.
+FOLDERS = tuple(f"{number:x}0" for number in range(16))
 # A process that is stopped in the middle of a transaction keeps others waiting for this long.
 LOCK_TIMEOUT_S = 5.0
 # Files beside the database that belong to it (https://sqlite.org/wal.html).

@@ -10,6 +10,6 @@ prefetcher.py  the policy: what is wished for, in which order
 """
 
 from lazyfs.prefetch.places import Place
-from lazyfs.prefetch.prefetcher import PLANNED, POLICIES, Prefetcher
+from lazyfs.prefetch.prefetcher import Prefetcher
 
-__all__ = ["PLANNED", "POLICIES", "Place", "Prefetcher"]
+__all__ = ["Place", "Prefetcher"]

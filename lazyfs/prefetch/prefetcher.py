@@ -48,10 +48,6 @@ from lazyfs.prefetch.streams import Streams
 from lazyfs.prefetch.taste import Taste
 from lazyfs.safetensors import Tensor
 
-POLICIES = ("model", "tensor", "sequential", "headers", "off")
-# Those that want a plan of what a loader will read (`lazyfs/planner.py`).
-PLANNED = frozenset(("model", "tensor", "headers"))
-
 # Pieces of which something was read and that are not whole yet; the oldest is given up.
 TOUCHED_PIECES = 64
 
@@ -60,7 +56,7 @@ class Prefetcher:
     """The policy of one mount.
 
     Args:
-        policy: one of `POLICIES`.
+        policy: one of `options.POLICIES`.
         block_size: bytes.
         wanted: which tensors may be fetched ahead, by name; None: all.
 

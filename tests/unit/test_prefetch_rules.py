@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from lazyfs.blocks import BlockId, block_count
-from lazyfs.prefetch import POLICIES, Place, Prefetcher
+from lazyfs.options import POLICIES
+from lazyfs.prefetch import Place, Prefetcher
 from lazyfs.prefetch.places import AWAY, PIECE_BLOCKS
 from lazyfs.safetensors import Tensor
 
