@@ -60,7 +60,15 @@ def lazyfs_client(url: str, ca: str) -> Callable[[int, memoryview], None]:
 
     def get(start: int, buffer: memoryview) -> None:
         span = {"Range": f"bytes={start}-{start + BLOCK - 1}"}
-        client.get_range(f"/{origins.BUCKET}/{KEY}", span, start, take_buffer(BLOCK), Cancel())
+        into = take_buffer(BLOCK)
+        client.get_range(
+            f"/{origins.BUCKET}/{KEY}",
+            span,
+            start,
+            BLOCK,
+            lambda body: body.read_into(into),
+            Cancel(),
+        )
 
     return get
 

@@ -7,6 +7,7 @@ before the mountpoint is touched, so that a refused mount leaves nothing behind.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -151,6 +152,7 @@ async def _serve(
         session, beginning = await _begin(mount, source.region)
         handover = Handover(session.descriptor, journal.descriptor, carried.descriptor, beginning)
         handover.store(keeper, str(mount.mountpoint))
+    page_cache.device = os.dup(session.descriptor)
     tune_kernel(session.device, options.read_ahead)
     privileges.drop()
     filesystem = Filesystem(

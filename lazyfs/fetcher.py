@@ -43,6 +43,7 @@ from lazyfs.observe.events import Activity, Purpose
 from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.options import MountOptions
 from lazyfs.pagecache import PageCache
+from lazyfs.passage import Arrived, Passage
 from lazyfs.prefetch import Place, Prefetcher
 from lazyfs.safetensors import LENGTH_BYTES, header_size
 from lazyfs.source import Source
@@ -67,6 +68,7 @@ class Job:
     Attributes:
         waiting: what readers wait for; empty: a prefetch.
         lease_until: how long it is left to another daemon that has claimed it.
+        awaited: set as soon as somebody waits.
     """
 
     file: File
@@ -75,6 +77,7 @@ class Job:
     waiting: list[Span] = field(default_factory=list)
     started: bool = False
     lease_until: float = 0.0
+    awaited: trio.Event = field(default_factory=trio.Event)
     done: trio.Event = field(default_factory=trio.Event)
     held: Held | None = None
     tier: Tier = Tier.S3
@@ -335,11 +338,17 @@ class BlockFetcher:
             return head[span.start : span.stop]
         if held is None:
             held, tier = await self._wait_for(file, span, reader)
-            held.users -= 1
+            if held is not None:
+                held.users -= 1
         elif self._pusher.withdraw(block, held):
             held.users += 1
             await self._pusher.push_around(block, held, [span])
             held.users -= 1
+        if held is None or span.start < held.passed:
+            data = await self._read_passed(file, span)
+            if reader:
+                self._recorder.read(file, span, Tier.S3, began_s)
+            return data
         data = held.data[span.start : span.stop]  # from here on the block may be let go
         if reader and held.unread:
             held.was_read(span)
@@ -349,8 +358,30 @@ class BlockFetcher:
             self._recorder.read(file, span, tier, began_s)
         return data
 
-    async def _wait_for(self, file: File, span: Span, reader: bool) -> tuple[Held, Tier]:
-        """A block that somebody waits for, and where it came from; its `users` count him."""
+    async def _read_passed(self, file: File, span: Span) -> memoryview:
+        """A part of what went into the page cache past our memory, for who does not find it there.
+
+        Raises:
+            SourceError: it cannot be had, or not within `--io-timeout`.
+        """
+        length = span.stop - span.start
+        self._memory.reserve(length)
+        try:
+            came = await self._getter.get(
+                file, span.number * self._block_size + span.start, length,
+                patience_s=lambda: self._options.io_timeout, saturated=lambda: False,
+                is_block=False,
+            )  # fmt: skip
+        finally:
+            self._memory.release(length)
+        self._recorder.fetched_bytes[Purpose.DEMAND] += length
+        return came.data
+
+    async def _wait_for(self, file: File, span: Span, reader: bool) -> tuple[Held | None, Tier]:
+        """A block that somebody waits for, and where it came from; its `users` count him.
+
+        None: all of it went into the page cache.
+        """
         block = BlockId(file.inode, span.number)
         wait = self._recorder.begin_wait(file, span, coming=block in self._jobs) if reader else None
         job = self._jobs.get(block) or self._new_job(block)
@@ -358,13 +389,13 @@ class BlockFetcher:
             if not job.waiting and not job.started:
                 self._urgent.append(job)
             job.waiting.append(span)
+            job.awaited.set()
             self.pump()
             await job.done.wait()
         finally:
             if wait is not None:
                 self._recorder.end_wait(wait, job.tier)
-        if job.held is None:
-            assert job.error is not None
+        if job.error is not None:
             raise job.error
         return job.held, job.tier
 
@@ -466,22 +497,24 @@ class BlockFetcher:
             if obtained is None:
                 self._memory.release(job.length)
             else:
-                data, job.tier = obtained
+                arrived, job.tier = obtained
                 self._recorder.landed(
                     job.file,
                     job.block,
-                    len(data),
+                    job.length,
                     job.tier,
                     Purpose.DEMAND if job.waiting else Purpose.AHEAD,
                     began_s,
                 )
-                self._land(job, data)
+                if arrived.passed:
+                    self._recorder.pushed(job.file, job.block, arrived.passed, began_s)
+                self._land(job, arrived)
         if from_disk:
             self._loading -= 1
         else:
             self._fetching -= 1
         del self._jobs[job.block]
-        if job.held and job.waiting and self._pusher.takes(job.block, job.held):
+        if job.held and job.waiting and self._pusher.takes(job.block, job.length):
             await self._pusher.push_around(job.block, job.held, job.waiting)
         job.done.set()
         self.pump()
@@ -494,7 +527,7 @@ class BlockFetcher:
         log.log(level, "block %d of %s: %s", job.block.number, job.file.key, error)
         job.error = error
 
-    async def _obtain(self, job: Job) -> tuple[memoryview, Tier] | None:
+    async def _obtain(self, job: Job) -> tuple[Arrived, Tier] | None:
         """The bytes of a job's block, and where they came from.
 
         None: another daemon brings it, and nobody waits for it here.
@@ -505,20 +538,35 @@ class BlockFetcher:
                 self._elsewhere.leave(job.file, job.block, job.lease_until)
                 return None
             if isinstance(found, memoryview):
-                return found, Tier.DISK
+                return Arrived(found), Tier.DISK
         try:
-            data = await self._getter.get(
+            arrived = await self._getter.get(
                 job.file,
                 job.block.number * self._block_size,
                 job.length,
                 patience_s=lambda: self._options.io_timeout if job.waiting else PREFETCH_PATIENCE_S,
                 saturated=self._saturated,
+                passage=lambda: self._passage(job),
+                awaited=job.awaited,
             )
         except SourceError:
             if self._cache is not None:
                 self._cache.release(job.file, job.block.number)
             raise
-        return data, Tier.S3
+        return arrived, Tier.S3
+
+    def _passage(self, job: Job) -> Passage | None:
+        """The way past our memory, for a block that would only be pushed, and shed after that."""
+        if job.waiting or self._page_cache.device is None or not self._is_loading():
+            return None
+        if job.block.number == 0:
+            return None  # the planner wants its header
+        if self._writer and not self._writer.is_put_off:
+            return None
+        if not self._pusher.takes(job.block, job.length):
+            return None
+        offset = job.block.number * self._block_size
+        return Passage(self._page_cache, job.block.inode, offset, job.length)
 
     async def _look_on_disk(
         self, cache: BlockCache, elsewhere: Elsewhere, job: Job
@@ -555,21 +603,29 @@ class BlockFetcher:
     def _saturated(self) -> bool:
         return bool(self._urgent) or self._fetching >= self._getter.limit
 
-    def _land(self, job: Job, data: memoryview) -> None:
-        """A block's bytes are here: hold them, and have them written to disk if they are new."""
+    def _land(self, job: Job, arrived: Arrived) -> None:
+        """A block is here: hold what is in memory, and have what is new written to the disk."""
+        self._load.landed(trio.current_time())
+        if arrived.passed and self._writer:
+            self._writer.shed(job.block, job.file)
+            self._memory.shed_blocks += 1
+        if arrived.passed == job.length:
+            self._memory.release(job.length)
+            self._prefetcher.moved(job.block, Place.NEAR)
+            return
         held = Held(
             job.file,
-            data,
+            arrived.data,
             users=len(job.waiting),
-            unread=all_unread(len(data)),
+            unread=all_unread(job.length, arrived.passed),
             demanded=bool(job.waiting),
             on_disk=job.tier is Tier.DISK,
+            passed=arrived.passed,
         )
         self._memory.hold(job.block, held)
         job.held = held
-        self._load.landed(trio.current_time())
         self._prefetcher.moved(job.block, Place.LOCAL)
-        if job.tier is Tier.S3 and self._writer:
+        if job.tier is Tier.S3 and self._writer and not arrived.passed:
             self._writer.put(job.block, held)
 
     def _is_loading(self) -> bool:

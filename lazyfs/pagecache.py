@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyfuse3
+
+from lazyfs.pipes import Pipes
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +32,11 @@ BUDGET_AGE_S = 1.0
 # Background requests (read-ahead) that the kernel keeps in flight; its default of 12 makes
 # mapped reads of many threads wait for each other.
 MAX_BACKGROUND = 256
+
+# linux/fuse.h: struct fuse_out_header with a notification's number in the place of an error, and
+# struct fuse_notify_store_out.
+_STORE = struct.Struct("<IiQQQII")
+NOTIFY_STORE = 4
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
@@ -50,9 +58,13 @@ class PageCache:
 
     Args:
         setting: `auto`, `off`, or bytes.
+
+    Attributes:
+        device: a descriptor of `/dev/fuse` that is never closed, once there is a session.
     """
 
     def __init__(self, setting: int | str) -> None:
+        self.device: int | None = None
         self._setting = setting
         self._budget = 0
         self._read_at_s = -BUDGET_AGE_S
@@ -63,6 +75,8 @@ class PageCache:
         # Whether all that readers will read can lie there at once.
         self.holds_all = False
         self.pushed_bytes = 0
+        # Of these, what never was in our memory.
+        self.passed_bytes = 0
 
     @property
     def busy(self) -> bool:
@@ -105,29 +119,47 @@ class PageCache:
         Returns:
             False if the kernel does not know the inode (any more), or the mount is gone.
         """
+        for start in range(0, len(data), PIECE):
+            piece = data[start : start + PIECE]
+
+            def store(at: int = offset + start, piece: memoryview = piece) -> None:
+                pyfuse3.notify_store(inode, at, piece)  # type: ignore[arg-type]
+
+            if not self._stored(inode, len(piece), store):
+                return False
+        return True
+
+    def push_held(self, inode: int, offset: int, size: int, pipes: Pipes) -> bool:
+        """Like `push`, for the first `size` bytes that pipes hold, at most `PIECE`.
+
+        What FUSE has no function for: `fuse_lowlevel_notify_store` takes no pipe.
+        """
+        device = self.device
+        assert device is not None
+        header = _STORE.pack(_STORE.size + size, NOTIFY_STORE, 0, inode, offset, size, 0)
+        stored = self._stored(inode, size, lambda: pipes.send(header, size, device))
+        self.passed_bytes += size if stored else 0
+        return stored
+
+    def _stored(self, inode: int, size: int, store: Callable[[], None]) -> bool:
+        """Have something stored, or not if it is too late; whether it was."""
         with self._lock:
+            if self._stopped:
+                return False
             self._pushing += 1
         try:
-            return self._push_pieces(inode, offset, data)
+            store()
+        except OSError as error:
+            if error.errno == errno.ENOSYS:
+                self.supported = False
+                log.info("this kernel takes no pages ahead of reads; mapped reads are slower")
+            elif error.errno not in (errno.ENOENT, errno.ENODEV, errno.EINTR, errno.EBADF):
+                log.warning("putting pages of inode %d into the cache failed: %s", inode, error)
+            return False
         finally:
             with self._lock:
                 self._pushing -= 1
-
-    def _push_pieces(self, inode: int, offset: int, data: memoryview) -> bool:
-        for start in range(0, len(data), PIECE):
-            if self._stopped:
-                return False
-            piece = data[start : start + PIECE]
-            try:
-                pyfuse3.notify_store(inode, offset + start, piece)  # type: ignore[arg-type]
-            except OSError as error:
-                if error.errno == errno.ENOSYS:
-                    self.supported = False
-                    log.info("this kernel takes no pages ahead of reads; mapped reads are slower")
-                elif error.errno not in (errno.ENOENT, errno.ENODEV, errno.EINTR, errno.EBADF):
-                    log.warning("putting pages of inode %d into the cache failed: %s", inode, error)
-                return False
-            self.pushed_bytes += len(piece)
+        self.pushed_bytes += size
         return True
 
 

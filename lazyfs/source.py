@@ -14,9 +14,9 @@ import re
 import ssl
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from lazyfs import __version__
@@ -36,6 +36,7 @@ from lazyfs.options import MountOptions
 from lazyfs.signing import Signer
 from lazyfs.transport import (
     SILENCE_TIMEOUT_S,
+    Body,
     Cancel,
     OtherRangeError,
     Proxy,
@@ -48,6 +49,8 @@ from lazyfs.tree import ListedObject
 if TYPE_CHECKING:
     from lazyfs.aws.client import Bucket
     from lazyfs.objectsum import ObjectSum
+
+T = TypeVar("T")
 
 # An error's code in the XML that S3 sends with a refusal.
 _CODE = re.compile(r"<Code>(\w+)</Code>")
@@ -261,13 +264,32 @@ class Source:
             ObjectChangedError, ObjectGoneError: the object is no longer what was listed.
             SourceError: any other failure.
         """
+
+        def receive(body: Body) -> memoryview:
+            into = take_buffer(length)
+            body.read_into(into)
+            return into
+
+        return self.receive_range(key, etag, start, length, receive, cancel)
+
+    def receive_range(
+        self,
+        key: str,
+        etag: str,
+        start: int,
+        length: int,
+        receive: Callable[[Body], T],
+        cancel: Cancel | None = None,
+    ) -> T:
+        """Like `read_range`, but `receive` takes the bytes, and says what is returned."""
         where = f"s3://{self.url.bucket}/{key}"
         target = self._place.path + quote(key, safe="/~")
         headers = {"Range": f"bytes={start}-{start + length - 1}", "If-Match": etag}
         signed = self._signed(target, headers)
-        into = take_buffer(length)
         try:
-            self._transport.get_range(target, signed, start, into, cancel or Cancel())
+            return self._transport.get_range(
+                target, signed, start, length, receive, cancel or Cancel()
+            )
         except RefusedError as error:
             refused = _refused(where, error)
             if isinstance(refused, CredentialsExpiredError):
@@ -280,7 +302,6 @@ class Source:
             raise UntrustedError(f"{where}: {cause}") from error
         except (OSError, http.client.HTTPException) as error:
             raise UnavailableError(f"{where}: {_cause(error)}") from error
-        return into
 
     def close_idle(self) -> None:
         """Close connections that nobody has used for a while."""

@@ -2,7 +2,8 @@
 
 A body goes from the socket straight into memory that was there before: one copy, made by the kernel
 or by OpenSSL while other threads run. That is what other clients cannot do, which hand out memory
-of their own: at 8 MiB a request it costs half the processor time (`bench/transport.py`).
+of their own: at 8 MiB a request it costs half the processor time (`bench/transport.py`). Or it goes
+where it is wanted without coming into memory at all (`passage.py`).
 
 What is asked, and what an answer means, `source.py` knows.
 """
@@ -12,13 +13,17 @@ from __future__ import annotations
 import contextlib
 import http.client
 import re
+import select
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 from urllib.parse import urlsplit
+
+T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 5.0
 # A connection that is silent for this long is given up and the range is asked for again.
@@ -83,7 +88,7 @@ class Cancel:
                     socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     @contextlib.contextmanager
-    def watching(self, connection: http.client.HTTPConnection) -> Iterator[None]:
+    def watching(self, connection: socket.socket) -> Iterator[None]:
         """A request is made over this connection.
 
         Raises:
@@ -91,7 +96,7 @@ class Cancel:
         """
         try:
             with self._lock:
-                self._socket = connection.sock
+                self._socket = connection
                 if self.called:
                     raise CancelledError
             yield
@@ -104,6 +109,75 @@ class Cancel:
                 self._socket = None
         if self.called:  # what was received may be cut off
             raise CancelledError
+
+
+class Body:
+    """The body of an answer, while it comes. For one thread at a time.
+
+    Args:
+        answer: whose head was read.
+        length: of the body, in bytes.
+        wire: that it comes through.
+
+    Attributes:
+        left: how many bytes are still to be taken.
+    """
+
+    def __init__(self, answer: http.client.HTTPResponse, length: int, wire: socket.socket) -> None:
+        self.left = length
+        self._answer = answer
+        # In chunks, or encrypted, more comes through the socket than the body.
+        is_bare = answer.length is not None and not isinstance(wire, ssl.SSLSocket)
+        self._socket = wire if is_bare else None
+
+    @property
+    def descriptor(self) -> int | None:
+        """Of the socket, if nothing but the body comes through it. It does not block."""
+        return self._socket.fileno() if self._socket else None
+
+    def read_into(self, into: memoryview) -> None:
+        """Fill a buffer. Raises OSError or http.client.HTTPException if less comes."""
+        done = 0
+        while done < len(into):
+            count = self._answer.readinto(into[done : done + PIECE])
+            if count == 0:
+                raise http.client.IncompleteRead(b"", len(into) - done)
+            done += count
+        self.left -= done
+
+    def take_buffered(self) -> bytes:
+        """What came along with the head. Only after that is the rest in the socket."""
+        reader = self._answer.fp
+        data = reader.read(min(self.left, len(reader.peek())))
+        self.took(len(data))
+        return data
+
+    def took(self, count: int) -> None:
+        """So many bytes were taken out of the descriptor."""
+        self.left -= count
+        assert self._answer.length is not None
+        self._answer.length -= count
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is something in the descriptor, be it the end."""
+        return self._poll(0)
+
+    def wait(self) -> None:
+        """Wait until it is ready. Raises TimeoutError when nothing comes for a long time."""
+        if not self._poll(SILENCE_TIMEOUT_S):
+            raise TimeoutError
+
+    def _poll(self, timeout_s: float) -> bool:
+        assert self._socket is not None
+        watch = select.poll()
+        watch.register(self._socket, select.POLLIN)
+        return bool(watch.poll(timeout_s * 1000))
+
+    def end(self) -> None:
+        """All was taken. Raises OtherRangeError if there is more."""
+        if self._answer.read(1):  # a body in chunks does not say its length before
+            raise OtherRangeError("got more bytes than were asked for")
 
 
 @dataclass(slots=True)
@@ -135,14 +209,16 @@ class Transport:
         target: str,
         headers: Mapping[str, str],
         start: int,
-        into: memoryview,
+        length: int,
+        receive: Callable[[Body], T],
         cancel: Cancel,
-    ) -> None:
-        """Fill a buffer with the bytes of an object from `start`.
+    ) -> T:
+        """Ask for `length` bytes of an object from `start`, and have them received.
 
         Args:
             target: path and query, as they go over the wire.
             headers: of the request, `Range` included.
+            receive: takes all of the body; what it returns is returned, what it raises is raised.
             cancel: ends it from another thread.
 
         Raises:
@@ -154,8 +230,8 @@ class Transport:
         if self._proxy and self._url.scheme == "http":
             target = f"{self._url.scheme}://{self._url.netloc}{target}"
             headers = {**headers, **self._proxy.headers}
-        connection, answer = self._ask(target, headers, cancel)
-        with _closed_on_error(connection), cancel.watching(connection):
+        connection, wire, answer = self._ask(target, headers, cancel)
+        with _closed_on_error(connection), cancel.watching(wire):
             if answer.status != 206:
                 text = answer.read(MOST_TEXT).decode(errors="replace")
                 raise RefusedError(
@@ -163,11 +239,14 @@ class Transport:
                     {name.lower(): value for name, value in answer.getheaders()},
                     text,
                 )
-            _check_range(answer, start, len(into))
-            _receive(answer, into)
+            _check_range(answer, start, length)
+            body = Body(answer, length, wire)
+            received = receive(body)
+            body.end()
         if connection.sock is not None:  # else the server wanted it closed
             with self._lock:
                 self._idle.append(_Idle(connection, time.monotonic()))
+        return received
 
     def close_idle(self, longer_than_s: float = MOST_IDLE_S) -> None:
         """Close the connections that nobody used for so long."""
@@ -181,16 +260,19 @@ class Transport:
 
     def _ask(
         self, target: str, headers: Mapping[str, str], cancel: Cancel
-    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        """Where a request was sent, and the head of the answer."""
+    ) -> tuple[http.client.HTTPConnection, socket.socket, http.client.HTTPResponse]:
+        """Where a request was sent, its socket, and the head of the answer.
+
+        The connection forgets its socket when the server wants it closed after the answer.
+        """
         with self._lock:
             kept = self._idle.pop().connection if self._idle else None
         if kept is not None:
             with contextlib.suppress(ConnectionError, http.client.BadStatusLine):
-                return kept, _answer_of(kept, target, headers, cancel)
+                return kept, kept.sock, _answer_of(kept, target, headers, cancel)
             self.close_idle(0.0)  # the server has closed it, and the others are older
         connection = self._connect()
-        return connection, _answer_of(connection, target, headers, cancel)
+        return connection, connection.sock, _answer_of(connection, target, headers, cancel)
 
     def _connect(self) -> http.client.HTTPConnection:
         host, port = self._url.hostname or "", self._url.port
@@ -233,7 +315,7 @@ def _answer_of(
     headers: Mapping[str, str],
     cancel: Cancel,
 ) -> http.client.HTTPResponse:
-    with _closed_on_error(connection), cancel.watching(connection):
+    with _closed_on_error(connection), cancel.watching(connection.sock):
         connection.request("GET", target, headers=dict(headers))
         return connection.getresponse()
 
@@ -254,14 +336,3 @@ def _check_range(answer: http.client.HTTPResponse, start: int, length: int) -> N
         raise OtherRangeError(f"asked for {length} bytes at {start}, got {told!r}")
     if answer.length not in (None, length):
         raise OtherRangeError(f"asked for {length} bytes at {start}, got {answer.length}")
-
-
-def _receive(answer: http.client.HTTPResponse, into: memoryview) -> None:
-    done = 0
-    while done < len(into):
-        count = answer.readinto(into[done : done + PIECE])
-        if count == 0:
-            raise http.client.IncompleteRead(b"", len(into) - done)
-        done += count
-    if answer.read(1):  # a body in chunks does not say its length before
-        raise OtherRangeError(f"asked for {len(into)} bytes, got more")

@@ -228,6 +228,7 @@ class Pages:
         self._files: dict[int, bytearray] = {}
         self._blocks: OrderedDict[tuple[int, int], int] = OrderedDict()
         self._used = 0
+        self.device: int | None = None  # nothing passes by memory
         self.supported = machine.pages > 0
         self.holds_all = False
         self.pushed_bytes = 0

@@ -7,6 +7,7 @@ ended by breaking its connection; its memory is counted until its thread has not
 from __future__ import annotations
 
 import contextlib
+import http.client
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,12 +20,18 @@ from lazyfs.blocks.retry import patiently
 from lazyfs.errors import SourceError, ThrottledError, UnavailableError
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options import MountOptions
+from lazyfs.passage import Arrived, Passage
 from lazyfs.source import Source
 from lazyfs.transport import Cancel, CancelledError
 from lazyfs.tree import File
 
 log = logging.getLogger(__name__)
 
+_Answer = Arrived | SourceError
+
+# What is being stored when it is called off is stored after this time, or its thread waits for a
+# page that a reader has locked who waits for us.
+STUCK_AFTER_S = 0.003
 # Second attempts under way at once; when more are slow, it is the link.
 HEDGES = 4
 # A prefetch is given up after this time; a reader who needs the block tries on his own account.
@@ -38,6 +45,8 @@ class _Request:
     file: File
     start: int
     length: int
+    passage: Passage | None
+    awaited: trio.Event | None
     under_way: list[Cancel] = field(default_factory=list)
     hedged: bool = False
 
@@ -95,28 +104,33 @@ class BlockGetter:
         patience_s: Callable[[], float],
         saturated: Callable[[], bool],
         is_block: bool = True,
-    ) -> memoryview:
+        passage: Callable[[], Passage | None] = lambda: None,
+        awaited: trio.Event | None = None,
+    ) -> Arrived:
         """`length` bytes of a file from `start`.
 
         Args:
             patience_s: how long to go on after transient errors; asked anew each time.
             saturated: whether as much is under way as `limit` allows; else speed says nothing.
             is_block: what is got is a block; how long less takes says nothing of blocks.
+            passage: the bytes' way past our memory, or None; asked anew each time.
+            awaited: set when somebody waits for a part: then the rest comes into memory.
 
         Raises:
             SourceError: they cannot be had, or not in that time.
         """
 
-        async def attempt() -> memoryview:
+        async def attempt() -> Arrived:
             await trio.sleep(self._pacer.delay_s(trio.current_time(), length))
             began_s = trio.current_time()
-            data = await self._first_answer(_Request(file, start, length))
+            request = _Request(file, start, length, passage(), awaited)
+            arrived = await self._first_answer(request)
             now_s = trio.current_time()
             self.troubles.pop(file.key, None)
             if is_block:
                 self._timer.answered(now_s - began_s)
                 self._concurrency.answered(now_s, length, saturated=saturated())
-            return data
+            return arrived
 
         what = f"s3://{self._source.url.bucket}/{file.key}"
 
@@ -132,24 +146,26 @@ class BlockGetter:
             self.troubles[file.key] = str(error)
             raise
 
-    async def _first_answer(self, request: _Request) -> memoryview:
+    async def _first_answer(self, request: _Request) -> Arrived:
         """The answer to one GET, or to a second one if the first is much slower than usual.
 
         Raises:
             SourceError: all attempts failed.
         """
-        answer: memoryview | SourceError | None = None
+        answer: _Answer | None = None
         try:
             async with trio.open_nursery() as nursery:
-                send, receive = trio.open_memory_channel[memoryview | SourceError](2)
-                nursery.start_soon(self._attempt, request, send)
+                send, receive = trio.open_memory_channel[_Answer](3)
+                nursery.start_soon(self._attempt, request, send, request.passage)
+                if request.passage is not None and request.awaited is not None:
+                    nursery.start_soon(self._call_off, request.passage, request.awaited, send)
                 with trio.move_on_after(self._timer.delay_s):
                     answer = await receive.receive()
                 unanswered = 1 if answer is None else 0
                 if unanswered and self._may_hedge(request):
-                    nursery.start_soon(self._attempt, request, send)
+                    nursery.start_soon(self._attempt, request, send, None)
                     unanswered += 1
-                while unanswered and not isinstance(answer, memoryview):
+                while unanswered and not isinstance(answer, Arrived):
                     answer = await receive.receive()
                     unanswered -= 1
                 nursery.cancel_scope.cancel()
@@ -162,21 +178,26 @@ class BlockGetter:
         return answer
 
     async def _attempt(
-        self, request: _Request, answers: trio.MemorySendChannel[memoryview | SourceError]
+        self,
+        request: _Request,
+        answers: trio.MemorySendChannel[_Answer],
+        passage: Passage | None,
     ) -> None:
         cancel = Cancel()
         request.under_way.append(cancel)
         began_s = self._recorder.asked("get")
         token = trio.lowlevel.current_trio_token()
 
-        def get() -> memoryview | SourceError:
+        def get() -> _Answer:
             size = 0
+            wanted = request.file.key, request.file.etag, request.start, request.length
             try:
-                data = self._source.read_range(
-                    request.file.key, request.file.etag, request.start, request.length, cancel
-                )
-                size = len(data)
-                return data
+                if passage:
+                    arrived = self._source.receive_range(*wanted, passage.receive, cancel)
+                else:
+                    arrived = Arrived(self._source.read_range(*wanted, cancel))
+                size = request.length
+                return arrived
             except SourceError as error:
                 return error
             except CancelledError:
@@ -188,6 +209,25 @@ class BlockGetter:
         answers.send_nowait(
             await trio.to_thread.run_sync(get, abandon_on_cancel=True, limiter=self._threads)
         )
+
+    async def _call_off(
+        self, passage: Passage, awaited: trio.Event, answers: trio.MemorySendChannel[_Answer]
+    ) -> None:
+        """As soon as somebody waits for a part of what passes by, let the rest come to him."""
+        await awaited.wait()
+        if not passage.call_off():
+            return
+        await trio.sleep(STUCK_AFTER_S)
+        try:
+            rescued = await trio.to_thread.run_sync(
+                passage.rescue, abandon_on_cancel=True, limiter=self._threads
+            )
+        except (OSError, http.client.HTTPException) as error:
+            log.debug("the rest of a block did not come: %s", error)  # and is asked for again
+            answers.send_nowait(UnavailableError("the rest of a block did not come"))
+        else:
+            if rescued is not None:
+                answers.send_nowait(rescued)
 
     def _may_hedge(self, request: _Request) -> bool:
         """Reserve room for a second attempt, unless many are under way already."""

@@ -140,7 +140,7 @@ class Heads:
         end = min(file.size_bytes, -(-length // HEAD_BYTES) * HEAD_BYTES)
         self.used_bytes += end - len(have)
         try:
-            rest = await self._getter.get(
+            came = await self._getter.get(
                 file, len(have), end - len(have),
                 patience_s=lambda: PREFETCH_PATIENCE_S, saturated=lambda: False, is_block=False,
             )  # fmt: skip
@@ -149,6 +149,7 @@ class Heads:
             raise
         finally:
             self.used_bytes -= end - len(have)
+        rest = came.data
         self._recorder.fetched_bytes[Purpose.AHEAD] += len(rest)
         data = memoryview(bytes(have) + bytes(rest)) if have else rest
         self._keep(file, data)

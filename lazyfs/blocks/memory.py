@@ -40,6 +40,7 @@ class Held:
         demanded: a reader waited for it when it came.
         on_disk: it can be had again without S3.
         to_write: it waits for the disk, which is one of its users.
+        passed: so many bytes at its beginning are not in `data`, but went into the page cache.
     """
 
     file: File
@@ -49,6 +50,7 @@ class Held:
     demanded: bool = False
     on_disk: bool = False
     to_write: bool = False
+    passed: int = 0
 
     def was_read(self, span: Span) -> None:
         """A reader had these bytes."""
@@ -62,9 +64,10 @@ class Held:
         return self.users == self.to_write
 
 
-def all_unread(length: int) -> int:
-    """The bits of a block of that length of which nothing was read."""
-    return (1 << -(-length // PART)) - 1
+def all_unread(length: int, passed: int = 0) -> int:
+    """The bits of a block of that length of which nothing was read from there on."""
+    every = (1 << -(-length // PART)) - 1
+    return every & ~((1 << passed // PART) - 1)
 
 
 class BlockMemory:

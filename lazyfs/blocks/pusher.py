@@ -70,9 +70,9 @@ class BlockPusher:
         budget = self._page_cache.budget(self._prefetcher.planned_bytes, self._memory.unused_bytes)
         return budget - self._prefetcher.near_ahead_bytes
 
-    def takes(self, block: BlockId, held: Held) -> bool:
-        """Whether a block may be pushed now."""
-        return len(held.data) <= self.allowance and self._prefetcher.takes_pages(block)
+    def takes(self, block: BlockId, length: int) -> bool:
+        """Whether a block of that length may be put into the page cache now."""
+        return length <= self.allowance and self._prefetcher.takes_pages(block)
 
     def put(self, block: BlockId, held: Held) -> None:
         """Push a block as soon as one before it is done; it is used until then."""
@@ -97,7 +97,8 @@ class BlockPusher:
         held.users += 1
         self._prefetcher.moved(block, Place.COMING)
         pushed = trio.Event()
-        rest = list(gaps(waiting, len(held.data)))
+        passed = [Span(block.number, 0, held.passed)] if held.passed else []
+        rest = list(gaps([*waiting, *passed], len(held.data)))
         self._nursery.start_soon(self._push, block, held, rest, pushed)
         self._on_change()
         with trio.move_on_after(LONGEST_PUSH_S):
@@ -107,7 +108,7 @@ class BlockPusher:
         while True:
             await self._queue.wait()
             block, held = self._queue.take()
-            await self._push(block, held, [Span(block.number, 0, len(held.data))])
+            await self._push(block, held, [Span(block.number, held.passed, len(held.data))])
             self._on_change()
 
     async def _push(

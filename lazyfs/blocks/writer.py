@@ -92,6 +92,11 @@ class BlockWriter:
         """What waits to be written, or was shed."""
         return self._shed | {block: held.file for block, held in self._queue}
 
+    def shed(self, block: BlockId, file: File) -> None:
+        """A block of which only the page cache has the bytes."""
+        self._cache.release(file, block.number)
+        self._shed[block] = file
+
     def take_shed(self) -> dict[BlockId, File]:
         """Which blocks were shed; each is told once."""
         shed, self._shed = self._shed, {}
@@ -121,8 +126,7 @@ class BlockWriter:
                 continue
             block, held = self._queue.take()
             if not held.to_write:
-                self._cache.release(held.file, block.number)
-                self._shed[block] = held.file
+                self.shed(block, held.file)
                 continue
             held.to_write = False
             self._writing += 1

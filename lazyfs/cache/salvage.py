@@ -33,6 +33,7 @@ import trio
 from lazyfs.blocks import BlockId, block_length
 from lazyfs.blocks.buffers import take_buffer
 from lazyfs.cache import BlockCache
+from lazyfs.mount.aside import run_aside
 from lazyfs.tree import File
 
 if TYPE_CHECKING:
@@ -141,14 +142,11 @@ class Salvage:
         }
         command = [sys.executable, "-P", "-m", "lazyfs.cache.salvage"]
         try:
-            ended = await trio.run_process(
-                command, stdin=json.dumps(wanted).encode(), cwd="/",
-                capture_stdout=True, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
+            said = await run_aside(command, json.dumps(wanted).encode())
         except (OSError, subprocess.CalledProcessError) as error:
             log.warning("could not write blocks out of the page cache: %s", error)
             return None
-        return Saved(**json.loads(ended.stdout))
+        return Saved(**json.loads(said))
 
     def _length(self, file: File, block: BlockId) -> int:
         return block_length(file.size_bytes, self._cache.block_size, block.number)

@@ -6,6 +6,7 @@ other when it is killed.
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import trio
 
+from lazyfs.mount.aside import run_aside
 from lazyfs.tree import File
 
 _LOOK_UP = (
@@ -52,8 +54,5 @@ class Walker:
 
 
 async def _look_at(directories: Sequence[str]) -> None:
-    # Silent: it may wait for the next worker, and must not keep this one's output open.
-    await trio.run_process(
-        [sys.executable, "-I", "-S", "-c", _LOOK_UP, *directories],
-        check=False, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    with contextlib.suppress(subprocess.CalledProcessError):  # the mount has ended
+        await run_aside([sys.executable, "-I", "-S", "-c", _LOOK_UP, *directories])

@@ -64,10 +64,10 @@ def get(source: Source, patience_s: float = 60) -> Answer:
         recorder = Recorder()
         getter = BlockGetter(source, memory, MountOptions(), threads, lambda: None, recorder)  # type: ignore[arg-type]
         with trio.fail_after(20):
-            data = await getter.get(
+            came = await getter.get(
                 FILE, 0, 4, patience_s=lambda: patience_s, saturated=lambda: True
             )
-        return data, getter, memory, recorder
+        return came.data, getter, memory, recorder
 
     return trio.run(run)
 

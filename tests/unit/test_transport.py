@@ -89,7 +89,9 @@ def serving(
 
 def get(client: Transport, cancel: Cancel | None = None) -> bytes:
     into = memoryview(bytearray(len(DATA)))
-    client.get_range("/bucket/key", HEADERS, 0, into, cancel or Cancel())
+    client.get_range(
+        "/bucket/key", HEADERS, 0, len(DATA), lambda body: body.read_into(into), cancel or Cancel()
+    )
     return bytes(into)
 
 
