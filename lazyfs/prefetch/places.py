@@ -51,6 +51,7 @@ class FileBlocks:
         reads_pages: opened, and not with O_DIRECT: its readers find what is in the page cache.
             None: not opened.
         stored: 1 for each block that is on the disk.
+        failed: 1 for each block that could not be fetched and was not asked for since.
         has_head: its header is or was here, without its first block.
         rank: its position in the loading order; -1: it has none.
         roles: of the tensors, one for each piece (`role_of`); empty without a table.
@@ -66,6 +67,7 @@ class FileBlocks:
         self.known = False
         self.reads_pages: bool | None = None
         self.stored = bytearray(count)
+        self.failed = bytearray(count)
         self.has_head = False
         self.rank = -1
         self.roles: Sequence[str] = ()
@@ -121,10 +123,13 @@ class FileBlocks:
         return self.places.find(place, start, stop) if self.counts[place] else -1
 
     def move(self, number: int, place: Place) -> Place:
-        """A block is now there; where it was. A block that is not wanted is never ABSENT."""
+        """A block is now there; where it was. One not wanted, or that failed, is never ABSENT."""
         before = Place(self.places[number])
-        if place == Place.ABSENT and self._wanted is not None and not self._wanted[number]:
+        is_left = self.failed[number] or (self._wanted is not None and not self._wanted[number])
+        if place == Place.ABSENT and is_left:
             place = Place.LEFT
+        elif place == Place.LOCAL:
+            self.failed[number] = 0
         self.counts[before] -= 1
         self.counts[place] += 1
         self.places[number] = place

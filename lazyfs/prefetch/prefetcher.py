@@ -281,7 +281,8 @@ class Prefetcher:
         return self.place(block) in AWAY
 
     def failed(self, block: BlockId) -> None:
-        """The block could not be fetched; it is left to those who read it."""
+        """The block could not be fetched; it is left to those who read it, whatever the plan."""
+        self._files[block.inode].failed[block.number] = 1
         self.moved(block, Place.LEFT)
 
     def was_read(self, inode: int, offset: int, size: int) -> bool:
@@ -293,6 +294,7 @@ class Prefetcher:
         if blocks.places[number] == Place.USED:
             self._begin_again(inode, number)
         elif blocks.places[number] == Place.LEFT:
+            blocks.failed[number] = 0
             self.moved(BlockId(inode, number), Place.ABSENT)
         if number != blocks.last_read:
             blocks.last_read = number
@@ -450,17 +452,18 @@ class Prefetcher:
         """Something of a piece was read; whether its reader was elsewhere before."""
         if blocks.rank < 0 and not any(blocks.touched):
             self.on_stray(inode)
+        if self._by_tensor(blocks) or (self._policy == "model" and blocks.rank >= 0):
+            # Also where its reader is already: it may have been let go of since.
+            self._touched[inode, piece] = None
+            self._touched.move_to_end((inode, piece))
+            if len(self._touched) > TOUCHED_PIECES:
+                self._touched.popitem(last=False)
         passed = self._streams.read(inode, piece)
         if passed is None:
             return False
         if self._by_tensor(blocks) and not any(blocks.touched):
             passed = range(piece)  # who begins a file there does not want what is before
         self._taste.read(inode, piece, passed, partial(self._may_be_pages, blocks))
-        if self._by_tensor(blocks) or (self._policy == "model" and blocks.rank >= 0):
-            self._touched[inode, piece] = None
-            self._touched.move_to_end((inode, piece))
-            if len(self._touched) > TOUCHED_PIECES:
-                self._touched.popitem(last=False)
         self._ahead.locate(self._order, self._streams)
         return True
 
@@ -479,7 +482,12 @@ class Prefetcher:
                 self.moved(BlockId(inode, number), Place.ABSENT)
 
     def _begin_again(self, inode: int, number: int) -> None:
-        """A file is read a second time: what follows is wanted again."""
-        places = self._files[inode].places
+        """A file is read a second time: what follows is wanted again, in its turn."""
+        blocks = self._files[inode]
+        places = blocks.places
+        for piece in [piece for other, piece in self._touched if other == inode]:
+            first, stop = blocks.blocks_of(piece)
+            if stop > number and blocks.find(Place.ABSENT, first, stop) < 0:
+                del self._touched[inode, piece]  # for who read it before, all of it came
         for used in [at for at in range(number, len(places)) if places[at] == Place.USED]:
             self.moved(BlockId(inode, used), Place.ABSENT)

@@ -130,6 +130,31 @@ def test_a_block_that_was_used_is_fetched_again_only_for_a_second_pass() -> None
     assert take(made, 9) == [(2, 1), (2, 2), (2, 3)]
 
 
+def test_who_reads_a_file_again_gets_his_tensor_before_those_of_the_first_reading() -> None:
+    made = prefetcher("model", 7)
+    made.set_tensors(2, tensors(5, 40, end=67))
+    take(made, 7)
+    for number in range(7):
+        made.moved(BlockId(2, number), Place.LOCAL)
+        made.was_read(2, number * BLOCK, BLOCK // 2)
+    for number in range(1, 7):
+        made.moved(BlockId(2, number), Place.USED)
+    made.was_read(2, BLOCK, BLOCK // 2)
+    made.moved(BlockId(2, 1), Place.LOCAL)
+    assert take(made, 9) == [(2, 2), (2, 3), (2, 4), (2, 5), (2, 6)]
+
+
+def test_a_tensor_that_is_read_again_by_its_last_reader_is_had_whole_again() -> None:
+    made = prefetcher("tensor", 7)
+    made.set_tensors(2, tensors(5, 60, end=67))
+    made.was_read(2, BLOCK, BLOCK // 2)
+    for block in take(made, 7):
+        made.moved(BlockId(*block), Place.USED)
+    assert take(made, 9) == []
+    made.was_read(2, BLOCK, BLOCK // 2)
+    assert take(made, 5) == [(2, 1), (2, 2), (2, 3), (2, 4), (2, 5)]
+
+
 def test_only_blocks_of_inodes_that_the_kernel_knows_are_loaded() -> None:
     made = prefetcher("model", 2, 1)
     for block in ((2, 0), (2, 1), (3, 0)):

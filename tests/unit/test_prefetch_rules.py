@@ -46,6 +46,8 @@ class Mount(RuleBasedStateMachine):
         # What this load has had or tried to have: not to be wished for again.
         self.came: set[BlockId] = set()
         self.has_failed: set[BlockId] = set()
+        # Of these, what no reader has asked for since.
+        self.given_up: set[BlockId] = set()
         self.read: set[BlockId] = set()
         # The first and the last block of each tensor of which something was read.
         self.touched: set[tuple[int, int, int]] = set()
@@ -70,8 +72,10 @@ class Mount(RuleBasedStateMachine):
         ]
         if inode not in self.tables:
             self.tables[inode] = data.draw(st.sampled_from([tensors, tensors, []]))
-            # It is not known any more which runs of blocks were read; tensors are seen from now on.
-            self.touched = {piece for piece in self.touched if piece[0] != inode}
+            if self.tables[inode]:
+                # Which runs of blocks were read is not known any more; tensors are seen from now
+                # on. A file without tensors stays what it was, and so do its runs of blocks.
+                self.touched = {piece for piece in self.touched if piece[0] != inode}
         self.made.set_tensors(inode, self.tables[inode])
 
     @rule(data=st.data(), direct=st.booleans())
@@ -109,7 +113,12 @@ class Mount(RuleBasedStateMachine):
         if offset < self.sizes[inode] and self.made.place(first) == Place.USED:
             again = {block for block in self.came if block.inode == inode and block >= first}
             self.came -= {block for block in again if self.made.place(block) == Place.USED}
-            self.touched = {piece for piece in self.touched if piece[0] != inode}
+            # What had come whole is had again in its turn; what had not is still somebody's.
+            self.touched = {
+                (other, start, stop)
+                for other, start, stop in self.touched
+                if other != inode or stop <= first.number or self._lacks(other, start, stop)
+            }
         self.made.was_read(inode, offset, size)
         if self._completes(inode) and first.number < block_count(self.sizes[inode], BLOCK):
             self._touch(inode, offset, min(offset + size // 2, self.sizes[inode] - 1))
@@ -123,6 +132,7 @@ class Mount(RuleBasedStateMachine):
                 self.made.moved(block, Place.LOCAL)
                 self.came.add(block)
             self.read.add(block)
+            self.given_up.discard(block)
 
     def _touch(self, inode: int, offset: int, middle: int) -> None:
         """Something was read of the tensor, or else of the run of blocks, around `middle`."""
@@ -161,6 +171,7 @@ class Mount(RuleBasedStateMachine):
             if what == "fails":
                 self.made.failed(block)
                 self.has_failed.add(block)
+                self.given_up.add(block)
                 self.came.discard(block)
                 continue
             self.made.moved(block, Place.LOCAL)
@@ -220,16 +231,22 @@ class Mount(RuleBasedStateMachine):
         assert self.policy == "model" or place == Place.ABSENT, "it is passed over"
         assert self.policy != "off"
         assert block not in self.came, "this load has had it"
+        assert block not in self.given_up, "it is left to who reads it"
         assert not self._is_excluded(block) or self._is_of_touched(block)
         if not self._is_of_touched(block):
             for inode, first, stop in self.touched:
-                stop = min(stop, block_count(self.sizes[inode], BLOCK))
-                rest = [BlockId(inode, number) for number in range(first, stop)]
-                assert Place.ABSENT not in map(self.made.place, rest), "of a tensor that was read"
+                assert not self._lacks(inode, first, stop), "of a tensor that was read"
         if self.policy == "headers":
             assert block.inode in self.small or block.number == 0 or self._is_of_touched(block)
         self.came.add(block)
         return block
+
+    def _lacks(self, inode: int, first: int, stop: int) -> bool:
+        """Whether of a run of blocks one is wanted and not on its way."""
+        stop = min(stop, block_count(self.sizes[inode], BLOCK))
+        return any(
+            self.made.place(BlockId(inode, number)) == Place.ABSENT for number in range(first, stop)
+        )
 
     def _is_of_touched(self, block: BlockId) -> bool:
         return any(
