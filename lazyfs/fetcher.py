@@ -2,7 +2,7 @@
 
 The life of a block. A reader or the prefetcher asks for it: a *job* starts, or the job that runs
 already is joined. The job takes a slot and room in the memory budget, and one worker thread brings
-the bytes, from the cache directory if they are there, else by one ranged GET. Now the block is
+the bytes, from the cache directory or by one ranged GET (`blocks/obtainer.py`). Now the block is
 *held*: what nobody waits for is pushed into the page cache, then its waiters are answered, so that
 they find the rest in place; a task of its own writes it to the disk, which no reader waits for.
 After that it stays in memory until its room is needed.
@@ -12,9 +12,8 @@ bytes. Demand overtakes prefetch for slots and for room. What can be brought aga
 demand: blocks nobody uses, then blocks that only wait to be written to a slow disk. A block that is
 being pushed or written cannot be taken, but those are few (`pusher.py`, `writer.py`).
 
-A block that is not on disk is claimed there before it is fetched, so that of all daemons on a node
-one fetches it. What another daemon has claimed is waited for, if a reader needs it, and else left
-to it until it is there; for `LEASE_S` at most.
+While a load leaves the processors no time, blocks that nobody waits for *pass* by our memory into
+the page cache (`passage.py`): they are not held, and come to the disk when the load is over.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import trio
 
 from lazyfs.blocks import BlockId, Span, block_length
 from lazyfs.blocks.elsewhere import Elsewhere
-from lazyfs.blocks.getter import PREFETCH_PATIENCE_S, BlockGetter
+from lazyfs.blocks.getter import BlockGetter
 from lazyfs.blocks.heads import Heads, has_head, heads_limit
 from lazyfs.blocks.loading import Loading
 from lazyfs.blocks.memory import BlockMemory, Held, all_unread
+from lazyfs.blocks.obtainer import Job, Obtainer
 from lazyfs.blocks.processor import Processors
 from lazyfs.blocks.pusher import BlockPusher
 from lazyfs.blocks.window import DiskWindow
 from lazyfs.blocks.writer import BlockWriter
-from lazyfs.cache import CARE_S, BlockCache, Claim
+from lazyfs.cache import CARE_S, BlockCache
 from lazyfs.errors import SourceError
 from lazyfs.observe.events import Activity, Purpose
 from lazyfs.observe.recorder import Recorder, Tier
@@ -59,29 +58,6 @@ LOADERS = 3
 URGENT_EXTRA = 8
 # How often connections that nobody uses are closed.
 IDLE_S = 30.0
-
-
-@dataclass(slots=True)
-class Job:
-    """A block that is being brought, or is to be.
-
-    Attributes:
-        waiting: what readers wait for; empty: a prefetch.
-        lease_until: how long it is left to another daemon that has claimed it.
-        awaited: set as soon as somebody waits.
-    """
-
-    file: File
-    block: BlockId
-    length: int
-    waiting: list[Span] = field(default_factory=list)
-    started: bool = False
-    lease_until: float = 0.0
-    awaited: trio.Event = field(default_factory=trio.Event)
-    done: trio.Event = field(default_factory=trio.Event)
-    held: Held | None = None
-    tier: Tier = Tier.S3
-    error: SourceError | None = None
 
 
 class BlockFetcher:
@@ -153,6 +129,10 @@ class BlockFetcher:
             self._window = DiskWindow(
                 cache, self._writer, prefetcher, self._memory, self._files, self._thread
             )
+        self._obtainer = Obtainer(
+            self._getter, self._memory, recorder, cache, self._elsewhere, self._block_size,
+            options.io_timeout, self._thread, self._saturated, self._passage,
+        )  # fmt: skip
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -345,7 +325,7 @@ class BlockFetcher:
             await self._pusher.push_around(block, held, [span])
             held.users -= 1
         if held is None or span.start < held.passed:
-            data = await self._read_passed(file, span)
+            data = await self._obtainer.obtain_part(file, span)
             if reader:
                 self._recorder.read(file, span, Tier.S3, began_s)
             return data
@@ -357,25 +337,6 @@ class BlockFetcher:
         if reader:
             self._recorder.read(file, span, tier, began_s)
         return data
-
-    async def _read_passed(self, file: File, span: Span) -> memoryview:
-        """A part of what went into the page cache past our memory, for who does not find it there.
-
-        Raises:
-            SourceError: it cannot be had, or not within `--io-timeout`.
-        """
-        length = span.stop - span.start
-        self._memory.reserve(length)
-        try:
-            came = await self._getter.get(
-                file, span.number * self._block_size + span.start, length,
-                patience_s=lambda: self._options.io_timeout, saturated=lambda: False,
-                is_block=False,
-            )  # fmt: skip
-        finally:
-            self._memory.release(length)
-        self._recorder.fetched_bytes[Purpose.DEMAND] += length
-        return came.data
 
     async def _wait_for(self, file: File, span: Span, reader: bool) -> tuple[Held | None, Tier]:
         """A block that somebody waits for, and where it came from; its `users` count him.
@@ -490,7 +451,7 @@ class BlockFetcher:
         """One job, from its start until its waiters are answered."""
         began_s = self._recorder.begun(job.block)
         try:
-            obtained = await self._obtain(job)
+            obtained = await self._obtainer.obtain(job)
         except SourceError as error:
             self._fail(job, error)
         else:
@@ -527,60 +488,14 @@ class BlockFetcher:
         log.log(level, "block %d of %s: %s", job.block.number, job.file.key, error)
         job.error = error
 
-    async def _obtain(self, job: Job) -> tuple[Arrived, Tier] | None:
-        """The bytes of a job's block, and where they came from.
-
-        None: another daemon brings it, and nobody waits for it here.
-        """
-        if self._cache and self._elsewhere:
-            found = await self._look_on_disk(self._cache, self._elsewhere, job)
-            if found is Claim.THEIRS:
-                self._elsewhere.leave(job.file, job.block, job.lease_until)
-                return None
-            if isinstance(found, memoryview):
-                return Arrived(found), Tier.DISK
-        try:
-            arrived = await self._getter.get(
-                job.file,
-                job.block.number * self._block_size,
-                job.length,
-                patience_s=lambda: self._options.io_timeout if job.waiting else PREFETCH_PATIENCE_S,
-                saturated=self._saturated,
-                passage=lambda: self._passage(job),
-                awaited=job.awaited,
-            )
-        except SourceError:
-            if self._cache is not None:
-                self._cache.release(job.file, job.block.number)
-            raise
-        return arrived, Tier.S3
-
     def _passage(self, job: Job) -> Passage | None:
         """The way past our memory, for a block that would only be pushed, and shed after that."""
-        if job.waiting or self._page_cache.device is None or not self._is_loading():
+        is_first = job.block.number == 0  # the planner wants its header
+        if job.waiting or is_first or not self._is_loading():
             return None
-        if job.block.number == 0:
-            return None  # the planner wants its header
         if self._writer and not self._writer.is_put_off:
             return None
-        if not self._pusher.takes(job.block, job.length):
-            return None
-        offset = job.block.number * self._block_size
-        return Passage(self._page_cache, job.block.inode, offset, job.length)
-
-    async def _look_on_disk(
-        self, cache: BlockCache, elsewhere: Elsewhere, job: Job
-    ) -> memoryview | Claim:
-        """A block from the disk, or who is to fetch it; waits for others if a reader does."""
-        while True:
-            found = await self._thread(cache.load_or_claim, job.file, job.block.number)
-            if found is not Claim.THEIRS:
-                return found
-            if trio.current_time() >= job.lease_until:
-                return Claim.OURS
-            if not job.waiting:
-                return found
-            await elsewhere.wait_for(job.file, job.block.number, job.lease_until)
+        return self._pusher.passage(job.block, job.length)
 
     def _found(self, block: BlockId, there: bool) -> None:
         """A block that was left to another daemon came to the disk, or is not going to."""

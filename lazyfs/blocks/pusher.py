@@ -16,6 +16,7 @@ from lazyfs.blocks.memory import BlockMemory, Held
 from lazyfs.blocks.queue import BlockQueue
 from lazyfs.observe.recorder import Recorder
 from lazyfs.pagecache import PageCache
+from lazyfs.passage import Passage
 from lazyfs.prefetch import Place, Prefetcher
 
 PUSHERS = 2
@@ -73,6 +74,16 @@ class BlockPusher:
     def takes(self, block: BlockId, length: int) -> bool:
         """Whether a block of that length may be put into the page cache now."""
         return length <= self.allowance and self._prefetcher.takes_pages(block)
+
+    def passage(self, block: BlockId, length: int) -> Passage | None:
+        """A way there past our memory, for a block that may be put there now; None: there is none.
+
+        Args:
+            length: of the block.
+        """
+        if self._page_cache.device is None or not self.takes(block, length):
+            return None
+        return Passage(self._page_cache, block.inode, block.number * self._block_size, length)
 
     def put(self, block: BlockId, held: Held) -> None:
         """Push a block as soon as one before it is done; it is used until then."""
