@@ -109,8 +109,8 @@ class Passage:
             self._rescue = Future()
         try:
             self._rescue.set_result(self._keep())
-        except (OSError, http.client.HTTPException) as error:
-            self._rescue.set_exception(error)
+        except BaseException as error:
+            self._rescue.set_exception(error)  # whatever it is, the other thread waits for it
         return self._rescue.result()
 
     def _store(self, pipes: Pipes) -> bool:
