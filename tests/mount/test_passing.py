@@ -19,8 +19,6 @@ from mounting import TIMEOUT_S, Mounted, lazyfs, python
 from s3 import S3
 from safetensors.numpy import save
 
-from lazyfs.blocks.getter import HEDGES
-
 pytestmark = pytest.mark.fuse
 
 MIB = 1 << 20
@@ -122,8 +120,8 @@ def test_what_passes_is_what_s3_has_and_is_not_asked_for_again(
     assert half_passed(status_of(passing))
     assert load.digest() == DIGEST
     asked = Counter(s3.data_requests())
-    # Requests of which the answer is slow are made twice, a few at once.
-    assert asked.total() - len(asked) <= HEDGES
+    # Slow requests are made twice, and a kernel may take pages before they are read (DAMON).
+    assert asked.total() - len(asked) < len(asked) // 4
 
 
 def test_who_comes_later_with_o_direct_gets_the_same(
