@@ -77,9 +77,7 @@ class Passage:
             log.debug("blocks come into memory: %s", error)
             pipes = None
         if pipes is None:
-            data = take_buffer(self._length)
-            body.read_into(data)
-            return Arrived(data)
+            return Arrived(body.read(self._length))
         with contextlib.closing(pipes):
             self._under_way = body, pipes
             pipes.put(body.take_buffered())

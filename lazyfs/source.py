@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from lazyfs import __version__
-from lazyfs.blocks.buffers import take_buffer
 from lazyfs.errors import (
     BadRequestError,
     BadResponseError,
@@ -264,13 +263,7 @@ class Source:
             ObjectChangedError, ObjectGoneError: the object is no longer what was listed.
             SourceError: any other failure.
         """
-
-        def receive(body: Body) -> memoryview:
-            into = take_buffer(length)
-            body.read_into(into)
-            return into
-
-        return self.receive_range(key, etag, start, length, receive, cancel)
+        return self.receive_range(key, etag, start, length, lambda body: body.read(length), cancel)
 
     def receive_range(
         self,

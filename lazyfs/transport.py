@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+from lazyfs.blocks.buffers import take_buffer
+
 T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 5.0
@@ -116,15 +118,10 @@ class Body:
 
     Args:
         answer: whose head was read.
-        length: of the body, in bytes.
         wire: that it comes through.
-
-    Attributes:
-        left: how many bytes are still to be taken.
     """
 
-    def __init__(self, answer: http.client.HTTPResponse, length: int, wire: socket.socket) -> None:
-        self.left = length
+    def __init__(self, answer: http.client.HTTPResponse, wire: socket.socket) -> None:
         self._answer = answer
         # In chunks, or encrypted, more comes through the socket than the body.
         is_bare = answer.length is not None and not isinstance(wire, ssl.SSLSocket)
@@ -135,6 +132,18 @@ class Body:
         """Of the socket, if nothing but the body comes through it. It does not block."""
         return self._socket.fileno() if self._socket else None
 
+    @property
+    def left(self) -> int:
+        """How many bytes are still to be taken, if it has a descriptor."""
+        assert self._answer.length is not None
+        return self._answer.length
+
+    def read(self, length: int) -> memoryview:
+        """So many bytes, in a buffer of `take_buffer`. Raises as `read_into` does."""
+        into = take_buffer(length)
+        self.read_into(into)
+        return into
+
     def read_into(self, into: memoryview) -> None:
         """Fill a buffer. Raises OSError or http.client.HTTPException if less comes."""
         done = 0
@@ -143,7 +152,6 @@ class Body:
             if count == 0:
                 raise http.client.IncompleteRead(b"", len(into) - done)
             done += count
-        self.left -= done
 
     def take_buffered(self) -> bytes:
         """What came along with the head. Only after that is the rest in the socket."""
@@ -154,9 +162,7 @@ class Body:
 
     def took(self, count: int) -> None:
         """So many bytes were taken out of the descriptor."""
-        self.left -= count
-        assert self._answer.length is not None
-        self._answer.length -= count
+        self._answer.length = self.left - count
 
     @property
     def is_ready(self) -> bool:
@@ -240,7 +246,7 @@ class Transport:
                     text,
                 )
             _check_range(answer, start, length)
-            body = Body(answer, length, wire)
+            body = Body(answer, wire)
             received = receive(body)
             body.end()
         if connection.sock is not None:  # else the server wanted it closed
