@@ -169,7 +169,7 @@ async def _serve(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_end_on_signal, nursery.cancel_scope, page_cache)
             nursery.start_soon(_end_with_session, session, nursery.cancel_scope)
-            await nursery.start(fetcher.run)
+            fetcher.start(nursery)
             routes: dict[tuple[str, str], Route] = {}
             if cache:
                 salvage = Salvage(mount.mountpoint, mount.url.prefix, cache, fetcher)

@@ -135,19 +135,21 @@ class BlockFetcher:
         )  # fmt: skip
         self._nursery: trio.Nursery | None = None
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve until cancelled."""
-        async with trio.open_nursery() as nursery:
-            await nursery.start(self._pusher.run)
-            nursery.start_soon(self._close_idle)
-            if self._cache and self._writer and self._elsewhere:
-                nursery.start_soon(self._writer.run)
-                nursery.start_soon(self._elsewhere.follow)
-                nursery.start_soon(self._care_for_cache, self._cache)
-            self._nursery = nursery
-            task_status.started()
-            self.pump()
-            await trio.sleep_forever()
+    def start(self, nursery: trio.Nursery) -> None:
+        """Serve in the tasks of a nursery until it is cancelled.
+
+        Args:
+            nursery: of all that asks for blocks. One that ended before them, being cancelled too,
+                would take no more tasks while they are still at their last steps.
+        """
+        self._pusher.start(nursery)
+        nursery.start_soon(self._close_idle)
+        if self._cache and self._writer and self._elsewhere:
+            nursery.start_soon(self._writer.run)
+            nursery.start_soon(self._elsewhere.follow)
+            nursery.start_soon(self._care_for_cache, self._cache)
+        self._nursery = nursery
+        self.pump()
 
     async def finish_writing(self) -> None:
         """Write what waits for the disk, so that the next mount finds it."""

@@ -153,7 +153,7 @@ class _Load:
         with trio.fail_after(LONGEST_S):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._link.run)
-                await nursery.start(self._fetcher.run)
+                self._fetcher.start(nursery)
                 if self._plans:
                     nursery.start_soon(self._planner.run)
                 nursery.start_soon(self._become_known)

@@ -57,13 +57,11 @@ class BlockPusher:
         self._queue = BlockQueue()
         self._nursery: trio.Nursery | None = None
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Until cancelled."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            for _ in range(PUSHERS):
-                nursery.start_soon(self._push_forever)
-            task_status.started()
+    def start(self, nursery: trio.Nursery) -> None:
+        """Push in tasks of this nursery, which is that of all who ask for it."""
+        self._nursery = nursery
+        for _ in range(PUSHERS):
+            nursery.start_soon(self._push_forever)
 
     @property
     def allowance(self) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import tracemalloc
 
 import pytest
+import trio
 from simulated import loaders, models
 from simulated.cases import CASES
 from simulated.load import simulate
-from simulated.machine import Machine
+from simulated.machine import Link, Machine
 
 from lazyfs.options import MountOptions
 
@@ -68,3 +69,35 @@ def test_a_header_of_100_mb_costs_only_the_prefetch() -> None:
     assert report.stall < 0.2
     assert peak_bytes < 64 << 20, "it is not read into memory"
     assert report.twice == 0
+
+
+@pytest.mark.parametrize("answers", range(1, 100, 7))
+@pytest.mark.parametrize("steps", range(5))
+def test_a_mount_may_end_while_an_answer_is_taken(
+    answers: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has got a block already takes his last steps, and what he needs for them is there."""
+
+    class Ending(Link):
+        async def run(self) -> None:
+            nursery = trio.lowlevel.current_task().parent_nursery
+            assert nursery is not None
+            self.nursery, self.left = nursery, answers
+            await super().run()
+
+        async def transfer(self, size: int) -> None:
+            await super().transfer(size)
+            self.left -= 1
+            if self.left == 0:
+                self.nursery.start_soon(self.end)
+
+        async def end(self) -> None:
+            for _ in range(steps):
+                await trio.lowlevel.checkpoint()
+            self.nursery.cancel_scope.cancel()
+
+    monkeypatch.setattr("simulated.load.Link", Ending)
+    model = models.llama(10**9, 2, layers=16)
+    options = MountOptions.parse(("{name}", {"prefetch": "off"}))
+    report = simulate(model, loaders.tensor_parallel(model, 2, strided=True), options=options)
+    assert report.seconds == 0, "the load did not end"
