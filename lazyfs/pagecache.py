@@ -129,15 +129,14 @@ class PageCache:
                 return False
         return True
 
-    def push_held(self, inode: int, offset: int, size: int, pipes: Pipes) -> bool:
-        """Like `push`, for the first `size` bytes that pipes hold, at most `PIECE`.
+    def push_held(self, inode: int, size: int, pipes: Pipes) -> bool:
+        """Like `push`, for `size` bytes of which pipes have composed a message (`store_header`).
 
         What FUSE has no function for: `fuse_lowlevel_notify_store` takes no pipe.
         """
         device = self.device
         assert device is not None
-        header = _STORE.pack(_STORE.size + size, NOTIFY_STORE, 0, inode, offset, size, 0)
-        stored = self._stored(inode, size, lambda: pipes.send(header, size, device))
+        stored = self._stored(inode, size, lambda: pipes.send(device))
         self.passed_bytes += size if stored else 0
         return stored
 
@@ -161,6 +160,11 @@ class PageCache:
                 self._pushing -= 1
         self.pushed_bytes += size
         return True
+
+
+def store_header(inode: int, offset: int, size: int) -> bytes:
+    """What comes before `size` bytes in a message that has the kernel store them."""
+    return _STORE.pack(_STORE.size + size, NOTIFY_STORE, 0, inode, offset, size, 0)
 
 
 def free_memory() -> int:

@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from typing import NamedTuple
 
 from lazyfs.blocks.buffers import take_buffer
-from lazyfs.pagecache import PageCache
+from lazyfs.pagecache import PageCache, store_header
 from lazyfs.pipes import Pipes
 from lazyfs.transport import Body
 
@@ -116,11 +116,19 @@ class Passage:
         size = pipes.held
         if self._done + size < self._length:
             size -= size % mmap.PAGESIZE
+        if not size:
+            return False
+        try:
+            pipes.compose(store_header(self._inode, self._offset + self._done, size), size)
+        except OSError as error:
+            log.debug("the rest of a block comes into memory: %s", error)
+            return False
+        # From here on a rescue may take out what is held, even before the kernel has the message.
         with self._lock:
-            if self._called_off or not size:
+            if self._called_off:
                 return False
             self._is_storing = True
-        stored = self._page_cache.push_held(self._inode, self._offset + self._done, size, pipes)
+        stored = self._page_cache.push_held(self._inode, size, pipes)
         with self._lock:
             self._is_storing = False
         if self._rescue:

@@ -34,7 +34,8 @@ _libc.write.restype = ctypes.c_ssize_t
 
 
 class Pipes:
-    """What has come of a body, and messages that are made of it. For one thread at a time.
+    """What has come of a body, and messages that are made of it. For one thread at a time, but
+    while one sends a message, another one may read what is held.
 
     Attributes:
         held: how many bytes have come and were not let go.
@@ -45,6 +46,7 @@ class Pipes:
 
     def __init__(self) -> None:
         self.held = 0
+        self._message_size = 0
         self._descriptors = [os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)]
         self._nowhere = self._descriptors[0]
         try:
@@ -86,23 +88,34 @@ class Pipes:
         self.held += taken
         return taken
 
-    def send(self, header: bytes, count: int, device: int) -> None:
-        """Send a header and the first `count` bytes held as one message to FUSE; they stay held.
+    def compose(self, header: bytes, count: int) -> None:
+        """Make a message of a header and the first `count` bytes held; they stay held.
+
+        Never waits: it would, with the interpreter's lock, for what somebody else had taken out.
+
+        Raises:
+            OSError: it cannot be made. Then these pipes are good for reading only.
+        """
+        _whole(_libc.write(self._message_in, header, len(header)), len(header))
+        _whole(_libc.tee(self._held_out, self._message_in, count, os.SPLICE_F_NONBLOCK), count)
+        self._message_size = len(header) + count
+
+    def send(self, device: int) -> None:
+        """Send the message to FUSE. What is held may be read meanwhile, by another thread.
 
         Waits while somebody has locked one of the pages.
 
         Raises:
             OSError: the kernel did not take it. Then these pipes are good for reading only.
         """
-        _whole(_libc.write(self._message_in, header, len(header)), len(header))
-        _whole(_libc.tee(self._held_out, self._message_in, count, 0), count)
-        size = len(header) + count
+        size = self._message_size
         _whole(os.splice(self._message_out, device, size), size)
 
     def let_go(self, count: int) -> None:
         """Hold the first `count` bytes no more."""
         self.held -= count
-        _whole(_libc.splice(self._held_out, None, self._nowhere, None, count, 0), count)
+        gone = _libc.splice(self._held_out, None, self._nowhere, None, count, os.SPLICE_F_NONBLOCK)
+        _whole(gone, count)
 
     def read_into(self, into: memoryview) -> int:
         """Copy all that is held to the beginning of a buffer, and hold it no more; how much."""

@@ -16,6 +16,7 @@ from test_transport import ANSWER, DATA, HEAD, HEADERS, LENGTH, serving
 
 from lazyfs.pagecache import PageCache
 from lazyfs.passage import Arrived, Passage
+from lazyfs.pipes import Pipes
 from lazyfs.transport import Cancel, Transport
 
 INODE, OFFSET = 7, 3 << 20
@@ -166,6 +167,26 @@ def test_what_waits_for_a_locked_page_is_rescued_without_it(fuse: Fuse) -> None:
         assert not future.done()
         fuse.unlock_pages()
         assert future.result(20) == rescued
+
+
+def test_a_rescue_may_be_there_before_the_kernel_is_asked(
+    fuse: Fuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that is about to store may have to wait for a processor longer than a rescue."""
+    gate, ask = threading.Event(), fuse.page_cache.push_held
+    rescued: list[Arrived | None] = []
+
+    def ask_late(inode: int, size: int, pipes: Pipes) -> bool:
+        assert passage.call_off()
+        rescued.append(passage.rescue())
+        return ask(inode, size, pipes)
+
+    monkeypatch.setattr(fuse.page_cache, "push_held", ask_late)
+    with passing(fuse, in_parts(gate, 0)) as (passage, future, _):
+        gate.set()
+        fuse.take_all(future)
+        assert rescued == [future.result()] == [Arrived(memoryview(DATA), 0)]
+        assert fuse.stored == {0: DATA[: len(fuse.stored[0])]}, "other bytes than those held"
 
 
 def test_there_is_nothing_to_rescue_of_what_has_come(fuse: Fuse) -> None:
