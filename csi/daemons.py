@@ -372,8 +372,8 @@ def _detach(mountpoint: Path) -> None:
     """Take away a mount of ours that nobody serves; who waits for it gets an error."""
     entry = syscalls.find_mount(mountpoint)
     if entry is not None and entry.filesystem_type == syscalls.FILESYSTEM_TYPE:
+        syscalls.abort(entry.device)  # after the unmount it may be another mount's
         syscalls.unmount(mountpoint, lazy=True)
-        syscalls.abort(entry.device)
 
 
 def _name(volume: Volume) -> str:

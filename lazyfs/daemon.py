@@ -153,7 +153,8 @@ async def _serve(
         handover = Handover(session.descriptor, journal.descriptor, carried.descriptor, beginning)
         handover.store(keeper, str(mount.mountpoint))
     page_cache.device = os.dup(session.descriptor)
-    tune_kernel(session.device, options.read_ahead)
+    if device := session.device:
+        tune_kernel(device, options.read_ahead)
     privileges.drop()
     filesystem = Filesystem(
         catalog, fetcher, options, beginning.mounted_ns, session.adopt, on_open, recorder

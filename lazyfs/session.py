@@ -72,12 +72,10 @@ class Session:
             raise MountError(f"{mountpoint}: the kernel did not begin to talk: {error}") from error
 
     @property
-    def device(self) -> str:
-        """The mount's device number, `major:minor`."""
+    def device(self) -> str | None:
+        """The mount's device number, `major:minor`; None if it was detached while in use."""
         found = syscalls.find_mount(self.mountpoint)
-        if found is None:
-            raise MountError(f"{self.mountpoint}: no longer mounted")
-        return found.device
+        return found.device if found else None
 
     @property
     def ended(self) -> bool:

@@ -50,6 +50,7 @@ async def _converse(stream: trio.SocketStream, routes: Mapping[tuple[str, str], 
             break
         else:
             return  # the client hung up
+    assert request is not None
     text = isinstance(answer, str)
     content = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode() + b"\n"
     headers = [
@@ -57,11 +58,10 @@ async def _converse(stream: trio.SocketStream, routes: Mapping[tuple[str, str], 
         ("Content-Length", str(len(content))),
         ("Connection", "close"),
     ]
-    for event in (
-        h11.Response(status_code=status, headers=headers),
-        h11.Data(data=content),
-        h11.EndOfMessage(),
-    ):
+    # The answer to HEAD has the length of a body, and no body.
+    data = [] if request.method == b"HEAD" else [h11.Data(data=content)]
+    head = h11.Response(status_code=status, headers=headers)
+    for event in (head, *data, h11.EndOfMessage()):
         await stream.send_all(connection.send(event) or b"")
 
 
@@ -69,7 +69,7 @@ async def _answer(
     request: h11.Request, body: bytes, routes: Mapping[tuple[str, str], Route]
 ) -> tuple[int, Any]:
     method, path = request.method.decode(), request.target.decode().partition("?")[0]
-    route = routes.get((method, path))
+    route = routes.get(("GET" if method == "HEAD" else method, path))
     if route is None:
         known = ", ".join(" ".join(each) for each in sorted(routes))
         return 404, {"error": f"no such request: {method} {path}; there are {known}"}

@@ -104,6 +104,8 @@ class Supervisor:
         self._on_new_mount = on_new_mount
         self._first = first
         self._refusal: str | None = None
+        # By who stops, and by the watcher who sees that.
+        self._unmounting = threading.Lock()
         self._stopping = threading.Event()
         self._leaving = threading.Event()
         self._worker: subprocess.Popen[bytes] | None = None
@@ -162,15 +164,7 @@ class Supervisor:
     def leave(self) -> None:
         """End the worker and keep the mount, for the supervisor that comes next."""
         self._leaving.set()
-        deadline = time.monotonic() + END_TIMEOUT_S
-        while self._watcher.is_alive():
-            # Once more each time: the watcher may just have started another.
-            if self._worker is not None and self._worker.poll() is None:
-                if time.monotonic() < deadline:
-                    self._worker.terminate()
-                else:
-                    self._worker.kill()
-            self._watcher.join(POLL_S * 5)
+        self._end_workers()
 
     def _start_first(self, timeout_s: float) -> None:
         with self._keeper() as keeper:
@@ -248,10 +242,7 @@ class Supervisor:
         if self.alive:
             self._save(is_enough)
         self._unmount()
-        if self._worker is not None:
-            self._end_worker(self._worker)
-        if self._watcher.is_alive():
-            self._watcher.join()
+        self._end_workers()
 
     def _save(self, is_enough: Callable[[], bool]) -> None:
         # A mount by hand begins sooner without these.
@@ -296,7 +287,8 @@ class Supervisor:
 
     def _find_device(self) -> None:
         entry = syscalls.find_mount(self._mountpoint)
-        self._device = entry.device if entry else None
+        if entry is not None:  # else it was detached, and is served to those who still use it
+            self._device = entry.device
 
     def _describe(self, worker: int | None = None) -> MountRecord:
         return MountRecord(
@@ -341,7 +333,7 @@ class Supervisor:
     def _wait_to_end(self, timeout_s: float) -> bool:
         """Wait for so long, or until this mount is to end here; whether it is."""
         until = time.monotonic() + timeout_s
-        while not (self._stopping.is_set() or self._leaving.is_set()):
+        while not self._is_told_to_end():
             if time.monotonic() >= until:
                 return False
             time.sleep(POLL_S)
@@ -362,11 +354,15 @@ class Supervisor:
                 self._start_worker(READY_TIMEOUT_S)
                 self._on_new_mount()
         except (LazyfsError, KeeperError, OSError) as error:
-            log.error("%s: the worker could not go on: %s", self._mountpoint, error)
+            if not (self._is_told_to_end() or self._has_ended()):
+                log.error("%s: the worker could not go on: %s", self._mountpoint, error)
             self._refusal = str(error)
             return False
         self._refusal = None
         return True
+
+    def _is_told_to_end(self) -> bool:
+        return self._stopping.is_set() or self._leaving.is_set()
 
     def _has_ended(self) -> bool:
         """Whether the kernel has ended the session, or is just about to."""
@@ -400,38 +396,56 @@ class Supervisor:
         finally:
             os.close(descriptor)
 
-    def _end_worker(self, worker: subprocess.Popen[bytes]) -> None:
-        worker.terminate()
-        try:
-            worker.wait(END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            log.warning("%s: the worker %d did not end: killed", self._mountpoint, worker.pid)
-            worker.kill()
-        if self._device is not None:
-            syscalls.abort(self._device)
+    def _end_workers(self) -> None:
+        """End the worker, and wait until the watcher has seen that all is over."""
+        deadline = time.monotonic() + END_TIMEOUT_S
+        told: subprocess.Popen[bytes] | None = None
+        while self._watcher.is_alive():
+            worker = self._worker  # another one than before, if the watcher has just started it
+            if worker is not None and worker.poll() is None:
+                if worker is not told:
+                    worker.terminate()
+                    told = worker
+                elif time.monotonic() >= deadline:
+                    log.warning("%s: the worker %d did not end: killed", self.name, worker.pid)
+                    worker.kill()
+            self._watcher.join(POLL_S * 5)
 
     def _forget_session(self) -> None:
         """Detach the mount and close our descriptor: those who use it get an error, not a hang."""
         self._unmount()
-        if self._device is not None:
-            syscalls.abort(self._device)
+        self._abort()
         self._let_go()
         with self._keeper() as keeper:
             keeper.drop(self.name)
         self._store_spec()
 
     def _unmount(self) -> None:
-        """Unmount what we mounted, if that is still what is mounted there."""
-        entry = syscalls.find_mount(self._mountpoint)
-        if FUSE not in self._kept or entry is None or self._device not in (None, entry.device):
-            return
-        try:
-            syscalls.unmount(self._mountpoint)
-        except MountError:
-            syscalls.unmount(self._mountpoint, lazy=True)
+        """Unmount what we mounted, if that is still what is mounted there.
+
+        Whatever comes of it, the session ends with its descriptor.
+        """
+        with self._unmounting:
+            for lazy in (False, True):
+                entry = syscalls.find_mount(self._mountpoint)
+                ours = entry is not None and self._device in (None, entry.device)
+                if FUSE not in self._kept or not ours:
+                    return
+                try:
+                    syscalls.unmount(self._mountpoint, lazy=lazy)
+                except MountError as error:
+                    if lazy and syscalls.find_mount(self._mountpoint) is not None:
+                        log.error("%s", error)
+
+    def _abort(self) -> None:
+        """Have who still uses the mount get an error, and threads of a killed worker end."""
+        # Once the session has ended, its device number may be that of another mount.
+        if self._device is not None and not self._has_ended():
+            syscalls.abort(self._device)
 
     def _clean_up(self) -> None:
         self._unmount()
+        self._abort()
         self._let_go()
         try:
             with self._keeper() as keeper:
@@ -465,7 +479,9 @@ def replace_worker(record: MountRecord) -> MountRecord:
     while time.monotonic() - began < READY_TIMEOUT_S:
         time.sleep(POLL_S)
         now = record_of(Path(record.mountpoint))
-        if now is not None and now.worker != worker:
+        if now is None:
+            raise MountError(f"{record.mountpoint}: was unmounted meanwhile")
+        if now.worker != worker:
             return now
         if time.monotonic() - began > END_TIMEOUT_S and parent_of(worker) == record.supervisor:
             os.kill(worker, signal.SIGKILL)

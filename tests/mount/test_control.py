@@ -107,6 +107,22 @@ def test_bad_requests_are_answered(
     connection.close()
 
 
+def test_heads_are_answered(mount: Callable[..., Mounted]) -> None:
+    """As `curl -I` and probes ask; such a request ended the worker once."""
+    mounted = mount("s3://control/m")
+    worker = mounted.worker
+    for path, status in (("/metrics", 200), ("/nothing", 404)):
+        connection = http.client.HTTPConnection("lazyfs")
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.connect(str(socket_of(mounted)))
+        connection.request("HEAD", path)
+        response = connection.getresponse()
+        assert (response.status, response.read()) == (status, b"")
+        assert int(response.headers["Content-Length"]) > 0
+        connection.close()
+    assert ControlClient(socket_of(mounted)).get("/status")["pid"] == worker
+
+
 def test_credentials_of_boto3s_own_finding_are_not_replaced(mount: Callable[..., Mounted]) -> None:
     client = ControlClient(socket_of(mount("s3://control/m")))
     with pytest.raises(ControlError, match="mounted without credentials of its own"):

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,7 @@ from mounting import (
 )
 from s3 import S3
 
+from lazyfs.mount import syscalls
 from lazyfs.mount.keeper import Keeper, KeeperClient
 from lazyfs.mount.spec import MountSpec, StaticCredentials, memory_file, read_whole
 from lazyfs.mount.supervisor import Supervisor
@@ -217,6 +218,38 @@ def test_upgrade_under_load(mount: Callable[..., Mounted]) -> None:
     assert "Traceback" not in mounted.log()
 
 
+def test_what_was_detached_while_in_use_is_served_on(mount: Callable[..., Mounted]) -> None:
+    """Who still reads a mount that is in no tree any more would wait for a dead worker for ever."""
+    mounted = mount("s3://survival/m", "--prefetch=off", "--cache-dir=none")
+    code = """
+import hashlib, mmap, os, sys
+os.chdir(sys.argv[1])
+files = [open(name, "rb") for name in sorted(os.listdir("."))]
+print(flush=True)
+sys.stdin.readline()
+for file in files:
+    print(hashlib.sha256(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)).hexdigest())
+"""
+    user = subprocess.Popen(
+        [sys.executable, "-c", code, mounted.path],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert user.stdout is not None
+    try:
+        user.stdout.readline()
+        assert lazyfs("umount", "--lazy", mounted.path).returncode == 0
+        kill_worker(mounted)
+        output, _ = user.communicate("go on\n", timeout=60)
+        assert output.split() == [hashlib.sha256(each).hexdigest() for each in CONTENT.values()]
+        wait_until_gone(mounted.pid)
+    finally:
+        with suppress(ProcessLookupError):
+            mounted.kill(signal.SIGTERM)
+        user.kill()
+        user.wait(timeout=10)
+    assert "ERROR" not in mounted.log()
+
+
 def test_upgrade_of_what_is_not_mounted(tmp_path: Path) -> None:
     answer = lazyfs("upgrade", tmp_path)
     assert answer.returncode == 1
@@ -293,6 +326,52 @@ def test_another_protocol_is_refused(supervised: tuple[Supervisor, KeeperClient]
     finally:
         opened.kill()
         opened.wait(timeout=10)
+
+
+def test_the_end_while_a_worker_is_replaced(
+    supervised: tuple[Supervisor, KeeperClient],
+) -> None:
+    """What is in use is detached, by whoever comes first, and its users are told."""
+    supervisor, keeper = supervised
+    opened = subprocess.Popen(["sleep", "60"], cwd=supervisor.name)
+    try:
+        assert supervisor.pid is not None
+        os.kill(supervisor.pid, signal.SIGKILL)
+        supervisor.stop()
+        assert not is_mounted(Path(supervisor.name))
+        assert keeper.names() == []
+        lost = subprocess.run(
+            ["ls", f"/proc/{opened.pid}/cwd/"], capture_output=True, text=True, timeout=20
+        )
+        assert lost.returncode != 0
+    finally:
+        opened.kill()
+        opened.wait(timeout=10)
+
+
+def test_the_end_of_a_mount_does_not_reach_another(
+    supervised: tuple[Supervisor, KeeperClient],
+    mount: Callable[..., Mounted],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel gives the device number of what was unmounted to the next mount."""
+    supervisor, _ = supervised
+    aborted: list[str] = []
+    # Not everywhere is fusectl mounted, without which nothing is aborted.
+    monkeypatch.setattr(syscalls, "abort", aborted.append)
+    worker = supervisor.pid
+    assert worker is not None
+    os.kill(worker, signal.SIGSTOP)
+    ending = threading.Thread(target=supervisor.stop)
+    ending.start()
+    try:
+        wait_for(lambda: not is_mounted(Path(supervisor.name)))
+        entry = syscalls.find_mount(mount("s3://survival/m", "--prefetch=off").path)
+    finally:
+        os.kill(worker, signal.SIGCONT)
+        ending.join(60)
+    assert entry is not None
+    assert entry.device not in aborted
 
 
 LEADER = """
