@@ -39,8 +39,9 @@ from lazyfs.kinds import compile_pattern, format_size
 from lazyfs.log import now_about
 from lazyfs.mount import privileges
 from lazyfs.mount.carried import Carried
-from lazyfs.mount.handover import Beginning, Handover, new_carried
+from lazyfs.mount.handover import Beginning, Handover, new_carried, new_near
 from lazyfs.mount.keeper import KeeperClient
+from lazyfs.mount.near import NearBlocks
 from lazyfs.mount.runtime import control_socket, restarts_of
 from lazyfs.mount.spec import Credentials, credentials_from
 from lazyfs.mount.walker import Walker
@@ -142,6 +143,8 @@ async def _serve(
     page_cache = PageCache(options.page_cache)
     fetcher = BlockFetcher(source, cache, page_cache, prefetcher, options, recorder)
     fetcher.pause(carried.paused)
+    near = NearBlocks(former.near if former else new_near(), options.block_size)
+    fetcher.carry(near, catalog.tree)
     planner = Planner(catalog, fetcher, prefetcher, recorder, options)
     on_open = planner.opened if options.prefetch in PLANNED else _ignore
     scraped = options.metrics_address
@@ -150,8 +153,9 @@ async def _serve(
         session, beginning = await _resume(mount, former)
     else:
         session, beginning = await _begin(mount, source.region)
-        handover = Handover(session.descriptor, journal.descriptor, carried.descriptor, beginning)
-        handover.store(keeper, str(mount.mountpoint))
+        Handover(
+            session.descriptor, journal.descriptor, carried.descriptor, near.descriptor, beginning
+        ).store(keeper, str(mount.mountpoint))
     page_cache.device = os.dup(session.descriptor)
     if device := session.device:
         tune_kernel(device, options.read_ahead)

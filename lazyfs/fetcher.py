@@ -38,6 +38,7 @@ from lazyfs.blocks.window import DiskWindow
 from lazyfs.blocks.writer import BlockWriter
 from lazyfs.cache import CARE_S, BlockCache
 from lazyfs.errors import SourceError
+from lazyfs.mount.near import NearBlocks
 from lazyfs.observe.events import Activity, Purpose
 from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.options import MountOptions
@@ -46,7 +47,7 @@ from lazyfs.passage import Arrived, Passage
 from lazyfs.prefetch import Place, Prefetcher
 from lazyfs.safetensors import LENGTH_BYTES, header_size
 from lazyfs.source import Source
-from lazyfs.tree import File
+from lazyfs.tree import File, Tree
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +135,24 @@ class BlockFetcher:
             options.io_timeout, self._thread, self._saturated, self._passage,
         )  # fmt: skip
         self._nursery: trio.Nursery | None = None
+
+    def carry(self, near: NearBlocks, tree: Tree) -> None:
+        """Go on from what former workers put into the page cache, and write down what is put there.
+
+        Args:
+            near: what is known of it.
+            tree: as it was restored.
+        """
+        for file, block, place in near.read(tree):
+            self.add_file(file)
+            self._prefetcher.moved(block, place)
+            if self._writer:
+                self._writer.recall(block, file)
+
+        def moved(block: BlockId, place: Place) -> None:
+            near.write(self._files[block.inode], block.number, place)
+
+        self._prefetcher.on_pages = moved
 
     def start(self, nursery: trio.Nursery) -> None:
         """Serve in the tasks of a nursery until it is cancelled.
@@ -240,6 +259,8 @@ class BlockFetcher:
             for number in numbers:
                 block = BlockId(file.inode, number)
                 self._prefetcher.stored(block)
+                if self._writer:
+                    self._writer.found(block)
                 if self._prefetcher.place(block) not in (Place.COMING, Place.LOCAL, Place.NEAR):
                     self._prefetcher.moved(block, Place.LOCAL)
 
@@ -281,15 +302,22 @@ class BlockFetcher:
             MalformedHeaderError: its length is not valid.
         """
         self.add_file(file)
-        first = BlockId(file.inode, 0)
-        is_here = self._memory.get(first) or self._prefetcher.place(first) == Place.LOCAL
-        if is_here or not has_head(file):
+        if self._has_first(file) or not has_head(file):
             whole = block_length(file.size_bytes, self._block_size, 0)
             data = await self.read(file, Span(0, 0, min(LENGTH_BYTES, whole)), reader=False)
             length = header_size(data, file.size_bytes)
             if length <= whole:
                 return await self.read(file, Span(0, 0, length), reader=False)
         return await self._heads.header(file)
+
+    def has_header(self, file: File) -> bool:
+        """Whether the header of a file can be had without S3."""
+        return bool(self._heads.get(file.inode)) or self._has_first(file)
+
+    def _has_first(self, file: File) -> bool:
+        first = BlockId(file.inode, 0)
+        is_local = self._prefetcher.place(first) == Place.LOCAL
+        return is_local or self._prefetcher.is_stored(first) or self._memory.get(first) is not None
 
     def head(self, file: File) -> memoryview:
         """As much of the beginning of a file as came by itself and is in memory."""

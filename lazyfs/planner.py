@@ -142,6 +142,9 @@ class Planner:
         self._fetcher.add_file(file)
         if not file.name.endswith(SUFFIX) or not self._wants_tensors:
             return False
+        # A worker that follows another may find all of it in the page cache, and so out of reach.
+        if self._prefetcher.is_near(file.inode) and not self._fetcher.has_header(file):
+            return False
         # What is on its way tells when it comes.
         return not self._prefetcher.knows_tensors(file.inode) and not self._fetcher.is_coming(file)
 

@@ -184,6 +184,21 @@ def wait_until_gone(pid: int, timeout_s: float = 10) -> None:
         time.sleep(0.02)
 
 
+_DROPPED = """
+import pathlib, sys
+from lazyfs.cache.salvage import resident
+path, block = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+status = path.stat()
+parts = [(at, min(block, status.st_size - at)) for at in range(0, status.st_size, block)]
+print(sum(resident(path, status.st_ino, *part) is None for part in parts))
+"""
+
+
+def dropped_blocks(path: Path, block_size: int) -> int:
+    """Of how many blocks of a file the kernel has dropped pages, which it may do at any time."""
+    return int(python(_DROPPED, path, block_size))
+
+
 def descriptors(pid: int) -> int:
     """How many descriptors a process has open."""
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))

@@ -97,6 +97,14 @@ class BlockWriter:
         self._cache.release(file, block.number)
         self._shed[block] = file
 
+    def recall(self, block: BlockId, file: File) -> None:
+        """A block that a former worker put into the page cache, and had perhaps not written."""
+        self._shed[block] = file
+
+    def found(self, block: BlockId) -> None:
+        """A block is on the disk."""
+        self._shed.pop(block, None)
+
     def take_shed(self) -> dict[BlockId, File]:
         """Which blocks were shed; each is told once."""
         shed, self._shed = self._shed, {}

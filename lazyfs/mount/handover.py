@@ -4,6 +4,7 @@
     session   how the conversation with the kernel began, and what must not change with a restart
     listing   what was listed (`lazyfs/journal.py`)
     carried   what was changed while it runs (`lazyfs/mount/carried.py`)
+    near      what was put into the page cache (`lazyfs/mount/near.py`)
 
 Beside them the supervisor keeps `spec` (`lazyfs/spec.py`), and by hand what a worker holds as long
 as it lives: `log`, and `lock`, by which others see that the mount is served.
@@ -19,7 +20,7 @@ from lazyfs.mount.spec import memory_file, read_whole
 
 SPEC, LOG, LOCK = "spec", "log", "lock"
 FUSE = "fuse"
-_SESSION, _LISTING, _CARRIED = "session", "listing", "carried"
+_SESSION, _LISTING, _CARRIED, _NEAR = "session", "listing", "carried", "near"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Handover:
     fuse: int
     listing: int
     carried: int
+    near: int
     beginning: Beginning
 
     @classmethod
@@ -55,18 +57,24 @@ class Handover:
         if FUSE not in kept:
             return None
         beginning = Beginning(**json.loads(read_whole(kept[_SESSION])))
-        if _CARRIED not in kept:  # the mount began with a version that knew of nothing to carry
-            kept[_CARRIED] = new_carried()
-            keeper.store(name, {_CARRIED: kept[_CARRIED]})
-        return cls(kept[FUSE], kept[_LISTING], kept[_CARRIED], beginning)
+        for label, new in ((_CARRIED, new_carried), (_NEAR, new_near)):
+            if label not in kept:  # the mount began with a version that knew of nothing such
+                kept[label] = new()
+                keeper.store(name, {label: kept[label]})
+        return cls(kept[FUSE], kept[_LISTING], kept[_CARRIED], kept[_NEAR], beginning)
 
     def store(self, keeper: KeeperClient, name: str) -> None:
         """Have it kept. Raises KeeperError."""
         session = memory_file("lazyfs-session", json.dumps(asdict(self.beginning)).encode())
         labels = {_SESSION: session, _LISTING: self.listing, _CARRIED: self.carried}
-        keeper.store(name, {FUSE: self.fuse, **labels})
+        keeper.store(name, {FUSE: self.fuse, **labels, _NEAR: self.near})
 
 
 def new_carried() -> int:
     """A memory file for `Carried`, of a mount to which nothing was done."""
     return memory_file("lazyfs-carried", b"")
+
+
+def new_near() -> int:
+    """A memory file for `NearBlocks`, of a mount of which nothing is in the page cache."""
+    return memory_file("lazyfs-near", b"")

@@ -32,6 +32,8 @@ class Place(IntEnum):
 
 
 AWAY = frozenset((Place.ABSENT, Place.COMING, Place.PASSED, Place.LEFT))
+# A reader may find it in the page cache.
+PAGES = frozenset((Place.NEAR, Place.USED))
 
 
 class FileBlocks:

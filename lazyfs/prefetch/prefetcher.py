@@ -41,7 +41,7 @@ from itertools import chain
 
 from lazyfs.blocks import BlockId
 from lazyfs.prefetch.ahead import PagesAhead
-from lazyfs.prefetch.places import AWAY, FileBlocks, Place
+from lazyfs.prefetch.places import AWAY, PAGES, FileBlocks, Place
 from lazyfs.prefetch.skips import role_of
 from lazyfs.prefetch.spent import SpentBlocks
 from lazyfs.prefetch.streams import Streams
@@ -63,6 +63,7 @@ class Prefetcher:
     Attributes:
         on_stray: told of a file's inode when it is first read and has no place in the order.
         on_head: told of a file's inode when its header has come, and is in memory.
+        on_pages: told where a block is now when it comes to NEAR or USED, or is not there any more.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Prefetcher:
         self._wanted = wanted
         self.on_stray: Callable[[int], None] = lambda inode: None
         self.on_head: Callable[[int], None] = lambda inode: None
+        self.on_pages: Callable[[BlockId, Place], None] = lambda block, place: None
         self._files: dict[int, FileBlocks] = {}
         self._order: list[int] = []
         # Of the files in the order: how many blocks are at each place.
@@ -167,6 +169,11 @@ class Prefetcher:
         """Whether the header of a file, or its first block, is or was here."""
         blocks = self._files[inode]
         return blocks.has_head or not blocks.places or blocks.places[0] not in AWAY
+
+    def is_near(self, inode: int) -> bool:
+        """Whether all of a file went into the page cache, or was read."""
+        blocks = self._files[inode]
+        return sum(blocks.counts[place] for place in PAGES) == len(blocks.places)
 
     @property
     def readers(self) -> int:
@@ -260,10 +267,16 @@ class Prefetcher:
         if block.number == 0 and (before, place) == (Place.COMING, Place.LOCAL):
             self.on_head(block.inode)
         self._ahead.moved(block, before, place)
+        if place != before and (place in PAGES or before in PAGES):
+            self.on_pages(block, place)
 
     def stored(self, block: BlockId) -> None:
         """A block is on the disk, wherever else it is."""
         self._spent.stored(block)
+
+    def is_stored(self, block: BlockId) -> bool:
+        """Whether a block is known to be on the disk, wherever else it is."""
+        return bool(self._files[block.inode].stored[block.number])
 
     def take_spent(self, count: int) -> list[BlockId]:
         """Blocks on the disk that all readers have had, the first ones first; each is named once.

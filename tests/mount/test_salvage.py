@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 from busy import busy_processors
-from mounting import TIMEOUT_S, Mounted, environment, lazyfs, python, wait_until_gone
+from mounting import (
+    TIMEOUT_S,
+    Mounted,
+    dropped_blocks,
+    environment,
+    lazyfs,
+    python,
+    wait_until_gone,
+)
 from s3 import S3
 from safetensors.numpy import save
 
@@ -154,19 +162,9 @@ def shedding(mount: Callable[..., Mounted], s3: S3) -> Iterator[Mounted]:
 # Blocks that the kernel may drop pages of between a look and the end.
 DROPPED_MEANWHILE = 8
 
-DROPPED = """
-import os, pathlib, sys
-from lazyfs.cache.salvage import resident
-path, block = pathlib.Path(sys.argv[1]), 1 << 20
-status = path.stat()
-parts = [(at, min(block, status.st_size - at)) for at in range(0, status.st_size, block)]
-print(sum(resident(path, status.st_ino, *part) is None for part in parts))
-"""
-
 
 def dropped(mounted: Mounted) -> int:
-    """Of how many blocks the kernel has dropped pages, which it may do at any time."""
-    return int(python(DROPPED, mounted.path / "model.safetensors"))
+    return dropped_blocks(mounted.path / "model.safetensors", MIB)
 
 
 def fetched_by_next_mount(mount: Callable[..., Mounted], s3: S3) -> int:

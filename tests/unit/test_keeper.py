@@ -16,7 +16,7 @@ import pytest
 from mounting import descriptors
 
 from lazyfs.mount.carried import Carried
-from lazyfs.mount.handover import Beginning, Handover, new_carried
+from lazyfs.mount.handover import Beginning, Handover, new_carried, new_near
 from lazyfs.mount.keeper import LONGEST_MESSAGE, MOST_LABELS, Keeper, KeeperClient, KeeperError
 from lazyfs.mount.spec import memory_file, read_whole
 
@@ -148,7 +148,7 @@ def test_what_is_carried_is_kept_with_the_session(client: KeeperClient) -> None:
     assert (carried.paused, carried.options, carried.resumes) == (False, {}, 0)
     beginning = Beginning("00", "01", "us-east-1", 7)
     fuse, listing = memory_file("fuse", b""), memory_file("listing", b"")
-    Handover(fuse, listing, carried.descriptor, beginning).store(client, "mount")
+    Handover(fuse, listing, carried.descriptor, new_near(), beginning).store(client, "mount")
     carried.paused, carried.resumes = True, 10
     carried.options["max-concurrency"] = "200"
     carried.save()
@@ -168,7 +168,9 @@ def test_a_session_of_a_version_that_carried_nothing(client: KeeperClient) -> No
     assert handover is not None
     carried = Carried(handover.carried)
     assert (carried.paused, carried.resumes) == (False, 0)
+    assert read_whole(handover.near) == b""
     carried.resumes = 1
     carried.save()
     again = Handover.fetch(client, "old")
     assert again is not None and Carried(again.carried).resumes == 1
+    assert os.fstat(again.near).st_ino == os.fstat(handover.near).st_ino

@@ -1,0 +1,182 @@
+"""A worker that follows another knows what that one put into the page cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from busy import busy_processors
+from mounting import TIMEOUT_S, Mounted, dropped_blocks, lazyfs, python, wait_until_gone
+from s3 import S3
+from safetensors.numpy import save
+
+pytestmark = pytest.mark.fuse
+
+MIB = 1 << 20
+OPTIONS = ["--block-size=1MiB", "--memory-limit=64MiB"]
+WITHOUT_CACHE = [*OPTIONS, "--cache-dir=none"]
+SHARDS = {
+    f"m/model-{shard:05}-of-00002.safetensors": save(
+        {
+            f"layer.{n:02}": np.random.default_rng(n).integers(0, 256, 4 * MIB, np.uint8)
+            for n in range(12 * shard - 12, 12 * shard)
+        }
+    )
+    for shard in (1, 2)
+}
+BLOCKS = sum(-(-len(shard) // MIB) for shard in SHARDS.values())
+# Blocks that the kernel drops pages of between a look and the end, that are fetched twice because
+# they are slow, and that were on their way when a worker was killed.
+FEW = 8
+DIGEST = """
+import hashlib, pathlib, sys
+digest = hashlib.md5()
+for path in sorted(pathlib.Path(sys.argv[1]).glob("*.safetensors")):
+    digest.update(path.read_bytes())
+print(digest.hexdigest())
+"""
+FORGET = """
+import os, pathlib, sys
+for path in pathlib.Path(sys.argv[1]).glob("*.safetensors"):
+    file = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bucket(server: S3) -> None:
+    server.put("resuming", SHARDS)
+
+
+def by_killing(mounted: Mounted) -> None:
+    worker = mounted.worker
+    os.kill(worker, signal.SIGKILL)
+    wait_until_gone(worker)
+
+
+def by_upgrading(mounted: Mounted) -> None:
+    answer = lazyfs("upgrade", mounted.path)
+    assert answer.returncode == 0, answer.stderr
+
+
+Replace = Callable[[Mounted], None]
+every_way = pytest.mark.parametrize("replace", [by_killing, by_upgrading])
+
+
+def digest(mounted: Mounted) -> str:
+    return python(DIGEST, mounted.path)
+
+
+def status_of(mounted: Mounted) -> dict[str, Any]:
+    answer: dict[str, Any] = json.loads(lazyfs("status", mounted.path, "--json").stdout)
+    return answer
+
+
+def wait_until(is_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def wait_for_successor(mounted: Mounted) -> None:
+    """Until another worker serves the mount, and has fetched ahead all that it wants."""
+
+    def has_all() -> bool:
+        answer = lazyfs("status", mounted.path, "--json")
+        if answer.returncode != 0:
+            return False
+        status = json.loads(answer.stdout)
+        return bool(status["resumes"] and status["ready"]["model"] and not status["in_flight"])
+
+    wait_until(has_all)
+
+
+def on_disk(mounted: Mounted) -> int:
+    """How many bytes of the model the cache has."""
+    paths = mounted.path.glob("*.safetensors")
+    return sum(int(os.getxattr(path, "user.lazyfs.cached").split(b"/")[0]) for path in paths)
+
+
+def dropped(mounted: Mounted) -> int:
+    return sum(dropped_blocks(path, MIB) for path in mounted.path.glob("*.safetensors"))
+
+
+def fetched_mib(s3: S3) -> float:
+    """How much S3 was asked for."""
+    size = 0
+    for _, asked in s3.data_requests():
+        assert asked is not None
+        first, last = asked.removeprefix("bytes=").split("-")
+        size += int(last) - int(first) + 1
+    return size / MIB
+
+
+@every_way
+def test_what_was_not_written_is_not_fetched_again_and_is_saved(
+    mount: Callable[..., Mounted], s3: S3, replace: Replace
+) -> None:
+    with busy_processors():
+        mounted = mount("s3://resuming/m", *OPTIONS)
+        expected = digest(mounted)
+        assert status_of(mounted)["shed_blocks"] > 3 * FEW, "nothing was left to be saved"
+        assert on_disk(mounted) < BLOCKS * MIB * 3 // 4, "it was saved before the end"
+        s3.forget()
+        replace(mounted)
+        wait_for_successor(mounted)
+        assert fetched_mib(s3) <= FEW
+        lost = dropped(mounted)
+        answer = lazyfs("umount", mounted.path)
+        assert answer.returncode == 0, answer.stderr
+    s3.forget()
+    again = mount("s3://resuming/m", *OPTIONS)
+    assert digest(again) == expected
+    assert fetched_mib(s3) <= lost + FEW
+
+
+def test_what_was_not_written_is_written_when_it_is_quiet(
+    mount: Callable[..., Mounted], s3: S3
+) -> None:
+    with busy_processors():
+        mounted = mount("s3://resuming/m", *OPTIONS)
+        digest(mounted)
+        assert on_disk(mounted) < BLOCKS * MIB * 3 // 4, "it was saved before the end"
+        s3.forget()
+        by_killing(mounted)
+        lost = dropped(mounted)
+    size = sum(map(len, SHARDS.values()))
+    wait_until(lambda: on_disk(mounted) == size)
+    assert fetched_mib(s3) <= lost + FEW
+
+
+@every_way
+def test_without_a_cache_a_loaded_model_is_loaded_again_without_s3(
+    mount: Callable[..., Mounted], s3: S3, replace: Replace
+) -> None:
+    mounted = mount("s3://resuming/m", *WITHOUT_CACHE)
+    expected = digest(mounted)
+    s3.forget()
+    for _ in range(2):  # what is carried is carried on
+        replace(mounted)
+        wait_for_successor(mounted)
+    lost = dropped(mounted)
+    assert digest(mounted) == expected
+    assert fetched_mib(s3) <= lost + FEW
+
+
+def test_pages_that_are_gone_are_fetched_when_they_are_read(
+    mount: Callable[..., Mounted], s3: S3
+) -> None:
+    mounted = mount("s3://resuming/m", *WITHOUT_CACHE)
+    expected = digest(mounted)
+    by_killing(mounted)
+    python(FORGET, mounted.path)
+    s3.forget()
+    assert digest(mounted) == expected
+    assert fetched_mib(s3) > BLOCKS - FEW
