@@ -14,11 +14,11 @@ import faulthandler
 import itertools
 import logging
 import os
+import queue
 import secrets
 import signal
 import socket
 import stat
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -108,9 +108,9 @@ class Server:
 
     def serve(self) -> None:
         """Answer until SIGTERM or SIGINT."""
-        with ended_by_signal() as ended:
+        with signals_to_end() as told:
             self.start()
-            ended.wait()
+            told.get()
         log.info("ending")
         # What is stuck is told, and does not keep the next plugin waiting.
         faulthandler.dump_traceback_later(LAST_STEPS_S, exit=True)
@@ -223,13 +223,17 @@ def socket_path(endpoint: str) -> Path:
 
 
 @contextlib.contextmanager
-def ended_by_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set."""
-    ended = threading.Event()
+def signals_to_end() -> Iterator[queue.SimpleQueue[int]]:
+    """A queue of SIGTERM and SIGINT.
+
+    Not an event: the thread that is interrupted may hold its lock just then, and would wait for
+    itself.
+    """
+    told: queue.SimpleQueue[int] = queue.SimpleQueue()
     numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, lambda *_: ended.set()) for number in numbers]
+    before = [signal.signal(number, lambda got, _: told.put(got)) for number in numbers]
     try:
-        yield ended
+        yield told
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)

@@ -156,12 +156,17 @@ async def _serve(
         Handover(
             session.descriptor, journal.descriptor, carried.descriptor, near.descriptor, beginning
         ).store(keeper, str(mount.mountpoint))
-    page_cache.device = os.dup(session.descriptor)
     if device := session.device:
         tune_kernel(device, options.read_ahead)
     privileges.drop()
+
+    def begin() -> None:
+        session.adopt()
+        page_cache.device = os.dup(session.descriptor)
+        fetcher.pump()
+
     filesystem = Filesystem(
-        catalog, fetcher, options, beginning.mounted_ns, session.adopt, on_open, recorder
+        catalog, fetcher, options, beginning.mounted_ns, begin, on_open, recorder
     )
     try:
         session.attach(filesystem)

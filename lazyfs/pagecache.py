@@ -60,7 +60,8 @@ class PageCache:
         setting: `auto`, `off`, or bytes.
 
     Attributes:
-        device: a descriptor of `/dev/fuse` that is never closed, once there is a session.
+        device: a descriptor of `/dev/fuse` that is never closed, from when libfuse talks to the
+            kernel. Before that nothing is pushed.
     """
 
     def __init__(self, setting: int | str) -> None:
@@ -99,7 +100,7 @@ class PageCache:
             planned_bytes: tells how much readers have or will read.
             unused_bytes: memory that the daemon may still take for itself.
         """
-        if not self.supported:
+        if not self.supported or self.device is None:
             return 0
         if isinstance(self._setting, int):
             return self._setting
@@ -117,7 +118,7 @@ class PageCache:
         Called from worker threads, never from the one that replies.
 
         Returns:
-            False if the kernel does not know the inode (any more), or the mount is gone.
+            False if the kernel does not know the inode (any more), or there is no mount (any more).
         """
         for start in range(0, len(data), PIECE):
             piece = data[start : start + PIECE]
@@ -143,7 +144,7 @@ class PageCache:
     def _stored(self, inode: int, size: int, store: Callable[[], None]) -> bool:
         """Have something stored, or not if it is too late; whether it was."""
         with self._lock:
-            if self._stopped:
+            if self._stopped or self.device is None:
                 return False
             self._pushing += 1
         try:

@@ -103,6 +103,7 @@ class Session:
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._theirs = theirs.detach()  # libfuse closes it
         pyfuse3.init(operations, f"/dev/fd/{self._theirs}", OPTIONS)
+        logging.getLogger("pyfuse3").addFilter(self._is_news)
         self._ours.send(self.init_message)
 
     def adopt(self) -> None:
@@ -110,6 +111,10 @@ class Session:
         assert self._ours is not None and self._theirs is not None
         os.dup2(self.descriptor, self._theirs)
         self._ours.close()
+
+    def _is_news(self, record: logging.LogRecord) -> bool:
+        """Not that an answer found nobody who waits for it, when the session has ended."""
+        return record.args != (os.strerror(errno.ENOENT),) or not self.ended
 
     def resend(self) -> None:
         """Have the kernel ask again for what the former daemon had taken and not answered.

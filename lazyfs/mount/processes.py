@@ -5,6 +5,7 @@ Only the standard library.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -78,8 +79,14 @@ def end_former(worker: int, name: str) -> None:
     began = time.monotonic()
     while serves(worker, name):
         if time.monotonic() - began > END_TIMEOUT_S:
-            os.kill(worker, signal.SIGKILL)
+            send(worker, signal.SIGKILL)
         time.sleep(POLL_S)
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    """Send a process a signal, unless it has just ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def serves(pid: int, name: str) -> bool:

@@ -41,6 +41,7 @@ from lazyfs.mount.processes import (
     how_it_ended,
     parent_of,
     read_report,
+    send,
     start_worker,
     wait_for_end,
 )
@@ -474,7 +475,7 @@ def replace_worker(record: MountRecord) -> MountRecord:
             f"{record.mountpoint}: its worker has no supervisor that would start another one: "
             "unmount it, and mount it again"
         )
-    os.kill(worker, signal.SIGTERM)
+    send(worker, signal.SIGTERM)
     began = time.monotonic()
     while time.monotonic() - began < READY_TIMEOUT_S:
         time.sleep(POLL_S)
@@ -484,5 +485,5 @@ def replace_worker(record: MountRecord) -> MountRecord:
         if now.worker != worker:
             return now
         if time.monotonic() - began > END_TIMEOUT_S and parent_of(worker) == record.supervisor:
-            os.kill(worker, signal.SIGKILL)
+            send(worker, signal.SIGKILL)
     raise MountError(f"{record.mountpoint}: no new worker became ready; its log says why")

@@ -7,6 +7,7 @@ other when it is killed.
 from __future__ import annotations
 
 import contextlib
+import logging
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ import trio
 
 from lazyfs.mount.aside import run_aside
 from lazyfs.tree import File
+
+log = logging.getLogger(__name__)
 
 _LOOK_UP = (
     "import os, sys\n"
@@ -54,5 +57,8 @@ class Walker:
 
 
 async def _look_at(directories: Sequence[str]) -> None:
-    with contextlib.suppress(subprocess.CalledProcessError):  # the mount has ended
-        await run_aside([sys.executable, "-I", "-S", "-c", _LOOK_UP, *directories])
+    try:
+        with contextlib.suppress(subprocess.CalledProcessError):  # the mount has ended
+            await run_aside([sys.executable, "-I", "-S", "-c", _LOOK_UP, *directories])
+    except OSError as error:
+        log.warning("what is fetched ahead waits for readers to open it: no process: %s", error)

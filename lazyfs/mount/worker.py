@@ -7,6 +7,7 @@ leash, a pipe that ends with the supervisor.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -122,7 +123,8 @@ def _described(error: LazyfsError | KeeperError) -> dict[str, Any]:
 
 
 def _report(descriptor: int, message: dict[str, Any]) -> None:
-    with open(descriptor, "w") as pipe:
+    # A supervisor that was killed hears nothing, and the worker serves on.
+    with contextlib.suppress(BrokenPipeError), open(descriptor, "w") as pipe:
         json.dump(message, pipe)
 
 

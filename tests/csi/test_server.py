@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 import pytest
+from mounting import python
 
 from csi import csi_pb2
 from csi.csi_pb2_grpc import (
@@ -205,3 +206,40 @@ def test_health_pages() -> None:
     server.stop()
     with pytest.raises(OptionError, match="HOST:PORT"):
         HealthServer("9808", [])
+
+
+# Told to end at each line of Python that the main thread goes through to wait for that, or soon.
+TOLD_TO_END = """
+import signal, sys
+from csi.server import Server
+
+class Told(Server):
+    def start(self):
+        super().start()
+        signal.signal(signal.SIGALRM, self.tell)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        sys.settrace(self.trace)
+
+    def trace(self, frame, event, argument):
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                self.tell()
+        return self.trace
+
+    def tell(self, *_):
+        sys.settrace(None)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        self.left = 0
+        signal.raise_signal(signal.SIGTERM)
+
+for line in range(1, 30):
+    server = Told(sys.argv[1], [])
+    server.left = line
+    server.serve()
+"""
+
+
+def test_it_ends_whenever_it_is_told_to(tmp_path: Path) -> None:
+    """A signal may come while what waits for it holds a lock."""
+    python(TOLD_TO_END, f"unix://{tmp_path}/s", timeout_s=25)

@@ -1,9 +1,16 @@
-"""What is loaded before a mount is served."""
+"""What is loaded before a mount is served, and what does not end a worker."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import trio
+
+from lazyfs.mount.walker import Walker
+from lazyfs.mount.worker import _report
+from lazyfs.tree import File
 
 # In a process of its own: botocore looks for awscrt once.
 IMPORT = """
@@ -32,3 +39,23 @@ def test_loads_awscrt_only_for_profiles_of_aws_login(tmp_path, config, expected)
         capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
     assert said.stdout.strip() == expected
+
+
+def test_serves_on_where_no_process_can_be_started(monkeypatch, caplog):
+    """As in a container whose number of processes is limited."""
+    monkeypatch.setattr(sys, "executable", "/nonexistent")
+
+    async def look_up():
+        async with trio.open_nursery() as nursery:
+            walker = Walker(Path("/mnt"), lambda file: file.name, nursery)
+            walker.look_up([File(2, 1, "f", "f", 1, "e", 0)])
+
+    trio.run(look_up)
+    assert "/nonexistent" in caplog.text
+
+
+def test_serves_on_when_nobody_hears_that_it_is_ready():
+    """Its supervisor was killed while it began."""
+    hearing, telling = os.pipe()
+    os.close(hearing)
+    _report(telling, {"ready": True})
