@@ -402,8 +402,8 @@ class BlockFetcher:
 
     def pump(self) -> None:
         """Start whatever may start now. Called after everything that could make a difference."""
-        if self._nursery is None:
-            return
+        if self._nursery is None or self._nursery.cancel_scope.cancel_called:
+            return  # not begun, or ended: threads may come back after that
         self._reader_moved = False
         while self._urgent and self._fetching < self._getter.limit + URGENT_EXTRA:
             if not self._make_room(self._urgent[0].length, urgent=True):

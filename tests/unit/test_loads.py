@@ -11,6 +11,7 @@ from simulated.cases import CASES
 from simulated.load import simulate
 from simulated.machine import Link, Machine
 
+from lazyfs.fetcher import BlockFetcher
 from lazyfs.options import MountOptions
 
 
@@ -101,3 +102,37 @@ def test_a_mount_may_end_while_an_answer_is_taken(
     options = MountOptions.parse(("{name}", {"prefetch": "off"}))
     report = simulate(model, loaders.tensor_parallel(model, 2, strided=True), options=options)
     assert report.seconds == 0, "the load did not end"
+
+
+def test_nothing_is_started_when_the_mount_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread of a second request may come back as the very last, and give back its room."""
+    made: list[BlockFetcher] = []
+    answers: list[int] = []
+
+    class Kept(BlockFetcher):
+        def start(self, nursery: trio.Nursery) -> None:
+            super().start(nursery)
+            made.append(self)
+
+    class Ending(Link):
+        async def run(self) -> None:
+            self.nursery = trio.lowlevel.current_task().parent_nursery
+            await super().run()
+
+        async def transfer(self, size: int) -> None:
+            await super().transfer(size)
+            answers.append(size)
+            if len(answers) == 20 and self.nursery is not None:
+                self.nursery.cancel_scope.cancel()
+
+    monkeypatch.setattr("simulated.load.BlockFetcher", Kept)
+    monkeypatch.setattr("simulated.load.Link", Ending)
+    model = models.llama(10**9, 2, layers=16)
+    options = MountOptions.parse(("{name}", {"memory-limit": "64MiB"}))
+    simulate(model, loaders.tensor_parallel(model, 2, strided=True), options=options)
+
+    async def come_back() -> None:
+        made[0]._memory.release(options.memory_limit)
+        made[0].pump()
+
+    trio.run(come_back)
