@@ -41,6 +41,7 @@ from lazyfs.mount import privileges
 from lazyfs.mount.carried import Carried
 from lazyfs.mount.handover import Beginning, Handover, new_carried, new_near
 from lazyfs.mount.keeper import KeeperClient
+from lazyfs.mount.missing import Missing
 from lazyfs.mount.near import NearBlocks
 from lazyfs.mount.runtime import control_socket, restarts_of
 from lazyfs.mount.spec import Credentials, credentials_from
@@ -186,6 +187,9 @@ async def _serve(
                 routes |= Saving(salvage, fetcher, recorder, carried, nursery).routes()
                 if page_cache.supported:
                     nursery.start_soon(salvage.run)
+            if page_cache.supported and options.prefetch != "off":
+                missing = Missing(mount.mountpoint, catalog.tree.path, fetcher)
+                nursery.start_soon(missing.run)
             if options.prefetch in PLANNED:
                 if page_cache.supported:
                     walker = Walker(mount.mountpoint, catalog.tree.path, nursery)

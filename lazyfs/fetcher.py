@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
 import trio
@@ -87,6 +88,9 @@ class BlockFetcher:
         self._source = source
         self._recorder = recorder
         self._paused = False
+        # What a reader did not find in the page cache first, since somebody asked for that.
+        self._missed: BlockId | None = None
+        self._miss = trio.Event()
         # Since the last `pump`, so that more may be wished for now, or put into the page cache.
         self._reader_moved = False
         self._cache = cache
@@ -210,11 +214,28 @@ class BlockFetcher:
         return sum(map(self._length, unwritten))
 
     def wish_again(self, blocks: Iterable[BlockId]) -> None:
-        """Blocks that were shed have left the page cache as well: they are only in S3 again."""
+        """Blocks have left the page cache: they are on the disk, or only in S3 again."""
         for block in blocks:
             if self._prefetcher.place(block) == Place.NEAR:
-                self._prefetcher.moved(block, Place.ABSENT)
+                is_stored = self._prefetcher.is_stored(block)
+                self._prefetcher.moved(block, Place.LOCAL if is_stored else Place.ABSENT)
         self.pump()
+
+    async def missed(self) -> BlockId:
+        """Wait until a reader misses a block that was put into the page cache; which one."""
+        self._missed = None
+        self._miss = trio.Event()
+        await self._miss.wait()
+        assert self._missed is not None
+        return self._missed
+
+    def near_after(self, block: BlockId, count: int) -> list[BlockId]:
+        """The next blocks after one that are taken to be in the page cache; at most so many."""
+        return list(islice(self._prefetcher.near_after(block), count))
+
+    def file(self, inode: int) -> File:
+        """A file that was added."""
+        return self._files[inode]
 
     @property
     def memory_bytes(self) -> int:
@@ -375,6 +396,9 @@ class BlockFetcher:
         """
         block = BlockId(file.inode, span.number)
         wait = self._recorder.begin_wait(file, span, coming=block in self._jobs) if reader else None
+        if reader and self._missed is None and self._prefetcher.is_missed(block):
+            self._missed = block
+            self._miss.set()
         job = self._jobs.get(block) or self._new_job(block)
         try:
             if not job.waiting and not job.started:

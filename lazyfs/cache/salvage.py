@@ -14,10 +14,8 @@ reader would wait for it, and the next mount would not find it.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
-import mmap
 import os
 import subprocess
 import sys
@@ -34,6 +32,7 @@ from lazyfs.blocks import BlockId, block_length
 from lazyfs.blocks.buffers import take_buffer
 from lazyfs.cache import BlockCache
 from lazyfs.mount.aside import run_aside
+from lazyfs.mount.resident import all_resident, open_known
 from lazyfs.tree import File
 
 if TYPE_CHECKING:
@@ -46,16 +45,6 @@ QUIET_S = 1.0
 CHECK_S = 0.25
 # One reads while another writes, when somebody waits for it.
 THREADS = 2
-
-_PAGE = mmap.PAGESIZE
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [
-    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64,
-]  # fmt: skip
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
-_MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class Salvage:
@@ -215,36 +204,17 @@ def resident(path: Path, inode: int, offset: int, length: int) -> memoryview | N
     Raises:
         OSError: it cannot be opened or read.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    descriptor = open_known(path, inode)
+    if descriptor is None:
+        return None
     try:
-        status = os.fstat(descriptor)
-        # To others the kernel does not tell what is there: it says that everything is (mincore(2)).
-        if status.st_ino != inode or status.st_uid != os.geteuid():
-            return None
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead
-        if not _all_resident(descriptor, offset, length):
+        if not all_resident(descriptor, offset, length):
             return None
         data = take_buffer(length)
         return data if os.preadv(descriptor, [data], offset) == length else None
     finally:
         os.close(descriptor)
-
-
-def _all_resident(descriptor: int, offset: int, length: int) -> bool:
-    begin = offset - offset % _PAGE
-    length += offset - begin
-    address = _libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, begin)
-    if address == _MAP_FAILED:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    try:
-        pages = ctypes.create_string_buffer(-(-length // _PAGE))
-        if _libc.mincore(address, length, pages) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
-        return all(page & 1 for page in pages.raw)
-    finally:
-        _libc.munmap(address, length)
 
 
 def _yield_to_everybody() -> None:

@@ -175,6 +175,23 @@ class Prefetcher:
         blocks = self._files[inode]
         return sum(blocks.counts[place] for place in PAGES) == len(blocks.places)
 
+    def is_missed(self, block: BlockId) -> bool:
+        """Whether who asks for a block should have found it in the page cache."""
+        blocks = self._files[block.inode]
+        return blocks.places[block.number] == Place.NEAR and blocks.reads_pages is not False
+
+    def near_after(self, block: BlockId) -> Iterator[BlockId]:
+        """The blocks after one that are in the page cache, in the order in which a loader reads."""
+        blocks = self._files[block.inode]
+        rest = self._order[blocks.rank + 1 :] if blocks.rank >= 0 else []
+        first = block.number + 1
+        for inode in (block.inode, *rest):
+            places = self._files[inode].places
+            while (first := places.find(Place.NEAR, first)) >= 0:
+                yield BlockId(inode, first)
+                first += 1
+            first = 0
+
     @property
     def readers(self) -> int:
         """How many readers there seem to be at once."""

@@ -170,13 +170,22 @@ def test_without_a_cache_a_loaded_model_is_loaded_again_without_s3(
     assert fetched_mib(s3) <= lost + FEW
 
 
-def test_pages_that_are_gone_are_fetched_when_they_are_read(
-    mount: Callable[..., Mounted], s3: S3
+def by_nothing(mounted: Mounted) -> None:
+    pass
+
+
+@pytest.mark.parametrize("replace", [by_killing, by_nothing])
+def test_pages_that_are_gone_are_fetched_ahead_of_the_next_reader(
+    mount: Callable[..., Mounted], s3: S3, replace: Replace
 ) -> None:
     mounted = mount("s3://resuming/m", *WITHOUT_CACHE)
     expected = digest(mounted)
-    by_killing(mounted)
+    replace(mounted)
     python(FORGET, mounted.path)
+    before = status_of(mounted)["fetched_on_demand_bytes"]
     s3.forget()
+    s3.fault("safetensors", "slow", times=2 * BLOCKS, seconds=0.02)
     assert digest(mounted) == expected
     assert fetched_mib(s3) > BLOCKS - FEW
+    on_demand = status_of(mounted)["fetched_on_demand_bytes"] - before
+    assert on_demand < BLOCKS * MIB // 2

@@ -1,0 +1,93 @@
+"""Which pages of a mount are in the page cache, and what of it the kernel has dropped.
+
+A worker must not look at its own mount, so a process of its own does: this module, with nothing but
+the standard library, so that it begins quickly. It asks mincore(2), which fetches nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+_PAGE = mmap.PAGESIZE
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64,
+]  # fmt: skip
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+def open_known(path: Path, inode: int) -> int | None:
+    """A descriptor of a file, if it is that inode and the kernel tells what of it is there.
+
+    To others than its owner it does not: it says that everything is (mincore(2)).
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    status = os.fstat(descriptor)
+    if status.st_ino == inode and status.st_uid == os.geteuid():
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def all_resident(descriptor: int, offset: int, length: int) -> bool:
+    """Whether all pages of a part of a file are there.
+
+    Raises:
+        OSError: it cannot be mapped.
+    """
+    begin = offset - offset % _PAGE
+    length += offset - begin
+    address = _libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, begin)
+    if address == _MAP_FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    try:
+        pages = ctypes.create_string_buffer(-(-length // _PAGE))
+        if _libc.mincore(address, length, pages) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        return all(page & 1 for page in pages.raw)
+    finally:
+        _libc.munmap(address, length)
+
+
+def dropped(path: Path, inode: int, parts: Iterable[tuple[int, int]]) -> list[int]:
+    """Which parts of a file are not there as a whole, by their position; none if nobody can tell.
+
+    Args:
+        parts: offset and length of each.
+    """
+    try:
+        descriptor = open_known(path, inode)
+        if descriptor is None:
+            return []
+        try:
+            return [at for at, part in enumerate(parts) if not all_resident(descriptor, *part)]
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return []  # the file is gone, or the mount is
+
+
+def main(wanted: Mapping[str, Any]) -> None:
+    """The process: parts of files on standard input, the dropped ones on standard output."""
+    below = Path(wanted["mountpoint"])
+    found = [dropped(below / path, inode, parts) for path, inode, parts in wanted["files"]]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(json.load(sys.stdin))
