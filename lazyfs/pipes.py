@@ -84,7 +84,11 @@ class Pipes:
             BlockingIOError: there are none now, or no more can be held.
             OSError: the connection broke.
         """
-        taken = os.splice(descriptor, self._held_in, count, flags=os.SPLICE_F_NONBLOCK)
+        taken: int = _libc.splice(
+            descriptor, None, self._held_in, None, count, os.SPLICE_F_NONBLOCK
+        )
+        if taken < 0:
+            raise _error()
         self.held += taken
         return taken
 
@@ -128,9 +132,16 @@ class Pipes:
 
 def _whole(done: int, wanted: int) -> None:
     """Raises OSError unless a call has done all that it was to do."""
+    if done < 0:
+        raise _error()
     if done != wanted:
-        number = ctypes.get_errno() if done < 0 else errno.EIO
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def _error() -> OSError:
+    """Why the last call failed."""
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number))
 
 
 def _resize(pipe: int, size: int) -> int:

@@ -17,11 +17,14 @@ import fcntl
 import hashlib
 import os
 import struct
+import time
 from io import FileIO
 from pathlib import Path
 
 # struct flock of 64-bit Linux: l_type, l_whence, padding, l_start, l_len, l_pid.
 _FLOCK = struct.Struct("=hh4xqqi4x")
+# Whether others wait is asked several times a block, and must not cost a system call each time.
+LOOK_S = 0.02
 NAMES = ("claims", "waiting", "loading")
 
 
@@ -41,6 +44,8 @@ class Claims:
         self._claims, self._waiting, self._loading = (
             FileIO(os.open(directory / name, flags, 0o600), "r+") for name in NAMES
         )
+        self._looked_at_s = -LOOK_S
+        self._others_wait = False
 
     def claim(self, key: str) -> bool:
         """Take a block, unless another process has it."""
@@ -59,8 +64,12 @@ class Claims:
         self._lock(self._waiting, fcntl.F_RDLCK if waiting else fcntl.F_UNLCK, _place(key))
 
     def others_wait(self) -> bool:
-        """Whether another process waits for a block, of whoever has it."""
-        return self._is_locked(self._waiting, 0, 0)
+        """Whether another process waits for a block, of whoever has it, or did a moment ago."""
+        now_s = time.monotonic()
+        if now_s - self._looked_at_s >= LOOK_S:
+            self._looked_at_s = now_s
+            self._others_wait = self._is_locked(self._waiting, 0, 0)
+        return self._others_wait
 
     def set_loading(self, content: str) -> None:
         """Let the others see, from now on, that this process loads a content."""
