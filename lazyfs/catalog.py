@@ -101,8 +101,8 @@ class Catalog:
             if directory.children is None:
                 self._add(listing)
                 if directory is self.tree.root:
-                    self._add_whole(directory, self._first, ended=False)
-                    self._first = []
+                    first, self._first = self._first, []
+                    await self._add_whole(directory, first, ended=False)
 
     def _follows(self, directory: Directory) -> bool:
         """Whether somebody seems to walk: the directory before this one is listed."""
@@ -132,17 +132,23 @@ class Catalog:
             # of the directory alone will tell.
             log.info("directories of %r are listed one by one: %s", parent.prefix, error)
         else:
-            self._add_whole(parent, page.objects, ended=page.next_token is None)
+            await self._add_whole(parent, page.objects, ended=page.next_token is None)
         if directory.children is None:
             self._scattered.add(parent.inode)
 
-    def _add_whole(self, parent: Directory, objects: list[ListedObject], *, ended: bool) -> None:
-        """Add the directories below that one which are in a listing from begin to end."""
+    async def _add_whole(
+        self, parent: Directory, objects: list[ListedObject], *, ended: bool
+    ) -> None:
+        """Add the directories below that one which are in a listing from begin to end.
+
+        Requests are answered between two of them: all would take 20 ms and more.
+        """
         assert parent.children is not None
         for name, below in whole_directories(parent.prefix, objects, ended=ended).items():
             node = parent.children.get(name)
             if isinstance(node, Directory) and node.children is None:
                 self._add(Listing(node.prefix, below, [], whole=True))
+                await trio.lowlevel.checkpoint()
 
     async def _list_alone(self, prefix: str) -> Listing:
         objects: list[ListedObject] = []

@@ -15,12 +15,15 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 
 from lazyfs.mount.spec import memory_file, read_whole
 from lazyfs.tree import ListedObject
 
 _LENGTH = struct.Struct("<I")
+# As `dataclasses.astuple`, which takes ten times as long.
+_fields_of = attrgetter(*(field.name for field in fields(ListedObject)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +69,8 @@ class ListingJournal:
 
     def append(self, listing: Listing) -> None:
         """Write a listing down."""
-        objects = [astuple(each) for each in listing.objects]
-        fields = [listing.prefix, objects, listing.prefixes, listing.whole]
-        record = zlib.compress(json.dumps(fields).encode(), level=1)
+        objects = [_fields_of(each) for each in listing.objects]
+        content = [listing.prefix, objects, listing.prefixes, listing.whole]
+        record = zlib.compress(json.dumps(content).encode(), level=1)
         os.pwrite(self.descriptor, _LENGTH.pack(len(record)) + record, self._end)
         self._end += _LENGTH.size + len(record)

@@ -24,7 +24,8 @@ A directory that holds weights is a model and gets a `ModelLayout`. The rules, m
 - **GGUF**: one model, split (`-00001-of-00003.gguf`) or not, with its projector (`mmproj*`). Of
   several models in one directory one is read, and only the reader knows which: all are excluded.
 - **Small files** (configuration, tokenizer, code) are wanted first. Those of a directory without
-  weights belong to the nearest model above, or to the root.
+  weights belong to the nearest model above, or to the root. Very many without any weights are no
+  model, and which of them somebody will read nobody knows: none is wanted before.
 
 An index has to be fetched before it can be read. So ask twice: `layouts(files)` says where the
 indexes are (`index_paths`), `layouts(files, indexes=...)` uses them.
@@ -425,7 +426,9 @@ class _Directory:
 
         chosen: list[str] = []
         total = 0
-        small = (file for file in self.others if is_small(basename(file.path), file.size_bytes))
+        small = [file for file in self.others if is_small(basename(file.path), file.size_bytes)]
+        if len(small) > SMALL_COUNT and not self.weights and not self.is_pipeline:
+            return ()
         for file in sorted(small, key=order):
             if len(chosen) == SMALL_COUNT:
                 break

@@ -17,7 +17,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from posixpath import basename
+from typing import TypeVar
 
 import trio
 
@@ -26,7 +29,8 @@ from lazyfs.blocks.heads import SUFFIX, has_head
 from lazyfs.catalog import Catalog
 from lazyfs.errors import SourceError
 from lazyfs.fetcher import BlockFetcher
-from lazyfs.model import ModelFile, layouts, wanted_models
+from lazyfs.filenames import format_of
+from lazyfs.model import ModelFile, ModelLayout, layouts, wanted_models
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options import MountOptions
 from lazyfs.prefetch import Prefetcher
@@ -35,11 +39,75 @@ from lazyfs.tree import File
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 # Of so many shards, the first ones and those after one that was opened, it is found out what
 # tensors they have before they are opened.
 TABLES_AHEAD = 16
 # Headers that are parsed at once: that holds the interpreter's lock.
 LEARNERS = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Survey:
+    """What is listed.
+
+    Attributes:
+        extent: number and bytes of files.
+        files: by their paths.
+        listed: the same, as `layouts` wants them.
+        weights: paths of those that are weights.
+    """
+
+    extent: tuple[int, int]
+    files: Mapping[str, File]
+    listed: Sequence[ModelFile]
+    weights: Sequence[str]
+
+    @classmethod
+    def of(
+        cls, extent: tuple[int, int], nodes: Iterable[File], path_of: Callable[[File], str]
+    ) -> _Survey:
+        files = {path_of(file): file for file in nodes}
+        listed = [ModelFile(path, file.size_bytes) for path, file in files.items()]
+        return cls(extent, files, listed, [path for path in files if format_of(basename(path))])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _SortedOut:
+    """The models of a survey.
+
+    Attributes:
+        read: weights that were read.
+        every: what `layouts` makes of them.
+        left_out: inodes of weights that no model wants.
+        useless: inodes of files of no model.
+    """
+
+    read: Sequence[str]
+    every: tuple[ModelLayout, ...]
+    left_out: set[int]
+    useless: set[int]
+
+    @classmethod
+    def of(
+        cls,
+        survey: _Survey,
+        read: Sequence[str],
+        indexes: Mapping[str, bytes],
+        include: Sequence[str],
+    ) -> _SortedOut:
+        every = layouts(survey.listed, indexes=indexes, read=read, include=include)
+        left_out = {out.path for layout in every for out in layout.excluded}
+        useless = survey.files.keys() - left_out
+        useless.difference_update(*(layout.paths for layout in every))
+        inodes = [{survey.files[path].inode for path in paths} for paths in (left_out, useless)]
+        return cls(read, every, *inodes)
+
+
+async def _aside(work: Callable[[], T]) -> T:
+    """Do in a thread what takes a while for thousands of files: readers want to be answered."""
+    return await trio.to_thread.run_sync(work)
 
 
 class Planner:
@@ -78,6 +146,9 @@ class Planner:
         # Of the files that were there at the last plan: those of no model, and weights left out.
         self._useless: set[int] = set()
         self._left_out: set[int] = set()
+        # What was found at the last plan, without the contents of indexes.
+        self._survey: _Survey | None = None
+        self._found: _SortedOut | None = None
         # In loading order, and the position of each.
         self._shards: list[File] = []
         self._ranks: dict[int, int] = {}
@@ -155,16 +226,14 @@ class Planner:
 
     async def _plan(self) -> None:
         """Put the files of the wanted models into loading order."""
-        files = {self._catalog.tree.path(file): file for file in self._catalog.tree.files()}
-        listed = [ModelFile(path, file.size_bytes) for path, file in files.items()]
-        opened = {path for path, file in files.items() if file.inode in self._opened}
+        survey = await self._look_around()
+        files = survey.files
         on_mount = self._options.prefetch_on == "mount"
         whole = self._catalog.tree.is_whole
-        include = self._options.include
-        read = self._read_of(files)
-        # Of thousands of files that takes a while, in which readers want to be answered.
-        every = await trio.to_thread.run_sync(lambda: layouts(listed, read=read, include=include))
-        found = wanted_models(every, on_mount=on_mount, opened=opened, whole=whole)
+        opened = self._opened_paths()
+        read = self._read_of(survey)
+        sorted_out = await self._sort_out(survey, read, {})
+        found = wanted_models(sorted_out.every, on_mount=on_mount, opened=opened, whole=whole)
         self.on_wanted([files[path] for layout in found for path in layout.paths])
         indexes = {
             path: content
@@ -173,15 +242,10 @@ class Planner:
             if (content := await self._content(files[path])) is not None
         }
         # Meanwhile others may have been read than were expected.
-        if indexes or read != self._read_of(files):
-            read = self._read_of(files)
-            every = await trio.to_thread.run_sync(
-                lambda: layouts(listed, indexes=indexes, read=read, include=include)
-            )
-        self._left_out = {files[out.path].inode for layout in every for out in layout.excluded}
-        of_models = {files[path].inode for layout in every for path in layout.paths}
-        self._useless = {file.inode for file in files.values()} - of_models - self._left_out
-        found = wanted_models(every, on_mount=on_mount, opened=opened, whole=whole)
+        if indexes or read != self._read_of(survey):
+            sorted_out = await self._sort_out(survey, self._read_of(survey), indexes)
+            found = wanted_models(sorted_out.every, on_mount=on_mount, opened=opened, whole=whole)
+        self._left_out, self._useless = sorted_out.left_out, sorted_out.useless
         for warning in (warning for layout in found for warning in layout.warnings):
             log.warning("%s", warning)
         small = [files[path] for layout in found for path in layout.small]
@@ -196,9 +260,39 @@ class Planner:
         self._look_for_tensors(shards)
         self._fetcher.pump()
 
-    def _read_of(self, files: Mapping[str, File]) -> list[str]:
-        """Which of these were read."""
-        return [path for path, file in files.items() if self._prefetcher.was_touched(file.inode)]
+    async def _look_around(self) -> _Survey:
+        """All that is listed; looked at again only if there is more than at the last plan."""
+        tree = self._catalog.tree
+        extent = tree.file_count, tree.total_bytes
+        if self._survey is None or self._survey.extent != extent:
+            nodes = list(tree.files())
+            self._survey = await _aside(lambda: _Survey.of(extent, nodes, tree.path))
+            self._found = None
+        return self._survey
+
+    async def _sort_out(
+        self, survey: _Survey, read: Sequence[str], indexes: Mapping[str, bytes]
+    ) -> _SortedOut:
+        """The models there are; those found for the last plan, if nothing was read since."""
+        if not indexes and self._found is not None and self._found.read == read:
+            return self._found
+        include = self._options.include
+        found = await _aside(lambda: _SortedOut.of(survey, read, indexes, include))
+        if not indexes:
+            self._found = found
+        return found
+
+    def _opened_paths(self) -> set[str]:
+        nodes = map(self._catalog.tree.get, self._opened)
+        return {self._catalog.tree.path(node) for node in nodes if isinstance(node, File)}
+
+    def _read_of(self, survey: _Survey) -> list[str]:
+        """Which weights were read."""
+        return [
+            path
+            for path in survey.weights
+            if self._prefetcher.was_touched(survey.files[path].inode)
+        ]
 
     def _look_for_tensors(self, shards: Sequence[File]) -> None:
         """See to it that it gets known what tensors there are: of some shards, or, where only some

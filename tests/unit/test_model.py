@@ -166,8 +166,13 @@ def test_small_files_are_bounded() -> None:
     assert layout.small == ("config.json", "0.json", "1.json")
     sizes = {file.path: file.size_bytes for file in files}
     assert sum(sizes[path] for path in layout.small) <= SMALL_TOTAL_BYTES
-    (many,) = layouts(listing("a.safetensors", *(f"{i}.txt" for i in range(2 * SMALL_COUNT))))
+    texts = [f"{i}.txt" for i in range(2 * SMALL_COUNT)]
+    (many,) = layouts(listing("a.safetensors", *texts))
     assert len(many.small) == SMALL_COUNT
+    (heap,) = layouts(listing(*texts))
+    assert heap.small == (), "which of them is read?"
+    (few,) = layouts(listing(*texts[:SMALL_COUNT]))
+    assert len(few.small) == SMALL_COUNT
 
 
 def test_several_models_below_a_prefix() -> None:

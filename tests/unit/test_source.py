@@ -4,7 +4,9 @@ import json
 import time
 
 import pytest
+from botocore.utils import parse_timestamp
 
+from lazyfs.aws.session import new_session
 from lazyfs.errors import BadRequestError
 from lazyfs.mount.spec import StaticCredentials, WebIdentity
 from lazyfs.options import MountOptions
@@ -102,3 +104,21 @@ def test_a_listed_page_is_given_once(bucket):
     source = Source(URL, MountOptions(), None, Found(PLACE, None, page))
     assert source.list_page("m/", None) is page
     assert source.list_page("m/", None) == "another"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2026-11-25T23:10:11.000Z",
+        "2026-11-25T23:10:11Z",
+        "2026-11-25T23:10:11.123+02:00",
+        "2026-11-25T23:10:11",
+        "2026-11-25T23:10:11.1Z",
+        "Wed, 25 Nov 2026 23:10:11 GMT",
+        "1795648211",
+    ],
+)
+def test_times_are_those_of_botocore(text):
+    parsers = new_session().get_component("response_parser_factory")
+    parse = parsers.create_parser("rest-xml")._timestamp_parser
+    assert parse(text).timestamp() == parse_timestamp(text).timestamp()

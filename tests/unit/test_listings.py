@@ -1,0 +1,135 @@
+"""Sources of many objects: the loop is not held up by listings and plans of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import trio
+import trio.testing
+
+from lazyfs import planner
+from lazyfs.catalog import Catalog
+from lazyfs.fetcher import BlockFetcher
+from lazyfs.journal import ListingJournal
+from lazyfs.model import SMALL_COUNT
+from lazyfs.observe.recorder import Recorder
+from lazyfs.options import MountOptions
+from lazyfs.planner import Planner
+from lazyfs.prefetch import Prefetcher
+from lazyfs.source import Page, Source
+from lazyfs.tree import File, ListedObject
+
+DIRECTORIES = 20
+OPTIONS = MountOptions()
+
+
+def objects(*keys: str) -> list[ListedObject]:
+    return [ListedObject(key, 9, "e", 0, key) for key in keys]
+
+
+class Bucket:
+    """Lists pages as they were given to it, in that order."""
+
+    url = SimpleNamespace(bucket="b", prefix="")
+
+    def __init__(self, *pages: Page) -> None:
+        self._pages: Iterator[Page] = iter(pages)
+
+    def list_page(self, prefix: str, token: str | None, **_: Any) -> Page:
+        return next(self._pages)
+
+
+class Fetcher:
+    """Is told what is planned."""
+
+    block_size = OPTIONS.block_size
+
+    def __init__(self) -> None:
+        self.scans: list[list[str]] = []
+
+    def add_file(self, file: File) -> None: ...
+
+    async def scan(self, files: list[File]) -> None:
+        self.scans.append([file.key for file in files])
+
+    def pump(self) -> None: ...
+
+
+def catalog_of(*pages: Page) -> Catalog:
+    source = cast(Source, Bucket(*pages))
+    return Catalog(source, OPTIONS, ListingJournal(), Recorder())
+
+
+async def states_while_listed() -> set[int]:
+    """How many files were there at each step of the loop while a page was taken in."""
+    names = [f"d{number:02}/" for number in range(DIRECTORIES)]
+    catalog = catalog_of(
+        Page(objects(*(f"{name}f" for name in names)), [], "more"), Page([], list(names), None)
+    )
+    await catalog.open()
+    seen = set()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(catalog.children, catalog.tree.root)
+        while catalog.tree.file_count < DIRECTORIES - 1:  # the last one may go on in the next page
+            seen.add(catalog.tree.file_count)
+            await trio.lowlevel.checkpoint()
+    return seen
+
+
+def test_requests_are_answered_between_the_directories_of_a_page() -> None:
+    assert len(trio.run(states_while_listed)) > DIRECTORIES // 2
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """What was taken as read, of each time that models were looked for."""
+    looked: list[tuple[str, ...]] = []
+    find = planner.layouts
+
+    def layouts(files: Any, **about: Any) -> Any:
+        looked.append(tuple(about["read"]))
+        return find(files, **about)
+
+    monkeypatch.setattr(planner, "layouts", layouts)
+    return looked
+
+
+async def plan(opened: list[str], keys: list[str]) -> list[list[str]]:
+    """What is planned, each time, while files are opened and read one after the other."""
+    catalog = catalog_of(Page(objects(*keys), [], None))
+    await catalog.open()
+    fetcher, prefetcher = Fetcher(), Prefetcher("model", OPTIONS.block_size)
+    made = Planner(catalog, cast(BlockFetcher, fetcher), prefetcher, Recorder(), OPTIONS)
+    files = {file.key: file for file in catalog.tree.files()}
+    for file in files.values():
+        prefetcher.add_file(file.inode, file.size_bytes)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(made.run)
+        for key in opened:
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            made.opened(files[key])
+            prefetcher.was_read(files[key].inode, 0, 9)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        nursery.cancel_scope.cancel()
+    return fetcher.scans
+
+
+def test_models_are_looked_for_once_however_many_are_opened(
+    counted: list[tuple[str, ...]],
+) -> None:
+    names = [f"m{number}" for number in range(5)]
+    keys = [f"{name}/{file}" for name in names for file in ("a.safetensors", "config.json")]
+    planned = trio.run(plan, [f"{name}/config.json" for name in names], keys)
+    assert sorted(planned[-1]) == sorted(keys)
+    assert counted == [()]
+
+
+def test_of_very_many_files_without_weights_none_is_planned(
+    counted: list[tuple[str, ...]],
+) -> None:
+    keys = [f"{number:04}.txt" for number in range(2 * SMALL_COUNT)]
+    assert trio.run(plan, keys[:5], keys) == [[]], "one plan, of nothing"
+    assert counted == [()]
