@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import trio
 
 from lazyfs.blocks import BlockId, Span, block_length
+from lazyfs.blocks.bulk import in_bulk
 from lazyfs.blocks.elsewhere import Elsewhere
 from lazyfs.blocks.getter import BlockGetter
 from lazyfs.blocks.heads import Heads, has_head, heads_limit
@@ -623,7 +624,7 @@ class BlockFetcher:
 
     async def _thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await trio.to_thread.run_sync(
-            function, *arguments, abandon_on_cancel=True, limiter=self._threads
+            in_bulk, function, *arguments, abandon_on_cancel=True, limiter=self._threads
         )
 
 

@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 
 # Of one message to the kernel. A pipe may be full before that, of pages that are not.
 PIECE = 512 << 10
+# So much is waited for, or the rest. Threads that take less at a time need the interpreter's lock
+# so often that the loop hardly gets it, and a quarter more processor time.
+AT_ONCE = 256 << 10
 
 
 class Arrived(NamedTuple):
@@ -157,7 +160,7 @@ def _fill(pipes: Pipes, body: Body) -> None:
         except BlockingIOError:
             if pipes.held and body.is_ready:
                 return  # so it is room that lacks
-            body.wait()
+            body.wait(min(body.left, PIECE - pipes.held, AT_ONCE))
             continue
         if taken == 0:
             raise http.client.IncompleteRead(b"", body.left)

@@ -30,6 +30,8 @@ T = TypeVar("T")
 CONNECT_TIMEOUT_S = 5.0
 # A connection that is silent for this long is given up and the range is asked for again.
 SILENCE_TIMEOUT_S = 20.0
+# So long many bytes are waited for, where few would do.
+SOON_S = 0.1
 # A connection that nobody needed for so long is closed: servers do so too, after a minute or less.
 MOST_IDLE_S = 30.0
 # Of a body, how much is received between two looks at the rest.
@@ -169,9 +171,21 @@ class Body:
         """Whether there is something in the descriptor, be it the end."""
         return self._poll(0)
 
-    def wait(self) -> None:
-        """Wait until it is ready. Raises TimeoutError when nothing comes for a long time."""
-        if not self._poll(SILENCE_TIMEOUT_S):
+    def wait(self, count: int) -> None:
+        """Wait until so many bytes are ready, or no more come; on a slow line, for some of them.
+
+        Before Linux 4.18 any number will do (socket(7), SO_RCVLOWAT).
+
+        Raises:
+            TimeoutError: nothing comes for a long time.
+        """
+        assert self._socket is not None
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
+        try:
+            is_ready = self._poll(SOON_S)
+        finally:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        if not is_ready and not self._poll(SILENCE_TIMEOUT_S):
             raise TimeoutError
 
     def _poll(self, timeout_s: float) -> bool:

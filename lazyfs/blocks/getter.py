@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import trio
 
+from lazyfs.blocks.bulk import in_bulk
 from lazyfs.blocks.concurrency import Concurrency, HedgeTimer, Pacer
 from lazyfs.blocks.memory import BlockMemory
 from lazyfs.blocks.retry import patiently
@@ -207,7 +208,9 @@ class BlockGetter:
                     token.run_sync_soon(self._ended, request, cancel, began_s, size)
 
         answers.send_nowait(
-            await trio.to_thread.run_sync(get, abandon_on_cancel=True, limiter=self._threads)
+            await trio.to_thread.run_sync(
+                in_bulk, get, abandon_on_cancel=True, limiter=self._threads
+            )
         )
 
     async def _call_off(

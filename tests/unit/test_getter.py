@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -126,3 +127,12 @@ def test_an_error_of_the_second_attempt_leaves_the_first() -> None:
     assert bytes(data) == b"good"
     assert not recorder.retries
     assert memory.used_bytes == 0
+
+
+def test_a_thread_that_gets_bytes_gives_way_to_the_loop() -> None:
+    def nice() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    source = Source(lambda: memoryview(bytes([nice()])))
+    data, *_ = get(source)
+    assert data[0] > nice()

@@ -13,6 +13,7 @@ import pytest
 
 from lazyfs import transport
 from lazyfs.transport import (
+    Body,
     Cancel,
     CancelledError,
     OtherRangeError,
@@ -278,3 +279,53 @@ def test_a_tunnel_through_a_proxy_is_asked_for(tmp_path_factory: pytest.TempPath
             get(Transport("https://s3.test", tls_context(certifi.where()), proxy))
         assert server.heads[0].startswith("CONNECT s3.test:443")
         assert "Proxy-Authorization: Basic c2VjcmV0" in server.heads[0]
+
+
+class Coming:
+    """A body of which some bytes came, and somebody who waits for 1000 of them."""
+
+    def __init__(self, ours: socket.socket, soon_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(transport, "SOON_S", soon_s)
+        answer = http.client.HTTPResponse(ours)
+        answer.length = 1000
+        self.body = Body(answer, ours)
+        self.came = threading.Event()
+        threading.Thread(target=self._wait, daemon=True).start()
+
+    def _wait(self) -> None:
+        self.body.wait(1000)
+        self.came.set()
+
+
+@pytest.fixture
+def connected() -> Iterator[tuple[socket.socket, socket.socket]]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        theirs, _ = listener.accept()
+    ours.settimeout(20)
+    with ours, theirs:
+        yield ours, theirs
+
+
+def test_many_bytes_are_waited_for_at_once(
+    connected: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = connected
+    coming = Coming(ours, 60, monkeypatch)
+    theirs.sendall(bytes(999))
+    assert not coming.came.wait(0.1)
+    theirs.sendall(b"!")
+    assert coming.came.wait(20)
+    assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_fewer_will_do_if_no_more_come_soon(
+    ends: bool, connected: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = connected
+    coming = Coming(ours, 60 if ends else 0.01, monkeypatch)
+    theirs.sendall(b"!")
+    if ends:
+        theirs.shutdown(socket.SHUT_WR)
+    assert coming.came.wait(20)
