@@ -171,9 +171,10 @@ class Prefetcher:
         return blocks.has_head or not blocks.places or blocks.places[0] not in AWAY
 
     def is_near(self, inode: int) -> bool:
-        """Whether all of a file went into the page cache, or was read."""
+        """Whether all of a file, which has any, went into the page cache, or was read."""
         blocks = self._files[inode]
-        return sum(blocks.counts[place] for place in PAGES) == len(blocks.places)
+        count = sum(blocks.counts[place] for place in PAGES)
+        return count > 0 and count == len(blocks.places)
 
     def is_missed(self, block: BlockId) -> bool:
         """Whether who asks for a block should have found it in the page cache."""
