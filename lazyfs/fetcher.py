@@ -397,7 +397,9 @@ class BlockFetcher:
         """
         block = BlockId(file.inode, span.number)
         wait = self._recorder.begin_wait(file, span, coming=block in self._jobs) if reader else None
-        if reader and self._missed is None and self._prefetcher.is_missed(block):
+        # While blocks are on their way, he may have asked just before this one came.
+        is_sure = reader and not self.in_flight
+        if is_sure and self._missed is None and self._prefetcher.is_missed(block):
             self._missed = block
             self._miss.set()
         job = self._jobs.get(block) or self._new_job(block)

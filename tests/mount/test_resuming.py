@@ -47,6 +47,11 @@ for path in pathlib.Path(sys.argv[1]).glob("*.safetensors"):
     file = os.open(path, os.O_RDONLY)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
 """
+READ_A_BLOCK = """
+import os, pathlib, sys
+path = min(pathlib.Path(sys.argv[1]).glob("*.safetensors"))
+os.pread(os.open(path, os.O_RDONLY), 1, 2 << 20)
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -167,7 +172,7 @@ def test_without_a_cache_a_loaded_model_is_loaded_again_without_s3(
         wait_for_successor(mounted)
     lost = dropped(mounted)
     assert digest(mounted) == expected
-    assert fetched_mib(s3) <= lost + FEW
+    assert fetched_mib(s3) <= lost + BLOCKS // 4  # and not twice that many, for each successor
 
 
 def by_nothing(mounted: Mounted) -> None:
@@ -182,10 +187,7 @@ def test_pages_that_are_gone_are_fetched_ahead_of_the_next_reader(
     expected = digest(mounted)
     replace(mounted)
     python(FORGET, mounted.path)
-    before = status_of(mounted)["fetched_on_demand_bytes"]
     s3.forget()
-    s3.fault("safetensors", "slow", times=2 * BLOCKS, seconds=0.02)
+    python(READ_A_BLOCK, mounted.path)
+    wait_until(lambda: fetched_mib(s3) > BLOCKS - FEW)
     assert digest(mounted) == expected
-    assert fetched_mib(s3) > BLOCKS - FEW
-    on_demand = status_of(mounted)["fetched_on_demand_bytes"] - before
-    assert on_demand < BLOCKS * MIB // 2
