@@ -186,11 +186,11 @@ def wait_until_gone(pid: int, timeout_s: float = 10) -> None:
 
 _DROPPED = """
 import pathlib, sys
-from lazyfs.cache.salvage import resident
+from lazyfs.mount.resident import dropped
 path, block = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 status = path.stat()
 parts = [(at, min(block, status.st_size - at)) for at in range(0, status.st_size, block)]
-print(sum(resident(path, status.st_ino, *part) is None for part in parts))
+print(len(dropped(path, status.st_ino, parts)))
 """
 
 

@@ -31,7 +31,7 @@ import trio
 from lazyfs.blocks import BlockId, block_length
 from lazyfs.blocks.buffers import take_buffer
 from lazyfs.cache import BlockCache
-from lazyfs.mount.aside import run_aside
+from lazyfs.mount.aside import ask_aside
 from lazyfs.mount.resident import all_resident, open_known
 from lazyfs.tree import File
 
@@ -129,13 +129,12 @@ class Salvage:
                 for file, block in blocks
             ],
         }
-        command = [sys.executable, "-P", "-m", "lazyfs.cache.salvage"]
         try:
-            said = await run_aside(command, json.dumps(wanted).encode())
+            said = await ask_aside("lazyfs.cache.salvage", wanted)
         except (OSError, subprocess.CalledProcessError) as error:
             log.warning("could not write blocks out of the page cache: %s", error)
             return None
-        return Saved(**json.loads(said))
+        return Saved(**said)
 
     def _length(self, file: File, block: BlockId) -> int:
         return block_length(file.size_bytes, self._cache.block_size, block.number)

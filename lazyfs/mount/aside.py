@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import trio
+
+
+async def ask_aside(module: str, wanted: Any) -> Any:
+    """What a module of ours answers, run as a process; both sides are JSON.
+
+    Raises:
+        OSError, subprocess.CalledProcessError: as `run_aside`.
+    """
+    command = [sys.executable, "-P", "-m", module]
+    return json.loads(await run_aside(command, json.dumps(wanted).encode()))
 
 
 async def run_aside(command: Sequence[str], told: bytes = b"") -> bytes:

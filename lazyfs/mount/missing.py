@@ -10,11 +10,9 @@ yet, fetching it ahead over and over would only cost more.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +21,7 @@ import trio
 
 from lazyfs.blocks import BlockId, block_length
 from lazyfs.fetcher import BlockFetcher
-from lazyfs.mount.aside import run_aside
+from lazyfs.mount.aside import ask_aside
 from lazyfs.tree import File
 
 log = logging.getLogger(__name__)
@@ -92,9 +90,8 @@ class Missing:
                 for file, of_file in of_files
             ],
         }
-        command = [sys.executable, "-P", "-m", "lazyfs.mount.resident"]
         try:
-            found = json.loads(await run_aside(command, json.dumps(wanted).encode()))
+            found = await ask_aside("lazyfs.mount.resident", wanted)
         except (OSError, subprocess.CalledProcessError) as error:
             log.debug("could not look for dropped pages: %s", error)
             return []

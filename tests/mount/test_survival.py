@@ -100,6 +100,22 @@ def assert_right(started: list[subprocess.Popen[str]]) -> None:
         assert all(wanted[name] == digest for name, digest in seen)
 
 
+@contextmanager
+def user_of(mounted: Mounted, code: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that has told that it uses a mount, and goes on when it is told a line."""
+    user = subprocess.Popen(
+        [sys.executable, "-c", code, mounted.path],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert user.stdout is not None
+    try:
+        user.stdout.readline()
+        yield user
+    finally:
+        user.kill()
+        user.wait(timeout=10)
+
+
 def listings(s3: S3) -> int:
     return sum("list-type" in request for request in s3.requests())
 
@@ -162,13 +178,7 @@ assert os.stat(file.name) == before
 assert hashlib.sha256(view).hexdigest() == hashlib.sha256(file.read()).hexdigest()
 print(os.getcwd(), hashlib.sha256(view).hexdigest())
 """
-    user = subprocess.Popen(
-        [sys.executable, "-c", code, mounted.path],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert user.stdout is not None
-    try:
-        user.stdout.readline()
+    with user_of(mounted, code) as user:
         listed = listings(s3)
         kill_worker(mounted)
         output, _ = user.communicate("go on\n", timeout=60)
@@ -176,9 +186,6 @@ print(os.getcwd(), hashlib.sha256(view).hexdigest())
         first = hashlib.sha256(next(iter(CONTENT.values()))).hexdigest()
         assert output.split() == [str(mounted.path), first]
         assert listings(s3) == listed, "what was listed is known"
-    finally:
-        user.kill()
-        user.wait(timeout=10)
 
 
 def test_a_changed_object_is_not_mixed(mount: Callable[..., Mounted], s3: S3) -> None:
@@ -230,23 +237,17 @@ sys.stdin.readline()
 for file in files:
     print(hashlib.sha256(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)).hexdigest())
 """
-    user = subprocess.Popen(
-        [sys.executable, "-c", code, mounted.path],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert user.stdout is not None
-    try:
-        user.stdout.readline()
-        assert lazyfs("umount", "--lazy", mounted.path).returncode == 0
-        kill_worker(mounted)
-        output, _ = user.communicate("go on\n", timeout=60)
-        assert output.split() == [hashlib.sha256(each).hexdigest() for each in CONTENT.values()]
-        wait_until_gone(mounted.pid)
-    finally:
-        with suppress(ProcessLookupError):
-            mounted.kill(signal.SIGTERM)
-        user.kill()
-        user.wait(timeout=10)
+    with user_of(mounted, code) as user:
+        try:
+            assert lazyfs("umount", "--lazy", mounted.path).returncode == 0
+            kill_worker(mounted)
+            output, _ = user.communicate("go on\n", timeout=60)
+            expected = [hashlib.sha256(each).hexdigest() for each in CONTENT.values()]
+            assert output.split() == expected
+            wait_until_gone(mounted.pid)
+        finally:
+            with suppress(ProcessLookupError):
+                mounted.kill(signal.SIGTERM)
     assert "ERROR" not in mounted.log()
 
 
