@@ -30,7 +30,7 @@ from measure import Loader, Meter, Run
 from model import write_model
 from mounts import Lazyfs, Place, forget, from_disk
 
-from lazyfs.kinds import parse_size
+from lazyfs.options.option_types import parse_size
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -98,7 +98,12 @@ def compare(
                     directory = place_of[lazyfs.name]
                     place = Place(origin, "model", directory / "mnt", directory / "cache")
                     place.mountpoint.mkdir(parents=True, exist_ok=True)
-                    tried = Lazyfs(lazyfs.tree, lazyfs.name, cache == "disk", lazyfs.options)
+                    tried = Lazyfs(
+                        lazyfs.tree,
+                        lazyfs.name,
+                        cache == "disk",
+                        lazyfs.options,
+                    )
                     run = measure(tried, arguments.state, loader, meter, place)
                     runs[lazyfs.name].append(run)
                     print(f"{profile}, {cache}, {turn + 1}: {lazyfs.name} {run.seconds:.2f} s",

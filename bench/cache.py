@@ -26,11 +26,11 @@ from pathlib import Path
 import origin as origins
 from model import write_model
 
-from lazyfs.blocks.directio import read_file, write_file
 from lazyfs.cache.blockfile import Content
+from lazyfs.cache.direct_io import read_file, write_file
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.space import Limits
-from lazyfs.kinds import MIB, parse_size
+from lazyfs.options.option_types import MIB, parse_size
 
 BLOCK = 8 * MIB
 BLOCKS = 48

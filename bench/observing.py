@@ -25,10 +25,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lazyfs.blocks import BlockId, Span
-from lazyfs.kinds import format_size, parse_size
+from lazyfs.namespace.tree import File
 from lazyfs.observe.events import Activity, Purpose
 from lazyfs.observe.recorder import Recorder, Tier
-from lazyfs.tree import File
+from lazyfs.options.option_types import format_size, parse_size
 
 BLOCKS = 20_000
 REQUEST = 1 << 20

@@ -27,7 +27,7 @@ from mounts import Lazyfs, Place, forget
 from rich.console import Console
 from rich.table import Table
 
-from lazyfs.kinds import parse_size
+from lazyfs.options.option_types import parse_size
 
 HERE = Path(__file__).parent
 MODES = ("vllm", "sequential", "safetensors", "transformers", "threads", "direct")

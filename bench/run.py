@@ -51,7 +51,7 @@ from scenarios import (
     why_left_out,
 )
 
-from lazyfs.kinds import parse_size
+from lazyfs.options.option_types import parse_size
 
 HERE = Path(__file__).parent
 OBJECTS = 5000

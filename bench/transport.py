@@ -32,8 +32,8 @@ from typing import Any
 import origin as origins
 
 from lazyfs.blocks.buffers import take_buffer
-from lazyfs.kinds import parse_size
-from lazyfs.transport import Cancel, Transport, tls_context
+from lazyfs.options.option_types import parse_size
+from lazyfs.store.http import Cancel, Transport, tls_context
 
 BLOCK = 8 << 20
 KEY = "model/file"

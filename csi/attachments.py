@@ -25,8 +25,8 @@ from csi.errors import RpcError
 from csi.staged import Kind, Place, State, VolumeRecord
 from csi.volumes import Volume
 from lazyfs.errors import LazyfsError
-from lazyfs.mount.keeper import KeeperError
-from lazyfs.mount.spec import Credentials
+from lazyfs.handover.keeper import KeeperError
+from lazyfs.store.credentials import Credentials
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from csi.identity import Check
     from csi.volumes import Rules
-    from lazyfs.options import MountOptions
+    from lazyfs.options.mount_options import MountOptions
 
 DRIVER_NAME = "csi.lazyfs.io"
 KEEPER_SOCKET = "/run/lazyfs/keeper.sock"
@@ -126,7 +126,7 @@ def rules(
     """
     from csi.volumes import Rules, options_of
     from lazyfs.errors import OptionError
-    from lazyfs.options import find_option
+    from lazyfs.options.mount_options import find_option
 
     for name, instead in NOT_FOR_PLUGINS.items():
         if name in defaults:
@@ -268,8 +268,8 @@ def node(
     from csi.node import Node
     from csi.staged import State
     from lazyfs.cache import check_directory, directories_of
-    from lazyfs.mount.keeper import allow_many_descriptors
-    from lazyfs.mount.syscalls import check_fuse
+    from lazyfs.fuse.mount_syscalls import check_fuse
+    from lazyfs.handover.keeper import allow_many_descriptors
 
     options, defaults = settings(config, given)
     configure(driver_name, options)

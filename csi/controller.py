@@ -26,8 +26,8 @@ from csi.volumes import (
     own_attributes,
 )
 from lazyfs.errors import SourceError
-from lazyfs.kinds import format_size
-from lazyfs.mount.spec import Credentials
+from lazyfs.options.option_types import format_size
+from lazyfs.store.credentials import Credentials
 
 log = logging.getLogger(__name__)
 

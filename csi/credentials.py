@@ -20,7 +20,7 @@ from collections.abc import Mapping
 
 from csi.errors import InvalidArgumentError
 from csi.volumes import Volume, credentials_of
-from lazyfs.mount.spec import Credentials, WebIdentity
+from lazyfs.store.credentials import Credentials, WebIdentity
 
 # Keys of a publish call's attributes; the tokens may be among its secrets instead (CSIDriver,
 # serviceAccountTokenInSecrets).

@@ -31,12 +31,13 @@ from csi.errors import RpcError
 from csi.staged import DaemonRecord, State
 from csi.volumes import Volume
 from lazyfs.errors import LazyfsError, MountError
-from lazyfs.mount import syscalls
-from lazyfs.mount.handover import SPEC
-from lazyfs.mount.keeper import KeeperClient, KeeperError, connect
-from lazyfs.mount.runtime import DaemonWatch
-from lazyfs.mount.spec import Credentials, MountSpec, StaticCredentials, WebIdentity
-from lazyfs.mount.supervisor import Supervisor
+from lazyfs.fuse import mount_syscalls
+from lazyfs.handover.handover import SPEC
+from lazyfs.handover.keeper import KeeperClient, KeeperError, connect
+from lazyfs.process.mount_records import DaemonWatch
+from lazyfs.process.mount_spec import MountSpec
+from lazyfs.process.supervisor import Supervisor
+from lazyfs.store.credentials import Credentials, StaticCredentials, WebIdentity
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 START_TIMEOUT_S = 120.0
 # How soon a keeper that was replaced is noticed.
 KEEPER_POLL_S = 2.0
-# Which differs each time, so that the same refusal would be another one (`lazyfs/source.py`).
+# Which differs each time, so that the same refusal would be another one (`lazyfs/store/source.py`).
 _REQUEST_ID = re.compile(r" \(request [^)]*\)")
 # Characters of a source in the name of its daemon.
 LONGEST_READABLE = 48
@@ -370,10 +371,10 @@ class Daemons:
 
 def _detach(mountpoint: Path) -> None:
     """Take away a mount of ours that nobody serves; who waits for it gets an error."""
-    entry = syscalls.find_mount(mountpoint)
-    if entry is not None and entry.filesystem_type == syscalls.FILESYSTEM_TYPE:
-        syscalls.abort(entry.device)  # after the unmount it may be another mount's
-        syscalls.unmount(mountpoint, lazy=True)
+    entry = mount_syscalls.find_mount(mountpoint)
+    if entry is not None and entry.filesystem_type == mount_syscalls.FILESYSTEM_TYPE:
+        mount_syscalls.abort(entry.device)  # after the unmount it may be another mount's
+        mount_syscalls.unmount(mountpoint, lazy=True)
 
 
 def _name(volume: Volume) -> str:

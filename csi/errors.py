@@ -10,7 +10,7 @@ from grpc import StatusCode
 
 from lazyfs import errors
 from lazyfs.errors import DaemonError, LazyfsError
-from lazyfs.mount.keeper import KeeperError
+from lazyfs.handover.keeper import KeeperError
 
 
 class RpcError(LazyfsError):

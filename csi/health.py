@@ -19,8 +19,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from csi.identity import Check
 from lazyfs.errors import LazyfsError, OptionError
-from lazyfs.kinds import Address
-from lazyfs.mount.keeper import KeeperError
+from lazyfs.handover.keeper import KeeperError
+from lazyfs.options.option_types import Address
 
 log = logging.getLogger(__name__)
 

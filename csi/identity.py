@@ -13,7 +13,7 @@ from csi.csi_pb2_grpc import IdentityServicer
 from csi.errors import RpcError
 from lazyfs import __version__
 from lazyfs.errors import LazyfsError, OptionError
-from lazyfs.mount.keeper import KeeperError
+from lazyfs.handover.keeper import KeeperError
 
 # Raises LazyfsError or KeeperError when something that the plugin needs is not there.
 Check = Callable[[], None]

@@ -1,7 +1,7 @@
 """The keeper of a node, as a program: `python -m csi.keeper SOCKET`.
 
 It is not restarted when the rest of the driver is upgraded, so it is as small as can be: the
-standard library, and what `lazyfs/mount/keeper.py` does.
+standard library, and what `lazyfs/handover/keeper.py` does.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import signal
 import sys
 from pathlib import Path
 
-from lazyfs.mount.keeper import Keeper, KeeperError
-from lazyfs.mount.privileges import protect_from_oom
+from lazyfs.handover.keeper import Keeper, KeeperError
+from lazyfs.process.privileges import protect_from_oom
 
 
 def main(socket: Path) -> int:

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from csi.attachments import Attachments, Served
 from csi.daemons import Daemon
 from lazyfs.control.client import ControlClient, ControlError
-from lazyfs.mount.runtime import control_socket
 from lazyfs.observe.exposition import exposition
 from lazyfs.observe.metrics import Values
+from lazyfs.process.mount_records import control_socket
 
 # A node has few daemons; a worker answers in milliseconds, or is stopped and does not at all.
 ASKED_AT_ONCE = 16

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from csi.errors import InvalidArgumentError
 from lazyfs.errors import MountError
-from lazyfs.mount import syscalls
+from lazyfs.fuse import mount_syscalls
 
 # linux/mount.h
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND = 1, 2, 4, 8, 32, 4096
@@ -59,12 +59,12 @@ def safe_path(what: str, text: str) -> Path:
 
 def is_mountpoint(path: Path) -> bool:
     """Whether anything is mounted there."""
-    return syscalls.find_mount(path) is not None
+    return mount_syscalls.find_mount(path) is not None
 
 
 def shows(path: Path, device: str) -> bool:
     """Whether what is mounted there last is the filesystem of that device number."""
-    entry = syscalls.find_mount(path)
+    entry = mount_syscalls.find_mount(path)
     return entry is not None and entry.device == device
 
 
@@ -83,7 +83,7 @@ def bind(source: Path, target: Path, device: str) -> None:
     if shows(target, device):
         return
     unbind(target)
-    if entry := syscalls.find_mount(target):
+    if entry := mount_syscalls.find_mount(target):
         raise MountError(
             f"{target}: {entry.source} ({entry.filesystem_type}) is mounted there already"
         )
@@ -99,7 +99,7 @@ def bind(source: Path, target: Path, device: str) -> None:
             raise MountError(f"{source}: the volume is no longer mounted there")
         _mount(None, target, _MS_REMOUNT | _MS_BIND | FLAGS)
     except MountError:
-        syscalls.unmount(target, lazy=True)
+        mount_syscalls.unmount(target, lazy=True)
         raise
 
 
@@ -112,13 +112,13 @@ def unbind(target: Path) -> None:
         MountError: it is not possible.
     """
     for _ in range(_MOST_LAYERS):
-        entry = syscalls.find_mount(target)
-        if entry is None or entry.filesystem_type != syscalls.FILESYSTEM_TYPE:
+        entry = mount_syscalls.find_mount(target)
+        if entry is None or entry.filesystem_type != mount_syscalls.FILESYSTEM_TYPE:
             return
         try:
-            syscalls.unmount(target)
+            mount_syscalls.unmount(target)
         except MountError:
-            syscalls.unmount(target, lazy=True)
+            mount_syscalls.unmount(target, lazy=True)
     raise MountError(f"{target}: more than {_MOST_LAYERS} mounts are there")
 
 

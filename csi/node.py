@@ -26,7 +26,7 @@ from csi.mounts import safe_path
 from csi.staged import Place
 from csi.volumes import Rules, Volume, check_capability, check_text, own_attributes
 from lazyfs.errors import LazyfsError
-from lazyfs.mount.spec import Credentials
+from lazyfs.store.credentials import Credentials
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from csi.errors import InvalidArgumentError
 from csi.volumes import check_size, own_attributes
 from lazyfs.errors import OptionError
-from lazyfs.kinds import Flag
-from lazyfs.source import SourceUrl
+from lazyfs.options.option_types import Flag
+from lazyfs.store.source import SourceUrl
 
 # What external-provisioner adds with --extra-create-metadata.
 _METADATA = {

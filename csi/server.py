@@ -32,8 +32,8 @@ from prometheus_client import Histogram
 
 from csi.errors import code_of
 from lazyfs.errors import LazyfsError, OptionError
+from lazyfs.handover.keeper import KeeperError
 from lazyfs.log import within
-from lazyfs.mount.keeper import KeeperError
 from lazyfs.observe import tracing
 from lazyfs.observe.tracing import Tracer
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lazyfs.errors import MountError
-from lazyfs.mount.keeper import private_directory
+from lazyfs.handover.keeper import private_directory
 
 log = logging.getLogger(__name__)
 

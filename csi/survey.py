@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from csi.volumes import Volume
 from lazyfs.errors import ObjectGoneError
-from lazyfs.mount.spec import Credentials
-from lazyfs.source import Page, Source, SourceUrl
+from lazyfs.store.credentials import Credentials
+from lazyfs.store.source import Page, Source, SourceUrl
 
 log = logging.getLogger(__name__)
 

@@ -25,10 +25,11 @@ from dataclasses import dataclass, field
 from csi.csi_pb2 import VolumeCapability
 from csi.errors import InvalidArgumentError
 from lazyfs.errors import OptionError
-from lazyfs.kinds import format_size
-from lazyfs.mount.spec import Credentials, MountSpec, StaticCredentials
-from lazyfs.options import OPTIONS, MountOptions, Option, merged
-from lazyfs.source import SourceUrl
+from lazyfs.options.mount_options import OPTIONS, MountOptions, Option, merged
+from lazyfs.options.option_types import format_size
+from lazyfs.process.mount_spec import MountSpec
+from lazyfs.store.credentials import Credentials, StaticCredentials
+from lazyfs.store.source import SourceUrl
 
 # spec.md, "Size Limits": of a string, and of a map of strings.
 LONGEST_TEXT_BYTES = 128
@@ -73,7 +74,7 @@ class Volume:
 
     Attributes:
         source: `s3://bucket/prefix`.
-        options: texts by option name (`lazyfs/options.py`), the driver's own defaults among them.
+        options: texts by option name (`lazyfs/options/`), the driver's own defaults among them.
         wait_for: what staging waits for: `headers`, `model`, or None for nothing.
         role_arn: to be taken on with the pod's service-account token.
     """

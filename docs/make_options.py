@@ -1,4 +1,4 @@
-"""Writes `docs/OPTIONS.md`, the reference of all options, from the table in `lazyfs/options.py`.
+"""Writes `docs/OPTIONS.md`, the reference of all options, from `lazyfs/options/mount_options.py`.
 
 Run by `make docs`; a test compares the file with what this prints (`--print`).
 """
@@ -9,12 +9,12 @@ import itertools
 import sys
 from pathlib import Path
 
-from lazyfs.options import OPTIONS, Option
+from lazyfs.options.mount_options import OPTIONS, Option
 
 HEAD = """\
 # Options
 
-Made from `lazyfs/options.py` by `make docs`; do not edit.
+Made from `lazyfs/options/mount_options.py` by `make docs`; do not edit.
 
 Each option can be given on the command line (`--block-size 16MiB`), with `mount -t lazyfs -o
 block-size=16MiB`, in the environment (`LAZYFS_BLOCK_SIZE=16MiB`) or in a TOML file named by

@@ -2,12 +2,12 @@
 
 import sys
 
-from lazyfs.mount import background
+from lazyfs.process import early_start
 
 
 def main() -> None:
     """Run the command line."""
-    begun = background.begin(sys.argv[1:])
+    begun = early_start.begin(sys.argv[1:])
     try:
         from lazyfs.cli import main  # after the fork: see there
 

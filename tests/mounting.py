@@ -20,7 +20,7 @@ from pathlib import Path
 
 from s3 import CREDENTIALS
 
-from lazyfs.mount import scout
+from lazyfs.store import source_probe
 
 TIMEOUT_S = 60
 # Of this run alone; short, because sockets are in it.
@@ -155,7 +155,11 @@ def workers() -> Iterator[tuple[int, list[str]]]:
             except OSError:
                 continue
             # A scout is a copy of its worker for some moments.
-            if "lazyfs.mount.worker" in words and name != scout.NAME and rest.split()[0] != "Z":
+            if (
+                "lazyfs.process.worker" in words
+                and name != source_probe.NAME
+                and rest.split()[0] != "Z"
+            ):
                 yield int(process.name), words
 
 
@@ -186,7 +190,7 @@ def wait_until_gone(pid: int, timeout_s: float = 10) -> None:
 
 _DROPPED = """
 import pathlib, sys
-from lazyfs.mount.resident import dropped
+from lazyfs.pagecache.mincore import dropped
 path, block = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 status = path.stat()
 parts = [(at, min(block, status.st_size - at)) for at in range(0, status.st_size, block)]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 
-from lazyfs.options import MountOptions
+from lazyfs.options.mount_options import MountOptions
 from simulated import loaders, models
 from simulated.load import Report, simulate
 from simulated.loaders import Loader

@@ -14,17 +14,17 @@ import trio
 import trio.testing
 
 from lazyfs.blocks import Span, block_length, spans
-from lazyfs.blocks.processor import Processors
 from lazyfs.cache import BlockCache
-from lazyfs.catalog import Catalog
-from lazyfs.fetcher import BlockFetcher
+from lazyfs.cache.processors import Processors
+from lazyfs.fetch.scheduler import BlockFetcher
+from lazyfs.namespace.catalog import Catalog
+from lazyfs.namespace.tree import Directory, File, ListedObject, Node, Tree
 from lazyfs.observe.recorder import Recorder
-from lazyfs.options import PLANNED, MountOptions
-from lazyfs.pagecache import PageCache
-from lazyfs.planner import Planner
-from lazyfs.prefetch import Prefetcher
-from lazyfs.source import Source
-from lazyfs.tree import Directory, File, ListedObject, Node, Tree
+from lazyfs.options.mount_options import PLANNED, MountOptions
+from lazyfs.pagecache.page_cache import PageCache
+from lazyfs.prefetch.planner import Planner
+from lazyfs.prefetch.prefetcher import Prefetcher
+from lazyfs.store.source import Source
 from simulated.loaders import Job, Loader, Read
 from simulated.machine import Bucket, Disk, Link, Machine, Pages, Threads
 from simulated.models import Model

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from lazyfs.safetensors import TensorTable, parse_header
+from lazyfs.model.safetensors import TensorTable, parse_header
 
 TRACES = Path(__file__).parents[1] / "traces"
 MIB = 1 << 20

@@ -19,8 +19,9 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from lazyfs.blocks import BlockId, Span
-from lazyfs.prefetch import Place, Prefetcher
-from lazyfs.tree import File
+from lazyfs.blocks.block_map import Place
+from lazyfs.namespace.tree import File
+from lazyfs.prefetch.prefetcher import Prefetcher
 
 # Of a block, what is told apart: a part counts as read when its last byte was.
 PART = 64 << 10

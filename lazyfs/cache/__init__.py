@@ -24,8 +24,8 @@ from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.index import IndexFailedError
 from lazyfs.cache.space import Limits
 from lazyfs.errors import CacheError
-from lazyfs.options import MountOptions
-from lazyfs.tree import File
+from lazyfs.namespace.tree import File
+from lazyfs.options.mount_options import MountOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

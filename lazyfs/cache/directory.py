@@ -39,9 +39,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from lazyfs.blocks.buffers import ALIGNMENT
-from lazyfs.blocks.directio import read_file, write_file
 from lazyfs.cache.blockfile import Content, DamagedBlockError, check, make_tail, parse_tail
 from lazyfs.cache.claims import Claims
+from lazyfs.cache.direct_io import read_file, write_file
 from lazyfs.cache.index import (
     FOLDERS,
     INDEX_NAME,

@@ -21,7 +21,7 @@ from lazyfs.cli.progress import ByteProgress
 from lazyfs.cli.settings import settings, with_cache_options
 from lazyfs.cli.tables import console, print_rows
 from lazyfs.errors import CacheError, OptionError
-from lazyfs.kinds import Duration, Size, format_duration, format_size
+from lazyfs.options.option_types import Duration, Size, format_duration, format_size
 
 _AS_JSON = click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
 _AGES = Duration(1, 10 * 365 * 86400)

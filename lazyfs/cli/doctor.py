@@ -11,10 +11,10 @@ from typing import Any
 import click
 from rich.text import Text
 
+from lazyfs.cli.checks import Finding, State, examine
 from lazyfs.cli.settings import settings, with_mount_options
 from lazyfs.cli.tables import console
-from lazyfs.doctor import Finding, State, examine
-from lazyfs.source import SourceUrl
+from lazyfs.store.source import SourceUrl
 
 _STYLES = {State.OK: "green", State.WARNING: "yellow", State.FAILED: "bold red"}
 

@@ -20,12 +20,12 @@ from lazyfs.cli.settings import settings, with_mount_options
 from lazyfs.cli.tables import console, print_rows
 from lazyfs.control.client import ControlClient, ControlError
 from lazyfs.errors import ObjectGoneError, SourceError
-from lazyfs.inspection import Layer, Model, Reader, alike, inspect_files
-from lazyfs.kinds import compile_pattern, format_size
-from lazyfs.mount.runtime import control_socket
-from lazyfs.options import MountOptions
-from lazyfs.source import Source, SourceUrl
-from lazyfs.tree import File, ListedObject, Tree
+from lazyfs.model.inspection import Layer, Model, Reader, alike, inspect_files
+from lazyfs.namespace.tree import File, ListedObject, Tree
+from lazyfs.options.mount_options import MountOptions
+from lazyfs.options.option_types import compile_pattern, format_size
+from lazyfs.process.mount_records import control_socket
+from lazyfs.store.source import Source, SourceUrl
 
 FILES_NAMED = 12
 # A mount may have to ask S3 first, patiently.

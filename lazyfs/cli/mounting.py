@@ -15,11 +15,12 @@ import click
 
 from lazyfs.cli.settings import settings, with_mount_options
 from lazyfs.errors import DaemonError, MountError, OptionError
-from lazyfs.kinds import format_size
-from lazyfs.mount import before_unmount, syscalls
-from lazyfs.mount.background import Background, EarlyWorker
-from lazyfs.mount.runtime import DaemonWatch, default_log_file
-from lazyfs.mount.spec import MountSpec
+from lazyfs.fuse import mount_syscalls
+from lazyfs.options.option_types import format_size
+from lazyfs.process import before_unmount
+from lazyfs.process.early_start import Background, EarlyWorker
+from lazyfs.process.mount_records import DaemonWatch, default_log_file
+from lazyfs.process.mount_spec import MountSpec
 
 # A background mount that is neither ready nor refused by then is given up; its supervisor, which
 # gives its worker 120 s, knows more.
@@ -87,16 +88,16 @@ def umount(mountpoint: Path, lazy: bool) -> None:
     unmounts at once. Not with --lazy.
     """
     mountpoint = Path(os.path.realpath(mountpoint))
-    found = syscalls.find_mount(mountpoint)
+    found = mount_syscalls.find_mount(mountpoint)
     if found is None:
         raise MountError(f"{mountpoint}: nothing is mounted there")
-    if found.filesystem_type != syscalls.FILESYSTEM_TYPE:
+    if found.filesystem_type != mount_syscalls.FILESYSTEM_TYPE:
         raise MountError(f"{mountpoint}: is a mount of type {found.filesystem_type}, not of lazyfs")
     watch = DaemonWatch(mountpoint)
     left = 0
     if not lazy:
         left = before_unmount.save(mountpoint, unless_in_use=True, on_wait=_tell_saving)
-    syscalls.unmount(mountpoint, lazy=lazy)
+    mount_syscalls.unmount(mountpoint, lazy=lazy)
     if left:
         click.echo("not all was saved: the next mount fetches the rest again", err=True)
     if not lazy and not watch.wait(timeout_s=15):

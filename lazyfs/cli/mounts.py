@@ -8,7 +8,7 @@ from typing import Any
 
 from lazyfs.control.client import ControlClient, ControlError
 from lazyfs.errors import MountError
-from lazyfs.mount.runtime import MountRecord, control_socket, record_of
+from lazyfs.process.mount_records import MountRecord, control_socket, record_of
 
 Status = dict[str, Any]
 

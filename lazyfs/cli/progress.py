@@ -17,7 +17,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from lazyfs.kinds import format_duration, format_size
+from lazyfs.options.option_types import format_duration, format_size
 
 # Between two lines, where there is no bar.
 LINE_EVERY_S = 5.0

@@ -13,12 +13,12 @@ import click
 from lazyfs.cli.mounts import record_at
 from lazyfs.control.client import ControlClient
 from lazyfs.errors import LazyfsError, OptionError
-from lazyfs.mount.runtime import control_socket
 from lazyfs.observe.events import Activity, Cause, Event, Kind, Purpose
 from lazyfs.observe.load import Load, Recording
 from lazyfs.observe.page import numbers, page
 from lazyfs.observe.picture import Picture
 from lazyfs.observe.verdict import Verdict, judge
+from lazyfs.process.mount_records import control_socket
 
 _DETAILS: dict[int, type[Cause] | type[Activity] | type[Purpose]] = {
     Kind.FETCHED: Purpose,

@@ -9,7 +9,14 @@ from typing import Any
 
 import click
 
-from lazyfs.options import OPTIONS, MountOptions, Option, config_layer, environment_layer, merged
+from lazyfs.options.mount_options import (
+    OPTIONS,
+    MountOptions,
+    Option,
+    config_layer,
+    environment_layer,
+    merged,
+)
 
 Command = Callable[..., None]
 

@@ -11,8 +11,8 @@ from rich.table import Table
 from lazyfs.cli.mounts import Status, record_at, status_of
 from lazyfs.cli.tables import console, print_rows
 from lazyfs.errors import MountError
-from lazyfs.kinds import format_duration, format_size
-from lazyfs.mount.runtime import records
+from lazyfs.options.option_types import format_duration, format_size
+from lazyfs.process.mount_records import records
 
 
 @click.command()

@@ -15,7 +15,7 @@ from lazyfs.cli.mounts import record_at, status_of
 from lazyfs.cli.status import mounts_table, rows
 from lazyfs.cli.tables import console, rows_table
 from lazyfs.errors import OptionError
-from lazyfs.mount.runtime import records
+from lazyfs.process.mount_records import records
 
 
 @click.command()

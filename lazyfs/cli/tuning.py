@@ -12,7 +12,7 @@ from lazyfs.cli.mounts import record_at
 from lazyfs.control.client import ControlClient
 from lazyfs.control.tunables import TUNABLE
 from lazyfs.errors import OptionError
-from lazyfs.mount.runtime import control_socket
+from lazyfs.process.mount_records import control_socket
 
 
 @click.command()

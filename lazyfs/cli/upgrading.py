@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from lazyfs.errors import MountError, OptionError
-from lazyfs.mount.runtime import MountRecord, record_of, records
-from lazyfs.mount.supervisor import replace_worker
+from lazyfs.process.mount_records import MountRecord, record_of, records
+from lazyfs.process.supervisor import replace_worker
 
 
 @click.command()

@@ -13,9 +13,9 @@ from typing import Any
 from lazyfs.cli.progress import ByteProgress
 from lazyfs.control.client import ControlClient, ControlError
 from lazyfs.errors import MountError, OptionError
-from lazyfs.kinds import format_size
-from lazyfs.mount.runtime import control_socket, record_of
-from lazyfs.options import MountOptions
+from lazyfs.options.mount_options import MountOptions
+from lazyfs.options.option_types import format_size
+from lazyfs.process.mount_records import control_socket, record_of
 
 POLL_S = 0.1
 # When nothing was under way for so long, nothing will come any more.

@@ -13,19 +13,19 @@ import trio
 
 from lazyfs import log
 from lazyfs.cache import BlockCache
-from lazyfs.catalog import Catalog
 from lazyfs.cli.mounts import record_at
 from lazyfs.cli.progress import ByteProgress
 from lazyfs.cli.settings import settings, with_mount_options
 from lazyfs.control.client import ControlClient, ControlError
 from lazyfs.errors import LazyfsError, OptionError
-from lazyfs.journal import ListingJournal
-from lazyfs.kinds import format_size
-from lazyfs.mount.runtime import control_socket
+from lazyfs.fetch.warm import IncompleteError, Progress, Warmer
+from lazyfs.namespace.catalog import Catalog
+from lazyfs.namespace.listing_log import ListingLog
 from lazyfs.observe.recorder import Recorder
-from lazyfs.options import MountOptions
-from lazyfs.source import Source, SourceUrl
-from lazyfs.warm import IncompleteError, Progress, Warmer
+from lazyfs.options.mount_options import MountOptions
+from lazyfs.options.option_types import format_size
+from lazyfs.process.mount_records import control_socket
+from lazyfs.store.source import Source, SourceUrl
 
 POLL_S = 0.2
 
@@ -80,7 +80,7 @@ def _warm_source(url: SourceUrl, options: MountOptions, verify: bool, as_json: b
 
 async def _run(url: SourceUrl, options: MountOptions, verify: bool, as_json: bool) -> None:
     source = await trio.to_thread.run_sync(Source, url, options)
-    catalog = Catalog(source, options, ListingJournal(None), Recorder("off"))
+    catalog = Catalog(source, options, ListingLog(None), Recorder("off"))
     await catalog.open()
     cache = BlockCache.of(options, source.endpoint, url.bucket)
     if cache is None:

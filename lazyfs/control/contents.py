@@ -11,13 +11,13 @@ from typing import Any
 
 import trio
 
-from lazyfs.catalog import Catalog
 from lazyfs.control.server import Route
 from lazyfs.errors import ObjectGoneError
-from lazyfs.fetcher import BlockFetcher
-from lazyfs.model import MAX_INDEX_BYTES
-from lazyfs.source import Source
-from lazyfs.tree import Directory, File, Node
+from lazyfs.fetch.scheduler import BlockFetcher
+from lazyfs.model.layout import MAX_INDEX_BYTES
+from lazyfs.namespace.catalog import Catalog
+from lazyfs.namespace.tree import Directory, File, Node
+from lazyfs.store.source import Source
 
 
 class Contents:

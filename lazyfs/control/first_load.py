@@ -9,8 +9,8 @@ import trio
 
 from lazyfs.control.recording import recording
 from lazyfs.control.status import Status
-from lazyfs.kinds import format_duration, format_size
-from lazyfs.tree import File
+from lazyfs.namespace.tree import File
+from lazyfs.options.option_types import format_duration, format_size
 
 if TYPE_CHECKING:
     from lazyfs.observe.load import Load

@@ -1,7 +1,7 @@
 """Writing what is not on the disk yet before a mount ends, asked for at its control socket.
 
-Whoever unmounts in an orderly way asks first (`lazyfs/mount/before_unmount.py`): once the mount is
-gone, the kernel has dropped the pages that are the only copy on this machine.
+An orderly unmount asks first (`lazyfs/process/before_unmount.py`): once the mount is gone, the
+kernel has dropped the pages that are the only copy on this machine.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from typing import Any
 
 import trio
 
-from lazyfs.cache.salvage import Salvage
+from lazyfs.cache.late_writer import LateWriter
 from lazyfs.control.server import Route
-from lazyfs.fetcher import BlockFetcher
-from lazyfs.mount.carried import Carried
+from lazyfs.fetch.scheduler import BlockFetcher
+from lazyfs.handover.runtime_changes import RuntimeChanges
 from lazyfs.observe.recorder import Recorder
 
 # Handles of a reader that has just ended are given back by then.
@@ -35,10 +35,10 @@ class Saving:
 
     def __init__(
         self,
-        salvage: Salvage,
+        salvage: LateWriter,
         fetcher: BlockFetcher,
         recorder: Recorder,
-        carried: Carried,
+        carried: RuntimeChanges,
         nursery: trio.Nursery,
     ) -> None:
         self._salvage = salvage

@@ -16,7 +16,7 @@ from typing import Any
 
 import trio
 
-from lazyfs.mount.keeper import is_trusted
+from lazyfs.handover.keeper import is_trusted
 
 # A client that neither asks nor hangs up is let go.
 PATIENCE_S = 10.0

@@ -14,16 +14,16 @@ from typing import Any
 
 from lazyfs import __version__
 from lazyfs.cache import BlockCache
-from lazyfs.catalog import Catalog
-from lazyfs.fetcher import BlockFetcher
-from lazyfs.filesystem import Filesystem
-from lazyfs.mount.carried import Carried
+from lazyfs.fetch.scheduler import BlockFetcher
+from lazyfs.fuse.filesystem import Filesystem
+from lazyfs.handover.runtime_changes import RuntimeChanges
+from lazyfs.namespace.catalog import Catalog
 from lazyfs.observe.events import Purpose
 from lazyfs.observe.recorder import Recorder, Tier, Wait
-from lazyfs.options import MountOptions
-from lazyfs.pagecache import PageCache
-from lazyfs.planner import Planner
-from lazyfs.prefetch import Prefetcher
+from lazyfs.options.mount_options import MountOptions
+from lazyfs.pagecache.page_cache import PageCache
+from lazyfs.prefetch.planner import Planner
+from lazyfs.prefetch.prefetcher import Prefetcher
 
 # Of readers that wait, so many are described, those who have waited longest.
 WAITS_SHOWN = 20
@@ -53,7 +53,7 @@ class Status:
     planner: Planner
     recorder: Recorder
     cache: BlockCache | None
-    carried: Carried
+    carried: RuntimeChanges
 
     def describe(self) -> dict[str, Any]:
         """All of it, as JSON can say it."""

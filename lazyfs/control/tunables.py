@@ -12,8 +12,8 @@ from typing import Any
 
 from lazyfs.control.status import Status
 from lazyfs.errors import OptionError
-from lazyfs.mount.carried import Carried
-from lazyfs.options import MountOptions, Option, find_option
+from lazyfs.handover.runtime_changes import RuntimeChanges
+from lazyfs.options.mount_options import MountOptions, Option, find_option
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def pause(status: Status, paused: Any) -> None:
     status.carried.save()
 
 
-def with_former_changes(options: MountOptions, carried: Carried) -> MountOptions:
+def with_former_changes(options: MountOptions, carried: RuntimeChanges) -> MountOptions:
     """The options with which a worker goes on: those of the mount, as they were changed since."""
     try:
         options = _changed(options, carried.options)

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from lazyfs.cache import BlockCache
-from lazyfs.catalog import Catalog
 from lazyfs.control.server import Route
 from lazyfs.errors import BadRequestError, LazyfsError
-from lazyfs.options import MountOptions
-from lazyfs.source import Source
+from lazyfs.namespace.catalog import Catalog
+from lazyfs.options.mount_options import MountOptions
+from lazyfs.store.source import Source
 
 if TYPE_CHECKING:
-    from lazyfs.warm import Warmer
+    from lazyfs.fetch.warm import Warmer
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Warming:
         cache = BlockCache.of(self._options, self._source.endpoint, self._source.url.bucket)
         if cache is None:
             raise BadRequestError(f"{self._source.url}: was mounted with --cache-dir none")
-        from lazyfs.warm import Warmer  # most mounts are never asked
+        from lazyfs.fetch.warm import Warmer  # most mounts are never asked
 
         self._warmer = Warmer(self._source, self._catalog, cache, self._options)
         self._is_running, self._error = True, None

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
-from lazyfs.kinds import format_duration, format_size
 from lazyfs.observe.load import Load, Stall
 from lazyfs.observe.picture import BLAME, Picture
 from lazyfs.observe.recorder import Tier
 from lazyfs.observe.verdict import Verdict
+from lazyfs.options.option_types import format_duration, format_size
 
 LONGEST_STALLS = 10
 

@@ -12,11 +12,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from html import escape
 
-from lazyfs.kinds import format_duration, format_size
 from lazyfs.observe.events import Cause
 from lazyfs.observe.load import BlockLife, Load
 from lazyfs.observe.recorder import Tier
 from lazyfs.observe.verdict import Verdict
+from lazyfs.options.option_types import format_duration, format_size
 
 WIDTH, LEFT, RIGHT = 1000, 150, 24
 RATE_TOP, RATE_HEIGHT = 92, 150

@@ -15,9 +15,9 @@ from enum import StrEnum
 
 from lazyfs.blocks import BlockId, Span
 from lazyfs.errors import CredentialsExpiredError, SourceError, ThrottledError
+from lazyfs.namespace.tree import File
 from lazyfs.observe.events import Activity, Cause, EventRing, Kind, Purpose
 from lazyfs.observe.histogram import Histogram
-from lazyfs.tree import File
 
 # A shorter wait is counted, but is no event.
 STALL_S = 0.01

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lazyfs.kinds import format_duration, format_size
 from lazyfs.observe.events import Activity, Cause, Purpose
 from lazyfs.observe.load import Load
 from lazyfs.observe.recorder import Tier
+from lazyfs.options.option_types import format_duration, format_size
 
 # A reader who waits for less of the time than this is the limit himself.
 HARDLY = 0.1

@@ -1,15 +1,12 @@
-"""Which block to bring next. Pure: no I/O, no clock, no threads.
+"""Which blocks to bring next.
 
-places.py      one file's blocks: where each is, and the pieces that are read as one thing
-streams.py     who reads where, as far as reads show it
-skips.py       which tensors this loader passes over
-taste.py       what follows from that, and how much may be brought that nobody may read
-ahead.py       how much lies in the page cache that nobody has read yet
-spent.py       what on the disk this load needs no more
-prefetcher.py  the policy: what is wished for, in which order
+prefetcher.py       the policy: what is wished for, in which order
+streams.py          which readers read where, as far as reads show it
+skips.py            which tensors a loader passes over
+skip_learner.py     what follows from that, and how much may be brought that nobody may read
+ahead.py            how much lies in the page cache that was not read yet
+consumed_blocks.py  blocks on the disk that this load needs no more
+planner.py          finds the files of a model and their order, and tells the policy
+
+All but the planner are pure: no I/O, no clock, no threads.
 """
-
-from lazyfs.prefetch.places import Place
-from lazyfs.prefetch.prefetcher import Prefetcher
-
-__all__ = ["Place", "Prefetcher"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from lazyfs.blocks import BlockId
-from lazyfs.prefetch.places import FileBlocks, Place
+from lazyfs.blocks.block_map import FileBlocks, Place
 
 
 class PagesAhead:

@@ -15,7 +15,7 @@ Both questions have the same answer, the first of these in which there is a bloc
 3. What follows a reader in his file, of several readers (`Streams`) the one with the least ahead
    of him first, so that none waits for what another will read later.
 4. The files after the one that is being read, then those that were passed by.
-5. Tensors that this loader passes over (`Taste`).
+5. Tensors that this loader passes over (`SkipLearner`).
 
 What of this a policy does:
 
@@ -40,13 +40,13 @@ from functools import partial
 from itertools import chain
 
 from lazyfs.blocks import BlockId
+from lazyfs.blocks.block_map import AWAY, PAGES, FileBlocks, Place
+from lazyfs.model.safetensors import Tensor
 from lazyfs.prefetch.ahead import PagesAhead
-from lazyfs.prefetch.places import AWAY, PAGES, FileBlocks, Place
+from lazyfs.prefetch.consumed_blocks import ConsumedBlocks
+from lazyfs.prefetch.skip_learner import SkipLearner
 from lazyfs.prefetch.skips import role_of
-from lazyfs.prefetch.spent import SpentBlocks
 from lazyfs.prefetch.streams import Streams
-from lazyfs.prefetch.taste import Taste
-from lazyfs.safetensors import Tensor
 
 # Pieces of which something was read and that are not whole yet; the oldest is given up.
 TOUCHED_PIECES = 64
@@ -93,9 +93,9 @@ class Prefetcher:
         self._named_heads: set[int] = set()
         self._touched: OrderedDict[tuple[int, int], None] = OrderedDict()
         self._streams = Streams()
-        self._taste = Taste(self._files, self.moved, 1 if policy == "tensor" else 2)
+        self._taste = SkipLearner(self._files, self.moved, 1 if policy == "tensor" else 2)
         self._ahead = PagesAhead(self._files)
-        self._spent = SpentBlocks(self._files, self._ahead)
+        self._spent = ConsumedBlocks(self._files, self._ahead)
 
     def add_file(self, inode: int, size_bytes: int) -> None:
         """A file exists. Adding it again changes nothing."""

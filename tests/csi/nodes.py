@@ -18,7 +18,7 @@ from mounting import python, wait_until_gone, workers
 from plugins import KeeperProcess, Plugin
 
 from csi import csi_pb2
-from lazyfs.mount.keeper import KeeperClient
+from lazyfs.handover.keeper import KeeperClient
 
 Capability = csi_pb2.VolumeCapability
 SECRETS = {"accessKeyId": "testing", "secretAccessKey": "testing-secret"}

@@ -15,7 +15,7 @@ from mounting import environment
 
 from csi import csi_pb2
 from csi.csi_pb2_grpc import ControllerStub, IdentityStub, NodeStub
-from lazyfs.mount.keeper import KeeperClient, KeeperError
+from lazyfs.handover.keeper import KeeperClient, KeeperError
 
 READY_TIMEOUT_S = 30
 

@@ -30,8 +30,8 @@ from csi.health import HealthServer
 from csi.identity import Identity
 from csi.server import Server
 from lazyfs.errors import AccessDeniedError, DaemonError, MountError, OptionError, UnavailableError
+from lazyfs.handover.keeper import KeeperError
 from lazyfs.log import TextFormatter
-from lazyfs.mount.keeper import KeeperError
 
 SECRET = "wJalrXUtnFEMI"
 

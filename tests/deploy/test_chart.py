@@ -16,8 +16,8 @@ from manifests import CHART, PLAIN, ROOT, Object, PodSpec, load, named, option, 
 
 from csi.cli import main as csi_programs
 from lazyfs.cli.settings import settings
-from lazyfs.kinds import Size
-from lazyfs.options import OPTIONS, MountOptions, environment_layer, find_option
+from lazyfs.options.mount_options import OPTIONS, MountOptions, environment_layer, find_option
+from lazyfs.options.option_types import Size
 
 # Building helm takes some minutes the first time.
 pytestmark = pytest.mark.timeout(900)

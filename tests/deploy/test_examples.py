@@ -26,10 +26,9 @@ from s3 import S3
 
 from csi.parameters import Parameters
 from csi.volumes import Rules
-from lazyfs.cli import main
+from lazyfs.cli import fstab, main
 from lazyfs.cli.mounting import mount
-from lazyfs.mount import fstab
-from lazyfs.options import OPTIONS, MountOptions, environment_layer
+from lazyfs.options.mount_options import OPTIONS, MountOptions, environment_layer
 
 every_example = pytest.mark.parametrize("path", EXAMPLES, ids=lambda each: each.stem)
 SYSTEMD = DEPLOY / "systemd"

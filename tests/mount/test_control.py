@@ -16,7 +16,7 @@ from mounting import RUNTIME_DIRECTORY, Mounted, shell
 from s3 import S3
 
 from lazyfs.control.client import ControlClient, ControlError
-from lazyfs.mount.spec import StaticCredentials
+from lazyfs.store.credentials import StaticCredentials
 
 pytestmark = pytest.mark.fuse
 CONTENT = os.urandom(3_000_000)

@@ -247,7 +247,7 @@ def test_mount_helper(s3: S3, tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
     options = f"ro,nofail,_netdev,x-systemd.automount,endpoint-url={s3.url},cache_dir={tmp_path}/c"
     options += f",block-size=1MiB,log-file={tmp_path}/log,allow_other"
-    code = "import lazyfs.mount.fstab as f; f.main()"
+    code = "import lazyfs.cli.fstab as f; f.main()"
     answer = subprocess.run(
         [sys.executable, "-c", code, "s3://life/m", str(tmp_path / "mnt"), "-o", options],
         env=environment(), capture_output=True, text=True, timeout=60, check=False,

@@ -69,7 +69,7 @@ def salvage(mounted: Mounted, server: S3, cache: Path) -> dict[str, Any]:
         "blocks": [["big.bin", file, number] for number in range(10)],
     }  # fmt: skip
     ended = subprocess.run(
-        [sys.executable, "-m", "lazyfs.cache.salvage"], input=json.dumps(wanted),
+        [sys.executable, "-m", "lazyfs.cache.late_writer"], input=json.dumps(wanted),
         capture_output=True, text=True, timeout=TIMEOUT_S, env=environment(), check=True,
     )  # fmt: skip
     saved: dict[str, Any] = json.loads(ended.stdout)

@@ -28,10 +28,12 @@ from mounting import (
 )
 from s3 import S3
 
-from lazyfs.mount import syscalls
-from lazyfs.mount.keeper import Keeper, KeeperClient
-from lazyfs.mount.spec import MountSpec, StaticCredentials, memory_file, read_whole
-from lazyfs.mount.supervisor import Supervisor
+from lazyfs.fuse import mount_syscalls
+from lazyfs.handover.keeper import Keeper, KeeperClient
+from lazyfs.memory_file import memory_file, read_whole
+from lazyfs.process.mount_spec import MountSpec
+from lazyfs.process.supervisor import Supervisor
+from lazyfs.store.credentials import StaticCredentials
 
 pytestmark = pytest.mark.fuse
 
@@ -359,7 +361,7 @@ def test_the_end_of_a_mount_does_not_reach_another(
     supervisor, _ = supervised
     aborted: list[str] = []
     # Not everywhere is fusectl mounted, without which nothing is aborted.
-    monkeypatch.setattr(syscalls, "abort", aborted.append)
+    monkeypatch.setattr(mount_syscalls, "abort", aborted.append)
     worker = supervisor.pid
     assert worker is not None
     os.kill(worker, signal.SIGSTOP)
@@ -367,7 +369,7 @@ def test_the_end_of_a_mount_does_not_reach_another(
     ending.start()
     try:
         wait_for(lambda: not is_mounted(Path(supervisor.name)))
-        entry = syscalls.find_mount(mount("s3://survival/m", "--prefetch=off").path)
+        entry = mount_syscalls.find_mount(mount("s3://survival/m", "--prefetch=off").path)
     finally:
         with suppress(ProcessLookupError):  # after a while it is killed
             os.kill(worker, signal.SIGCONT)
@@ -379,9 +381,10 @@ def test_the_end_of_a_mount_does_not_reach_another(
 LEADER = """
 import os, signal, socket, sys, threading
 from pathlib import Path
-from lazyfs.mount.keeper import KeeperClient
-from lazyfs.mount.spec import MountSpec, StaticCredentials
-from lazyfs.mount.supervisor import Supervisor
+from lazyfs.handover.keeper import KeeperClient
+from lazyfs.store.credentials import StaticCredentials
+from lazyfs.process.mount_spec import MountSpec
+from lazyfs.process.supervisor import Supervisor
 mountpoint, keeper, endpoint = sys.argv[1:]
 def connect():
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -400,8 +403,8 @@ supervisor.stop()
 def test_a_leader_dies_and_another_goes_on(s3: S3, tmp_path: Path) -> None:
     """As when the CSI node plugin is restarted: the keeper, a process of its own, has it all."""
     socket_path = Path(RUNTIME_DIRECTORY) / "keeper"
-    code = "import lazyfs.mount.keeper, pathlib, sys; {}(pathlib.Path(sys.argv[1]))"
-    code = code.format("lazyfs.mount.keeper.Keeper().serve_at")
+    code = "import lazyfs.handover.keeper, pathlib, sys; {}(pathlib.Path(sys.argv[1]))"
+    code = code.format("lazyfs.handover.keeper.Keeper().serve_at")
     keeper = subprocess.Popen([sys.executable, "-c", code, socket_path])
     wait_for(socket_path.is_socket)
     (tmp_path / "mnt").mkdir()

@@ -129,7 +129,7 @@ def test_protocols_that_are_not_spoken(mount_with: Callable[..., Mounted]) -> No
 
 def test_nothing_is_imported_for_it_when_it_is_off() -> None:
     code = (
-        "import sys; import lazyfs.daemon, lazyfs.mount.processes as s;"
+        "import sys; import lazyfs.process.mount, lazyfs.process.worker_process as s;"
         "assert s.child_environment() is None;"
         "print([name for name in sys.modules if 'opentelemetry' in name or 'traced' in name])"
     )

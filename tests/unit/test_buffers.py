@@ -16,7 +16,7 @@ from lazyfs.blocks.buffers import (
     is_aligned,
     take_buffer,
 )
-from lazyfs.blocks.directio import read_file, write_file
+from lazyfs.cache.direct_io import read_file, write_file
 
 # A size that no other test takes.
 SIZE = 7 * HUGE_PAGE - 1000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 
-from lazyfs.blocks.concurrency import Concurrency, HedgeTimer, Pacer
+from lazyfs.fetch.concurrency import Concurrency, HedgeTimer, Pacer
 
 MIB = 1 << 20
 BLOCK = 8 * MIB

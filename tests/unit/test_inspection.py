@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lazyfs.errors import AccessDeniedError
-from lazyfs.inspection import Model, alike, inspect_files, layer_of
+from lazyfs.model.inspection import Model, alike, inspect_files, layer_of
 
 
 def shard(*names: str, size: int = 4, dtype: str = "BF16") -> bytes:

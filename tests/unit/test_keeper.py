@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from mounting import descriptors
 
-from lazyfs.mount.carried import Carried
-from lazyfs.mount.handover import Beginning, Handover, new_carried, new_near
-from lazyfs.mount.keeper import LONGEST_MESSAGE, MOST_LABELS, Keeper, KeeperClient, KeeperError
-from lazyfs.mount.spec import memory_file, read_whole
+from lazyfs.handover.handover import Beginning, Handover, new_carried, new_near
+from lazyfs.handover.keeper import LONGEST_MESSAGE, MOST_LABELS, Keeper, KeeperClient, KeeperError
+from lazyfs.handover.runtime_changes import RuntimeChanges
+from lazyfs.memory_file import memory_file, read_whole
 
 
 def connection_to(keeper: Keeper) -> socket.socket:
@@ -104,7 +104,7 @@ def test_at_a_socket(tmp_path: Path) -> None:
     path = tmp_path / "run" / "keeper"
     code = (
         "import pathlib, sys\n"
-        "from lazyfs.mount.keeper import Keeper, KeeperError\n"
+        "from lazyfs.handover.keeper import Keeper, KeeperError\n"
         "try: Keeper().serve_at(pathlib.Path(sys.argv[1]))\n"
         "except KeeperError as error: sys.exit(str(error))"
     )
@@ -144,7 +144,7 @@ def connect(path: Path) -> KeeperClient:
 
 
 def test_what_is_carried_is_kept_with_the_session(client: KeeperClient) -> None:
-    carried = Carried(new_carried())
+    carried = RuntimeChanges(new_carried())
     assert (carried.paused, carried.options, carried.resumes) == (False, {}, 0)
     beginning = Beginning("00", "01", "us-east-1", 7)
     fuse, listing = memory_file("fuse", b""), memory_file("listing", b"")
@@ -156,7 +156,7 @@ def test_what_is_carried_is_kept_with_the_session(client: KeeperClient) -> None:
     carried.save()  # shorter than before
     handover = Handover.fetch(client, "mount")
     assert handover is not None and handover.beginning == beginning
-    found = Carried(handover.carried)
+    found = RuntimeChanges(handover.carried)
     assert (found.paused, found.options, found.resumes) == (True, {"max-concurrency": "3"}, 10)
 
 
@@ -166,11 +166,11 @@ def test_a_session_of_a_version_that_carried_nothing(client: KeeperClient) -> No
     client.store("old", {key: memory_file(key, value) for key, value in contents.items()})
     handover = Handover.fetch(client, "old")
     assert handover is not None
-    carried = Carried(handover.carried)
+    carried = RuntimeChanges(handover.carried)
     assert (carried.paused, carried.resumes) == (False, 0)
     assert read_whole(handover.near) == b""
     carried.resumes = 1
     carried.save()
     again = Handover.fetch(client, "old")
-    assert again is not None and Carried(again.carried).resumes == 1
+    assert again is not None and RuntimeChanges(again.carried).resumes == 1
     assert os.fstat(again.near).st_ino == os.fstat(handover.near).st_ino

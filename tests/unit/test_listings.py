@@ -10,17 +10,17 @@ import pytest
 import trio
 import trio.testing
 
-from lazyfs import planner
-from lazyfs.catalog import Catalog
-from lazyfs.fetcher import BlockFetcher
-from lazyfs.journal import ListingJournal
-from lazyfs.model import SMALL_COUNT
+from lazyfs.fetch.scheduler import BlockFetcher
+from lazyfs.model.layout import SMALL_COUNT
+from lazyfs.namespace.catalog import Catalog
+from lazyfs.namespace.listing_log import ListingLog
+from lazyfs.namespace.tree import File, ListedObject
 from lazyfs.observe.recorder import Recorder
-from lazyfs.options import MountOptions
-from lazyfs.planner import Planner
-from lazyfs.prefetch import Prefetcher
-from lazyfs.source import Page, Source
-from lazyfs.tree import File, ListedObject
+from lazyfs.options.mount_options import MountOptions
+from lazyfs.prefetch import planner
+from lazyfs.prefetch.planner import Planner
+from lazyfs.prefetch.prefetcher import Prefetcher
+from lazyfs.store.source import Page, Source
 
 DIRECTORIES = 20
 OPTIONS = MountOptions()
@@ -60,7 +60,7 @@ class Fetcher:
 
 def catalog_of(*pages: Page) -> Catalog:
     source = cast(Source, Bucket(*pages))
-    return Catalog(source, OPTIONS, ListingJournal(), Recorder())
+    return Catalog(source, OPTIONS, ListingLog(), Recorder())
 
 
 async def states_while_listed() -> set[int]:

@@ -1,6 +1,6 @@
 """Whether a load is under way."""
 
-from lazyfs.blocks.loading import BEHIND_S, Loading
+from lazyfs.fetch.loading import BEHIND_S, Loading
 
 
 def test_a_load_needs_a_reader() -> None:

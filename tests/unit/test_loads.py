@@ -11,8 +11,8 @@ from simulated.cases import CASES
 from simulated.load import simulate
 from simulated.machine import Link, Machine
 
-from lazyfs.fetcher import BlockFetcher
-from lazyfs.options import MountOptions
+from lazyfs.fetch.scheduler import BlockFetcher
+from lazyfs.options.mount_options import MountOptions
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from lazyfs.blocks import BlockId
+from lazyfs.blocks.block_map import Place
 from lazyfs.blocks.memory import BlockMemory, Held
-from lazyfs.prefetch import Place, Prefetcher
-from lazyfs.tree import File
+from lazyfs.namespace.tree import File
+from lazyfs.prefetch.prefetcher import Prefetcher
 
 FILE = File(2, 1, "f", "f", 1000, "e", 0)
 

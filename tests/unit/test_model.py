@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.model import (
+from lazyfs.model.layout import (
     MAX_INDEX_BYTES,
     SMALL_COUNT,
     SMALL_TOTAL_BYTES,

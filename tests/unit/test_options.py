@@ -8,10 +8,23 @@ from pathlib import Path
 
 import pytest
 
+from lazyfs.cli.fstab import translate
 from lazyfs.errors import OptionError
-from lazyfs.kinds import Duration, Share, Size, compile_pattern, format_size, parse_size
-from lazyfs.mount.fstab import translate
-from lazyfs.options import OPTIONS, PRESETS, MountOptions, config_layer, environment_layer
+from lazyfs.options.mount_options import (
+    OPTIONS,
+    PRESETS,
+    MountOptions,
+    config_layer,
+    environment_layer,
+)
+from lazyfs.options.option_types import (
+    Duration,
+    Share,
+    Size,
+    compile_pattern,
+    format_size,
+    parse_size,
+)
 
 MIB = 1 << 20
 

@@ -7,7 +7,7 @@ import os
 import pyfuse3
 import pytest
 
-from lazyfs.pagecache import PageCache
+from lazyfs.pagecache.page_cache import PageCache
 
 
 @pytest.mark.parametrize("setting", ["auto", 1 << 30])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 from lazyfs.blocks import BlockId
-from lazyfs.prefetch import Place, Prefetcher
-from lazyfs.safetensors import Tensor
+from lazyfs.blocks.block_map import Place
+from lazyfs.model.safetensors import Tensor
+from lazyfs.prefetch.prefetcher import Prefetcher
 
 BLOCK = 10
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from lazyfs.blocks import BlockId, block_count
-from lazyfs.options import POLICIES
-from lazyfs.prefetch import Place, Prefetcher
-from lazyfs.prefetch.places import AWAY, PIECE_BLOCKS
-from lazyfs.safetensors import Tensor
+from lazyfs.blocks.block_map import AWAY, PIECE_BLOCKS, Place
+from lazyfs.model.safetensors import Tensor
+from lazyfs.options.mount_options import POLICIES
+from lazyfs.prefetch.prefetcher import Prefetcher
 
 BLOCK = 10
 SIZES = st.one_of(st.integers(0, 4 * BLOCK), st.integers(0, 60 * BLOCK))

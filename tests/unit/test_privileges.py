@@ -10,7 +10,7 @@ import pytest
 PROTECT = """
 import sys
 from pathlib import Path
-from lazyfs.mount.privileges import protect_from_oom
+from lazyfs.process.privileges import protect_from_oom
 score = Path("/proc/self/oom_score_adj")
 try:
     score.write_text(sys.argv[1])

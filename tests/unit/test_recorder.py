@@ -6,10 +6,10 @@ import pytest
 
 from lazyfs.blocks import BlockId, Span
 from lazyfs.errors import ThrottledError, UnavailableError
+from lazyfs.namespace.tree import File
 from lazyfs.observe.events import Activity, Cause, EventRing, Kind, Purpose, unpack
 from lazyfs.observe.histogram import Histogram
 from lazyfs.observe.recorder import Recorder, Tier
-from lazyfs.tree import File
 
 FILE = File(5, 1, "f", "m/f", 100, "e", 0)
 SPAN = Span(3, 0, 10)

@@ -1,7 +1,7 @@
 """Headers to tensors: what is taken, what is refused, and whether the reference agrees.
 
 The reference is the safetensors crate, through `safetensors.deserialize`. The differences that
-these tests allow are those that `lazyfs.safetensors` lists.
+these tests allow are those that `lazyfs.model.safetensors` lists.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize, safe_open
 
-from lazyfs.safetensors import (
+from lazyfs.model.safetensors import (
     DTYPE_BITS,
     MAX_HEADER_LENGTH,
     MalformedHeaderError,

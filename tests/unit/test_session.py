@@ -10,7 +10,7 @@ from pathlib import Path
 import pyfuse3
 import pytest
 
-from lazyfs.session import Session
+from lazyfs.fuse.session import Session
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.signing import Signer
+from lazyfs.store.signing import Signer
 
 NOW_S = 1_760_000_000
 TEXT = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=40)

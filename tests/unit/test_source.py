@@ -6,13 +6,13 @@ import time
 import pytest
 from botocore.utils import parse_timestamp
 
-from lazyfs.aws.session import new_session
 from lazyfs.errors import BadRequestError
-from lazyfs.mount.spec import StaticCredentials, WebIdentity
-from lazyfs.options import MountOptions
-from lazyfs.source import Found, Keys, Page, Place, Source, SourceUrl
-from lazyfs.transport import Proxy
-from lazyfs.tree import ListedObject
+from lazyfs.namespace.tree import ListedObject
+from lazyfs.options.mount_options import MountOptions
+from lazyfs.store.boto.session import new_session
+from lazyfs.store.credentials import StaticCredentials, WebIdentity
+from lazyfs.store.http import Proxy
+from lazyfs.store.source import Keys, Page, Place, ResolvedSource, Source, SourceUrl
 
 PLACE = Place("eu-west-1", "http://127.0.0.1:9", "/bucket/", None, Proxy("proxy", 80, {"a": "b"}))
 URL = SourceUrl.parse("s3://bucket/m")
@@ -37,7 +37,7 @@ class Bucket:
 @pytest.fixture
 def bucket(monkeypatch):
     made = Bucket()
-    monkeypatch.setattr("lazyfs.source._bucket", lambda *_: made)
+    monkeypatch.setattr("lazyfs.store.source._bucket", lambda *_: made)
     return made
 
 
@@ -53,12 +53,12 @@ def bucket(monkeypatch):
 @pytest.mark.parametrize("proxy", [None, PLACE.proxy])
 def test_what_was_found_goes_to_another_process(keys, page, proxy):
     place = Place("eu-west-1", "https://host", "/", "/etc/ca.pem", proxy)
-    found = Found(place, keys, page)
-    assert Found.of_json(json.loads(json.dumps(found.as_json()))) == found
+    found = ResolvedSource(place, keys, page)
+    assert ResolvedSource.of_json(json.loads(json.dumps(found.as_json()))) == found
 
 
 def test_no_secret_in_what_is_shown():
-    found = Found(PLACE, Keys("the-id", "the-secret", "the-token"), None)
+    found = ResolvedSource(PLACE, Keys("the-id", "the-secret", "the-token"), None)
     assert not [word for word in ("the-id", "the-secret", "the-token") if word in repr(found)]
 
 
@@ -67,17 +67,19 @@ def signed_with(source):
 
 
 def test_keys_that_were_found_are_used_until_they_end(bucket):
-    source = Source(URL, MountOptions(), None, Found(PLACE, Keys("found", "s", None, None), None))
+    source = Source(
+        URL, MountOptions(), None, ResolvedSource(PLACE, Keys("found", "s", None, None), None)
+    )
     assert [signed_with(source) for _ in range(3)] == ["found"] * 3
     assert not bucket.asked
     ended = Keys("found", "s", None, time.time() - 1)
-    source = Source(URL, MountOptions(), None, Found(PLACE, ended, None))
+    source = Source(URL, MountOptions(), None, ResolvedSource(PLACE, ended, None))
     assert [signed_with(source) for _ in range(3)] == ["id-1"] * 3
 
 
 def test_given_credentials_are_replaced(bucket):
     first, second = StaticCredentials("one", "s"), StaticCredentials("two", "s", "token")
-    source = Source(URL, MountOptions(), first, Found(PLACE, Keys("one", "s"), None))
+    source = Source(URL, MountOptions(), first, ResolvedSource(PLACE, Keys("one", "s"), None))
     source.set_credentials(second)
     assert signed_with(source) == "two"
     assert not bucket.asked
@@ -87,13 +89,13 @@ def test_given_credentials_are_replaced(bucket):
 def test_a_new_token_of_a_role_is_for_the_next_keys(bucket, role, expected):
     first, second = WebIdentity("role", "pod", "old"), WebIdentity(role, "pod", "new")
     keys = Keys("found", "s", None, time.time() + 300)
-    source = Source(URL, MountOptions(), first, Found(PLACE, keys, None))
+    source = Source(URL, MountOptions(), first, ResolvedSource(PLACE, keys, None))
     source.set_credentials(second)
     assert signed_with(source) == expected
 
 
 def test_credentials_that_were_not_given_are_not_replaced():
-    source = Source(URL, MountOptions(), None, Found(PLACE, Keys("found", "s"), None))
+    source = Source(URL, MountOptions(), None, ResolvedSource(PLACE, Keys("found", "s"), None))
     with pytest.raises(BadRequestError):
         source.set_credentials(StaticCredentials("one", "s"))
 
@@ -101,7 +103,7 @@ def test_credentials_that_were_not_given_are_not_replaced():
 def test_a_listed_page_is_given_once(bucket):
     page = Page([], [], None)
     bucket.list_page = lambda *_, **__: "another"
-    source = Source(URL, MountOptions(), None, Found(PLACE, None, page))
+    source = Source(URL, MountOptions(), None, ResolvedSource(PLACE, None, page))
     assert source.list_page("m/", None) is page
     assert source.list_page("m/", None) == "another"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.tree import (
+from lazyfs.namespace.tree import (
     Directory,
     File,
     ListedObject,

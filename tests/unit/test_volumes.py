@@ -11,8 +11,8 @@ from csi.csi_pb2 import VolumeCapability
 from csi.errors import InvalidArgumentError
 from csi.volumes import Rules, credentials_of, options_of
 from lazyfs.errors import OptionError
-from lazyfs.kinds import GIB
-from lazyfs.mount.spec import StaticCredentials
+from lazyfs.options.option_types import GIB
+from lazyfs.store.credentials import StaticCredentials
 
 SOURCE = {"source": "s3://models/llama"}
 KEYS = {"accessKeyId": "AKIDEXAMPLE", "secretAccessKey": "very-secret"}

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import trio
 
-from lazyfs.mount.walker import Walker
-from lazyfs.mount.worker import _report
-from lazyfs.tree import File
+from lazyfs.namespace.tree import File
+from lazyfs.pagecache.walker import Walker
+from lazyfs.process.worker import _report
 
 # In a process of its own: botocore looks for awscrt once.
 IMPORT = """
 import sys
-import lazyfs.aws
+import lazyfs.store.boto
 from botocore.compat import EC
 print(EC is not None, "_awscrt" in sys.modules)
 from awscrt import checksums  # what verifies whole objects can have it

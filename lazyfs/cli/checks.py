@@ -1,0 +1,323 @@
+"""What usually goes wrong with a mount, tried one thing after another, and what to do about it.
+
+Each check gives findings; none changes anything but for a file in the cache directory, which is
+removed again. Everything here blocks.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+from lazyfs.cache import check_directory, default_directory
+from lazyfs.cache.direct_io import read_file, write_file
+from lazyfs.errors import LazyfsError
+from lazyfs.fuse import mount_syscalls
+from lazyfs.namespace.tree import ListedObject
+from lazyfs.options.mount_options import MountOptions
+from lazyfs.options.option_types import GIB, MIB, format_duration, format_size
+from lazyfs.pagecache.page_cache import free_memory
+from lazyfs.store.source import Source, SourceUrl
+
+T = TypeVar("T")
+
+# linux/capability.h
+CAP_SYS_ADMIN = 21
+TEST_BYTES = 64 * MIB
+SLOW_DISK = 200 * 10**6
+SLOW_FIRST_BYTE_S = 0.5
+AT_ONCE = 8
+# S3 refuses requests whose time is 15 minutes off (RequestTimeTooSkewed).
+SKEW_REFUSED_S, SKEW_NOTICED_S = 900.0, 60.0
+
+
+class State(StrEnum):
+    """How something was found."""
+
+    OK = "ok"
+    WARNING = "warning"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check found.
+
+    Attributes:
+        what: was looked at.
+        words: how it is.
+        advice: what to do, if something is to be done.
+    """
+
+    what: str
+    state: State
+    words: str
+    advice: str = ""
+
+
+def examine(options: MountOptions, source: SourceUrl | None) -> Iterator[Finding]:
+    """All findings, each as soon as it is known."""
+    for check in (_device, _permission, _kernel, _settings, _memory):
+        yield from check(options)
+    yield from _cache(options)
+    if source is not None:
+        yield from _source(source, options)
+
+
+def _device(options: MountOptions) -> Iterator[Finding]:
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        yield Finding(
+            "FUSE", State.FAILED, "/dev/fuse is missing",
+            "load the kernel module (modprobe fuse), or give the container the device "
+            "(--device /dev/fuse)",
+        )  # fmt: skip
+    except OSError as error:
+        yield Finding(
+            "FUSE", State.FAILED, f"/dev/fuse cannot be opened: {error.strerror}",
+            "let this user open it: mode 666 is usual; a container needs it in its device list",
+        )  # fmt: skip
+    else:
+        yield Finding("FUSE", State.OK, "/dev/fuse can be opened")
+
+
+def _permission(options: MountOptions) -> Iterator[Finding]:
+    """Whether this user can mount."""
+    if os.geteuid() == 0:
+        if _capabilities() >> CAP_SYS_ADMIN & 1:
+            yield Finding("mounting", State.OK, "as root")
+        else:
+            yield Finding(
+                "mounting", State.FAILED, "root without CAP_SYS_ADMIN cannot mount",
+                "give the container that capability (--cap-add SYS_ADMIN), or use the CSI driver",
+            )  # fmt: skip
+        return
+    if path := shutil.which("fusermount3"):
+        yield Finding("mounting", State.OK, f"through {path}")
+    else:
+        yield Finding(
+            "mounting", State.FAILED, "fusermount3 is missing; users mount through it",
+            "install the package fuse3, or mount as root",
+        )  # fmt: skip
+    if options.allow_other and not _allows_others():
+        yield Finding(
+            "--allow-other", State.FAILED, "users may not use it here",
+            "put the line user_allow_other into /etc/fuse.conf",
+        )  # fmt: skip
+
+
+def _capabilities() -> int:
+    found = re.search(r"^CapEff:\s*(\w+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1], 16) if found else 0
+
+
+def _allows_others() -> bool:
+    try:
+        lines = Path("/etc/fuse.conf").read_text().splitlines()
+    except OSError:
+        return False
+    return any(line.strip() == "user_allow_other" for line in lines)
+
+
+def _kernel(options: MountOptions) -> Iterator[Finding]:
+    release = platform.release()
+    numbers = tuple(int(number) for number in re.findall(r"\d+", release)[:2])
+    if numbers >= mount_syscalls.RESEND_SINCE:
+        yield Finding("kernel", State.OK, f"{release}: a mount goes on when its worker dies")
+    else:
+        yield Finding(
+            "kernel", State.WARNING,
+            f"{release}: when a worker dies the mount is made anew, and open files fail",
+            "Linux 6.9 and later can go on",
+        )  # fmt: skip
+
+
+def _settings(options: MountOptions) -> Iterator[Finding]:
+    """Whether the kernel's read-ahead of a mount can be raised (`tune_kernel`)."""
+    read_only = os.statvfs("/sys").f_flag & os.ST_RDONLY
+    if os.geteuid() == 0 and not read_only:
+        yield Finding("read-ahead", State.OK, f"can be set to {format_size(options.read_ahead)}")
+    else:
+        why = "/sys is read-only" if read_only else "only root may set it"
+        yield Finding(
+            "read-ahead", State.WARNING, f"stays as it is: {why}",
+            "reads of what is not in the page cache yet are slower; mount as root to raise it",
+        )  # fmt: skip
+
+
+def _memory(options: MountOptions) -> Iterator[Finding]:
+    free = free_memory()
+    words = f"{format_size(free)} free for blocks and page cache"
+    if free < options.memory_limit + GIB:
+        yield Finding(
+            "memory", State.WARNING, words,
+            "little can be put into the page cache ahead of readers; raise the cgroup's limit",
+        )  # fmt: skip
+    else:
+        yield Finding("memory", State.OK, words)
+
+
+def _cache(options: MountOptions) -> Iterator[Finding]:
+    if options.cache_dir == "none":
+        yield Finding("cache", State.OK, "none wanted (--cache-dir none)")
+        return
+    for directory in options.cache_dir or (default_directory(),):
+        yield _cache_directory(directory)
+
+
+def _cache_directory(directory: Path) -> Finding:
+    what = f"cache {directory}"
+    try:
+        check_directory(directory)
+    except LazyfsError as error:
+        return Finding(what, State.FAILED, str(error))
+    disk = os.statvfs(directory)
+    free = disk.f_bavail * disk.f_frsize
+    if free < 4 * TEST_BYTES:
+        return Finding(
+            what, State.WARNING, f"{format_size(free)} free",
+            "free some space, or name another --cache-dir",
+        )  # fmt: skip
+    try:
+        written, read = _disk_rates(directory)
+    except OSError as error:
+        return Finding(
+            what, State.FAILED, f"cannot be written: {error.strerror}", "name another --cache-dir"
+        )
+    words = (
+        f"{format_size(free)} free, writes {format_size(written)}/s, reads {format_size(read)}/s"
+    )
+    if min(written, read) < SLOW_DISK:
+        return Finding(
+            what, State.WARNING, words,
+            "slower than a good network; a local NVMe disk is best, --cache-dir none may be faster",
+        )  # fmt: skip
+    return Finding(what, State.OK, words)
+
+
+def _disk_rates(directory: Path) -> tuple[float, float]:
+    """Bytes a second written and read, past the page cache. Raises OSError."""
+    path = directory / f"doctor-{os.getpid()}"
+    try:
+        began = time.perf_counter()
+        write_file(path, memoryview(os.urandom(MIB) * (TEST_BYTES // MIB)), b"doctor")
+        written = time.perf_counter()
+        read_file(path, TEST_BYTES, len(b"doctor"))
+        ended = time.perf_counter()
+    finally:
+        path.unlink(missing_ok=True)
+    return TEST_BYTES / (written - began), TEST_BYTES / (ended - written)
+
+
+def _source(url: SourceUrl, options: MountOptions) -> Iterator[Finding]:
+    """Each step needs the one before."""
+    if options.endpoint_url:
+        yield _transport(options.endpoint_url)
+    try:
+        source, took_s = _timed(lambda: Source(url, options))
+        yield Finding(
+            "credentials", State.OK, f"found; region {source.region} ({format_duration(took_s)})"
+        )
+        yield _clock(source)
+        page, took_s = _timed(lambda: source.list_page(url.prefix, None))
+    except LazyfsError as error:
+        yield Finding("source", State.FAILED, str(error), _hint(error))
+        return
+    if not page.objects:
+        yield Finding(
+            "listing", State.FAILED, f"{url}: no objects below this prefix", "check its spelling"
+        )
+        return
+    more = " and more" if page.next_token else ""
+    yield Finding(
+        "listing", State.OK,
+        f"{len(page.objects)} objects{more} in {format_duration(took_s)}",
+    )  # fmt: skip
+    readable = [one for one in page.objects if one.key is not None and one.size_bytes]
+    if readable:
+        yield from _ranges(source, max(readable, key=lambda one: one.size_bytes), options)
+
+
+def _transport(endpoint: str) -> Finding:
+    parts = urlsplit(endpoint)
+    if parts.scheme == "https" or parts.hostname in ("127.0.0.1", "localhost", "::1"):
+        return Finding("endpoint", State.OK, endpoint)
+    return Finding(
+        "endpoint", State.WARNING, f"{endpoint} is not encrypted",
+        "use https:// unless the network is trusted",
+    )  # fmt: skip
+
+
+def _clock(source: Source) -> Finding:
+    skew_s = source.clock_skew_s()
+    if skew_s is None:
+        return Finding("clock", State.OK, "S3 does not tell its own")
+    words = f"{abs(skew_s):.0f} s {'behind' if skew_s > 0 else 'ahead of'} that of S3"
+    if abs(skew_s) < SKEW_NOTICED_S:
+        return Finding("clock", State.OK, words)
+    return Finding(
+        "clock", State.FAILED if abs(skew_s) >= SKEW_REFUSED_S else State.WARNING, words,
+        "set it by NTP; S3 refuses requests that are 15 minutes off",
+    )  # fmt: skip
+
+
+def _ranges(source: Source, one: ListedObject, options: MountOptions) -> Iterator[Finding]:
+    """Whether ranges of an object can be had, how soon and how fast."""
+    key = one.key or ""
+    length = min(options.block_size, one.size_bytes)
+    starts = range(0, one.size_bytes - length + 1, length)[:AT_ONCE]
+
+    def get(start: int) -> int:
+        return len(source.read_range(key, one.etag, start, length))
+
+    try:
+        source.read_range(key, one.etag, 0, 1)  # connects
+        _, first_s = _timed(lambda: source.read_range(key, one.etag, 0, 1))
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            sizes, took_s = _timed(lambda: list(threads.map(get, starts)))
+    except LazyfsError as error:
+        yield Finding("reading", State.FAILED, str(error), _hint(error))
+        return
+    words = (
+        f"first byte after {format_duration(first_s)}; {format_size(sum(sizes) / took_s)}/s "
+        f"by {len(starts)} requests of {format_size(length)}"
+    )
+    if first_s > SLOW_FIRST_BYTE_S:
+        yield Finding(
+            "reading", State.WARNING, words,
+            "the endpoint is far or busy; a larger --block-size asks less often",
+        )  # fmt: skip
+    else:
+        yield Finding("reading", State.OK, words)
+
+
+def _hint(error: LazyfsError) -> str:
+    return _HINTS.get(type(error).__name__, "")
+
+
+_HINTS = {
+    "AccessDeniedError": "the role or user needs s3:ListBucket on the bucket and s3:GetObject on "
+    "its objects, and kms:Decrypt if they are encrypted with a key of its own",
+    "CredentialsExpiredError": "renew them (aws sso login), or see why they are not renewed",
+    "NoSuchBucketError": "check the bucket's name and --endpoint-url",
+    "WrongRegionError": "give --region, or leave it out so that S3 is asked",
+    "UnavailableError": "check --endpoint-url, DNS, proxies and firewalls from this machine",
+    "UntrustedError": "give the authority's certificate with --ca-bundle",
+    "ThrottledError": "S3 asks for fewer requests; try again later",
+}
+
+
+def _timed(action: Callable[[], T]) -> tuple[T, float]:
+    began = time.perf_counter()
+    return action(), time.perf_counter() - began

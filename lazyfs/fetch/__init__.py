@@ -1,0 +1,1 @@
+"""Brings blocks: which are asked for, where each comes from, one request, shard headers."""

@@ -1,0 +1,77 @@
+"""A cache smaller than the model: what readers have had makes room there for what is to come."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from itertools import groupby
+
+import trio
+
+from lazyfs.blocks import BlockId
+from lazyfs.blocks.block_map import Place
+from lazyfs.blocks.memory import BlockMemory, Held
+from lazyfs.cache import BlockCache
+from lazyfs.cache.block_writer import BlockWriter
+from lazyfs.namespace.tree import File
+from lazyfs.prefetch.prefetcher import Prefetcher
+
+# So many blocks of the disk make room for others at once.
+SLIDE_BLOCKS = 8
+
+
+class DiskWindow:
+    """The part of a load that lies on the disk.
+
+    Args:
+        cache: the disk.
+        writer: knows what found no room there.
+        prefetcher: knows what all readers have had.
+        memory: of the mount.
+        files: of the mount, by their inodes.
+        run: runs a blocking call in a worker thread.
+    """
+
+    def __init__(
+        self,
+        cache: BlockCache,
+        writer: BlockWriter,
+        prefetcher: Prefetcher,
+        memory: BlockMemory,
+        files: Mapping[int, File],
+        run: Callable[..., Awaitable[bool]],
+    ) -> None:
+        self._cache = cache
+        self._writer = writer
+        self._prefetcher = prefetcher
+        self._memory = memory
+        self._files = files
+        self._run = run
+        self._sliding = False
+
+    def slide(self, nursery: trio.Nursery) -> None:
+        """Where the cache took no more, let it exchange what readers have had for what comes."""
+        if self._sliding or not self._writer.has_refused:
+            return
+        spent = self._prefetcher.take_spent(SLIDE_BLOCKS)
+        if spent:
+            self._sliding = True
+            nursery.start_soon(self._exchange, spent)
+
+    async def _exchange(self, spent: list[BlockId]) -> None:
+        for inode, blocks in groupby(spent, lambda block: block.inode):
+            numbers = [block.number for block in blocks]
+            if await self._run(self._cache.give_up, self._files[inode], numbers):
+                for block in (BlockId(inode, number) for number in numbers):
+                    held = self._memory.get(block)
+                    if held is not None:
+                        held.on_disk, held.unread = False, 0
+                    elif self._prefetcher.place(block) == Place.LOCAL:
+                        self._prefetcher.moved(block, Place.USED)
+        self._writer.retry(self._kept)
+        self._sliding = False
+
+    def _kept(self, block: BlockId) -> Held | None:
+        """A block that is in memory alone, for a reader who is still to come."""
+        held = self._memory.get(block)
+        is_alone = self._prefetcher.place(block) == Place.LOCAL
+        return held if held and held.unread and not held.on_disk and is_alone else None

@@ -1,0 +1,151 @@
+"""Where the bytes of a block come from: the disk, another daemon of this node, or S3.
+
+A block that is not on disk is claimed there before it is fetched, so that of all daemons on a node
+one fetches it. What another daemon has claimed is waited for, if a reader needs it, and else left
+to it until it is there; for `LEASE_S` at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from lazyfs.blocks import BlockId, Span
+from lazyfs.blocks.memory import BlockMemory, Held
+from lazyfs.cache import BlockCache, Claim
+from lazyfs.cache.other_daemons import OtherDaemons
+from lazyfs.errors import SourceError
+from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter
+from lazyfs.namespace.tree import File
+from lazyfs.observe.events import Purpose
+from lazyfs.observe.recorder import Recorder, Tier
+from lazyfs.pagecache.spliced_block import Arrived, SplicedBlock
+
+
+@dataclass(slots=True)
+class Job:
+    """A block that is being brought, or is to be.
+
+    Attributes:
+        waiting: what readers wait for; empty: a prefetch.
+        lease_until: how long it is left to another daemon that has claimed it.
+        awaited: set as soon as somebody waits.
+    """
+
+    file: File
+    block: BlockId
+    length: int
+    waiting: list[Span] = field(default_factory=list)
+    started: bool = False
+    lease_until: float = 0.0
+    awaited: trio.Event = field(default_factory=trio.Event)
+    done: trio.Event = field(default_factory=trio.Event)
+    held: Held | None = None
+    tier: Tier = Tier.S3
+    error: SourceError | None = None
+
+
+class Obtainer:
+    """Gets the blocks of one mount from wherever they are.
+
+    Args:
+        getter: gets them from S3.
+        memory: where parts of blocks reserve room.
+        recorder: is told of parts; of blocks by whoever wanted them.
+        cache: the disk, or None.
+        elsewhere: what is left to other daemons; None without a disk.
+        block_size: of the mount.
+        io_timeout_s: how long readers wait for S3.
+        run: runs a blocking call in a worker thread.
+        saturated: whether as much is asked for as S3 takes at once.
+        passage: the way of a job's block past our memory, or None; asked when it is asked for.
+    """
+
+    def __init__(
+        self,
+        getter: BlockGetter,
+        memory: BlockMemory,
+        recorder: Recorder,
+        cache: BlockCache | None,
+        elsewhere: OtherDaemons | None,
+        block_size: int,
+        io_timeout_s: float,
+        run: Callable[..., Awaitable[memoryview | Claim]],
+        saturated: Callable[[], bool],
+        passage: Callable[[Job], SplicedBlock | None],
+    ) -> None:
+        self._getter = getter
+        self._memory = memory
+        self._recorder = recorder
+        self._cache = cache
+        self._elsewhere = elsewhere
+        self._block_size = block_size
+        self._io_timeout_s = io_timeout_s
+        self._run = run
+        self._saturated = saturated
+        self._passage = passage
+
+    async def obtain(self, job: Job) -> tuple[Arrived, Tier] | None:
+        """The bytes of a job's block, and where they came from.
+
+        None: another daemon brings it, and nobody waits for it here.
+
+        Raises:
+            SourceError: they cannot be had.
+        """
+        if self._cache and self._elsewhere:
+            found = await self._look_on_disk(self._cache, self._elsewhere, job)
+            if found is Claim.THEIRS:
+                self._elsewhere.leave(job.file, job.block, job.lease_until)
+                return None
+            if isinstance(found, memoryview):
+                return Arrived(found), Tier.DISK
+        try:
+            arrived = await self._getter.get(
+                job.file,
+                job.block.number * self._block_size,
+                job.length,
+                patience_s=lambda: self._io_timeout_s if job.waiting else PREFETCH_PATIENCE_S,
+                saturated=self._saturated,
+                passage=lambda: self._passage(job),
+                awaited=job.awaited,
+            )
+        except SourceError:
+            if self._cache is not None:
+                self._cache.release(job.file, job.block.number)
+            raise
+        return arrived, Tier.S3
+
+    async def obtain_part(self, file: File, span: Span) -> memoryview:
+        """A part of what went into the page cache past our memory, for who does not find it there.
+
+        Raises:
+            SourceError: it cannot be had, or not within `--io-timeout`.
+        """
+        length = span.stop - span.start
+        self._memory.reserve(length)
+        try:
+            came = await self._getter.get(
+                file, span.number * self._block_size + span.start, length,
+                patience_s=lambda: self._io_timeout_s, saturated=lambda: False, is_block=False,
+            )  # fmt: skip
+        finally:
+            self._memory.release(length)
+        self._recorder.fetched_bytes[Purpose.DEMAND] += length
+        return came.data
+
+    async def _look_on_disk(
+        self, cache: BlockCache, elsewhere: OtherDaemons, job: Job
+    ) -> memoryview | Claim:
+        """A block from the disk, or who is to fetch it; waits for others if a reader does."""
+        while True:
+            found = await self._run(cache.load_or_claim, job.file, job.block.number)
+            if found is not Claim.THEIRS:
+                return found
+            if trio.current_time() >= job.lease_until:
+                return Claim.OURS
+            if not job.waiting:
+                return found
+            await elsewhere.wait_for(job.file, job.block.number, job.lease_until)

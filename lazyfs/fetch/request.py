@@ -1,0 +1,256 @@
+"""One block from S3: not too many at once, not too fast, asked twice when slow, and patiently.
+
+Each attempt is one ranged GET in a worker thread. An attempt whose answer is no longer wanted is
+ended by breaking its connection; its memory is counted until its thread has noticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from lazyfs.blocks.memory import BlockMemory
+from lazyfs.errors import SourceError, ThrottledError, UnavailableError
+from lazyfs.fetch.concurrency import Concurrency, HedgeTimer, Pacer
+from lazyfs.fetch.threads import in_bulk
+from lazyfs.namespace.tree import File
+from lazyfs.observe.recorder import Recorder
+from lazyfs.options.mount_options import MountOptions
+from lazyfs.pagecache.spliced_block import Arrived, SplicedBlock
+from lazyfs.store.http import Cancel, CancelledError
+from lazyfs.store.retry import patiently
+from lazyfs.store.source import Source
+
+log = logging.getLogger(__name__)
+
+_Answer = Arrived | SourceError
+
+# What is being stored when it is called off is stored after this time, or its thread waits for a
+# page that a reader has locked who waits for us.
+STUCK_AFTER_S = 0.003
+# Second attempts under way at once; when more are slow, it is the link.
+HEDGES = 4
+# A prefetch is given up after this time; a reader who needs the block tries on his own account.
+PREFETCH_PATIENCE_S = 20.0
+
+
+@dataclass(slots=True)
+class _Request:
+    """A range that is wanted, and the attempts at it that are under way."""
+
+    file: File
+    start: int
+    length: int
+    passage: SplicedBlock | None
+    awaited: trio.Event | None
+    under_way: list[Cancel] = field(default_factory=list)
+    hedged: bool = False
+
+
+class BlockGetter:
+    """Gets blocks from S3.
+
+    Args:
+        source: where from.
+        memory: where second attempts reserve room.
+        options: limits of concurrency and bandwidth.
+        threads: limits the worker threads.
+        room_made: called when an attempt that nobody waits for has given back its room.
+        recorder: is told of requests and retries.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        memory: BlockMemory,
+        options: MountOptions,
+        threads: trio.CapacityLimiter,
+        room_made: Callable[[], None],
+        recorder: Recorder,
+    ) -> None:
+        self._recorder = recorder
+        self._room_made = room_made
+        self._source = source
+        self._memory = memory
+        self._threads = threads
+        self._concurrency = Concurrency(options.max_concurrency)
+        self._timer = HedgeTimer()
+        self._pacer = Pacer(options.bandwidth_limit)
+        self._block_size = options.block_size
+        self._hedges_running = 0
+        # What S3 said last of each object that it does not give.
+        self.troubles: dict[str, str] = {}
+
+    @property
+    def limit(self) -> int:
+        """How many blocks should be asked for at once now."""
+        return self._concurrency.limit
+
+    def tune(self, options: MountOptions) -> None:
+        """Use other limits of requests and bandwidth from now on."""
+        self._concurrency = Concurrency(options.max_concurrency)
+        self._pacer = Pacer(options.bandwidth_limit)
+
+    async def get(
+        self,
+        file: File,
+        start: int,
+        length: int,
+        *,
+        patience_s: Callable[[], float],
+        saturated: Callable[[], bool],
+        is_block: bool = True,
+        passage: Callable[[], SplicedBlock | None] = lambda: None,
+        awaited: trio.Event | None = None,
+    ) -> Arrived:
+        """`length` bytes of a file from `start`.
+
+        Args:
+            patience_s: how long to go on after transient errors; asked anew each time.
+            saturated: whether as much is under way as `limit` allows; else speed says nothing.
+            is_block: what is got is a block; how long less takes says nothing of blocks.
+            passage: the bytes' way past our memory, or None; asked anew each time.
+            awaited: set when somebody waits for a part: then the rest comes into memory.
+
+        Raises:
+            SourceError: they cannot be had, or not in that time.
+        """
+
+        async def attempt() -> Arrived:
+            await trio.sleep(self._pacer.delay_s(trio.current_time(), length))
+            began_s = trio.current_time()
+            request = _Request(file, start, length, passage(), awaited)
+            arrived = await self._first_answer(request)
+            now_s = trio.current_time()
+            self.troubles.pop(file.key, None)
+            if is_block:
+                self._timer.answered(now_s - began_s)
+                self._concurrency.answered(now_s, length, saturated=saturated())
+            return arrived
+
+        what = f"s3://{self._source.url.bucket}/{file.key}"
+
+        def note(error: SourceError) -> None:
+            self._recorder.block_retried(file, start // self._block_size, error)
+            self.troubles[file.key] = str(error)
+            if isinstance(error, ThrottledError):
+                self._concurrency.throttled()
+
+        try:
+            return await patiently(attempt, what=what, timeout_s=patience_s, on_retry=note)
+        except SourceError as error:
+            self.troubles[file.key] = str(error)
+            raise
+
+    async def _first_answer(self, request: _Request) -> Arrived:
+        """The answer to one GET, or to a second one if the first is much slower than usual.
+
+        Raises:
+            SourceError: all attempts failed.
+        """
+        answer: _Answer | None = None
+        try:
+            async with trio.open_nursery() as nursery:
+                send, receive = trio.open_memory_channel[_Answer](3)
+                nursery.start_soon(self._attempt, request, send, request.passage)
+                if request.passage is not None and request.awaited is not None:
+                    nursery.start_soon(self._call_off, request.passage, request.awaited, send)
+                with trio.move_on_after(self._timer.delay_s):
+                    answer = await receive.receive()
+                unanswered = 1 if answer is None else 0
+                if unanswered and self._may_hedge(request):
+                    nursery.start_soon(self._attempt, request, send, None)
+                    unanswered += 1
+                while unanswered and not isinstance(answer, Arrived):
+                    answer = await receive.receive()
+                    unanswered -= 1
+                nursery.cancel_scope.cancel()
+        finally:
+            for cancel in request.under_way:
+                cancel()
+        if isinstance(answer, SourceError):
+            raise answer
+        assert answer is not None
+        return answer
+
+    async def _attempt(
+        self,
+        request: _Request,
+        answers: trio.MemorySendChannel[_Answer],
+        passage: SplicedBlock | None,
+    ) -> None:
+        cancel = Cancel()
+        request.under_way.append(cancel)
+        began_s = self._recorder.asked("get")
+        token = trio.lowlevel.current_trio_token()
+
+        def get() -> _Answer:
+            size = 0
+            wanted = request.file.key, request.file.etag, request.start, request.length
+            try:
+                if passage:
+                    arrived = self._source.receive_range(*wanted, passage.receive, cancel)
+                else:
+                    arrived = Arrived(self._source.read_range(*wanted, cancel))
+                size = request.length
+                return arrived
+            except SourceError as error:
+                return error
+            except CancelledError:
+                return UnavailableError("not wanted any more")
+            finally:
+                with contextlib.suppress(trio.RunFinishedError):  # the mount has ended
+                    token.run_sync_soon(self._ended, request, cancel, began_s, size)
+
+        answers.send_nowait(
+            await trio.to_thread.run_sync(
+                in_bulk, get, abandon_on_cancel=True, limiter=self._threads
+            )
+        )
+
+    async def _call_off(
+        self, passage: SplicedBlock, awaited: trio.Event, answers: trio.MemorySendChannel[_Answer]
+    ) -> None:
+        """As soon as somebody waits for a part of what passes by, let the rest come to him."""
+        await awaited.wait()
+        if not passage.call_off():
+            return
+        await trio.sleep(STUCK_AFTER_S)
+        try:
+            rescued = await trio.to_thread.run_sync(
+                passage.rescue, abandon_on_cancel=True, limiter=self._threads
+            )
+        except (OSError, http.client.HTTPException) as error:
+            log.debug("the rest of a block did not come: %s", error)  # and is asked for again
+            answers.send_nowait(UnavailableError("the rest of a block did not come"))
+        else:
+            if rescued is not None:
+                answers.send_nowait(rescued)
+
+    def _may_hedge(self, request: _Request) -> bool:
+        """Reserve room for a second attempt, unless many are under way already."""
+        if self._hedges_running >= HEDGES:
+            return False
+        if not self._memory.make_room(request.length, urgent=False, reader_waits=False):
+            return False
+        log.debug("%s at %d is slow: asking again", request.file.key, request.start)
+        self._memory.reserve(request.length)
+        self._hedges_running += 1
+        self._recorder.hedges += 1
+        request.hedged = True
+        return True
+
+    def _ended(self, request: _Request, cancel: Cancel, began_s: float, size: int) -> None:
+        """The thread of an attempt came back, wanted or not."""
+        failed = not size and not cancel.called
+        self._recorder.answered("get", began_s, size, key=request.file.key, failed=failed)
+        request.under_way.remove(cancel)
+        if request.hedged and not request.under_way:
+            self._hedges_running -= 1
+            self._memory.release(request.length)
+            self._room_made()

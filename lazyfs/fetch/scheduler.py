@@ -1,0 +1,641 @@
+"""Brings blocks: from memory, from disk, from S3, each once however many wait for it.
+
+The life of a block. A reader or the prefetcher asks for it: a *job* starts, or the job that runs
+already is joined. The job takes a slot and room in the memory budget, and one worker thread brings
+the bytes, from the cache directory or by one ranged GET (`blocks/obtainer.py`). Now the block is
+*held*: what nobody waits for is pushed into the page cache, then its waiters are answered, so that
+they find the rest in place; a task of its own writes it to the disk, which no reader waits for.
+After that it stays in memory until its room is needed.
+
+All decisions are made in the trio thread, so nothing here needs a lock; worker threads only move
+bytes. Demand overtakes prefetch for slots and for room. What can be brought again is given up for
+demand: blocks nobody uses, then blocks that only wait to be written to a slow disk. A block that is
+being pushed or written cannot be taken, but those are few (`pusher.py`, `writer.py`).
+
+While a load leaves the processors no time, blocks that nobody waits for *pass* by our memory into
+the page cache (`passage.py`): they are not held, and come to the disk when the load is over.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import Any, TypeVar
+
+import trio
+
+from lazyfs.blocks import BlockId, Span, block_length
+from lazyfs.blocks.block_map import Place
+from lazyfs.blocks.memory import BlockMemory, Held, all_unread
+from lazyfs.cache import CARE_S, BlockCache
+from lazyfs.cache.block_writer import BlockWriter
+from lazyfs.cache.other_daemons import OtherDaemons
+from lazyfs.cache.processors import Processors
+from lazyfs.errors import SourceError
+from lazyfs.fetch.disk_window import DiskWindow
+from lazyfs.fetch.loading import Loading
+from lazyfs.fetch.obtainer import Job, Obtainer
+from lazyfs.fetch.request import BlockGetter
+from lazyfs.fetch.shard_headers import ShardHeaders, has_head, heads_limit
+from lazyfs.fetch.threads import in_bulk
+from lazyfs.handover.page_map import PageMap
+from lazyfs.model.safetensors import LENGTH_BYTES, header_size
+from lazyfs.namespace.tree import File, Tree
+from lazyfs.observe.events import Activity, Purpose
+from lazyfs.observe.recorder import Recorder, Tier
+from lazyfs.options.mount_options import MountOptions
+from lazyfs.pagecache.page_cache import PageCache
+from lazyfs.pagecache.pusher import BlockPusher
+from lazyfs.pagecache.spliced_block import Arrived, SplicedBlock
+from lazyfs.prefetch.prefetcher import Prefetcher
+from lazyfs.store.source import Source
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Blocks that are read from the disk at once, ahead of readers.
+LOADERS = 3
+# Requests of waiting readers that may be in flight beyond the adaptive limit.
+URGENT_EXTRA = 8
+# How often connections that nobody uses are closed.
+IDLE_S = 30.0
+
+
+class BlockFetcher:
+    """All blocks of one mount.
+
+    Args:
+        source: where blocks come from.
+        cache: the disk, or None.
+        page_cache: where they go ahead of readers.
+        prefetcher: what to bring next.
+        options: limits.
+        recorder: is told what happens.
+        processors: say whether there is time for what need not be done now.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        cache: BlockCache | None,
+        page_cache: PageCache,
+        prefetcher: Prefetcher,
+        options: MountOptions,
+        recorder: Recorder,
+        processors: Processors | None = None,
+    ) -> None:
+        self._source = source
+        self._recorder = recorder
+        self._paused = False
+        # What a reader did not find in the page cache first, since somebody asked for that.
+        self._missed: BlockId | None = None
+        self._miss = trio.Event()
+        # Since the last `pump`, so that more may be wished for now, or put into the page cache.
+        self._reader_moved = False
+        self._cache = cache
+        self._page_cache = page_cache
+        self._prefetcher = prefetcher
+        self._options = options
+        self._block_size = options.block_size
+        self._files: dict[int, File] = {}
+        for_heads = heads_limit(options.memory_limit, options.block_size)
+        for_blocks = options.memory_limit - for_heads
+        self._memory = BlockMemory(for_blocks, options.block_size, prefetcher)
+        self._jobs: dict[BlockId, Job] = {}
+        self._urgent: deque[Job] = deque()
+        self._fetching = 0
+        self._loading = 0
+        # Threads are bounded by slots; trio's own limit of 40 must not stand in the way.
+        self._threads = trio.CapacityLimiter(4 * options.max_concurrency + 64)
+        self._getter = BlockGetter(
+            source, self._memory, options, self._threads, self.pump, recorder
+        )
+        self._pusher = BlockPusher(
+            page_cache,
+            prefetcher,
+            self._memory,
+            self._block_size,
+            self._thread,
+            recorder,
+            self.pump,
+        )
+        self._heads = ShardHeaders(
+            self._getter, for_heads, page_cache, prefetcher, self._thread, recorder
+        )
+        self._load = Loading()
+        self._elsewhere: OtherDaemons | None = None
+        self._writer: BlockWriter | None = None
+        self._window: DiskWindow | None = None
+        if cache is not None:
+            self._elsewhere = OtherDaemons(cache, self._thread, self._found)
+            self._writer = BlockWriter(
+                cache, self._thread, self._is_loading, processors or Processors(), recorder,
+                self._written,
+            )  # fmt: skip
+            self._window = DiskWindow(
+                cache, self._writer, prefetcher, self._memory, self._files, self._thread
+            )
+        self._obtainer = Obtainer(
+            self._getter, self._memory, recorder, cache, self._elsewhere, self._block_size,
+            options.io_timeout, self._thread, self._saturated, self._passage,
+        )  # fmt: skip
+        self._nursery: trio.Nursery | None = None
+
+    def carry(self, near: PageMap, tree: Tree) -> None:
+        """Go on from what former workers put into the page cache, and write down what is put there.
+
+        Args:
+            near: what is known of it.
+            tree: as it was restored.
+        """
+        for file, block, place in near.read(tree):
+            self.add_file(file)
+            self._prefetcher.moved(block, place)
+            if self._writer:
+                self._writer.recall(block, file)
+
+        def moved(block: BlockId, place: Place) -> None:
+            near.write(self._files[block.inode], block.number, place)
+
+        self._prefetcher.on_pages = moved
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Serve in the tasks of a nursery until it is cancelled.
+
+        Args:
+            nursery: of all that asks for blocks. One that ended before them, being cancelled too,
+                would take no more tasks while they are still at their last steps.
+        """
+        self._pusher.start(nursery)
+        nursery.start_soon(self._close_idle)
+        if self._cache and self._writer and self._elsewhere:
+            nursery.start_soon(self._writer.run)
+            nursery.start_soon(self._elsewhere.follow)
+            nursery.start_soon(self._care_for_cache, self._cache)
+        self._nursery = nursery
+        self.pump()
+
+    async def finish_writing(self) -> None:
+        """Write what waits for the disk, so that the next mount finds it."""
+        if self._cache and self._writer:
+            await self._writer.finish()
+            await self._thread(self._cache.care, self._plan())
+
+    @property
+    def block_size(self) -> int:
+        """Bytes of a block."""
+        return self._block_size
+
+    @property
+    def shed_blocks(self) -> int:
+        """How many blocks a load left no time or memory to write (see `BlockWriter`)."""
+        return self._memory.shed_blocks
+
+    @property
+    def dropped_bytes(self) -> int:
+        """What was fetched and let go before anybody read it."""
+        return self._memory.dropped_bytes
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether blocks are being brought, or wait to be written."""
+        writing = self._writer is not None and self._writer.is_at_work
+        return bool(self.in_flight or self._urgent or writing)
+
+    def take_shed(self) -> list[tuple[File, BlockId]]:
+        """The blocks that were not written and went into the page cache; each is given once."""
+        shed = self._writer.take_shed() if self._writer else {}
+        # Who read a block part by part has got it into the page cache as well.
+        places = (Place.NEAR, Place.USED)
+        return [(shed[block], block) for block in shed if self._prefetcher.place(block) in places]
+
+    def unwritten_bytes(self) -> int:
+        """Of the blocks that wait to be written, or were shed."""
+        unwritten = self._writer.unwritten() if self._writer else ()
+        return sum(map(self._length, unwritten))
+
+    def wish_again(self, blocks: Iterable[BlockId]) -> None:
+        """Blocks have left the page cache: they are on the disk, or only in S3 again."""
+        for block in blocks:
+            if self._prefetcher.place(block) == Place.NEAR:
+                is_stored = self._prefetcher.is_stored(block)
+                self._prefetcher.moved(block, Place.LOCAL if is_stored else Place.ABSENT)
+        self.pump()
+
+    async def missed(self) -> BlockId:
+        """Wait until a reader misses a block that was put into the page cache; which one."""
+        self._missed = None
+        self._miss = trio.Event()
+        await self._miss.wait()
+        assert self._missed is not None
+        return self._missed
+
+    def near_after(self, block: BlockId, count: int) -> list[BlockId]:
+        """The next blocks after one that are taken to be in the page cache; at most so many."""
+        return list(islice(self._prefetcher.near_after(block), count))
+
+    def file(self, inode: int) -> File:
+        """A file that was added."""
+        return self._files[inode]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Blocks and heads in memory and on their way there."""
+        return self._memory.used_bytes + self._heads.used_bytes
+
+    @property
+    def in_flight(self) -> int:
+        """How many blocks are being brought now."""
+        return self._fetching + self._loading
+
+    @property
+    def requests_limit(self) -> int:
+        """How many requests should be in flight now."""
+        return self._getter.limit
+
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong with S3, in words; None if it gave all that was asked for."""
+        troubles = list(self._getter.troubles.values())
+        if not troubles:
+            return None
+        more = f" (and {len(troubles) - 1} more objects)" if len(troubles) > 1 else ""
+        return troubles[-1] + more
+
+    def add_file(self, file: File) -> None:
+        """A file of the mount that is known from now on; adding it again changes nothing."""
+        if file.inode not in self._files:
+            self._files[file.inode] = file
+            self._prefetcher.add_file(file.inode, file.size_bytes)
+
+    async def scan(self, files: Sequence[File]) -> None:
+        """Find which blocks of files are on disk already, so that they are not fetched ahead."""
+        for file in files:
+            self.add_file(file)
+        if self._cache is None:
+            return
+        present = await self._thread(_find_present, self._cache, files)
+        for file in files:
+            self._cache.set_loading(file)
+        for file, numbers in present:
+            for number in numbers:
+                block = BlockId(file.inode, number)
+                self._prefetcher.stored(block)
+                if self._writer:
+                    self._writer.found(block)
+                if self._prefetcher.place(block) not in (Place.COMING, Place.LOCAL, Place.NEAR):
+                    self._prefetcher.moved(block, Place.LOCAL)
+
+    def was_read(self, file: File, offset: int, size: int) -> None:
+        """A reader asked for `size` bytes at `offset` of a file."""
+        self.add_file(file)
+        self._reader_moved |= self._prefetcher.was_read(file.inode, offset, size)
+
+    def set_known(self, file: File, known: bool) -> None:
+        """The kernel looked a file up, or forgot it."""
+        self.add_file(file)
+        self._prefetcher.set_known(file.inode, known)
+        if known and self._nursery:
+            self._heads.set_known(self._nursery, file.inode)
+        self.pump()
+
+    async def cached_bytes(self, file: File) -> int:
+        """How much of a file is on disk."""
+        if self._cache is None:
+            return 0
+        numbers = await self._thread(self._cache.present, file)
+        return sum(block_length(file.size_bytes, self._block_size, number) for number in numbers)
+
+    def opened(self, file: File, *, direct: bool) -> None:
+        """A file was opened; `direct`: with O_DIRECT, which passes by the page cache."""
+        self.add_file(file)
+        self._load.opened(direct=direct)
+        if self._cache:
+            self._cache.set_loading(file)
+        self._prefetcher.opened(file.inode, direct=direct)
+
+    async def header(self, file: File) -> memoryview | None:
+        """The header of a safetensors file, without bringing a block for it if it has many.
+
+        None: it is too long, see `LONGEST_HEADER`.
+
+        Raises:
+            SourceError: it cannot be had.
+            MalformedHeaderError: its length is not valid.
+        """
+        self.add_file(file)
+        if self._has_first(file) or not has_head(file):
+            whole = block_length(file.size_bytes, self._block_size, 0)
+            data = await self.read(file, Span(0, 0, min(LENGTH_BYTES, whole)), reader=False)
+            length = header_size(data, file.size_bytes)
+            if length <= whole:
+                return await self.read(file, Span(0, 0, length), reader=False)
+        return await self._heads.header(file)
+
+    def has_header(self, file: File) -> bool:
+        """Whether the header of a file can be had without S3."""
+        return bool(self._heads.get(file.inode)) or self._has_first(file)
+
+    def _has_first(self, file: File) -> bool:
+        first = BlockId(file.inode, 0)
+        is_local = self._prefetcher.place(first) == Place.LOCAL
+        return is_local or self._prefetcher.is_stored(first) or self._memory.get(first) is not None
+
+    def head(self, file: File) -> memoryview:
+        """As much of the beginning of a file as came by itself and is in memory."""
+        return self._heads.get(file.inode)
+
+    def is_coming(self, file: File) -> bool:
+        """Whether the first block of a file is on its way."""
+        return BlockId(file.inode, 0) in self._jobs
+
+    async def read(self, file: File, span: Span, *, reader: bool = True) -> memoryview:
+        """The bytes of a part of a block, brought if need be.
+
+        Args:
+            reader: it is for a reader, not for our own planning.
+
+        Raises:
+            SourceError: they cannot be had, or not within `--io-timeout`.
+        """
+        self.add_file(file)
+        began_s = self._recorder.clock()
+        block = BlockId(file.inode, span.number)
+        held = self._memory.get(block)
+        tier = Tier.MEMORY
+        head = self._heads.get(file.inode)
+        if held is None and span.number == 0 and span.stop <= len(head):
+            if reader:
+                self._recorder.read(file, span, tier, began_s)
+            return head[span.start : span.stop]
+        if held is None:
+            held, tier = await self._wait_for(file, span, reader)
+            if held is not None:
+                held.users -= 1
+        elif self._pusher.withdraw(block, held):
+            held.users += 1
+            await self._pusher.push_around(block, held, [span])
+            held.users -= 1
+        if held is None or span.start < held.passed:
+            data = await self._obtainer.obtain_part(file, span)
+            if reader:
+                self._recorder.read(file, span, Tier.S3, began_s)
+            return data
+        data = held.data[span.start : span.stop]  # from here on the block may be let go
+        if reader and held.unread:
+            held.was_read(span)
+            if not held.unread or self._reader_moved:
+                self.pump()  # its room can be used, or more can be put into the page cache
+        if reader:
+            self._recorder.read(file, span, tier, began_s)
+        return data
+
+    async def _wait_for(self, file: File, span: Span, reader: bool) -> tuple[Held | None, Tier]:
+        """A block that somebody waits for, and where it came from; its `users` count him.
+
+        None: all of it went into the page cache.
+        """
+        block = BlockId(file.inode, span.number)
+        wait = self._recorder.begin_wait(file, span, coming=block in self._jobs) if reader else None
+        # While blocks are on their way, he may have asked just before this one came.
+        is_sure = reader and not self.in_flight
+        if is_sure and self._missed is None and self._prefetcher.is_missed(block):
+            self._missed = block
+            self._miss.set()
+        job = self._jobs.get(block) or self._new_job(block)
+        try:
+            if not job.waiting and not job.started:
+                self._urgent.append(job)
+            job.waiting.append(span)
+            job.awaited.set()
+            self.pump()
+            await job.done.wait()
+        finally:
+            if wait is not None:
+                self._recorder.end_wait(wait, job.tier)
+        if job.error is not None:
+            raise job.error
+        return job.held, job.tier
+
+    def pause(self, paused: bool) -> None:
+        """Fetch nothing ahead any more, or again; what readers ask for is always fetched."""
+        self._paused = paused
+        self.pump()
+
+    def tune(self, options: MountOptions) -> None:
+        """Use other limits of requests and bandwidth from now on."""
+        self._getter.tune(options)
+        self.pump()
+
+    def pump(self) -> None:
+        """Start whatever may start now. Called after everything that could make a difference."""
+        if self._nursery is None or self._nursery.cancel_scope.cancel_called:
+            return  # not begun, or ended: threads may come back after that
+        self._reader_moved = False
+        while self._urgent and self._fetching < self._getter.limit + URGENT_EXTRA:
+            if not self._make_room(self._urgent[0].length, urgent=True):
+                break
+            self._start(self._urgent.popleft())
+        self._push_ahead(from_disk=not self._urgent and not self._paused)
+        if self._window:
+            self._window.slide(self._nursery)
+        if self._urgent:
+            self._recorder.prefetch_is(Activity.DEMAND)
+        elif self._paused:
+            self._recorder.prefetch_is(Activity.PAUSED)
+        else:
+            self._recorder.prefetch_is(self._prefetch_from_s3())
+            self._heads.pump(self._nursery, self._files)
+
+    def _prefetch_from_s3(self) -> Activity:
+        while self._fetching < self._getter.limit:
+            block = self._prefetcher.next_fetch()
+            if block is None:
+                return Activity.DONE
+            if not self._make_room(self._length(block), urgent=False):
+                # What is on its way takes room too; that is no lack of it.
+                enough = 2 * self._fetching >= self._getter.limit
+                return Activity.FETCHING if enough else Activity.NO_ROOM
+            self._start(self._new_job(block))
+        return Activity.FETCHING
+
+    def _push_ahead(self, *, from_disk: bool) -> None:
+        """Put what is on this machine into the page cache, in the order in which it is wanted.
+
+        So what has just come waits for what came before it and had to go to the disk.
+        """
+        while self._page_cache.supported:
+            block = self._prefetcher.next_load(self._pusher.allowance)
+            if block is None:
+                return
+            held = self._memory.get(block)
+            if held is not None:
+                self._pusher.put(block, held)
+            elif (
+                from_disk
+                and self._loading < LOADERS
+                and self._make_room(self._length(block), urgent=False, soon=True)
+            ):
+                self._start(self._new_job(block), from_disk=True)
+            else:
+                return
+
+    def _written(self, block: BlockId, stored: bool) -> None:
+        """A block need not be kept for the disk any more; whether it is there."""
+        if stored:
+            self._prefetcher.stored(block)
+        self.pump()
+
+    def _new_job(self, block: BlockId) -> Job:
+        job = Job(self._files[block.inode], block, self._length(block))
+        self._jobs[block] = job
+        return job
+
+    def _start(self, job: Job, *, from_disk: bool = False) -> None:
+        assert self._nursery is not None
+        job.started = True
+        if self._elsewhere:
+            job.lease_until = self._elsewhere.take_back(job.file, job.block)
+        self._memory.reserve(job.length)
+        self._prefetcher.moved(job.block, Place.COMING)
+        if from_disk:
+            self._loading += 1
+        else:
+            self._fetching += 1
+        self._nursery.start_soon(self._bring, job, from_disk)
+
+    async def _bring(self, job: Job, from_disk: bool) -> None:
+        """One job, from its start until its waiters are answered."""
+        began_s = self._recorder.begun(job.block)
+        try:
+            obtained = await self._obtainer.obtain(job)
+        except SourceError as error:
+            self._fail(job, error)
+        else:
+            if obtained is None:
+                self._memory.release(job.length)
+            else:
+                arrived, job.tier = obtained
+                self._recorder.landed(
+                    job.file,
+                    job.block,
+                    job.length,
+                    job.tier,
+                    Purpose.DEMAND if job.waiting else Purpose.AHEAD,
+                    began_s,
+                )
+                if arrived.passed:
+                    self._recorder.pushed(job.file, job.block, arrived.passed, began_s)
+                self._land(job, arrived)
+        if from_disk:
+            self._loading -= 1
+        else:
+            self._fetching -= 1
+        del self._jobs[job.block]
+        if job.held and job.waiting and self._pusher.takes(job.block, job.length):
+            await self._pusher.push_around(job.block, job.held, job.waiting)
+        job.done.set()
+        self.pump()
+
+    def _fail(self, job: Job, error: SourceError) -> None:
+        self._memory.release(job.length)
+        self._prefetcher.failed(job.block)
+        self._recorder.failed(job.file, job.block, error)
+        level = logging.ERROR if job.waiting else logging.WARNING
+        log.log(level, "block %d of %s: %s", job.block.number, job.file.key, error)
+        job.error = error
+
+    def _passage(self, job: Job) -> SplicedBlock | None:
+        """The way past our memory, for a block that would only be pushed, and shed after that."""
+        is_first = job.block.number == 0  # the planner wants its header
+        if job.waiting or is_first or not self._is_loading():
+            return None
+        if self._writer and not self._writer.is_put_off:
+            return None
+        return self._pusher.passage(job.block, job.length)
+
+    def _found(self, block: BlockId, there: bool) -> None:
+        """A block that was left to another daemon came to the disk, or is not going to."""
+        self._prefetcher.moved(block, Place.LOCAL if there else Place.ABSENT)
+        self.pump()
+
+    async def _close_idle(self) -> None:
+        while True:
+            await trio.sleep(IDLE_S)
+            await self._thread(self._source.close_idle)
+
+    async def _care_for_cache(self, cache: BlockCache) -> None:
+        while True:
+            await self._thread(cache.care, self._plan())
+            await trio.sleep(CARE_S)
+
+    def _plan(self) -> list[File]:
+        return [self._files[inode] for inode in self._prefetcher.order]
+
+    def _saturated(self) -> bool:
+        return bool(self._urgent) or self._fetching >= self._getter.limit
+
+    def _land(self, job: Job, arrived: Arrived) -> None:
+        """A block is here: hold what is in memory, and have what is new written to the disk."""
+        self._load.landed(trio.current_time())
+        if arrived.passed and self._writer:
+            self._writer.shed(job.block, job.file)
+            self._memory.shed_blocks += 1
+        if arrived.passed == job.length:
+            self._memory.release(job.length)
+            self._prefetcher.moved(job.block, Place.NEAR)
+            return
+        held = Held(
+            job.file,
+            arrived.data,
+            users=len(job.waiting),
+            unread=all_unread(job.length, arrived.passed),
+            demanded=bool(job.waiting),
+            on_disk=job.tier is Tier.DISK,
+            passed=arrived.passed,
+        )
+        self._memory.hold(job.block, held)
+        job.held = held
+        self._prefetcher.moved(job.block, Place.LOCAL)
+        if job.tier is Tier.S3 and self._writer and not arrived.passed:
+            self._writer.put(job.block, held)
+
+    def _is_loading(self) -> bool:
+        """Whether somebody loads a model of which all pages can stay in the page cache."""
+        return self._page_cache.holds_all and self._load.is_under_way(
+            trio.current_time(), open_files=self._recorder.open_files, in_flight=self.in_flight
+        )
+
+    def _make_room(self, length: int, *, urgent: bool, soon: bool = False) -> bool:
+        reader_waits = any(job.waiting for job in self._jobs.values())
+        if reader_waits and self._cache:
+            # What another daemon waits for is not shed for a prefetch.
+            reader_waits = not self._cache.others_wait()
+        can_shed = reader_waits or (self._writer is not None and self._writer.is_put_off)
+        demanded = sum(job.started and bool(job.waiting) for job in self._jobs.values())
+        return self._memory.make_room(
+            length,
+            urgent=urgent,
+            reader_waits=can_shed,
+            soon=soon,
+            is_served=demanded >= URGENT_EXTRA,
+        )
+
+    def _length(self, block: BlockId) -> int:
+        return block_length(self._files[block.inode].size_bytes, self._block_size, block.number)
+
+    async def _thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await trio.to_thread.run_sync(
+            in_bulk, function, *arguments, abandon_on_cancel=True, limiter=self._threads
+        )
+
+
+def _find_present(cache: BlockCache, files: Sequence[File]) -> list[tuple[File, list[int]]]:
+    """The files of which blocks are on disk, and which; the cache is told that they are needed."""
+    present = [(file, numbers) for file in files if (numbers := cache.present(file))]
+    if present:
+        cache.announce([file for file, _ in present])
+    return present

@@ -1,0 +1,191 @@
+"""The beginnings of shards, where their headers are, had before the blocks that they belong to.
+
+A loader opens all shards long before it reads the last one. A block of each would be gigabytes
+where shards are thousands, so what is asked of S3 is the header alone. A *head* goes into the page
+cache as soon as the kernel knows its file, so that to open a shard and to look at its header makes
+no request. It is kept here as well while there is room, for those who read past the page cache and
+for whoever wants to know what tensors there are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import trio
+
+from lazyfs.errors import SourceError
+from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter
+from lazyfs.model.safetensors import LENGTH_BYTES, MalformedHeaderError, header_size
+from lazyfs.namespace.tree import File
+from lazyfs.observe.events import Purpose
+from lazyfs.observe.recorder import Recorder
+from lazyfs.pagecache.page_cache import PageCache
+from lazyfs.prefetch.prefetcher import Prefetcher
+
+log = logging.getLogger(__name__)
+
+# What is asked for first: more than nearly all headers have, and whole pages.
+HEAD_BYTES = 64 << 10
+# Of a file below this size the first block is had instead.
+LEAST_HEADED = 1 << 20
+SUFFIX = ".safetensors"
+# A longer header is not had ahead of its readers. Parsing takes 5 ms for a usual header (300
+# tensors), but seconds for the longest that the format allows.
+LONGEST_HEADER = 16 << 20
+# Requests at once.
+AT_ONCE = 16
+# Of the memory limit, what heads may take together.
+SHARE = 1 / 16
+# Blocks that there must be memory for beside them.
+LEAST_BLOCKS = 4
+
+
+def has_head(file: File) -> bool:
+    """Whether a file has a header that is worth a request of its own."""
+    return file.name.endswith(SUFFIX) and file.size_bytes > LEAST_HEADED
+
+
+def heads_limit(memory_bytes: int, block_size: int) -> int:
+    """How much of the memory heads may take; none where there is hardly any for blocks."""
+    return max(0, min(int(memory_bytes * SHARE), memory_bytes - LEAST_BLOCKS * block_size))
+
+
+@dataclass(slots=True)
+class _Head:
+    """The first bytes of a file; `pushed`: they went into the page cache."""
+
+    file: File
+    data: memoryview
+    pushed: bool = False
+
+
+class ShardHeaders:
+    """All heads of one mount.
+
+    Args:
+        getter: gets them.
+        limit_bytes: of memory, how much they may take.
+        page_cache: where they go.
+        prefetcher: says which are wanted, and is told what came.
+        run: runs a blocking call in a worker thread.
+        recorder: is told what was fetched.
+
+    Attributes:
+        used_bytes: what is kept, and what is on its way.
+    """
+
+    def __init__(
+        self,
+        getter: BlockGetter,
+        limit_bytes: int,
+        page_cache: PageCache,
+        prefetcher: Prefetcher,
+        run: Callable[..., Awaitable[bool]],
+        recorder: Recorder,
+    ) -> None:
+        self._getter = getter
+        self._limit_bytes = limit_bytes
+        self._page_cache = page_cache
+        self._prefetcher = prefetcher
+        self._run = run
+        self._recorder = recorder
+        self._heads: OrderedDict[int, _Head] = OrderedDict()
+        self._coming = 0
+        self.used_bytes = 0
+
+    def get(self, inode: int) -> memoryview:
+        """As much of the beginning of a file as there is."""
+        head = self._heads.get(inode)
+        return head.data if head else memoryview(b"")
+
+    def pump(self, nursery: trio.Nursery, files: dict[int, File]) -> None:
+        """Ask for what is wanted, as far as there is room."""
+        while self._coming < AT_ONCE and self._make_room(HEAD_BYTES):
+            inode = self._prefetcher.next_head()
+            if inode is None:
+                return
+            self._coming += 1
+            nursery.start_soon(self._bring, nursery, files, files[inode])
+
+    def set_known(self, nursery: trio.Nursery, inode: int) -> None:
+        """The kernel knows a file from now on."""
+        head = self._heads.get(inode)
+        if head and not head.pushed:
+            nursery.start_soon(self._push, head)
+
+    async def header(self, file: File) -> memoryview | None:
+        """The header of a file, with the 8 bytes of its length; None: it is too long to be had.
+
+        What is here is not asked for again.
+
+        Raises:
+            SourceError: it cannot be had.
+            MalformedHeaderError: its length is not valid.
+        """
+        data = self.get(file.inode)
+        if not data:
+            data = await self._fetch(file, data, min(HEAD_BYTES, file.size_bytes))
+        length = header_size(data[:LENGTH_BYTES], file.size_bytes)
+        if length > LONGEST_HEADER:
+            return None
+        if length > len(data):
+            data = await self._fetch(file, data, length)
+        return data[:length]
+
+    async def _fetch(self, file: File, have: memoryview, length: int) -> memoryview:
+        """The first bytes of a file, of which some are here; whole pages of them are kept."""
+        end = min(file.size_bytes, -(-length // HEAD_BYTES) * HEAD_BYTES)
+        self.used_bytes += end - len(have)
+        try:
+            came = await self._getter.get(
+                file, len(have), end - len(have),
+                patience_s=lambda: PREFETCH_PATIENCE_S, saturated=lambda: False, is_block=False,
+            )  # fmt: skip
+        except SourceError as error:
+            log.warning("the header of %s cannot be had: %s", file.key, error)
+            raise
+        finally:
+            self.used_bytes -= end - len(have)
+        rest = came.data
+        self._recorder.fetched_bytes[Purpose.AHEAD] += len(rest)
+        data = memoryview(bytes(have) + bytes(rest)) if have else rest
+        self._keep(file, data)
+        return data
+
+    async def _bring(self, nursery: trio.Nursery, files: dict[int, File], file: File) -> None:
+        try:
+            await self.header(file)
+        except (SourceError, MalformedHeaderError) as error:
+            # Told by whoever wants to know what tensors there are; readers get the block.
+            log.debug("%s: %s", file.key, error)
+        finally:
+            self._coming -= 1
+        if file.inode in self._heads:
+            self._prefetcher.head_came(file.inode)
+            if self._prefetcher.takes_head(file.inode):
+                await self._push(self._heads[file.inode])
+        self.pump(nursery, files)
+
+    async def _push(self, head: _Head) -> None:
+        if self._page_cache.supported:
+            head.pushed = await self._run(self._page_cache.push, head.file.inode, 0, head.data)
+
+    def _keep(self, file: File, data: memoryview) -> None:
+        former = self._heads.pop(file.inode, None)
+        if former is not None:
+            self.used_bytes -= len(former.data)
+        if self._make_room(len(data)):
+            self._heads[file.inode] = _Head(file, data)
+            self.used_bytes += len(data)
+
+    def _make_room(self, size_bytes: int) -> bool:
+        """Let heads go that are in the page cache, until there is room; whether there is."""
+        while self.used_bytes + size_bytes > self._limit_bytes:
+            pushed = (inode for inode, head in self._heads.items() if head.pushed)
+            if (inode := next(pushed, None)) is None:
+                return False
+            self.used_bytes -= len(self._heads.pop(inode).data)
+        return True

@@ -1,0 +1,303 @@
+"""Fills the cache ahead of all mounts: what a loader will read, or what was named, block by block.
+
+Safe beside running mounts and beside itself: what others are fetching is left to them and looked
+for again. Begun anew it goes on where it stopped, because it fetches what is not there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import trio
+
+from lazyfs.blocks import BlockId, block_count, block_length
+from lazyfs.blocks.memory import BlockMemory
+from lazyfs.cache import CARE_S, BlockCache, Claim
+from lazyfs.cache.other_daemons import LEASE_S
+from lazyfs.errors import LazyfsError, SourceError
+from lazyfs.fetch.request import BlockGetter
+from lazyfs.model.filenames import matches
+from lazyfs.model.layout import ModelFile, layouts
+from lazyfs.namespace.catalog import Catalog
+from lazyfs.namespace.tree import Directory, File
+from lazyfs.observe.recorder import Recorder
+from lazyfs.options.mount_options import MountOptions
+from lazyfs.options.option_types import format_size
+from lazyfs.prefetch.prefetcher import Prefetcher
+from lazyfs.store.source import Source
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# How often it is looked for what another process claimed.
+LOOK_S = 0.05
+# A damaged block is fetched again, and what was fetched is verified again.
+ROUNDS = 2
+
+
+class IncompleteError(LazyfsError):
+    """Not everything that was to be in the cache is there."""
+
+
+@dataclass
+class Progress:
+    """How far it is. Bytes, unless the name says otherwise."""
+
+    total_bytes: int = 0
+    done_bytes: int = 0
+    fetched_bytes: int = 0
+    verified_bytes: int = 0
+    files: int = 0
+    compared_files: int = 0
+    damaged_blocks: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+class Warmer:
+    """Fills the cache with one source.
+
+    Args:
+        source: where from.
+        catalog: what there is.
+        cache: opened for this alone: its claims are to stand against those of the mounts.
+        options: how to fetch.
+    """
+
+    def __init__(
+        self, source: Source, catalog: Catalog, cache: BlockCache, options: MountOptions
+    ) -> None:
+        self.progress = Progress()
+        self._source = source
+        self._catalog = catalog
+        self._cache = cache
+        self._block_size = options.block_size
+        self._include = options.include
+        memory = BlockMemory(
+            options.memory_limit, options.block_size, Prefetcher("off", options.block_size)
+        )
+        self._threads = trio.CapacityLimiter(2 * options.max_concurrency + 16)
+        self._getter = BlockGetter(
+            source, memory, options, self._threads, _nothing, Recorder("off")
+        )
+        self._io_timeout = options.io_timeout
+        # Half of the memory for blocks on their way, half for second attempts and writing.
+        self._most_at_once = max(2, options.memory_limit // options.block_size // 2)
+        self._under_way = 0
+        self._ended = trio.Event()
+        self._plan: list[File] = []
+        self._queue: deque[BlockId] = deque()
+        self._leases: dict[BlockId, float] = {}
+        self._files: dict[int, File] = {}
+        self._given_up: set[int] = set()
+        self._has_no_room = False
+
+    async def run(self, include: tuple[str, ...], *, verify: bool) -> None:
+        """Bring everything that matches, and see that it is there.
+
+        Args:
+            include: patterns of paths or names; none: what a loader of the models reads, or
+                everything where there is no model.
+            verify: read all of it back, and compare whole objects with S3's checksums.
+
+        Raises:
+            SourceError: what there is could not be listed.
+            IncompleteError: something is missing.
+        """
+        self._plan = await self._choose(include)
+        self.progress.files = len(self._plan)
+        self.progress.total_bytes = sum(file.size_bytes for file in self._plan)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._care)
+            for _ in range(ROUNDS):
+                await self._fill()
+                if not verify or not await self._verify():
+                    break
+            nursery.cancel_scope.cancel()
+        await self._thread(self._cache.care, self._plan)
+        await self._see_what_is_there()
+        missing = self.progress.total_bytes - self.progress.done_bytes
+        if missing or self.progress.problems:
+            raise IncompleteError(self._why(missing))
+
+    async def _choose(self, include: tuple[str, ...]) -> list[File]:
+        await self._list_all(self._catalog.tree.root)
+        files = {self._catalog.tree.path(file): file for file in self._catalog.tree.files()}
+        if include:
+            chosen = [file for path, file in files.items() if matches(path, include)]
+            if not chosen:
+                raise IncompleteError(
+                    f"{self._source.url}: no file matches {' or '.join(map(repr, include))}"
+                )
+            return chosen
+        listed = [ModelFile(path, file.size_bytes) for path, file in files.items()]
+        include = self._include
+        found = [layout for layout in layouts(listed, include=include) if layout.shards]
+        if not found:
+            return list(files.values())
+        paths = [path for layout in found for path in layout.index_paths]
+        indexes = {path: await self._content(files[path]) for path in paths}
+        found = [
+            layout for layout in layouts(listed, indexes=indexes, include=include) if layout.shards
+        ]
+        for layout in found:
+            for warning in layout.warnings:
+                log.warning("%s", warning)
+        return [
+            files[path]
+            for part in ("small", "shards")
+            for layout in found
+            for path in getattr(layout, part)
+        ]
+
+    async def _list_all(self, directory: Directory) -> None:
+        for node in (await self._catalog.children(directory)).values():
+            if isinstance(node, Directory):
+                await self._list_all(node)
+
+    async def _content(self, file: File) -> bytes:
+        """A whole file, small enough for memory: an index."""
+        parts = []
+        for number in range(block_count(file.size_bytes, self._block_size)):
+            found = await self._thread(self._cache.load_or_claim, file, number)
+            if isinstance(found, Claim):
+                found = await self._get(file, number)
+                await self._thread(self._cache.put, file, number, found)
+            parts.append(bytes(found))
+        return b"".join(parts)
+
+    async def _fill(self) -> None:
+        self._has_no_room = False
+        await self._thread(self._cache.announce, self._plan)
+        missing = await self._see_what_is_there()
+        self._queue = deque(missing)
+        async with trio.open_nursery() as nursery:
+            while not self._has_no_room and (self._queue or self._under_way):
+                limit = min(self._getter.limit, self._most_at_once)
+                if self._queue and self._under_way < limit:
+                    self._under_way += 1
+                    nursery.start_soon(self._bring, self._queue.popleft())
+                else:
+                    self._ended = trio.Event()
+                    await self._ended.wait()
+
+    async def _see_what_is_there(self) -> list[BlockId]:
+        """Count what is on disk; the blocks that are not."""
+        missing = []
+        self.progress.done_bytes = 0
+        for file in self._plan:
+            self._files[file.inode] = file
+            there = set(await self._thread(self._cache.present, file))
+            for number in range(block_count(file.size_bytes, self._block_size)):
+                if number in there:
+                    self.progress.done_bytes += self._length(file, number)
+                else:
+                    missing.append(BlockId(file.inode, number))
+        return missing
+
+    async def _bring(self, block: BlockId) -> None:
+        file = self._files[block.inode]
+        try:
+            if block.inode not in self._given_up and not self._has_no_room:
+                await self._bring_one(file, block)
+        except SourceError as error:
+            self._cache.release(file, block.number)
+            if block.inode not in self._given_up:
+                self._given_up.add(block.inode)
+                self.progress.problems.append(str(error))
+        finally:
+            self._under_way -= 1
+            self._ended.set()
+
+    async def _bring_one(self, file: File, block: BlockId) -> None:
+        if not await self._thread(self._cache.holds, file, block.number):
+            found = await self._thread(self._cache.load_or_claim, file, block.number)
+            lease_until = self._leases.setdefault(block, trio.current_time() + LEASE_S)
+            if found is Claim.THEIRS and trio.current_time() < lease_until:
+                await trio.sleep(LOOK_S)
+                self._queue.append(block)
+                return
+            if isinstance(found, Claim):
+                data = await self._get(file, block.number)
+                self.progress.fetched_bytes += len(data)
+                if not await self._thread(self._cache.put, file, block.number, data):
+                    self._has_no_room = True
+                    return
+        self.progress.done_bytes += self._length(file, block.number)
+
+    async def _get(self, file: File, number: int) -> memoryview:
+        arrived = await self._getter.get(
+            file,
+            number * self._block_size,
+            self._length(file, number),
+            patience_s=lambda: self._io_timeout,
+            saturated=lambda: self._under_way >= self._getter.limit,
+        )
+        return arrived.data
+
+    async def _verify(self) -> int:
+        """Read everything back; how many blocks were damaged, and are gone now."""
+        self.progress.verified_bytes = self.progress.compared_files = 0
+        damaged = 0
+        for file in self._plan:
+            if file.inode not in self._given_up:
+                damaged += await self._verify_one(file)
+        self.progress.damaged_blocks += damaged
+        return damaged
+
+    async def _verify_one(self, file: File) -> int:
+        damaged = 0
+        try:
+            whole = await self._thread(self._source.checksum, file.key, file.etag)
+        except SourceError as error:
+            self.progress.problems.append(str(error))
+            return 0
+        for number in range(block_count(file.size_bytes, self._block_size)):
+            data = await self._thread(self._cache.load, file, number)
+            if data is None:
+                damaged += 1
+                continue
+            self.progress.verified_bytes += len(data)
+            if whole is not None and not damaged:
+                await self._thread(whole.update, data)
+        if whole is not None and not damaged:
+            if whole.matches:
+                self.progress.compared_files += 1
+            else:
+                await self._thread(self._cache.drop, file)
+                self.progress.problems.append(
+                    f"s3://{self._source.url.bucket}/{file.key}: what was fetched has not the "
+                    f"{whole.kind} checksum that S3 keeps of it; dropped from the cache"
+                )
+        return damaged
+
+    def _why(self, missing: int) -> str:
+        what = f"{self._source.url}: {format_size(missing)} of "
+        what += f"{format_size(self.progress.total_bytes)} are not in the cache"
+        if self.progress.problems:
+            more = len(self.progress.problems) - 1
+            what += f": {self.progress.problems[0]}" + (f" (and {more} more)" if more else "")
+        elif self._has_no_room:
+            what += ": there is no room for them; see --cache-size, --cache-reserve and the log"
+        return what
+
+    async def _care(self) -> None:
+        while True:
+            await trio.sleep(CARE_S)
+            await self._thread(self._cache.care, self._plan)
+
+    def _length(self, file: File, number: int) -> int:
+        return block_length(file.size_bytes, self._block_size, number)
+
+    async def _thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await trio.to_thread.run_sync(
+            function, *arguments, abandon_on_cancel=True, limiter=self._threads
+        )
+
+
+def _nothing() -> None:
+    """Nobody waits for the room of a second attempt."""

@@ -1,0 +1,1 @@
+"""The conversation with the kernel: mount system calls, the session, requests."""

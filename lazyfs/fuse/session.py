@@ -1,0 +1,138 @@
+"""The conversation with the kernel: begun, handed over, taken up again.
+
+The kernel's side of a mount is a descriptor of `/dev/fuse` and one message, FUSE_INIT, which opens
+the conversation. Here both are kept apart from libfuse: we mount, read FUSE_INIT ourselves and then
+let libfuse begin on one end of a socket pair into which that message is sent. In the moment in
+which libfuse has taken it, the kernel's descriptor is put in the place of the socket (`adopt`).
+
+So a session can go on in another process, which gets the same descriptor and plays the same
+beginning to its own libfuse. The kernel is beyond that point: it ignores the second answer to
+FUSE_INIT. It must therefore be the same answer, or the two would speak different dialects from then
+on; `negotiate` finds out what libfuse answers before anything is at stake. What the former process
+had taken and not answered is asked for again (`resend`).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import struct
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from lazyfs.errors import CannotResumeError, MountError
+from lazyfs.fuse import mount_syscalls
+
+log = logging.getLogger(__name__)
+
+# The kernel refuses to be read with less than this (FUSE_MIN_READ_BUFFER).
+INIT_BUFFER = 1 << 16
+# linux/fuse.h: struct fuse_out_header with FUSE_NOTIFY_RESEND in the place of an error.
+RESEND = struct.pack("<IiQ", 16, 7, 0)
+OPTIONS = {"default_permissions"}
+
+
+class Session:
+    """A mount that this process serves.
+
+    Args:
+        mountpoint: an absolute path.
+        descriptor: of `/dev/fuse`, mounted there.
+        init_message: the kernel's FUSE_INIT.
+    """
+
+    def __init__(self, mountpoint: Path, descriptor: int, init_message: bytes) -> None:
+        self.mountpoint = mountpoint
+        self.descriptor = descriptor
+        self.init_message = init_message
+        self._ours: socket.socket | None = None
+        self._theirs: int | None = None
+
+    @classmethod
+    def mount(cls, source: str, mountpoint: Path, *, allow_other: bool) -> Session:
+        """Mount, read-only, and take the kernel's first message.
+
+        Args:
+            source: what `/proc/mounts` shows as the device.
+
+        Raises:
+            MountError: it is not possible; the message says why and what to do.
+        """
+        mount_syscalls.check_mountpoint(mountpoint)
+        descriptor = mount_syscalls.mount(source, mountpoint, allow_other=allow_other)
+        try:
+            return cls(mountpoint, descriptor, os.read(descriptor, INIT_BUFFER))
+        except OSError as error:
+            mount_syscalls.unmount(mountpoint, lazy=True)
+            os.close(descriptor)
+            raise MountError(f"{mountpoint}: the kernel did not begin to talk: {error}") from error
+
+    @property
+    def device(self) -> str | None:
+        """The mount's device number, `major:minor`; None if it was detached while in use."""
+        found = mount_syscalls.find_mount(self.mountpoint)
+        return found.device if found else None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the kernel has ended the session: unmounted, or aborted."""
+        return mount_syscalls.session_ended(self.descriptor)
+
+    async def negotiate(self) -> bytes:
+        """What libfuse, as it is installed now, answers to this session's FUSE_INIT."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours:
+            # libfuse closes its end.
+            pyfuse3.init(pyfuse3.Operations(), f"/dev/fd/{theirs.detach()}", OPTIONS)
+            try:
+                ours.send(self.init_message)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(pyfuse3.main)
+                    await trio.lowlevel.wait_readable(ours)
+                    pyfuse3.terminate()
+                return ours.recv(INIT_BUFFER)
+            finally:
+                pyfuse3.close(unmount=False)
+
+    def attach(self, operations: pyfuse3.Operations) -> None:
+        """Give the session to libfuse; its `init` must call `adopt`."""
+        self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._theirs = theirs.detach()  # libfuse closes it
+        pyfuse3.init(operations, f"/dev/fd/{self._theirs}", OPTIONS)
+        logging.getLogger("pyfuse3").addFilter(self._is_news)
+        self._ours.send(self.init_message)
+
+    def adopt(self) -> None:
+        """Put the kernel in the place of the socket from which libfuse has read FUSE_INIT."""
+        assert self._ours is not None and self._theirs is not None
+        os.dup2(self.descriptor, self._theirs)
+        self._ours.close()
+
+    def _is_news(self, record: logging.LogRecord) -> bool:
+        """Not that an answer found nobody who waits for it, when the session has ended."""
+        return record.args != (os.strerror(errno.ENOENT),) or not self.ended
+
+    def resend(self) -> None:
+        """Have the kernel ask again for what the former daemon had taken and not answered.
+
+        Raises:
+            CannotResumeError: this kernel cannot; those who wait would wait for ever.
+        """
+        try:
+            os.write(self.descriptor, RESEND)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            since = ".".join(map(str, mount_syscalls.RESEND_SINCE))
+            raise CannotResumeError(
+                f"{self.mountpoint}: this kernel cannot ask again for what was in flight "
+                f"(it can since Linux {since}): mounting anew"
+            ) from error
+
+    def close(self) -> None:
+        """Let go of the descriptor. The mount goes on if somebody else holds it."""
+        os.close(self.descriptor)

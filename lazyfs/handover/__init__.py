@@ -1,0 +1,1 @@
+"""What outlives a worker: the session, the listing, the pages, changes made at run time."""

@@ -1,0 +1,1 @@
+"""What a model is: layouts of files, file names, safetensors headers. Pure."""

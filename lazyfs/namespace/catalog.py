@@ -1,0 +1,201 @@
+"""What the mount shows: the tree, listed from S3 as far as anyone has looked.
+
+A source of up to 1,000 objects is listed by one request, whole. Of a larger one each directory is
+listed when it is first looked at, so that a mount of a huge prefix is ready after one request. Who
+walks through it would wait for as many requests as there are directories. So when a directory is
+looked at and the one before it is listed already, what is asked for is not that directory, but
+all that follows in the order of keys, at any depth: a page of 1,000 objects. All directories that
+are in it from begin to end are listed then. Of the page that was asked for at mount the same is
+kept.
+
+Either way a directory is listed once and stays as it was: the mount is a snapshot.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+
+import trio
+
+from lazyfs.errors import ObjectGoneError, SourceError
+from lazyfs.namespace.listing_log import Listing, ListingLog
+from lazyfs.namespace.tree import Directory, Hidden, ListedObject, Node, Tree, whole_directories
+from lazyfs.observe.recorder import Recorder
+from lazyfs.options.mount_options import MountOptions
+from lazyfs.store.retry import patiently
+from lazyfs.store.source import Page, Source
+
+log = logging.getLogger(__name__)
+
+# Of a directory with more hidden keys than this, the log names the first ones only.
+HIDDEN_SHOWN = 5
+
+
+class Catalog:
+    """The tree of one source.
+
+    Args:
+        source: where to list.
+        options: which files are wanted, and how long to wait for S3.
+        journal: where listings are written down before they are shown.
+        recorder: is told of requests and retries.
+    """
+
+    def __init__(
+        self, source: Source, options: MountOptions, journal: ListingLog, recorder: Recorder
+    ) -> None:
+        self._recorder = recorder
+        self._source = source
+        self._options = options
+        self._journal = journal
+        self.tree = Tree(source.url.prefix, options.wants)
+        self._listing: defaultdict[int, trio.Lock] = defaultdict(trio.Lock)
+        # What was asked for at mount, of a source that has more.
+        self._first: list[ListedObject] = []
+        # Inodes of directories of which those below do not come together.
+        self._scattered: set[int] = set()
+
+    async def open(self) -> None:
+        """Ask for the first page, which shows whether there is anything to mount.
+
+        Raises:
+            SourceError: nothing below the prefix, or S3 does not let us list it.
+        """
+        page = await self._page(self.tree.root.prefix, None, "")
+        if not page.objects:
+            raise ObjectGoneError(
+                f"{self._source.url}: no objects below this prefix; check its spelling"
+            )
+        if page.next_token is None:
+            self._add(Listing(self.tree.root.prefix, page.objects, [], whole=True))
+        else:
+            self._first = page.objects
+
+    def restore(self) -> None:
+        """Become what the journal says that a former daemon has shown."""
+        for listing in self._journal.read():
+            self._plant(listing)
+
+    async def children(self, directory: Directory) -> dict[str, Node]:
+        """The nodes of a directory by name, listed now if nobody looked before.
+
+        Raises:
+            SourceError: S3 did not answer within `--io-timeout`, or refused.
+        """
+        if directory.children is None:
+            async with self._listing[directory.inode]:
+                # Somebody else may have listed it while this task waited for the lock.
+                if directory.children is None:
+                    await self._list(directory)
+            self._listing.pop(directory.inode, None)
+        assert directory.children is not None
+        return directory.children
+
+    async def _list(self, directory: Directory) -> None:
+        if self._follows(directory):
+            await self._list_from(directory)
+        # What others have listed meanwhile was seen, and stays.
+        if directory.children is None:
+            listing = await self._list_alone(directory.prefix)
+            if directory.children is None:
+                self._add(listing)
+                if directory is self.tree.root:
+                    first, self._first = self._first, []
+                    await self._add_whole(directory, first, ended=False)
+
+    def _follows(self, directory: Directory) -> bool:
+        """Whether somebody seems to walk: the directory before this one is listed."""
+        before: Directory | None = None
+        if directory is not self.tree.root and directory.parent not in self._scattered:
+            for node in self._parent(directory).in_order():
+                if node is directory:
+                    return before is not None and before.children is not None
+                if isinstance(node, Directory):
+                    before = node
+        return False
+
+    def _parent(self, directory: Directory) -> Directory:
+        parent = self.tree.get(directory.parent)
+        assert isinstance(parent, Directory)
+        return parent
+
+    async def _list_from(self, directory: Directory) -> None:
+        """List this directory and those that follow it, if they are small enough for that."""
+        parent = self._parent(directory)
+        try:
+            page = await self._patient_page(parent.prefix, after=directory.prefix)
+        except SourceError as error:
+            if error.transient:
+                raise
+            # There are policies that allow only listings by `/`. If it is not that, the listing
+            # of the directory alone will tell.
+            log.info("directories of %r are listed one by one: %s", parent.prefix, error)
+        else:
+            await self._add_whole(parent, page.objects, ended=page.next_token is None)
+        if directory.children is None:
+            self._scattered.add(parent.inode)
+
+    async def _add_whole(
+        self, parent: Directory, objects: list[ListedObject], *, ended: bool
+    ) -> None:
+        """Add the directories below that one which are in a listing from begin to end.
+
+        Requests are answered between two of them: all would take 20 ms and more.
+        """
+        assert parent.children is not None
+        for name, below in whole_directories(parent.prefix, objects, ended=ended).items():
+            node = parent.children.get(name)
+            if isinstance(node, Directory) and node.children is None:
+                self._add(Listing(node.prefix, below, [], whole=True))
+                await trio.lowlevel.checkpoint()
+
+    async def _list_alone(self, prefix: str) -> Listing:
+        objects: list[ListedObject] = []
+        prefixes: list[str | None] = []
+        token: str | None = None
+        while True:
+            page = await self._patient_page(prefix, token, "/")
+            objects += page.objects
+            prefixes += page.prefixes
+            token = page.next_token
+            if token is None:
+                return Listing(prefix, objects, prefixes, whole=False)
+
+    async def _patient_page(
+        self, prefix: str, token: str | None = None, delimiter: str = "", after: str = ""
+    ) -> Page:
+        return await patiently(
+            lambda: self._page(prefix, token, delimiter, after),
+            what=f"listing of s3://{self._source.url.bucket}/{prefix}",
+            timeout_s=lambda: self._options.io_timeout,
+            on_retry=self._recorder.listing_retried,
+        )
+
+    async def _page(self, prefix: str, token: str | None, delimiter: str, after: str = "") -> Page:
+        began_s = self._recorder.asked("list")
+        page: Page | None = None
+        try:
+            page = await trio.to_thread.run_sync(
+                lambda: self._source.list_page(prefix, token, delimiter=delimiter, after=after),
+                abandon_on_cancel=True,
+            )
+        finally:
+            self._recorder.answered("list", began_s, key=prefix, failed=page is None)
+        return page
+
+    def _add(self, listing: Listing) -> None:
+        self._journal.append(listing)
+        hidden = self._plant(listing)
+        if hidden:
+            log.warning("%s", _hidden_sentence(hidden))
+
+    def _plant(self, listing: Listing) -> list[Hidden]:
+        directory = self.tree.directory(listing.prefix)
+        return self.tree.plant(directory, listing.objects, listing.prefixes, whole=listing.whole)
+
+
+def _hidden_sentence(hidden: list[Hidden]) -> str:
+    shown = "; ".join(f"{item.key!r} ({item.reason})" for item in hidden[:HIDDEN_SHOWN])
+    more = f"; and {len(hidden) - HIDDEN_SHOWN} more" if len(hidden) > HIDDEN_SHOWN else ""
+    return f"keys that cannot be shown as files: {shown}{more}"

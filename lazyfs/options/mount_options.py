@@ -1,0 +1,421 @@
+"""Every setting of a mount, declared once.
+
+`MountOptions` is the single table: each field carries its type with bounds, its default and its
+help. The command line, `-o key=value`, the environment (`LAZYFS_BLOCK_SIZE`), the TOML file and
+the reference in `docs/OPTIONS.md` are all made from it. A value is text until `MountOptions.parse`
+has read it, whatever it came from, so every source gets the same checks and the same messages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lazyfs.errors import OptionError
+from lazyfs.model.filenames import matches
+from lazyfs.options.option_types import (
+    KIB,
+    MIB,
+    Address,
+    Choice,
+    Count,
+    Duration,
+    Flag,
+    Glob,
+    Kind,
+    LocalPath,
+    LocalPaths,
+    Mode,
+    Pattern,
+    Share,
+    Size,
+    Text,
+    Url,
+    format_size,
+)
+
+POLICIES = ("model", "tensor", "sequential", "headers", "off")
+# Those that want a plan of what a loader will read (`lazyfs/prefetch/planner.py`).
+PLANNED = frozenset(("model", "tensor", "headers"))
+
+# What is set at once by `--preset`.
+PRESETS: dict[str, dict[str, str]] = {
+    # A server loads the one model, all of it, as soon as it can.
+    "serving": {"prefetch": "model", "prefetch-on": "mount", "memory-limit": "512MiB"},
+    # Many readers, each with files of his own, of which only he knows the order.
+    "training": {"prefetch": "sequential", "memory-limit": "1GiB", "read-ahead": "4MiB"},
+    # Someone looks into models and does not load them.
+    "browse": {"prefetch": "headers", "prefetch-on": "open", "block-size": "1MiB"},
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is declared about one option; `name` is as on the command line, `block-size`."""
+
+    name: str
+    kind: Kind
+    group: str
+    default_text: str
+    help: str
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether the command line takes it without a value."""
+        return isinstance(self.kind, Flag)
+
+    @property
+    def negation(self) -> str:
+        """What takes back a flag that the environment or a file has set: `no-allow-other`."""
+        positive = self.name.removeprefix("no-")
+        return positive if positive != self.name else f"no-{self.name}"
+
+    @property
+    def metavar(self) -> str:
+        """What stands for the value in the help of the command line."""
+        return "|".join(self.kind.words) if isinstance(self.kind, Choice) else self.kind.metavar
+
+    @property
+    def environment(self) -> str:
+        """The environment variable that sets it: `LAZYFS_BLOCK_SIZE`."""
+        return "LAZYFS_" + self.name.upper().replace("-", "_")
+
+    @property
+    def attribute(self) -> str:
+        """The field of `MountOptions`: `block_size`."""
+        return self.name.replace("-", "_")
+
+    @property
+    def camel_case(self) -> str:
+        """The name in volume attributes and StorageClass parameters: `blockSize`."""
+        head, *rest = self.name.split("-")
+        return head + "".join(word.capitalize() for word in rest)
+
+    def parse(self, text: str, where: str) -> Any:
+        """The value of `text`; `where` names the place it came from, for the message.
+
+        Raises:
+            OptionError: the text is not allowed.
+        """
+        try:
+            return self.kind.parse(text)
+        except ValueError:
+            shown = self.kind.shown(text)
+            raise OptionError(f"{where}: {shown} is not allowed: {self.kind.allowed}") from None
+
+
+def _option(kind: Kind, group: str, help_text: str, default: str | None = None) -> Any:
+    """Declare one option as a dataclass field. `default` is text, as a user would write it."""
+    if kind.repeatable:
+        value: Any = ()
+    else:
+        value = None if default is None else kind.parse(default)
+    shown = default if default is not None else ""
+    return field(
+        default=value, metadata={"kind": kind, "group": group, "help": help_text, "text": shown}
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MountOptions:
+    """The settings of one mount. Sizes are bytes, times are seconds, rates are bytes a second."""
+
+    preset: str | None = _option(
+        Choice(tuple(PRESETS)),
+        "Preset",
+        "Settings for a purpose, under those that are given: "
+        + "; ".join(
+            f"{name}: {', '.join(f'{key}={value}' for key, value in texts.items())}"
+            for name, texts in PRESETS.items()
+        )
+        + ".",
+    )
+    endpoint_url: str | None = _option(
+        Url(), "Source", "S3 endpoint other than AWS (MinIO, Ceph, R2, a gateway)."
+    )
+    region: str | None = _option(
+        Text("a region name, such as eu-west-1"),
+        "Source",
+        "Region of the bucket; found by asking S3 when not given.",
+    )
+    profile: str | None = _option(
+        Text("a profile name"), "Source", "Profile of the shared AWS configuration files."
+    )
+    addressing_style: str = _option(
+        Choice(("auto", "path", "virtual")),
+        "Source",
+        "Where the bucket stands in a request: in the path, or in the host name. auto: in the "
+        "path for an --endpoint-url, in the host name for AWS.",
+        "auto",
+    )
+    no_sign_request: bool = _option(
+        Flag(), "Source", "Send requests without credentials (public buckets).", "false"
+    )
+    requester_pays: bool = _option(
+        Flag(), "Source", "Accept to be charged for requests to a requester-pays bucket.", "false"
+    )
+    ca_bundle: Path | None = _option(
+        LocalPath(), "Source", "PEM file of the certificate authority of a private endpoint."
+    )
+    io_timeout: float = _option(
+        Duration(1, 86400),
+        "Source",
+        "How long a reader waits while S3 gives no usable answer before the read fails with EIO. "
+        "EIO kills a process that maps the file, so this is minutes.",
+        "10m",
+    )
+    include: tuple[str, ...] = _option(
+        Glob(),
+        "Files",
+        "Show only files that match one of these patterns (path or name). Weights that loaders "
+        "ignore beside others are prefetched too if a pattern matches them and none of those.",
+    )
+    exclude: tuple[str, ...] = _option(
+        Glob(), "Files", "Do not show files that match one of these patterns (path or name)."
+    )
+    allow_other: bool = _option(
+        Flag(), "Files", "Let other users than the mounting one read the mount.", "false"
+    )
+    uid: int | None = _option(
+        Count(0, 2**32 - 2), "Files", "Owner of all files; the mounting user when not given."
+    )
+    gid: int | None = _option(
+        Count(0, 2**32 - 2), "Files", "Group of all files; the mounting user's when not given."
+    )
+    file_mode: int = _option(Mode(), "Files", "Permission bits of files.", "444")
+    dir_mode: int = _option(Mode(), "Files", "Permission bits of directories.", "555")
+    cache_dir: tuple[Path, ...] | Literal["none"] | None = _option(
+        LocalPaths(words=("none",)),
+        "Cache",
+        "Directory of the block cache on local disk, shared by all mounts that name it; several, "
+        "one for each disk, are joined by colons. none: no disk cache. When not given: "
+        "/var/cache/lazyfs for root, ~/.cache/lazyfs for others.",
+    )
+    cache_size: int | float = _option(
+        Share(64 * MIB),
+        "Cache",
+        "Most that each directory of the cache may hold, as a size or as a share of the space "
+        "that is free or already used by it. Least recently used blocks leave first.",
+        "80%",
+    )
+    cache_reserve: int | float = _option(
+        Share(0),
+        "Cache",
+        "Free space of the cache's filesystem that is always left to others, as a size or as a "
+        "share of the filesystem.",
+        "5%",
+    )
+    block_size: int = _option(
+        Size(256 * KIB, 64 * MIB, power_of_two=True),
+        "Reading",
+        "Unit of fetching and caching.",
+        "8MiB",
+    )
+    memory_limit: int = _option(
+        Size(64 * MIB, 1 << 40),
+        "Reading",
+        "Most bytes of blocks that the daemon holds in memory, requests in flight included; at "
+        "least 4 blocks.",
+        "256MiB",
+    )
+    prefetch: str = _option(
+        Choice(POLICIES),
+        "Prefetch",
+        "What is fetched before it is asked for. model: the whole model in loading order. tensor: "
+        "the tensors that are read, whole, and a little of what follows; for processes that read "
+        "a part of the model. sequential: of a file that is read, twice as far as it was read. "
+        "headers: small files and the headers of shards. off: only the blocks that a read touches.",
+        "model",
+    )
+    prefetch_on: str = _option(
+        Choice(("mount", "open")),
+        "Prefetch",
+        "When a model begins to be fetched: mount, or open: when one of its files is opened. Of "
+        "several models below the prefix each is fetched from when one of its files is opened.",
+        "mount",
+    )
+    tensors: str | None = _option(
+        Pattern(),
+        "Prefetch",
+        "Fetch only tensors ahead whose name matches this regular expression (RE2; anywhere in the "
+        "name); the others are fetched when they are read. For safetensors.",
+    )
+    page_cache: int | str = _option(
+        Size(1 * MIB, 1 << 44, words=("auto", "off")),
+        "Reading",
+        "How much fetched data may be put into the kernel's page cache before it is asked for. "
+        "auto: up to half of what memory and the cgroup's limit leave free.",
+        "auto",
+    )
+    read_ahead: int = _option(
+        Size(0, 64 * MIB),
+        "Reading",
+        "Read-ahead of the mount, set where the daemon is permitted to (root).",
+        "1MiB",
+    )
+    max_concurrency: int = _option(
+        Count(1, 256),
+        "Reading",
+        "Most ranged GETs in flight; how many really are follows from what throughput gains.",
+        "64",
+    )
+    bandwidth_limit: int | str = _option(
+        Size(64 * KIB, 1 << 40, words=("off",)),
+        "Reading",
+        "Most bytes a second to take from S3, for shared links.",
+        "off",
+    )
+    metrics_address: tuple[str, int] | None = _option(
+        Address(),
+        "Observing",
+        "Where to serve the metrics of the mount to Prometheus (http://HOST:PORT/metrics).",
+    )
+    log_level: str = _option(
+        Choice(("debug", "info", "warning", "error")), "Observing", "Least severity to log.", "info"
+    )
+    log_format: str = _option(
+        Choice(("text", "json")),
+        "Observing",
+        "Lines for people, or one JSON object a line.",
+        "text",
+    )
+    log_file: Path | None = _option(
+        LocalPath(),
+        "Observing",
+        "Log of a background daemon. When not given: below /var/log/lazyfs for root, "
+        "~/.local/state/lazyfs for others.",
+    )
+
+    def __post_init__(self) -> None:
+        """Checks between options. Raises OptionError."""
+        if self.memory_limit < 4 * self.block_size:
+            raise OptionError(
+                f"--memory-limit: {format_size(self.memory_limit)} is not allowed with "
+                f"--block-size {format_size(self.block_size)}: at least 4 blocks, "
+                f"{format_size(4 * self.block_size)}"
+            )
+
+    def wants(self, path: str) -> bool:
+        """Whether a file is to be shown, by `include` and `exclude`; its path in the mount."""
+        return (not self.include or matches(path, self.include)) and not matches(path, self.exclude)
+
+    def brings(self, what: str) -> bool:
+        """Whether prefetching brings `headers`, or the `model`, before any file is opened."""
+        policies = PLANNED if what == "headers" else ("model",)
+        return self.prefetch in policies and self.prefetch_on == "mount"
+
+    @classmethod
+    def parse(cls, *layers: tuple[str, Mapping[str, str | Iterable[str]]]) -> MountOptions:
+        """Options from layers of texts, an earlier layer over a later one.
+
+        Args:
+            layers: a pattern that names the place of an option in messages (`--{name}`), and the
+                texts by option name (`block-size`; `block_size` and `blockSize` mean the same).
+
+        Raises:
+            OptionError: an unknown name, or a value that is not allowed.
+        """
+        values: dict[str, Any] = {}
+        for pattern, texts in reversed((*layers, ("--preset: {name}", _preset_layer(layers)))):
+            for name, text in texts.items():
+                option = find_option(name)
+                if option is None:
+                    raise _unknown(pattern, name)
+                where = pattern.format(
+                    name=option.name, environment=option.environment, attribute=option.camel_case
+                )
+                if option.kind.repeatable:
+                    many = [text] if isinstance(text, str) else list(text)
+                    values[option.attribute] = tuple(option.parse(one, where) for one in many)
+                elif isinstance(text, str):
+                    values[option.attribute] = option.parse(text, where)
+                else:
+                    raise OptionError(f"{where}: given several times; it takes one value")
+        return cls(**values)
+
+
+OPTIONS: tuple[Option, ...] = tuple(
+    Option(
+        name=item.name.replace("_", "-"),
+        kind=item.metadata["kind"],
+        group=item.metadata["group"],
+        default_text=item.metadata["text"],
+        help=item.metadata["help"],
+    )
+    for item in dataclasses.fields(MountOptions)
+)
+_BY_NAME = {
+    spelling: option
+    for option in OPTIONS
+    for spelling in (option.name, option.attribute, option.camel_case)
+}
+
+
+def _unknown(pattern: str, name: str) -> OptionError:
+    place = pattern.format(name=name, environment=name, attribute=name)
+    import difflib  # for who misspells
+
+    near = difflib.get_close_matches(name, _BY_NAME, 1)
+    hint = f"did you mean {near[0]}?" if near else "see docs/OPTIONS.md for all"
+    return OptionError(f"{place}: no such option; {hint}")
+
+
+def _preset_layer(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Mapping[str, str]:
+    """The texts of the preset that the layers name; none if it is not one, which is said later."""
+    chosen = next((texts["preset"] for _, texts in layers if "preset" in texts), "")
+    return PRESETS.get(chosen, {})
+
+
+def find_option(name: str) -> Option | None:
+    """The option of that name, in any of its spellings, or None."""
+    return _BY_NAME.get(name)
+
+
+def merged(*layers: Mapping[str, str | Iterable[str]]) -> dict[str, str | list[str]]:
+    """One layer of several that are valid, an earlier one over a later one."""
+    texts: dict[str, str | list[str]] = {}
+    for layer in reversed(layers):
+        for name, text in layer.items():
+            option = find_option(name)
+            assert option is not None
+            texts[option.name] = text if isinstance(text, str) else list(text)
+    return texts
+
+
+def environment_layer(environment: Mapping[str, str]) -> dict[str, str | Iterable[str]]:
+    """Option texts from variables such as `LAZYFS_BLOCK_SIZE`; patterns are split at commas."""
+    layer: dict[str, str | Iterable[str]] = {}
+    for option in OPTIONS:
+        if (text := environment.get(option.environment)) is not None:
+            layer[option.name] = text.split(",") if option.kind.repeatable else text
+    return layer
+
+
+def config_layer(path: Path) -> dict[str, str | Iterable[str]]:
+    """Option texts from a TOML file of `block-size = "8MiB"` lines.
+
+    Raises:
+        OptionError: the file cannot be read, or is not such a file.
+    """
+    import tomllib  # few have such a file
+
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise OptionError(f"--config: {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OptionError(f"--config: {path} is not valid TOML: {error}") from None
+    layer: dict[str, str | Iterable[str]] = {}
+    for name, value in table.items():
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            layer[name] = value
+        elif isinstance(value, bool):
+            layer[name] = str(value).lower()
+        elif isinstance(value, str | int):
+            layer[name] = str(value)
+        else:
+            raise OptionError(f"{path}: {name}: must be a text, a number, true, false or a list")
+    return layer

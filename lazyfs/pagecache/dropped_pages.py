@@ -1,0 +1,103 @@
+"""Finds out what else the kernel has dropped, when a reader misses what was in the page cache.
+
+Whoever asks for a block that was put into the page cache shows that the kernel has dropped pages,
+and seldom those alone: the model lay there unused for long, or memory is short. The blocks after it
+would be taken for near, and fetched one by one as he comes to each. So it is looked which of them
+are still there, in the order in which a loader reads, and what is not is wished for again. Not the
+same block twice in `AGAIN_S`: where memory is so short that the kernel drops what nobody has read
+yet, fetching it ahead over and over would only cost more.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import subprocess
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import trio
+
+from lazyfs.blocks import BlockId, block_length
+from lazyfs.fetch.scheduler import BlockFetcher
+from lazyfs.helper_process import ask_aside
+from lazyfs.namespace.tree import File
+
+log = logging.getLogger(__name__)
+
+# So many blocks are looked at at once; if any of them were dropped, as many after them.
+LOOK_BLOCKS = 512
+# Between two looks; of a slow one, so many times what it took.
+PAUSE_S = 1.0
+PAUSE_SHARE = 20
+AGAIN_S = 300.0
+
+
+class DroppedPages:
+    """Looks for what was dropped.
+
+    Args:
+        mountpoint: of the mount.
+        path: of a file, below the mountpoint.
+        fetcher: knows what readers missed and what is taken for near, and is told what is not.
+    """
+
+    def __init__(
+        self, mountpoint: Path, path: Callable[[File], str], fetcher: BlockFetcher
+    ) -> None:
+        self._mountpoint = mountpoint
+        self._path = path
+        self._fetcher = fetcher
+        # When each was wished for again.
+        self._wished_s: dict[BlockId, float] = {}
+
+    async def run(self) -> None:
+        """Look whenever a reader has missed a block, until cancelled."""
+        while True:
+            missed = await self._fetcher.missed()
+            began_s = trio.current_time()
+            after: BlockId | None = missed
+            while after is not None:
+                blocks = self._fetcher.near_after(after, LOOK_BLOCKS)
+                gone = await self._dropped(blocks)
+                self._wish_again(gone)
+                after = blocks[-1] if gone and len(blocks) == LOOK_BLOCKS else None
+            took_s = trio.current_time() - began_s
+            await trio.sleep(max(PAUSE_S, PAUSE_SHARE * took_s))
+
+    def _wish_again(self, blocks: Sequence[BlockId]) -> None:
+        now_s = trio.current_time()
+        late = [at for at in blocks if now_s - self._wished_s.get(at, -math.inf) >= AGAIN_S]
+        self._wished_s.update(dict.fromkeys(late, now_s))
+        log.debug("%d blocks that were in the page cache were dropped by the kernel", len(late))
+        self._fetcher.wish_again(late)
+
+    async def _dropped(self, blocks: Sequence[BlockId]) -> list[BlockId]:
+        """Which of these blocks are not in the page cache as a whole."""
+        if not blocks:
+            return []
+        of_files = [(self._fetcher.file(i), list(group)) for i, group in groupby(blocks, _inode)]
+        size = self._fetcher.block_size
+        wanted = {
+            "mountpoint": str(self._mountpoint),
+            "files": [
+                [
+                    self._path(file),
+                    file.inode,
+                    [(n * size, block_length(file.size_bytes, size, n)) for _, n in of_file],
+                ]
+                for file, of_file in of_files
+            ],
+        }
+        try:
+            found = await ask_aside("lazyfs.pagecache.mincore", wanted)
+        except (OSError, subprocess.CalledProcessError) as error:
+            log.debug("could not look for dropped pages: %s", error)
+            return []
+        gone = zip(of_files, found, strict=True)
+        return [of_file[at] for (_, of_file), positions in gone for at in positions]
+
+
+def _inode(block: BlockId) -> int:
+    return block.inode

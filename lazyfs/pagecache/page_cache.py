@@ -1,0 +1,241 @@
+"""The kernel's page cache as the tier nearest to the reader.
+
+Blocks are put there before anyone asks (`fuse_lowlevel_notify_store`), so that a process that maps
+the file finds its pages and no request is made at all. The pages are clean and charged to the
+daemon's memory cgroup: the kernel may drop them at any time, and then the read comes as a request.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import struct
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pyfuse3
+
+from lazyfs.pagecache.pipe_pair import PipePair
+
+log = logging.getLogger(__name__)
+
+# Larger stores gain nothing, smaller ones cost: 128 KiB pieces are three times as slow.
+PIECE = 1 << 20
+# A model that takes no more than this share of the free memory may lie in the page cache whole.
+SHARE_FOR_ALL = 0.8
+# Of a larger one, so much may lie there that nobody has read yet.
+SHARE_AHEAD = 0.3
+BUDGET_AGE_S = 1.0
+# Background requests (read-ahead) that the kernel keeps in flight; its default of 12 makes
+# mapped reads of many threads wait for each other.
+MAX_BACKGROUND = 256
+
+# linux/fuse.h: struct fuse_out_header with a notification's number in the place of an error, and
+# struct fuse_notify_store_out.
+_STORE = struct.Struct("<IiQQQII")
+NOTIFY_STORE = 4
+
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
+
+
+class _MemoryFiles(NamedTuple):
+    """Where a cgroup tells of its memory: names of files, and a field of `memory.stat`."""
+
+    limit: str
+    used: str
+    reclaimable: str
+
+
+_VERSION_1 = _MemoryFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_VERSION_2 = _MemoryFiles("memory.max", "memory.current", "inactive_file")
+
+
+class PageCache:
+    """Puts blocks into the page cache, within a budget.
+
+    Args:
+        setting: `auto`, `off`, or bytes.
+
+    Attributes:
+        device: a descriptor of `/dev/fuse` that is never closed, from when libfuse talks to the
+            kernel. Before that nothing is pushed.
+    """
+
+    def __init__(self, setting: int | str) -> None:
+        self.device: int | None = None
+        self._setting = setting
+        self._budget = 0
+        self._read_at_s = -BUDGET_AGE_S
+        self._lock = threading.Lock()
+        self._pushing = 0
+        self._stopped = False
+        self.supported = setting != "off"
+        # Whether all that readers will read can lie there at once.
+        self.holds_all = False
+        self.pushed_bytes = 0
+        # Of these, what never was in our memory.
+        self.passed_bytes = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a push is under way."""
+        return self._pushing > 0
+
+    def stop(self) -> None:
+        """Push no more; what is under way ends soon, as long as reads are answered."""
+        self._stopped = True
+
+    def budget(self, planned_bytes: Callable[[], int], unused_bytes: int) -> int:
+        """How many bytes may lie in the page cache that nobody has read yet.
+
+        Where everything fits that a load will read, the kernel drops nothing, and it may all lie
+        there. Otherwise the kernel makes room, and it passes over pages that were read once before
+        it takes those that nobody has read: what is pushed must be read before it has gone through
+        half of its list.
+
+        Args:
+            planned_bytes: tells how much readers have or will read.
+            unused_bytes: memory that the daemon may still take for itself.
+        """
+        if not self.supported or self.device is None:
+            return 0
+        if isinstance(self._setting, int):
+            return self._setting
+        now_s = time.monotonic()
+        if now_s - self._read_at_s >= BUDGET_AGE_S:
+            self._read_at_s = now_s
+            free = max(0, free_memory() - unused_bytes)
+            self.holds_all = planned_bytes() <= free * SHARE_FOR_ALL
+            self._budget = int(free * (SHARE_FOR_ALL if self.holds_all else SHARE_AHEAD))
+        return self._budget
+
+    def push(self, inode: int, offset: int, data: memoryview) -> bool:
+        """Store a block; blocks while one of its pages is locked by a read that waits for a reply.
+
+        Called from worker threads, never from the one that replies.
+
+        Returns:
+            False if the kernel does not know the inode (any more), or there is no mount (any more).
+        """
+        for start in range(0, len(data), PIECE):
+            piece = data[start : start + PIECE]
+
+            def store(at: int = offset + start, piece: memoryview = piece) -> None:
+                pyfuse3.notify_store(inode, at, piece)  # type: ignore[arg-type]
+
+            if not self._stored(inode, len(piece), store):
+                return False
+        return True
+
+    def push_held(self, inode: int, size: int, pipes: PipePair) -> bool:
+        """Like `push`, for `size` bytes of which pipes have composed a message (`store_header`).
+
+        What FUSE has no function for: `fuse_lowlevel_notify_store` takes no pipe.
+        """
+        device = self.device
+        assert device is not None
+        stored = self._stored(inode, size, lambda: pipes.send(device))
+        self.passed_bytes += size if stored else 0
+        return stored
+
+    def _stored(self, inode: int, size: int, store: Callable[[], None]) -> bool:
+        """Have something stored, or not if it is too late; whether it was."""
+        with self._lock:
+            if self._stopped or self.device is None:
+                return False
+            self._pushing += 1
+        try:
+            store()
+        except OSError as error:
+            if error.errno == errno.ENOSYS:
+                self.supported = False
+                log.info("this kernel takes no pages ahead of reads; mapped reads are slower")
+            elif error.errno not in (errno.ENOENT, errno.ENODEV, errno.EINTR, errno.EBADF):
+                log.warning("putting pages of inode %d into the cache failed: %s", inode, error)
+            return False
+        finally:
+            with self._lock:
+                self._pushing -= 1
+        self.pushed_bytes += size
+        return True
+
+
+def store_header(inode: int, offset: int, size: int) -> bytes:
+    """What comes before `size` bytes in a message that has the kernel store them."""
+    return _STORE.pack(_STORE.size + size, NOTIFY_STORE, 0, inode, offset, size, 0)
+
+
+def free_memory() -> int:
+    """Bytes that can be used without swapping: the machine's, or less if a cgroup limits us."""
+    free = _machine_free()
+    for group, files in _own_cgroups():
+        limit, used = _number(group / files.limit), _number(group / files.used)
+        if limit is not None and used is not None:
+            free = min(free, limit - used + _reclaimable(group, files.reclaimable))
+    return max(0, free)
+
+
+def _machine_free() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _own_cgroups() -> list[tuple[Path, _MemoryFiles]]:
+    """This process's cgroups and those above them, as far as they can be seen."""
+    groups = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, files = _CGROUP_ROOT, _VERSION_2
+        elif "memory" in controllers.split(","):
+            root, files = _CGROUP_ROOT / "memory", _VERSION_1
+        else:
+            continue
+        group = root / path.lstrip("/")
+        # In a container the path may be the host's, and the root what limits us.
+        groups += [(group, files)]
+        groups += [(above, files) for above in group.parents if above.is_relative_to(root)]
+    return groups
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None  # not limited ("max"), or not to be seen
+
+
+def _reclaimable(group: Path, field: str) -> int:
+    """Page cache of the cgroup that nobody used lately, in bytes."""
+    try:
+        lines = (group / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{field} ")), 0)
+
+
+def tune_kernel(device: str, read_ahead_bytes: int) -> None:
+    """Set the read-ahead and the number of background requests of a mount; needs root.
+
+    At the default of 128 KiB every page fault asks for little, and mapped reads run at a third of
+    the speed. Where it is not permitted the mount works, slower.
+
+    Args:
+        device: the mount's device number, `major:minor`.
+    """
+    connection = Path("/sys/fs/fuse/connections") / device.partition(":")[2]
+    settings = {
+        Path(f"/sys/class/bdi/{device}/read_ahead_kb"): read_ahead_bytes // 1024,
+        connection / "max_background": MAX_BACKGROUND,
+        connection / "congestion_threshold": MAX_BACKGROUND * 3 // 4,
+    }
+    for path, value in settings.items():
+        try:
+            path.write_text(str(value))
+        except OSError as error:
+            log.debug("%s stays as it is: %s", path, error.strerror)

@@ -1,0 +1,352 @@
+"""Looks at what was listed and tells the prefetcher what a loader will want.
+
+Runs beside the mount from its first moment: nothing waits for it, and where it fails only
+prefetching is lost. Which models are prefetched:
+
+- the one model below the prefix, or the model or pipeline at its root, from the moment of mount;
+- of several models, and with `--prefetch-on open`, each from when one of its files is opened;
+- where a reader takes other weights of a model than was expected (`consolidated*`, another format),
+  those.
+
+The tensors of a shard are read from its header (`lazyfs/fetch/shard_headers.py`), of the first
+shards as soon as that comes, of others when they are opened: so thousands of shards cost no
+memory and no time for tensors that nobody reads soon.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from posixpath import basename
+from typing import TypeVar
+
+import trio
+
+from lazyfs.blocks import spans
+from lazyfs.errors import SourceError
+from lazyfs.fetch.scheduler import BlockFetcher
+from lazyfs.fetch.shard_headers import SUFFIX, has_head
+from lazyfs.model.filenames import format_of
+from lazyfs.model.layout import ModelFile, ModelLayout, layouts, wanted_models
+from lazyfs.model.safetensors import MalformedHeaderError, Tensor, parse_header
+from lazyfs.namespace.catalog import Catalog
+from lazyfs.namespace.tree import File
+from lazyfs.observe.recorder import Recorder
+from lazyfs.options.mount_options import MountOptions
+from lazyfs.prefetch.prefetcher import Prefetcher
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Of so many shards, the first ones and those after one that was opened, it is found out what
+# tensors they have before they are opened.
+TABLES_AHEAD = 16
+# Headers that are parsed at once: that holds the interpreter's lock.
+LEARNERS = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Survey:
+    """What is listed.
+
+    Attributes:
+        extent: number and bytes of files.
+        files: by their paths.
+        listed: the same, as `layouts` wants them.
+        weights: paths of those that are weights.
+    """
+
+    extent: tuple[int, int]
+    files: Mapping[str, File]
+    listed: Sequence[ModelFile]
+    weights: Sequence[str]
+
+    @classmethod
+    def of(
+        cls, extent: tuple[int, int], nodes: Iterable[File], path_of: Callable[[File], str]
+    ) -> _Survey:
+        files = {path_of(file): file for file in nodes}
+        listed = [ModelFile(path, file.size_bytes) for path, file in files.items()]
+        return cls(extent, files, listed, [path for path in files if format_of(basename(path))])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _SortedOut:
+    """The models of a survey.
+
+    Attributes:
+        read: weights that were read.
+        every: what `layouts` makes of them.
+        left_out: inodes of weights that no model wants.
+        useless: inodes of files of no model.
+    """
+
+    read: Sequence[str]
+    every: tuple[ModelLayout, ...]
+    left_out: set[int]
+    useless: set[int]
+
+    @classmethod
+    def of(
+        cls,
+        survey: _Survey,
+        read: Sequence[str],
+        indexes: Mapping[str, bytes],
+        include: Sequence[str],
+    ) -> _SortedOut:
+        every = layouts(survey.listed, indexes=indexes, read=read, include=include)
+        left_out = {out.path for layout in every for out in layout.excluded}
+        useless = survey.files.keys() - left_out
+        useless.difference_update(*(layout.paths for layout in every))
+        inodes = [{survey.files[path].inode for path in paths} for paths in (left_out, useless)]
+        return cls(read, every, *inodes)
+
+
+async def _aside(work: Callable[[], T]) -> T:
+    """Do in a thread what takes a while for thousands of files: readers want to be answered."""
+    return await trio.to_thread.run_sync(work)
+
+
+class Planner:
+    """Plans one mount.
+
+    Args:
+        catalog: what there is.
+        fetcher: reads indexes and headers, and knows what is on disk.
+        prefetcher: is told, and tells what was read.
+        recorder: is told when there is a plan.
+        options: what is wanted, and when.
+
+    Attributes:
+        planned: there is a plan.
+        on_wanted: told of files that became part of the plan.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        fetcher: BlockFetcher,
+        prefetcher: Prefetcher,
+        recorder: Recorder,
+        options: MountOptions,
+    ) -> None:
+        self._recorder = recorder
+        self._catalog = catalog
+        self._fetcher = fetcher
+        self._prefetcher = prefetcher
+        self._options = options
+        self.planned = False
+        self.on_wanted: Callable[[Sequence[File]], None] = lambda files: None
+        # Inodes of files that were opened, and of those that were read though not expected to be.
+        self._opened: set[int] = set()
+        self._strays: set[int] = set()
+        # Of the files that were there at the last plan: those of no model, and weights left out.
+        self._useless: set[int] = set()
+        self._left_out: set[int] = set()
+        # What was found at the last plan, without the contents of indexes.
+        self._survey: _Survey | None = None
+        self._found: _SortedOut | None = None
+        # In loading order, and the position of each.
+        self._shards: list[File] = []
+        self._ranks: dict[int, int] = {}
+        # Of which shards it is found out what tensors they have as soon as their heads come.
+        self._foremost: set[int] = set()
+        self._learners = trio.CapacityLimiter(LEARNERS)
+        self._send, self._news = trio.open_memory_channel[File](math.inf)
+        prefetcher.on_stray = self._was_read
+        prefetcher.on_head = self._has_come
+
+    def opened(self, file: File) -> None:
+        """A file was opened. Never blocks."""
+        if file.inode not in self._opened:
+            self._opened.add(file.inode)
+            self._send.send_nowait(file)
+
+    def _was_read(self, inode: int) -> None:
+        file = self._catalog.tree.get(inode)
+        if isinstance(file, File) and inode not in self._strays:
+            self._strays.add(inode)
+            self._send.send_nowait(file)
+
+    def _has_come(self, inode: int) -> None:
+        file = self._catalog.tree.get(inode)
+        if isinstance(file, File) and (inode in self._foremost or inode in self._opened):
+            self._send.send_nowait(file)
+
+    async def run(self) -> None:
+        """Plan what is listed at mount, and go on as files are opened."""
+        try:
+            await self._catalog.children(self._catalog.tree.root)
+        except SourceError as error:
+            log.warning("nothing is prefetched from the start: %s", error)
+        await self._plan()
+        self.planned = True
+        async with trio.open_nursery() as nursery:
+            async for file in self._news:
+                if self._is_unexpected(file):
+                    await self._plan()
+                for each in (file, *self._next_foremost(file)):
+                    if self._may_have_tensors(each):
+                        nursery.start_soon(self._learn_tensors, each)
+
+    def _next_foremost(self, file: File) -> list[File]:
+        """The shards after this one, if a reader has come to it, that were too far off before."""
+        rank = self._ranks.get(file.inode)
+        if rank is None or file.inode not in self._opened:
+            return []
+        after = self._shards[rank + 1 : rank + 1 + TABLES_AHEAD]
+        found = [shard for shard in after if shard.inode not in self._foremost]
+        self._foremost.update(shard.inode for shard in found)
+        return [shard for shard in found if self._prefetcher.has_beginning(shard.inode)]
+
+    def _is_unexpected(self, file: File) -> bool:
+        """Whether what was done with a file may change the plan."""
+        if self._prefetcher.is_ordered(file.inode) or file.inode in self._useless:
+            return False
+        return file.inode in (self._strays if file.inode in self._left_out else self._opened)
+
+    def _may_have_tensors(self, file: File) -> bool:
+        """Whether it is worth knowing what tensors are in it, and not known."""
+        self._fetcher.add_file(file)
+        if not file.name.endswith(SUFFIX) or not self._wants_tensors:
+            return False
+        # A worker that follows another may find all of it in the page cache, and so out of reach.
+        if self._prefetcher.is_near(file.inode) and not self._fetcher.has_header(file):
+            return False
+        # What is on its way tells when it comes.
+        return not self._prefetcher.knows_tensors(file.inode) and not self._fetcher.is_coming(file)
+
+    @property
+    def _wants_tensors(self) -> bool:
+        """Whether the policy goes by tensors."""
+        return self._options.prefetch != "headers" or self._options.tensors is not None
+
+    async def _plan(self) -> None:
+        """Put the files of the wanted models into loading order."""
+        survey = await self._look_around()
+        files = survey.files
+        on_mount = self._options.prefetch_on == "mount"
+        whole = self._catalog.tree.is_whole
+        opened = self._opened_paths()
+        read = self._read_of(survey)
+        sorted_out = await self._sort_out(survey, read, {})
+        found = wanted_models(sorted_out.every, on_mount=on_mount, opened=opened, whole=whole)
+        self.on_wanted([files[path] for layout in found for path in layout.paths])
+        indexes = {
+            path: content
+            for layout in found
+            for path in layout.index_paths
+            if (content := await self._content(files[path])) is not None
+        }
+        # Meanwhile others may have been read than were expected.
+        if indexes or read != self._read_of(survey):
+            sorted_out = await self._sort_out(survey, self._read_of(survey), indexes)
+            found = wanted_models(sorted_out.every, on_mount=on_mount, opened=opened, whole=whole)
+        self._left_out, self._useless = sorted_out.left_out, sorted_out.useless
+        for warning in (warning for layout in found for warning in layout.warnings):
+            log.warning("%s", warning)
+        small = [files[path] for layout in found for path in layout.small]
+        shards = [files[path] for layout in found for path in layout.shards]
+        await self._fetcher.scan([*small, *shards])
+        self._prefetcher.set_order(
+            [file.inode for file in small],
+            [file.inode for file in shards],
+            [file.inode for file in shards if has_head(file)],
+        )
+        self._recorder.planned(sum(file.size_bytes for file in (*small, *shards)))
+        self._look_for_tensors(shards)
+        self._fetcher.pump()
+
+    async def _look_around(self) -> _Survey:
+        """All that is listed; looked at again only if there is more than at the last plan."""
+        tree = self._catalog.tree
+        extent = tree.file_count, tree.total_bytes
+        if self._survey is None or self._survey.extent != extent:
+            nodes = list(tree.files())
+            self._survey = await _aside(lambda: _Survey.of(extent, nodes, tree.path))
+            self._found = None
+        return self._survey
+
+    async def _sort_out(
+        self, survey: _Survey, read: Sequence[str], indexes: Mapping[str, bytes]
+    ) -> _SortedOut:
+        """The models there are; those found for the last plan, if nothing was read since."""
+        if not indexes and self._found is not None and self._found.read == read:
+            return self._found
+        include = self._options.include
+        found = await _aside(lambda: _SortedOut.of(survey, read, indexes, include))
+        if not indexes:
+            self._found = found
+        return found
+
+    def _opened_paths(self) -> set[str]:
+        nodes = map(self._catalog.tree.get, self._opened)
+        return {self._catalog.tree.path(node) for node in nodes if isinstance(node, File)}
+
+    def _read_of(self, survey: _Survey) -> list[str]:
+        """Which weights were read."""
+        return [
+            path
+            for path in survey.weights
+            if self._prefetcher.was_touched(survey.files[path].inode)
+        ]
+
+    def _look_for_tensors(self, shards: Sequence[File]) -> None:
+        """See to it that it gets known what tensors there are: of some shards, or, where only some
+        of them are wanted, of all."""
+        some = self._options.tensors is not None
+        self._shards = list(shards)
+        self._ranks = {file.inode: rank for rank, file in enumerate(shards)}
+        self._foremost = {file.inode for file in (shards if some else shards[:TABLES_AHEAD])}
+        for file in shards if some else ():
+            if not file.name.endswith(SUFFIX):
+                self._prefetcher.set_tensors(file.inode, ())
+            elif self._prefetcher.has_beginning(file.inode):
+                self._send.send_nowait(file)  # it will not come once more
+
+    async def _learn_tensors(self, file: File) -> None:
+        """Read a header, and tell the prefetcher what it says."""
+        async with self._learners:
+            if not self._may_have_tensors(file):
+                return
+            try:
+                tensors = await self._tensors(file)
+            except SourceError:
+                return  # logged where it was fetched
+            except MalformedHeaderError as error:
+                log.warning(
+                    "%s: prefetched by offset, its header is not valid: %s", file.key, error
+                )
+                tensors = ()
+        self._prefetcher.set_tensors(file.inode, tensors)
+        self._fetcher.pump()
+
+    async def _tensors(self, file: File) -> Sequence[Tensor]:
+        """The tensors of a file, none if they are not worth it.
+
+        Raises:
+            SourceError: its header cannot be had.
+            MalformedHeaderError: it is not valid.
+        """
+        if not file.size_bytes:
+            raise MalformedHeaderError("the file is empty")
+        header = await self._fetcher.header(file)
+        if header is None:
+            log.info("%s: prefetched by offset, its header is very long", file.key)
+            return ()
+        table = await trio.to_thread.run_sync(parse_header, header, file.size_bytes)
+        return table.tensors
+
+    async def _content(self, file: File) -> bytes | None:
+        """The bytes of a file; None if they cannot be had."""
+        size, block_size = file.size_bytes, self._fetcher.block_size
+        parts = []
+        for span in spans(0, size, size, block_size):
+            try:
+                parts.append(bytes(await self._fetcher.read(file, span, reader=False)))
+            except SourceError:
+                return None  # logged where it was fetched; its readers get the error
+        return b"".join(parts)

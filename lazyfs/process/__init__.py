@@ -1,0 +1,1 @@
+"""The processes of a mount: worker, supervisor, and what they are told."""

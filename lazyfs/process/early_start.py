@@ -1,0 +1,151 @@
+"""What `lazyfs mount` does before it has read its options: it starts a worker.
+
+What a worker loads takes longer than everything else, and so passes while the command finds out
+what to mount. The process that goes on in the background when the command returns is forked first,
+and starts the worker: when it is told, it is the mount's supervisor; when the command ends without
+telling it, it ends, and the worker with it. In the foreground the command is all of that itself.
+
+Only the standard library, and little of it: the fork is the first thing that the command does.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from lazyfs.process.mount_spec import MountSpec
+
+_IN_FRONT = {"-f", "--foreground"}
+_NOT_AT_ALL = {"-h", "--help"}
+
+
+def begin(arguments: Sequence[str]) -> Background | EarlyWorker | None:
+    """What a command line of `lazyfs` begins with; None if it does not look like a mount."""
+    if arguments[:1] == ["mount"] and not _NOT_AT_ALL & set(arguments):
+        for source, mountpoint in itertools.pairwise(arguments):
+            if source.startswith("s3://") and not mountpoint.startswith("-"):
+                kind = EarlyWorker if _IN_FRONT & set(arguments) else Background
+                return kind(os.path.realpath(mountpoint))
+    return None
+
+
+class EarlyWorker:
+    """A worker that loads already and waits for this process to be its supervisor.
+
+    Args:
+        mountpoint: an absolute path.
+    """
+
+    def __init__(self, mountpoint: str) -> None:
+        from lazyfs.process.worker_process import start_worker
+
+        self.mountpoint = mountpoint
+        self._keeper, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._worker = start_worker(mountpoint, theirs)
+        self._supervises = False
+
+    def supervise(self, spec: MountSpec, report_fd: int | None) -> int:
+        """Have it mount, and look after the mount; the exit code."""
+        from lazyfs.process import standalone
+
+        self._supervises = True
+        return standalone.main(spec, report_fd, (self._worker, self._keeper))
+
+    def end(self) -> None:
+        """End it, unless it was supervised."""
+        if not self._supervises:
+            self._worker.process.kill()
+            self._worker.process.wait()
+
+
+class Background:
+    """A process that waits to be told what to mount. No other thread may run when it is made.
+
+    Args:
+        mountpoint: an absolute path.
+    """
+
+    def __init__(self, mountpoint: str) -> None:
+        self.mountpoint = mountpoint
+        # It goes on by itself, or has ended.
+        self._left = False
+        self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._pid = os.fork()
+        if self._pid == 0:
+            _wait_in_background(mountpoint, theirs)
+        theirs.close()
+
+    def mount(self, spec: MountSpec, log_fd: int, timeout_s: float) -> dict[str, Any]:
+        """Have it mount, and wait for its report, which is empty if there is none in time.
+
+        Raises:
+            BrokenPipeError: it has ended.
+        """
+        from lazyfs.process.worker_process import read_report
+
+        ours, theirs = os.pipe()
+        passed = [spec.to_descriptor(), log_fd, theirs]
+        try:
+            socket.send_fds(self._connection, [b"mount"], passed)
+            self._left = True
+        finally:
+            os.close(passed[0])
+            os.close(theirs)
+        return read_report(ours, timeout_s) or {}
+
+    def end(self) -> None:
+        """End it, unless it was told to mount."""
+        self._connection.close()
+        if not self._left:
+            os.waitpid(self._pid, 0)
+            self._left = True
+
+    def stop(self) -> None:
+        """End it, even if it was told to mount."""
+        self._left = False
+        os.kill(self._pid, signal.SIGTERM)
+        self.end()
+
+
+def _wait_in_background(mountpoint: str, connection: socket.socket) -> NoReturn:
+    code = 1
+    try:
+        os.setsid()
+        # Of whoever gave the command only the outputs are left, until there is a log. Where those
+        # are closed, other descriptors may have their numbers.
+        told = fcntl.fcntl(connection.detach(), fcntl.F_DUPFD, 4)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(told, 3, inheritable=False)
+        os.closerange(4, os.sysconf("SC_OPEN_MAX"))
+        code = _supervise(mountpoint, socket.socket(fileno=3))
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _supervise(mountpoint: str, connection: socket.socket) -> int:
+    begun = EarlyWorker(mountpoint)
+    told, descriptors, _, _ = socket.recv_fds(connection, 16, 3, socket.MSG_CMSG_CLOEXEC)
+    if not told:
+        begun.end()
+        return 0
+    # Only now, because until then the worker and the command need the processors.
+    from lazyfs.process.mount_spec import MountSpec
+
+    spec_fd, log_fd, report_fd = descriptors
+    for output in (1, 2):
+        os.dup2(log_fd, output)
+    os.close(log_fd)
+    spec = MountSpec.from_descriptor(spec_fd)
+    os.close(spec_fd)
+    return begun.supervise(spec, report_fd)

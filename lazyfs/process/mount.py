@@ -1,0 +1,319 @@
+"""One mount, wired together and run until it ends.
+
+The order matters: everything that can fail (credentials, bucket, prefix, cache directory) is tried
+before the mountpoint is touched, so that a refused mount leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyfuse3
+import trio
+
+from lazyfs.cache import BlockCache
+from lazyfs.cache.late_writer import LateWriter
+from lazyfs.control.contents import Contents
+from lazyfs.control.first_load import tell_first_load
+from lazyfs.control.recording import recording
+from lazyfs.control.saving import Saving
+from lazyfs.control.scrape import listen, serve_metrics
+from lazyfs.control.server import Route, serve_control
+from lazyfs.control.status import Status
+from lazyfs.control.tunables import pause, tune, with_former_changes
+from lazyfs.control.warming import Warming
+from lazyfs.errors import CannotResumeError
+from lazyfs.fetch.scheduler import BlockFetcher
+from lazyfs.fuse.filesystem import Filesystem
+from lazyfs.fuse.session import Session
+from lazyfs.handover.handover import Beginning, Handover, new_carried, new_near
+from lazyfs.handover.keeper import KeeperClient
+from lazyfs.handover.page_map import PageMap
+from lazyfs.handover.runtime_changes import RuntimeChanges
+from lazyfs.log import now_about
+from lazyfs.namespace.catalog import Catalog
+from lazyfs.namespace.listing_log import ListingLog
+from lazyfs.namespace.tree import File
+from lazyfs.observe import tracing
+from lazyfs.observe.recorder import Recorder
+from lazyfs.options.mount_options import PLANNED, MountOptions
+from lazyfs.options.option_types import compile_pattern, format_size
+from lazyfs.pagecache.dropped_pages import DroppedPages
+from lazyfs.pagecache.page_cache import PageCache, tune_kernel
+from lazyfs.pagecache.walker import Walker
+from lazyfs.prefetch.planner import Planner
+from lazyfs.prefetch.prefetcher import Prefetcher
+from lazyfs.process import privileges
+from lazyfs.process.mount_records import control_socket, restarts_of
+from lazyfs.store.credentials import Credentials, credentials_from
+from lazyfs.store.source import Source, SourceUrl
+
+log = logging.getLogger(__name__)
+
+# Requests answered at once. Reads that wait for S3 take a place each; metadata must still get one.
+MOST_REQUESTS = 4096
+# After an unmount: how soon it is noticed, and how long replies and writes under way may take.
+SESSION_CHECK_S = 0.5
+LAST_REPLIES_S = 6.0
+LAST_WRITES_S = 5.0
+# After a signal: how long pushes under way may take.
+LAST_PUSHES_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """What to mount where, and how; `texts` are what the options were made of."""
+
+    url: SourceUrl
+    mountpoint: Path
+    options: MountOptions
+    credentials: Credentials | None = None
+    texts: Mapping[str, str | list[str]] = field(default_factory=dict)
+
+
+def run(
+    mount: Mount,
+    keeper: KeeperClient,
+    former: Handover | None,
+    opening: Future[Source],
+    on_ready: Callable[[], None],
+) -> None:
+    """Mount and serve, or go on serving what is mounted, until SIGTERM, SIGINT or an unmount.
+
+    Nothing is unmounted here: whoever holds the session may have another daemon go on.
+
+    Args:
+        keeper: keeps the session under the name of the mountpoint.
+        former: what was kept there when this daemon began.
+        opening: the source, which is being connected.
+        on_ready: called once the mount can be used.
+
+    Raises:
+        LazyfsError: it could not be mounted, or not be resumed.
+        KeeperError: the session cannot be kept.
+    """
+    recorder = _recorder(mount)
+    try:
+        trio.run(_serve, mount, keeper, former, opening, on_ready, recorder)
+    finally:
+        recorder.close()
+
+
+def _recorder(mount: Mount) -> Recorder:
+    tracer = tracing.tracer("lazyfs")
+    if tracer is None:
+        return Recorder(mount.options.prefetch)
+    from lazyfs.observe.traced import TracedRecorder
+
+    about = {"lazyfs.source": str(mount.url), "lazyfs.mountpoint": str(mount.mountpoint)}
+    return TracedRecorder(mount.options.prefetch, tracer, about)
+
+
+async def _serve(
+    mount: Mount,
+    keeper: KeeperClient,
+    former: Handover | None,
+    opening: Future[Source],
+    on_ready: Callable[[], None],
+    recorder: Recorder,
+) -> None:
+    carried = RuntimeChanges(former.carried if former else new_carried())
+    options = with_former_changes(mount.options, carried)
+    cache = BlockCache.of(options, "", mount.url.bucket)
+    if cache and not former:
+        # A mount that is resumed goes on without a cache that fails.
+        await trio.to_thread.run_sync(cache.open)
+    source = await trio.to_thread.run_sync(opening.result)
+    if cache:
+        cache.endpoint = source.endpoint
+    journal = ListingLog(former.listing if former else None)
+    catalog = Catalog(source, options, journal, recorder)
+    if former:
+        catalog.restore()
+    else:
+        await catalog.open()
+    prefetcher = _prefetcher(options)
+    page_cache = PageCache(options.page_cache)
+    fetcher = BlockFetcher(source, cache, page_cache, prefetcher, options, recorder)
+    fetcher.pause(carried.paused)
+    near = PageMap(former.near if former else new_near(), options.block_size)
+    fetcher.carry(near, catalog.tree)
+    planner = Planner(catalog, fetcher, prefetcher, recorder, options)
+    on_open = planner.opened if options.prefetch in PLANNED else _ignore
+    scraped = options.metrics_address
+    listeners = await listen(scraped) if scraped and not former else None
+    if former:
+        session, beginning = await _resume(mount, former)
+    else:
+        session, beginning = await _begin(mount, source.region)
+        Handover(
+            session.descriptor, journal.descriptor, carried.descriptor, near.descriptor, beginning
+        ).store(keeper, str(mount.mountpoint))
+    if device := session.device:
+        tune_kernel(device, options.read_ahead)
+    privileges.drop()
+
+    def begin() -> None:
+        session.adopt()
+        page_cache.device = os.dup(session.descriptor)
+        fetcher.pump()
+
+    filesystem = Filesystem(
+        catalog, fetcher, options, beginning.mounted_ns, begin, on_open, recorder
+    )
+    try:
+        session.attach(filesystem)
+        if former:
+            filesystem.remember_all()
+            recorder.resumed()
+            carried.resumes += 1
+            carried.save()
+            session.resend()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_end_on_signal, nursery.cancel_scope, page_cache)
+            nursery.start_soon(_end_with_session, session, nursery.cancel_scope)
+            fetcher.start(nursery)
+            routes: dict[tuple[str, str], Route] = {}
+            if cache:
+                salvage = LateWriter(mount.mountpoint, mount.url.prefix, cache, fetcher)
+                routes |= Saving(salvage, fetcher, recorder, carried, nursery).routes()
+                if page_cache.supported:
+                    nursery.start_soon(salvage.run)
+            if page_cache.supported and options.prefetch != "off":
+                missing = DroppedPages(mount.mountpoint, catalog.tree.path, fetcher)
+                nursery.start_soon(missing.run)
+            if options.prefetch in PLANNED:
+                if page_cache.supported:
+                    walker = Walker(mount.mountpoint, catalog.tree.path, nursery)
+                    planner.on_wanted = walker.look_up
+                nursery.start_soon(planner.run)
+            status = Status(
+                str(mount.url), str(mount.mountpoint), beginning.mounted_ns,
+                restarts_of(mount.mountpoint), options, catalog,
+                filesystem, fetcher, page_cache, prefetcher, planner, recorder, cache, carried,
+            )  # fmt: skip
+            if scraped:
+                metrics = {("GET", "/metrics"): lambda _: _metrics(status)}
+                nursery.start_soon(serve_metrics, scraped, listeners, metrics)
+            nursery.start_soon(tell_first_load, status)
+            verb = "resumed" if former else "mounted"
+            routes |= _routes(source, status, mount)
+            routes |= Warming(source, catalog, options, nursery).routes()
+            routes |= Contents(source, catalog, fetcher).routes()
+            await nursery.start(serve_control, control_socket(mount.mountpoint), routes)
+            log.info("%s %s at %s", verb, mount.url, mount.mountpoint)
+            recorder.ready()
+            on_ready()
+            await pyfuse3.main(max_tasks=MOST_REQUESTS)
+            with trio.move_on_after(LAST_WRITES_S):
+                await fetcher.finish_writing()
+            nursery.cancel_scope.cancel()
+    finally:
+        session.close()
+        _log_summary(mount, filesystem, fetcher, page_cache, recorder)
+
+
+def _routes(source: Source, status: Status, mount: Mount) -> dict[tuple[str, str], Route]:
+    return {
+        ("GET", "/status"): lambda _: status.describe(),
+        ("GET", "/report"): lambda _: recording(status),
+        ("GET", "/options"): lambda _: dict(mount.texts),
+        ("GET", "/metrics"): lambda _: _metrics(status),
+        ("GET", "/metrics.json"): lambda _: _measured(status),
+        ("PUT", "/prefetch"): lambda body: pause(status, body.get("paused")),
+        ("PUT", "/tunables"): lambda body: tune(status, body),
+        ("PUT", "/log"): lambda body: now_about(volume=str(body.get("volume", ""))),
+        ("PUT", "/credentials"): lambda body: source.set_credentials(credentials_from(body)),
+    }
+
+
+def _metrics(status: Status) -> str:
+    from lazyfs.observe.exposition import exposition  # most workers are never asked
+
+    return exposition([({"volume": status.mountpoint}, _measured(status))])
+
+
+def _measured(status: Status) -> dict[str, Any]:
+    from lazyfs.control.measure import measure  # the same
+
+    return measure(status)
+
+
+async def _begin(mount: Mount, region: str) -> tuple[Session, Beginning]:
+    session = Session.mount(str(mount.url), mount.mountpoint, allow_other=mount.options.allow_other)
+    answer = await session.negotiate()
+    return session, Beginning(session.init_message.hex(), answer.hex(), region, time.time_ns())
+
+
+async def _resume(mount: Mount, former: Handover) -> tuple[Session, Beginning]:
+    """Raises CannotResumeError when this daemon would speak another protocol."""
+    beginning = former.beginning
+    session = Session(mount.mountpoint, former.fuse, bytes.fromhex(beginning.init_message))
+    if (await session.negotiate()).hex() != beginning.init_answer:
+        raise CannotResumeError(
+            f"{mount.mountpoint}: libfuse or pyfuse3 was replaced by a version that speaks "
+            "another protocol than the mount began with: mounting anew"
+        )
+    return session, beginning
+
+
+def _log_summary(
+    mount: Mount,
+    filesystem: Filesystem,
+    fetcher: BlockFetcher,
+    page_cache: PageCache,
+    recorder: Recorder,
+) -> None:
+    log.info(
+        "served %s: %d reads; %s from S3 in %d blocks, %s from disk; %s put into the page "
+        "cache, %s written to disk, %d blocks not during the load",
+        mount.mountpoint,
+        filesystem.reads,
+        format_size(recorder.fetched_bytes.total()),
+        recorder.fetched_blocks.total(),
+        format_size(recorder.loaded_bytes.total()),
+        format_size(page_cache.pushed_bytes),
+        format_size(recorder.written_bytes),
+        fetcher.shed_blocks,
+    )
+
+
+async def _end_with_session(session: Session, scope: trio.CancelScope) -> None:
+    """End when the kernel has ended the session, even if a read still waits for S3."""
+    while not session.ended:
+        await trio.sleep(SESSION_CHECK_S)
+    await trio.sleep(LAST_REPLIES_S)
+    scope.cancel()
+
+
+def _prefetcher(options: MountOptions) -> Prefetcher:
+    matches = compile_pattern(options.tensors).search if options.tensors else None
+    return Prefetcher(
+        options.prefetch,
+        options.block_size,
+        wanted=None if matches is None else lambda name: matches(name) is not None,
+    )
+
+
+def _ignore(file: File) -> None:
+    """Without a plan it does not matter which files are opened."""
+
+
+async def _end_on_signal(scope: trio.CancelScope, page_cache: PageCache) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            log.info("ending on %s", signal.Signals(number).name)
+            # A push that waits for our answer to a read would keep the process from ending.
+            page_cache.stop()
+            with trio.move_on_after(LAST_PUSHES_S):
+                while page_cache.busy:
+                    await trio.sleep(0.01)
+            scope.cancel()

@@ -1,0 +1,91 @@
+"""A mount by hand: keeper and supervisor of one mount, in one process.
+
+It is what `lazyfs mount` leaves in the background, and what it is in the foreground; without any
+library that could fail. It understands two signals:
+
+    SIGTERM, SIGINT   save what is not in the cache yet, unmount and end; once more: save no more
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from typing import Any
+
+from lazyfs.errors import LazyfsError
+from lazyfs.handover.keeper import Keeper
+from lazyfs.log import configure
+from lazyfs.process.mount_spec import MountSpec
+from lazyfs.process.privileges import protect_from_oom
+from lazyfs.process.supervisor import Supervisor
+from lazyfs.process.worker_process import StartedWorker
+
+log = logging.getLogger(__name__)
+
+
+def main(
+    spec: MountSpec,
+    report_fd: int | None,
+    waiting: tuple[StartedWorker, socket.socket],
+) -> int:
+    """Keep and supervise one mount in this process; the exit code.
+
+    Args:
+        spec: what to mount.
+        report_fd: of a pipe to whoever waits for the mount; without it, errors are printed.
+        waiting: a worker for it that was started already, and the keeper's end of its connection.
+    """
+    os.chdir("/")
+    configure(
+        str(spec.options.get("log-level", "info")),
+        str(spec.options.get("log-format", "text")),
+        mountpoint=spec.mountpoint,
+    )
+    news: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda got, _: news.put(got))
+    keeper = Keeper()
+
+    def serve(client: socket.socket) -> None:
+        threading.Thread(target=keeper.serve, args=[client], daemon=True).start()
+
+    def connect() -> socket.socket:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        serve(ours)
+        return theirs
+
+    def first() -> StartedWorker:
+        serve(waiting[1])
+        return waiting[0]
+
+    protect_from_oom()
+    supervisor = Supervisor(spec, connect, leash=False, on_end=lambda: news.put(None), first=first)
+    try:
+        supervisor.start()
+    except LazyfsError as error:
+        waiting[0].process.kill()
+        return _refused(error, report_fd)
+    _report(report_fd, {"ready": True})
+    while (got := news.get()) is not None:
+        log.info("ending on %s", signal.Signals(got).name)
+        supervisor.stop(is_enough=lambda: not news.empty())
+    return 0
+
+
+def _refused(error: LazyfsError, report_fd: int | None) -> int:
+    if report_fd is None:
+        print(f"lazyfs: {error}", file=sys.stderr)
+    _report(report_fd, {"error": str(error), "exit_code": error.exit_code})
+    return error.exit_code
+
+
+def _report(descriptor: int | None, message: dict[str, Any]) -> None:
+    if descriptor is not None:
+        with open(descriptor, "w") as pipe:
+            json.dump(message, pipe)

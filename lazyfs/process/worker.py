@@ -1,0 +1,142 @@
+"""The process that serves one mount: `python -m lazyfs.process.worker`.
+
+It is started by whoever supervises it (`start_worker`), who passes descriptors: of a connection to
+the keeper, which has the mount's spec, if not yet then soon, of a pipe for its report, and of a
+leash, a pipe that ends with the supervisor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lazyfs import __version__, log
+from lazyfs.errors import CannotResumeError, LazyfsError
+from lazyfs.fuse import mount_syscalls
+from lazyfs.handover.handover import LOG, SPEC, Handover
+from lazyfs.handover.keeper import KeeperClient, KeeperError
+from lazyfs.options.mount_options import MountOptions
+from lazyfs.process import privileges
+from lazyfs.process.mount_spec import MountSpec
+from lazyfs.process.worker_process import EXIT_CANNOT_RESUME
+from lazyfs.store.source import Source, SourceUrl, find
+from lazyfs.store.source_probe import SourceProbe
+
+# For the end of a worker whose supervisor is gone, before its process just ends.
+LAST_STEPS_S = 5.0
+
+
+def main(name: str, keeper_fd: int, report_fd: int, leash_fd: int | None) -> int:
+    """Serve the mount that is kept under `name`; the exit code."""
+    # What a start makes stays: looking through it again and again takes a quarter of the time.
+    gc.disable()
+    os.chdir("/")  # a daemon must not keep a filesystem busy
+    # First, because a worker is started before it is known what it is to mount.
+    scout = SourceProbe()
+    if leash_fd is not None:
+        threading.Thread(target=_end_with, args=[leash_fd], daemon=True).start()
+    keeper = KeeperClient(socket.socket(fileno=keeper_fd))
+    aside = ThreadPoolExecutor(1)
+    asking = aside.submit(_ask_keeper, keeper, name)
+    opening = aside.submit(lambda: _open(asking.result(), scout))
+    aside.shutdown(wait=False)
+    try:
+        from lazyfs.process.mount import Mount, run  # loaded while the keeper and S3 are asked
+
+        order = asking.result()
+        mount = Mount(
+            order.url, Path(order.spec.mountpoint), order.options, order.spec.credentials,
+            order.spec.options,
+        )  # fmt: skip
+        run(mount, keeper, order.former, opening, lambda: _ready(report_fd))
+    except CannotResumeError as error:
+        _report(report_fd, _described(error))
+        return EXIT_CANNOT_RESUME
+    except (LazyfsError, KeeperError) as error:
+        _report(report_fd, _described(error))
+        return 1
+    finally:
+        scout.end()
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What this worker is to do; `descriptor` is of where its spec is written."""
+
+    descriptor: int
+    spec: MountSpec
+    url: SourceUrl
+    options: MountOptions
+    former: Handover | None
+
+
+def _ask_keeper(keeper: KeeperClient, name: str) -> _Order:
+    """What is to be mounted, as soon as the keeper knows.
+
+    Raises:
+        LazyfsError, KeeperError: it cannot be.
+    """
+    kept = keeper.fetch(name)
+    if LOG in kept:
+        for output in (1, 2):
+            os.dup2(kept[LOG], output)
+    spec = MountSpec.from_descriptor(kept[SPEC])
+    privileges.protect_from_oom()
+    options = MountOptions.parse(("--{name}", spec.options))
+    log.configure(
+        options.log_level, options.log_format, mountpoint=spec.mountpoint, volume=spec.volume
+    )
+    former = Handover.fetch(keeper, name)
+    if former is None:
+        mount_syscalls.check_mountpoint(Path(spec.mountpoint))
+    return _Order(kept[SPEC], spec, SourceUrl.parse(spec.source), options, former)
+
+
+def _open(order: _Order, scout: SourceProbe) -> Source:
+    """The source, as the scout found it; where that was killed, it is found here."""
+    region = order.former.beginning.region if order.former else None
+    about = (order.url, order.options, order.spec.credentials)
+    found = scout.ask(order.descriptor, region) or find(*about, region)
+    return Source(*about, found)
+
+
+def _ready(report_fd: int) -> None:
+    _report(report_fd, {"ready": True, "version": __version__})
+    gc.freeze()
+    gc.enable()
+
+
+def _described(error: LazyfsError | KeeperError) -> dict[str, Any]:
+    code = error.exit_code if isinstance(error, LazyfsError) else 1
+    return {"error": str(error), "exit_code": code, "kind": type(error).__name__}
+
+
+def _report(descriptor: int, message: dict[str, Any]) -> None:
+    # A supervisor that was killed hears nothing, and the worker serves on.
+    with contextlib.suppress(BrokenPipeError), open(descriptor, "w") as pipe:
+        json.dump(message, pipe)
+
+
+def _end_with(leash: int) -> None:
+    """End soon when the supervisor is gone: its successor has a daemon go on with the mount."""
+    os.read(leash, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(LAST_STEPS_S)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    numbers = [int(text) for text in sys.argv[2:]]
+    sys.exit(main(sys.argv[1], numbers[0], numbers[1], numbers[2] if len(numbers) > 2 else None))

@@ -1,0 +1,42 @@
+"""What boto3 does for lazyfs: credentials, the region of a bucket, listings and heads.
+
+boto3 takes a tenth of a second to load and to make a client. So this package is imported only where
+it is needed: a worker that begins has another process do that (`lazyfs/store/source_probe.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def _without_awscrt() -> Iterator[None]:
+    """Let botocore not load a library of twelve megabytes that lazyfs has no use for there.
+
+    botocore does that wherever it is installed (botocore/compat.py), and needs it for credentials
+    of `aws login` only, which a profile of the configuration file names (`login_session`).
+    """
+    if _may_use_aws_login() or "awscrt" in sys.modules:
+        yield
+        return
+    sys.modules["awscrt"] = None  # type: ignore[assignment]  # it is as if it were not installed
+    try:
+        yield
+    finally:
+        del sys.modules["awscrt"]
+
+
+def _may_use_aws_login() -> bool:
+    path = Path(os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config")
+    try:
+        return b"login_session" in path.expanduser().read_bytes()
+    except (OSError, RuntimeError):  # there is none, or no home
+        return False
+
+
+with _without_awscrt():
+    import botocore.compat  # noqa: F401 - it looks for awscrt once

@@ -1,0 +1,138 @@
+"""Blocks from an S3 that is slow, stuck or throttling; time is simulated, threads are real."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import trio
+
+from lazyfs.blocks.memory import BlockMemory
+from lazyfs.errors import AccessDeniedError, SourceError, ThrottledError
+from lazyfs.fetch.request import BlockGetter
+from lazyfs.namespace.tree import File
+from lazyfs.observe.events import Cause
+from lazyfs.observe.recorder import Recorder
+from lazyfs.options.mount_options import MountOptions
+from lazyfs.prefetch.prefetcher import Prefetcher
+from lazyfs.store.http import Cancel
+
+FILE = File(2, 1, "f", "f", 100, "e", 0)
+LIMIT = 1000
+
+Answer = tuple[memoryview, BlockGetter, BlockMemory, Recorder]
+
+
+class Source:
+    """Answers one request after another as it is told."""
+
+    url = SimpleNamespace(bucket="b")
+
+    def __init__(self, *answers: Callable[[], memoryview]) -> None:
+        self.answers = list(answers)
+        self.asked = 0
+        self.cancels: list[Cancel] = []
+        self._lock = threading.Lock()
+
+    def read_range(
+        self, key: str, etag: str, start: int, length: int, cancel: Cancel
+    ) -> memoryview:
+        with self._lock:
+            self.asked += 1
+            self.cancels.append(cancel)
+            answer = self.answers.pop(0)
+        return answer()
+
+
+def good() -> memoryview:
+    return memoryview(b"good")
+
+
+def failing(error: SourceError) -> Callable[[], memoryview]:
+    def answer() -> memoryview:
+        raise error
+
+    return answer
+
+
+def get(source: Source, patience_s: float = 60) -> Answer:
+    async def run() -> Answer:
+        memory = BlockMemory(LIMIT, 10, Prefetcher("off", 10))
+        threads = trio.CapacityLimiter(10)
+        recorder = Recorder()
+        getter = BlockGetter(source, memory, MountOptions(), threads, lambda: None, recorder)  # type: ignore[arg-type]
+        with trio.fail_after(20):
+            came = await getter.get(
+                FILE, 0, 4, patience_s=lambda: patience_s, saturated=lambda: True
+            )
+        return came.data, getter, memory, recorder
+
+    return trio.run(run)
+
+
+def test_transient_errors_are_retried() -> None:
+    data, getter, _, recorder = get(Source(failing(ThrottledError("slow down")), good))
+    assert bytes(data) == b"good"
+    assert recorder.retries == {Cause.THROTTLED: 1}
+    assert getter.limit == 8, "throttling halves what is in flight"
+
+
+def test_final_errors_are_not() -> None:
+    source = Source(failing(AccessDeniedError("no")), good)
+    with pytest.raises(AccessDeniedError):
+        get(source)
+    assert source.asked == 1
+
+
+def test_patience_ends() -> None:
+    source = Source(*[failing(ThrottledError("slow down"))] * 100)
+    with pytest.raises(ThrottledError):
+        get(source, patience_s=0.3)
+    assert 1 < source.asked < 100
+
+
+def test_a_stuck_request_is_asked_a_second_time_and_its_room_is_counted() -> None:
+    released = threading.Event()
+
+    def stuck() -> memoryview:
+        released.wait(timeout=30)
+        return memoryview(b"late")
+
+    source = Source(stuck, good)
+    try:
+        data, _, memory, recorder = get(source)
+        assert bytes(data) == b"good"
+        assert (source.asked, recorder.hedges) == (2, 1)
+        assert memory.used_bytes == 4, "the stuck thread still holds its bytes"
+        assert source.cancels[0].called, "and is told to end"
+    finally:
+        released.set()
+
+
+def test_an_error_of_the_second_attempt_leaves_the_first() -> None:
+    first_may_answer = threading.Event()
+
+    def slow() -> memoryview:
+        first_may_answer.wait(timeout=30)
+        return good()
+
+    def second() -> memoryview:
+        first_may_answer.set()
+        raise ThrottledError("slow down")
+
+    data, _, memory, recorder = get(Source(slow, second))
+    assert bytes(data) == b"good"
+    assert not recorder.retries
+    assert memory.used_bytes == 0
+
+
+def test_a_thread_that_gets_bytes_gives_way_to_the_loop() -> None:
+    def nice() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    source = Source(lambda: memoryview(bytes([nice()])))
+    data, *_ = get(source)
+    assert data[0] > nice()
