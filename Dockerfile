@@ -35,13 +35,18 @@ print(*project["dependencies"], *extras["csi"], *extras["otel"], sep="\n")' \
 COPY . .
 RUN python3 -m pip wheel --no-cache-dir --no-deps -w /wheels . \
     && python3 -m pip --python /opt/lazyfs/bin/python install --no-index --no-deps \
-        --no-cache-dir --root /package /wheels/lazyfs-*.whl
+        --no-cache-dir --root /package /wheels/lazyfs-*.whl \
+    && mkdir -p /package/usr/share/doc/lazyfs \
+    && cp LICENSE /package/usr/share/doc/lazyfs/copyright \
+    && python3 deploy/notices.py /opt/lazyfs/lib/python3*/site-packages \
+        > /package/usr/share/doc/lazyfs/THIRD-PARTY-NOTICES
 
 FROM ${BASE_IMAGE}
 ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="lazyfs" \
     org.opencontainers.image.description="Models in S3 as read-only volumes, for vLLM pods" \
+    org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.version="${VERSION}" \
     org.opencontainers.image.revision="${REVISION}"
 # tini reaps what killed workers leave behind. fusermount3 is not needed: in a container, mounting is
@@ -55,6 +60,7 @@ RUN apt-get update \
     && find / -xdev -perm /6000 -type f -exec chmod ug-s {} +
 COPY --from=build /opt/lazyfs /opt/lazyfs
 COPY --from=build /package/opt/lazyfs /opt/lazyfs
+COPY --from=build /package/usr/share/doc/lazyfs /usr/share/doc/lazyfs
 ENV PATH=/opt/lazyfs/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1

@@ -38,6 +38,16 @@ def test_it_says_its_version_and_labels(built: str, container: image.Container) 
     config = json.loads(image.inspect(built))["OCIv1"]["config"]
     assert config["Labels"]["org.opencontainers.image.version"] == __version__
     assert len(config["Labels"]["org.opencontainers.image.revision"]) == 40
+    assert config["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
+
+
+def test_it_carries_the_licences_of_what_is_in_it(container: image.Container) -> None:
+    documents = "/usr/share/doc/lazyfs"
+    assert "Apache License" in container.run("head", "-1", f"{documents}/copyright")
+    notices = container.run("cat", f"{documents}/THIRD-PARTY-NOTICES")
+    names = ("boto3", "crc32c", "grpcio", "pyfuse3", "trio")
+    assert all(f"\n{name} " in notices for name in names)
+    assert "LESSER GENERAL PUBLIC LICENSE" in notices
 
 
 def test_it_has_only_what_is_used_at_run_time(container: image.Container) -> None:
