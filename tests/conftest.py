@@ -7,8 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from mounting import Mounted
 from s3 import S3
+
+# How long an example takes says how busy the machine is, and nothing about the code.
+settings.register_profile("lazyfs", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("lazyfs")
 
 
 @pytest.fixture(scope="session")
