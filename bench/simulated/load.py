@@ -18,7 +18,8 @@ from lazyfs.cache import BlockCache
 from lazyfs.cache.processors import Processors
 from lazyfs.fetch.scheduler import BlockFetcher
 from lazyfs.namespace.catalog import Catalog
-from lazyfs.namespace.tree import Directory, File, ListedObject, Node, Tree
+from lazyfs.namespace.tree import Directory, Node, Tree
+from lazyfs.objects import File, ListedObject
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import PLANNED, MountOptions
 from lazyfs.pagecache.page_cache import PageCache

@@ -15,7 +15,7 @@ from typing import Any
 import trio
 
 from lazyfs.cache import Claim
-from lazyfs.namespace.tree import File
+from lazyfs.objects import File
 
 # Of the page cache, what is told apart: the smallest request of a loader.
 PAGE = 64 << 10

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from lazyfs.blocks import BlockId, Span
 from lazyfs.blocks.block_map import Place
-from lazyfs.namespace.tree import File
+from lazyfs.objects import File
 from lazyfs.prefetch.prefetcher import Prefetcher
 
 # Of a block, what is told apart: a part counts as read when its last byte was.

@@ -24,7 +24,7 @@ from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.index import IndexFailedError
 from lazyfs.cache.space import Limits
 from lazyfs.errors import CacheError
-from lazyfs.namespace.tree import File
+from lazyfs.objects import File
 from lazyfs.options.mount_options import MountOptions
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from lazyfs.blocks.memory import Held
 from lazyfs.blocks.queue import BlockQueue
 from lazyfs.cache import BlockCache
 from lazyfs.cache.processors import Processors
-from lazyfs.namespace.tree import File
+from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder
 
 WRITERS = 2

@@ -32,7 +32,7 @@ from lazyfs.blocks import BlockId, block_length
 from lazyfs.blocks.buffers import take_buffer
 from lazyfs.cache import BlockCache
 from lazyfs.helper_process import ask_aside
-from lazyfs.namespace.tree import File
+from lazyfs.objects import File
 from lazyfs.pagecache.mincore import all_resident, open_known
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import trio
 
 from lazyfs.blocks import BlockId
 from lazyfs.cache import BlockCache
-from lazyfs.namespace.tree import File
+from lazyfs.objects import File
 
 # How long a block is left to another daemon that claimed it, and how often it is looked for.
 LEASE_S = 10.0

@@ -23,7 +23,7 @@ from lazyfs.cache import check_directory, default_directory
 from lazyfs.cache.direct_io import read_file, write_file
 from lazyfs.errors import LazyfsError
 from lazyfs.fuse import mount_syscalls
-from lazyfs.namespace.tree import ListedObject
+from lazyfs.objects import ListedObject
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.options.option_types import GIB, MIB, format_duration, format_size
 from lazyfs.pagecache.page_cache import free_memory

@@ -21,7 +21,8 @@ from lazyfs.cli.tables import console, print_rows
 from lazyfs.control.client import ControlClient, ControlError
 from lazyfs.errors import ObjectGoneError, SourceError
 from lazyfs.model.inspection import Layer, Model, Reader, alike, inspect_files
-from lazyfs.namespace.tree import File, ListedObject, Tree
+from lazyfs.namespace.tree import Tree
+from lazyfs.objects import File, ListedObject
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.options.option_types import compile_pattern, format_size
 from lazyfs.process.mount_records import control_socket

@@ -11,12 +11,13 @@ from typing import Any
 
 import trio
 
-from lazyfs.control.server import Route
+from lazyfs.control import Route
 from lazyfs.errors import ObjectGoneError
 from lazyfs.fetch.scheduler import BlockFetcher
 from lazyfs.model.layout import MAX_INDEX_BYTES
 from lazyfs.namespace.catalog import Catalog
-from lazyfs.namespace.tree import Directory, File, Node
+from lazyfs.namespace.tree import Directory, Node
+from lazyfs.objects import File
 from lazyfs.store.source import Source
 
 

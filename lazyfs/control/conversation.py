@@ -11,7 +11,7 @@ from typing import Any
 import h11
 import trio
 
-from lazyfs.control.server import Route
+from lazyfs.control import Route
 from lazyfs.errors import LazyfsError
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import Any
 import trio
 
 from lazyfs.cache.late_writer import LateWriter
-from lazyfs.control.server import Route
+from lazyfs.control import Route
 from lazyfs.fetch.scheduler import BlockFetcher
 from lazyfs.handover.runtime_changes import RuntimeChanges
 from lazyfs.observe.recorder import Recorder

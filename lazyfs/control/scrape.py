@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import trio
 
-from lazyfs.control.server import Route, serve_http
+from lazyfs.control import Route
+from lazyfs.control.server import serve_http
 from lazyfs.errors import MountError
 
 log = logging.getLogger(__name__)

@@ -12,18 +12,14 @@ import socket
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import trio
 
+from lazyfs.control import Route
 from lazyfs.handover.keeper import is_trusted
 
 # A client that neither asks nor hangs up is let go.
 PATIENCE_S = 10.0
-
-# Answers a request: it gets the body, a JSON object, and returns what is sent as JSON, or text; or
-# something to be awaited that gives it.
-Route = Callable[[dict[str, Any]], Any]
 
 
 async def serve_control(

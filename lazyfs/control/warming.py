@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from lazyfs.cache import BlockCache
-from lazyfs.control.server import Route
+from lazyfs.control import Route
 from lazyfs.errors import BadRequestError, LazyfsError
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.options.mount_options import MountOptions

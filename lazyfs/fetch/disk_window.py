@@ -12,7 +12,7 @@ from lazyfs.blocks.block_map import Place
 from lazyfs.blocks.memory import BlockMemory, Held
 from lazyfs.cache import BlockCache
 from lazyfs.cache.block_writer import BlockWriter
-from lazyfs.namespace.tree import File
+from lazyfs.objects import File
 from lazyfs.prefetch.prefetcher import Prefetcher
 
 # So many blocks of the disk make room for others at once.

@@ -18,7 +18,7 @@ from lazyfs.cache import BlockCache, Claim
 from lazyfs.cache.other_daemons import OtherDaemons
 from lazyfs.errors import SourceError
 from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter
-from lazyfs.namespace.tree import File
+from lazyfs.objects import File
 from lazyfs.observe.events import Purpose
 from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.pagecache.spliced_block import Arrived, SplicedBlock

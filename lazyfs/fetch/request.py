@@ -18,7 +18,7 @@ from lazyfs.blocks.memory import BlockMemory
 from lazyfs.errors import SourceError, ThrottledError, UnavailableError
 from lazyfs.fetch.concurrency import Concurrency, HedgeTimer, Pacer
 from lazyfs.fetch.threads import in_bulk
-from lazyfs.namespace.tree import File
+from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.pagecache.spliced_block import Arrived, SplicedBlock

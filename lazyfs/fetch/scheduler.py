@@ -42,7 +42,8 @@ from lazyfs.fetch.shard_headers import ShardHeaders, has_head, heads_limit
 from lazyfs.fetch.threads import in_bulk
 from lazyfs.handover.page_map import PageMap
 from lazyfs.model.safetensors import LENGTH_BYTES, header_size
-from lazyfs.namespace.tree import File, Tree
+from lazyfs.namespace.tree import Tree
+from lazyfs.objects import File
 from lazyfs.observe.events import Activity, Purpose
 from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.options.mount_options import MountOptions

@@ -18,8 +18,14 @@ import trio
 
 from lazyfs.errors import SourceError
 from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter
-from lazyfs.model.safetensors import LENGTH_BYTES, MalformedHeaderError, header_size
-from lazyfs.namespace.tree import File
+from lazyfs.model.safetensors import (
+    HEAD_BYTES,
+    LENGTH_BYTES,
+    LONGEST_HEADER,
+    MalformedHeaderError,
+    header_size,
+)
+from lazyfs.objects import File
 from lazyfs.observe.events import Purpose
 from lazyfs.observe.recorder import Recorder
 from lazyfs.pagecache.page_cache import PageCache
@@ -27,14 +33,9 @@ from lazyfs.prefetch.prefetcher import Prefetcher
 
 log = logging.getLogger(__name__)
 
-# What is asked for first: more than nearly all headers have, and whole pages.
-HEAD_BYTES = 64 << 10
 # Of a file below this size the first block is had instead.
 LEAST_HEADED = 1 << 20
 SUFFIX = ".safetensors"
-# A longer header is not had ahead of its readers. Parsing takes 5 ms for a usual header (300
-# tensors), but seconds for the longest that the format allows.
-LONGEST_HEADER = 16 << 20
 # Requests at once.
 AT_ONCE = 16
 # Of the memory limit, what heads may take together.

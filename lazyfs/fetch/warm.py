@@ -20,13 +20,13 @@ from lazyfs.cache import CARE_S, BlockCache, Claim
 from lazyfs.cache.other_daemons import LEASE_S
 from lazyfs.errors import LazyfsError, SourceError
 from lazyfs.fetch.request import BlockGetter
-from lazyfs.model.filenames import matches
 from lazyfs.model.layout import ModelFile, layouts
 from lazyfs.namespace.catalog import Catalog
-from lazyfs.namespace.tree import Directory, File
+from lazyfs.namespace.tree import Directory
+from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
-from lazyfs.options.option_types import format_size
+from lazyfs.options.option_types import format_size, matches
 from lazyfs.prefetch.prefetcher import Prefetcher
 from lazyfs.store.source import Source
 

@@ -21,7 +21,8 @@ from lazyfs.blocks import spans
 from lazyfs.errors import SourceError
 from lazyfs.fetch.scheduler import BlockFetcher
 from lazyfs.namespace.catalog import Catalog
-from lazyfs.namespace.tree import NAME_MAX_BYTES, ROOT_INODE, Directory, File, Node
+from lazyfs.namespace.tree import NAME_MAX_BYTES, ROOT_INODE, Directory, Node
+from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 

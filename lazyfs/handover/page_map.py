@@ -23,7 +23,8 @@ from collections.abc import Iterator
 from lazyfs.blocks import BlockId, block_count
 from lazyfs.blocks.block_map import Place
 from lazyfs.memory_file import read_whole
-from lazyfs.namespace.tree import File, Tree
+from lazyfs.namespace.tree import Tree
+from lazyfs.objects import File
 
 # What the records are like, and the size of blocks in bytes.
 _HEAD = struct.Struct("<8sQ")

@@ -1,11 +1,9 @@
-"""What the names of files say in repositories of models. Pure; names are without directories, but
-for `matches`."""
+"""What the names of files say in repositories of models. Pure; names are without directories."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 from posixpath import splitext
 from types import MappingProxyType
 from typing import Literal, TypeAlias
@@ -109,9 +107,3 @@ def format_of(name: str) -> Format | None:
     if name.startswith("openvino") and name.endswith(".bin"):
         return "other"
     return _FORMATS.get(suffix_of(name))
-
-
-def matches(path: str, globs: Iterable[str]) -> bool:
-    """Whether one of some patterns is that of a path, or of the name at its end."""
-    name = path.rpartition("/")[2]
-    return any(fnmatchcase(path, glob) or fnmatchcase(name, glob) for glob in globs)

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from lazyfs.errors import SourceError
-from lazyfs.fetch.shard_headers import HEAD_BYTES, LONGEST_HEADER
 from lazyfs.model.layout import MAX_INDEX_BYTES, ModelFile, ModelLayout, layouts, wanted_models
 from lazyfs.model.safetensors import (
+    HEAD_BYTES,
     LENGTH_BYTES,
+    LONGEST_HEADER,
     MalformedHeaderError,
     Tensor,
     header_size,

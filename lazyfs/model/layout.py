@@ -51,12 +51,12 @@ from lazyfs.model.filenames import (
     format_of,
     is_consolidated,
     is_small,
-    matches,
     natural_order,
     small_rank,
     stem_of,
     suffix_of,
 )
+from lazyfs.options.option_types import matches
 
 INDEX_SUFFIX = ".safetensors.index.json"
 PIPELINE_INDEX = "model_index.json"

@@ -31,6 +31,11 @@ from typing import NoReturn, TypeAlias, TypeGuard
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 LENGTH_BYTES = 8
+# Read first of a shard: more than nearly all headers have, and whole pages.
+HEAD_BYTES = 64 << 10
+# A longer header is not fetched ahead of its readers. Parsing takes 5 ms for a usual header (300
+# tensors), but seconds for the longest that the format allows.
+LONGEST_HEADER = 16 << 20
 # N at most; MAX_HEADER_SIZE of the crate.
 MAX_HEADER_LENGTH = 100_000_000
 # A parsed value takes up to 100 bytes of memory, and JSON can say one in two bytes of header. With

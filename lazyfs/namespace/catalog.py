@@ -20,7 +20,8 @@ import trio
 
 from lazyfs.errors import ObjectGoneError, SourceError
 from lazyfs.namespace.listing_log import Listing, ListingLog
-from lazyfs.namespace.tree import Directory, Hidden, ListedObject, Node, Tree, whole_directories
+from lazyfs.namespace.tree import Directory, Hidden, Node, Tree, whole_directories
+from lazyfs.objects import ListedObject
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store.retry import patiently

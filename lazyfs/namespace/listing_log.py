@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields
 from operator import attrgetter
 
 from lazyfs.memory_file import memory_file, read_whole
-from lazyfs.namespace.tree import ListedObject
+from lazyfs.objects import ListedObject
 
 _LENGTH = struct.Struct("<I")
 # As `dataclasses.astuple`, which takes ten times as long.

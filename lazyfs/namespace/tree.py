@@ -20,33 +20,11 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from lazyfs.objects import File, ListedObject
+
 ROOT_INODE = 1
 NAME_MAX_BYTES = 255
 SAME_NAME = "a directory has the same name"
-
-
-@dataclass(frozen=True, slots=True)
-class ListedObject:
-    """One object of a listing. `key` is None when it is not UTF-8; `shown` is for messages."""
-
-    key: str | None
-    size_bytes: int
-    etag: str
-    modified_ns: int
-    shown: str
-
-
-@dataclass(frozen=True, slots=True)
-class File:
-    """A file: one object, pinned by its ETag."""
-
-    inode: int
-    parent: int
-    name: str
-    key: str
-    size_bytes: int
-    etag: str
-    modified_ns: int
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from enum import StrEnum
 
 from lazyfs.blocks import BlockId, Span
 from lazyfs.errors import CredentialsExpiredError, SourceError, ThrottledError
-from lazyfs.namespace.tree import File
+from lazyfs.objects import File
 from lazyfs.observe.events import Activity, Cause, EventRing, Kind, Purpose
 from lazyfs.observe.histogram import Histogram
 

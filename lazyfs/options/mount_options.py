@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lazyfs.errors import OptionError
-from lazyfs.model.filenames import matches
 from lazyfs.options.option_types import (
     KIB,
     MIB,
@@ -35,6 +34,7 @@ from lazyfs.options.option_types import (
     Text,
     Url,
     format_size,
+    matches,
 )
 
 POLICIES = ("model", "tensor", "sequential", "headers", "off")

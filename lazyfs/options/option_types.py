@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlsplit
@@ -364,3 +366,9 @@ class Glob(Kind):
         if not text:
             raise ValueError(text)
         return text
+
+
+def matches(path: str, globs: Iterable[str]) -> bool:
+    """Whether one of some patterns is that of a path, or of the name at its end."""
+    name = path.rpartition("/")[2]
+    return any(fnmatchcase(path, glob) or fnmatchcase(name, glob) for glob in globs)

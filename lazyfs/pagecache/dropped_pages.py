@@ -22,7 +22,7 @@ import trio
 from lazyfs.blocks import BlockId, block_length
 from lazyfs.fetch.scheduler import BlockFetcher
 from lazyfs.helper_process import ask_aside
-from lazyfs.namespace.tree import File
+from lazyfs.objects import File
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import trio
 
 from lazyfs.helper_process import run_aside
-from lazyfs.namespace.tree import File
+from lazyfs.objects import File
 
 log = logging.getLogger(__name__)
 

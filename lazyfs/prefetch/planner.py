@@ -32,7 +32,7 @@ from lazyfs.model.filenames import format_of
 from lazyfs.model.layout import ModelFile, ModelLayout, layouts, wanted_models
 from lazyfs.model.safetensors import MalformedHeaderError, Tensor, parse_header
 from lazyfs.namespace.catalog import Catalog
-from lazyfs.namespace.tree import File
+from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.prefetch.prefetcher import Prefetcher

@@ -21,12 +21,13 @@ import trio
 
 from lazyfs.cache import BlockCache
 from lazyfs.cache.late_writer import LateWriter
+from lazyfs.control import Route
 from lazyfs.control.contents import Contents
 from lazyfs.control.first_load import tell_first_load
 from lazyfs.control.recording import recording
 from lazyfs.control.saving import Saving
 from lazyfs.control.scrape import listen, serve_metrics
-from lazyfs.control.server import Route, serve_control
+from lazyfs.control.server import serve_control
 from lazyfs.control.status import Status
 from lazyfs.control.tunables import pause, tune, with_former_changes
 from lazyfs.control.warming import Warming
@@ -41,7 +42,7 @@ from lazyfs.handover.runtime_changes import RuntimeChanges
 from lazyfs.log import now_about
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.listing_log import ListingLog
-from lazyfs.namespace.tree import File
+from lazyfs.objects import File
 from lazyfs.observe import tracing
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import PLANNED, MountOptions

@@ -30,7 +30,7 @@ from lazyfs.errors import (
     UntrustedError,
     classify,
 )
-from lazyfs.namespace.tree import ListedObject
+from lazyfs.objects import ListedObject
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store.credentials import Credentials, StaticCredentials, WebIdentity
 from lazyfs.store.http import (

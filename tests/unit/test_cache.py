@@ -17,7 +17,7 @@ from lazyfs.cache import directory as directory_module
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.space import Limits
 from lazyfs.errors import CacheError
-from lazyfs.namespace.tree import File
+from lazyfs.objects import File
 
 BLOCK = 256 << 10
 # A block's file has a tail of some hundred bytes.

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyfs.namespace.listing_log import Listing, ListingLog
-from lazyfs.namespace.tree import ListedObject
+from lazyfs.objects import ListedObject
 from lazyfs.process.mount_spec import MountSpec
 from lazyfs.store.credentials import StaticCredentials, WebIdentity
 

@@ -14,7 +14,7 @@ from lazyfs.fetch.scheduler import BlockFetcher
 from lazyfs.model.layout import SMALL_COUNT
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.listing_log import ListingLog
-from lazyfs.namespace.tree import File, ListedObject
+from lazyfs.objects import File, ListedObject
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.prefetch import planner

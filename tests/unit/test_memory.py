@@ -7,7 +7,7 @@ import pytest
 from lazyfs.blocks import BlockId
 from lazyfs.blocks.block_map import Place
 from lazyfs.blocks.memory import BlockMemory, Held
-from lazyfs.namespace.tree import File
+from lazyfs.objects import File
 from lazyfs.prefetch.prefetcher import Prefetcher
 
 FILE = File(2, 1, "f", "f", 1000, "e", 0)

@@ -11,7 +11,8 @@ from lazyfs.blocks import block_count
 from lazyfs.blocks.block_map import Place
 from lazyfs.handover.handover import new_near
 from lazyfs.handover.page_map import PageMap
-from lazyfs.namespace.tree import File, ListedObject, Tree
+from lazyfs.namespace.tree import Tree
+from lazyfs.objects import File, ListedObject
 
 BLOCK = 10
 SIZES = {"a": 35, "b": 1, "c": 4000, "empty": 0}

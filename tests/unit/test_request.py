@@ -13,7 +13,7 @@ import trio
 from lazyfs.blocks.memory import BlockMemory
 from lazyfs.errors import AccessDeniedError, SourceError, ThrottledError
 from lazyfs.fetch.request import BlockGetter
-from lazyfs.namespace.tree import File
+from lazyfs.objects import File
 from lazyfs.observe.events import Cause
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions

@@ -7,7 +7,7 @@ import pytest
 from botocore.utils import parse_timestamp
 
 from lazyfs.errors import BadRequestError
-from lazyfs.namespace.tree import ListedObject
+from lazyfs.objects import ListedObject
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store.boto.session import new_session
 from lazyfs.store.credentials import StaticCredentials, WebIdentity

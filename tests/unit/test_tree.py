@@ -5,15 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.namespace.tree import (
-    Directory,
-    File,
-    ListedObject,
-    Tree,
-    file_inode,
-    refusal,
-    whole_directories,
-)
+from lazyfs.namespace.tree import Directory, Tree, file_inode, refusal, whole_directories
+from lazyfs.objects import File, ListedObject
 
 
 def listed(*keys: str | None) -> list[ListedObject]:

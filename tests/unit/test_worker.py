@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from lazyfs.namespace.tree import File
+from lazyfs.objects import File
 from lazyfs.pagecache.walker import Walker
 from lazyfs.process.worker import _report
 

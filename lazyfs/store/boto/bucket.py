@@ -32,7 +32,7 @@ from lazyfs.errors import (
     WrongRegionError,
     classify,
 )
-from lazyfs.namespace.tree import ListedObject
+from lazyfs.objects import ListedObject
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store.boto.credentials import GivenCredentials, Replaceable
 from lazyfs.store.boto.session import new_session
