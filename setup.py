@@ -1,8 +1,7 @@
-"""Makes the CSI messages of `proto/csi.proto` when the package is built; the rest is in
-pyproject.toml.
+"""Makes the gRPC messages of `proto/` when the package is built; the rest is in pyproject.toml.
 
-For a wheel, an sdist and an editable install alike, `csi/csi_pb2.py`, `.pyi` and
-`csi/csi_pb2_grpc.py` are written beside the other modules, where git ignores them.
+For a wheel, an sdist and an editable install alike, `csi/NAME_pb2.py`, `.pyi` and
+`csi/NAME_pb2_grpc.py` are written beside the other modules, where git ignores them.
 """
 
 from importlib.resources import files
@@ -22,17 +21,17 @@ class BuildWithMessages(build_py):
         status = protoc.main(
             [
                 "protoc",
-                # The proto file as `csi/csi.proto`: its modules then import each other as `csi.…`.
+                # The files as `csi/NAME.proto`: the modules then import each other as `csi.…`.
                 f"--proto_path=csi={ROOT / 'proto'}",
                 f"--proto_path={files('grpc_tools') / '_proto'}",
                 f"--python_out={ROOT}",
                 f"--pyi_out={ROOT}",
                 f"--grpc_python_out={ROOT}",
-                "csi/csi.proto",
+                *(f"csi/{path.name}" for path in sorted((ROOT / "proto").glob("*.proto"))),
             ]
         )
         if status != 0:
-            raise SystemExit("setup.py: protoc refused proto/csi.proto")
+            raise SystemExit("setup.py: protoc refused a file of proto/")
         super().run()
 
 

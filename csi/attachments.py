@@ -1,8 +1,13 @@
 """Volumes at paths: put there, taken away, looked after.
 
-Every path is a read-only bind mount of its daemon's mount. A path is written down before it is
-mounted and crossed out after it is gone, so that every step can be repeated and a plugin that was
-killed in the middle can be followed by another.
+A pod's path (target) is a read-only bind mount of the daemon's own mountpoint. The staging path
+stays an empty directory: kubelet does not unstage a volume while the filesystem that is mounted at
+its staging path is mounted anywhere else (`GetDeviceMountRefs`, pkg/volume/util/operationexecutor).
+The daemon's mountpoint is such a place, as are the pods of other volumes that share the daemon.
+Staging brings the node-stage secret and starts the daemon that needs it; unstaging ends it.
+
+A path is written down before it is mounted and crossed out after it is gone, so that every step can
+be repeated and a plugin that was killed in the middle can be followed by another.
 """
 
 from __future__ import annotations
@@ -120,13 +125,14 @@ class Attachments:
         return self._state.volume(volume_id).places.get(str(path))
 
     def note(self, volume_id: str, path: Path, asked: str) -> None:
-        """A volume is staged at a path, where nothing is mounted: its daemons come with the pods.
+        """Remember that a volume is staged at a path, without a daemon: that starts with a pod.
 
         Raises:
             RpcError: the path is taken.
         """
         self._check_free(volume_id, path, "staging", asked)
-        self._save(volume_id, path, Place("staging", None, asked))
+        if self.place(volume_id, path) is None:
+            self._save(volume_id, path, Place("staging", None, asked))
 
     def put(
         self,
@@ -138,7 +144,7 @@ class Attachments:
         timeout_s: float,
         via: Daemon | None = None,
     ) -> Daemon:
-        """Mount a volume at a path; see that it is as it should be if it is there already.
+        """Have a daemon serve a volume at a path; repair what is there already.
 
         Args:
             wanted: the place, without a daemon; calls that are repeated have the same `asked`.
@@ -163,8 +169,9 @@ class Attachments:
                     f"{path}: volume {volume_id} is there already, without credentials of its own",
                 )
             device = self.daemons.ensure(daemon, credentials, until - time.monotonic())
-            self._mount_again(volume_id, path, daemon, device)
-            self._note_pod(volume_id, path, wanted)
+            if wanted.is_mounted:
+                self._mount_again(volume_id, path, daemon, device)
+                self._note_pod(volume_id, path, wanted)
             return daemon
         if via is None:
             daemon = self.daemons.reserve(volume, credentials, str(path), volume_id)
@@ -174,7 +181,8 @@ class Attachments:
         try:
             self._save(volume_id, path, replace(wanted, daemon=daemon.name))
             device = self.daemons.ensure(daemon, credentials, until - time.monotonic())
-            mounts.bind(daemon.mountpoint, path, device)
+            if wanted.is_mounted:
+                mounts.bind(daemon.mountpoint, path, device)
             log.info("volume %s is at %s, served at %s", volume_id, path, daemon.mountpoint)
         except BaseException:
             self._roll_back(volume_id, path, present, wanted.kind)
@@ -209,7 +217,8 @@ class Attachments:
         if daemon is None:
             return "its daemon is gone"
         troubles = [trouble] if (trouble := daemon.trouble) else []
-        if daemon.device is not None and not mounts.shows(path, daemon.device):
+        lost = place.is_mounted and daemon.device and not mounts.shows(path, daemon.device)
+        if lost:
             troubles.append(f"it is not mounted at {path} any more")
         if place.renewed is not None:
             troubles.append(
@@ -293,7 +302,7 @@ class Attachments:
         """Mount a daemon's new filesystem where its old one was."""
         for path, place in self._state.volume(volume_id).places.items():
             device = daemon.device
-            if place.daemon != daemon.name or device is None:
+            if place.daemon != daemon.name or device is None or not place.is_mounted:
                 continue
             try:
                 self._mount_again(volume_id, Path(path), daemon, device)
@@ -307,7 +316,7 @@ class Attachments:
         lost = mounts.is_mountpoint(path)
         mounts.bind(daemon.mountpoint, path, device)
         place = self.place(volume_id, path)
-        if lost and place is not None and place.kind == "target":
+        if lost and place is not None:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             self._save(volume_id, path, replace(place, renewed=now))
             log.warning("%s: mounted anew; what was open there fails", path)

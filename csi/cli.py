@@ -146,6 +146,7 @@ def serve(
     services: Sequence[Callable[[grpc.Server], None]],
     checks: Sequence[Check],
     mount_metrics: Callable[[], str] = lambda: "",
+    registration_dir: Path | None = None,
 ) -> None:
     """Answer at the endpoint until SIGTERM or SIGINT: Identity, and these services.
 
@@ -153,6 +154,7 @@ def serve(
         services: each puts one servicer into the server.
         checks: what must hold for the plugin to be ready.
         mount_metrics: the text of the metrics of its mounts.
+        registration_dir: where kubelet looks for plugins; None: somebody else registers this one.
 
     Raises:
         OptionError: an address cannot be listened at.
@@ -160,14 +162,25 @@ def serve(
     from csi.csi_pb2_grpc import add_IdentityServicer_to_server
     from csi.health import HealthServer
     from csi.identity import Identity
-    from csi.server import Server
+    from csi.server import Server, socket_path
 
     identity = Identity(driver_name, checks)
     server = Server(endpoint, [lambda it: add_IdentityServicer_to_server(identity, it), *services])
-    health = HealthServer(http_address, checks, mount_metrics) if http_address else None
+    beside: list[Server] = []
+    ready = list(checks)
+    if registration_dir is not None:
+        from csi.pluginregistration_pb2_grpc import add_RegistrationServicer_to_server
+        from csi.registration import Registration, socket_of
+
+        socket = socket_of(registration_dir, driver_name)
+        registration = Registration(driver_name, socket_path(endpoint), socket)
+        add = [lambda it: add_RegistrationServicer_to_server(registration, it)]
+        beside.append(Server(str(socket), add, "--registration-dir"))
+        ready.append(registration.check)
+    health = HealthServer(http_address, ready, mount_metrics) if http_address else None
     if health is not None:
         health.start()
-    server.serve()
+    server.serve(beside)
     if health is not None:
         health.stop()
 
@@ -240,6 +253,13 @@ def controller(
     help="Socket of the keeper.",
 )
 @click.option(
+    "--registration-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIRECTORY",
+    help="kubelet's directory plugins_registry, by its path on the node: register the driver with "
+    "kubelet there. When not given, node-driver-registrar has to.",
+)
+@click.option(
     "--inline-node-role",
     is_flag=True,
     help="Let inline volumes of pods be read with the node's own credentials.",
@@ -254,6 +274,7 @@ def node(
     node_id: str,
     state_dir: Path,
     keeper_socket: Path,
+    registration_dir: Path | None,
     inline_node_role: bool,
     config: Path | None,
     **given: Any,
@@ -270,6 +291,7 @@ def node(
     from lazyfs.cache import check_directory, directories_of
     from lazyfs.fuse.mount_syscalls import check_fuse
     from lazyfs.handover.keeper import allow_many_descriptors
+    from lazyfs.process.mount_records import check_runtime_directory
 
     options, defaults = settings(config, given)
     configure(driver_name, options)
@@ -284,8 +306,10 @@ def node(
         for directory in directories_of(options):
             check_directory(directory)
 
-    checks = [check_fuse, attachments.daemons.check_keeper, check_cache]
+    checks = [
+        check_fuse, check_runtime_directory, attachments.daemons.check_keeper, check_cache,
+    ]  # fmt: skip
     services = [lambda it: add_NodeServicer_to_server(servicer, it)]
     metrics = partial(mount_metrics, attachments)
-    serve(endpoint, driver_name, http_address, services, checks, metrics)
+    serve(endpoint, driver_name, http_address, services, checks, metrics, registration_dir)
     attachments.daemons.close()

@@ -9,7 +9,7 @@ from grpc import ServicerContext, StatusCode
 
 from csi import csi_pb2
 from csi.csi_pb2_grpc import ControllerServicer
-from csi.errors import InvalidArgumentError, RpcError
+from csi.errors import InvalidArgumentError, MendableError, RpcError
 from csi.kubernetes import ApiServer
 from csi.parameters import Parameters
 from csi.records import ProvisionedVolume, Records
@@ -161,7 +161,10 @@ class Controller(ControllerServicer):
         attributes = parameters.attributes(self._chosen_source(parameters))
         check_size("the volume's attributes", attributes)
         volume = self._rules.volume(attributes, flags)
-        credentials = credentials_of(request.secrets)
+        try:
+            credentials = credentials_of(request.secrets)
+        except InvalidArgumentError as error:
+            raise MendableError(str(error)) from None
         size_bytes = self._size(volume, credentials, parameters)
         if limit and size_bytes > limit:
             raise RpcError(
@@ -189,7 +192,7 @@ class Controller(ControllerServicer):
             )
         chosen = self._api_server.claim_annotations(namespace, name).get(self._annotation)
         if not chosen and not parameters.names_a_source:
-            raise InvalidArgumentError(
+            raise MendableError(
                 f"the claim {namespace}/{name} has no annotation {self._annotation}, and the "
                 "StorageClass no source"
             )

@@ -27,7 +27,7 @@ from typing import Any
 from grpc import StatusCode
 
 from csi import mounts
-from csi.errors import RpcError
+from csi.errors import RpcError, without_ids
 from csi.staged import DaemonRecord, State
 from csi.volumes import Volume
 from lazyfs.errors import LazyfsError, MountError
@@ -48,8 +48,6 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 START_TIMEOUT_S = 120.0
 # How soon a keeper that was replaced is noticed.
 KEEPER_POLL_S = 2.0
-# Which differs each time, so that the same refusal would be another one (`lazyfs/store/source.py`).
-_REQUEST_ID = re.compile(r" \(request [^)]*\)")
 # Characters of a source in the name of its daemon.
 LONGEST_READABLE = 48
 
@@ -320,7 +318,7 @@ class Daemons:
                 self._on_mount(daemon)
                 return
             except (LazyfsError, KeeperError) as error:
-                refusal = _REQUEST_ID.sub("", str(error))
+                refusal = without_ids(str(error))
                 if refusal != daemon.refusal:
                     log.warning("%s: %s; tried again", daemon.spec.source, error)
                 daemon.refusal = refusal

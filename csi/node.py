@@ -21,7 +21,7 @@ from csi import credentials, csi_pb2
 from csi.attachments import Attachments
 from csi.csi_pb2_grpc import NodeServicer
 from csi.daemons import Daemon
-from csi.errors import InvalidArgumentError, RpcError
+from csi.errors import InvalidArgumentError, RpcError, without_ids
 from csi.mounts import safe_path
 from csi.staged import Place
 from csi.volumes import Rules, Volume, check_capability, check_text, own_attributes
@@ -66,9 +66,10 @@ class Node(NodeServicer):
     def NodeStageVolume(
         self, request: csi_pb2.NodeStageVolumeRequest, context: ServicerContext
     ) -> csi_pb2.NodeStageVolumeResponse:
-        """Mount a volume at the staging path, and return as soon as it can be used.
+        """Start the daemon of a volume with a node-stage secret; only remember any other one.
 
-        A volume with `roleArn` is only written down: the token that it needs comes with a pod.
+        Without such a secret the credentials come with a pod (its token, a node-publish secret) or
+        are the node's own, so that the daemon starts when the volume is published.
         """
         until = _deadline(context)
         check_text("volume_id", request.volume_id)
@@ -77,7 +78,7 @@ class Node(NodeServicer):
         given = credentials.of_stage(volume, request.secrets)
         asked = _digest(request.volume_context, request.volume_capability)
         with self._attachments.locks.held(request.volume_id):
-            if volume.role_arn:
+            if given is None:
                 self._attachments.note(request.volume_id, path, asked)
                 return csi_pb2.NodeStageVolumeResponse()
             daemon = self._attachments.put(
@@ -90,7 +91,7 @@ class Node(NodeServicer):
     def NodeUnstageVolume(
         self, request: csi_pb2.NodeUnstageVolumeRequest, context: ServicerContext
     ) -> csi_pb2.NodeUnstageVolumeResponse:
-        """Unmount a volume from the staging path, even if its daemon is dead."""
+        """Forget that a volume is staged; its daemon ends if no other path needs it."""
         check_text("volume_id", request.volume_id)
         path = safe_path("staging_target_path", request.staging_target_path)
         with self._attachments.locks.held(request.volume_id):
@@ -141,13 +142,13 @@ class Node(NodeServicer):
     ) -> csi_pb2.NodeGetVolumeStatsResponse:
         """The size of the model, how much of it is on this node, and what is wrong, if anything.
 
-        Nothing can fill up: `available` is the size, however much of it is here (`used`).
+        Nothing can fill up: all bytes and files are `available`; `used` bytes are on this node.
         """
         check_text("volume_id", request.volume_id)
         path, place = self._place(request.volume_id, request.volume_path)
         trouble = self._attachments.trouble(path, place)
         condition = csi_pb2.VolumeCondition(
-            abnormal=trouble is not None, message=trouble or "the volume is served"
+            abnormal=trouble is not None, message=without_ids(trouble or "the volume is served")
         )
         return csi_pb2.NodeGetVolumeStatsResponse(
             usage=self._usage(place), volume_condition=condition
@@ -232,7 +233,8 @@ class Node(NodeServicer):
         unit = csi_pb2.VolumeUsage.Unit
         return [
             csi_pb2.VolumeUsage(unit=unit.BYTES, total=size, used=here, available=size),
-            csi_pb2.VolumeUsage(unit=unit.INODES, total=files, used=files, available=0),
+            # kubelet's stock alerts fire when bytes or inodes run out.
+            csi_pb2.VolumeUsage(unit=unit.INODES, total=files, used=files, available=files),
         ]
 
 

@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from csi.errors import InvalidArgumentError
+from csi.errors import InvalidArgumentError, MendableError
 from csi.volumes import check_size, own_attributes
 from lazyfs.errors import OptionError
 from lazyfs.options.option_types import Flag
@@ -87,7 +87,8 @@ class Parameters:
             chosen: the source that the claim asks for by its annotation, if it does.
 
         Raises:
-            InvalidArgumentError: it may not have that one, or a template has no value.
+            MendableError: it may not have that one.
+            InvalidArgumentError: a template has no value.
         """
         attributes = {
             key: self._filled(key, value) if key in _TEMPLATED else value
@@ -102,11 +103,11 @@ class Parameters:
         try:
             url = SourceUrl.parse(chosen)
         except OptionError as error:
-            raise InvalidArgumentError(f"the claim's annotation: {error}") from None
+            raise MendableError(f"the claim's annotation: {error}") from None
         for allowed in self.allowed_prefixes:
             if url.bucket == allowed.bucket and url.prefix.startswith(allowed.prefix):
                 return url
-        raise InvalidArgumentError(
+        raise MendableError(
             f"the claim's annotation: {chosen!r} is not allowed: the StorageClass allows what is "
             f"below {', '.join(map(str, self.allowed_prefixes))}"
         )

@@ -30,7 +30,7 @@ import grpc
 from grpc import StatusCode
 from prometheus_client import Histogram
 
-from csi.errors import code_of
+from csi.errors import code_of, without_ids
 from lazyfs.errors import LazyfsError, OptionError
 from lazyfs.handover.keeper import KeeperError
 from lazyfs.log import within
@@ -72,14 +72,20 @@ class Server:
     Args:
         endpoint: `unix:///path/of.sock`, or the path.
         services: each puts one servicer into the server, as the generated `add_...` do.
+        option: that the endpoint comes from, for messages.
 
     Raises:
         OptionError: the endpoint cannot be listened at.
     """
 
-    def __init__(self, endpoint: str, services: Sequence[Callable[[grpc.Server], None]]) -> None:
-        self._path = socket_path(endpoint)
-        _make_room(self._path)
+    def __init__(
+        self,
+        endpoint: str,
+        services: Sequence[Callable[[grpc.Server], None]],
+        option: str = "--endpoint",
+    ) -> None:
+        self._path = socket_path(endpoint, option)
+        _make_room(self._path, option)
         self._tracer = tracing.tracer("lazyfs-csi")
         self._server = grpc.server(
             ThreadPoolExecutor(THREADS, thread_name_prefix="rpc"),
@@ -91,7 +97,7 @@ class Server:
         try:
             self._server.add_insecure_port(f"unix:{self._path}")
         except RuntimeError as error:
-            raise OptionError(f"--endpoint: {self._path}: cannot listen there") from error
+            raise OptionError(f"{option}: {self._path}: cannot listen there") from error
         finally:
             os.umask(mask)
 
@@ -106,15 +112,21 @@ class Server:
         if self._tracer is not None:
             self._tracer.finish()
 
-    def serve(self) -> None:
-        """Answer until SIGTERM or SIGINT."""
+    def serve(self, beside: Sequence[Server] = ()) -> None:
+        """Answer until SIGTERM or SIGINT.
+
+        Args:
+            beside: servers that start after this one and stop before it.
+        """
         with signals_to_end() as told:
-            self.start()
+            for server in (self, *beside):
+                server.start()
             told.get()
         log.info("ending")
         # What is stuck is told, and does not keep the next plugin waiting.
         faulthandler.dump_traceback_later(LAST_STEPS_S, exit=True)
-        self.stop()
+        for server in (*beside, self):
+            server.stop()
 
 
 class RpcLog(grpc.ServerInterceptor):
@@ -165,7 +177,7 @@ class RpcLog(grpc.ServerInterceptor):
                 if code is not StatusCode.OK:
                     self._tracer.mark_failed(span)
         if code is not StatusCode.OK:
-            context.abort(code, message)
+            context.abort(code, without_ids(message))
         return response
 
     def _span(self, name: str, about: Mapping[str, str]) -> AbstractContextManager[Any]:
@@ -208,7 +220,7 @@ class RpcLog(grpc.ServerInterceptor):
         return code, message, response
 
 
-def socket_path(endpoint: str) -> Path:
+def socket_path(endpoint: str, option: str = "--endpoint") -> Path:
     """The path of `unix:///path`, `unix:/path` or a path.
 
     Raises:
@@ -216,9 +228,9 @@ def socket_path(endpoint: str) -> Path:
     """
     path = Path(endpoint.removeprefix("unix://").removeprefix("unix:"))
     if not path.is_absolute():
-        raise OptionError(f"--endpoint: {endpoint!r} is not allowed: unix:///PATH of a socket")
+        raise OptionError(f"{option}: {endpoint!r} is not allowed: unix:///PATH of a socket")
     if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
-        raise OptionError(f"--endpoint: {path} is longer than {LONGEST_SOCKET_PATH} bytes")
+        raise OptionError(f"{option}: {path} is longer than {LONGEST_SOCKET_PATH} bytes")
     return path
 
 
@@ -239,17 +251,17 @@ def signals_to_end() -> Iterator[queue.SimpleQueue[int]]:
             signal.signal(number, handler)
 
 
-def _make_room(path: Path) -> None:
+def _make_room(path: Path, option: str) -> None:
     """Take away a socket that a former plugin left behind, and nothing else."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             return
         if not stat.S_ISSOCK(path.stat().st_mode):
-            raise OptionError(f"--endpoint: {path} is there and is not a socket")
+            raise OptionError(f"{option}: {path} is there and is not a socket")
         with socket.socket(socket.AF_UNIX) as probe:
             if probe.connect_ex(str(path)) == 0:
-                raise OptionError(f"--endpoint: {path}: another plugin answers there")
+                raise OptionError(f"{option}: {path}: another plugin answers there")
         path.unlink()
     except OSError as error:
-        raise OptionError(f"--endpoint: {path}: {error.strerror}") from error
+        raise OptionError(f"{option}: {path}: {error.strerror}") from error

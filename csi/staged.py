@@ -36,8 +36,8 @@ class Place:
 
     Attributes:
         kind: what asked for it: NodeStageVolume, or NodePublishVolume.
-        daemon: the name of the one that serves it; None: a staged volume whose daemons start with
-            the pods, because they need what only a pod brings.
+        daemon: the name of the one that serves it; None: a volume that was staged without
+            credentials, whose daemon starts with a pod.
         asked: a digest of what the volume was to be when it came here.
         renewed: when it was mounted anew after its mount was lost, as ISO 8601.
         namespace, pod: whose path it is, by name, of a target where kubelet says so.
@@ -49,6 +49,11 @@ class Place:
     renewed: str | None = None
     namespace: str = ""
     pod: str = ""
+
+    @property
+    def is_mounted(self) -> bool:
+        """Whether the volume is mounted at the path; nothing ever is at a staging path."""
+        return self.kind == "target"
 
 
 @dataclass(frozen=True, slots=True)

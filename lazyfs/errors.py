@@ -130,11 +130,11 @@ _BY_CODE: dict[str, type[SourceError]] = {
     "AccessDenied": AccessDeniedError,
     "AllAccessDisabled": AccessDeniedError,
     "AccountProblem": AccessDeniedError,
-    "SignatureDoesNotMatch": AccessDeniedError,
     "InvalidObjectState": AccessDeniedError,  # archived in Glacier
     "ExpiredToken": CredentialsExpiredError,
     # They were good when the mount began, so they were rotated: others will be given.
     "InvalidAccessKeyId": CredentialsExpiredError,
+    "SignatureDoesNotMatch": CredentialsExpiredError,
     "InvalidToken": CredentialsExpiredError,
     "TokenRefreshRequired": CredentialsExpiredError,
     # Of STS, about a pod's token, which is renewed: docs.aws.amazon.com/STS/latest/APIReference/
@@ -168,6 +168,32 @@ _BY_STATUS: dict[int, type[SourceError]] = {
     416: ObjectChangedError,
     429: ThrottledError,
 }
+
+
+# What to do about a refusal.
+_HINTS = {
+    "SignatureDoesNotMatch": "the secret access key is not the one of this access key",
+    "InvalidAccessKeyId": "the endpoint does not know this access key",
+    "ExpiredToken": "the session token has run out",
+    "InvalidToken": "the session token is not one of these keys",
+    "RequestTimeTooSkewed": "set the clock of this machine",
+    "InvalidObjectState": "the object is archived: restore it first",
+    "AllAccessDisabled": "the bucket is closed",
+    "AccountProblem": "S3 has closed the account",
+    "InvalidIdentityToken": "the identity provider or the audience is not what the role trusts",
+}
+
+
+def hint_for(status: int | None, code: str | None) -> str:
+    """What a person may do about a refusal of S3, to follow its message; empty if unknown."""
+    kind = classify(status, code)
+    if code in _HINTS:
+        return f"; {_HINTS[code]}"
+    if kind is AccessDeniedError:
+        return "; the permissions s3:ListBucket and s3:GetObject are needed"
+    if kind is WrongRegionError:
+        return "; set --region to the bucket's region"
+    return ""
 
 
 def classify(status: int | None, code: str | None) -> type[SourceError]:

@@ -46,10 +46,7 @@ class RunningMount:
 
     def __init__(self, record: MountRecord) -> None:
         self._path = _path(Path(record.mountpoint))
-        try:
-            private_directory(self._path.parent)
-        except OSError as error:
-            raise MountError(str(error)) from error
+        check_runtime_directory()
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -155,6 +152,18 @@ def runtime_directory() -> Path:
         return Path("/run/lazyfs")
     base = os.environ.get("XDG_RUNTIME_DIR")
     return Path(base, "lazyfs") if base else Path(f"/tmp/lazyfs-{os.geteuid()}")  # noqa: S108
+
+
+def check_runtime_directory() -> None:
+    """Make the directory of records if it is missing.
+
+    Raises:
+        MountError: it cannot be made, or others can write to it.
+    """
+    try:
+        private_directory(runtime_directory())
+    except OSError as error:
+        raise MountError(str(error)) from error
 
 
 def control_socket(mountpoint: Path) -> Path:

@@ -29,6 +29,7 @@ from lazyfs.errors import (
     UnavailableError,
     UntrustedError,
     classify,
+    hint_for,
 )
 from lazyfs.objects import ListedObject
 from lazyfs.options.mount_options import MountOptions
@@ -361,7 +362,8 @@ def _refused(where: str, error: RefusedError) -> SourceError:
     code = found[1] if found else None
     request = error.headers.get("x-amz-request-id")
     cause = " ".join(filter(None, [str(error.status), code]))
-    return classify(error.status, code)(f"{where}: {cause}{told_request(request)}")
+    hint = hint_for(error.status, code)
+    return classify(error.status, code)(f"{where}: {cause}{told_request(request)}{hint}")
 
 
 def told_request(request: str | None) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import kubelet
 from mounting import python, wait_until_gone, workers
 from plugins import KeeperProcess, Plugin
 
@@ -128,11 +129,14 @@ class TestNode:
         self.stub.NodeUnpublishVolume(request, timeout=TIMEOUT_S)
 
     def unstage(self, volume: str) -> None:
-        """NodeUnstageVolume."""
+        """NodeUnstageVolume, where kubelet would call it; then its directory goes."""
+        staging = self.staging(volume)
+        kubelet.check_device_mount_refs(staging)
         request = csi_pb2.NodeUnstageVolumeRequest(
-            volume_id=volume, staging_target_path=str(self.staging(volume))
+            volume_id=volume, staging_target_path=str(staging)
         )
         self.stub.NodeUnstageVolume(request, timeout=TIMEOUT_S)
+        kubelet.remove_mount_dir(staging)
 
     def stats(self, volume: str, path: Path) -> csi_pb2.NodeGetVolumeStatsResponse:
         """NodeGetVolumeStats."""

@@ -201,7 +201,7 @@ def test_every_access_mode_but_no_device(controller: ControllerStub, model: S3) 
         ({"parameters": {"source": "s3://no-such-bucket"}}, "NOT_FOUND", "no such bucket"),
         ({"parameters": {"endpointUrl": "http://127.0.0.1:1"}}, "UNAVAILABLE", "no usable answer"),
         ({"secrets": {}}, "PERMISSION_DENIED", "csi.storage.k8s.io/provisioner-secret-name"),
-        ({"secrets": {"accessKeyId": "a"}}, "INVALID_ARGUMENT", "secret has no secretAccessKey"),
+        ({"secrets": {"accessKeyId": "a"}}, "FAILED_PRECONDITION", "secret has no secretAccessKey"),
         (
             {"volume_content_source": csi_pb2.VolumeContentSource(
                 volume=csi_pb2.VolumeContentSource.VolumeSource(volume_id="v"))},
@@ -310,7 +310,10 @@ def test_a_claim_chooses_its_model(
     again = replicas[1].CreateVolume(request(model, parameters=allowed), timeout=30).volume
     assert again == volume
     code, message = refused(replicas[0].CreateVolume, request(model, "pvc-2", parameters=allowed))
-    assert (code, "'s3://models/private' is not allowed" in message) == ("INVALID_ARGUMENT", True)
+    assert (code, "'s3://models/private' is not allowed" in message) == (
+        "FAILED_PRECONDITION",
+        True,
+    )
     cluster.claim("research", "llama")
     code, message = refused(replicas[0].CreateVolume, request(model, "pvc-2", parameters=allowed))
     assert "research/llama has no annotation csi.lazyfs.io/source" in message

@@ -100,8 +100,10 @@ def test_stage_secrets(node: TestNode, s3: S3) -> None:
     code, message = refused(lambda: node.stage("vol", context, secrets=secret("wrong")))
     assert (code, "InvalidAccessKeyId" in message) == ("UNAUTHENTICATED", True)
     assert node.leftovers() == []
-    code, message = refused(lambda: node.stage("vol", context, secrets={}))
+    node.stage("vol", context, secrets={})
+    code, message = refused(lambda: node.publish("vol", context))
     assert (code, "no credentials found" in message) == ("PERMISSION_DENIED", True)
+    node.unstage("vol")
     assert node.leftovers() == []
     node.stage("vol", context, secrets=secret("right"))
     assert shell("cat sub/file", node.publish("vol", context)).stdout == "content"
@@ -129,6 +131,26 @@ def test_publish_secrets(node: TestNode, s3: S3) -> None:
     assert node.leftovers() == []
 
 
+def test_a_publish_secret_is_enough_and_is_renewed(node: TestNode, s3: S3) -> None:
+    """Without one for staging. A rotated key reaches a pod that runs, and the pods after it."""
+    s3.let_in("first")
+    context = node.context("s3://guarded/m", prefetch="off")
+    node.stage("vol", context, secrets={})
+    assert node.workers() == [], "there are no keys yet"
+    target = node.publish("vol", context, secrets=secret("first"))
+    assert shell("cat sub/file", target).stdout == "content"
+    s3.let_in("second")
+    node.publish("vol", context, secrets=secret("second"))
+    assert shell("cat later/file", target).stdout == "later"
+    assert shell("cat sub/file", node.publish("vol", context, "b", secrets=secret("second"))).stdout
+    assert len(node.workers()) == 1
+    for pod_name in ("a", "b"):
+        node.unpublish("vol", pod_name)
+    assert node.workers() == [], "nothing is left to serve"
+    node.unstage("vol")
+    assert node.leftovers() == []
+
+
 def test_the_nodes_role_and_none(make_node: Callable[..., TestNode], s3: S3) -> None:
     node = make_node(AWS_ACCESS_KEY_ID="of-the-node", AWS_SECRET_ACCESS_KEY="secret")
     s3.let_in("of-the-node")
@@ -138,10 +160,12 @@ def test_the_nodes_role_and_none(make_node: Callable[..., TestNode], s3: S3) -> 
     inline = context | INLINE
     code, _ = refused(lambda: node.publish("csi-1", inline, staging_target_path=""))
     assert code == "PERMISSION_DENIED"
-    code, _ = refused(lambda: node.stage("none", {**context, "noSignRequest": "true"}, secrets={}))
+    unsigned = {**context, "noSignRequest": "true"}
+    node.stage("none", unsigned, secrets={})
+    code, _ = refused(lambda: node.publish("none", unsigned))
     assert code == "PERMISSION_DENIED"
     s3.let_in("")
-    node.stage("none", {**context, "noSignRequest": "true"}, secrets={})
+    assert shell("cat sub/file", node.publish("none", unsigned)).stdout == "content"
 
     second = make_node(
         "--inline-node-role", AWS_ACCESS_KEY_ID="of-the-node", AWS_SECRET_ACCESS_KEY="secret"

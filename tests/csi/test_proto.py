@@ -1,4 +1,4 @@
-"""Our `proto/csi.proto` is, on the wire, the specification's."""
+"""Our `proto/*.proto` are, on the wire, those of CSI and of kubelet."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 from grpc_tools import protoc
 
-MODULE = "github.com/container-storage-interface/spec@v1.12.0"
+CSI = "github.com/container-storage-interface/spec@v1.12.0"
+KUBELET = "k8s.io/kubelet@v0.36.3"
 ROOT = Path(__file__).parents[2]
 
 
@@ -22,13 +23,18 @@ def go() -> str | None:
     return shutil.which("go", path=os.pathsep.join([os.environ["PATH"], "/usr/local/go/bin"]))
 
 
-def described(directory: Path, tmp_path: Path) -> FileDescriptorProto:
-    """What `csi.proto` of a directory says, without its comments."""
+def described(path: Path, tmp_path: Path) -> FileDescriptorProto:
+    """What a file says, without its comments and its name."""
     output = tmp_path / "descriptors"
     well_known = importlib.resources.files("grpc_tools") / "_proto"
-    arguments = [f"-I{directory}", f"-I{well_known}", f"--descriptor_set_out={output}", "csi.proto"]
+    arguments = [f"-I{path.parent}", f"-I{well_known}", f"--descriptor_set_out={output}", path.name]
     assert protoc.main(["protoc", *arguments]) == 0
     (file,) = FileDescriptorSet.FromString(output.read_bytes()).file
+    file.ClearField("name")
+    # In any order.
+    messages = sorted(file.message_type, key=lambda each: each.name)
+    del file.message_type[:]
+    file.message_type.extend(messages)
     for service in file.service:
         for method in service.method:
             # `rpc F(A) returns (B) {}` has options, none; `rpc F(A) returns (B);` has none.
@@ -37,10 +43,19 @@ def described(directory: Path, tmp_path: Path) -> FileDescriptorProto:
     return file
 
 
-@pytest.mark.skipif(go() is None, reason="needs Go, to fetch the specification's module")
-def test_is_the_specification(tmp_path: Path) -> None:
+@pytest.mark.skipif(go() is None, reason="needs Go, to fetch the modules that publish them")
+@pytest.mark.parametrize(
+    ("module", "theirs", "ours", "messages"),
+    [
+        (CSI, "csi.proto", "csi.proto", 70),
+        (KUBELET, "pkg/apis/pluginregistration/v1/api.proto", "pluginregistration.proto", 4),
+    ],
+)
+def test_is_what_is_published(
+    module: str, theirs: str, ours: str, messages: int, tmp_path: Path
+) -> None:
     answer = subprocess.run(
-        [str(go()), "mod", "download", "-json", MODULE],
+        [str(go()), "mod", "download", "-json", module],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -48,7 +63,6 @@ def test_is_the_specification(tmp_path: Path) -> None:
         check=True,
         env={**os.environ, "GOFLAGS": "-mod=mod"},
     )
-    theirs = described(Path(json.loads(answer.stdout)["Dir"]), tmp_path)
-    ours = described(ROOT / "proto", tmp_path)
-    assert len(theirs.message_type) > 70
-    assert ours == theirs
+    published = described(Path(json.loads(answer.stdout)["Dir"], theirs), tmp_path)
+    assert len(published.message_type) >= messages
+    assert described(ROOT / "proto" / ours, tmp_path) == published

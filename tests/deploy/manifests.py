@@ -48,6 +48,12 @@ class PodSpec:
     def container(self, name: str) -> Object:
         return next(each for each in self.containers if each["name"] == name)
 
+    def empty_dirs(self, container: str) -> list[str]:
+        """Where a container has an emptyDir, or a directory of one."""
+        names = {each["name"] for each in self.spec["volumes"] if "emptyDir" in each}
+        mounts = self.container(container)["volumeMounts"]
+        return [each["mountPath"] for each in mounts if each["name"] in names]
+
     def host_path(self, container: str, path: str) -> str:
         """Where a path of a container is on the node.
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import grpc
+import kubelet
 from api_server import FakeApiServer
 from certificates import make_certificates
 from manifests import PLAIN, load, option, pod_specs
@@ -55,10 +56,17 @@ class Driver:
         # Mounts that containers make below it are to be seen here.
         subprocess.run(["mount", "--bind", self.directory, self.directory], check=True)
         subprocess.run(["mount", "--make-shared", self.directory], check=True)
-        for each in (*PLACES.values(), "kubelet/pods", "kubelet/plugins", "run"):
+        for each in (
+            *PLACES.values(),
+            "kubelet/pods",
+            "kubelet/plugins",
+            "kubelet/plugins_registry",
+        ):
             (self.directory / each).mkdir(exist_ok=True, mode=0o755)
         manifests = load(PLAIN.read_text())
         self._pods = {each.owner.rpartition("-")[2]: each for each in pod_specs(manifests)}
+        for path in self._pods["node"].empty_dirs("lazyfs"):
+            kubelet.make_empty_dir(Path(f"{self.directory}{path}"))
         self._ports = {"node": _free_port(), "controller": _free_port()}
         self._programs: dict[str, subprocess.Popen[bytes]] = {}
         self._arguments: dict[str, list[str]] = {}
@@ -76,8 +84,10 @@ class Driver:
         self.controller = ControllerStub(self.controller_channel)
 
     def start_node(self) -> None:
-        """The node plugin."""
+        """The node plugin, which kubelet finds by itself."""
         self._start("node", NODE_NAME="node-1")
+        endpoint = kubelet.register(self.directory / "kubelet/plugins_registry", "node-1")
+        assert endpoint == self._endpoint("node")
         channel = self._channel("node")
         self.node, self.identity = NodeStub(channel), IdentityStub(channel)
 
@@ -119,6 +129,8 @@ class Driver:
         arguments = [self._moved(name, each, env) for each in container["args"]]
         self._arguments[name] = arguments
         given = {e["name"]: e["value"] for e in container.get("env", []) if "value" in e}
+        if runtime := given.pop("LAZYFS_RUNTIME_DIR", ""):
+            given["LAZYFS_RUNTIME_DIR"] = f"{self.directory}{runtime}"
         full = {
             **{k: v for k, v in environment().items() if not k.startswith("AWS_")},
             "AWS_EC2_METADATA_DISABLED": "true",
@@ -126,7 +138,7 @@ class Driver:
             # What the values volumes.defaults would say of an S3 that is not AWS.
             "LAZYFS_ENDPOINT_URL": self.s3.url,
             "LAZYFS_REGION": "us-east-1",
-            "LAZYFS_RUNTIME_DIR": str(self.directory / "run"),
+            "REHEARSAL": str(self.directory),
             # The role of a service account or of the node, for sources without a Secret.
             **CREDENTIALS,
             **given,
@@ -158,9 +170,11 @@ class Driver:
         program.send_signal(signal.SIGTERM)
         program.wait(30)
 
+    def _endpoint(self, name: str) -> str:
+        return option(self._arguments[name], "endpoint").removeprefix("unix://")
+
     def _channel(self, name: str) -> grpc.Channel:
-        path = option(self._arguments[name], "endpoint").removeprefix("unix://")
-        channel = grpc.insecure_channel(f"unix:{path}")
+        channel = grpc.insecure_channel(f"unix:{self._endpoint(name)}")
 
         def ready() -> bool:
             assert self._programs[name].poll() is None, self.log(name)
@@ -195,7 +209,7 @@ def _here(arguments: list[str], env: dict[str, str]) -> list[str]:
 
 def account_of(env: Mapping[str, str]) -> Path:
     """The directory of the controller's service account; beside it is all of the node."""
-    return Path(env["LAZYFS_RUNTIME_DIR"]).parent / "account"
+    return Path(env["REHEARSAL"]) / "account"
 
 
 def _free_port() -> int:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import kubelet
 from manifests import PLAIN, Object, PodSpec, load, named
 from models import model_hashes, put_model
 from mounting import python
@@ -149,8 +150,9 @@ class Cluster(Driver):
                 "storage.kubernetes.io/csiProvisionerIdentity": "1-8081-csi.lazyfs.io",
             },
         }
-        if secret := _secret_reference(parameters, "node-stage", claim):
-            csi["nodeStageSecretRef"] = secret
+        for kind, key in (("stage", "nodeStageSecretRef"), ("publish", "nodePublishSecretRef")):
+            if secret := _secret_reference(parameters, f"node-{kind}", claim):
+                csi[key] = secret
         spec = {
             "csi": csi,
             "accessModes": claim["spec"]["accessModes"],
@@ -246,6 +248,7 @@ class Cluster(Driver):
         for volume in self.volumes.values():
             volume.users.clear()
             if volume.staging:
+                kubelet.check_device_mount_refs(volume.staging)
                 self.node.NodeUnstageVolume(
                     csi_pb2.NodeUnstageVolumeRequest(
                         volume_id=volume.csi["volumeHandle"],
@@ -253,7 +256,8 @@ class Cluster(Driver):
                     ),
                     timeout=KUBELET_TIMEOUT_S,
                 )
-                volume.staging.rmdir()  # as kubelet does; nothing is mounted there any more
+                kubelet.remove_mount_dir(volume.staging)
+                assert not volume.staging.exists()
                 volume.staging = None
 
     def _stage(self, volume: Volume) -> None:
@@ -286,6 +290,7 @@ class Cluster(Driver):
             ),
             readonly=True,
             volume_context={**volume.csi["volumeAttributes"], **self._pod_info(pod, uid, False)},
+            secrets=self._secret(volume.csi.get("nodePublishSecretRef")),
         )
         self._give_tokens(request)
         self.node.NodePublishVolume(request, timeout=KUBELET_TIMEOUT_S)

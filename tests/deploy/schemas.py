@@ -11,6 +11,9 @@ from manifests import Object
 OLDEST, NEWEST = "1.25", major_minor(all_versions()[-1])
 # Objects of operators, whose schemas are not Kubernetes' own.
 FOREIGN = ("monitoring.coreos.com/",)
+# What the API server asks of names and the schemas do not (RFC 1123 labels).
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_NAMED_BY_LABELS = ("Service", "Namespace")
 _SINCE = re.compile(r"^# Kubernetes (\d+\.\d+) or newer", re.MULTILINE)
 
 
@@ -21,6 +24,8 @@ def supported(text: str) -> list[str]:
 
 
 def check(manifest: Object, version: str) -> None:
-    """Raises ValidationError for an unknown field too."""
+    """Raises ValidationError for an unknown field too, and AssertionError for a wrong name."""
+    if manifest["kind"] in _NAMED_BY_LABELS:
+        assert _LABEL.fullmatch(manifest["metadata"]["name"]), manifest["metadata"]["name"]
     if not manifest["apiVersion"].startswith(FOREIGN):
         kubernetes_validate.validate(manifest, version, strict=True)

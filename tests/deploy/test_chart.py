@@ -69,10 +69,16 @@ def test_committed_manifests_are_what_the_chart_renders(helm: str, tmp_path: Pat
     assert (tmp_path / PLAIN.name).read_text() == PLAIN.read_text(), "run deploy/render.sh"
 
 
-@pytest.mark.parametrize("version", [schemas.OLDEST, schemas.NEWEST])
-def test_committed_manifests_are_valid(version: str) -> None:
-    for each in plain():
-        schemas.check(each, version)
+def test_committed_manifests_are_valid() -> None:
+    """For the versions that their first line names."""
+    for version in schemas.supported(PLAIN.read_text()):
+        for each in plain():
+            schemas.check(each, version)
+
+
+def test_the_api_server_has_nothing_to_warn_of() -> None:
+    """It warns of tokens among the attributes (registry/storage/csidriver/strategy.go)."""
+    assert named(plain(), "CSIDriver")["spec"]["serviceAccountTokenInSecrets"] is True
 
 
 @pytest.mark.parametrize("version", [schemas.OLDEST, schemas.NEWEST])
@@ -102,10 +108,10 @@ def test_tokens_are_secrets_where_kubernetes_can(render: Render) -> None:
 
 def test_every_image_can_come_from_a_mirror(render: Render) -> None:
     mirrored = render(
-        *(f"images.{name}.registry=mirror.local" for name in ("lazyfs", "registrar", "provisioner"))
+        *(f"images.{name}.registry=mirror.local" for name in ("lazyfs", "provisioner"))
     )
     images = {each["image"] for spec in pod_specs(mirrored) for each in spec.containers}
-    assert len(images) == 3
+    assert len(images) == 2
     assert all(image.startswith("mirror.local/") for image in images)
 
 
@@ -124,7 +130,8 @@ def test_defaults_of_volumes_are_options_of_lazyfs(render: Render) -> None:
         options = MountOptions.parse(("{environment}", environment_layer(given)))
         assert options.endpoint_url == "https://minio.local"
         assert options.no_sign_request
-        assert {n for n in given if n.startswith("LAZYFS_")} <= {o.environment for o in OPTIONS}
+        of_mounts = {o.environment for o in OPTIONS} | {"LAZYFS_RUNTIME_DIR"}
+        assert {n for n in given if n.startswith("LAZYFS_")} <= of_mounts
 
 
 @pytest.mark.parametrize(
@@ -240,12 +247,12 @@ def test_node_plugin_keeper_and_kubelet_meet() -> None:
     """The same sockets and directories of the node, whatever they are called in a container."""
     found = pods(plain())
     node, keeper = found["node"], found["keeper"]
-    plugin, registrar = node.container("lazyfs"), node.container("registrar")
+    plugin = node.container("lazyfs")
+    # kubelet connects to the path that the plugin names.
     endpoint = option(plugin["args"], "endpoint").removeprefix("unix://")
-    on_the_node = node.host_path("lazyfs", endpoint)
-    assert option(registrar["args"], "kubelet-registration-path") == on_the_node
-    assert node.host_path("registrar", option(registrar["args"], "csi-address")) == on_the_node
-    assert node.host_path("registrar", "/registration") == "/var/lib/kubelet/plugins_registry"
+    assert node.host_path("lazyfs", endpoint) == endpoint
+    registry = option(plugin["args"], "registration-dir")
+    assert node.host_path("lazyfs", registry) == registry == "/var/lib/kubelet/plugins_registry"
     assert node.host_path("lazyfs", option(plugin["args"], "keeper")) == keeper.host_path(
         "keeper", option(keeper.container("keeper")["args"], "socket")
     )
@@ -258,6 +265,15 @@ def test_node_plugin_keeper_and_kubelet_meet() -> None:
     state = option(plugin["args"], "state-dir")
     assert Path(state).is_relative_to(kubelet["mountPath"])
     assert node.host_path("lazyfs", state) == state
+
+
+def test_records_of_mounts_are_below_an_empty_dir() -> None:
+    """Anybody may write to the directory of an emptyDir itself, and the daemons refuse that."""
+    node = pods(plain())["node"]
+    given = {each["name"]: each.get("value") for each in node.container("lazyfs")["env"]}
+    runtime = Path(str(given["LAZYFS_RUNTIME_DIR"]))
+    assert any(runtime.is_relative_to(each) for each in node.empty_dirs("lazyfs"))
+    assert str(runtime) not in node.empty_dirs("lazyfs")
 
 
 def test_an_upgrade_leaves_the_keeper_alone() -> None:

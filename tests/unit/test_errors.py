@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from lazyfs.errors import classify
+from lazyfs.errors import classify, hint_for
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,7 @@ from lazyfs.errors import classify
         (403, "AccessDenied", errno.EACCES, False),
         (403, None, errno.EACCES, False),
         (403, "RequestTimeTooSkewed", errno.EACCES, True),
+        (403, "SignatureDoesNotMatch", errno.EACCES, True),
         (404, "NoSuchKey", errno.ESTALE, False),
         (404, "NoSuchBucket", errno.ENOENT, False),
         (412, None, errno.ESTALE, False),
@@ -30,3 +31,23 @@ from lazyfs.errors import classify
 def test_table(status: int | None, code: str | None, number: int, transient: bool) -> None:
     kind = classify(status, code)
     assert (kind.errno, kind.transient) == (number, transient)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [
+        (403, "SignatureDoesNotMatch", "secret access key"),
+        (403, "InvalidAccessKeyId", "does not know this access key"),
+        (403, "AccessDenied", "s3:GetObject"),
+        (403, None, "s3:GetObject"),
+        (403, "InvalidObjectState", "restore"),
+        (301, "PermanentRedirect", "--region"),
+    ],
+)
+def test_a_refusal_says_what_to_do(status: int, code: str | None, said: str) -> None:
+    assert said in hint_for(status, code)
+    assert ("permission" in hint_for(status, code)) == (said == "s3:GetObject")
+
+
+def test_nothing_is_advised_where_waiting_helps() -> None:
+    assert hint_for(503, "SlowDown") == hint_for(None, None) == hint_for(404, "NoSuchKey") == ""

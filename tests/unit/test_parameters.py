@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from csi.errors import InvalidArgumentError
+from csi.errors import InvalidArgumentError, MendableError
 from csi.parameters import Parameters
 
 METADATA = {
@@ -74,7 +74,7 @@ def test_a_claim_may_choose(chosen: str) -> None:
     ],
 )
 def test_but_only_within_what_is_allowed(chosen: str, said: str) -> None:
-    with pytest.raises(InvalidArgumentError, match=said) as caught:
+    with pytest.raises(MendableError, match=said) as caught:
         attributes(ALLOWED, chosen)
     assert str(caught.value).startswith("the claim's annotation: ")
 

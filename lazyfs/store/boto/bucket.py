@@ -31,6 +31,7 @@ from lazyfs.errors import (
     UnavailableError,
     WrongRegionError,
     classify,
+    hint_for,
 )
 from lazyfs.objects import ListedObject
 from lazyfs.options.mount_options import MountOptions
@@ -333,10 +334,6 @@ def _from_client_error(what: str, error: botocore.exceptions.ClientError) -> Sou
             f"{what}: there is no such bucket; check its name and the endpoint"
         )
     kind = classify(status, code)
-    hint = ""
-    if kind is AccessDeniedError:
-        hint = "; s3:ListBucket and s3:GetObject are needed"
-    if kind is WrongRegionError:
-        hint = "; set --region to the bucket's region"
+    hint = hint_for(status, code)
     request = error.response.get("ResponseMetadata", {}).get("RequestId")
     return kind(f"{what}: {code}: {message}{told_request(request)}{hint}")
