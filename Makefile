@@ -15,8 +15,10 @@ lint: setup
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy
 
+# Most of a test is waiting, so more run at once than there are processors.
+JOBS ?= $(shell expr 2 \* $$(nproc))
 test: lint
-	@.venv/bin/python -m pytest
+	@.venv/bin/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 # The references of options and metrics, made from the tables in the code.
 docs: setup

@@ -1,4 +1,4 @@
-"""Fixtures: one S3 server for the whole run, mounts that are always taken down."""
+"""Fixtures: one S3 server for each process of a run, mounts that are always taken down."""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ import socket
 import threading
 from urllib.parse import urlsplit
 
+from ports import free_port
+
 
 class Gate:
     """Passes TCP connections on to a server, as long as it is open.
@@ -21,7 +23,7 @@ class Gate:
         self._listener: socket.socket | None = None
         self._connections: list[socket.socket] = []
         self._passing = threading.Event()
-        self._port = 0
+        self._port = free_port()
         self.open()
         self.url = f"{parts.scheme}://127.0.0.1:{self._port}"
 
@@ -30,7 +32,6 @@ class Gate:
         self._passing.set()
         if self._listener is None:
             self._listener = socket.create_server(("127.0.0.1", self._port))
-            self._port = self._listener.getsockname()[1]
             threading.Thread(target=self._accept, args=[self._listener], daemon=True).start()
 
     def stick(self) -> None:

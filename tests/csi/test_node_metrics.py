@@ -6,22 +6,15 @@ import json
 import os
 import re
 import signal
-import socket
 import urllib.request
 from collections.abc import Callable
 
 import pytest
 from nodes import TestNode
+from ports import free_port
 from s3 import S3
 
 pytestmark = pytest.mark.fuse
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 def scrape(port: int) -> dict[str, float]:

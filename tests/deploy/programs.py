@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from api_server import FakeApiServer
 from certificates import make_certificates
 from manifests import PLAIN, load, option, pod_specs
 from mounting import environment, workers
+from ports import free_port
 from s3 import CREDENTIALS, S3
 
 from csi.csi_pb2_grpc import ControllerStub, IdentityStub, NodeStub
@@ -67,7 +67,7 @@ class Driver:
         self._pods = {each.owner.rpartition("-")[2]: each for each in pod_specs(manifests)}
         for path in self._pods["node"].empty_dirs("lazyfs"):
             kubelet.make_empty_dir(Path(f"{self.directory}{path}"))
-        self._ports = {"node": _free_port(), "controller": _free_port()}
+        self._ports = {"node": free_port(), "controller": free_port()}
         self._programs: dict[str, subprocess.Popen[bytes]] = {}
         self._arguments: dict[str, list[str]] = {}
         authority, certificate, key = make_certificates(self.directory / "tls")
@@ -210,12 +210,6 @@ def _here(arguments: list[str], env: dict[str, str]) -> list[str]:
 def account_of(env: Mapping[str, str]) -> Path:
     """The directory of the controller's service account; beside it is all of the node."""
     return Path(env["REHEARSAL"]) / "account"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait(ready: Callable[[], bool], explain: Callable[[], str] = str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from mounting import Mounted, lazyfs, shell
+from ports import free_port
 from prometheus_client.parser import text_string_to_metric_families
 from s3 import S3
 from test_models import model, settle
@@ -31,8 +32,7 @@ def _objects(server: S3) -> None:
 @pytest.fixture
 def address() -> str:
     """A free port of this machine."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return f"127.0.0.1:{taken.getsockname()[1]}"
+    return f"127.0.0.1:{free_port()}"
 
 
 Sample = Callable[..., float]
