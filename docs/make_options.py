@@ -5,7 +5,6 @@ Run by `make docs`; a test compares the file with what this prints (`--print`).
 
 from __future__ import annotations
 
-import itertools
 import sys
 from pathlib import Path
 
@@ -16,20 +15,24 @@ HEAD = """\
 
 Made from `lazyfs/options/mount_options.py` by `make docs`; do not edit.
 
-Each option can be given on the command line (`--block-size 16MiB`), with `mount -t lazyfs -o
-block-size=16MiB`, in the environment (`LAZYFS_BLOCK_SIZE=16MiB`) or in a TOML file named by
-`--config` or `LAZYFS_CONFIG` (`block-size = "16MiB"`), in that order of precedence. Sizes are
-written as `8MiB` (`KiB`, `MiB`, `GiB`, `TiB`; `K`, `M`, `G`, `T` mean the same; `MB` is 10^6),
-times as `500ms`, `30s`, `10m`, `1h`. Patterns are shell patterns; on the command line they may be
-given several times, in the environment they are separated by commas.
+An option can be set in four places. Earlier ones take precedence:
+
+1. the command line: `--block-size 16MiB`, or `mount -t lazyfs -o block-size=16MiB`;
+2. the environment: `LAZYFS_BLOCK_SIZE=16MiB`;
+3. a TOML file named by `--config` or `LAZYFS_CONFIG`: `block-size = "16MiB"`;
+4. the options of a `--preset`.
+
+Sizes are written as `8MiB` (`KiB`, `MiB`, `GiB`, `TiB`; `K`, `M`, `G`, `T` mean the same; `MB` is
+10^6), times as `500ms`, `30s`, `10m`, `1h`. Patterns are shell patterns. Repeat the option to give
+several on the command line; separate them by commas in the environment.
 """
 
 
 def reference() -> str:
     """The whole page."""
     sections = [HEAD]
-    for group, options in itertools.groupby(OPTIONS, key=lambda option: option.group):
-        rows = "".join(row(option) for option in options)
+    for group in dict.fromkeys(option.group for option in OPTIONS):
+        rows = "".join(row(option) for option in OPTIONS if option.group == group)
         head = "| option | default | allowed | what it does |\n|---|---|---|---|\n"
         sections.append(f"\n## {group}\n\n{head}{rows}")
     return "".join(sections)

@@ -1,12 +1,11 @@
 """The metrics of a mount, declared once; pure.
 
-A worker measures (`control/measure.py`) and gives the values as plain JSON at its control socket.
-Whoever is scraped, the worker itself (`--metrics-address`) or the CSI node plugin for all its
-volumes, makes text of such values (`exposition.py`). So a scrape takes no lock that a read could
-wait for.
+A worker measures (`control/measure.py`) and serves the values as plain JSON at its control socket.
+The worker itself (`--metrics-address`) and the CSI node plugin, for all its volumes, turn such
+values into text (`exposition.py`). A scrape therefore takes no lock that a read could wait for.
 
-Names and units follow https://prometheus.io/docs/practices/naming/: base units, `_total` for what
-only grows. The table in `docs/OBSERVABILITY.md` is made from `METRICS`.
+Names and units follow https://prometheus.io/docs/practices/naming/: base units, and `_total` for
+counters. The table in `docs/OBSERVABILITY.md` is generated from `METRICS`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any, Literal
 
 from lazyfs.observe.histogram import Histogram
 
-# Of each metric, values with their labels, as JSON can say them.
+# For each metric its values, each with its labels, in types that JSON has.
 Values = dict[str, list[tuple[dict[str, str], Any]]]
 
 
@@ -25,7 +24,7 @@ class Declared:
     """One metric.
 
     Attributes:
-        labels: its own; those that say which mount it is are added.
+        labels: its own labels; those that identify the mount are added.
     """
 
     name: str
@@ -35,113 +34,155 @@ class Declared:
 
 
 METRICS = (
-    # Is it there?
-    Declared("lazyfs_up", "gauge", "1 if the worker of the mount answered, else 0."),
-    Declared("lazyfs_mount_info", "gauge", "Always 1.", ("source", "mountpoint", "version")),
+    # The mount
+    Declared("lazyfs_up", "gauge", "1 if the worker of the mount answered the scrape, else 0."),
     Declared(
-        "lazyfs_volume_pod_info", "gauge", "Always 1; one for each pod that has the volume. From "
-        "node plugins.", ("namespace", "pod"),
-    ),
-    Declared("lazyfs_mount_start_time_seconds", "gauge", "When it was mounted, since the epoch."),
-    Declared(
-        "lazyfs_worker_start_time_seconds", "gauge", "When its present worker began, since the "
-        "epoch; counters begin anew then.",
+        "lazyfs_mount_info", "gauge", "Always 1; the labels describe the "
+        "mount.", ("source", "mountpoint", "version"),
     ),
     Declared(
-        "lazyfs_worker_restarts_total", "counter", "Workers that ended before the present one and "
-        "were replaced.",
+        "lazyfs_volume_pod_info", "gauge", "Always 1; one series for each pod that uses the "
+        "volume. Served by node plugins only.", ("namespace", "pod"),
+    ),
+    Declared("lazyfs_mount_start_time_seconds", "gauge", "Unix time of the mount."),
+    Declared(
+        "lazyfs_worker_start_time_seconds", "gauge", "Unix time at which the current worker "
+        "started; counters start from 0 then.",
     ),
     Declared(
-        "lazyfs_mount_resumes_total", "counter", "Times that a worker took the mount up from "
-        "another, since it was mounted.",
+        "lazyfs_worker_restarts_total", "counter", "Workers of the mount that ended unexpectedly "
+        "and were replaced.",
     ),
-    Declared("lazyfs_trouble", "gauge", "1 while S3 does not give some object."),
+    Declared(
+        "lazyfs_mount_resumes_total", "counter", "Times that a new worker took over the mount from "
+        "another one.",
+    ),
+    Declared("lazyfs_trouble", "gauge", "1 while at least one object cannot be read from S3."),
     # The model
-    Declared("lazyfs_size_bytes", "gauge", "All files that are listed so far."),
-    Declared("lazyfs_model_bytes", "gauge", "What is to be fetched ahead: the model's files."),
-    Declared("lazyfs_model_present_bytes", "gauge", "How much of that is or was on this node."),
+    Declared("lazyfs_size_bytes", "gauge", "Total size of the files listed so far."),
+    Declared("lazyfs_model_bytes", "gauge", "Total size of the files to be prefetched."),
     Declared(
-        "lazyfs_model_near_bytes", "gauge", "How much of that is in the page cache or was read.",
+        "lazyfs_model_present_bytes", "gauge", "Bytes of the files to be prefetched that are or "
+        "were on this node.",
     ),
-    Declared("lazyfs_ready", "gauge", "1 when the level is reached.", ("level",)),
     Declared(
-        "lazyfs_prefetch_activity", "gauge", "1 for what prefetching does now.", ("activity",),
+        "lazyfs_model_near_bytes", "gauge", "Bytes of the files to be prefetched that are in the "
+        "page cache or were read.",
+    ),
+    Declared(
+        "lazyfs_ready", "gauge", "1 once the mount has reached this level of "
+        "readiness.", ("level",),
+    ),
+    Declared(
+        "lazyfs_prefetch_activity", "gauge", "1 for the current activity of the prefetcher, 0 for "
+        "the others.", ("activity",),
     ),
     # S3
     Declared(
-        "lazyfs_s3_request_duration_seconds", "histogram", "Requests to S3 that ended, the failed "
-        "and the superseded ones among them.", ("operation",),
+        "lazyfs_s3_request_duration_seconds", "histogram", "Duration of requests to S3, including "
+        "failed and superseded ones.", ("operation",),
     ),
-    Declared("lazyfs_s3_request_failures_total", "counter", "Those that failed.", ("operation",)),
-    Declared("lazyfs_s3_requests_in_flight", "gauge", "Requests under way.", ("operation",)),
-    Declared("lazyfs_s3_requests_limit", "gauge", "Ranged GETs that should be under way now."),
-    Declared("lazyfs_s3_received_bytes_total", "counter", "Bytes of objects that S3 sent."),
-    Declared("lazyfs_s3_retries_total", "counter", "Times that S3 was asked again.", ("cause",)),
     Declared(
-        "lazyfs_s3_second_requests_total", "counter", "Second requests for slow ones (hedges).",
+        "lazyfs_s3_request_failures_total", "counter", "Requests to S3 that "
+        "failed.", ("operation",),
+    ),
+    Declared("lazyfs_s3_requests_in_flight", "gauge", "Requests to S3 in flight.", ("operation",)),
+    Declared("lazyfs_s3_requests_limit", "gauge", "Most ranged GETs that may be in flight now."),
+    Declared("lazyfs_s3_received_bytes_total", "counter", "Bytes of objects received from S3."),
+    Declared(
+        "lazyfs_s3_retries_total", "counter", "Requests to S3 that were retried, by "
+        "cause.", ("cause",),
+    ),
+    Declared(
+        "lazyfs_s3_second_requests_total", "counter", "Second requests sent because the first was "
+        "slow (hedges).",
     ),
     # Blocks
     Declared(
-        "lazyfs_block_bytes_total", "counter", "Bytes of blocks that came, by where from (s3, "
-        "disk) and what for (ahead, demand).", ("source", "purpose"),
-    ),
-    Declared("lazyfs_blocks_total", "counter", "Their number.", ("source", "purpose")),
-    Declared("lazyfs_block_failures_total", "counter", "Blocks that could not be had.", ("cause",)),
-    Declared(
-        "lazyfs_prefetch_wasted_bytes_total", "counter", "Bytes from S3 that served nobody: the "
-        "slower of two requests (duplicate), and what was let go before it was read (dropped).",
-        ("reason",),
+        "lazyfs_block_bytes_total", "counter", "Bytes of blocks obtained, by source (s3, disk) and "
+        "purpose (ahead, demand).", ("source", "purpose"),
     ),
     Declared(
-        "lazyfs_prefetch_passed_over_bytes", "gauge", "Fetched, and passed over by a reader, as "
-        "far as requests show; of what is in the page cache nothing shows whether it was read.",
+        "lazyfs_blocks_total", "counter", "Blocks obtained, by source (s3, disk) and purpose "
+        "(ahead, demand).", ("source", "purpose"),
     ),
-    Declared("lazyfs_page_cache_pushed_bytes_total", "counter", "Put into the page cache."),
+    Declared(
+        "lazyfs_block_failures_total", "counter", "Blocks that could not be obtained, by "
+        "cause.", ("cause",),
+    ),
+    Declared(
+        "lazyfs_prefetch_wasted_bytes_total", "counter", "Bytes received from S3 for nothing: by "
+        "the slower of two requests (duplicate), or dropped before they were read "
+        "(dropped).", ("reason",),
+    ),
+    Declared(
+        "lazyfs_prefetch_passed_over_bytes", "gauge", "Fetched bytes that a reader skipped, as far "
+        "as its requests show; reads from the page cache are not visible.",
+    ),
+    Declared(
+        "lazyfs_page_cache_pushed_bytes_total", "counter", "Bytes put into the page cache ahead of "
+        "reads.",
+    ),
     # Readers
     Declared(
-        "lazyfs_read_duration_seconds", "histogram", "Reads that came to the daemon, by where "
-        "their bytes were (memory, disk, s3). Reads of pages in the page cache do not come to it.",
-        ("tier",),
+        "lazyfs_read_duration_seconds", "histogram", "Duration of reads that reached the daemon, "
+        "by where the bytes were (memory, disk, s3). Reads from the page cache do not reach "
+        "it.", ("tier",),
     ),
-    Declared("lazyfs_read_bytes_total", "counter", "Bytes of those reads.", ("tier",)),
     Declared(
-        "lazyfs_stall_seconds_total", "counter", "Seconds in which at least one reader waited, "
-        "by what for.", ("cause",),
+        "lazyfs_read_bytes_total", "counter", "Bytes of reads that reached the daemon, by "
+        "tier.", ("tier",),
     ),
-    Declared("lazyfs_readers_waiting", "gauge", "Reads that wait now."),
-    Declared("lazyfs_longest_wait_seconds", "gauge", "How long the oldest of them waits."),
-    Declared("lazyfs_open_files", "gauge", "Handles that are open."),
+    Declared(
+        "lazyfs_stall_seconds_total", "counter", "Seconds in which at least one reader waited, by "
+        "cause.", ("cause",),
+    ),
+    Declared("lazyfs_readers_waiting", "gauge", "Reads that are waiting now."),
+    Declared(
+        "lazyfs_longest_wait_seconds", "gauge", "Seconds that the oldest waiting read has waited.",
+    ),
+    Declared("lazyfs_open_files", "gauge", "Open file handles."),
     # Cache and memory
     Declared(
-        "lazyfs_cache_size_bytes", "gauge", "What the cache directory holds, of all mounts; "
-        "measured every ten seconds.", ("directory",),
-    ),
-    Declared("lazyfs_cache_limit_bytes", "gauge", "What it may hold now.", ("directory",)),
-    Declared("lazyfs_cache_hits_total", "counter", "Blocks that were found.", ("directory",)),
-    Declared("lazyfs_cache_misses_total", "counter", "Blocks that were not.", ("directory",)),
-    Declared(
-        "lazyfs_cache_evicted_blocks_total", "counter", "Blocks that left for others.",
-        ("directory",),
+        "lazyfs_cache_size_bytes", "gauge", "Bytes in the cache directory, of all mounts; measured "
+        "every ten seconds.", ("directory",),
     ),
     Declared(
-        "lazyfs_cache_declined_blocks_total", "counter", "Blocks not kept, because what is there "
-        "is needed sooner.", ("directory",),
+        "lazyfs_cache_limit_bytes", "gauge", "Bytes that the cache directory may hold "
+        "now.", ("directory",),
+    ),
+    Declared("lazyfs_cache_hits_total", "counter", "Blocks found in the cache.", ("directory",)),
+    Declared(
+        "lazyfs_cache_misses_total", "counter", "Blocks not found in the cache.", ("directory",),
     ),
     Declared(
-        "lazyfs_cache_damaged_blocks_total", "counter", "Blocks whose checksum was wrong; they are "
-        "fetched again.", ("directory",),
+        "lazyfs_cache_evicted_blocks_total", "counter", "Blocks removed to make room for "
+        "others.", ("directory",),
     ),
     Declared(
-        "lazyfs_cache_failed_writes_total", "counter", "Blocks that a full or failing disk did not "
-        "take.", ("directory",),
+        "lazyfs_cache_declined_blocks_total", "counter", "Blocks not written because the cached "
+        "ones are needed sooner.", ("directory",),
     ),
-    Declared("lazyfs_cache_written_bytes_total", "counter", "Blocks written to the cache."),
     Declared(
-        "lazyfs_cache_shed_blocks_total", "counter", "Blocks that a load left no time or memory "
-        "to write; what the page cache has of them is written after it.",
+        "lazyfs_cache_damaged_blocks_total", "counter", "Cached blocks with a wrong checksum; they "
+        "are fetched again.", ("directory",),
     ),
-    Declared("lazyfs_memory_blocks_bytes", "gauge", "Blocks in memory and on their way there."),
-    Declared("lazyfs_memory_limit_bytes", "gauge", "Most that they may be (--memory-limit)."),
+    Declared(
+        "lazyfs_cache_failed_writes_total", "counter", "Block writes that failed, for instance "
+        "because the disk was full.", ("directory",),
+    ),
+    Declared("lazyfs_cache_written_bytes_total", "counter", "Bytes written to the cache."),
+    Declared(
+        "lazyfs_cache_shed_blocks_total", "counter", "Blocks that a load left no time or memory to "
+        "write; what the page cache has of them is written after it.",
+    ),
+    Declared(
+        "lazyfs_memory_blocks_bytes", "gauge", "Bytes of blocks in memory, requests in flight "
+        "included.",
+    ),
+    Declared(
+        "lazyfs_memory_limit_bytes", "gauge", "Most bytes of blocks in memory (--memory-limit).",
+    ),
     Declared("lazyfs_resident_memory_bytes", "gauge", "Memory of the worker process."),
 )  # fmt: skip
 

@@ -38,16 +38,16 @@ from lazyfs.options.option_types import (
 )
 
 POLICIES = ("model", "tensor", "sequential", "headers", "off")
-# Those that want a plan of what a loader will read (`lazyfs/prefetch/planner.py`).
+# The policies that need a plan of what a loader will read (`lazyfs/prefetch/planner.py`).
 PLANNED = frozenset(("model", "tensor", "headers"))
 
-# What is set at once by `--preset`.
+# The options that `--preset` sets.
 PRESETS: dict[str, dict[str, str]] = {
-    # A server loads the one model, all of it, as soon as it can.
+    # A server loads the whole of one model as fast as it can.
     "serving": {"prefetch": "model", "prefetch-on": "mount", "memory-limit": "512MiB"},
-    # Many readers, each with files of his own, of which only he knows the order.
+    # Many readers, each with its own files, in an order that only it knows.
     "training": {"prefetch": "sequential", "memory-limit": "1GiB", "read-ahead": "4MiB"},
-    # Someone looks into models and does not load them.
+    # A person looks into models without loading them.
     "browse": {"prefetch": "headers", "prefetch-on": "open", "block-size": "1MiB"},
 }
 
@@ -126,7 +126,7 @@ class MountOptions:
     preset: str | None = _option(
         Choice(tuple(PRESETS)),
         "Preset",
-        "Settings for a purpose, under those that are given: "
+        "Defaults for a purpose, overridden by options that are given: "
         + "; ".join(
             f"{name}: {', '.join(f'{key}={value}' for key, value in texts.items())}"
             for name, texts in PRESETS.items()
@@ -139,7 +139,7 @@ class MountOptions:
     region: str | None = _option(
         Text("a region name, such as eu-west-1"),
         "Source",
-        "Region of the bucket; found by asking S3 when not given.",
+        "Region of the bucket. When not given, S3 is asked.",
     )
     profile: str | None = _option(
         Text("a profile name"), "Source", "Profile of the shared AWS configuration files."
@@ -147,145 +147,147 @@ class MountOptions:
     addressing_style: str = _option(
         Choice(("auto", "path", "virtual")),
         "Source",
-        "Where the bucket stands in a request: in the path, or in the host name. auto: in the "
-        "path for an --endpoint-url, in the host name for AWS.",
+        "Where requests name the bucket: in the path or in the host name. auto: in the path with "
+        "--endpoint-url, in the host name for AWS.",
         "auto",
     )
     no_sign_request: bool = _option(
         Flag(), "Source", "Send requests without credentials (public buckets).", "false"
     )
     requester_pays: bool = _option(
-        Flag(), "Source", "Accept to be charged for requests to a requester-pays bucket.", "false"
+        Flag(), "Source", "Agree to be charged for requests to a requester-pays bucket.", "false"
     )
     ca_bundle: Path | None = _option(
-        LocalPath(), "Source", "PEM file of the certificate authority of a private endpoint."
+        LocalPath(), "Source", "PEM file with the certificate authority of a private endpoint."
     )
     io_timeout: float = _option(
         Duration(1, 86400),
         "Source",
-        "How long a reader waits while S3 gives no usable answer before the read fails with EIO. "
-        "EIO kills a process that maps the file, so this is minutes.",
+        "How long a read waits while S3 gives no usable answer before it fails with EIO. EIO kills "
+        "a process that maps the file, so choose minutes rather than seconds.",
         "10m",
     )
     include: tuple[str, ...] = _option(
         Glob(),
         "Files",
-        "Show only files that match one of these patterns (path or name). Weights that loaders "
-        "ignore beside others are prefetched too if a pattern matches them and none of those.",
+        "Show only files that match one of these patterns (path or name). A pattern also selects "
+        "which weights are prefetched where a model has several formats.",
     )
     exclude: tuple[str, ...] = _option(
-        Glob(), "Files", "Do not show files that match one of these patterns (path or name)."
+        Glob(), "Files", "Hide files that match one of these patterns (path or name)."
     )
     allow_other: bool = _option(
-        Flag(), "Files", "Let other users than the mounting one read the mount.", "false"
+        Flag(), "Files", "Let users other than the mounting one read the mount.", "false"
     )
     uid: int | None = _option(
-        Count(0, 2**32 - 2), "Files", "Owner of all files; the mounting user when not given."
+        Count(0, 2**32 - 2), "Files", "Owner of all files. Default: the mounting user."
     )
     gid: int | None = _option(
-        Count(0, 2**32 - 2), "Files", "Group of all files; the mounting user's when not given."
+        Count(0, 2**32 - 2), "Files", "Group of all files. Default: the mounting user's."
     )
     file_mode: int = _option(Mode(), "Files", "Permission bits of files.", "444")
     dir_mode: int = _option(Mode(), "Files", "Permission bits of directories.", "555")
     cache_dir: tuple[Path, ...] | Literal["none"] | None = _option(
         LocalPaths(words=("none",)),
         "Cache",
-        "Directory of the block cache on local disk, shared by all mounts that name it; several, "
-        "one for each disk, are joined by colons. none: no disk cache. When not given: "
+        "Directory of the block cache on local disk, shared by all mounts that name it. Separate "
+        "several directories, one for each disk, by colons. none: no disk cache. Default: "
         "/var/cache/lazyfs for root, ~/.cache/lazyfs for others.",
     )
     cache_size: int | float = _option(
         Share(64 * MIB),
         "Cache",
-        "Most that each directory of the cache may hold, as a size or as a share of the space "
-        "that is free or already used by it. Least recently used blocks leave first.",
+        "Maximum size of each cache directory, as a size or as a share of the space that is free "
+        "or already used by the cache. The least recently used blocks are removed first.",
         "80%",
     )
     cache_reserve: int | float = _option(
         Share(0),
         "Cache",
-        "Free space of the cache's filesystem that is always left to others, as a size or as a "
-        "share of the filesystem.",
+        "Free space that the cache always leaves on its filesystem, as a size or as a share of "
+        "the filesystem.",
         "5%",
     )
     block_size: int = _option(
         Size(256 * KIB, 64 * MIB, power_of_two=True),
         "Reading",
-        "Unit of fetching and caching.",
+        "Size of the blocks that are fetched and cached.",
         "8MiB",
     )
     memory_limit: int = _option(
         Size(64 * MIB, 1 << 40),
         "Reading",
-        "Most bytes of blocks that the daemon holds in memory, requests in flight included; at "
-        "least 4 blocks.",
+        "Maximum memory for blocks, requests in flight included. At least 4 blocks.",
         "256MiB",
     )
     prefetch: str = _option(
         Choice(POLICIES),
         "Prefetch",
-        "What is fetched before it is asked for. model: the whole model in loading order. tensor: "
-        "the tensors that are read, whole, and a little of what follows; for processes that read "
-        "a part of the model. sequential: of a file that is read, twice as far as it was read. "
+        "What is fetched before it is read. model: the whole model in loading order. tensor: each "
+        "tensor that is read, whole, and a little of what follows; for processes that read only "
+        "part of a model. sequential: the file that is read, twice as far as it was read. "
         "headers: small files and the headers of shards. off: only the blocks that a read touches.",
         "model",
     )
     prefetch_on: str = _option(
         Choice(("mount", "open")),
         "Prefetch",
-        "When a model begins to be fetched: mount, or open: when one of its files is opened. Of "
-        "several models below the prefix each is fetched from when one of its files is opened.",
+        "When prefetching of a model starts: at mount, or when one of its files is opened. With "
+        "several models below the prefix, each one starts when one of its files is opened.",
         "mount",
     )
     tensors: str | None = _option(
         Pattern(),
         "Prefetch",
-        "Fetch only tensors ahead whose name matches this regular expression (RE2; anywhere in the "
-        "name); the others are fetched when they are read. For safetensors.",
+        "Prefetch only tensors whose name matches this regular expression (RE2, anywhere in the "
+        "name). Other tensors are fetched when they are read. For safetensors.",
     )
     page_cache: int | str = _option(
         Size(1 * MIB, 1 << 44, words=("auto", "off")),
         "Reading",
-        "How much fetched data may be put into the kernel's page cache before it is asked for. "
-        "auto: up to half of what memory and the cgroup's limit leave free.",
+        "Maximum size of the data put into the kernel's page cache before it is read. auto: up to "
+        "half of the memory that the machine and the cgroup leave free.",
         "auto",
     )
     read_ahead: int = _option(
         Size(0, 64 * MIB),
         "Reading",
-        "Read-ahead of the mount, set where the daemon is permitted to (root).",
+        "The kernel's read-ahead for the mount. Needs root; otherwise the kernel's default stays.",
         "1MiB",
     )
     max_concurrency: int = _option(
         Count(1, 256),
         "Reading",
-        "Most ranged GETs in flight; how many really are follows from what throughput gains.",
+        "Maximum number of ranged GETs in flight. The actual number adapts to the throughput.",
         "64",
     )
     bandwidth_limit: int | str = _option(
         Size(64 * KIB, 1 << 40, words=("off",)),
         "Reading",
-        "Most bytes a second to take from S3, for shared links.",
+        "Maximum rate of reads from S3 in bytes a second, for shared links.",
         "off",
     )
     metrics_address: tuple[str, int] | None = _option(
         Address(),
         "Observing",
-        "Where to serve the metrics of the mount to Prometheus (http://HOST:PORT/metrics).",
+        "Address that serves the mount's metrics to Prometheus (http://HOST:PORT/metrics).",
     )
     log_level: str = _option(
-        Choice(("debug", "info", "warning", "error")), "Observing", "Least severity to log.", "info"
+        Choice(("debug", "info", "warning", "error")),
+        "Observing",
+        "Lowest severity to log.",
+        "info",
     )
     log_format: str = _option(
         Choice(("text", "json")),
         "Observing",
-        "Lines for people, or one JSON object a line.",
+        "text: lines for people. json: one JSON object a line.",
         "text",
     )
     log_file: Path | None = _option(
         LocalPath(),
         "Observing",
-        "Log of a background daemon. When not given: below /var/log/lazyfs for root, "
+        "Log file of a background daemon. Default: below /var/log/lazyfs for root, "
         "~/.local/state/lazyfs for others.",
     )
 
