@@ -1,4 +1,4 @@
-"""Processes of a worker that use its own mount, as the worker itself must not."""
+"""Helper processes that use the mount of their worker, which the worker itself must not do."""
 
 from __future__ import annotations
 
@@ -12,29 +12,33 @@ from typing import Any
 import trio
 
 
-async def ask_aside(module: str, wanted: Any) -> Any:
-    """What a module of ours answers, run as a process; both sides are JSON.
+async def ask_helper(module: str, wanted: Any) -> Any:
+    """Run a module of lazyfs as a process. Its input and its answer are JSON.
+
+    Args:
+        module: name of the module; it reads JSON from standard input and prints JSON.
+        wanted: the input.
 
     Raises:
-        OSError, subprocess.CalledProcessError: as `run_aside`.
+        OSError, subprocess.CalledProcessError: as `run_helper`.
     """
     command = [sys.executable, "-P", "-m", module]
-    return json.loads(await run_aside(command, json.dumps(wanted).encode()))
+    return json.loads(await run_helper(command, json.dumps(wanted).encode()))
 
 
-async def run_aside(command: Sequence[str], told: bytes = b"") -> bytes:
-    """Run a process, and what it printed.
+async def run_helper(command: Sequence[str], stdin: bytes = b"") -> bytes:
+    """Run a process and return what it prints.
 
-    It may wait for an answer that only the next worker gives, and does not even die before that.
-    So a worker that ends kills it but does not wait for it, as `trio.run_process` would.
+    The process may wait for a FUSE answer that only the next worker can give, and cannot be killed
+    until then. So on cancellation it is sent SIGKILL but not awaited, unlike in `trio.run_process`.
 
     Args:
         command: the program and its arguments.
-        told: what it reads from its standard input.
+        stdin: the bytes it reads from its standard input.
 
     Raises:
         OSError: it could not be started.
-        subprocess.CalledProcessError: it ended with another code than 0.
+        subprocess.CalledProcessError: its exit code is not 0.
     """
     process = await trio.lowlevel.open_process(
         command, cwd="/",
@@ -44,13 +48,13 @@ async def run_aside(command: Sequence[str], told: bytes = b"") -> bytes:
     assert process.stdout is not None
     try:
         async with process.stdin, process.stdout:
-            with contextlib.suppress(trio.BrokenResourceError):  # it has ended; its code says why
-                await process.stdin.send_all(told)
+            with contextlib.suppress(trio.BrokenResourceError):  # it ended; see its exit code
+                await process.stdin.send_all(stdin)
             await process.stdin.aclose()
             printed = b"".join([part async for part in process.stdout])
         code = await process.wait()
     finally:
-        process.kill()  # unless it has ended
+        process.kill()  # no effect if it has ended
     if code != 0:
         raise subprocess.CalledProcessError(code, list(command))
     return printed

@@ -31,7 +31,7 @@ import trio
 from lazyfs.blocks import BlockId, block_length
 from lazyfs.blocks.buffers import take_buffer
 from lazyfs.cache import BlockCache
-from lazyfs.helper_process import ask_aside
+from lazyfs.helper_process import ask_helper
 from lazyfs.objects import File
 from lazyfs.pagecache.mincore import all_resident, open_known
 
@@ -130,7 +130,7 @@ class LateWriter:
             ],
         }
         try:
-            said = await ask_aside("lazyfs.cache.late_writer", wanted)
+            said = await ask_helper("lazyfs.cache.late_writer", wanted)
         except (OSError, subprocess.CalledProcessError) as error:
             log.warning("could not write blocks out of the page cache: %s", error)
             return None

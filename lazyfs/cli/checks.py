@@ -41,7 +41,7 @@ AT_ONCE = 8
 SKEW_REFUSED_S, SKEW_NOTICED_S = 900.0, 60.0
 
 
-class State(StrEnum):
+class Outcome(StrEnum):
     """How something was found."""
 
     OK = "ok"
@@ -60,7 +60,7 @@ class Finding:
     """
 
     what: str
-    state: State
+    state: Outcome
     words: str
     advice: str = ""
 
@@ -79,40 +79,40 @@ def _device(options: MountOptions) -> Iterator[Finding]:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except FileNotFoundError:
         yield Finding(
-            "FUSE", State.FAILED, "/dev/fuse is missing",
+            "FUSE", Outcome.FAILED, "/dev/fuse is missing",
             "load the kernel module (modprobe fuse), or give the container the device "
             "(--device /dev/fuse)",
         )  # fmt: skip
     except OSError as error:
         yield Finding(
-            "FUSE", State.FAILED, f"/dev/fuse cannot be opened: {error.strerror}",
+            "FUSE", Outcome.FAILED, f"/dev/fuse cannot be opened: {error.strerror}",
             "let this user open it: mode 666 is usual; a container needs it in its device list",
         )  # fmt: skip
     else:
-        yield Finding("FUSE", State.OK, "/dev/fuse can be opened")
+        yield Finding("FUSE", Outcome.OK, "/dev/fuse can be opened")
 
 
 def _permission(options: MountOptions) -> Iterator[Finding]:
     """Whether this user can mount."""
     if os.geteuid() == 0:
         if _capabilities() >> CAP_SYS_ADMIN & 1:
-            yield Finding("mounting", State.OK, "as root")
+            yield Finding("mounting", Outcome.OK, "as root")
         else:
             yield Finding(
-                "mounting", State.FAILED, "root without CAP_SYS_ADMIN cannot mount",
+                "mounting", Outcome.FAILED, "root without CAP_SYS_ADMIN cannot mount",
                 "give the container that capability (--cap-add SYS_ADMIN), or use the CSI driver",
             )  # fmt: skip
         return
     if path := shutil.which("fusermount3"):
-        yield Finding("mounting", State.OK, f"through {path}")
+        yield Finding("mounting", Outcome.OK, f"through {path}")
     else:
         yield Finding(
-            "mounting", State.FAILED, "fusermount3 is missing; users mount through it",
+            "mounting", Outcome.FAILED, "fusermount3 is missing; users mount through it",
             "install the package fuse3, or mount as root",
         )  # fmt: skip
     if options.allow_other and not _allows_others():
         yield Finding(
-            "--allow-other", State.FAILED, "users may not use it here",
+            "--allow-other", Outcome.FAILED, "users may not use it here",
             "put the line user_allow_other into /etc/fuse.conf",
         )  # fmt: skip
 
@@ -134,10 +134,10 @@ def _kernel(options: MountOptions) -> Iterator[Finding]:
     release = platform.release()
     numbers = tuple(int(number) for number in re.findall(r"\d+", release)[:2])
     if numbers >= mount_syscalls.RESEND_SINCE:
-        yield Finding("kernel", State.OK, f"{release}: a mount goes on when its worker dies")
+        yield Finding("kernel", Outcome.OK, f"{release}: a mount goes on when its worker dies")
     else:
         yield Finding(
-            "kernel", State.WARNING,
+            "kernel", Outcome.WARNING,
             f"{release}: when a worker dies the mount is made anew, and open files fail",
             "Linux 6.9 and later can go on",
         )  # fmt: skip
@@ -147,11 +147,11 @@ def _settings(options: MountOptions) -> Iterator[Finding]:
     """Whether the kernel's read-ahead of a mount can be raised (`tune_kernel`)."""
     read_only = os.statvfs("/sys").f_flag & os.ST_RDONLY
     if os.geteuid() == 0 and not read_only:
-        yield Finding("read-ahead", State.OK, f"can be set to {format_size(options.read_ahead)}")
+        yield Finding("read-ahead", Outcome.OK, f"can be set to {format_size(options.read_ahead)}")
     else:
         why = "/sys is read-only" if read_only else "only root may set it"
         yield Finding(
-            "read-ahead", State.WARNING, f"stays as it is: {why}",
+            "read-ahead", Outcome.WARNING, f"stays as it is: {why}",
             "reads of what is not in the page cache yet are slower; mount as root to raise it",
         )  # fmt: skip
 
@@ -161,16 +161,16 @@ def _memory(options: MountOptions) -> Iterator[Finding]:
     words = f"{format_size(free)} free for blocks and page cache"
     if free < options.memory_limit + GIB:
         yield Finding(
-            "memory", State.WARNING, words,
+            "memory", Outcome.WARNING, words,
             "little can be put into the page cache ahead of readers; raise the cgroup's limit",
         )  # fmt: skip
     else:
-        yield Finding("memory", State.OK, words)
+        yield Finding("memory", Outcome.OK, words)
 
 
 def _cache(options: MountOptions) -> Iterator[Finding]:
     if options.cache_dir == "none":
-        yield Finding("cache", State.OK, "none wanted (--cache-dir none)")
+        yield Finding("cache", Outcome.OK, "none wanted (--cache-dir none)")
         return
     for directory in options.cache_dir or (default_directory(),):
         yield _cache_directory(directory)
@@ -181,29 +181,29 @@ def _cache_directory(directory: Path) -> Finding:
     try:
         check_directory(directory)
     except LazyfsError as error:
-        return Finding(what, State.FAILED, str(error))
+        return Finding(what, Outcome.FAILED, str(error))
     disk = os.statvfs(directory)
     free = disk.f_bavail * disk.f_frsize
     if free < 4 * TEST_BYTES:
         return Finding(
-            what, State.WARNING, f"{format_size(free)} free",
+            what, Outcome.WARNING, f"{format_size(free)} free",
             "free some space, or name another --cache-dir",
         )  # fmt: skip
     try:
         written, read = _disk_rates(directory)
     except OSError as error:
         return Finding(
-            what, State.FAILED, f"cannot be written: {error.strerror}", "name another --cache-dir"
+            what, Outcome.FAILED, f"cannot be written: {error.strerror}", "name another --cache-dir"
         )
     words = (
         f"{format_size(free)} free, writes {format_size(written)}/s, reads {format_size(read)}/s"
     )
     if min(written, read) < SLOW_DISK:
         return Finding(
-            what, State.WARNING, words,
+            what, Outcome.WARNING, words,
             "slower than a good network; a local NVMe disk is best, --cache-dir none may be faster",
         )  # fmt: skip
-    return Finding(what, State.OK, words)
+    return Finding(what, Outcome.OK, words)
 
 
 def _disk_rates(directory: Path) -> tuple[float, float]:
@@ -227,21 +227,21 @@ def _source(url: SourceUrl, options: MountOptions) -> Iterator[Finding]:
     try:
         source, took_s = _timed(lambda: Source(url, options))
         yield Finding(
-            "credentials", State.OK, f"found; region {source.region} ({format_duration(took_s)})"
+            "credentials", Outcome.OK, f"found; region {source.region} ({format_duration(took_s)})"
         )
         yield _clock(source)
         page, took_s = _timed(lambda: source.list_page(url.prefix, None))
     except LazyfsError as error:
-        yield Finding("source", State.FAILED, str(error), _hint(error))
+        yield Finding("source", Outcome.FAILED, str(error), _hint(error))
         return
     if not page.objects:
         yield Finding(
-            "listing", State.FAILED, f"{url}: no objects below this prefix", "check its spelling"
+            "listing", Outcome.FAILED, f"{url}: no objects below this prefix", "check its spelling"
         )
         return
     more = " and more" if page.next_token else ""
     yield Finding(
-        "listing", State.OK,
+        "listing", Outcome.OK,
         f"{len(page.objects)} objects{more} in {format_duration(took_s)}",
     )  # fmt: skip
     readable = [one for one in page.objects if one.key is not None and one.size_bytes]
@@ -252,9 +252,9 @@ def _source(url: SourceUrl, options: MountOptions) -> Iterator[Finding]:
 def _transport(endpoint: str) -> Finding:
     parts = urlsplit(endpoint)
     if parts.scheme == "https" or parts.hostname in ("127.0.0.1", "localhost", "::1"):
-        return Finding("endpoint", State.OK, endpoint)
+        return Finding("endpoint", Outcome.OK, endpoint)
     return Finding(
-        "endpoint", State.WARNING, f"{endpoint} is not encrypted",
+        "endpoint", Outcome.WARNING, f"{endpoint} is not encrypted",
         "use https:// unless the network is trusted",
     )  # fmt: skip
 
@@ -262,12 +262,12 @@ def _transport(endpoint: str) -> Finding:
 def _clock(source: Source) -> Finding:
     skew_s = source.clock_skew_s()
     if skew_s is None:
-        return Finding("clock", State.OK, "S3 does not tell its own")
+        return Finding("clock", Outcome.OK, "S3 does not tell its own")
     words = f"{abs(skew_s):.0f} s {'behind' if skew_s > 0 else 'ahead of'} that of S3"
     if abs(skew_s) < SKEW_NOTICED_S:
-        return Finding("clock", State.OK, words)
+        return Finding("clock", Outcome.OK, words)
     return Finding(
-        "clock", State.FAILED if abs(skew_s) >= SKEW_REFUSED_S else State.WARNING, words,
+        "clock", Outcome.FAILED if abs(skew_s) >= SKEW_REFUSED_S else Outcome.WARNING, words,
         "set it by NTP; S3 refuses requests that are 15 minutes off",
     )  # fmt: skip
 
@@ -287,7 +287,7 @@ def _ranges(source: Source, one: ListedObject, options: MountOptions) -> Iterato
         with ThreadPoolExecutor(AT_ONCE) as threads:
             sizes, took_s = _timed(lambda: list(threads.map(get, starts)))
     except LazyfsError as error:
-        yield Finding("reading", State.FAILED, str(error), _hint(error))
+        yield Finding("reading", Outcome.FAILED, str(error), _hint(error))
         return
     words = (
         f"first byte after {format_duration(first_s)}; {format_size(sum(sizes) / took_s)}/s "
@@ -295,11 +295,11 @@ def _ranges(source: Source, one: ListedObject, options: MountOptions) -> Iterato
     )
     if first_s > SLOW_FIRST_BYTE_S:
         yield Finding(
-            "reading", State.WARNING, words,
+            "reading", Outcome.WARNING, words,
             "the endpoint is far or busy; a larger --block-size asks less often",
         )  # fmt: skip
     else:
-        yield Finding("reading", State.OK, words)
+        yield Finding("reading", Outcome.OK, words)
 
 
 def _hint(error: LazyfsError) -> str:

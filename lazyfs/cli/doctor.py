@@ -11,12 +11,12 @@ from typing import Any
 import click
 from rich.text import Text
 
-from lazyfs.cli.checks import Finding, State, examine
+from lazyfs.cli.checks import Finding, Outcome, examine
 from lazyfs.cli.settings import settings, with_mount_options
 from lazyfs.cli.tables import console
 from lazyfs.store.source import SourceUrl
 
-_STYLES = {State.OK: "green", State.WARNING: "yellow", State.FAILED: "bold red"}
+_STYLES = {Outcome.OK: "green", Outcome.WARNING: "yellow", Outcome.FAILED: "bold red"}
 
 
 @click.command()
@@ -48,7 +48,7 @@ def doctor(source: str | None, as_json: bool, config: Path | None, **given: Any)
             _show(finding)
     if as_json:
         click.echo(json.dumps([asdict(finding) for finding in found], indent=1))
-    if any(finding.state is State.FAILED for finding in found):
+    if any(finding.state is Outcome.FAILED for finding in found):
         sys.exit(1)
 
 

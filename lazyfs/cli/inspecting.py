@@ -20,7 +20,7 @@ from lazyfs.cli.settings import settings, with_mount_options
 from lazyfs.cli.tables import console, print_rows
 from lazyfs.control.client import ControlClient, ControlError
 from lazyfs.errors import ObjectGoneError, SourceError
-from lazyfs.model.inspection import Layer, Model, Reader, alike, inspect_files
+from lazyfs.model.inspection import Layer, Model, Reader, group_similar, inspect_files
 from lazyfs.namespace.tree import Tree
 from lazyfs.objects import File, ListedObject
 from lazyfs.options.mount_options import MountOptions
@@ -222,7 +222,7 @@ def _shards(model: Model, options: MountOptions) -> Table:
 
 def _layers(model: Model) -> Table:
     table = _table("layer", "layers", "tensors each", "parameters each", "size each", "dtypes")
-    for name, layer, count in alike(model.layers):
+    for name, layer, count in group_similar(model.layers):
         table.add_row(
             name,
             str(count),

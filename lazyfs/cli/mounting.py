@@ -60,7 +60,7 @@ def mount(
     if wait and foreground:
         raise OptionError("--wait: not with --foreground, which does not return")
     if wait:
-        from lazyfs.cli.waiting import check_wait, wait_until_here
+        from lazyfs.cli.waiting import check_wait, wait_until_present
 
         check_wait(wait, options)
     mountpoint = Path(os.path.realpath(mountpoint))
@@ -75,7 +75,7 @@ def mount(
         sys.exit(begun.supervise(spec, None))
     _start_in_background(begun, spec, log_file)
     if wait:
-        wait_until_here(mountpoint, wait, options, as_json=as_json)
+        wait_until_present(mountpoint, wait, options, as_json=as_json)
 
 
 @click.command()

@@ -13,7 +13,7 @@ import click
 from lazyfs.cli.mounts import record_at
 from lazyfs.control.client import ControlClient
 from lazyfs.errors import LazyfsError, OptionError
-from lazyfs.observe.events import Activity, Cause, Event, Kind, Purpose
+from lazyfs.observe.events import Activity, Cause, Event, EventKind, Purpose
 from lazyfs.observe.load import Load, Recording
 from lazyfs.observe.page import numbers, page
 from lazyfs.observe.picture import Picture
@@ -21,12 +21,12 @@ from lazyfs.observe.verdict import Verdict, judge
 from lazyfs.process.mount_records import control_socket
 
 _DETAILS: dict[int, type[Cause] | type[Activity] | type[Purpose]] = {
-    Kind.FETCHED: Purpose,
-    Kind.LOADED: Purpose,
-    Kind.FAILED: Cause,
-    Kind.WAITED: Cause,
-    Kind.RETRIED: Cause,
-    Kind.PREFETCH: Activity,
+    EventKind.FETCHED: Purpose,
+    EventKind.LOADED: Purpose,
+    EventKind.FAILED: Cause,
+    EventKind.WAITED: Cause,
+    EventKind.RETRIED: Cause,
+    EventKind.PREFETCH: Activity,
 }
 
 
@@ -59,7 +59,7 @@ def report(mountpoint: Path, output: Path | None) -> None:
     load = Load.of(Recording.parse(answer))
     verdict = judge(load)
     if write is None or output is None:
-        click.echo(in_words(load, verdict))
+        click.echo(as_text(load, verdict))
         return
     content = write(load, verdict)
     try:
@@ -69,7 +69,7 @@ def report(mountpoint: Path, output: Path | None) -> None:
     click.echo(verdict.headline, err=True)
 
 
-def in_words(load: Load, verdict: Verdict) -> str:
+def as_text(load: Load, verdict: Verdict) -> str:
     """The report for a terminal."""
     about = load.recording.about
     lines = [f"{about['source']} at {about['mountpoint']}", "", verdict.headline, verdict.advice]
@@ -129,7 +129,7 @@ def as_json(load: Load, verdict: Verdict) -> dict[str, Any]:
 
 
 def _event(load: Load, event: Event) -> dict[str, Any]:
-    kind = Kind(event.kind)
+    kind = EventKind(event.kind)
     fields: dict[str, Any] = {"at_s": round(event.at_s, 6), "what": kind.name.lower()}
     if kind in _DETAILS:
         fields["detail"] = _DETAILS[kind](event.detail).name.lower()

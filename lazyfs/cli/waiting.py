@@ -39,7 +39,9 @@ def check_wait(what: str, options: MountOptions) -> None:
         )
 
 
-def wait_until_here(mountpoint: Path, what: str, options: MountOptions, *, as_json: bool) -> None:
+def wait_until_present(
+    mountpoint: Path, what: str, options: MountOptions, *, as_json: bool
+) -> None:
     """Wait, and show how far it is.
 
     Args:

@@ -174,7 +174,7 @@ def layer_of(name: str) -> str:
     return found["before"] + found["number"] if found else name.rpartition(".")[0] or name
 
 
-def alike(layers: Iterable[Layer]) -> list[tuple[str, Layer, int]]:
+def group_similar(layers: Iterable[Layer]) -> list[tuple[str, Layer, int]]:
     """Layers that follow one another and differ in their numbers only, taken together.
 
     Returns:

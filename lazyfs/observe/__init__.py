@@ -1,1 +1,1 @@
-"""What a mount does, seen: events and counts, metrics, and the report of a load."""
+"""What a mount does: events, counters, metrics, traces, and the report of a load."""

@@ -1,7 +1,7 @@
-"""What happens in a mount, as events, and the ring that keeps the latest of them. Pure.
+"""The events of a mount, and the ring buffer that keeps the latest of them. Pure.
 
-An event is 32 bytes in one buffer, so that a ring of all blocks of a large model costs a few MiB
-and recording one costs less than a microsecond.
+An event takes 32 bytes of one buffer. A ring for all blocks of a large model costs a few MiB, and
+recording an event costs less than a microsecond.
 """
 
 from __future__ import annotations
@@ -11,77 +11,79 @@ from collections.abc import Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
-# So many events are kept: the four or so of each block of a model of 500 GB at 8 MiB a block.
+# Events in the ring: about four for each 8 MiB block of a 500 GB model.
 CAPACITY = 1 << 18
 
 
-class Kind(IntEnum):
-    """What happened; and what `detail`, `size` and `seconds` of such an event say."""
+class EventKind(IntEnum):
+    """What happened. The comments say what an event's `detail`, `size` and `seconds` hold."""
 
-    OPENED = 1  # a file
-    CLOSED = 2  # a file
-    FETCHED = 3  # a block came from S3: purpose; its bytes; since it was begun
-    LOADED = 4  # a block came from disk: purpose; its bytes; since it was begun
-    FAILED = 5  # a block could not be had: cause
-    PUSHED = 6  # a block went into the page cache; its bytes; how long that took
-    READ = 7  # a reader was given bytes of a block, for the first time since the file was opened
-    WAITED = 8  # a reader waited for a block: cause; bytes he asked for; how long
-    RETRIED = 9  # S3 was asked again for a block: cause
-    PREFETCH = 10  # what prefetching does changed: activity
-    LIMIT = 11  # so many requests may be in flight from now on: -; number
-    PLANNED = 12  # the order of loading is known: -; bytes of the model
-    RESUMED = 13  # another worker took up the mount
-    SHED = 14  # a load left no time or memory to write a block to the disk; its bytes
+    OPENED = 1  # a file was opened
+    CLOSED = 2  # a file was closed
+    FETCHED = 3  # a block arrived from S3; detail: purpose; size: of the block; seconds: duration
+    LOADED = 4  # a block arrived from disk; detail: purpose; size: of the block; seconds: duration
+    FAILED = 5  # a block could not be fetched; detail: cause
+    PUSHED = 6  # a block was put into the page cache; size: of the block; seconds: duration
+    READ = 7  # a read of a block was answered, the first one since the file was opened
+    WAITED = 8  # a reader waited for a block; detail: cause; size: of the read; seconds: duration
+    RETRIED = 9  # a request for a block was retried; detail: cause
+    PREFETCH = 10  # prefetching changed its activity; detail: activity
+    PLANNED = 12  # the loading order is known; size: of the model
+    RESUMED = 13  # this worker took the mount over from another
 
 
 class Purpose(IntEnum):
-    """Why a block was brought."""
+    """Why a block was fetched."""
 
     AHEAD = 0
     DEMAND = 1
 
 
 class Cause(IntEnum):
-    """Why a reader waited, or S3 was asked again."""
+    """Why a reader waited, or why a request to S3 was retried."""
 
-    NETWORK = 0  # the bytes were on their way
+    NETWORK = 0  # the block was in flight from S3
     THROTTLED = 1  # S3 asked for fewer requests
     ERRORS = 2  # S3 gave no usable answer
-    CREDENTIALS = 3  # they ran out
-    DISK = 4  # the cache directory was being read
-    MEMORY = 5  # fewer blocks than the link carries had room in the memory budget
-    ORDER = 6  # prefetching was at work elsewhere
-    NO_PREFETCH = 7  # nothing is fetched ahead
+    CREDENTIALS = 3  # the credentials had expired
+    DISK = 4  # the block was being read from the cache directory
+    MEMORY = 5  # the memory limit has room for fewer blocks than the link can carry
+    ORDER = 6  # prefetching had not reached the block
+    NO_PREFETCH = 7  # prefetching does not cover the block
 
     @property
     def label(self) -> str:
-        """In metrics and JSON."""
+        """The name in metrics and JSON."""
         return self.name.lower()
 
 
 class Activity(IntEnum):
-    """What prefetching does."""
+    """What prefetching is doing."""
 
-    DONE = 0  # nothing more is wanted
-    FETCHING = 1  # as many requests are in flight as should be
+    DONE = 0  # nothing is left to fetch
+    FETCHING = 1  # as many requests are in flight as the limit allows
     NO_ROOM = 2  # it waits for room in memory
-    DEMAND = 3  # readers' own requests take every slot
-    PAUSED = 4  # somebody said so
-    OFF = 5
+    DEMAND = 3  # requests for waiting readers take every slot
+    PAUSED = 4  # `lazyfs pause`
+    OFF = 5  # `--prefetch off`
 
     @property
     def label(self) -> str:
-        """In metrics and JSON."""
+        """The name in metrics and JSON."""
         return self.name.lower()
 
 
 class Event(NamedTuple):
-    """One thing that happened.
+    """One event.
 
     Attributes:
-        at_s: seconds since the worker began.
-        file: number of the file in the order of `Recorder.files`; NO_FILE: about none.
-        block: its number in the file.
+        at_s: seconds since the worker started.
+        kind: an `EventKind`.
+        detail: a `Purpose`, `Cause` or `Activity`, depending on `kind`.
+        file: index into `Recorder.files`; NO_FILE if the event concerns no file.
+        block: number of the block in the file.
+        size: in bytes.
+        seconds: how long it took.
     """
 
     at_s: float
@@ -98,10 +100,10 @@ _LAYOUT = struct.Struct("<dBBxxIIQf")
 
 
 class EventRing:
-    """The latest events; when it is full, the oldest leave.
+    """The latest events. When the ring is full, a new event overwrites the oldest.
 
     Args:
-        capacity: how many are kept.
+        capacity: number of events that the ring holds.
     """
 
     def __init__(self, capacity: int = CAPACITY) -> None:
@@ -112,14 +114,14 @@ class EventRing:
     def add(
         self,
         at_s: float,
-        kind: Kind,
+        kind: EventKind,
         detail: int = 0,
         file: int = NO_FILE,
         block: int = 0,
         size: int = 0,
         seconds: float = 0.0,
     ) -> None:
-        """Keep one more."""
+        """Record an event."""
         packed = _LAYOUT.pack(at_s, kind, detail, file, block, size, seconds)
         if self.recorded < self._capacity:
             self._buffer += packed
@@ -129,18 +131,18 @@ class EventRing:
         self.recorded += 1
 
     def dump(self) -> bytes:
-        """All that are kept, oldest first, for `unpack`."""
+        """All events in the ring as bytes for `unpack`, oldest first."""
         split = self.recorded % self._capacity * _LAYOUT.size
         if self.recorded <= self._capacity:
             return bytes(self._buffer)
         return bytes(self._buffer[split:] + self._buffer[:split])
 
     def newest_first(self) -> Iterator[Event]:
-        """All that are kept, from the newest back; nothing may be added meanwhile."""
+        """All events in the ring, newest first. Do not add events while iterating."""
         for number in range(self.recorded - 1, max(-1, self.recorded - self._capacity - 1), -1):
             yield Event(*_LAYOUT.unpack_from(self._buffer, number % self._capacity * _LAYOUT.size))
 
 
 def unpack(dumped: bytes) -> list[Event]:
-    """The events that `EventRing.dump` gave."""
+    """Decode the bytes of `EventRing.dump`."""
     return [Event(*fields) for fields in _LAYOUT.iter_unpack(dumped)]

@@ -1,4 +1,4 @@
-"""Values of metrics as the text that Prometheus scrapes."""
+"""Metrics in the text format that Prometheus scrapes."""
 
 from __future__ import annotations
 
@@ -6,24 +6,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import Metric as MetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from lazyfs.observe.metrics import METRICS, Declared, Values
+from lazyfs.observe.metrics import METRICS, Metric, Values
 
 
 def exposition(mounts: Iterable[tuple[Mapping[str, str], Values]]) -> str:
-    """The text that Prometheus scrapes.
+    """Render the metrics of several mounts.
 
     Args:
-        mounts: of each mount, the labels that say which it is, and its values. All have the same
-            label names.
+        mounts: for each mount, the labels that identify it, and its values. All mounts have the
+            same label names.
     """
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Mounts(list(mounts)))
@@ -34,22 +30,25 @@ class _Mounts(Collector):
     def __init__(self, mounts: list[tuple[Mapping[str, str], Values]]) -> None:
         self._mounts = mounts
 
-    def collect(self) -> Iterator[Metric]:
-        for declared in METRICS:
-            family = self._family(declared)
+    def collect(self) -> Iterator[MetricFamily]:
+        for metric in METRICS:
+            family = self._family(metric)
             if family.samples:
                 yield family
 
-    def _family(self, declared: Declared) -> Metric:
-        """One metric of all mounts. A mount's worker may be of another version: what it does not
-        know is missing, what this process does not know is left out."""
-        whose = list(self._mounts[0][0]) if self._mounts else []
-        names = [*whose, *declared.labels]
-        family: Metric = _FAMILIES[declared.kind](declared.name, declared.help, labels=names)
+    def _family(self, metric: Metric) -> MetricFamily:
+        """One metric with the samples of all mounts.
+
+        A worker may run another version of lazyfs. A metric that it does not know has no sample; a
+        metric that only it knows is left out.
+        """
+        mount_labels = list(self._mounts[0][0]) if self._mounts else []
+        names = [*mount_labels, *metric.labels]
+        family: MetricFamily = _FAMILIES[metric.kind](metric.name, metric.help, labels=names)
         for labels, values in self._mounts:
-            for own, value in values.get(declared.name, ()):
-                texts = [labels[name] for name in whose]
-                texts += [own.get(name, "") for name in declared.labels]
+            for own, value in values.get(metric.name, ()):
+                texts = [labels[name] for name in mount_labels]
+                texts += [own.get(name, "") for name in metric.labels]
                 if isinstance(family, HistogramMetricFamily):
                     bounds = [str(float(bound)) for bound in value["bounds"]] + ["+Inf"]
                     buckets = list(zip(bounds, value["counts"], strict=True))

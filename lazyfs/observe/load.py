@@ -1,8 +1,8 @@
-"""A load, made out of what a recorder kept: what came when, who waited, at which rate. Pure.
+"""A load, reconstructed from recorded events: when blocks arrived, who waited, at what rate. Pure.
 
-A load begins with the first file that was opened or read, and ends with the last thing a reader
-did; while files are open it goes on. Fetching begins earlier, at mount, and is part of the picture.
-Times are seconds since the worker began.
+A load begins when the first file is opened or read. It ends with the last action of a reader, and
+goes on while files are open. Fetching begins at mount, before the load, and is part of the chart.
+Times are seconds since the worker started.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lazyfs.observe.events import NO_FILE, Activity, Cause, Event, Kind, Purpose, unpack
+from lazyfs.observe.events import NO_FILE, Activity, Cause, Event, EventKind, Purpose, unpack
 from lazyfs.observe.recorder import Tier
 
-# The best rate is the best that was kept up for so long.
+# The best rate is the highest average over this time.
 BEST_OVER_S = 1.0
-READING = (Kind.OPENED, Kind.READ, Kind.WAITED)
+READING = (EventKind.OPENED, EventKind.READ, EventKind.WAITED)
 
 
 @dataclass(slots=True)
 class BlockLife:
-    """One block: begun, landed, and, if it was, pushed into the page cache and read."""
+    """What happened to one block, and when. None: it was not pushed, or not read."""
 
     file: int
     block: int
@@ -49,13 +49,13 @@ class Stall:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """What a worker gave as its report (`GET /report`).
+    """A worker's answer to `GET /report`.
 
     Attributes:
         about: the mount: source, mountpoint, version, options.
-        files: path and size in bytes, in the order of the events' numbers.
-        now_s: when it was given.
-        lost: how many older events the ring no longer has.
+        files: path and size in bytes; `Event.file` is an index into it.
+        now_s: when the worker answered.
+        lost: number of older events that the ring no longer holds.
     """
 
     about: Mapping[str, Any]
@@ -66,7 +66,7 @@ class Recording:
 
     @classmethod
     def parse(cls, answer: Mapping[str, Any]) -> Recording:
-        """From JSON. Raises KeyError, ValueError: it is none."""
+        """Decode the JSON answer. Raises KeyError or ValueError if it is malformed."""
         events = unpack(base64.b64decode(answer["events"]))
         return cls(
             about=answer["about"],
@@ -82,10 +82,11 @@ class Load:
     """One load.
 
     Attributes:
-        start_s, end_s: of reading; None: nothing was read.
-        is_over: no file is open any more.
-        stalled_s: seconds of waiting by cause, each second once.
-        blocked_s: how long prefetching was at each activity while the load ran.
+        start_s, end_s: when reading began and ended; `start_s` is None if nothing was read.
+        is_over: all files are closed.
+        stalled_s: seconds in which at least one reader waited, by cause.
+        activity_s: seconds that prefetching spent on each activity during the load.
+        refetched_bytes: bytes of blocks that were fetched from S3 more than once.
     """
 
     recording: Recording
@@ -96,72 +97,72 @@ class Load:
     end_s: float = 0.0
     is_over: bool = True
     stalled_s: dict[Cause, float] = field(default_factory=dict)
-    blocked_s: dict[Activity, float] = field(default_factory=dict)
-    again_bytes: int = 0
+    activity_s: dict[Activity, float] = field(default_factory=dict)
+    refetched_bytes: int = 0
 
     @classmethod
     def of(cls, recording: Recording) -> Load:
-        """Make it out."""
+        """Reconstruct the load from a recording."""
         load = cls(recording)
         latest: dict[tuple[int, int], BlockLife] = {}
         open_files = 0
         for event in recording.events:
             kind, key = event.kind, (event.file, event.block)
-            if kind in (Kind.FETCHED, Kind.LOADED):
-                tier = Tier.S3 if kind == Kind.FETCHED else Tier.DISK
+            if kind in (EventKind.FETCHED, EventKind.LOADED):
+                tier = Tier.S3 if kind == EventKind.FETCHED else Tier.DISK
                 life = BlockLife(
                     event.file, event.block, event.size, max(0.0, event.at_s - event.seconds),
                     event.at_s, tier, Purpose(event.detail),
                 )  # fmt: skip
                 if tier is Tier.S3 and key in latest and latest[key].tier is Tier.S3:
-                    load.again_bytes += event.size
+                    load.refetched_bytes += event.size
                 latest[key] = life
                 load.lives.append(life)
-            elif kind == Kind.PUSHED and key in latest:
+            elif kind == EventKind.PUSHED and key in latest:
                 latest[key].pushed_s = event.at_s
-            elif kind == Kind.READ and key in latest:
+            elif kind == EventKind.READ and key in latest:
                 latest[key].read_s = event.at_s
-            elif kind == Kind.WAITED:
+            elif kind == EventKind.WAITED:
                 begin_s = event.at_s - event.seconds
                 load.stalls.append(Stall(begin_s, event.at_s, Cause(event.detail), *key))
-            elif kind == Kind.RETRIED:
+            elif kind == EventKind.RETRIED:
                 load.retries[Cause(event.detail)] += 1
-            open_files += (kind == Kind.OPENED) - (kind == Kind.CLOSED and open_files > 0)
-            if kind in READING or kind == Kind.CLOSED:
+            open_files += (kind == EventKind.OPENED) - (kind == EventKind.CLOSED and open_files > 0)
+            if kind in READING or kind == EventKind.CLOSED:
                 load.end_s = event.at_s
             if kind in READING and load.start_s is None:
                 load.start_s = max(0.0, event.at_s - event.seconds)
         load.is_over = not open_files
         if open_files:
             load.end_s = recording.now_s
-        load.stalled_s = _each_second_once(load.stalls)
-        load.blocked_s = load._activities()
+        load.stalled_s = _without_overlap(load.stalls)
+        load.activity_s = load._activities()
         return load
 
     @property
     def duration_s(self) -> float:
-        """Of reading."""
+        """How long reading took."""
         return 0.0 if self.start_s is None else max(0.0, self.end_s - self.start_s)
 
     @property
     def begin_s(self) -> float:
-        """When the picture begins: with the first block or the first reader."""
+        """When the chart begins: with the first block or the first reader."""
         times = [life.begun_s for life in self.lives]
         return min([*times, *([] if self.start_s is None else [self.start_s])], default=0.0)
 
     @property
     def last_s(self) -> float:
-        """When it ends."""
+        """When the chart ends: with the last block or the last reader."""
         return max([self.end_s, *(life.landed_s for life in self.lives)], default=0.0)
 
     def bytes_from(self, tier: Tier) -> int:
-        """Bytes of blocks that came from there."""
+        """Bytes of blocks that arrived from a tier."""
         return sum(life.size for life in self.lives if life.tier is tier)
 
     def rates(self, tier: Tier, begin_s: float, end_s: float, count: int) -> list[float]:
-        """Bytes a second from there in each of so many equal parts of a time.
+        """Bytes per second from a tier, in each of `count` equal parts of a time span.
 
-        A block's bytes are taken to have come evenly while it was under way.
+        A block's bytes are spread evenly over the time in which it was in flight.
         """
         width = (end_s - begin_s) / count
         sums = [0.0] * count
@@ -178,7 +179,7 @@ class Load:
         return [size / width if width > 0 else 0.0 for size in sums]
 
     def best_rate(self) -> float:
-        """The best that S3 and disk brought together for a second (or the whole, if shorter)."""
+        """The best rate of S3 and disk together, over a second (or the whole load, if shorter)."""
         span_s = self.last_s - self.begin_s
         if span_s <= 0:
             return 0.0
@@ -194,24 +195,24 @@ class Load:
         return best / min(wide, count)
 
     def _activities(self) -> dict[Activity, float]:
-        """How long prefetching was at what, while readers read."""
+        """Seconds that prefetching spent on each activity during the load."""
         spent: defaultdict[Activity, float] = defaultdict(float)
         if self.start_s is None:
             return spent
         now, since_s = Activity.DONE, 0.0
         changes = [(e.at_s, Activity(e.detail)) for e in self.recording.events
-                   if e.kind == Kind.PREFETCH]  # fmt: skip
+                   if e.kind == EventKind.PREFETCH]  # fmt: skip
         for at_s, activity in [*changes, (self.end_s, Activity.DONE)]:
             spent[now] += max(0.0, min(at_s, self.end_s) - max(since_s, self.start_s))
             now, since_s = activity, at_s
         return dict(spent)
 
     def path(self, file: int) -> str:
-        """The path of a file."""
+        """Path of a file of the recording; empty for NO_FILE."""
         return "" if file == NO_FILE else self.recording.files[file][0]
 
 
-def _each_second_once(stalls: Iterable[Stall]) -> dict[Cause, float]:
+def _without_overlap(stalls: Iterable[Stall]) -> dict[Cause, float]:
     spent: defaultdict[Cause, float] = defaultdict(float)
     until_s = 0.0
     for stall in sorted(stalls, key=lambda stall: stall.end_s):

@@ -1,4 +1,4 @@
-"""The report of a load as one HTML file that needs nothing else. Pure."""
+"""The report of a load as one self-contained HTML file. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from html import escape
 
 from lazyfs.observe.load import Load, Stall
-from lazyfs.observe.picture import BLAME, Picture
+from lazyfs.observe.picture import CAUSE_COLOUR, Picture
 from lazyfs.observe.recorder import Tier
 from lazyfs.observe.verdict import Verdict
 from lazyfs.options.option_types import format_duration, format_size
@@ -30,7 +30,7 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: 
 
 
 def page(load: Load, verdict: Verdict) -> str:
-    """The whole file."""
+    """Render the report."""
     about = load.recording.about
     facts = "".join(f"<li>{escape(fact)}</li>" for fact in verdict.facts)
     return f"""<!doctype html>
@@ -44,7 +44,7 @@ def page(load: Load, verdict: Verdict) -> str:
 <p>{escape(verdict.advice)}</p></div>
 <ul>{facts}</ul>
 {Picture(load, verdict).svg(alone=False)}
-<h2>In numbers</h2>
+<h2>Figures</h2>
 {_table(numbers(load))}
 {_stalls(load)}
 <h2>Options</h2>
@@ -54,7 +54,7 @@ def page(load: Load, verdict: Verdict) -> str:
 
 
 def numbers(load: Load) -> list[tuple[str, str]]:
-    """What can be said in numbers."""
+    """The figures of a load, each with its name."""
     duration_s = load.duration_s
     total = load.bytes_from(Tier.S3) + load.bytes_from(Tier.DISK)
     span_s = max(load.last_s - load.begin_s, 1e-9)
@@ -66,11 +66,17 @@ def numbers(load: Load) -> list[tuple[str, str]]:
         ("average rate", f"{format_size(total / span_s)}/s over {format_duration(span_s)}"),
         ("best rate over a second", f"{format_size(load.best_rate())}/s"),
         ("blocks", str(len(load.lives))),
-        ("into the page cache", str(sum(life.pushed_s is not None for life in load.lives))),
-        ("read through the daemon", str(sum(life.read_s is not None for life in load.lives))),
+        (
+            "blocks put into the page cache",
+            str(sum(life.pushed_s is not None for life in load.lives)),
+        ),
+        (
+            "blocks read through the daemon",
+            str(sum(life.read_s is not None for life in load.lives)),
+        ),
     ]
     for cause, seconds in sorted(load.stalled_s.items(), key=lambda item: -item[1]):
-        rows.append((f"waited: {cause.label.replace('_', ' ')}", format_duration(seconds)))
+        rows.append((f"readers waited: {cause.label.replace('_', ' ')}", format_duration(seconds)))
     return rows
 
 
@@ -79,12 +85,12 @@ def _stalls(load: Load) -> str:
     if not longest:
         return ""
     rows = "".join(_stall(load, stall) for stall in longest)
-    head = "<tr><th>how long</th><th>from</th><th>for</th><th>cause</th></tr>"
+    head = "<tr><th>duration</th><th>at</th><th>block</th><th>cause</th></tr>"
     return f"<h2>Longest waits</h2><table>{head}{rows}</table>"
 
 
 def _stall(load: Load, stall: Stall) -> str:
-    key = f'<span class="key" style="background:{BLAME[stall.cause]}"></span>'
+    key = f'<span class="key" style="background:{CAUSE_COLOUR[stall.cause]}"></span>'
     cells = (
         f'<td class="number">{format_duration(stall.end_s - stall.begin_s)}</td>'
         f'<td class="number">{stall.begin_s - load.begin_s:.2f} s</td>'

@@ -1,8 +1,8 @@
-"""The picture of a load, as SVG: rate, waiting, and which part of the model was where when. Pure.
+"""A chart of a load, as SVG: the rate, the waits, and the progress of each block. Pure.
 
-Three panels share one time axis. In the lowest, height is the place in the model: files one above
-the other as they are named, a block at its offset. A load that goes as it should is a staircase:
-fetched (bars), then pushed into the page cache, then read (marks), each a little later.
+Three panels share one time axis. In the lowest, the vertical axis is the position in the model:
+files in the order of their names, and each block at its offset. A healthy load looks like a
+staircase: blocks are fetched (bars), then pushed into the page cache, then read (marks).
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ WAIT_TOP, WAIT_HEIGHT = 276, 30
 MODEL_TOP, MODEL_HEIGHT = 340, 400
 AXIS_TOP = MODEL_TOP + MODEL_HEIGHT
 HEIGHT = AXIS_TOP + 84
-# Blocks of a row of the model are drawn as one where they touch; a row is so high.
+# Height of a row of the model panel. Bars of a row that touch are drawn as one.
 ROW = 2.0
 BINS = 200
 FILES_NAMED = 16
 NAME_LONGEST = 20
 
-FROM = {Tier.S3: "#4a86c5", Tier.DISK: "#8a6bb0"}
+TIER_COLOUR = {Tier.S3: "#4a86c5", Tier.DISK: "#8a6bb0"}
 PUSHED, READ, INK, FAINT = "#e39a2d", "#14693c", "#222", "#d9d9d9"
-BLAME = {
+CAUSE_COLOUR = {
     Cause.NETWORK: "#4a86c5",
     Cause.THROTTLED: "#c0392b",
     Cause.ERRORS: "#7b241c",
@@ -45,11 +45,11 @@ BLAME = {
 
 
 class Picture:
-    """One load, drawn.
+    """Draws one load.
 
     Args:
-        load: what happened.
-        verdict: what is to be said of it.
+        load: the load.
+        verdict: what limited it.
     """
 
     def __init__(self, load: Load, verdict: Verdict) -> None:
@@ -57,7 +57,7 @@ class Picture:
         self._verdict = verdict
         self._begin_s = load.begin_s
         self._span_s = max(load.last_s - load.begin_s, 1e-3)
-        # Files that had blocks, as they are named, and where each begins in the model.
+        # Files with blocks, by name, and the offset of each in the model.
         used = sorted({life.file for life in load.lives}, key=load.path)
         self._starts: dict[int, int] = {}
         self._total = 0
@@ -67,7 +67,7 @@ class Picture:
         self._block_size = int(load.recording.about["options"]["block_size"])
 
     def svg(self, *, alone: bool) -> str:
-        """The picture; `alone`: with title and verdict in it, to be a file of its own."""
+        """The chart. `alone` adds a title and the verdict, for a file of its own."""
         parts = [*self._rate(), *self._waiting(), *self._model(), *self._axis()]
         if alone:
             parts += self._title()
@@ -92,7 +92,7 @@ class Picture:
         return LEFT + min(1.0, max(0.0, share)) * (WIDTH - LEFT - RIGHT)
 
     def _rate(self) -> Iterator[str]:
-        """Bytes a second from disk and, on top of them, from S3."""
+        """Bytes per second: disk below, S3 stacked on it."""
         load, bottom = self._load, RATE_TOP + RATE_HEIGHT
         end_s = self._begin_s + self._span_s
         disk, s3 = (load.rates(tier, self._begin_s, end_s, BINS) for tier in (Tier.DISK, Tier.S3))
@@ -117,15 +117,15 @@ class Picture:
                     left = LEFT + number * width
                     points += [f"{left:.1f},{y(rate):.1f}", f"{left + width:.1f},{y(rate):.1f}"]
                 points.append(f"{WIDTH - RIGHT},{bottom}")
-                yield f'<polygon points="{" ".join(points)}" fill="{FROM[tier]}"/>'
+                yield f'<polygon points="{" ".join(points)}" fill="{TIER_COLOUR[tier]}"/>'
         if best:
             yield _line(LEFT, y(best), WIDTH - RIGHT, y(best), INK, dash="5 4")
             words = f"best over a second: {format_size(best)}/s"
             yield _text(WIDTH - RIGHT, y(best) - 5, words, anchor="end")
 
     def _waiting(self) -> Iterator[str]:
-        """When readers waited, and for what."""
-        yield _text(LEFT - 6, WAIT_TOP + 19, "readers waited for", anchor="end", weight="bold")
+        """When readers waited, and why."""
+        yield _text(LEFT - 6, WAIT_TOP + 19, "readers waited", anchor="end", weight="bold")
         yield _rect(LEFT, WAIT_TOP, WIDTH - LEFT - RIGHT, WAIT_HEIGHT, "#f3f3f3")
         by_cause: defaultdict[Cause, list[tuple[float, float]]] = defaultdict(list)
         for stall in self._load.stalls:
@@ -138,12 +138,17 @@ class Picture:
                     f"from {begin_s - self._begin_s:.2f} s"
                 )
                 yield _rect(
-                    left, WAIT_TOP, max(1.0, right - left), WAIT_HEIGHT, BLAME[cause], tip=tip
+                    left,
+                    WAIT_TOP,
+                    max(1.0, right - left),
+                    WAIT_HEIGHT,
+                    CAUSE_COLOUR[cause],
+                    tip=tip,
                 )
 
     def _model(self) -> Iterator[str]:
-        """Which block was fetched, pushed and read when."""
-        yield _text(LEFT, MODEL_TOP - 8, "place in the model over time", weight="bold")
+        """When each block was fetched, pushed and read."""
+        yield _text(LEFT, MODEL_TOP - 8, "position in the model over time", weight="bold")
         yield _rect(LEFT, MODEL_TOP, WIDTH - LEFT - RIGHT, MODEL_HEIGHT, "#fbfbfb")
         yield from self._files()
         load = self._load
@@ -153,12 +158,12 @@ class Picture:
             yield _text(x + 4, WAIT_TOP - 6, "first open", colour="#666")
         for tier in (Tier.DISK, Tier.S3):
             lives = [life for life in load.lives if life.tier is tier]
-            yield from self._bars(lives, FROM[tier])
+            yield from self._bars(lives, TIER_COLOUR[tier])
         yield from self._marks(lambda life: life.pushed_s, PUSHED)
         yield from self._marks(lambda life: life.read_s, READ)
 
     def _files(self) -> Iterator[str]:
-        """A line and, where there is space, a name for each file."""
+        """A line for each file, and its name where there is room."""
         files = list(self._starts)
         last_y = -100.0
         for file in files:
@@ -177,13 +182,13 @@ class Picture:
         return MODEL_TOP + place / max(1, self._total) * MODEL_HEIGHT
 
     def _rows(self, life: BlockLife) -> tuple[float, float]:
-        """Top and height of a block, on the grid of rows."""
+        """Top and height of a block, aligned to the grid of rows."""
         begin = self._starts[life.file] + life.block * self._block_size
         top = ROW * int(self._y(begin) / ROW)
         return top, max(ROW, self._y(begin + life.size) - top)
 
     def _bars(self, lives: Iterable[BlockLife], colour: str) -> Iterator[str]:
-        """From begun to landed; those of a row that touch are one."""
+        """A bar for each block in flight. Bars of a row that touch become one."""
         rows: defaultdict[tuple[float, float], list[tuple[float, float]]] = defaultdict(list)
         for life in lives:
             top, height = self._rows(life)
@@ -211,16 +216,16 @@ class Picture:
             yield _line(x, AXIS_TOP, x, AXIS_TOP + 5, INK)
             yield _text(x, AXIS_TOP + 19, f"{step:g} s", anchor="middle")
         yield _line(LEFT, AXIS_TOP, WIDTH - RIGHT, AXIS_TOP, INK)
-        legend = [("from S3", FROM[Tier.S3]), ("from disk", FROM[Tier.DISK]),
+        legend = [("from S3", TIER_COLOUR[Tier.S3]), ("from disk", TIER_COLOUR[Tier.DISK]),
                   ("into the page cache", PUSHED), ("read through the daemon", READ)]  # fmt: skip
         yield from _legend(AXIS_TOP + 42, "blocks:", legend)
         causes = sorted({stall.cause for stall in self._load.stalls})
-        waits = [(cause.label.replace("_", " "), BLAME[cause]) for cause in causes]
-        yield from _legend(AXIS_TOP + 64, "waiting:", waits or [("nobody waited", "#f3f3f3")])
+        waits = [(cause.label.replace("_", " "), CAUSE_COLOUR[cause]) for cause in causes]
+        yield from _legend(AXIS_TOP + 64, "waiting:", waits or [("none", "#f3f3f3")])
 
 
 def _joined(times: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Intervals in order, those that overlap or touch made one."""
+    """Sorted intervals; those that overlap or touch are merged."""
     joined: list[tuple[float, float]] = []
     for begin_s, end_s in sorted(times):
         if joined and begin_s <= joined[-1][1]:
@@ -231,7 +236,7 @@ def _joined(times: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _steps(top: float, most: int = 4, unit: float = 1.0) -> list[float]:
-    """Round numbers of a unit from 0 up to `top`, so many at most."""
+    """Round multiples of `unit` from 0 to `top`, about `most` of them at most."""
     step = 1e-6 * unit
     while top / step > most:
         for factor in (2, 2.5, 2):
@@ -259,7 +264,7 @@ def _text(
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" '
         f'font-weight="{weight}"'
     )
-    # The halo is a text of its own: cairosvg knows no paint-order, and draws it over the letters.
+    # The halo is a separate text: cairosvg does not know paint-order and draws it over the letters.
     halo = 'fill="#fff" stroke="#fff" stroke-width="3" opacity="0.8" aria-hidden="true"'
     return (
         f"{begin} {halo}>{escape(words)}</text>"

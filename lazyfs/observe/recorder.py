@@ -1,8 +1,8 @@
-"""Is told what happens in a mount by those who do it, counts it, and keeps it as events.
+"""Records what happens in a mount: counts it, and keeps it as events.
 
-One recorder a worker. It is called from the trio thread only, so nothing here is locked; a call
-costs about a microsecond and is made for blocks and requests, never for bytes. What became of it is
-read by `lazyfs/control/status.py`, `metrics.py` and `report.py`.
+Each worker has one recorder. It is called from the trio thread only, so it needs no locks. A call
+costs about a microsecond and is made per block or request, never per byte. Readers of the recorder:
+`lazyfs/control/status.py`, `measure.py` and `recording.py`.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from enum import StrEnum
 from lazyfs.blocks import BlockId, Span
 from lazyfs.errors import CredentialsExpiredError, SourceError, ThrottledError
 from lazyfs.objects import File
-from lazyfs.observe.events import Activity, Cause, EventRing, Kind, Purpose
+from lazyfs.observe.events import Activity, Cause, EventKind, EventRing, Purpose
 from lazyfs.observe.histogram import Histogram
 
-# A shorter wait is counted, but is no event.
+# A shorter wait is counted, but not kept as an event.
 STALL_S = 0.01
-# So long after S3 asked for fewer requests, waits are put down to that.
+# Waits within this time after S3 asked for fewer requests count as throttled.
 THROTTLED_FOR_S = 5.0
-# Of the processes that opened a file, so many are remembered.
+# Processes remembered for each file, of those that opened it.
 OPENERS = 8
 RATE_WINDOW_S = 5.0
 
 
 class Tier(StrEnum):
-    """Where the bytes of a read were when it was asked for."""
+    """Where the bytes of a read were when the read arrived."""
 
     MEMORY = "memory"
     DISK = "disk"
@@ -38,12 +38,12 @@ class Tier(StrEnum):
 
 @dataclass(slots=True, eq=False)
 class Wait:
-    """A reader who waits for a block.
+    """A reader that waits for a block.
 
     Attributes:
-        coming: the block was being brought already when he asked.
-        again: it had come before, and was let go since.
-        activity: what prefetching did then.
+        coming: the block was already in flight when the wait began.
+        again: the block had arrived before, and was evicted since.
+        activity: of prefetching when the wait began.
     """
 
     file: File
@@ -58,7 +58,7 @@ class Recorder:
     """What happened in one mount since its worker began.
 
     Args:
-        policy: of prefetching (`--prefetch`).
+        policy: the value of `--prefetch`.
         now_s: the clock.
     """
 
@@ -69,12 +69,12 @@ class Recorder:
         self.events = EventRing()
         self.files: list[File] = []
         self._numbers: dict[int, int] = {}
-        # A byte for each block of a file: whether it was read, or came.
+        # By inode, a byte for each block: 1 if the block was read, or has arrived.
         self._seen: dict[int, bytearray] = {}
         self._landed: dict[int, bytearray] = {}
         self._openers: dict[int, dict[int, None]] = {}
         self.activity = Activity.OFF if policy == "off" else Activity.DONE
-        # Without a plan nothing is expected to have come already.
+        # Until there is a plan, no block is expected to have arrived before its reader.
         self._planned = policy in ("off", "sequential")
         self.waits: dict[Wait, None] = {}
         self._accounted_until_s = 0.0
@@ -101,21 +101,21 @@ class Recorder:
         self.last_error_at_s = 0.0
 
     def clock(self) -> float:
-        """Now, for those who tell later when something began."""
+        """The current time, for `began_s` of later calls."""
         return self._now_s()
 
     @property
     def uptime_s(self) -> float:
-        """Seconds since the worker began; events are on this clock."""
+        """Seconds since the worker started. Events use this clock."""
         return self._now_s() - self._began_s
 
-    # For those who trace (`observe/traced.py`)
+    # Hooks for `TracedRecorder`
 
     def ready(self) -> None:
-        """The mount can be used."""
+        """The mount is ready."""
 
     def loaded(self, start_s: float, end_s: float, facts: Mapping[str, str | float]) -> None:
-        """The first load is over; from and until when, since the worker began, and about it."""
+        """The first load is over. Times are seconds since the worker started."""
 
     def close(self) -> None:
         """The worker ends."""
@@ -123,13 +123,13 @@ class Recorder:
     # Files
 
     def resumed(self) -> None:
-        """The mount was taken up from another worker."""
-        self.events.add(self.uptime_s, Kind.RESUMED)
+        """This worker has taken the mount over from another."""
+        self.events.add(self.uptime_s, EventKind.RESUMED)
 
     def planned(self, size_bytes: int) -> None:
-        """It is known what is to be fetched ahead, and that it has so many bytes."""
+        """The loading order is known; `size_bytes` are to be prefetched."""
         self._planned = True
-        self.events.add(self.uptime_s, Kind.PLANNED, size=size_bytes)
+        self.events.add(self.uptime_s, EventKind.PLANNED, size=size_bytes)
 
     def opened(self, file: File, pid: int) -> None:
         """A process opened a file."""
@@ -140,60 +140,62 @@ class Recorder:
             del openers[next(iter(openers))]
         self._seen.pop(file.inode, None)
         self.open_files += 1
-        self.events.add(self.uptime_s, Kind.OPENED, file=self._number(file))
+        self.events.add(self.uptime_s, EventKind.OPENED, file=self._number(file))
 
     def closed(self, file: File) -> None:
-        """A handle of a file was given back; perhaps one that a former worker gave out."""
+        """A file handle was released. It may have been opened under a previous worker."""
         self.open_files = max(0, self.open_files - 1)
-        self.events.add(self.uptime_s, Kind.CLOSED, file=self._number(file))
+        self.events.add(self.uptime_s, EventKind.CLOSED, file=self._number(file))
 
     def was_opened(self, file: File) -> bool:
-        """Whether anybody opened the file since the worker began."""
+        """Whether the file was opened since the worker started."""
         return file.inode in self._openers
 
     def openers(self, file: File) -> list[int]:
-        """Which processes opened the file, the latest first; some may have ended."""
+        """PIDs of the processes that opened the file, latest first. Some may have ended."""
         return list(reversed(self._openers.get(file.inode, {})))
 
     # Reads
 
     def read(self, file: File, span: Span, tier: Tier, began_s: float) -> None:
-        """A reader, who asked at `began_s`, was given bytes."""
+        """A read that arrived at `began_s` was answered."""
         now_s = self._now_s()
         self.reads[tier].observe(now_s - began_s)
         self.read_bytes[tier] += span.stop - span.start
         if not _is_marked(self._seen, file.inode, span.number):
             _mark(self._seen, file.inode, span.number)
             at_s = now_s - self._began_s
-            self.events.add(at_s, Kind.READ, 0, self._number(file), span.number, 0, now_s - began_s)
+            self.events.add(
+                at_s, EventKind.READ, 0, self._number(file), span.number, 0, now_s - began_s
+            )
 
     def begin_wait(self, file: File, span: Span, *, coming: bool) -> Wait:
-        """A reader has to wait for a block; `coming`: it is being brought already."""
+        """A reader starts to wait for a block. `coming`: the block is already in flight."""
         again = _is_marked(self._landed, file.inode, span.number)
         wait = Wait(file, span, self._now_s(), coming, again, self.activity)
         self.waits[wait] = None
         return wait
 
     def end_wait(self, wait: Wait, tier: Tier) -> None:
-        """His wait is over, and where the block came from."""
+        """The wait is over; the block came from `tier`."""
         del self.waits[wait]
         now_s = self._now_s()
-        cause = self._blame(wait, tier, now_s)
-        # Of waits at the same time each second counts once.
+        cause = self._cause_of_wait(wait, tier, now_s)
+        # Waits may overlap; each second counts once.
         self.stalled_s[cause] += now_s - max(wait.since_s, self._accounted_until_s)
         self._accounted_until_s = now_s
         if now_s - wait.since_s >= STALL_S:
             span = wait.span
             self.events.add(
-                now_s - self._began_s, Kind.WAITED, cause, self._number(wait.file), span.number,
-                span.stop - span.start, now_s - wait.since_s,
+                now_s - self._began_s, EventKind.WAITED, cause, self._number(wait.file),
+                span.number, span.stop - span.start, now_s - wait.since_s,
             )  # fmt: skip
 
     def wait_s(self, wait: Wait) -> float:
-        """How long somebody has been waiting."""
+        """How long a reader has waited so far."""
         return self._now_s() - wait.since_s
 
-    def _blame(self, wait: Wait, tier: Tier, now_s: float) -> Cause:
+    def _cause_of_wait(self, wait: Wait, tier: Tier, now_s: float) -> Cause:
         troubled = self._troubled.get(BlockId(wait.file.inode, wait.span.number))
         if troubled is not None:
             return troubled
@@ -212,14 +214,14 @@ class Recorder:
     # Blocks
 
     def begun(self, block: BlockId) -> float:
-        """A block is being brought; when. What was wrong with it before is the past."""
+        """A fetch of a block starts; returns the time. Forgets earlier trouble with the block."""
         self._troubled.pop(block, None)
         return self._now_s()
 
     def landed(
         self, file: File, block: BlockId, size: int, tier: Tier, purpose: Purpose, began_s: float
     ) -> None:
-        """A block came that was begun at `began_s`."""
+        """A block whose fetch started at `began_s` has arrived."""
         now_s = self._now_s()
         if tier is Tier.DISK:
             self.loaded_bytes[purpose] += size
@@ -228,26 +230,26 @@ class Recorder:
             self.fetched_bytes[purpose] += size
             self.fetched_blocks[purpose] += 1
         _mark(self._landed, file.inode, block.number)
-        kind = Kind.LOADED if tier is Tier.DISK else Kind.FETCHED
+        kind = EventKind.LOADED if tier is Tier.DISK else EventKind.FETCHED
         at_s = now_s - self._began_s
         self.events.add(
             at_s, kind, purpose, self._number(file), block.number, size, now_s - began_s
         )
 
     def failed(self, file: File, block: BlockId, error: SourceError) -> None:
-        """A block could not be had."""
+        """A block could not be fetched."""
         cause = cause_of(error)
         self.failures[cause] += 1
         self._remember(error)
-        self.events.add(self.uptime_s, Kind.FAILED, cause, self._number(file), block.number)
+        self.events.add(self.uptime_s, EventKind.FAILED, cause, self._number(file), block.number)
 
     def pushed(self, file: File, block: BlockId, size: int, began_s: float) -> None:
-        """A block, or what was left of it, was put into the page cache, from `began_s` on."""
+        """A block, or the rest of it, was put into the page cache, starting at `began_s`."""
         now_s = self._now_s()
         self.pushed_blocks += 1
         at_s = now_s - self._began_s
         self.events.add(
-            at_s, Kind.PUSHED, 0, self._number(file), block.number, size, now_s - began_s
+            at_s, EventKind.PUSHED, 0, self._number(file), block.number, size, now_s - began_s
         )
 
     def written(self, size: int) -> None:
@@ -255,36 +257,36 @@ class Recorder:
         self.written_bytes += size
 
     def prefetch_is(self, activity: Activity) -> None:
-        """What prefetching does from now on."""
+        """Prefetching has changed its activity."""
         if activity is not self.activity and self.activity is not Activity.OFF:
             self.activity = activity
-            self.events.add(self.uptime_s, Kind.PREFETCH, activity)
+            self.events.add(self.uptime_s, EventKind.PREFETCH, activity)
 
     # Requests to S3
 
     def asked(self, operation: str) -> float:
-        """S3 is asked; when, for `answered`."""
+        """A request to S3 starts; returns the time, for `answered`."""
         self.in_flight[operation] += 1
         return self._now_s()
 
     def answered(
         self, operation: str, began_s: float, size: int = 0, *, key: str = "", failed: bool
     ) -> None:
-        """S3 answered a request for a key or prefix, however it did, and wanted or not."""
+        """A request for a key or prefix has ended: answered, failed or cancelled."""
         self.in_flight[operation] -= 1
         self.requests[operation].observe(self._now_s() - began_s)
         self.received_bytes += size
         self.failed_requests[operation] += failed
 
     def listing_retried(self, error: SourceError) -> None:
-        """S3 is asked for a listing again."""
+        """A listing is retried."""
         self._retried(error)
 
     def block_retried(self, file: File, number: int, error: SourceError) -> None:
-        """S3 is asked for a block again."""
+        """A request for a block is retried."""
         cause = self._retried(error)
         self._troubled[BlockId(file.inode, number)] = cause
-        self.events.add(self.uptime_s, Kind.RETRIED, cause, self._number(file), number)
+        self.events.add(self.uptime_s, EventKind.RETRIED, cause, self._number(file), number)
 
     def _retried(self, error: SourceError) -> Cause:
         cause = cause_of(error)
@@ -295,15 +297,15 @@ class Recorder:
         return cause
 
     def rate(self) -> float:
-        """Bytes a second that came from S3 and from disk in the last seconds."""
+        """Bytes per second from S3 and disk, over the last `RATE_WINDOW_S`."""
         now_s = self.uptime_s
         window_s = max(0.1, min(RATE_WINDOW_S, now_s))
         size = 0.0
         for event in self.events.newest_first():
             if event.at_s < now_s - window_s:
                 break
-            if event.kind in (Kind.FETCHED, Kind.LOADED):
-                # A block that took longer than the window came only in part within it.
+            if event.kind in (EventKind.FETCHED, EventKind.LOADED):
+                # Only part of a block that took longer than the window arrived within it.
                 within_s = event.at_s - (now_s - window_s)
                 size += event.size * min(1.0, within_s / max(event.seconds, 1e-3))
         return size / window_s
@@ -333,7 +335,7 @@ def _mark(marks: dict[int, bytearray], inode: int, number: int) -> None:
 
 
 def cause_of(error: SourceError) -> Cause:
-    """What an error of S3 counts as."""
+    """The cause to which an error of S3 counts."""
     if isinstance(error, ThrottledError):
         return Cause.THROTTLED
     if isinstance(error, CredentialsExpiredError):

@@ -1,4 +1,4 @@
-"""A recorder that makes spans as well; a mount without traces does not even import it."""
+"""A recorder that also makes spans. Only a mount with traces imports it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lazyfs.observe.tracing import Attributes, Tracer
 
 
 class TracedRecorder(Recorder):
-    """Makes a span of the mount until it can be used, and of what follows as its children.
+    """Makes a span for the mount until it is ready, and child spans for what follows.
 
     Args:
-        policy: of prefetching (`--prefetch`).
+        policy: the value of `--prefetch`.
         tracer: makes the spans.
-        about: which mount it is.
+        about: attributes that identify the mount.
     """
 
     def __init__(self, policy: str, tracer: Tracer, about: Mapping[str, str]) -> None:

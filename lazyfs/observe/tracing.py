@@ -1,11 +1,12 @@
-"""Traces by OpenTelemetry: of a mount, its requests to S3 and its first load, and of CSI calls.
+"""OpenTelemetry traces of mounts, requests to S3, first loads and CSI calls.
 
-Nothing of it is imported unless the environment asks for it, by the variables that OpenTelemetry
-itself defines (https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/):
-an OTLP endpoint, or `OTEL_TRACES_EXPORTER=otlp`. It needs the extra `otel`.
+OpenTelemetry is imported only if its own environment variables ask for traces: an OTLP endpoint, or
+`OTEL_TRACES_EXPORTER=otlp`
+(https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/). It needs the
+extra `otel`.
 
-Names of attributes are those of the semantic conventions for AWS calls and RPCs, where there are
-such (https://opentelemetry.io/docs/specs/semconv/).
+Attribute names follow the semantic conventions for AWS calls and RPCs, where there are any
+(https://opentelemetry.io/docs/specs/semconv/).
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-# The end of a process waits no longer than this for the collector.
+# A process that ends waits at most this long for the collector.
 LAST_SPANS_S = 2.0
-# Requests to S3 that become spans: a load makes hundreds a second.
+# Limit on spans of requests to S3, because a load makes hundreds per second.
 REQUESTS_PER_S = 20.0
 MOST_REQUESTS_AT_ONCE = 200
 PARENT = "TRACEPARENT"
@@ -30,8 +31,8 @@ PARENT = "TRACEPARENT"
 Attributes = Mapping[str, str | int | float | bool]
 
 
-def is_asked_for(environment: Mapping[str, str]) -> bool:
-    """Whether the environment asks for traces."""
+def traces_requested(environment: Mapping[str, str]) -> bool:
+    """Whether the environment variables ask for traces."""
     if environment.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return False
     if exporters := environment.get("OTEL_TRACES_EXPORTER"):
@@ -40,19 +41,19 @@ def is_asked_for(environment: Mapping[str, str]) -> bool:
 
 
 def tracer(service: str, **resource: str) -> Tracer | None:
-    """What makes the spans of this process; None if nobody asks for them, or they cannot be made.
+    """The tracer of this process; None if traces are not asked for or not possible.
 
     Args:
-        service: the name of the service, if the environment does not give one.
-        resource: what else is true of all its spans.
+        service: name of the service, unless the environment sets one.
+        resource: further resource attributes.
     """
-    if not is_asked_for(os.environ):
+    if not traces_requested(os.environ):
         return None
     protocol = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or os.environ.get(
         "OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf"
     )
     if protocol != "http/protobuf":
-        log.warning("no traces: OTLP by %s is not supported, only http/protobuf", protocol)
+        log.warning("no traces: OTLP over %s is not supported, only http/protobuf", protocol)
         return None
     try:
         return Tracer(service, resource)
@@ -62,7 +63,7 @@ def tracer(service: str, **resource: str) -> Tracer | None:
 
 
 def child_environment() -> dict[str, str]:
-    """The environment of a child process that continues the present span.
+    """Environment for a child process that continues the current span.
 
     As in https://opentelemetry.io/docs/specs/otel/context/env-carriers/.
     """
@@ -74,7 +75,7 @@ def child_environment() -> dict[str, str]:
 
 
 class Tracer:
-    """Makes the spans of one process and sends them, in a thread of its own, in batches.
+    """Makes the spans of one process and sends them in batches, from a thread of its own.
 
     Raises:
         ImportError: OpenTelemetry is not installed.
@@ -88,10 +89,10 @@ class Tracer:
 
         from lazyfs import __version__
 
-        # A collector that is away is said once, when it is not reached for good.
+        # Of an unreachable collector, log the final error only, not each attempt.
         logging.getLogger("opentelemetry").setLevel(logging.ERROR)
         ours = {"service.name": service, "service.version": __version__, **resource}
-        # What the environment says goes before that.
+        # The environment takes precedence.
         described = Resource.create(ours).merge(OTELResourceDetector().detect())
         self._provider = TracerProvider(resource=described, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
@@ -103,7 +104,7 @@ class Tracer:
 
     @contextlib.contextmanager
     def during(self, name: str, attributes: Attributes) -> Iterator[Any]:
-        """A span of an answer to a caller, as long as this lasts; gives it for `set_attribute`."""
+        """A server span for the duration of the `with` block. Yields it for `set_attribute`."""
         from opentelemetry.trace import SpanKind
 
         with self._tracer.start_as_current_span(
@@ -112,9 +113,9 @@ class Tracer:
             yield span
 
     def begin(self, name: str, began_s: float, attributes: Attributes) -> Any:
-        """A span that began then, and whose children are all that follow; `end` ends it.
+        """Start a span at `began_s`. Later spans become its children. The caller ends it.
 
-        Its own parent is what the environment names as `TRACEPARENT`.
+        Its own parent comes from `TRACEPARENT` in the environment.
         """
         from opentelemetry.trace import set_span_in_context
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -128,14 +129,14 @@ class Tracer:
         return span
 
     def span(self, name: str, began_s: float, ended_s: float, attributes: Attributes) -> None:
-        """A span that is over."""
+        """Record a span that has ended."""
         span = self._tracer.start_span(
             name, context=self._parent, start_time=_since_epoch_ns(began_s), attributes=attributes
         )
         span.end(_since_epoch_ns(ended_s))
 
     def request(self, operation: str, began_s: float, key: str, size: int, *, failed: bool) -> None:
-        """A request to S3 that ended just now; one of those that there is room for."""
+        """Record a request to S3 that has just ended, unless the limit on spans is reached."""
         from opentelemetry.trace import SpanKind
 
         now_s = time.monotonic()
@@ -162,19 +163,19 @@ class Tracer:
         span.end(_since_epoch_ns(now_s))
 
     def mark_failed(self, span: Any) -> None:
-        """Say of a span that what it is of failed."""
+        """Set the status of a span to error."""
         from opentelemetry.trace import Status, StatusCode
 
         span.set_status(Status(StatusCode.ERROR))
 
     def finish(self) -> None:
-        """Send what was not sent yet, if that is quick."""
-        # In a thread, because the exporter tries again for longer than its timeouts say.
+        """Send the remaining spans, for at most `LAST_SPANS_S`."""
+        # In a thread, because the exporter retries for longer than its timeout.
         sender = threading.Thread(target=self._provider.force_flush, daemon=True)
         sender.start()
         sender.join(LAST_SPANS_S)
 
 
 def _since_epoch_ns(at_s: float) -> int:
-    """A moment of the monotonic clock, as OpenTelemetry wants it."""
+    """Convert a monotonic time to nanoseconds since the epoch."""
     return time.time_ns() - int((time.monotonic() - at_s) * 1e9)

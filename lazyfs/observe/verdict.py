@@ -1,7 +1,7 @@
-"""What limited a load, in words, and which option would change it. Pure.
+"""What limited a load, and which option would change that. Pure.
 
-The rule is the reader's: what he waited for longest was the limit. If he hardly waited, he was the
-limit himself, because his bytes were there before he asked.
+The rule takes the reader's point of view: the limit is what readers waited for longest. If readers
+hardly waited, the reader was the limit, because its bytes were there before it asked.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from lazyfs.observe.load import Load
 from lazyfs.observe.recorder import Tier
 from lazyfs.options.option_types import format_duration, format_size
 
-# A reader who waits for less of the time than this is the limit himself.
-HARDLY = 0.1
-# As good as a limit on the rate.
-NEARLY = 0.8
+# If readers waited for less than this share of the load, the reader was the limit.
+READER_LIMIT_SHARE = 0.1
+# A best rate above this share of --bandwidth-limit counts as having reached it.
+BANDWIDTH_LIMIT_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +25,10 @@ class Verdict:
     """What limited a load.
 
     Attributes:
-        limit: in a word: `reader`, `bandwidth-limit`, the label of a cause, or `nothing`.
-        headline: the limit in a sentence.
+        limit: in one word: `reader`, `bandwidth-limit`, the label of a cause, or `nothing`.
+        headline: the limit in one sentence.
         advice: what would change it.
-        facts: what else is worth knowing, a sentence each.
+        facts: other findings, one sentence each.
     """
 
     limit: str
@@ -38,21 +38,21 @@ class Verdict:
 
 
 def judge(load: Load) -> Verdict:
-    """The verdict on a load."""
+    """Find out what limited a load."""
     if load.start_s is None:
         here = sum(life.size for life in load.lives)
         return Verdict(
             "nothing",
-            f"Nothing was read yet; {format_size(here)} came ahead of readers.",
-            "Ask again when something has been loaded.",
+            f"Nothing has been read yet; {format_size(here)} were prefetched.",
+            "Run the report again after a load.",
         )
     stalled_s = sum(load.stalled_s.values())
-    if not load.stalled_s or stalled_s < HARDLY * load.duration_s:
+    if not load.stalled_s or stalled_s < READER_LIMIT_SHARE * load.duration_s:
         return Verdict(
             "reader",
             f"The reader was the limit: it waited {format_duration(stalled_s)} of "
-            f"{format_duration(load.duration_s)}; otherwise its bytes were there before it asked.",
-            "No option of lazyfs makes this load faster; more threads in the loader might.",
+            f"{format_duration(load.duration_s)}. Otherwise its bytes were there before it asked.",
+            "No option of lazyfs makes this load faster. More threads in the loader might.",
             _facts(load),
         )
     cause = max(load.stalled_s, key=lambda cause: load.stalled_s[cause])
@@ -70,25 +70,26 @@ Explained = tuple[str, str, str]
 def _network(load: Load) -> Explained:
     options = load.recording.about["options"]
     limit, best = options["bandwidth_limit"], load.best_rate()
-    if isinstance(limit, int) and best >= NEARLY * limit:
+    if isinstance(limit, int) and best >= BANDWIDTH_LIMIT_SHARE * limit:
         return (
             "bandwidth-limit",
-            f"--bandwidth-limit allows {format_size(limit)}/s, and that was reached.",
-            "Raise --bandwidth-limit, or take it away.",
+            f"--bandwidth-limit allows {format_size(limit)}/s, and the load reached that.",
+            "Raise --bandwidth-limit, or remove it.",
         )
-    why = f"bytes were on their way from S3; the best rate over a second was {format_size(best)}/s."
+    why = f"blocks were in flight from S3; the best rate over a second was {format_size(best)}/s."
     if options["requests_limit"] >= options["max_concurrency"]:
         return (
             "network",
             f"{why} All {options['max_concurrency']} requests that --max-concurrency allows were "
             "in use.",
-            "Raise --max-concurrency if the link carries more than that rate.",
+            "Raise --max-concurrency if the link can carry more than that rate.",
         )
     return (
         "network",
         why,
-        "If the link carries more, the endpoint is the limit. Mount earlier, so that more is here "
-        "when reading begins, or fill the cache beforehand; then the next load takes it from disk.",
+        "If the link can carry more, the endpoint is the limit. Mount earlier, so that more is "
+        "prefetched before reading begins, or fill the cache with `lazyfs warm`, so that the next "
+        "load reads from disk.",
     )
 
 
@@ -96,24 +97,24 @@ def _throttled(load: Load) -> Explained:
     return (
         "throttled",
         f"S3 asked for fewer requests ({load.retries[Cause.THROTTLED]} times).",
-        "Spread the load: fewer mounts at once, or a higher request rate agreed with the provider. "
-        "A lower --max-concurrency avoids the refusals, not the limit.",
+        "Spread the load over time, or ask the provider for a higher request rate. A lower "
+        "--max-concurrency avoids the refusals, but not the limit.",
     )
 
 
 def _errors(load: Load) -> Explained:
     return (
         "errors",
-        f"S3 gave no usable answer ({load.retries[Cause.ERRORS]} times) and was asked again.",
-        "The log and `lazyfs status` name the error; `lazyfs doctor SOURCE` tries the endpoint.",
+        f"S3 gave no usable answer ({load.retries[Cause.ERRORS]} times) and requests were retried.",
+        "The log and `lazyfs status` show the error; `lazyfs doctor SOURCE` tests the endpoint.",
     )
 
 
 def _credentials(load: Load) -> Explained:
     return (
         "credentials",
-        "the credentials had run out and fresh ones were awaited.",
-        "See how they are renewed; `lazyfs doctor SOURCE` tries them.",
+        "the credentials had expired and new ones were not there yet.",
+        "Check how they are renewed; `lazyfs doctor SOURCE` tests them.",
     )
 
 
@@ -122,7 +123,7 @@ def _disk(load: Load) -> Explained:
         "disk",
         f"blocks were read from the cache directory; the best rate was "
         f"{format_size(load.best_rate())}/s.",
-        "Put --cache-dir on a faster disk, or on several (joined by colons).",
+        "Put --cache-dir on a faster disk, or on several disks (joined by colons).",
     )
 
 
@@ -131,16 +132,16 @@ def _memory(load: Load) -> Explained:
     return (
         "memory",
         f"--memory-limit ({format_size(load.recording.about['options']['memory_limit'])}) had no "
-        "room for more blocks at once, or let blocks go before they were read.",
+        "room for more blocks at once, or blocks were evicted before they were read.",
         "Raise --memory-limit"
-        + (", or give the mount a --cache-dir to put blocks on." if no_disk else "."),
+        + (", or give the mount a --cache-dir for its blocks." if no_disk else "."),
     )
 
 
 def _order(load: Load) -> Explained:
     return (
         "order",
-        "they read blocks that fetching ahead had not come to: they read in another order than "
+        "they read blocks that prefetching had not reached: they read in another order than "
         "the model's index says.",
         "Try --prefetch sequential, or load the shards in the order of the index.",
     )
@@ -151,13 +152,13 @@ def _no_prefetch(load: Load) -> Explained:
     if policy in ("model", "tensor"):
         return (
             "no_prefetch",
-            "they read what is not fetched ahead: files that are no part of the model, or a second "
-            "time what had left the page cache.",
-            "Give the mount a --cache-dir that holds the model, or memory for the page cache.",
+            "they read what is not prefetched: files that are not part of the model, or, for the "
+            "second time, data that the page cache had dropped.",
+            "Give the mount a --cache-dir that holds the model, or more memory for the page cache.",
         )
     return (
         "no_prefetch",
-        f"nothing was fetched ahead of them (--prefetch {policy}).",
+        f"nothing was prefetched for them (--prefetch {policy}).",
         "Use --prefetch model.",
     )
 
@@ -175,7 +176,7 @@ _EXPLAINED: dict[Cause, Callable[[Load], Explained]] = {
 
 
 def _facts(load: Load) -> tuple[str, ...]:
-    """What else is worth knowing."""
+    """Other findings."""
     assert load.start_s is not None
     before = sum(life.size for life in load.lives if life.landed_s <= load.start_s)
     total = sum(life.size for life in load.lives)
@@ -185,26 +186,28 @@ def _facts(load: Load) -> tuple[str, ...]:
     ]
     if before:
         facts.append(
-            f"{format_size(before)} ({before / total:.0%}) were here before the first file was "
-            f"opened, {format_duration(load.start_s)} after the mount."
+            f"{format_size(before)} ({before / total:.0%}) were prefetched before the first file "
+            f"was opened, {format_duration(load.start_s)} after the mount."
         )
     demanded = sum(life.size for life in load.lives if life.purpose is Purpose.DEMAND)
     if total and demanded / total > 0.05:
-        facts.append(f"{demanded / total:.0%} came only when a reader waited for it.")
-    no_room_s = load.blocked_s.get(Activity.NO_ROOM, 0.0)
-    if no_room_s > HARDLY * load.duration_s:
+        facts.append(f"{demanded / total:.0%} were fetched only when a reader waited for them.")
+    no_room_s = load.activity_s.get(Activity.NO_ROOM, 0.0)
+    if no_room_s > READER_LIMIT_SHARE * load.duration_s:
         facts.append(
-            f"Fetching ahead waited {format_duration(no_room_s)} for room in memory, which is as "
-            "it should be if the reader is slower than the network."
+            f"Prefetching waited {format_duration(no_room_s)} for room in memory. That is normal "
+            "if the reader is slower than the network."
         )
-    if load.again_bytes:
-        facts.append(f"{format_size(load.again_bytes)} were fetched more than once.")
+    if load.refetched_bytes:
+        facts.append(f"{format_size(load.refetched_bytes)} were fetched more than once.")
     facts += [
-        f"S3 was asked again {count} times ({cause.label})."
+        f"Requests to S3 were retried {count} times ({cause.label})."
         for cause, count in load.retries.items()
     ]
     if load.recording.lost:
-        facts.append(f"The {load.recording.lost} oldest events are no longer kept.")
+        facts.append(
+            f"The {load.recording.lost} oldest events are missing; the recording was full."
+        )
     if not load.is_over:
-        facts.append("Files are still open: this load goes on.")
+        facts.append("Files are still open: the load is not over.")
     return tuple(facts)

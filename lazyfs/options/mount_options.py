@@ -24,10 +24,10 @@ from lazyfs.options.option_types import (
     Duration,
     Flag,
     Glob,
-    Kind,
     LocalPath,
     LocalPaths,
     Mode,
+    OptionType,
     Pattern,
     Share,
     Size,
@@ -57,7 +57,7 @@ class Option:
     """What is declared about one option; `name` is as on the command line, `block-size`."""
 
     name: str
-    kind: Kind
+    kind: OptionType
     group: str
     default_text: str
     help: str
@@ -107,7 +107,7 @@ class Option:
             raise OptionError(f"{where}: {shown} is not allowed: {self.kind.allowed}") from None
 
 
-def _option(kind: Kind, group: str, help_text: str, default: str | None = None) -> Any:
+def _option(kind: OptionType, group: str, help_text: str, default: str | None = None) -> Any:
     """Declare one option as a dataclass field. `default` is text, as a user would write it."""
     if kind.repeatable:
         value: Any = ()

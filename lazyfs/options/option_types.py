@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 
-class Kind(ABC):
+class OptionType(ABC):
     """How the text of an option becomes its value."""
 
     repeatable: ClassVar[bool] = False
@@ -86,7 +86,7 @@ def format_duration(seconds: float) -> str:
 
 
 @dataclass(frozen=True)
-class Size(Kind):
+class Size(OptionType):
     """A number of bytes; `words` are values that are not sizes, such as `auto`."""
 
     metavar = "SIZE"
@@ -113,7 +113,7 @@ class Size(Kind):
 
 
 @dataclass(frozen=True)
-class Share(Kind):
+class Share(OptionType):
     """A number of bytes, or a share of a whole as a percentage."""
 
     metavar = "SIZE|%"
@@ -138,7 +138,7 @@ class Share(Kind):
 
 
 @dataclass(frozen=True)
-class Duration(Kind):
+class Duration(OptionType):
     """A time in seconds, written with a unit: `500ms`, `30s`, `10m`."""
 
     metavar = "TIME"
@@ -161,7 +161,7 @@ class Duration(Kind):
 
 
 @dataclass(frozen=True)
-class Count(Kind):
+class Count(OptionType):
     """A whole number."""
 
     metavar = "N"
@@ -180,7 +180,7 @@ class Count(Kind):
         return number
 
 
-class Mode(Kind):
+class Mode(OptionType):
     """Permission bits, in octal; write bits are refused because the mount is read-only."""
 
     metavar = "MODE"
@@ -197,7 +197,7 @@ class Mode(Kind):
 
 
 @dataclass(frozen=True)
-class Choice(Kind):
+class Choice(OptionType):
     """One of a few words."""
 
     words: tuple[str, ...]
@@ -212,7 +212,7 @@ class Choice(Kind):
         return text
 
 
-class Flag(Kind):
+class Flag(OptionType):
     """On or off; the command line gives it without a value."""
 
     @property
@@ -228,7 +228,7 @@ class Flag(Kind):
             raise ValueError(text) from None
 
 
-class Pattern(Kind):
+class Pattern(OptionType):
     """A regular expression of RE2, which takes linear time whatever the expression."""
 
     metavar = "REGEX"
@@ -257,7 +257,7 @@ def compile_pattern(text: str) -> re2.Pattern[str]:
 
 
 @dataclass(frozen=True)
-class Text(Kind):
+class Text(OptionType):
     """Any non-empty text without control characters; `what` says what it stands for."""
 
     what: str
@@ -272,7 +272,7 @@ class Text(Kind):
         return text
 
 
-class Url(Kind):
+class Url(OptionType):
     """An http or https URL of an S3 endpoint; it must not carry a user or password."""
 
     metavar = "URL"
@@ -292,7 +292,7 @@ class Url(Kind):
         return repr(re.sub(r"//.*@", "//***@", text))
 
 
-class Address(Kind):
+class Address(OptionType):
     """Where to listen: a host, which may be missing (all of them), and a port."""
 
     metavar = "HOST:PORT"
@@ -310,7 +310,7 @@ class Address(Kind):
 
 
 @dataclass(frozen=True)
-class LocalPath(Kind):
+class LocalPath(OptionType):
     """A path of this machine, made absolute; `words` are values that are not paths."""
 
     metavar = "PATH"
@@ -330,7 +330,7 @@ class LocalPath(Kind):
 
 
 @dataclass(frozen=True)
-class LocalPaths(Kind):
+class LocalPaths(OptionType):
     """One or several paths of this machine, joined by colons; `words` are values that are not."""
 
     metavar = "PATH[:PATH...]"
@@ -351,7 +351,7 @@ class LocalPaths(Kind):
         return tuple(Path(path) for path in paths)
 
 
-class Glob(Kind):
+class Glob(OptionType):
     """One shell pattern; the option may be given several times."""
 
     metavar = "GLOB"

@@ -21,7 +21,7 @@ import trio
 
 from lazyfs.blocks import BlockId, block_length
 from lazyfs.fetch.scheduler import BlockFetcher
-from lazyfs.helper_process import ask_aside
+from lazyfs.helper_process import ask_helper
 from lazyfs.objects import File
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class DroppedPages:
             ],
         }
         try:
-            found = await ask_aside("lazyfs.pagecache.mincore", wanted)
+            found = await ask_helper("lazyfs.pagecache.mincore", wanted)
         except (OSError, subprocess.CalledProcessError) as error:
             log.debug("could not look for dropped pages: %s", error)
             return []

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import trio
 
-from lazyfs.helper_process import run_aside
+from lazyfs.helper_process import run_helper
 from lazyfs.objects import File
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,6 @@ class Walker:
 async def _look_at(directories: Sequence[str]) -> None:
     try:
         with contextlib.suppress(subprocess.CalledProcessError):  # the mount has ended
-            await run_aside([sys.executable, "-I", "-S", "-c", _LOOK_UP, *directories])
+            await run_helper([sys.executable, "-I", "-S", "-c", _LOOK_UP, *directories])
     except OSError as error:
         log.warning("what is fetched ahead waits for readers to open it: no process: %s", error)

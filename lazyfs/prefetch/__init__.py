@@ -1,12 +1,12 @@
-"""Which blocks to bring next.
+"""Prefetching: which blocks to fetch next.
 
-prefetcher.py       the policy: what is wished for, in which order
-streams.py          which readers read where, as far as reads show it
-skips.py            which tensors a loader passes over
-skip_learner.py     what follows from that, and how much may be brought that nobody may read
-ahead.py            how much lies in the page cache that was not read yet
-consumed_blocks.py  blocks on the disk that this load needs no more
-planner.py          finds the files of a model and their order, and tells the policy
+prefetcher.py       the policy: which blocks to fetch, and in which order
+planner.py          finds the files of a model and their order, for the policy
+streams.py          positions of the readers, as far as requests show them
+skip_rules.py       predicts which tensors a loader skips
+skip_learner.py     applies that to blocks, and limits speculative fetching
+pages_ahead.py      estimates how much of the page cache is unread
+consumed_blocks.py  finds blocks on disk that the load no longer needs
 
 All but the planner are pure: no I/O, no clock, no threads.
 """

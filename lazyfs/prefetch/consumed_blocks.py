@@ -1,4 +1,4 @@
-"""Which blocks on the disk a load needs no more, so that they may make room for what it needs."""
+"""Finds blocks on disk that a load no longer needs, so that they can be evicted for others."""
 
 from __future__ import annotations
 
@@ -6,42 +6,42 @@ from collections.abc import Mapping, Sequence
 
 from lazyfs.blocks import BlockId
 from lazyfs.blocks.block_map import FileBlocks, Place
-from lazyfs.prefetch.ahead import PagesAhead
+from lazyfs.prefetch.pages_ahead import PagesAhead
 
-# So many blocks just behind the rearmost reader he may still ask for.
+# The rearmost reader may still ask for this many blocks just behind it.
 BEHIND_BLOCKS = 4
 
 
 class ConsumedBlocks:
-    """Finds them.
+    """Finds the blocks on disk that all readers have consumed.
 
     Args:
-        files: all files by inode; what is added later counts as well.
-        ahead: knows where the rearmost reader is.
+        files: all files by inode; files may be added later.
+        ahead: knows the position of the rearmost reader.
     """
 
     def __init__(self, files: Mapping[int, FileBlocks], ahead: PagesAhead) -> None:
         self._files = files
         self._ahead = ahead
-        # No file before this one in the order has blocks on the disk.
+        # No file before this rank has blocks on disk.
         self._first = 0
 
     def stored(self, block: BlockId) -> None:
-        """A block is on the disk, wherever else it is."""
+        """A block was written to disk."""
         blocks = self._files[block.inode]
         blocks.stored[block.number] = 1
         self._first = min(self._first, max(0, blocks.rank))
 
     def reorder(self) -> None:
-        """The order is another one from now on."""
+        """The loading order has changed."""
         self._first = 0
 
     def take(self, order: Sequence[int], count: int) -> list[BlockId]:
-        """Blocks that all readers have had, the first ones first; each is given once.
+        """Blocks that all readers have consumed, in loading order. Each is returned once.
 
         Args:
             order: inodes in the order in which a loader reads.
-            count: how many at most.
+            count: the most blocks to return.
         """
         spent: list[BlockId] = []
         for rank in range(self._first, len(order)):
@@ -52,14 +52,14 @@ class ConsumedBlocks:
             while number >= 0 and len(spent) < count:
                 if not self._ahead.is_behind(rank, number + BEHIND_BLOCKS):
                     return spent
-                if _was_had(blocks, number):
+                if _was_consumed(blocks, number):
                     blocks.stored[number] = 0
                     spent.append(BlockId(order[rank], number))
                 number = blocks.stored.find(1, number + 1)
         return spent
 
 
-def _was_had(blocks: FileBlocks, number: int) -> bool:
-    """Whether what is behind all readers was read, if only out of the page cache."""
+def _was_consumed(blocks: FileBlocks, number: int) -> bool:
+    """Whether a block behind all readers was read, or could be read in the page cache."""
     place = blocks.places[number]
     return place == Place.NEAR or (place != Place.COMING and blocks.is_touched(number))

@@ -42,10 +42,10 @@ from itertools import chain
 from lazyfs.blocks import BlockId
 from lazyfs.blocks.block_map import AWAY, PAGES, FileBlocks, Place
 from lazyfs.model.safetensors import Tensor
-from lazyfs.prefetch.ahead import PagesAhead
 from lazyfs.prefetch.consumed_blocks import ConsumedBlocks
+from lazyfs.prefetch.pages_ahead import PagesAhead
 from lazyfs.prefetch.skip_learner import SkipLearner
-from lazyfs.prefetch.skips import role_of
+from lazyfs.prefetch.skip_rules import role_of
 from lazyfs.prefetch.streams import Streams
 
 # Pieces of which something was read and that are not whole yet; the oldest is given up.

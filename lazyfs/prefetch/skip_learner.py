@@ -1,8 +1,9 @@
-"""What this loader takes and what it passes over, and how much may be brought that it may not take.
+"""Learns what a loader skips, and limits how much may be prefetched speculatively.
 
-Rules of tensors are in `Skips`. Here they become places of blocks: what is expected to be passed
-over is `Place.PASSED`, which is wished for last or not at all. And it is counted what a policy that
-ventures (`tensor`) brought for nothing, which is held against what it ventures next.
+`SkipRules` predicts which tensors will be skipped. This module applies that to blocks: a block that
+holds only such tensors gets `Place.PASSED` and is prefetched last or not at all. The policy
+`tensor` also fetches blocks that may never be read. Those that turn out to be wasted are counted
+and limit further speculation.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from collections.abc import Callable, Iterable, Mapping
 
 from lazyfs.blocks import BlockId
 from lazyfs.blocks.block_map import AWAY, FileBlocks, Place
-from lazyfs.prefetch.skips import Skips
+from lazyfs.prefetch.skip_rules import SkipRules
 
-# How much may lie there that nobody has read yet, and how much that was passed over: a share of
-# what was read, or so many blocks; more of tensors whose like was read one layer before.
+# Limits on speculative blocks that are unread, and on those that were skipped: a share of the
+# blocks read so far, or a number of blocks if that is more. EXPECTED_BLOCKS applies to tensors
+# whose counterpart in the last layer was read.
 UNREAD_SHARE = 1 / 16
 WASTED_SHARE = 1 / 20
 LEAST_BLOCKS = 8
@@ -23,12 +25,12 @@ EXPECTED_BLOCKS = 16
 
 
 class SkipLearner:
-    """Learns from what is read.
+    """Learns from reads.
 
     Args:
-        files: all files by inode; what is added later counts as well.
-        moved: told of a block that is at another place now, as `Prefetcher.moved` is.
-        times: how often on end a role must be passed over until that is expected.
+        files: all files by inode; files may be added later.
+        moved: called with a block and its new place, like `Prefetcher.moved`.
+        times: number of consecutive skips of a role after which the next skip is expected.
     """
 
     def __init__(
@@ -39,26 +41,26 @@ class SkipLearner:
     ) -> None:
         self._files = files
         self._moved = moved
-        self._skips = Skips(times)
+        self._skips = SkipRules(times)
         # Inodes and pieces by role.
         self._roles: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
-        # What was ventured and not read yet, and what of it was passed over.
+        # Speculative blocks that are not read yet, and those of them that were skipped.
         self._unread: set[BlockId] = set()
         self._wasted: set[BlockId] = set()
         self._read_blocks = 0
-        # What was here already when a reader passed over it, and was not read since.
+        # Blocks that were here when a reader skipped them, and were not read since.
         self._passed_by: set[BlockId] = set()
 
     @property
     def passed_by_blocks(self) -> int:
-        """How many blocks were fetched and passed over, as far as requests show that."""
+        """Number of blocks that were fetched and then skipped, as far as requests show."""
         return len(self._passed_by)
 
     def add_tensors(self, inode: int) -> None:
-        """It is known what tensors are in a file."""
+        """The tensors of a file are known now."""
         for piece, role in enumerate(self._files[inode].roles):
             self._roles[role].append((inode, piece))
-            if self._skips.expects(role):
+            if self._skips.expects_skip(role):
                 self._pass_over(inode, piece)
 
     def read(
@@ -67,9 +69,9 @@ class SkipLearner:
         """A piece was read.
 
         Args:
-            passed: the pieces that its reader has passed since he was seen last.
-            may_be_pages: whether a block of the file lies in the page cache, or is about to, so
-                that he may have read it without a request.
+            passed: the pieces that its reader has passed since its last request.
+            may_be_pages: whether a block of the file is in the page cache, or about to be, so that
+                the reader may have read it without a request.
         """
         blocks = self._files[inode]
         first, stop = blocks.blocks_of(piece)
@@ -86,11 +88,11 @@ class SkipLearner:
             self._passed_by.discard(block)
 
     def venture(self, block: BlockId) -> None:
-        """A block is brought that nobody may read."""
+        """A block is fetched speculatively: it may never be read."""
         self._unread.add(block)
 
     def may_venture(self, block: BlockId) -> bool:
-        """Whether a block should be brought now that nobody may read."""
+        """Whether to fetch a block speculatively now."""
         unread, wasted = len(self._unread), len(self._wasted)
         if self._is_expected(block):
             return unread < max(EXPECTED_BLOCKS, self._read_blocks * UNREAD_SHARE)
@@ -115,7 +117,7 @@ class SkipLearner:
         if self._skips.passed(role):
             for which in self._roles[role]:
                 self._pass_over(*which)
-            # It will not happen again, so it is not held against what comes.
+            # These skips are predicted from now on, so they no longer count as waste.
             self._wasted = {block for block in self._wasted if not self._is_passed(block)}
 
     def _was_read(self, role: str) -> None:
@@ -127,7 +129,7 @@ class SkipLearner:
                     self._moved(BlockId(inode, number), Place.ABSENT)
 
     def _pass_over(self, inode: int, piece: int) -> None:
-        """Wish last for those blocks of a tensor in which only such tensors are."""
+        """Postpone the blocks of a tensor that hold only tensors expected to be skipped."""
         blocks = self._files[inode]
         for number in range(*blocks.blocks_of(piece)):
             block = BlockId(inode, number)
@@ -135,15 +137,15 @@ class SkipLearner:
                 self._moved(block, Place.PASSED)
 
     def _is_passed(self, block: BlockId) -> bool:
-        """Whether all tensors in a block are expected to be passed over."""
+        """Whether all tensors in a block are expected to be skipped."""
         blocks = self._files[block.inode]
         return all(
-            self._skips.expects(blocks.roles[piece]) and not blocks.touched[piece]
+            self._skips.expects_skip(blocks.roles[piece]) and not blocks.touched[piece]
             for piece in blocks.pieces_in(block.number)
         )
 
     def _is_expected(self, block: BlockId) -> bool:
-        """Whether a tensor in a block was read in the layer where it was met last."""
+        """Whether a tensor in the block had its counterpart in the last layer read."""
         blocks = self._files[block.inode]
         pieces = blocks.pieces_in(block.number) if blocks.roles else ()
         return any(self._skips.expects_read(blocks.roles[piece]) for piece in pieces)

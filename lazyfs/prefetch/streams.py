@@ -1,9 +1,9 @@
-"""Who reads where, as far as reads show it.
+"""Groups reads into streams, one for each position at which a reader seems to be.
 
-Requests carry no reader: one file is read by many threads and processes through one descriptor. But
-a reader goes on where it was, mostly forwards. So a read of a piece belongs to the stream that is
-at that piece or, at most `REACH` pieces, before it; otherwise somebody new has begun. What reads
-pages that are in the page cache is not seen at all.
+A request does not identify its reader, and many threads and processes may read one file through one
+descriptor. But a reader goes on from where it was, mostly forwards. So a read of a piece belongs to
+the stream that is at that piece, or at most `REACH` pieces before it. Otherwise it starts a new
+stream. Reads of pages in the page cache are not seen at all.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 
-# More streams at once are a crowd; the one that was seen longest ago is not followed any more.
+# Most streams that are followed; beyond that the least recently active one is dropped.
 FOLLOWED = 32
 REACH = 256
-# A stream has ended when others went on so often since it was seen last, for each stream there is.
+# A stream ends when all streams together moved this often, times their number, since its last read.
 SILENCE = 4
 
 
 class Streams:
-    """All streams; each is a file's inode and the piece that it is at."""
+    """All streams. Each is an inode and the piece that the stream is at."""
 
     def __init__(self) -> None:
-        # When it was seen last, in moves of all streams; the stream seen last is at the end.
+        # Number of moves of all streams at its last read; the most recently active one comes last.
         self._seen: OrderedDict[tuple[int, int], int] = OrderedDict()
         self._moves = 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Inode and piece of each stream, the one seen last first."""
+        """Inode and piece of each stream, most recently active first."""
         return reversed(self._seen)
 
     def __len__(self) -> int:
@@ -37,7 +37,7 @@ class Streams:
         """A piece was read.
 
         Returns:
-            The pieces that the stream has passed since; None if it is at this piece already.
+            The pieces that the stream has skipped since; None if it was at this piece already.
         """
         stream = inode, piece
         if stream in self._seen:
@@ -56,7 +56,7 @@ class Streams:
         return range(before + 1, piece) if before is not None else range(0)
 
     def forget(self, inode: int) -> None:
-        """The pieces of a file are others from now on."""
+        """Drop the streams of a file, because its division into pieces has changed."""
         for stream in [stream for stream in self._seen if stream[0] == inode]:
             del self._seen[stream]
 

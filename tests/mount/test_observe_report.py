@@ -153,8 +153,8 @@ def test_pictures_need_no_network(mount: Callable[..., Mounted], tmp_path: Path)
         assert "<script" not in text
     root = ElementTree.fromstring(svg)
     words = " ".join(root.itertext())
-    assert "place in the model over time" in words and SHARDS[0][:9] in words
-    assert "In numbers" in html and "In numbers" not in svg
+    assert "position in the model over time" in words and SHARDS[0][:9] in words
+    assert "<h2>Figures" in html and "<h2>Figures" not in svg
 
 
 def test_a_png_is_drawn_without_a_network(

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lazyfs.errors import AccessDeniedError
-from lazyfs.model.inspection import Model, alike, inspect_files, layer_of
+from lazyfs.model.inspection import Model, group_similar, inspect_files, layer_of
 
 
 def shard(*names: str, size: int = 4, dtype: str = "BF16") -> bytes:
@@ -50,7 +50,7 @@ def test_layers_and_what_is_in_them() -> None:
 
 def test_layers_that_are_alike_are_shown_once() -> None:
     (model,) = look(ONE)
-    assert [(name, count) for name, _, count in alike(model.layers)] == [
+    assert [(name, count) for name, _, count in group_similar(model.layers)] == [
         ("lm_head", 1),
         ("model.layers.0-1", 2),
         ("model.layers.10", 1),

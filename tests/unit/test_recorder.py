@@ -7,7 +7,7 @@ import pytest
 from lazyfs.blocks import BlockId, Span
 from lazyfs.errors import ThrottledError, UnavailableError
 from lazyfs.objects import File
-from lazyfs.observe.events import Activity, Cause, EventRing, Kind, Purpose, unpack
+from lazyfs.observe.events import Activity, Cause, EventKind, EventRing, Purpose, unpack
 from lazyfs.observe.histogram import Histogram
 from lazyfs.observe.recorder import Recorder, Tier
 
@@ -32,17 +32,17 @@ def clock() -> Clock:
 def test_a_ring_keeps_the_latest() -> None:
     ring = EventRing(capacity=4)
     for number in range(7):
-        ring.add(number / 2, Kind.READ, 1, file=2, block=number, size=1 << 40, seconds=0.5)
+        ring.add(number / 2, EventKind.READ, 1, file=2, block=number, size=1 << 40, seconds=0.5)
     kept = unpack(ring.dump())
     assert [event.block for event in kept] == [3, 4, 5, 6]
     assert list(ring.newest_first()) == kept[::-1]
-    assert kept[0] == (1.5, Kind.READ, 1, 2, 3, 1 << 40, 0.5)
+    assert kept[0] == (1.5, EventKind.READ, 1, 2, 3, 1 << 40, 0.5)
 
 
 def test_a_ring_that_is_not_full() -> None:
     ring = EventRing(capacity=4)
     assert unpack(ring.dump()) == list(ring.newest_first()) == []
-    ring.add(1.0, Kind.PLANNED)
+    ring.add(1.0, EventKind.PLANNED)
     assert len(unpack(ring.dump())) == 1
 
 
@@ -88,7 +88,7 @@ def test_what_a_wait_is_put_down_to(
     clock.now_s += 1
     recorder.end_wait(wait, tier)
     assert recorder.stalled_s == {cause: 1.0}
-    (event,) = [e for e in recorder.events.newest_first() if e.kind == Kind.WAITED]
+    (event,) = [e for e in recorder.events.newest_first() if e.kind == EventKind.WAITED]
     assert (event.detail, event.block, event.seconds) == (cause, 3, 1.0)
 
 
@@ -135,6 +135,6 @@ def test_a_block_counts_as_read_once_an_open(clock: Clock) -> None:
         for _ in range(3):
             recorder.read(FILE, SPAN, Tier.MEMORY, clock.now_s)
     kinds = [event.kind for event in recorder.events.newest_first()]
-    assert kinds == [Kind.READ, Kind.OPENED] * 2
+    assert kinds == [EventKind.READ, EventKind.OPENED] * 2
     assert recorder.reads[Tier.MEMORY].count == 6
     assert recorder.openers(FILE) == [77]

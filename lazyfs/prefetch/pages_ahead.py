@@ -1,9 +1,10 @@
-"""How much lies in the page cache that nobody has read yet.
+"""Estimates how much of the page cache has not been read yet.
 
-Reads of pages that are there make no request, so nobody tells how far a reader is. A request does:
-whoever makes one has used up what lay before it. So what counts is ahead of the rearmost reader, in
-the order in which a loader reads. One who went on to another file, and has left behind nothing but
-pages in the page cache, is taken to have read those: he would have been seen otherwise.
+A read of a page in the page cache makes no request, so a reader's position is not known. But a
+request shows that its reader has used up everything before it. So blocks count as unread if they
+are ahead of the rearmost reader, in the order in which a loader reads. A reader may have gone on to
+another file and left only pages in the page cache behind. It is taken to have read them, because
+otherwise it would have made a request.
 """
 
 from __future__ import annotations
@@ -15,33 +16,33 @@ from lazyfs.blocks.block_map import FileBlocks, Place
 
 
 class PagesAhead:
-    """Counts them.
+    """Counts the blocks in the page cache that are ahead of the readers.
 
     Args:
-        files: all files by inode; what is added later counts as well.
+        files: all files by inode; files may be added later.
 
     Attributes:
-        blocks: how many lie there.
+        blocks: the count.
     """
 
     def __init__(self, files: Mapping[int, FileBlocks]) -> None:
         self._files = files
-        # The rearmost reader of files in the order: their rank and block. Readers of other files.
+        # The rearmost reader of the ordered files (rank, block), and readers of other files.
         self._rear = (0, 0)
         self._elsewhere: dict[int, int] = {}
         self.blocks = 0
 
     def moved(self, block: BlockId, before: Place, place: Place) -> None:
-        """A block is at another place now."""
+        """A block has moved to another place."""
         if before != place and Place.NEAR in (before, place) and self._counts(block):
             self.blocks += 1 if place == Place.NEAR else -1
 
     def locate(self, order: Sequence[int], streams: Iterable[tuple[int, int]]) -> None:
-        """Count anew.
+        """Count again, for new positions of the readers.
 
         Args:
             order: inodes in the order in which a loader reads.
-            streams: inode and piece of each reader, the one seen last first.
+            streams: inode and piece of each reader, most recently active first.
         """
         self._elsewhere.clear()
         positions = []
@@ -62,7 +63,7 @@ class PagesAhead:
             self.blocks += self._near(inode, first)
 
     def is_behind(self, rank: int, number: int) -> bool:
-        """Whether a block of a file in the order lies before all readers."""
+        """Whether a block of an ordered file is behind all readers."""
         return (rank, number) < self._rear
 
     def _near(self, inode: int, first: int) -> int:
