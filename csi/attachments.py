@@ -30,6 +30,7 @@ from csi.errors import RpcError
 from csi.staged import Kind, Place, State, VolumeRecord
 from csi.volumes import Volume
 from lazyfs.errors import LazyfsError
+from lazyfs.faults import start_watching
 from lazyfs.handover.keeper import KeeperError
 from lazyfs.store.credentials import Credentials
 
@@ -103,8 +104,8 @@ class Attachments:
         self.daemons.recover(users)
         for daemon in self.served():
             self._to_name.put(daemon)
-        threading.Thread(target=self._repair_forever, daemon=True).start()
-        threading.Thread(target=self._name_forever, daemon=True).start()
+        start_watching("repairing mounts", self._repair_forever)
+        start_watching("naming volumes", self._name_forever)
 
     def served(self) -> dict[Daemon, Served]:
         """Which volumes each daemon serves, and to whom."""

@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from csi.errors import RpcError, without_ids
 from csi.staged import DaemonRecord, State
 from csi.volumes import Volume
 from lazyfs.errors import LazyfsError, MountError
+from lazyfs.faults import start_watching
 from lazyfs.fuse import mount_syscalls
 from lazyfs.handover.handover import SPEC
 from lazyfs.handover.keeper import KeeperClient, KeeperError, connect
@@ -84,23 +86,29 @@ class Daemon:
         """Looks after its worker, as long as there is a mount."""
         return None if self._ended.is_set() else self._supervisor
 
+    # The mount may end at any moment, from another thread. So `supervisor` is read once in each of
+    # the following.
+
     @property
     def device(self) -> str | None:
         """The device number of its filesystem; None if there is no mount."""
-        return self.supervisor.device if self.supervisor else None
+        supervisor = self.supervisor
+        return supervisor.device if supervisor else None
 
     @property
     def trouble(self) -> str | None:
         """What is wrong, in words; None if nothing is known to be."""
-        if self.supervisor is None:
+        supervisor = self.supervisor
+        if supervisor is None:
             return self.refusal or "its daemon is not running yet"
-        return self.supervisor.trouble
+        return supervisor.trouble
 
     def status(self) -> dict[str, Any]:
         """What its worker says of itself. Raises LazyfsError when it says nothing."""
-        if self.supervisor is None:
+        supervisor = self.supervisor
+        if supervisor is None:
             raise MountError(f"{self.spec.source}: {self.trouble}")
-        return self.supervisor.status()
+        return supervisor.status()
 
     def serves(self, volume: Volume, credentials: Credentials | None) -> bool:
         """Whether it is what a volume with these credentials needs."""
@@ -136,8 +144,9 @@ class Daemon:
         """
         with self.locked(START_TIMEOUT_S):
             self.spec = replace(self.spec, volume=volume)
-            if self.supervisor is not None:
-                self.supervisor.name_volumes(volume)
+            supervisor = self.supervisor
+            if supervisor is not None:
+                supervisor.name_volumes(volume)
 
     def adopt(self, supervisor: Supervisor, ended: threading.Event) -> None:
         """It is mounted."""
@@ -188,15 +197,16 @@ class Daemons:
             if path.name not in known:
                 log.info("%s: left behind: cleaned up", path)
                 self._clear(path)
-        threading.Thread(target=self._watch_keeper, daemon=True).start()
+        start_watching("looking after the keeper", self._watch_keeper)
         for daemon in list(self._daemons.values()):
-            threading.Thread(target=self._resume, args=[daemon], daemon=True).start()
+            start_watching(f"resuming {daemon.name}", partial(self._resume, daemon))
 
     def close(self) -> None:
         """End all workers and leave the mounts to the next plugin."""
         self._closing.set()
         with self._lock:
-            supervisors = [each.supervisor for each in self._daemons.values() if each.supervisor]
+            each_one = [daemon.supervisor for daemon in self._daemons.values()]
+        supervisors = [supervisor for supervisor in each_one if supervisor is not None]
         # All at once: each takes as long as it takes to finish what it does.
         with ThreadPoolExecutor(max(1, len(supervisors))) as threads:
             list(threads.map(Supervisor.leave, supervisors))
@@ -245,14 +255,16 @@ class Daemons:
         with daemon.locked(timeout_s):
             if daemon.retired:
                 raise RpcError(StatusCode.ABORTED, f"{daemon.spec.source}: its daemon is ending")
-            if daemon.supervisor is None:
+            supervisor = daemon.supervisor
+            if supervisor is None:
                 self._start(daemon, credentials, timeout_s)
             elif credentials is not None and credentials != daemon.spec.credentials:
-                daemon.supervisor.replace_credentials(credentials)
+                supervisor.replace_credentials(credentials)
                 daemon.spec = _with(daemon.spec, credentials)
-            if daemon.device is None:
+            device = daemon.device
+            if device is None:
                 raise MountError(f"{daemon.mountpoint}: the daemon's mount is not there")
-            return daemon.device
+            return device
 
     def release(self, name: str, user: str) -> None:
         """`user` is gone. The daemon ends if that was its last one."""
@@ -265,8 +277,9 @@ class Daemons:
                 return
             daemon.retired = True
         with daemon.locked(START_TIMEOUT_S):
-            if daemon.supervisor is not None:
-                daemon.supervisor.stop(is_enough=self._closing.is_set)
+            supervisor = daemon.supervisor
+            if supervisor is not None:
+                supervisor.stop(is_enough=self._closing.is_set)
             self._clear(daemon.mountpoint)
             self._state.remove_daemon(name)
         with self._lock:
@@ -331,13 +344,14 @@ class Daemons:
         """Whenever the keeper was replaced, give the next one what it is there for."""
         while not self._closing.wait(KEEPER_POLL_S):
             with self._lock:
-                running = [each for each in self._daemons.values() if each.supervisor]
+                daemons = list(self._daemons.values())
             try:
                 with self._client() as keeper:
-                    kept = keeper.names()
-                for daemon in running:
-                    if str(daemon.mountpoint) not in kept and daemon.supervisor:
-                        daemon.supervisor.give_back()
+                    kept = set(keeper.names())
+                for daemon in daemons:
+                    supervisor = daemon.supervisor
+                    if supervisor is not None and str(daemon.mountpoint) not in kept:
+                        supervisor.give_back()
             except KeeperError as error:
                 log.debug("%s", error)  # Probe says so
 

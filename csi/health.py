@@ -12,13 +12,13 @@ import http.server
 import logging
 import socket
 import socketserver
-import threading
 from collections.abc import Callable, Sequence
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from csi.identity import Check
 from lazyfs.errors import LazyfsError, OptionError
+from lazyfs.faults import start_watching
 from lazyfs.handover.keeper import KeeperError
 from lazyfs.options.option_types import Address
 
@@ -60,7 +60,7 @@ class HealthServer:
 
     def start(self) -> None:
         """Answer from now on."""
-        threading.Thread(target=self._server.serve_forever, name="health", daemon=True).start()
+        start_watching("answering at --http-address", self._server.serve_forever)
 
     def stop(self) -> None:
         """Answer no more."""

@@ -13,6 +13,7 @@ import trio
 
 from lazyfs.control import Route
 from lazyfs.errors import LazyfsError
+from lazyfs.faults import report_fault
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,6 @@ async def _answer(
     except ValueError as error:
         # Not the body itself: it may hold credentials.
         return 400, {"error": f"the body is not what {path} takes: {type(error).__name__}"}
-    except Exception:
-        log.exception("control: %s %s", method, path)
+    except Exception as error:
+        report_fault(f"control: {method} {path}", error)
         return 500, {"error": "the daemon failed; its log says how"}

@@ -12,6 +12,7 @@ import trio
 
 from lazyfs.cache.late_writer import LateWriter
 from lazyfs.control import Route
+from lazyfs.faults import contained
 from lazyfs.fetch.scheduler import BlockFetcher
 from lazyfs.handover.runtime_changes import RuntimeChanges
 from lazyfs.observe.recorder import Recorder
@@ -86,12 +87,14 @@ class Saving:
     def _begin(self) -> None:
         if self._ended is None:  # nobody else has meanwhile
             self._scope, self._ended = trio.CancelScope(), trio.Event()
-            self._nursery.start_soon(self._run, self._scope, self._ended)
+            self._nursery.start_soon(contained, "saving", self._run, self._scope, self._ended)
 
     async def _run(self, scope: trio.CancelScope, ended: trio.Event) -> None:
-        self._fetcher.pause(True)
-        with scope:
-            await self._salvage.save()
-        self._fetcher.pause(self._carried.paused)
-        self._ended = None
-        ended.set()
+        try:
+            self._fetcher.pause(True)
+            with scope:
+                await self._salvage.save()
+        finally:
+            self._fetcher.pause(self._carried.paused)
+            self._ended = None
+            ended.set()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import trio
 
 from lazyfs.control import Route
-from lazyfs.control.server import serve_http
+from lazyfs.control.server import serve_http, still_open
 from lazyfs.errors import MountError
 
 log = logging.getLogger(__name__)
@@ -48,16 +48,17 @@ async def listen_patiently(address: Address) -> list[trio.SocketListener]:
 
 async def serve_metrics(
     address: Address,
-    listeners: list[trio.SocketListener] | None,
+    listeners: list[trio.SocketListener],
     routes: Mapping[tuple[str, str], Route],
 ) -> None:
     """Answer scrapes until cancelled.
 
     Args:
-        listeners: at the address; None: it is listened at as soon as it is free.
+        listeners: at the address; where they are closed, or there are none, it is listened at as
+            soon as it is free.
         routes: `GET /metrics`.
     """
-    listeners = listeners or await listen_patiently(address)
+    listeners = still_open(listeners) or await listen_patiently(address)
     shown = [":".join(map(str, one.socket.getsockname()[:2])) for one in listeners]
     log.info("metrics at http://%s/metrics", shown[0])
     await serve_http(listeners, routes)

@@ -16,34 +16,55 @@ from pathlib import Path
 import trio
 
 from lazyfs.control import Route
+from lazyfs.errors import MountError
+from lazyfs.faults import contained
 from lazyfs.handover.keeper import is_trusted
 
 # A client that neither asks nor hangs up is let go.
 PATIENCE_S = 10.0
 
 
+async def listen_control(path: Path) -> trio.SocketListener:
+    """Listen at a unix socket.
+
+    Args:
+        path: of the socket; what is there is replaced: the mount's lock is this process's.
+
+    Raises:
+        MountError: that is not possible.
+    """
+    listener = trio.socket.socket(socket.AF_UNIX)
+    mask = os.umask(0o177)
+    try:
+        path.unlink(missing_ok=True)
+        await listener.bind(str(path))
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        raise MountError(f"{path}: the control socket cannot be made: {error}") from error
+    finally:
+        os.umask(mask)
+    return trio.SocketListener(listener)
+
+
 async def serve_control(
     path: Path,
+    listeners: list[trio.SocketListener],
     routes: Mapping[tuple[str, str], Route],
-    *,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer at a unix socket until cancelled.
 
     Args:
-        path: of the socket; what is there is replaced: the mount's lock is this process's.
+        path: of the socket.
+        listeners: at it; where they are closed, or there are none, it is listened at anew.
         routes: by method and path, such as `("GET", "/status")`.
     """
-    path.unlink(missing_ok=True)
-    listener = trio.socket.socket(socket.AF_UNIX)
-    mask = os.umask(0o177)
-    try:
-        await listener.bind(str(path))
-    finally:
-        os.umask(mask)
-    listener.listen()
-    task_status.started()
-    await serve_http([trio.SocketListener(listener)], routes, trusts=_is_ours)
+    await serve_http(still_open(listeners) or [await listen_control(path)], routes, trusts=_is_ours)
+
+
+def still_open(listeners: list[trio.SocketListener]) -> list[trio.SocketListener]:
+    """Those that were not closed by a server that failed."""
+    return [listener for listener in listeners if listener.socket.fileno() >= 0]
 
 
 async def serve_http(
@@ -57,7 +78,8 @@ async def serve_http(
     Args:
         trusts: whether a client is answered at all.
     """
-    await trio.serve_listeners(partial(_answer_one, routes, trusts), listeners)
+    answer = partial(contained, "answering a client", _answer_one, routes, trusts)
+    await trio.serve_listeners(answer, listeners)
 
 
 def _is_ours(stream: trio.SocketStream) -> bool:

@@ -14,6 +14,7 @@ import trio
 from lazyfs.cache import BlockCache
 from lazyfs.control import Route
 from lazyfs.errors import BadRequestError, LazyfsError
+from lazyfs.faults import report_fault
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store.source import Source
@@ -86,5 +87,8 @@ class Warming:
         except LazyfsError as error:
             self._error = str(error)
             log.warning("filling the cache: %s", error)
+        except Exception as error:
+            self._error = f"a fault of lazyfs ({type(error).__name__}); its log has more"
+            report_fault("filling the cache", error)
         finally:
             self._is_running = False

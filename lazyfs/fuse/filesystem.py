@@ -1,5 +1,8 @@
 """The kernel's requests, translated. No policy lives here.
 
+Every request is answered. An exception that nobody foresaw is EIO for that request, and so is a
+request with which workers died (`InHand`).
+
 Handles carry no state: a handle is the inode number. So another process can go on where this one
 stopped. What a name or an attribute means never changes in a mount, so the kernel may remember all
 of it for as long as it likes.
@@ -8,18 +11,23 @@ of it for as long as it likes.
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import stat
+import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FUSEError, InodeT, StatvfsData
 
 from lazyfs.blocks import spans
 from lazyfs.errors import SourceError
+from lazyfs.faults import contained, report_fault
 from lazyfs.fetch.scheduler import BlockFetcher
+from lazyfs.handover.in_hand import InHand
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.tree import NAME_MAX_BYTES, ROOT_INODE, Directory, Node
 from lazyfs.objects import File
@@ -45,6 +53,7 @@ class Filesystem(pyfuse3.Operations):
         on_init: called once, when libfuse has taken the kernel's first message.
         on_open: told of each file that is opened.
         recorder: is told of opened and closed files.
+        in_hand: where requests are noted that are not answered yet.
     """
 
     supports_dot_lookup = False
@@ -59,8 +68,10 @@ class Filesystem(pyfuse3.Operations):
         on_init: Callable[[], None],
         on_open: Callable[[File], None],
         recorder: Recorder,
+        in_hand: InHand,
     ) -> None:
         super().__init__()
+        self.in_hand = in_hand
         self._catalog = catalog
         self._tree = catalog.tree
         self._fetcher = fetcher
@@ -272,5 +283,54 @@ for _operation in (
     "write",
 ):
     setattr(Filesystem, _operation, staticmethod(_refuse))
+
+
+def _answered(number: int, name: str) -> None:
+    """Have an operation answer whatever happens, and note meanwhile that it is in hand."""
+    operation = getattr(Filesystem, name)
+
+    @functools.wraps(operation)
+    async def answer(self: Filesystem, *arguments: Any) -> Any:
+        inode = arguments[0] if name != "statfs" else ROOT_INODE
+        detail = _DETAILS[name](arguments[1]) if name in _DETAILS else 0
+        slot = self.in_hand.take(number, inode, detail)
+        if slot is None:
+            log.error("%s of inode %d: EIO: workers that were asked for it died", name, inode)
+            raise FUSEError(errno.EIO)
+        try:
+            result = await operation(self, *arguments)
+        except FUSEError:
+            self.in_hand.answered(slot)
+            raise
+        except Exception as error:
+            self.in_hand.answered(slot)
+            report_fault(f"{name} of a file or directory", error)
+            raise FUSEError(errno.EIO) from error
+        self.in_hand.answered(slot)
+        return result
+
+    setattr(Filesystem, name, answer)
+
+
+async def _forget(
+    self: Filesystem,
+    inode_list: Sequence[tuple[InodeT, int]],
+    forget: Callable[..., Awaitable[None]] = Filesystem.forget,
+) -> None:
+    """The one message of the kernel that has no answer."""
+    await contained("forget", forget, self, inode_list)
+
+
+# What tells a request from others of the same operation and inode.
+_DETAILS: dict[str, Callable[[Any], int]] = {
+    "lookup": zlib.crc32, "getxattr": zlib.crc32, "read": int, "readdir": int,
+}  # fmt: skip
+# The numbers are of what is kept with the session, and so they stay.
+for _number, _operation in enumerate((
+    "lookup", "getattr", "opendir", "readdir", "open", "read", "release", "statfs", "getxattr",
+    "listxattr",
+)):  # fmt: skip
+    _answered(_number, _operation)
+Filesystem.forget = _forget  # type: ignore[method-assign]
 
 assert ROOT_INODE == pyfuse3.ROOT_INODE

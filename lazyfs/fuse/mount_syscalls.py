@@ -26,6 +26,9 @@ FILESYSTEM_TYPE = "fuse.lazyfs"
 # The kernel can ask again for what a dead worker had taken (FUSE_NOTIFY_RESEND) since this one.
 RESEND_SINCE = (6, 9)
 
+# The kernel refuses to be read with less than this (FUSE_MIN_READ_BUFFER).
+INIT_BUFFER = 1 << 16
+
 IN_USE = "in use; end what uses it, or detach it with --lazy"
 # A process of the mount's own may have a file open for some milliseconds (`cache/salvage.py`).
 BUSY_PATIENCE_S = 0.3
@@ -94,6 +97,22 @@ def mount(source: str, mountpoint: Path, *, allow_other: bool) -> int:
     """
     how = _mount_as_root if os.geteuid() == 0 else _mount_with_helper
     return how(source, mountpoint, allow_other)
+
+
+def begin_mount(source: str, mountpoint: Path, *, allow_other: bool) -> tuple[int, bytes]:
+    """Mount, and take the kernel's first message: the descriptor, and that message (FUSE_INIT).
+
+    Raises:
+        MountError: it is not possible; then nothing is mounted.
+    """
+    check_mountpoint(mountpoint)
+    descriptor = mount(source, mountpoint, allow_other=allow_other)
+    try:
+        return descriptor, os.read(descriptor, INIT_BUFFER)
+    except OSError as error:
+        unmount(mountpoint, lazy=True)
+        os.close(descriptor)
+        raise MountError(f"{mountpoint}: the kernel did not begin to talk: {error}") from error
 
 
 def session_ended(descriptor: int) -> bool:

@@ -1,9 +1,10 @@
 """The conversation with the kernel: begun, handed over, taken up again.
 
 The kernel's side of a mount is a descriptor of `/dev/fuse` and one message, FUSE_INIT, which opens
-the conversation. Here both are kept apart from libfuse: we mount, read FUSE_INIT ourselves and then
-let libfuse begin on one end of a socket pair into which that message is sent. In the moment in
-which libfuse has taken it, the kernel's descriptor is put in the place of the socket (`adopt`).
+the conversation. Here both are kept apart from libfuse: the supervisor mounts and reads FUSE_INIT,
+and the worker lets libfuse begin on one end of a socket pair into which that message is sent. In
+the moment in which libfuse has taken it, the kernel's descriptor is put in the place of the socket
+(`adopt`).
 
 So a session can go on in another process, which gets the same descriptor and plays the same
 beginning to its own libfuse. The kernel is beyond that point: it ignores the second answer to
@@ -24,13 +25,11 @@ from pathlib import Path
 import pyfuse3
 import trio
 
-from lazyfs.errors import CannotResumeError, MountError
+from lazyfs.errors import CannotResumeError
 from lazyfs.fuse import mount_syscalls
 
 log = logging.getLogger(__name__)
 
-# The kernel refuses to be read with less than this (FUSE_MIN_READ_BUFFER).
-INIT_BUFFER = 1 << 16
 # linux/fuse.h: struct fuse_out_header with FUSE_NOTIFY_RESEND in the place of an error.
 RESEND = struct.pack("<IiQ", 16, 7, 0)
 OPTIONS = {"default_permissions"}
@@ -51,25 +50,6 @@ class Session:
         self.init_message = init_message
         self._ours: socket.socket | None = None
         self._theirs: int | None = None
-
-    @classmethod
-    def mount(cls, source: str, mountpoint: Path, *, allow_other: bool) -> Session:
-        """Mount, read-only, and take the kernel's first message.
-
-        Args:
-            source: what `/proc/mounts` shows as the device.
-
-        Raises:
-            MountError: it is not possible; the message says why and what to do.
-        """
-        mount_syscalls.check_mountpoint(mountpoint)
-        descriptor = mount_syscalls.mount(source, mountpoint, allow_other=allow_other)
-        try:
-            return cls(mountpoint, descriptor, os.read(descriptor, INIT_BUFFER))
-        except OSError as error:
-            mount_syscalls.unmount(mountpoint, lazy=True)
-            os.close(descriptor)
-            raise MountError(f"{mountpoint}: the kernel did not begin to talk: {error}") from error
 
     @property
     def device(self) -> str | None:
@@ -94,7 +74,7 @@ class Session:
                     nursery.start_soon(pyfuse3.main)
                     await trio.lowlevel.wait_readable(ours)
                     pyfuse3.terminate()
-                return ours.recv(INIT_BUFFER)
+                return ours.recv(mount_syscalls.INIT_BUFFER)
             finally:
                 pyfuse3.close(unmount=False)
 

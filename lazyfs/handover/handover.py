@@ -5,6 +5,7 @@
     listing   what was listed (`lazyfs/namespace/listing_log.py`)
     carried   what was changed while it runs (`lazyfs/handover/runtime_changes.py`)
     near      what was put into the page cache (`lazyfs/handover/page_map.py`)
+    in_hand   which requests were taken and not answered (`lazyfs/handover/in_hand.py`)
 
 Beside them the supervisor keeps `spec` (`lazyfs/spec.py`), and by hand what a worker holds as long
 as it lives: `log`, and `lock`, by which others see that the mount is served.
@@ -13,6 +14,8 @@ as it lives: `log`, and `lock`, by which others see that the mount is served.
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from lazyfs.handover.keeper import KeeperClient
@@ -20,6 +23,7 @@ from lazyfs.memory_file import memory_file, read_whole
 
 SPEC, LOG, LOCK = "spec", "log", "lock"
 FUSE = "fuse"
+IN_HAND = "in_hand"
 _SESSION, _LISTING, _CARRIED, _NEAR = "session", "listing", "carried", "near"
 
 
@@ -48,26 +52,39 @@ class Handover:
     listing: int
     carried: int
     near: int
+    in_hand: int
     beginning: Beginning
 
     @classmethod
     def fetch(cls, keeper: KeeperClient, name: str) -> Handover | None:
         """What is kept of that mount; None if it was not mounted yet."""
         kept = keeper.fetch(name)
-        if FUSE not in kept:
+        if not is_complete(kept):
             return None
         beginning = Beginning(**json.loads(read_whole(kept[_SESSION])))
-        for label, new in ((_CARRIED, new_carried), (_NEAR, new_near)):
+        later = ((_CARRIED, new_carried), (_NEAR, new_near), (IN_HAND, new_in_hand))
+        for label, new in later:
             if label not in kept:  # the mount began with a version that knew of nothing such
                 kept[label] = new()
                 keeper.store(name, {label: kept[label]})
-        return cls(kept[FUSE], kept[_LISTING], kept[_CARRIED], kept[_NEAR], beginning)
+        return cls(
+            kept[FUSE], kept[_LISTING], kept[_CARRIED], kept[_NEAR], kept[IN_HAND], beginning
+        )  # fmt: skip
 
     def store(self, keeper: KeeperClient, name: str) -> None:
         """Have it kept. Raises KeeperError."""
         session = memory_file("lazyfs-session", json.dumps(asdict(self.beginning)).encode())
-        labels = {_SESSION: session, _LISTING: self.listing, _CARRIED: self.carried}
-        keeper.store(name, {FUSE: self.fuse, **labels, _NEAR: self.near})
+        kept = {_SESSION: session, _LISTING: self.listing, _CARRIED: self.carried}
+        kept |= {_NEAR: self.near, IN_HAND: self.in_hand}
+        try:
+            keeper.store(name, {FUSE: self.fuse, **kept})
+        finally:
+            os.close(session)
+
+
+def is_complete(kept: Mapping[str, int]) -> bool:
+    """Whether what is kept of a mount is enough for another worker to go on with it."""
+    return FUSE in kept and _SESSION in kept
 
 
 def new_carried() -> int:
@@ -78,3 +95,8 @@ def new_carried() -> int:
 def new_near() -> int:
     """A memory file for `PageMap`, of a mount of which nothing is in the page cache."""
     return memory_file("lazyfs-near", b"")
+
+
+def new_in_hand() -> int:
+    """A memory file for `InHand`, of a mount of which no request was taken yet."""
+    return memory_file("lazyfs-in-hand", b"")

@@ -10,10 +10,11 @@ descriptors travel beside it as SCM_RIGHTS (unix(7)), and each request has one a
     {"do": "store", "name": N, "labels": [L, ...]} + descriptors   {}
     {"do": "fetch", "name": N}                                     {"labels": [...]} + descriptors
     {"do": "drop", "name": N}                                      {}
-    {"do": "names"}                                                {"names": [...]}
+    {"do": "names", "after": N}                                    {"names": [...]}
 
 An answer with `error` says what was wrong with a request. `store` adds to what is stored under that
-name and replaces equal labels; `fetch` of an unknown name has no labels.
+name and replaces equal labels; `fetch` of an unknown name has no labels. `names` come in order, as
+many as fit into a message; `"more": true` says that there are others after them.
 
 This module imports only the standard library and knows nothing of FUSE: it is never upgraded under
 running mounts, so it has to be small and final.
@@ -68,16 +69,33 @@ class Keeper:
         with _listen(path) as listener:
             while True:
                 try:
-                    connection, _ = listener.accept()
-                except OSError:  # out of descriptors for the moment: what is kept must stay
+                    self._accept(listener)
+                except (OSError, RuntimeError):
+                    # Out of descriptors or threads for the moment: what is kept must stay.
                     time.sleep(PAUSE_S)
-                    continue
-                if is_trusted(connection) and self._clients.acquire(blocking=False):
-                    threading.Thread(
-                        target=self._serve_client, args=[connection], daemon=True
-                    ).start()
-                else:
-                    connection.close()
+
+    def _accept(self, listener: socket.socket) -> None:
+        """Answer one more client, in a thread of its own.
+
+        Raises:
+            OSError, RuntimeError: that is not possible now.
+        """
+        connection, _ = listener.accept()
+        is_served = False
+        try:
+            if is_trusted(connection) and self._clients.acquire(blocking=False):
+                serving = threading.Thread(
+                    target=self._serve_client, args=[connection], daemon=True
+                )  # fmt: skip
+                try:
+                    serving.start()
+                    is_served = True
+                finally:
+                    if not is_served:
+                        self._clients.release()
+        finally:
+            if not is_served:
+                connection.close()
 
     def _serve_client(self, connection: socket.socket) -> None:
         try:
@@ -98,7 +116,7 @@ class Keeper:
                     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                         raise KeeperError("the message is too long")
                     answer, descriptors = self._answer(data, received)
-                except KeeperError as error:
+                except (KeeperError, OSError) as error:
                     answer, descriptors = {"error": str(error)}, []
                 finally:
                     _close(received)
@@ -115,8 +133,7 @@ class Keeper:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise KeeperError("not a request") from None
         if action == "names":
-            with self._lock:
-                return {"names": sorted(self._kept)}, []
+            return self._names(message.get("after") or ""), []
         if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
             raise KeeperError("a request needs a name")
         if action == "store":
@@ -124,13 +141,27 @@ class Keeper:
         elif action == "fetch":
             with self._lock:
                 kept = self._kept.get(name, {})
-                return {"labels": list(kept)}, [os.dup(each) for each in kept.values()]
+                return {"labels": list(kept)}, _duplicates(kept.values())
         elif action == "drop":
             with self._lock:
                 _close(self._kept.pop(name, {}).values())
         else:
             raise KeeperError(f"no such request: {action!r}")
         return {}, []
+
+    def _names(self, after: Any) -> dict[str, Any]:
+        if not isinstance(after, str):
+            raise KeeperError("names are texts")
+        with self._lock:
+            known = sorted(name for name in self._kept if name > after)
+        names: list[str] = []
+        room = LONGEST_MESSAGE // 2
+        for name in known:
+            room -= len(json.dumps(name)) + 2
+            if room < 0:
+                break
+            names.append(name)
+        return {"names": names} | ({"more": True} if len(names) < len(known) else {})
 
     def _store(self, name: str, labels: Any, received: list[int]) -> None:
         if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
@@ -143,7 +174,7 @@ class Keeper:
             kept = self._kept.get(name, {})
             if len(kept.keys() | set(labels)) > MOST_LABELS:
                 raise KeeperError(f"{name}: more than {MOST_LABELS} labels")
-            added = dict(zip(labels, map(os.dup, received), strict=True))
+            added = dict(zip(labels, _duplicates(received), strict=True))
             _close(kept[label] for label in kept.keys() & added.keys())
             self._kept[name] = {**kept, **added}
 
@@ -180,8 +211,13 @@ class KeeperClient:
 
     def names(self) -> list[str]:
         """All names under which something is kept."""
-        answer, _ = self._ask({"do": "names"})
-        return list(answer["names"])
+        names: list[str] = []
+        more = True
+        while more:
+            answer, _ = self._ask({"do": "names", "after": names[-1] if names else ""})
+            names += answer["names"]
+            more = answer.get("more", False)
+        return names
 
     def close(self) -> None:
         """Hang up. What is stored stays."""
@@ -198,9 +234,15 @@ class KeeperClient:
                 )
         except OSError as error:
             raise KeeperError(f"the keeper does not answer: {error}") from error
-        answer = json.loads(data or '{"error": "the keeper hung up"}')
-        if "error" in answer:
-            raise KeeperError(answer["error"])
+        try:
+            answer = json.loads(data or '{"error": "the keeper hung up"}')
+            if "error" in answer:
+                raise KeeperError(answer["error"])
+        except BaseException as error:
+            _close(received)
+            if isinstance(error, ValueError):
+                raise KeeperError("the keeper's answer is not one") from error
+            raise
         return answer, received
 
 
@@ -270,6 +312,18 @@ def allow_many_descriptors() -> None:
     """Let this process open as many descriptors as it may: each mount needs several."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _duplicates(descriptors: Iterable[int]) -> list[int]:
+    """Duplicates of all of them. Raises OSError, with none made, if there is no room for all."""
+    made: list[int] = []
+    try:
+        for descriptor in descriptors:
+            made.append(os.dup(descriptor))  # noqa: PERF401 - what was made must be known
+    except OSError:
+        _close(made)
+        raise
+    return made
 
 
 def _close(descriptors: Iterable[int]) -> None:

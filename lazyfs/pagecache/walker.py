@@ -15,6 +15,7 @@ from pathlib import Path
 
 import trio
 
+from lazyfs.faults import contained
 from lazyfs.helper_process import run_helper
 from lazyfs.objects import File
 
@@ -52,8 +53,9 @@ class Walker:
             self._seen.update(new)
             first = list(new.values())[:MOST_DIRECTORIES]
             self._nursery.start_soon(
-                _look_at, [str((self._mountpoint / self._path(file)).parent) for file in first]
-            )
+                contained, "looking up files", _look_at,
+                [str((self._mountpoint / self._path(file)).parent) for file in first],
+            )  # fmt: skip
 
 
 async def _look_at(directories: Sequence[str]) -> None:

@@ -27,15 +27,17 @@ from lazyfs.control.first_load import tell_first_load
 from lazyfs.control.recording import recording
 from lazyfs.control.saving import Saving
 from lazyfs.control.scrape import listen, serve_metrics
-from lazyfs.control.server import serve_control
+from lazyfs.control.server import listen_control, serve_control
 from lazyfs.control.status import Status
 from lazyfs.control.tunables import pause, tune, with_former_changes
 from lazyfs.control.warming import Warming
-from lazyfs.errors import CannotResumeError
+from lazyfs.errors import CannotResumeError, MountError
+from lazyfs.faults import keep_running
 from lazyfs.fetch.scheduler import BlockFetcher
 from lazyfs.fuse.filesystem import Filesystem
 from lazyfs.fuse.session import Session
-from lazyfs.handover.handover import Beginning, Handover, new_carried, new_near
+from lazyfs.handover.handover import Beginning, Handover, new_carried, new_in_hand, new_near
+from lazyfs.handover.in_hand import InHand
 from lazyfs.handover.keeper import KeeperClient
 from lazyfs.handover.page_map import PageMap
 from lazyfs.handover.runtime_changes import RuntimeChanges
@@ -54,6 +56,7 @@ from lazyfs.prefetch.planner import Planner
 from lazyfs.prefetch.prefetcher import Prefetcher
 from lazyfs.process import privileges
 from lazyfs.process.mount_records import control_socket, restarts_of
+from lazyfs.process.worker_line import SupervisorLine
 from lazyfs.store.credentials import Credentials, credentials_from
 from lazyfs.store.source import Source, SourceUrl
 
@@ -83,6 +86,7 @@ class Mount:
 def run(
     mount: Mount,
     keeper: KeeperClient,
+    line: SupervisorLine,
     former: Handover | None,
     opening: Future[Source],
     on_ready: Callable[[], None],
@@ -93,6 +97,7 @@ def run(
 
     Args:
         keeper: keeps the session under the name of the mountpoint.
+        line: to the supervisor, which mounts.
         former: what was kept there when this daemon began.
         opening: the source, which is being connected.
         on_ready: called once the mount can be used.
@@ -103,7 +108,7 @@ def run(
     """
     recorder = _recorder(mount)
     try:
-        trio.run(_serve, mount, keeper, former, opening, on_ready, recorder)
+        trio.run(_serve, mount, keeper, line, former, opening, on_ready, recorder)
     finally:
         recorder.close()
 
@@ -121,6 +126,7 @@ def _recorder(mount: Mount) -> Recorder:
 async def _serve(
     mount: Mount,
     keeper: KeeperClient,
+    line: SupervisorLine,
     former: Handover | None,
     opening: Future[Source],
     on_ready: Callable[[], None],
@@ -147,16 +153,30 @@ async def _serve(
     fetcher.pause(carried.paused)
     near = PageMap(former.near if former else new_near(), options.block_size)
     fetcher.carry(near, catalog.tree)
+    in_hand = InHand(former.in_hand if former else new_in_hand())
     planner = Planner(catalog, fetcher, prefetcher, recorder, options)
     on_open = planner.opened if options.prefetch in PLANNED else _ignore
     scraped = options.metrics_address
-    listeners = await listen(scraped) if scraped and not former else None
+    scrape_listeners = await listen(scraped) if scraped and not former else []
+    socket_path = control_socket(mount.mountpoint)
+    control_listeners = []
+    try:
+        control_listeners.append(await listen_control(socket_path))
+    except MountError as error:
+        if not former:
+            raise
+        log.error("%s; the mount goes on without it for now", error)
     if former:
         session, beginning = await _resume(mount, former)
     else:
-        session, beginning = await _begin(mount, source.region)
+        session, beginning = await _begin(mount, line, source.region)
         Handover(
-            session.descriptor, journal.descriptor, carried.descriptor, near.descriptor, beginning
+            session.descriptor,
+            journal.descriptor,
+            carried.descriptor,
+            near.descriptor,
+            in_hand.descriptor,
+            beginning,
         ).store(keeper, str(mount.mountpoint))
     if device := session.device:
         tune_kernel(device, options.read_ahead)
@@ -168,7 +188,7 @@ async def _serve(
         fetcher.pump()
 
     filesystem = Filesystem(
-        catalog, fetcher, options, beginning.mounted_ns, begin, on_open, recorder
+        catalog, fetcher, options, beginning.mounted_ns, begin, on_open, recorder, in_hand
     )
     try:
         session.attach(filesystem)
@@ -187,15 +207,15 @@ async def _serve(
                 salvage = LateWriter(mount.mountpoint, mount.url.prefix, cache, fetcher)
                 routes |= Saving(salvage, fetcher, recorder, carried, nursery).routes()
                 if page_cache.supported:
-                    nursery.start_soon(salvage.run)
+                    nursery.start_soon(keep_running, "late writing", salvage.run)
             if page_cache.supported and options.prefetch != "off":
                 missing = DroppedPages(mount.mountpoint, catalog.tree.path, fetcher)
-                nursery.start_soon(missing.run)
+                nursery.start_soon(keep_running, "looking for dropped pages", missing.run)
             if options.prefetch in PLANNED:
                 if page_cache.supported:
                     walker = Walker(mount.mountpoint, catalog.tree.path, nursery)
                     planner.on_wanted = walker.look_up
-                nursery.start_soon(planner.run)
+                nursery.start_soon(keep_running, "planning", planner.run)
             status = Status(
                 str(mount.url), str(mount.mountpoint), beginning.mounted_ns,
                 restarts_of(mount.mountpoint), options, catalog,
@@ -203,13 +223,19 @@ async def _serve(
             )  # fmt: skip
             if scraped:
                 metrics = {("GET", "/metrics"): lambda _: _metrics(status)}
-                nursery.start_soon(serve_metrics, scraped, listeners, metrics)
-            nursery.start_soon(tell_first_load, status)
+                nursery.start_soon(
+                    keep_running, "serving metrics",
+                    serve_metrics, scraped, scrape_listeners, metrics,
+                )  # fmt: skip
+            nursery.start_soon(keep_running, "telling of the first load", tell_first_load, status)
             verb = "resumed" if former else "mounted"
             routes |= _routes(source, status, mount)
             routes |= Warming(source, catalog, options, nursery).routes()
             routes |= Contents(source, catalog, fetcher).routes()
-            await nursery.start(serve_control, control_socket(mount.mountpoint), routes)
+            nursery.start_soon(
+                keep_running, "the control socket",
+                serve_control, socket_path, control_listeners, routes,
+            )  # fmt: skip
             log.info("%s %s at %s", verb, mount.url, mount.mountpoint)
             recorder.ready()
             on_ready()
@@ -248,8 +274,9 @@ def _measured(status: Status) -> dict[str, Any]:
     return measure(status)
 
 
-async def _begin(mount: Mount, region: str) -> tuple[Session, Beginning]:
-    session = Session.mount(str(mount.url), mount.mountpoint, allow_other=mount.options.allow_other)
+async def _begin(mount: Mount, line: SupervisorLine, region: str) -> tuple[Session, Beginning]:
+    began = line.mount(str(mount.url), allow_other=mount.options.allow_other)
+    session = Session(mount.mountpoint, *began)
     answer = await session.negotiate()
     return session, Beginning(session.init_message.hex(), answer.hex(), region, time.time_ns())
 

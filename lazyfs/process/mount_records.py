@@ -17,6 +17,9 @@ from pathlib import Path
 from lazyfs.errors import MountError
 from lazyfs.handover.keeper import private_directory
 
+# unix(7): sun_path has 108 bytes, the last of which is zero.
+LONGEST_SOCKET_PATH = 107
+
 
 @dataclass(frozen=True, slots=True)
 class MountRecord:
@@ -45,18 +48,20 @@ class RunningMount:
     """
 
     def __init__(self, record: MountRecord) -> None:
-        self._path = _path(Path(record.mountpoint))
+        mountpoint = Path(record.mountpoint)
+        self._path = _path(mountpoint)
         check_runtime_directory()
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            source = _read(self._path).source
-            os.close(self._descriptor)
+            descriptor = _lock(self._path)
+        except OSError as error:
+            raise MountError(f"{self._path}: {error.strerror}") from error
+        if descriptor is None:
+            there = last_record(mountpoint)
             raise MountError(
-                f"{record.mountpoint}: {source} is mounted there already; "
-                f"unmount it first: lazyfs umount {record.mountpoint}"
-            ) from None
+                f"{mountpoint}: {there.source if there else 'another source'} is mounted there "
+                f"already; unmount it first: lazyfs umount {mountpoint}"
+            )
+        self._descriptor = descriptor
         self.write(record)
 
     def write(self, record: MountRecord) -> None:
@@ -73,42 +78,33 @@ class RunningMount:
 
     def close(self) -> None:
         """The mount ends: take the record away."""
-        self._path.unlink(missing_ok=True)
-        self._path.with_suffix(".sock").unlink(missing_ok=True)
+        _remove(self._path, self._descriptor)
         os.close(self._descriptor)
 
 
 def record_of(mountpoint: Path) -> MountRecord | None:
     """The record of the mount that is served there; None if no daemon does."""
-    path = _path(mountpoint)
     if DaemonWatch(mountpoint).wait(timeout_s=0):
         return None
-    return _read(path)
+    return last_record(mountpoint)
 
 
 def last_record(mountpoint: Path) -> MountRecord | None:
     """The record of a mount that is served, or was by a supervisor that was killed."""
-    try:
-        return _read(_path(mountpoint))
-    except (OSError, ValueError, TypeError):
-        return None  # none, or one that was just being made
+    return _read(_path(mountpoint))
 
 
 def records() -> list[MountRecord]:
     """Of all mounts of this user that are served now."""
-    served = (
-        record_of(Path(_read(path).mountpoint))
-        for path in sorted(runtime_directory().glob("*.json"))
-    )
+    known = map(_read, sorted(runtime_directory().glob("*.json")))
+    served = (record_of(Path(record.mountpoint)) for record in known if record is not None)
     return [record for record in served if record is not None]
 
 
 def restarts_of(mountpoint: Path) -> int:
     """How many workers of a mount ended before the one that asks; for the worker itself."""
-    try:
-        return _read(_path(mountpoint)).restarts
-    except FileNotFoundError:
-        return 0  # nobody looks after this worker any more
+    record = last_record(mountpoint)
+    return record.restarts if record else 0  # nobody looks after this worker any more
 
 
 class DaemonWatch:
@@ -134,10 +130,9 @@ class DaemonWatch:
                 if time.monotonic() >= deadline:
                     return False
                 time.sleep(0.01)
-        # Left behind by a daemon that was killed.
-        self._path.unlink(missing_ok=True)
-        self._path.with_suffix(".sock").unlink(missing_ok=True)
+        _remove(self._path, self._descriptor)  # left behind by a daemon that was killed
         os.close(self._descriptor)
+        self._descriptor = None
         return True
 
 
@@ -158,10 +153,18 @@ def check_runtime_directory() -> None:
     """Make the directory of records if it is missing.
 
     Raises:
-        MountError: it cannot be made, or others can write to it.
+        MountError: it cannot be made, others can write to it, or its path is too long.
     """
+    directory = runtime_directory()
+    socket = control_socket(Path("/"))  # the names of all of them are of one length
+    too_long = len(os.fsencode(socket)) - LONGEST_SOCKET_PATH
+    if too_long > 0:
+        raise MountError(
+            f"{directory}: this path is {too_long} bytes too long for sockets in it; "
+            "name a shorter one in $LAZYFS_RUNTIME_DIR"
+        )
     try:
-        private_directory(runtime_directory())
+        private_directory(directory)
     except OSError as error:
         raise MountError(str(error)) from error
 
@@ -180,8 +183,49 @@ def default_log_file(mountpoint: Path) -> Path:
     return Path(base).expanduser() / "lazyfs" / f"{name}.log"
 
 
-def _read(path: Path) -> MountRecord:
-    return MountRecord(**json.loads(path.read_text()))
+def _read(path: Path) -> MountRecord | None:
+    """The record in a file; None if there is none, or one that is just being made."""
+    try:
+        return MountRecord(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor of the file at a path, locked; None if another process has it locked.
+
+    Whoever takes the file away does so while it is locked. So it is locked in vain if it was taken
+    away after it was opened: then the file that is there now counts.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(path, descriptor):
+                return descriptor
+        except BlockingIOError:
+            if _is_at(path, descriptor):
+                os.close(descriptor)
+                return None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether that file is still the one at the path."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _remove(path: Path, descriptor: int) -> None:
+    """Take away a record, of which this process has the lock, and the socket beside it."""
+    if _is_at(path, descriptor):
+        path.with_suffix(".sock").unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def _path(mountpoint: Path) -> Path:

@@ -18,8 +18,8 @@ import sys
 import threading
 from typing import Any
 
-from lazyfs.errors import LazyfsError
-from lazyfs.handover.keeper import Keeper
+from lazyfs.errors import LazyfsError, MountError
+from lazyfs.handover.keeper import Keeper, allow_many_descriptors
 from lazyfs.log import configure
 from lazyfs.process.mount_spec import MountSpec
 from lazyfs.process.privileges import protect_from_oom
@@ -65,12 +65,18 @@ def main(
         return waiting[0]
 
     protect_from_oom()
+    allow_many_descriptors()
     supervisor = Supervisor(spec, connect, leash=False, on_end=lambda: news.put(None), first=first)
     try:
         supervisor.start()
-    except LazyfsError as error:
+    except Exception as error:
         waiting[0].process.kill()
-        return _refused(error, report_fd)
+        if isinstance(error, LazyfsError):
+            return _refused(error, report_fd)
+        log.exception("the mount could not be started")
+        return _refused(
+            MountError(f"{spec.mountpoint}: {type(error).__name__}: {error}"), report_fd
+        )
     _report(report_fd, {"ready": True})
     while (got := news.get()) is not None:
         log.info("ending on %s", signal.Signals(got).name)

@@ -6,7 +6,8 @@ that of the CSI driver. What happens when a worker ends:
     the mount was unmounted           all is over
     it could not be mounted           all is over, with the worker's reason
     it cannot be resumed (said so)    the old mount is detached, a new one made in its place
-    anything else                     another worker goes on, at once, then after growing pauses
+    it was told to end (`upgrade`)    another worker goes on, at once
+    anything else                     the same, at once, then after growing pauses; it is a death
 
 A mount that was there when a supervisor started is never given up: if its worker cannot go on yet,
 the next one is tried later.
@@ -28,8 +29,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lazyfs.errors import DaemonError, LazyfsError, MountError
+from lazyfs.faults import report_fault, start_watching
 from lazyfs.fuse import mount_syscalls
-from lazyfs.handover.handover import FUSE, LOCK, LOG, SPEC
+from lazyfs.handover.handover import FUSE, IN_HAND, LOCK, LOG, SPEC, is_complete
+from lazyfs.handover.in_hand import note_death
 from lazyfs.handover.keeper import KeeperClient, KeeperError
 from lazyfs.log import within
 from lazyfs.process.mount_records import (
@@ -40,18 +43,21 @@ from lazyfs.process.mount_records import (
     record_of,
 )
 from lazyfs.process.mount_spec import MountSpec
+from lazyfs.process.worker_line import WorkerLine
 from lazyfs.process.worker_process import (
     END_TIMEOUT_S,
     EXIT_CANNOT_RESUME,
     POLL_S,
     StartedWorker,
     end_former,
+    end_within,
     how_it_ended,
+    oom_kills,
     parent_of,
-    read_report,
     send,
     start_worker,
     wait_for_end,
+    was_told_to_end,
 )
 from lazyfs.store.credentials import Credentials
 
@@ -111,11 +117,14 @@ class Supervisor:
         self._stopping = threading.Event()
         self._leaving = threading.Event()
         self._worker: subprocess.Popen[bytes] | None = None
+        # The last worker of which it was seen how it ended.
+        self._counted: subprocess.Popen[bytes] | None = None
+        self._oom_kills = 0
         self._record: RunningMount | None = None
         self._device: str | None = None
         self._version = ""
         self._about = {"mountpoint": spec.mountpoint, "volume": spec.volume}
-        self._watcher = threading.Thread(target=self._look_after, daemon=True)
+        self._watcher: threading.Thread | None = None
 
     @property
     def alive(self) -> bool:
@@ -150,18 +159,18 @@ class Supervisor:
                 end_former(former.worker, self.name)
             self._fetch_kept()
         except BaseException:
-            self._release()
+            self._release()  # what may be mounted stays
             raise
         try:
-            if FUSE in self._kept and not mount_syscalls.session_ended(self._kept[FUSE]):
+            if is_complete(self._kept) and not mount_syscalls.session_ended(self._kept[FUSE]):
                 self._find_device()
                 self._start_another()
             else:
                 self._start_first(timeout_s)
+            self._watcher = start_watching(f"looking after {self.name}", self._look_after)
         except BaseException:
             self._clean_up()
             raise
-        self._watcher.start()
 
     def leave(self) -> None:
         """End the worker and keep the mount, for the supervisor that comes next."""
@@ -169,6 +178,10 @@ class Supervisor:
         self._end_workers()
 
     def _start_first(self, timeout_s: float) -> None:
+        if FUSE in self._kept and not mount_syscalls.session_ended(self._kept[FUSE]):
+            self._unmount()  # it was never complete
+            self._abort()
+        self._let_go()
         with self._keeper() as keeper:
             keeper.drop(self.name)
         self._store_spec()
@@ -259,33 +272,66 @@ class Supervisor:
             log.warning("%s: not all was saved before the unmount", self._mountpoint)
 
     def _start_worker(self, timeout_s: float) -> None:
+        """Start a worker, and return when the mount can be used.
+
+        Raises:
+            DaemonError, MountError: it cannot; then the worker has ended.
+        """
+        started = self._waiting_worker() or self._start_process()
+        self._worker = started.process
+        self._oom_kills = oom_kills()
+        try:
+            with started.line:
+                self._wait_until_ready(started, time.monotonic() + timeout_s)
+        except BaseException:
+            started.process.kill()
+            raise
+        self._fetch_kept()
+
+    def _waiting_worker(self) -> StartedWorker | None:
+        """The worker that was started before it was known what to mount, if it still lives."""
         first, self._first = self._first, None
         started = first() if first else None
-        if started is None or started.process.poll() is not None:
-            started = self._start_process()
-        self._worker = started.process
-        self._wait_until_ready(started, timeout_s)
-        self._fetch_kept()
+        if started is not None and started.process.poll() is not None:
+            started.line.close()
+            return None
+        return started
 
     def _start_process(self) -> StartedWorker:
         with self._connect() as connection:
             return start_worker(self.name, connection, self._leash[0] if self._leash else None)
 
-    def _wait_until_ready(self, started: StartedWorker, timeout_s: float) -> None:
-        report = read_report(started.reports, timeout_s)
-        if report and report.get("ready"):
+    def _wait_until_ready(self, started: StartedWorker, until_s: float) -> None:
+        line = WorkerLine(started.line)
+        while (said := line.receive(until_s)) and "mount" in said:
+            self._mount(line, said["mount"])
+        if said is None:
+            raise MountError(f"{self._mountpoint}: the daemon was not ready in time")
+        if said.get("ready"):
+            self._version = said["version"]
             self._find_device()
-            if self._record is not None:
-                self._version = report["version"]
-                self._record.write(self._describe(self.pid))
+            self._note(self.pid)
             return
-        if report is None:
-            started.process.kill()
-            raise MountError(f"{self._mountpoint}: the daemon was not ready after {timeout_s:g} s")
-        code = started.process.wait()
-        if report:
-            raise DaemonError(report["error"], report["exit_code"], report["kind"], code)
-        raise MountError(f"{self._mountpoint}: the daemon ended before the mount was ready")
+        code = end_within(started.process, END_TIMEOUT_S)
+        if said:
+            raise DaemonError(said["error"], said["exit_code"], said["kind"], code)
+        raise MountError(
+            f"{self._mountpoint}: the daemon {how_it_ended(code)} before the mount was ready"
+        )
+
+    def _mount(self, line: WorkerLine, wanted: dict[str, Any]) -> None:
+        """Mount for a worker that is ready to serve."""
+        try:
+            descriptor, init_message = mount_syscalls.begin_mount(
+                wanted["source"], self._mountpoint, allow_other=wanted["allow_other"]
+            )
+        except MountError as error:
+            line.refuse(error)
+            return
+        with self._kept_lock:
+            self._kept[FUSE] = descriptor
+        self._find_device()
+        line.give(descriptor, init_message)
 
     def _find_device(self) -> None:
         entry = mount_syscalls.find_mount(self._mountpoint)
@@ -315,22 +361,47 @@ class Supervisor:
                 break
             if time.monotonic() - began >= LONG_LIFE_S:
                 pause_s = 0.0
-            self.restarts += 1
-            if self._record is not None:  # the next worker reads there how often this happened
-                self._record.write(self._describe(self.pid))
-            log.warning(
-                "%s: the worker %s %s; another one goes on%s",
-                self._mountpoint, self.pid, how_it_ended(code),
-                f" in {pause_s:g} s" if pause_s else "",
-            )  # fmt: skip
+            self._see_end(code, pause_s)
             if self._wait_to_end(pause_s):
                 continue
             ready = self._start_another()
             longest_s = LONGEST_PAUSE_AFTER_READY_S if ready else LONGEST_PAUSE_S
             pause_s = min(max(FIRST_PAUSE_S, 2 * pause_s), longest_s)
-        self._clean_up()
-        log.info("unmounted %s", self._mountpoint)
-        self._on_end()
+        try:
+            self._clean_up()
+            log.info("unmounted %s", self._mountpoint)
+        finally:
+            self._on_end()
+
+    def _see_end(self, code: int, pause_s: float) -> None:
+        """Tell how a worker ended, and count it if it was a death; once for each worker."""
+        if self._counted is self._worker:
+            return  # none could be started after it
+        self._counted = self._worker
+        if was_told_to_end(code):
+            log.info("%s: the worker %s ended as it was told to; another one goes on",
+                     self._mountpoint, self.pid)  # fmt: skip
+            return
+        self.restarts += 1
+        self._note(self.pid)  # the next worker reads there how often this happened
+        # Whoever kills a worker from outside says nothing about the requests that it had.
+        if code != -signal.SIGKILL or oom_kills() > self._oom_kills:
+            with self._kept_lock:
+                if IN_HAND in self._kept:
+                    note_death(self._kept[IN_HAND])
+        log.warning(
+            "%s: the worker %s %s; another one goes on%s",
+            self._mountpoint, self.pid, how_it_ended(code),
+            f" in {pause_s:g} s" if pause_s else "",
+        )  # fmt: skip
+
+    def _note(self, worker: int | None) -> None:
+        """Bring the record up to date; the mount goes on where that is not possible."""
+        try:
+            if self._record is not None:
+                self._record.write(self._describe(worker))
+        except OSError as error:
+            log.warning("%s: its record cannot be written: %s", self._mountpoint, error)
 
     def _wait_to_end(self, timeout_s: float) -> bool:
         """Wait for so long, or until this mount is to end here; whether it is."""
@@ -355,8 +426,10 @@ class Supervisor:
                 self._forget_session()
                 self._start_worker(READY_TIMEOUT_S)
                 self._on_new_mount()
-        except (LazyfsError, KeeperError, OSError) as error:
-            if not (self._is_told_to_end() or self._has_ended()):
+        except Exception as error:
+            if not isinstance(error, LazyfsError | KeeperError | OSError):
+                report_fault("starting a worker", error)
+            elif not (self._is_told_to_end() or self._has_ended()):
                 log.error("%s: the worker could not go on: %s", self._mountpoint, error)
             self._refusal = str(error)
             return False
@@ -402,7 +475,7 @@ class Supervisor:
         """End the worker, and wait until the watcher has seen that all is over."""
         deadline = time.monotonic() + END_TIMEOUT_S
         told: subprocess.Popen[bytes] | None = None
-        while self._watcher.is_alive():
+        while self._watcher is not None and self._watcher.is_alive():
             worker = self._worker  # another one than before, if the watcher has just started it
             if worker is not None and worker.poll() is None:
                 if worker is not told:
@@ -430,14 +503,17 @@ class Supervisor:
         with self._unmounting:
             for lazy in (False, True):
                 entry = mount_syscalls.find_mount(self._mountpoint)
-                ours = entry is not None and self._device in (None, entry.device)
-                if FUSE not in self._kept or not ours:
+                if FUSE not in self._kept or entry is None or not self._is_ours(entry):
                     return
                 try:
                     mount_syscalls.unmount(self._mountpoint, lazy=lazy)
                 except MountError as error:
                     if lazy and mount_syscalls.find_mount(self._mountpoint) is not None:
                         log.error("%s", error)
+
+    def _is_ours(self, entry: mount_syscalls.MountEntry) -> bool:
+        is_of_type = entry.filesystem_type == mount_syscalls.FILESYSTEM_TYPE
+        return is_of_type and self._device in (None, entry.device)
 
     def _abort(self) -> None:
         """Have who still uses the mount get an error, and threads of a killed worker end."""
@@ -457,11 +533,12 @@ class Supervisor:
         self._release()
 
     def _release(self) -> None:
-        if self._leash is not None:
-            for descriptor in self._leash:
-                os.close(descriptor)
-        if self._record is not None:
-            self._record.close()
+        leash, self._leash = self._leash, None
+        for descriptor in leash or ():
+            os.close(descriptor)
+        record, self._record = self._record, None
+        if record is not None:
+            record.close()
 
 
 def replace_worker(record: MountRecord) -> MountRecord:

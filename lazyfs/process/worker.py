@@ -1,15 +1,13 @@
 """The process that serves one mount: `python -m lazyfs.process.worker`.
 
 It is started by whoever supervises it (`start_worker`), who passes descriptors: of a connection to
-the keeper, which has the mount's spec, if not yet then soon, of a pipe for its report, and of a
-leash, a pipe that ends with the supervisor.
+the keeper, which has the mount's spec, if not yet then soon, of one to the supervisor
+(`lazyfs/process/worker_line.py`), and of a leash, a pipe that ends with the supervisor.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import json
 import os
 import signal
 import socket
@@ -19,16 +17,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lazyfs import __version__, log
 from lazyfs.errors import CannotResumeError, LazyfsError
+from lazyfs.faults import report_fault, the_error
 from lazyfs.fuse import mount_syscalls
 from lazyfs.handover.handover import LOG, SPEC, Handover
 from lazyfs.handover.keeper import KeeperClient, KeeperError
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.process import privileges
 from lazyfs.process.mount_spec import MountSpec
+from lazyfs.process.worker_line import SupervisorLine
 from lazyfs.process.worker_process import EXIT_CANNOT_RESUME
 from lazyfs.store.source import Source, SourceUrl, find
 from lazyfs.store.source_probe import SourceProbe
@@ -37,11 +36,12 @@ from lazyfs.store.source_probe import SourceProbe
 LAST_STEPS_S = 5.0
 
 
-def main(name: str, keeper_fd: int, report_fd: int, leash_fd: int | None) -> int:
+def main(name: str, keeper_fd: int, line_fd: int, leash_fd: int | None) -> int:
     """Serve the mount that is kept under `name`; the exit code."""
     # What a start makes stays: looking through it again and again takes a quarter of the time.
     gc.disable()
     os.chdir("/")  # a daemon must not keep a filesystem busy
+    line = SupervisorLine(socket.socket(fileno=line_fd))
     # First, because a worker is started before it is known what it is to mount.
     scout = SourceProbe()
     if leash_fd is not None:
@@ -59,13 +59,9 @@ def main(name: str, keeper_fd: int, report_fd: int, leash_fd: int | None) -> int
             order.url, Path(order.spec.mountpoint), order.options, order.spec.credentials,
             order.spec.options,
         )  # fmt: skip
-        run(mount, keeper, order.former, opening, lambda: _ready(report_fd))
-    except CannotResumeError as error:
-        _report(report_fd, _described(error))
-        return EXIT_CANNOT_RESUME
-    except (LazyfsError, KeeperError) as error:
-        _report(report_fd, _described(error))
-        return 1
+        run(mount, keeper, line, order.former, opening, lambda: _ready(line))
+    except Exception as error:
+        return _refuse(line, the_error(error))
     finally:
         scout.end()
     return 0
@@ -112,29 +108,33 @@ def _open(order: _Order, scout: SourceProbe) -> Source:
     return Source(*about, found)
 
 
-def _ready(report_fd: int) -> None:
-    _report(report_fd, {"ready": True, "version": __version__})
+def _ready(line: SupervisorLine) -> None:
+    line.ready(__version__)
     gc.freeze()
     gc.enable()
 
 
-def _described(error: LazyfsError | KeeperError) -> dict[str, Any]:
-    code = error.exit_code if isinstance(error, LazyfsError) else 1
-    return {"error": str(error), "exit_code": code, "kind": type(error).__name__}
-
-
-def _report(descriptor: int, message: dict[str, Any]) -> None:
-    # A supervisor that was killed hears nothing, and the worker serves on.
-    with contextlib.suppress(BrokenPipeError), open(descriptor, "w") as pipe:
-        json.dump(message, pipe)
+def _refuse(line: SupervisorLine, error: BaseException) -> int:
+    """Say why this worker cannot begin, or go on; the exit code."""
+    if isinstance(error, LazyfsError):
+        text, code = str(error), error.exit_code
+    elif isinstance(error, KeeperError):
+        text, code = str(error), 1
+    else:
+        report_fault("the worker", error)
+        text, code = f"{type(error).__name__}: {error}; the log has more", 1
+    line.refuse(text, code, type(error).__name__)
+    return EXIT_CANNOT_RESUME if isinstance(error, CannotResumeError) else 1
 
 
 def _end_with(leash: int) -> None:
     """End soon when the supervisor is gone: its successor has a daemon go on with the mount."""
-    os.read(leash, 1)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(LAST_STEPS_S)
-    os._exit(1)
+    try:
+        os.read(leash, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(LAST_STEPS_S)
+    finally:
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 # A worker that was told to end, or whose mount ended, gets this long to finish what it does.
 END_TIMEOUT_S = 8.0
@@ -24,11 +24,17 @@ POLL_S = 0.1
 EXIT_CANNOT_RESUME = 75
 
 
+class HasFileno(Protocol):
+    """What has a descriptor."""
+
+    def fileno(self) -> int: ...
+
+
 class StartedWorker(NamedTuple):
-    """A worker that was started, and the descriptor from which its report can be read."""
+    """A worker that was started, and the connection over which it says how far it is."""
 
     process: subprocess.Popen[bytes]
-    reports: int
+    line: socket.socket
 
 
 def start_worker(name: str, connection: socket.socket, leash: int | None = None) -> StartedWorker:
@@ -39,14 +45,18 @@ def start_worker(name: str, connection: socket.socket, leash: int | None = None)
         connection: to the keeper.
         leash: the descriptor whose end is its end.
     """
-    ours, theirs = os.pipe()
-    passed = [connection.fileno(), theirs, *([] if leash is None else [leash])]
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    passed = [connection.fileno(), theirs.fileno(), *([] if leash is None else [leash])]
     command = [sys.executable, "-P", "-m", "lazyfs.process.worker", name, *map(str, passed)]
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, pass_fds=passed, start_new_session=True,
-        env=child_environment(),
-    )  # fmt: skip
-    os.close(theirs)
+    try:
+        with theirs:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, pass_fds=passed, start_new_session=True,
+                env=child_environment(),
+            )  # fmt: skip
+    except BaseException:
+        ours.close()
+        raise
     return StartedWorker(process, ours)
 
 
@@ -66,8 +76,17 @@ def read_report(descriptor: int, timeout_s: float) -> dict[str, Any] | None:
         descriptor: of a pipe; it is closed.
     """
     with open(descriptor) as reports:
-        readable, _, _ = select.select([reports], [], [], timeout_s)
-        return json.loads(reports.read() or "{}") if readable else None
+        return json.loads(reports.read() or "{}") if is_readable(reports, timeout_s) else None
+
+
+def is_readable(descriptor: HasFileno, timeout_s: float) -> bool:
+    """Wait until there is something to read, or the other side has hung up; whether there is.
+
+    By poll(2): select(2) knows no descriptors above 1023, and a node plugin has more.
+    """
+    watch = select.poll()
+    watch.register(descriptor, select.POLLIN)
+    return bool(watch.poll(max(0.0, timeout_s) * 1000))
 
 
 def end_former(worker: int, name: str) -> None:
@@ -111,6 +130,30 @@ def wait_for_end(worker: subprocess.Popen[bytes]) -> int:
             return -signal.SIGKILL if code is None else code
         time.sleep(POLL_S)
     return code
+
+
+def end_within(worker: subprocess.Popen[bytes], timeout_s: float) -> int:
+    """Wait for the end of a worker that is ending, and kill it if that takes long; its code."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return worker.wait(timeout_s)
+    worker.kill()
+    return wait_for_end(worker)
+
+
+def was_told_to_end(code: int) -> bool:
+    """Whether a worker with this exit code ended because somebody told it to (SIGTERM)."""
+    return code in (0, -signal.SIGTERM)
+
+
+def oom_kills() -> int:
+    """How many processes of this machine were killed because memory ran out (proc(5), vmstat)."""
+    try:
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    except (OSError, ValueError):
+        pass  # not to be seen here
+    return 0
 
 
 def parent_of(pid: int) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import stat
 import subprocess
@@ -10,12 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from mounting import descriptors
 
-from lazyfs.handover.handover import Beginning, Handover, new_carried, new_near
+from lazyfs.handover.handover import Beginning, Handover, new_carried, new_in_hand, new_near
 from lazyfs.handover.keeper import LONGEST_MESSAGE, MOST_LABELS, Keeper, KeeperClient, KeeperError
 from lazyfs.handover.runtime_changes import RuntimeChanges
 from lazyfs.memory_file import memory_file, read_whole
@@ -148,7 +150,9 @@ def test_what_is_carried_is_kept_with_the_session(client: KeeperClient) -> None:
     assert (carried.paused, carried.options, carried.resumes) == (False, {}, 0)
     beginning = Beginning("00", "01", "us-east-1", 7)
     fuse, listing = memory_file("fuse", b""), memory_file("listing", b"")
-    Handover(fuse, listing, carried.descriptor, new_near(), beginning).store(client, "mount")
+    Handover(
+        fuse, listing, carried.descriptor, new_near(), new_in_hand(), beginning
+    ).store(client, "mount")  # fmt: skip
     carried.paused, carried.resumes = True, 10
     carried.options["max-concurrency"] = "200"
     carried.save()
@@ -174,3 +178,43 @@ def test_a_session_of_a_version_that_carried_nothing(client: KeeperClient) -> No
     again = Handover.fetch(client, "old")
     assert again is not None and RuntimeChanges(again.carried).resumes == 1
     assert os.fstat(again.near).st_ino == os.fstat(handover.near).st_ino
+
+
+def test_what_was_never_complete_cannot_be_taken_up(client: KeeperClient) -> None:
+    """The supervisor died after it had mounted, before a worker had told how the mount began."""
+    client.store("half", {"fuse": memory_file("fuse", b"")})
+    assert Handover.fetch(client, "half") is None
+
+
+def test_more_names_than_fit_into_a_message(client: KeeperClient) -> None:
+    """A plugin asks for all of them every two seconds."""
+    names = {f"/var/lib/kubelet/plugins/csi.lazyfs.io/mounts/{'x' * 100}-{i}" for i in range(1000)}
+    kept = memory_file("kept", b"")
+    for name in names:
+        client.store(name, {"kept": kept})
+    os.close(kept)
+    assert sum(map(len, names)) > LONGEST_MESSAGE
+    assert set(client.names()) == names
+    assert len(client.names()) == len(names)
+
+
+def test_a_keeper_without_descriptors_says_so_and_goes_on(client: KeeperClient) -> None:
+    kept = memory_file("kept", b"")
+    client.store("before", {"kept": kept})
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(each.name) for each in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, limits[1]))
+    fill = []
+    try:
+        with suppress(OSError):
+            while True:
+                fill.append(os.dup(kept))
+        os.close(fill.pop())
+        # The descriptor that is passed takes the last one.
+        with pytest.raises(KeeperError, match=r"Too many open files|too long"):
+            client.store("more", {"kept": kept})
+    finally:
+        for descriptor in (*fill, kept):
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert client.names() == ["before"]

@@ -1,16 +1,21 @@
 """What is loaded before a mount is served, and what does not end a worker."""
 
-import os
+import fcntl
+import resource
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import trio
 
+from lazyfs.errors import MountError
 from lazyfs.objects import File
 from lazyfs.pagecache.walker import Walker
-from lazyfs.process.worker import _report
+from lazyfs.process.worker_line import SupervisorLine, WorkerLine
+from lazyfs.process.worker_process import was_told_to_end
 
 # In a process of its own: botocore looks for awscrt once.
 IMPORT = """
@@ -56,6 +61,36 @@ def test_serves_on_where_no_process_can_be_started(monkeypatch, caplog):
 
 def test_serves_on_when_nobody_hears_that_it_is_ready():
     """Its supervisor was killed while it began."""
-    hearing, telling = os.pipe()
-    os.close(hearing)
-    _report(telling, {"ready": True})
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.close()
+    SupervisorLine(ours).ready("1")
+
+
+def test_says_why_it_cannot_mount_when_its_supervisor_is_gone():
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.close()
+    with pytest.raises(MountError, match="supervisor"):
+        SupervisorLine(ours).mount("s3://b", allow_other=False)
+
+
+def test_a_line_beyond_the_1023rd_descriptor():
+    """A node plugin has some hundred volumes, each with several descriptors."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    high = socket.socket(fileno=fcntl.fcntl(theirs.detach(), fcntl.F_DUPFD_CLOEXEC, 1500))
+    line = WorkerLine(high)
+    assert line.receive(time.monotonic()) is None
+    SupervisorLine(ours).refuse("no " * 100_000, 2, "OptionError")
+    said = line.receive(time.monotonic() + 5)
+    assert said is not None and said["error"].startswith("no no") and said["exit_code"] == 2
+    ours.close()
+    assert line.receive(time.monotonic() + 5) == {}
+    high.close()
+
+
+def test_a_worker_that_was_told_to_end_did_not_die():
+    ends = {"exit": 0, "kill -TERM $$": 0, "exit 1": 1, "kill -SEGV $$": 1, "kill -KILL $$": 1}
+    for command, died in ends.items():
+        code = subprocess.run(["bash", "-c", command], check=False).returncode
+        assert was_told_to_end(code) is not bool(died), command

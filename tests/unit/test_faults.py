@@ -1,0 +1,157 @@
+"""What nobody foresaw costs one answer, and is told once."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import os
+import threading
+from typing import Any
+
+import pyfuse3
+import pytest
+import trio
+import trio.testing
+
+from lazyfs import faults
+from lazyfs.faults import FaultLog, contained, keep_running, start_watching, the_error
+from lazyfs.fuse.filesystem import Filesystem
+from lazyfs.handover.in_hand import InHand
+
+
+def _fail(message: str) -> None:
+    raise LookupError(message)
+
+
+def test_repeats_are_summed_up(caplog: pytest.LogCaptureFixture) -> None:
+    now_s = 0.0
+    log = FaultLog(lambda: now_s)
+    for number in range(7):
+        try:
+            _fail(f"number {number}")
+        except LookupError as error:
+            log.report("counting", error)
+        now_s += 20
+    texts = [(record.getMessage(), record.exc_info is not None) for record in caplog.records]
+    assert texts == [
+        ("counting failed; this is a bug of lazyfs", True),
+        ("counting failed 3 more times: LookupError: number 3", False),
+        ("counting failed 3 more times: LookupError: number 6", False),
+    ]
+    assert log.count == 7
+
+
+def test_different_faults_are_told_each(caplog: pytest.LogCaptureFixture) -> None:
+    log = FaultLog(lambda: 0.0)
+    for error in (
+        ValueError("a"),
+        ValueError("b"),
+        KeyError("a"),
+        ExceptionGroup("x", [OSError()]),
+    ):
+        log.report("this", error)
+        log.report("that", error)
+    assert len(caplog.records) == 6  # the two of ValueError are one
+    assert isinstance(the_error(ExceptionGroup("x", [ExceptionGroup("y", [OSError()])])), OSError)
+
+
+def test_memory_of_faults_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "MOST_FAULTS", 10)
+    log = FaultLog(lambda: 0.0)
+    for number in range(1000):
+        log.report(f"fault {number}", ValueError())
+    assert len(log._seen) <= 10
+
+
+def test_a_background_task_runs_again(caplog: pytest.LogCaptureFixture) -> None:
+    began_s: list[float] = []
+
+    async def task(name: str) -> None:
+        began_s.append(trio.current_time())
+        if len(began_s) < 4:
+            raise ZeroDivisionError(name)
+
+    async def run() -> None:
+        await keep_running("dividing", task, "x")
+
+    trio.run(run, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert len(began_s) == 4
+    pauses = [b - a for a, b in itertools.pairwise(began_s)]
+    assert pauses == sorted(pauses) and pauses[0] > 0, "they grow"
+    assert caplog.text.count("Traceback") == 1
+
+
+def test_a_task_that_is_cancelled_ends() -> None:
+    async def run() -> None:
+        with trio.move_on_after(0.01) as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(keep_running, "waiting", trio.sleep_forever)
+                nursery.start_soon(contained, "waiting", trio.sleep_forever)
+        assert scope.cancelled_caught
+
+    trio.run(run)
+
+
+def test_a_thread_that_looks_after_something_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(faults, "FIRST_PAUSE_S", 0.001)
+    rounds = iter((ValueError("filedescriptor out of range in select()"), OSError("no room")))
+    ended = threading.Event()
+
+    def watch() -> None:
+        error = next(rounds, None)
+        if error is not None:
+            raise error
+        ended.set()
+
+    thread = start_watching("a mount", watch)
+    assert ended.wait(10)
+    thread.join(10)
+    assert thread.daemon and not thread.is_alive()
+    assert "out of range in select" in caplog.text and "no room" in caplog.text
+
+
+OPERATIONS = {
+    "lookup": (1, b"name", None), "getattr": (1, None), "opendir": (1, None),
+    "readdir": (1, 0, None), "open": (1, os.O_RDONLY, None), "read": (1, 0, 4096), "release": (1,),
+    "statfs": (None,), "getxattr": (1, b"user.x", None), "listxattr": (1, None),
+}  # fmt: skip
+
+
+class _Broken:
+    """Whatever is asked of it fails as nobody foresaw."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise LookupError(name)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_each_request_is_answered(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    filesystem = Filesystem.__new__(Filesystem)
+    filesystem.in_hand = InHand(os.memfd_create("in-hand"))
+    filesystem._tree = filesystem._recorder = _Broken()  # type: ignore[assignment]
+    with pytest.raises(pyfuse3.FUSEError) as raised:
+        trio.run(getattr(filesystem, name), *OPERATIONS[name])
+    assert raised.value.errno == errno.EIO
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+    assert "LookupError" in caplog.text
+
+
+def test_no_operation_is_left_out() -> None:
+    """What is of `Operations` and not refused as a write is answered whatever happens."""
+    ours = {name for name in vars(Filesystem) if name in vars(pyfuse3.Operations)}
+    refused = {name for name in ours if isinstance(vars(Filesystem)[name], staticmethod)}
+    without_work = {"init", "forget", "releasedir", "flush", "fsync", "fsyncdir"}
+    rest = {
+        name for name in ours - refused - without_work if not name.startswith(("_", "supp", "ena"))
+    }
+    assert rest == set(OPERATIONS)
+
+
+def test_what_is_forgotten_has_no_answer(caplog: pytest.LogCaptureFixture) -> None:
+    filesystem = Filesystem.__new__(Filesystem)
+    filesystem._lookups = _Broken()  # type: ignore[assignment]
+    trio.run(filesystem.forget, [(1, 1)])
+    assert "forget failed" in caplog.text

@@ -1,0 +1,134 @@
+"""Who may serve a mountpoint, and what is known of who does."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from lazyfs.errors import MountError
+from lazyfs.process import mount_records
+from lazyfs.process.mount_records import (
+    DaemonWatch,
+    MountRecord,
+    RunningMount,
+    control_socket,
+    last_record,
+    record_of,
+    records,
+)
+
+MOUNTPOINT = Path("/mnt/model")
+RECORD = MountRecord(str(MOUNTPOINT), "s3://bucket/model", os.getpid())
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LAZYFS_RUNTIME_DIR", str(tmp_path / "run"))
+    return tmp_path / "run"
+
+
+def test_a_mountpoint_has_one_supervisor() -> None:
+    running = RunningMount(RECORD)
+    with pytest.raises(MountError, match=r"s3://bucket/model is mounted there already"):
+        RunningMount(RECORD)
+    assert record_of(MOUNTPOINT) == RECORD
+    running.close()
+    assert record_of(MOUNTPOINT) is None
+    RunningMount(RECORD).close()
+
+
+def test_a_record_that_is_taken_away_before_it_is_locked(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The former supervisor removes its file just when the next one has opened it."""
+    former = RunningMount(RECORD)
+    lock, tries = fcntl.flock, 0
+
+    def flock(descriptor: int, how: int) -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            former.close()
+        lock(descriptor, how)
+
+    monkeypatch.setattr(mount_records.fcntl, "flock", flock)
+    second = RunningMount(RECORD)
+    with pytest.raises(MountError, match="mounted there already"):
+        RunningMount(RECORD)
+    second.close()
+
+
+def test_many_at_once_one_wins(directory: Path) -> None:
+    """However records come and go meanwhile."""
+    at_once, most, errors = 0, 0, 0
+    counting = threading.Lock()
+    begin = threading.Barrier(8)
+
+    def compete() -> None:
+        nonlocal at_once, most, errors
+        begin.wait()
+        for _ in range(200):
+            try:
+                running = RunningMount(RECORD)
+            except MountError:
+                errors += 1
+                continue
+            with counting:
+                at_once += 1
+                most = max(most, at_once)
+            with counting:
+                at_once -= 1
+            running.close()
+
+    threads = [threading.Thread(target=compete) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert most == 1
+
+
+def test_who_watches_a_former_daemon_leaves_the_next_one_alone(directory: Path) -> None:
+    first = RunningMount(RECORD)
+    watch = DaemonWatch(MOUNTPOINT)
+    first.close()
+    second = RunningMount(RECORD)
+    control_socket(MOUNTPOINT).write_text("")
+    assert watch.wait(timeout_s=0)
+    assert watch.wait(timeout_s=0)
+    assert record_of(MOUNTPOINT) == RECORD
+    assert control_socket(MOUNTPOINT).exists()
+    second.close()
+    assert list(directory.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"mountpoint": 1, "more": 2}'])
+def test_a_record_that_is_just_being_made(directory: Path, content: str) -> None:
+    RunningMount(RECORD).close()
+    other = Path("/mnt/other")
+    running = RunningMount(MountRecord(str(other), "s3://other", 1))
+    path = next(directory.glob("*.json"))
+    path.write_text(content)
+    assert records() == []
+    assert last_record(other) is None
+    with pytest.raises(MountError, match="mounted there already"):
+        RunningMount(MountRecord(str(other), "s3://other", 1))
+    running.close()
+
+
+def test_a_path_that_is_too_long_for_sockets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits = tmp_path / ("x" * (85 - len(str(tmp_path)) - 1))
+    monkeypatch.setenv("LAZYFS_RUNTIME_DIR", str(fits))
+    RunningMount(RECORD).close()
+    monkeypatch.setenv("LAZYFS_RUNTIME_DIR", f"{fits}yyy")
+    with pytest.raises(
+        MountError, match=r"yyy: this path is 3 bytes too long .*LAZYFS_RUNTIME_DIR"
+    ):
+        RunningMount(RECORD)
+    assert not Path(f"{fits}yyy").exists()
