@@ -20,7 +20,7 @@ COPY pyproject.toml constraints.txt ./
 RUN python3 -c 'import tomllib; \
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 extras = project["optional-dependencies"]; \
-print(*project["dependencies"], *extras["csi"], *extras["otel"], sep="\n")' \
+print(*project["dependencies"], *extras["csi"], *extras["otel"], *extras["verify"], sep="\n")' \
         > requirements.txt \
     && python3 -m pip wheel --no-cache-dir -c constraints.txt -r requirements.txt -w /wheels \
     && python3 -m venv --without-pip /opt/lazyfs \

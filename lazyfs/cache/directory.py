@@ -98,7 +98,6 @@ class CacheCounters:
     declined: int = 0
     evicted: int = 0
     failed_writes: int = 0
-    orphans: int = 0
     adopted: int = 0
 
 
@@ -297,7 +296,6 @@ class CacheDirectory:
             if filename not in rows:
                 adopted = self._has_index_anew and self._adopt(index, filename)
                 if not adopted:
-                    self.counters.orphans += 1
                     self._remove([filename])
         there = set(files)
         for row in rows.values():

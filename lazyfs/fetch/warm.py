@@ -28,6 +28,7 @@ from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.options.option_types import format_size, matches
 from lazyfs.prefetch.prefetcher import Prefetcher
+from lazyfs.store import checksum
 from lazyfs.store.source import Source
 
 log = logging.getLogger(__name__)
@@ -107,7 +108,10 @@ class Warmer:
         Raises:
             SourceError: what there is could not be listed.
             IncompleteError: something is missing.
+            OptionError: it cannot be verified here.
         """
+        if verify:
+            checksum.check_available()
         self._plan = await self._choose(include)
         self.progress.files = len(self._plan)
         self.progress.total_bytes = sum(file.size_bytes for file in self._plan)

@@ -307,10 +307,6 @@ class Prefetcher:
         """Where a block is."""
         return Place(self._files[block.inode].places[block.number])
 
-    def is_away(self, block: BlockId) -> bool:
-        """Whether a block is only in S3, or on its way from there."""
-        return self.place(block) in AWAY
-
     def failed(self, block: BlockId) -> None:
         """The block could not be fetched; it is left to those who read it, whatever the plan."""
         self._files[block.inode].failed[block.number] = 1

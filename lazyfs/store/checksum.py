@@ -12,9 +12,12 @@ import base64
 import hashlib
 import zlib
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
 from crc32c import crc32c
+
+from lazyfs.errors import OptionError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -41,8 +44,23 @@ class _Crc:
         return self._value.to_bytes(self._length, "big")
 
 
+def check_available() -> None:
+    """See that every checksum can be computed before anything is fetched to be compared.
+
+    S3 keeps CRC-64/NVME of objects that were uploaded without another checksum.
+
+    Raises:
+        OptionError: the package that computes it is not installed.
+    """
+    if find_spec("awscrt") is None:
+        raise OptionError(
+            "--verify: the package awscrt, which computes S3's checksums, is not installed: "
+            "pip install 'lazyfs[verify]'"
+        )
+
+
 def _crc64nvme(data: bytes, value: int) -> int:
-    from awscrt import checksums  # megabytes that a mount never needs
+    from awscrt import checksums  # of the extra `verify`; megabytes that a mount never needs
 
     return int(checksums.crc64nvme(data, value))
 

@@ -254,6 +254,21 @@ def test_warm_compares_whole_objects(
     assert block_files(cache) == []
 
 
+def test_what_cannot_be_verified_here_is_said_before_anything_is_fetched(
+    s3: S3, source: str, cache: Path, tmp_path: Path
+) -> None:
+    """As where lazyfs was installed without the extra `verify`."""
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['awscrt'] = None")
+    where = [f"--endpoint-url={s3.url}", f"--cache-dir={cache}", BLOCKS]
+    env = environment(PYTHONPATH=str(tmp_path))
+    answer = lazyfs("warm", source, "--verify", *where, env=env)
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("lazyfs: --verify: ")
+    assert answer.stderr.endswith("pip install 'lazyfs[verify]'\n")
+    assert s3.data_requests() == []
+    assert lazyfs("warm", source, *where, env=env).returncode == 0
+
+
 # The commands
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from lazyfs.blocks import BlockId
-from lazyfs.blocks.block_map import Place
+from lazyfs.blocks.block_map import AWAY, Place
 from lazyfs.model.safetensors import Tensor
 from lazyfs.prefetch.prefetcher import Prefetcher
 
@@ -273,7 +273,7 @@ def test_what_was_fetched_for_nothing_is_bounded() -> None:
     for begin in range(1, 29_000, 210):
         made.was_read(2, begin + 10, 4)
         take(made, 999)
-    away = sum(made.is_away(BlockId(2, number)) for number in range(3000))
+    away = sum(made.place(BlockId(2, number)) in AWAY for number in range(3000))
     assert 3000 - away < 139 * 4 * 1.2 + 16
 
 
