@@ -9,9 +9,12 @@ read, blocks that were fetched twice, and how many were asked for much later tha
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from simulated.cases import CASES
 
 

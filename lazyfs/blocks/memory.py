@@ -41,7 +41,6 @@ class Held:
         demanded: a reader waited for it when it came.
         on_disk: it can be had again without S3.
         to_write: it waits for the disk, which is one of its users.
-        passed: so many bytes at its beginning are not in `data`, but went into the page cache.
     """
 
     file: File
@@ -51,7 +50,6 @@ class Held:
     demanded: bool = False
     on_disk: bool = False
     to_write: bool = False
-    passed: int = 0
 
     def was_read(self, span: Span) -> None:
         """A reader had these bytes."""
@@ -65,10 +63,9 @@ class Held:
         return self.users == self.to_write
 
 
-def all_unread(length: int, passed: int = 0) -> int:
-    """The bits of a block of that length of which nothing was read from there on."""
-    every = (1 << -(-length // PART)) - 1
-    return every & ~((1 << passed // PART) - 1)
+def all_unread(length: int) -> int:
+    """The bits of a block of that length of which nothing was read."""
+    return (1 << -(-length // PART)) - 1
 
 
 class BlockMemory:
@@ -88,6 +85,11 @@ class BlockMemory:
         self.used_bytes = 0
         self.shed_blocks = 0
         self.dropped_bytes = 0
+
+    @property
+    def most_blocks(self) -> int:
+        """How many whole blocks there is room for."""
+        return self._limit_bytes // self._block_size
 
     @property
     def unused_bytes(self) -> int:
@@ -198,4 +200,4 @@ class BlockMemory:
             self.shed_blocks += 1
         if not held.on_disk and self._prefetcher.place(block) == Place.LOCAL:
             self._prefetcher.moved(block, Place.ABSENT if held.unread else Place.USED)
-            self.dropped_bytes += held.unread
+            self.dropped_bytes += held.unread.bit_count() * PART

@@ -118,7 +118,6 @@ class Status:
             "to_disk_bytes": recorder.written_bytes,
             "shed_blocks": fetcher.shed_blocks,
             "pushed_bytes": self.page_cache.pushed_bytes,
-            "passed_bytes": self.page_cache.passed_bytes,
             "pushed_blocks": recorder.pushed_blocks,
             "memory_bytes": fetcher.memory_bytes,
             "memory_limit_bytes": self.options.memory_limit,

@@ -19,9 +19,7 @@ from lazyfs.cache.other_daemons import OtherDaemons
 from lazyfs.errors import SourceError
 from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter
 from lazyfs.objects import File
-from lazyfs.observe.events import Purpose
 from lazyfs.observe.recorder import Recorder, Tier
-from lazyfs.pagecache.spliced_block import Arrived, SplicedBlock
 
 
 @dataclass(slots=True)
@@ -31,7 +29,6 @@ class Job:
     Attributes:
         waiting: what readers wait for; empty: a prefetch.
         lease_until: how long it is left to another daemon that has claimed it.
-        awaited: set as soon as somebody waits.
     """
 
     file: File
@@ -40,7 +37,6 @@ class Job:
     waiting: list[Span] = field(default_factory=list)
     started: bool = False
     lease_until: float = 0.0
-    awaited: trio.Event = field(default_factory=trio.Event)
     done: trio.Event = field(default_factory=trio.Event)
     held: Held | None = None
     tier: Tier = Tier.S3
@@ -60,7 +56,6 @@ class Obtainer:
         io_timeout_s: how long readers wait for S3.
         run: runs a blocking call in a worker thread.
         saturated: whether as much is asked for as S3 takes at once.
-        passage: the way of a job's block past our memory, or None; asked when it is asked for.
     """
 
     def __init__(
@@ -74,7 +69,6 @@ class Obtainer:
         io_timeout_s: float,
         run: Callable[..., Awaitable[memoryview | Claim]],
         saturated: Callable[[], bool],
-        passage: Callable[[Job], SplicedBlock | None],
     ) -> None:
         self._getter = getter
         self._memory = memory
@@ -85,9 +79,8 @@ class Obtainer:
         self._io_timeout_s = io_timeout_s
         self._run = run
         self._saturated = saturated
-        self._passage = passage
 
-    async def obtain(self, job: Job) -> tuple[Arrived, Tier] | None:
+    async def obtain(self, job: Job) -> tuple[memoryview, Tier] | None:
         """The bytes of a job's block, and where they came from.
 
         None: another daemon brings it, and nobody waits for it here.
@@ -101,40 +94,20 @@ class Obtainer:
                 self._elsewhere.leave(job.file, job.block, job.lease_until)
                 return None
             if isinstance(found, memoryview):
-                return Arrived(found), Tier.DISK
+                return found, Tier.DISK
         try:
-            arrived = await self._getter.get(
+            data = await self._getter.get(
                 job.file,
                 job.block.number * self._block_size,
                 job.length,
                 patience_s=lambda: self._io_timeout_s if job.waiting else PREFETCH_PATIENCE_S,
                 saturated=self._saturated,
-                passage=lambda: self._passage(job),
-                awaited=job.awaited,
             )
         except SourceError:
             if self._cache is not None:
                 self._cache.release(job.file, job.block.number)
             raise
-        return arrived, Tier.S3
-
-    async def obtain_part(self, file: File, span: Span) -> memoryview:
-        """A part of what went into the page cache past our memory, for who does not find it there.
-
-        Raises:
-            SourceError: it cannot be had, or not within `--io-timeout`.
-        """
-        length = span.stop - span.start
-        self._memory.reserve(length)
-        try:
-            came = await self._getter.get(
-                file, span.number * self._block_size + span.start, length,
-                patience_s=lambda: self._io_timeout_s, saturated=lambda: False, is_block=False,
-            )  # fmt: skip
-        finally:
-            self._memory.release(length)
-        self._recorder.fetched_bytes[Purpose.DEMAND] += length
-        return came.data
+        return data, Tier.S3
 
     async def _look_on_disk(
         self, cache: BlockCache, elsewhere: OtherDaemons, job: Job

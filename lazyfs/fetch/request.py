@@ -7,7 +7,6 @@ ended by breaking its connection; its memory is counted until its thread has not
 from __future__ import annotations
 
 import contextlib
-import http.client
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,18 +20,14 @@ from lazyfs.fetch.threads import in_bulk
 from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
-from lazyfs.pagecache.spliced_block import Arrived, SplicedBlock
 from lazyfs.store.http import Cancel, CancelledError
 from lazyfs.store.retry import patiently
 from lazyfs.store.source import Source
 
 log = logging.getLogger(__name__)
 
-_Answer = Arrived | SourceError
+_Answer = memoryview | SourceError
 
-# What is being stored when it is called off is stored after this time, or its thread waits for a
-# page that a reader has locked who waits for us.
-STUCK_AFTER_S = 0.003
 # Second attempts under way at once; when more are slow, it is the link.
 HEDGES = 4
 # A prefetch is given up after this time; a reader who needs the block tries on his own account.
@@ -46,8 +41,6 @@ class _Request:
     file: File
     start: int
     length: int
-    passage: SplicedBlock | None
-    awaited: trio.Event | None
     under_way: list[Cancel] = field(default_factory=list)
     hedged: bool = False
 
@@ -105,33 +98,29 @@ class BlockGetter:
         patience_s: Callable[[], float],
         saturated: Callable[[], bool],
         is_block: bool = True,
-        passage: Callable[[], SplicedBlock | None] = lambda: None,
-        awaited: trio.Event | None = None,
-    ) -> Arrived:
+    ) -> memoryview:
         """`length` bytes of a file from `start`.
 
         Args:
             patience_s: how long to go on after transient errors; asked anew each time.
             saturated: whether as much is under way as `limit` allows; else speed says nothing.
             is_block: what is got is a block; how long less takes says nothing of blocks.
-            passage: the bytes' way past our memory, or None; asked anew each time.
-            awaited: set when somebody waits for a part: then the rest comes into memory.
 
         Raises:
             SourceError: they cannot be had, or not in that time.
         """
 
-        async def attempt() -> Arrived:
+        async def attempt() -> memoryview:
             await trio.sleep(self._pacer.delay_s(trio.current_time(), length))
             began_s = trio.current_time()
-            request = _Request(file, start, length, passage(), awaited)
-            arrived = await self._first_answer(request)
+            request = _Request(file, start, length)
+            data = await self._first_answer(request)
             now_s = trio.current_time()
             self.troubles.pop(file.key, None)
             if is_block:
                 self._timer.answered(now_s - began_s)
                 self._concurrency.answered(now_s, length, saturated=saturated())
-            return arrived
+            return data
 
         what = f"s3://{self._source.url.bucket}/{file.key}"
 
@@ -147,7 +136,7 @@ class BlockGetter:
             self.troubles[file.key] = str(error)
             raise
 
-    async def _first_answer(self, request: _Request) -> Arrived:
+    async def _first_answer(self, request: _Request) -> memoryview:
         """The answer to one GET, or to a second one if the first is much slower than usual.
 
         Raises:
@@ -156,17 +145,15 @@ class BlockGetter:
         answer: _Answer | None = None
         try:
             async with trio.open_nursery() as nursery:
-                send, receive = trio.open_memory_channel[_Answer](3)
-                nursery.start_soon(self._attempt, request, send, request.passage)
-                if request.passage is not None and request.awaited is not None:
-                    nursery.start_soon(self._call_off, request.passage, request.awaited, send)
+                send, receive = trio.open_memory_channel[_Answer](2)
+                nursery.start_soon(self._attempt, request, send)
                 with trio.move_on_after(self._timer.delay_s):
                     answer = await receive.receive()
                 unanswered = 1 if answer is None else 0
                 if unanswered and self._may_hedge(request):
-                    nursery.start_soon(self._attempt, request, send, None)
+                    nursery.start_soon(self._attempt, request, send)
                     unanswered += 1
-                while unanswered and not isinstance(answer, Arrived):
+                while unanswered and not isinstance(answer, memoryview):
                     answer = await receive.receive()
                     unanswered -= 1
                 nursery.cancel_scope.cancel()
@@ -182,7 +169,6 @@ class BlockGetter:
         self,
         request: _Request,
         answers: trio.MemorySendChannel[_Answer],
-        passage: SplicedBlock | None,
     ) -> None:
         cancel = Cancel()
         request.under_way.append(cancel)
@@ -193,12 +179,9 @@ class BlockGetter:
             size = 0
             wanted = request.file.key, request.file.etag, request.start, request.length
             try:
-                if passage:
-                    arrived = self._source.receive_range(*wanted, passage.receive, cancel)
-                else:
-                    arrived = Arrived(self._source.read_range(*wanted, cancel))
+                data = self._source.read_range(*wanted, cancel)
                 size = request.length
-                return arrived
+                return data
             except SourceError as error:
                 return error
             except CancelledError:
@@ -212,25 +195,6 @@ class BlockGetter:
                 in_bulk, get, abandon_on_cancel=True, limiter=self._threads
             )
         )
-
-    async def _call_off(
-        self, passage: SplicedBlock, awaited: trio.Event, answers: trio.MemorySendChannel[_Answer]
-    ) -> None:
-        """As soon as somebody waits for a part of what passes by, let the rest come to him."""
-        await awaited.wait()
-        if not passage.call_off():
-            return
-        await trio.sleep(STUCK_AFTER_S)
-        try:
-            rescued = await trio.to_thread.run_sync(
-                passage.rescue, abandon_on_cancel=True, limiter=self._threads
-            )
-        except (OSError, http.client.HTTPException) as error:
-            log.debug("the rest of a block did not come: %s", error)  # and is asked for again
-            answers.send_nowait(UnavailableError("the rest of a block did not come"))
-        else:
-            if rescued is not None:
-                answers.send_nowait(rescued)
 
     def _may_hedge(self, request: _Request) -> bool:
         """Reserve room for a second attempt, unless many are under way already."""

@@ -11,9 +11,6 @@ All decisions are made in the trio thread, so nothing here needs a lock; worker 
 bytes. Demand overtakes prefetch for slots and for room. What can be brought again is given up for
 demand: blocks nobody uses, then blocks that only wait to be written to a slow disk. A block that is
 being pushed or written cannot be taken, but those are few (`pusher.py`, `writer.py`).
-
-While a load leaves the processors no time, blocks that nobody waits for *pass* by our memory into
-the page cache (`passage.py`): they are not held, and come to the disk when the load is over.
 """
 
 from __future__ import annotations
@@ -49,7 +46,6 @@ from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.pagecache.page_cache import PageCache
 from lazyfs.pagecache.pusher import BlockPusher
-from lazyfs.pagecache.spliced_block import Arrived, SplicedBlock
 from lazyfs.prefetch.prefetcher import Prefetcher
 from lazyfs.store.source import Source
 
@@ -141,7 +137,7 @@ class BlockFetcher:
             )
         self._obtainer = Obtainer(
             self._getter, self._memory, recorder, cache, self._elsewhere, self._block_size,
-            options.io_timeout, self._thread, self._saturated, self._passage,
+            options.io_timeout, self._thread, self._saturated,
         )  # fmt: skip
         self._nursery: trio.Nursery | None = None
 
@@ -374,17 +370,11 @@ class BlockFetcher:
             return head[span.start : span.stop]
         if held is None:
             held, tier = await self._wait_for(file, span, reader)
-            if held is not None:
-                held.users -= 1
+            held.users -= 1
         elif self._pusher.withdraw(block, held):
             held.users += 1
             await self._pusher.push_around(block, held, [span])
             held.users -= 1
-        if held is None or span.start < held.passed:
-            data = await self._obtainer.obtain_part(file, span)
-            if reader:
-                self._recorder.read(file, span, Tier.S3, began_s)
-            return data
         data = held.data[span.start : span.stop]  # from here on the block may be let go
         if reader and held.unread:
             held.was_read(span)
@@ -394,11 +384,8 @@ class BlockFetcher:
             self._recorder.read(file, span, tier, began_s)
         return data
 
-    async def _wait_for(self, file: File, span: Span, reader: bool) -> tuple[Held | None, Tier]:
-        """A block that somebody waits for, and where it came from; its `users` count him.
-
-        None: all of it went into the page cache.
-        """
+    async def _wait_for(self, file: File, span: Span, reader: bool) -> tuple[Held, Tier]:
+        """A block that somebody waits for, and where it came from; its `users` count him."""
         block = BlockId(file.inode, span.number)
         wait = self._recorder.begin_wait(file, span, coming=block in self._jobs) if reader else None
         # While blocks are on their way, he may have asked just before this one came.
@@ -411,7 +398,6 @@ class BlockFetcher:
             if not job.waiting and not job.started:
                 self._urgent.append(job)
             job.waiting.append(span)
-            job.awaited.set()
             self.pump()
             await job.done.wait()
         finally:
@@ -419,6 +405,7 @@ class BlockFetcher:
                 self._recorder.end_wait(wait, job.tier)
         if job.error is not None:
             raise job.error
+        assert job.held is not None
         return job.held, job.tier
 
     def pause(self, paused: bool) -> None:
@@ -468,7 +455,7 @@ class BlockFetcher:
 
         So what has just come waits for what came before it and had to go to the disk.
         """
-        while self._page_cache.supported:
+        while self._page_cache.supported and self._pusher.has_room:
             block = self._prefetcher.next_load(self._pusher.allowance)
             if block is None:
                 return
@@ -519,7 +506,7 @@ class BlockFetcher:
             if obtained is None:
                 self._memory.release(job.length)
             else:
-                arrived, job.tier = obtained
+                data, job.tier = obtained
                 self._recorder.landed(
                     job.file,
                     job.block,
@@ -528,9 +515,7 @@ class BlockFetcher:
                     Purpose.DEMAND if job.waiting else Purpose.AHEAD,
                     began_s,
                 )
-                if arrived.passed:
-                    self._recorder.pushed(job.file, job.block, arrived.passed, began_s)
-                self._land(job, arrived)
+                self._land(job, data)
         if from_disk:
             self._loading -= 1
         else:
@@ -548,15 +533,6 @@ class BlockFetcher:
         level = logging.ERROR if job.waiting else logging.WARNING
         log.log(level, "block %d of %s: %s", job.block.number, job.file.key, error)
         job.error = error
-
-    def _passage(self, job: Job) -> SplicedBlock | None:
-        """The way past our memory, for a block that would only be pushed, and shed after that."""
-        is_first = job.block.number == 0  # the planner wants its header
-        if job.waiting or is_first or not self._is_loading():
-            return None
-        if self._writer and not self._writer.is_put_off:
-            return None
-        return self._pusher.passage(job.block, job.length)
 
     def _found(self, block: BlockId, there: bool) -> None:
         """A block that was left to another daemon came to the disk, or is not going to."""
@@ -579,29 +555,21 @@ class BlockFetcher:
     def _saturated(self) -> bool:
         return bool(self._urgent) or self._fetching >= self._getter.limit
 
-    def _land(self, job: Job, arrived: Arrived) -> None:
-        """A block is here: hold what is in memory, and have what is new written to the disk."""
+    def _land(self, job: Job, data: memoryview) -> None:
+        """A block is here: hold it, and have it written to the disk if it is new."""
         self._load.landed(trio.current_time())
-        if arrived.passed and self._writer:
-            self._writer.shed(job.block, job.file)
-            self._memory.shed_blocks += 1
-        if arrived.passed == job.length:
-            self._memory.release(job.length)
-            self._prefetcher.moved(job.block, Place.NEAR)
-            return
         held = Held(
             job.file,
-            arrived.data,
+            data,
             users=len(job.waiting),
-            unread=all_unread(job.length, arrived.passed),
+            unread=all_unread(job.length),
             demanded=bool(job.waiting),
             on_disk=job.tier is Tier.DISK,
-            passed=arrived.passed,
         )
         self._memory.hold(job.block, held)
         job.held = held
         self._prefetcher.moved(job.block, Place.LOCAL)
-        if job.tier is Tier.S3 and self._writer and not arrived.passed:
+        if job.tier is Tier.S3 and self._writer:
             self._writer.put(job.block, held)
 
     def _is_loading(self) -> bool:

@@ -40,6 +40,8 @@ SUFFIX = ".safetensors"
 AT_ONCE = 16
 # Of the memory limit, what heads may take together.
 SHARE = 1 / 16
+# Of the threads, how many pushes of heads may take: each may be stuck (`pagecache/pusher.py`).
+PUSHERS = 2
 # Blocks that there must be memory for beside them.
 LEAST_BLOCKS = 4
 
@@ -94,6 +96,7 @@ class ShardHeaders:
         self._run = run
         self._recorder = recorder
         self._heads: OrderedDict[int, _Head] = OrderedDict()
+        self._pushers = trio.Semaphore(PUSHERS)
         self._coming = 0
         self.used_bytes = 0
 
@@ -141,7 +144,7 @@ class ShardHeaders:
         end = min(file.size_bytes, -(-length // HEAD_BYTES) * HEAD_BYTES)
         self.used_bytes += end - len(have)
         try:
-            came = await self._getter.get(
+            rest = await self._getter.get(
                 file, len(have), end - len(have),
                 patience_s=lambda: PREFETCH_PATIENCE_S, saturated=lambda: False, is_block=False,
             )  # fmt: skip
@@ -150,7 +153,6 @@ class ShardHeaders:
             raise
         finally:
             self.used_bytes -= end - len(have)
-        rest = came.data
         self._recorder.fetched_bytes[Purpose.AHEAD] += len(rest)
         data = memoryview(bytes(have) + bytes(rest)) if have else rest
         self._keep(file, data)
@@ -172,7 +174,8 @@ class ShardHeaders:
 
     async def _push(self, head: _Head) -> None:
         if self._page_cache.supported:
-            head.pushed = await self._run(self._page_cache.push, head.file.inode, 0, head.data)
+            async with self._pushers:
+                head.pushed = await self._run(self._page_cache.push, head.file.inode, 0, head.data)
 
     def _keep(self, file: File, data: memoryview) -> None:
         former = self._heads.pop(file.inode, None)

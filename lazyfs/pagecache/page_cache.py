@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import struct
 import threading
 import time
 from collections.abc import Callable
@@ -17,8 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyfuse3
-
-from lazyfs.pagecache.pipe_pair import PipePair
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +29,6 @@ BUDGET_AGE_S = 1.0
 # Background requests (read-ahead) that the kernel keeps in flight; its default of 12 makes
 # mapped reads of many threads wait for each other.
 MAX_BACKGROUND = 256
-
-# linux/fuse.h: struct fuse_out_header with a notification's number in the place of an error, and
-# struct fuse_notify_store_out.
-_STORE = struct.Struct("<IiQQQII")
-NOTIFY_STORE = 4
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
@@ -76,8 +68,6 @@ class PageCache:
         # Whether all that readers will read can lie there at once.
         self.holds_all = False
         self.pushed_bytes = 0
-        # Of these, what never was in our memory.
-        self.passed_bytes = 0
 
     @property
     def busy(self) -> bool:
@@ -121,34 +111,17 @@ class PageCache:
             False if the kernel does not know the inode (any more), or there is no mount (any more).
         """
         for start in range(0, len(data), PIECE):
-            piece = data[start : start + PIECE]
-
-            def store(at: int = offset + start, piece: memoryview = piece) -> None:
-                pyfuse3.notify_store(inode, at, piece)  # type: ignore[arg-type]
-
-            if not self._stored(inode, len(piece), store):
+            if not self._push_piece(inode, offset + start, data[start : start + PIECE]):
                 return False
         return True
 
-    def push_held(self, inode: int, size: int, pipes: PipePair) -> bool:
-        """Like `push`, for `size` bytes of which pipes have composed a message (`store_header`).
-
-        What FUSE has no function for: `fuse_lowlevel_notify_store` takes no pipe.
-        """
-        device = self.device
-        assert device is not None
-        stored = self._stored(inode, size, lambda: pipes.send(device))
-        self.passed_bytes += size if stored else 0
-        return stored
-
-    def _stored(self, inode: int, size: int, store: Callable[[], None]) -> bool:
-        """Have something stored, or not if it is too late; whether it was."""
+    def _push_piece(self, inode: int, offset: int, piece: memoryview) -> bool:
         with self._lock:
             if self._stopped or self.device is None:
                 return False
             self._pushing += 1
         try:
-            store()
+            pyfuse3.notify_store(inode, offset, piece)  # type: ignore[arg-type]
         except OSError as error:
             if error.errno == errno.ENOSYS:
                 self.supported = False
@@ -159,13 +132,8 @@ class PageCache:
         finally:
             with self._lock:
                 self._pushing -= 1
-        self.pushed_bytes += size
+        self.pushed_bytes += len(piece)
         return True
-
-
-def store_header(inode: int, offset: int, size: int) -> bytes:
-    """What comes before `size` bytes in a message that has the kernel store them."""
-    return _STORE.pack(_STORE.size + size, NOTIFY_STORE, 0, inode, offset, size, 0)
 
 
 def free_memory() -> int:

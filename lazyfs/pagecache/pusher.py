@@ -1,8 +1,16 @@
 """Pushes blocks that are in memory into the kernel's page cache.
 
-`notify_store` blocks while a page is locked by a read that waits for our answer. So it is called in
-worker threads, and a block that is being pushed cannot be let go: `PUSHERS` blocks, and those that
-somebody waits for, can be stuck that way.
+A push waits in the kernel for every page in its way that is locked, and a page is locked from the
+moment when a read of it is *queued* until that read is answered (`fuse_notify_store`,
+`fuse_readahead` in Linux). The kernel sends only so many reads at a time, so a push may wait for
+a read that is sent only when reads of other blocks are answered. Hence this rule, without which
+they would wait for each other in a circle:
+
+    An answer never waits for a push. A push may wait for answers.
+
+So all pushes together hold at most a fixed part of the memory (`most_blocks`) and of the threads;
+everything else is there for demand. A block beyond that is not pushed, or later. A push that is
+stuck does not keep its bytes from readers: the block is held, and reads of it are answered.
 """
 
 from __future__ import annotations
@@ -17,10 +25,14 @@ from lazyfs.blocks.memory import BlockMemory, Held
 from lazyfs.blocks.queue import BlockQueue
 from lazyfs.observe.recorder import Recorder
 from lazyfs.pagecache.page_cache import PageCache
-from lazyfs.pagecache.spliced_block import SplicedBlock
 from lazyfs.prefetch.prefetcher import Prefetcher
 
+# Blocks that are pushed at once ahead of readers.
 PUSHERS = 2
+# Of the blocks that memory has room for, what pushes may hold: at most a third, and never more than
+# keep the page cache supplied. The other two thirds are for demand and for writing.
+SHARE = 1 / 3
+MOST_BLOCKS = 8
 # Readers are not kept waiting longer than this for the rest of their block to be pushed.
 LONGEST_PUSH_S = 0.05
 
@@ -36,6 +48,9 @@ class BlockPusher:
         run: runs a blocking call in a worker thread.
         recorder: is told of what was pushed.
         on_change: called when something else may be started.
+
+    Attributes:
+        most_blocks: that may be pushed or wait for it at once.
     """
 
     def __init__(
@@ -55,6 +70,8 @@ class BlockPusher:
         self._run = run
         self._recorder = recorder
         self._on_change = on_change
+        self.most_blocks = max(1, min(MOST_BLOCKS, int(memory.most_blocks * SHARE)))
+        self._blocks = 0
         self._queue = BlockQueue()
         self._nursery: trio.Nursery | None = None
 
@@ -70,30 +87,29 @@ class BlockPusher:
         budget = self._page_cache.budget(self._prefetcher.planned_bytes, self._memory.unused_bytes)
         return budget - self._prefetcher.near_ahead_bytes
 
+    @property
+    def has_room(self) -> bool:
+        """Whether one more block may be pushed, or wait for it."""
+        return self._blocks < self.most_blocks
+
     def takes(self, block: BlockId, length: int) -> bool:
         """Whether a block of that length may be put into the page cache now."""
-        return length <= self.allowance and self._prefetcher.takes_pages(block)
-
-    def passage(self, block: BlockId, length: int) -> SplicedBlock | None:
-        """A way there past our memory, for a block that may be put there now; None: there is none.
-
-        Args:
-            length: of the block.
-        """
-        if self._page_cache.device is None or not self.takes(block, length):
-            return None
-        return SplicedBlock(self._page_cache, block.inode, block.number * self._block_size, length)
+        return self.has_room and length <= self.allowance and self._prefetcher.takes_pages(block)
 
     def put(self, block: BlockId, held: Held) -> None:
-        """Push a block as soon as one before it is done; it is used until then."""
-        held.users += 1
+        """Push a block as soon as one before it is done; it is used until then.
+
+        There must be room (`has_room`).
+        """
+        self._hold(held)
         self._prefetcher.moved(block, Place.COMING)
         self._queue.put(block, held)
 
     def withdraw(self, block: BlockId, held: Held) -> bool:
         """Do not push a block that still waits for it; whether it did."""
         waited = self._queue.discard(block)
-        held.users -= waited
+        if waited:
+            self._let_go(held)
         return waited
 
     async def push_around(self, block: BlockId, held: Held, waiting: Sequence[Span]) -> None:
@@ -101,14 +117,14 @@ class BlockPusher:
 
         Without this he would ask for it piece by piece while it is being pushed. What is waited
         for is left out: its pages are locked until the answer. The kernel may lock pages beyond
-        a request's range, so this ends after a while whatever happens.
+        a request's range, so this ends after a while whatever happens. There must be room
+        (`has_room`).
         """
         assert self._nursery is not None
-        held.users += 1
+        self._hold(held)
         self._prefetcher.moved(block, Place.COMING)
         pushed = trio.Event()
-        passed = [Span(block.number, 0, held.passed)] if held.passed else []
-        rest = list(gaps([*waiting, *passed], len(held.data)))
+        rest = list(gaps(waiting, len(held.data)))
         self._nursery.start_soon(self._push, block, held, rest, pushed)
         self._on_change()
         with trio.move_on_after(LONGEST_PUSH_S):
@@ -118,8 +134,7 @@ class BlockPusher:
         while True:
             await self._queue.wait()
             block, held = self._queue.take()
-            await self._push(block, held, [Span(block.number, held.passed, len(held.data))])
-            self._on_change()
+            await self._push(block, held, [Span(block.number, 0, len(held.data))])
 
     async def _push(
         self, block: BlockId, held: Held, spans: Sequence[Span], pushed: trio.Event | None = None
@@ -137,6 +152,15 @@ class BlockPusher:
             self._prefetcher.moved(block, Place.NEAR)
             size = sum(span.stop - span.start for span in spans)
             self._recorder.pushed(held.file, block, size, began_s)
-        held.users -= 1
+        self._let_go(held)
         if pushed is not None:
             pushed.set()
+        self._on_change()
+
+    def _hold(self, held: Held) -> None:
+        held.users += 1
+        self._blocks += 1
+
+    def _let_go(self, held: Held) -> None:
+        held.users -= 1
+        self._blocks -= 1

@@ -66,7 +66,7 @@ def get(source: Source, patience_s: Callable[[], float] = lambda: 60.0) -> Answe
         getter = BlockGetter(source, memory, MountOptions(), threads, lambda: None, recorder)  # type: ignore[arg-type]
         with trio.fail_after(20):
             came = await getter.get(FILE, 0, 4, patience_s=patience_s, saturated=lambda: True)
-        return came.data, getter, memory, recorder
+        return bytes(came), getter, memory, recorder
 
     return trio.run(run)
 

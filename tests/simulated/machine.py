@@ -34,6 +34,7 @@ class Machine:
         pages: of the mount that the kernel can hold; `pages` / 2 may be pushed ahead.
         push, request: of putting pages into the page cache, and of a read through FUSE.
         request_s: what a read through FUSE costs beside its bytes.
+        max_background: reads that the kernel has sent and that are not answered.
     """
 
     link: float = 500e6
@@ -46,6 +47,7 @@ class Machine:
     push: float = 3.6e9
     request: float = 1e9
     request_s: float = 0.0001
+    max_background: int = 1024
 
 
 class Threads:
@@ -217,8 +219,18 @@ class Disk:
         return False
 
 
+# What a page is.
+_ABSENT, _THERE, _LOCKED = range(3)
+_DROP = bytes.maketrans(bytes([_THERE]), bytes([_ABSENT]))
+
+
 class Pages:
-    """In the place of `PageCache`, and of the kernel, which drops the oldest block first."""
+    """Stands for `PageCache` and for the kernel, which drops the oldest block first.
+
+    As in Linux, a page is locked from the moment when a read of it is queued until that read is
+    answered, and the kernel sends only `max_background` reads at a time (`fuse_readahead`,
+    `flush_bg_queue`). A push waits for each locked page in its way (`fuse_notify_store`).
+    """
 
     def __init__(self, machine: Machine, block_size: int, threads: Threads) -> None:
         self._space = machine.pages
@@ -228,6 +240,8 @@ class Pages:
         self._files: dict[int, bytearray] = {}
         self._blocks: OrderedDict[tuple[int, int], int] = OrderedDict()
         self._used = 0
+        self._unlocked: dict[tuple[int, int], trio.Event] = {}
+        self.background = trio.Semaphore(machine.max_background)
         self.device: int | None = None  # nothing passes by memory
         self.supported = machine.pages > 0
         self.holds_all = False
@@ -240,29 +254,61 @@ class Pages:
         return self._space // 2
 
     def push(self, inode: int, offset: int, data: memoryview) -> bool:
-        self._threads.takes(self._pushes.take(len(data)))
+        self._threads.takes(self._store(inode, offset // PAGE, -(-(offset + len(data)) // PAGE)))
         self.pushed_bytes += len(data)
-        self.fill(inode, offset, len(data))
         return True
 
-    def fill(self, inode: int, offset: int, size: int) -> None:
-        """The pages of a range are there from now on, for as long as there is room."""
+    async def _store(self, inode: int, first: int, last: int) -> None:
+        while first < last:
+            await self.wait_until_unlocked(inode, first)
+            locked = self._files[inode].find(_LOCKED, first, last)
+            stop = locked if locked >= 0 else last
+            self.fill(inode, first, stop)
+            await self._pushes.take((stop - first) * PAGE)
+            first = stop
+
+    def lock_absent(self, inode: int, first: int, last: int) -> tuple[int, int] | None:
+        """Lock the first run of absent pages of a range; None if there is none."""
         pages = self._files[inode]
-        first, last = offset // PAGE, -(-(offset + size) // PAGE)
-        new = pages.count(0, first, last)
-        pages[first:last] = bytes([1]) * (last - first)
-        self._touch(inode, offset, new * PAGE)
+        begin = pages.find(_ABSENT, first, min(last, len(pages)))
+        if begin < 0:
+            return None
+        end = begin
+        unlocked = trio.Event()
+        while end < min(last, len(pages)) and pages[end] == _ABSENT:
+            pages[end] = _LOCKED
+            self._unlocked[inode, end] = unlocked
+            end += 1
+        return begin, end
+
+    def unlock(self, inode: int, first: int, last: int) -> None:
+        """A read was answered: its pages are there."""
+        unlocked = {self._unlocked.pop((inode, page)) for page in range(first, last)}
+        self.fill(inode, first, last)
+        for event in unlocked:
+            event.set()
+
+    async def wait_until_unlocked(self, inode: int, page: int) -> None:
+        while (unlocked := self._unlocked.get((inode, page))) is not None:
+            await unlocked.wait()
+
+    def fill(self, inode: int, first: int, last: int) -> None:
+        """Pages are there from now on, for as long as there is room."""
+        pages = self._files[inode]
+        new = last - first - pages.count(_THERE, first, last)
+        pages[first:last] = bytes([_THERE]) * (last - first)
+        self._touch(inode, first * PAGE, new * PAGE)
         while self._used > self._space:
             (old, number), held = self._blocks.popitem(last=False)
             self._used -= held
             start = number * self._block_size // PAGE
             stop = min(start + self._block_size // PAGE, len(self._files[old]))
-            self._files[old][start:stop] = bytes(stop - start)
+            self._files[old][start:stop] = self._files[old][start:stop].translate(_DROP)
 
     def has(self, inode: int, offset: int, size: int) -> bool:
         """Whether a range is there; it counts as used just now."""
         first, last = offset // PAGE, -(-(offset + size) // PAGE)
-        there = self._files[inode].find(0, first, last) < 0
+        there = self._files[inode].count(_THERE, first, last) == last - first
         if there:
             self._touch(inode, offset, 0)
         return there

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_right, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import cast
 from unittest import mock
 
@@ -27,7 +26,7 @@ from lazyfs.prefetch.planner import Planner
 from lazyfs.prefetch.prefetcher import Prefetcher
 from lazyfs.store.source import Source
 from simulated.loaders import Job, Loader, Read
-from simulated.machine import Bucket, Disk, Link, Machine, Pages, Threads
+from simulated.machine import PAGE, Bucket, Disk, Link, Machine, Pages, Threads
 from simulated.models import Model
 
 # When the walk over the mount has shown all files to the kernel.
@@ -147,12 +146,14 @@ class _Load:
         self._opened: set[str] = set()
         self._requests = 0
         self._seconds = 0.0
+        self._nursery: trio.Nursery | None = None
 
     async def run(self) -> None:
         for file in self._files.values():
             self._pages.add(file)
         with trio.fail_after(LONGEST_S):
             async with trio.open_nursery() as nursery:
+                self._nursery = nursery
                 nursery.start_soon(self._link.run)
                 self._fetcher.start(nursery)
                 if self._plans:
@@ -195,32 +196,42 @@ class _Load:
             if self._plans:
                 self._planner.opened(file)
             await trio.sleep(OPENING_S)
-        blocks = partial(
-            spans, read.offset, size_bytes=file.size_bytes, block_size=self._block_size
-        )
-        needed = list(blocks(length=read.size))
-        for piece in () if read.asked else needed:
-            self._touched.setdefault((read.path, piece.number), len(self._touched))
-        if any(not self._has(file, piece) for piece in needed):
-            size = read.size if self._loader.direct else read.asked or read.size
-            self._requests += 1
-            self._fetcher.was_read(file, read.offset, size)
-            for piece in blocks(length=size):
-                # What is pushed meanwhile: the kernel has its pages locked until this is answered.
-                if not self._has(file, piece):
-                    data = await self._fetcher.read(file, piece)
-                    assert len(data) == piece.stop - piece.start, "the kernel takes it for the end"
-                if not self._loader.direct:
-                    self._pages.fill(file.inode, *self._range(piece))
-            await trio.sleep(self._machine.request_s + size / self._machine.request)
+        if not read.asked:
+            for piece in self._pieces(file, read.offset, read.size):
+                self._touched.setdefault((read.path, piece.number), len(self._touched))
+        if self._loader.direct:
+            await self._ask(file, read.offset, read.size)
+        else:
+            await self._fault(file, read)
         await trio.sleep(read.size / self._loader.rate)
 
-    def _range(self, piece: Span) -> tuple[int, int]:
-        return piece.number * self._block_size + piece.start, piece.stop - piece.start
+    async def _fault(self, file: File, read: Read) -> None:
+        """Until the pages are there; the kernel asks for what is absent of `asked` bytes."""
+        asked = range(read.offset // PAGE, -(-(read.offset + (read.asked or read.size)) // PAGE))
+        while not self._pages.has(file.inode, read.offset, read.size):
+            while run := self._pages.lock_absent(file.inode, asked.start, asked.stop):
+                await self._pages.background.acquire()
+                assert self._nursery is not None
+                self._nursery.start_soon(self._answer, file, *run)
+            for page in range(asked.start, -(-(read.offset + read.size) // PAGE)):
+                await self._pages.wait_until_unlocked(file.inode, page)
 
-    def _has(self, file: File, piece: Span) -> bool:
-        """Whether the kernel has it."""
-        return not self._loader.direct and self._pages.has(file.inode, *self._range(piece))
+    async def _answer(self, file: File, first: int, last: int) -> None:
+        await self._ask(file, first * PAGE, (last - first) * PAGE)
+        self._pages.unlock(file.inode, first, last)
+        self._pages.background.release()
+
+    async def _ask(self, file: File, offset: int, size: int) -> None:
+        """What the daemon does for one read."""
+        self._requests += 1
+        self._fetcher.was_read(file, offset, size)
+        for piece in self._pieces(file, offset, size):
+            data = await self._fetcher.read(file, piece)
+            assert len(data) == piece.stop - piece.start, "the kernel takes it for the end"
+        await trio.sleep(self._machine.request_s + size / self._machine.request)
+
+    def _pieces(self, file: File, offset: int, size: int) -> Iterator[Span]:
+        return spans(offset, size, file.size_bytes, self._block_size)
 
     def report(self) -> Report:
         asked = [

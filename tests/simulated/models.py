@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lazyfs.model.safetensors import TensorTable, parse_header
 
-TRACES = Path(__file__).parents[1] / "traces"
+TRACES = Path(__file__).parents[2] / "bench" / "traces"
 MIB = 1 << 20
 INDEX = "model.safetensors.index.json"
 ITEM_BYTES = 2
