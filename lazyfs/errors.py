@@ -1,8 +1,8 @@
-"""Every error of the project, and the only map from an S3 answer to an errno.
+"""All errors of the project, and the only mapping from S3 answers to errnos.
 
-A message is one line for a person: what happened, to which object or path, and what to do.
-`SourceError` carries what a reader of the mount gets (`errno`) and whether waiting may help
-(`transient`): the retry loop asks for nothing else.
+A message is one line: what happened, to which object or path, and what to do. `SourceError` has the
+`errno` that a reader of the mount gets, and says whether a retry may help (`transient`). The retry
+loop needs nothing else.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ from typing import ClassVar
 
 
 class LazyfsError(Exception):
-    """Base of all errors that are shown to a person as one line."""
+    """Base class of all errors that are shown to the user as one line."""
 
     exit_code: int = 1
 
 
 class OptionError(LazyfsError):
-    """An option or argument is unknown, malformed or out of its bounds."""
+    """An option or argument is unknown, malformed or out of range."""
 
     exit_code = 2
 
 
 class MountError(LazyfsError):
-    """The mountpoint or FUSE itself is not as it must be."""
+    """The mountpoint or FUSE is not usable."""
 
 
 class CannotResumeError(MountError):
-    """The session cannot go on with this daemon; the mount must be made anew."""
+    """This daemon cannot take over the FUSE session; the source has to be mounted again."""
 
 
 class DaemonError(LazyfsError):
-    """What a daemon said when it refused to mount, or to go on.
+    """A daemon refused to mount or to take over, with this message.
 
     Attributes:
         exit_code: for the command line.
         kind: the name of the error's class in the daemon.
-        status: that its process ended with.
+        status: exit status of its process.
     """
 
     def __init__(self, message: str, exit_code: int, kind: str = "", status: int = 1) -> None:
@@ -52,11 +52,11 @@ class CacheError(LazyfsError):
 
 
 class SourceError(LazyfsError):
-    """S3 did not give what was asked for.
+    """S3 did not return what was requested.
 
     Attributes:
-        errno: what a read of the mount fails with when this error is final.
-        transient: waiting and asking again may help.
+        errno: the error of a read of the mount if retries do not help.
+        transient: a retry may help.
     """
 
     errno: ClassVar[int] = errno.EIO
@@ -64,7 +64,7 @@ class SourceError(LazyfsError):
 
 
 class AccessDeniedError(SourceError):
-    """The credentials are not allowed to do this, or there are none."""
+    """The credentials do not permit this, or there are none."""
 
     errno = errno.EACCES
 
@@ -88,15 +88,15 @@ class ObjectChangedError(SourceError):
 
 
 class WrongRegionError(SourceError):
-    """The bucket lives in another region than the one that was named."""
+    """The bucket is in another region than the one given."""
 
 
 class BadRequestError(SourceError):
-    """S3 refused the request in a way that asking again does not change."""
+    """S3 rejected the request, and a retry would not change that."""
 
 
 class UntrustedError(SourceError):
-    """The endpoint's certificate is not one that we may trust."""
+    """The endpoint's certificate is not trusted."""
 
 
 class ThrottledError(SourceError):
@@ -106,38 +106,38 @@ class ThrottledError(SourceError):
 
 
 class UnavailableError(SourceError):
-    """No usable answer: 5xx, connection refused or broken, DNS, time-out."""
+    """S3 gave no usable answer: 5xx, connection refused or broken, DNS, timeout."""
 
     transient = True
 
 
 class CredentialsExpiredError(SourceError):
-    """The credentials ran out or were replaced; fresh ones are tried before the next attempt."""
+    """The credentials have expired or were replaced; the next attempt loads new ones."""
 
     errno = errno.EACCES
     transient = True
 
 
 class BadResponseError(SourceError):
-    """The body is not the range that was asked for (short, long, other range)."""
+    """The body is not the requested range (too short, too long, another range)."""
 
     transient = True
 
 
 # Codes from https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html and what MinIO,
-# Ceph and moto send for the same causes. A code that is not here is judged by its HTTP status.
+# Ceph and moto send for the same causes. Any other code is classified by its HTTP status.
 _BY_CODE: dict[str, type[SourceError]] = {
     "AccessDenied": AccessDeniedError,
     "AllAccessDisabled": AccessDeniedError,
     "AccountProblem": AccessDeniedError,
     "InvalidObjectState": AccessDeniedError,  # archived in Glacier
     "ExpiredToken": CredentialsExpiredError,
-    # They were good when the mount began, so they were rotated: others will be given.
+    # They were valid at mount, so they were rotated: new ones will follow.
     "InvalidAccessKeyId": CredentialsExpiredError,
     "SignatureDoesNotMatch": CredentialsExpiredError,
     "InvalidToken": CredentialsExpiredError,
     "TokenRefreshRequired": CredentialsExpiredError,
-    # Of STS, about a pod's token, which is renewed: docs.aws.amazon.com/STS/latest/APIReference/
+    # From STS, about a pod's token, which is renewed: docs.aws.amazon.com/STS/latest/APIReference/
     # API_AssumeRoleWithWebIdentity.html
     "InvalidIdentityToken": CredentialsExpiredError,
     "ExpiredTokenException": CredentialsExpiredError,
@@ -170,22 +170,22 @@ _BY_STATUS: dict[int, type[SourceError]] = {
 }
 
 
-# What to do about a refusal.
+# Hints for the user, by error code.
 _HINTS = {
-    "SignatureDoesNotMatch": "the secret access key is not the one of this access key",
+    "SignatureDoesNotMatch": "the secret access key does not belong to this access key",
     "InvalidAccessKeyId": "the endpoint does not know this access key",
-    "ExpiredToken": "the session token has run out",
-    "InvalidToken": "the session token is not one of these keys",
+    "ExpiredToken": "the session token has expired",
+    "InvalidToken": "the session token does not belong to these keys",
     "RequestTimeTooSkewed": "set the clock of this machine",
     "InvalidObjectState": "the object is archived: restore it first",
-    "AllAccessDisabled": "the bucket is closed",
-    "AccountProblem": "S3 has closed the account",
-    "InvalidIdentityToken": "the identity provider or the audience is not what the role trusts",
+    "AllAccessDisabled": "all access to the bucket is disabled",
+    "AccountProblem": "S3 has blocked the account",
+    "InvalidIdentityToken": "the role does not trust this identity provider or audience",
 }
 
 
 def hint_for(status: int | None, code: str | None) -> str:
-    """What a person may do about a refusal of S3, to follow its message; empty if unknown."""
+    """A hint for the user about an error of S3, to append to its message; may be empty."""
     kind = classify(status, code)
     if code in _HINTS:
         return f"; {_HINTS[code]}"
@@ -197,7 +197,7 @@ def hint_for(status: int | None, code: str | None) -> str:
 
 
 def classify(status: int | None, code: str | None) -> type[SourceError]:
-    """The error for an HTTP status and the `<Code>` of S3's error body, either may be missing."""
+    """The error class for an HTTP status and the `<Code>` of S3's error body, if there are any."""
     if code in _BY_CODE:
         return _BY_CODE[code]
     if status is None or status >= 500:

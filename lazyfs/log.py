@@ -1,7 +1,7 @@
-"""Log lines for people or for machines, on standard error.
+"""Logging to standard error, as text or as JSON.
 
-Each says what it is about, as far as that is known: the mountpoint, the ids of the volumes of a
-cluster that the mount serves, and the request in which it was written.
+Each line has fields for its context, as far as that is known: the mountpoint, the ids of the CSI
+volumes that the mount serves, and the id of the RPC.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 
-# Of the process, and of what the current thread or task is at.
+# Context of the process, and of the current thread or task.
 _about: dict[str, str] = {}
 _within: ContextVar[tuple[Mapping[str, str], ...]] = ContextVar("_within", default=())
 
@@ -30,7 +30,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
+    """One JSON object per line."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = {
@@ -46,11 +46,13 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: str, style: str, *ours: str, **about: str) -> None:
-    """Send this process's log to standard error; other libraries only speak from warnings on.
+    """Send the log of this process to standard error. Other libraries log only warnings and errors.
 
     Args:
-        ours: loggers that speak from `level` on, beside lazyfs's.
-        about: what every line is about, such as `mountpoint`.
+        level: the lowest level that is logged.
+        style: `text` or `json`.
+        ours: loggers that use `level`, besides lazyfs.
+        about: context fields of every line, such as `mountpoint`.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(TextFormatter() if style == "text" else JsonFormatter())
@@ -61,15 +63,15 @@ def configure(level: str, style: str, *ours: str, **about: str) -> None:
 
 
 def now_about(**about: str) -> None:
-    """All lines of this process are about that from now on; an empty text is not mentioned."""
+    """Set context fields for all later lines of this process. Empty ones are left out."""
     _about.update(about)
 
 
 @contextmanager
 def within(about: Mapping[str, str]) -> Iterator[None]:
-    """Lines that this thread or task writes meanwhile are about that as well.
+    """Add context fields to the lines of this thread or task inside the `with` block.
 
-    It is read when a line is written, so that it may change meanwhile.
+    `about` is read each time a line is written, so it may change meanwhile.
     """
     token = _within.set((*_within.get(), about))
     try:

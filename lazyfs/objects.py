@@ -1,4 +1,4 @@
-"""What every room knows of an object: as a listing has it, and as the file that it is shown as."""
+"""An S3 object as it is in a listing, and as a file of the mount."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ListedObject:
-    """One object of a listing. `key` is None when it is not UTF-8; `shown` is for messages."""
+    """One object of a listing. `key` is None if it is not UTF-8; `shown` is for messages."""
 
     key: str | None
     size_bytes: int
@@ -18,7 +18,7 @@ class ListedObject:
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file: one object, pinned by its ETag."""
+    """A file of the mount: one object, pinned by its ETag."""
 
     inode: int
     parent: int

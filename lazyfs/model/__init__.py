@@ -1,1 +1,1 @@
-"""What a model is: layouts of files, file names, safetensors headers. Pure."""
+"""Models: file names, indexes, safetensors headers, and the order in which a loader reads. Pure."""

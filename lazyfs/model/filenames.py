@@ -1,4 +1,4 @@
-"""What the names of files say in repositories of models. Pure; names are without directories."""
+"""What file names in model repositories mean. Pure. Names come without directories."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 Format: TypeAlias = Literal["safetensors", "gguf", "pytorch", "other"]
 
-# A file below this is small whatever its name.
+# A file below this size is small, whatever its name.
 SMALL_FILE_BYTES = 1 << 20
 
 _FORMATS: Mapping[str, Format] = MappingProxyType(
@@ -30,14 +30,14 @@ _FORMATS: Mapping[str, Format] = MappingProxyType(
         ".tflite": "other",
     }
 )
-# Which format is read where several are, and which of PyTorch's suffixes.
+# If there are several formats, or several suffixes of PyTorch, loaders read the first of these.
 FORMAT_ORDER: Sequence[Format] = ("safetensors", "pytorch", "gguf", "other")
 PYTORCH_ORDER = (".bin", ".pt", ".pth", ".ckpt")
-# Directories in which publishers put copies of the model above.
+# Directories in which publishers put copies of the model in the parent directory.
 COPY_DIRECTORIES = frozenset(
     {"coreml", "flax", "metal", "onnx", "openvino", "original", "tf", "tflite"}
 )
-# What the transformers Trainer leaves beside a model; vLLM's filter_files_not_needed_for_inference.
+# Files of the transformers Trainer; see vLLM's filter_files_not_needed_for_inference.
 TRAINING_STATE = re.compile(
     r"(training_args\.bin|optimizer\.(bin|pt)|scheduler\.pt|scaler\.pt|rng_state.*\.pth)$"
 )
@@ -60,12 +60,12 @@ _SMALL_ORDER = (
 
 
 def is_small(name: str, size_bytes: int) -> bool:
-    """Whether a file that is no weights is configuration, a tokenizer or the like."""
+    """Whether a file, which has no weights, is configuration, a tokenizer or similar."""
     return size_bytes < SMALL_FILE_BYTES or suffix_of(name) in _SMALL_SUFFIXES
 
 
 def small_rank(name: str) -> int:
-    """A number that is smaller the sooner a loader opens a small file."""
+    """Position of a small file in the order in which a loader opens them."""
     for rank, pattern in enumerate(_SMALL_ORDER):
         if pattern.match(name):
             return rank
@@ -73,12 +73,12 @@ def small_rank(name: str) -> int:
 
 
 def is_consolidated(name: str) -> bool:
-    """Whether it is of Mistral's second copy of its models."""
+    """Whether a file belongs to Mistral's second copy of its models."""
     return name.startswith("consolidated")
 
 
 def natural_order(name: str) -> tuple[tuple[str | tuple[int, str], ...], str]:
-    """A key that sorts numbers by value without making them integers, however long they are."""
+    """A sort key that orders numbers by value, without converting long ones to integers."""
     parts = re.split(r"([0-9]+)", name)
     values: list[str | tuple[int, str]] = []
     for index, part in enumerate(parts):
@@ -88,22 +88,22 @@ def natural_order(name: str) -> tuple[tuple[str | tuple[int, str], ...], str]:
 
 
 def family_of(name: str) -> str:
-    """What the parts of one model have in common, as `consolidated` and `.safetensors`."""
+    """The name without part numbers: `consolidated.safetensors` for all parts of one model."""
     return re.sub(r"[-.][0-9]+(-of-[0-9]+)?(?=\.\w+$)", "", name)
 
 
 def suffix_of(name: str) -> str:
-    """What begins with the last dot."""
+    """The suffix, with its dot."""
     return splitext(name)[1]
 
 
 def stem_of(name: str) -> str:
-    """All before the last dot."""
+    """The name without its suffix."""
     return splitext(name)[0]
 
 
 def format_of(name: str) -> Format | None:
-    """The format of a file of weights; None for any other file."""
+    """The format of a weights file; None for any other file."""
     if name.startswith("openvino") and name.endswith(".bin"):
         return "other"
     return _FORMATS.get(suffix_of(name))

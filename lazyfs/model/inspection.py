@@ -1,6 +1,6 @@
-"""What is in a source, without mounting it: models, tensors, and what would be prefetched.
+"""Describes the models of a source: shards, tensors, and what is prefetched in which order.
 
-Reads the listing, the indexes and the headers of shards, nothing else.
+Reads only the listing, the indexes and the headers of shards.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from lazyfs.errors import SourceError
-from lazyfs.model.layout import MAX_INDEX_BYTES, ModelFile, ModelLayout, layouts, wanted_models
+from lazyfs.model.layout import ModelFile, ModelLayout, layouts, wanted_models
 from lazyfs.model.safetensors import (
     HEAD_BYTES,
     LENGTH_BYTES,
@@ -24,9 +24,10 @@ from lazyfs.model.safetensors import (
     header_size,
     parse_header,
 )
+from lazyfs.model.shard_index import MAX_INDEX_BYTES
 from lazyfs.options.mount_options import PLANNED
 
-# Reads bytes of a file: its path, the offset and the length.
+# Reads a range of a file: path, offset and length in bytes.
 Reader: TypeAlias = Callable[[str, int, int], bytes]
 
 READERS = 16
@@ -35,11 +36,12 @@ _LAYER = re.compile(r"(?P<before>.*?\.)(?P<number>\d+)(\..*)?$")
 
 @dataclass(slots=True)
 class Layer:
-    """Tensors that belong together: of one layer of a model, or of one thing outside of them.
+    """The tensors of one layer of a model, or of one module outside the layers.
 
     Attributes:
-        name: what the names of its tensors begin with.
-        tensors, parameters, size_bytes: how many, and how large.
+        name: common prefix of the names of its tensors.
+        tensors, parameters: how many there are.
+        size_bytes: of all its tensors.
         dtypes: bytes by dtype.
     """
 
@@ -50,7 +52,7 @@ class Layer:
     dtypes: Counter[str] = field(default_factory=Counter)
 
     def add(self, tensor: Tensor) -> None:
-        """Count a tensor."""
+        """Add a tensor to the counts."""
         size = tensor.end - tensor.begin
         self.tensors += 1
         self.parameters += math.prod(tensor.shape)
@@ -60,13 +62,13 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A file of weights that a loader reads.
+    """A weights file that a loader reads.
 
     Attributes:
-        tensors: how many; None: not known.
-        wanted_bytes: of tensors that may be fetched ahead (`--tensors`).
-        cached_bytes: on this machine's disk; None: not known.
-        trouble: why its header says nothing.
+        tensors: number of tensors; None if unknown.
+        wanted_bytes: bytes of the tensors that may be prefetched (`--tensors`).
+        cached_bytes: bytes in the cache of this machine; None if unknown.
+        trouble: why its header could not be used; None if it could.
     """
 
     path: str
@@ -82,11 +84,11 @@ class Model:
     """One model.
 
     Attributes:
-        layout: what a loader reads of it, in order, and what is left out.
-        prefetched: when it is fetched ahead: `mount`, `open`, or `never`.
+        layout: what a loader reads of it, in order, and what is excluded.
+        prefetched: when prefetching starts: `mount`, `open`, or `never`.
         shards: in loading order.
-        layers: in the order of their numbers, what is in no layer first.
-        sizes: bytes by path, of all files that are named.
+        layers: in the order of their numbers, after the modules outside the layers.
+        sizes: sizes in bytes by path.
     """
 
     layout: ModelLayout
@@ -97,7 +99,7 @@ class Model:
 
     @property
     def total(self) -> Layer:
-        """All layers together."""
+        """The sum of all layers."""
         total = Layer("all")
         for layer in self.layers:
             total.tensors += layer.tensors
@@ -117,17 +119,18 @@ def inspect_files(
     include: Sequence[str] = (),
     cached: Callable[[str], int | None] = lambda path: None,
 ) -> list[Model]:
-    """The models among some files.
+    """Describe the models in a listing.
 
     Args:
-        files: sizes by path.
-        read: gives bytes of a file; raises SourceError.
-        prefetch, prefetch_on, wanted, include: as in `MountOptions`; `wanted` is `tensors`,
-            compiled.
-        cached: how much of a file is on this machine's disk.
+        files: sizes in bytes by path.
+        read: reads a range of a file; raises SourceError.
+        prefetch, prefetch_on, include: as in `MountOptions`.
+        wanted: whether a tensor matches `--tensors`; None if that is not given.
+        cached: returns how many bytes of a file are in the cache of this machine.
 
     Raises:
-        SourceError: an index cannot be had. A header that cannot be had is told of its shard.
+        SourceError: an index cannot be read. A header that cannot be read shows as the `trouble`
+            of its shard.
     """
     listed = [ModelFile(path, size) for path, size in files.items()]
     indexes = {
@@ -165,7 +168,7 @@ def inspect_files(
 
 
 def layer_of(name: str) -> str:
-    """What a tensor belongs to.
+    """The layer or module that a tensor belongs to.
 
     >>> layer_of("model.layers.7.mlp.up_proj.weight"), layer_of("lm_head.weight")
     ('model.layers.7', 'lm_head')
@@ -175,10 +178,10 @@ def layer_of(name: str) -> str:
 
 
 def group_similar(layers: Iterable[Layer]) -> list[tuple[str, Layer, int]]:
-    """Layers that follow one another and differ in their numbers only, taken together.
+    """Group consecutive layers that differ only in their numbers.
 
     Returns:
-        A name for all of them, such as `model.layers.0-31`; one of them; how many they are.
+        For each group its name, such as `model.layers.0-31`, its first layer, and its length.
     """
     groups: list[list[Layer]] = []
     for layer in layers:
@@ -211,19 +214,19 @@ def _follows(former: Layer, layer: Layer) -> bool:
 
 def _layer_order(layer: Layer) -> tuple[str, int]:
     found = _LAYER.match(layer.name)
-    # int() of a long number would be slow, and is refused from 4,300 digits on.
+    # int() of a long number is slow, and Python refuses more than 4,300 digits.
     return (found["before"], int(found["number"][:18])) if found else ("", 0)
 
 
 def _tensors(path: str, size: int, read: Reader) -> tuple[Sequence[Tensor] | None, str | None]:
-    """The tensors of a shard, or why they are not known."""
+    """The tensors of a shard, or the reason why they are unknown."""
     if not path.endswith(".safetensors"):
         return None, None
     try:
         first = read(path, 0, min(size, HEAD_BYTES)) if size else b""
         length = header_size(first[:LENGTH_BYTES], size)
         if length > LONGEST_HEADER:
-            return None, f"its header has {length} bytes: prefetched by offset"
+            return None, f"its header is too long ({length} bytes), so it is prefetched by offset"
         rest = read(path, len(first), length - len(first)) if length > len(first) else b""
         return parse_header(first + rest, size).tensors, None
     except MalformedHeaderError as error:

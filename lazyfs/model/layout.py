@@ -1,39 +1,42 @@
-"""From a listing to what a loader of models will read, and in which order. Pure.
+"""Which files of a listing a model loader will read, and in which order. Pure.
 
-A directory that holds weights is a model and gets a `ModelLayout`. The rules, most important first:
+This module is a little longer than others, because the rules belong together; the index of shards
+has a module of its own (`shard_index.py`).
 
-- **One format is read.** The loaders take safetensors if there are any, then PyTorch's pickles
-  (`*.bin`, else `*.pt`, `*.pth`, `*.ckpt`), as vLLM's `DefaultModelLoader._prepare_weights` does;
-  then GGUF, then anything else. Weights of another format beside them are copies: excluded.
-- **Shards**, of safetensors: those that `*.safetensors.index.json` names; without a usable index
-  all but `consolidated*`, which is Mistral's own second copy (vLLM's
+Each directory with weights is a model and gets a `ModelLayout`. The rules, most important first:
+
+- **One format is read.** Loaders take safetensors if there are any, otherwise PyTorch pickles
+  (`*.bin`, otherwise `*.pt`, `*.pth`, `*.ckpt`; vLLM's `DefaultModelLoader._prepare_weights`),
+  otherwise GGUF, otherwise anything else. Weights in other formats are copies: excluded.
+- **Shards** of safetensors are those that `*.safetensors.index.json` names. Without a usable index
+  they are all except `consolidated*`, which is Mistral's second copy of its models (vLLM's
   `filter_duplicate_safetensors_files`). Shards are read in the natural order of their names
-  (`shard-2` before `shard-10`; vLLM's `safetensors_weights_iterator`). vLLM's newest loader prefers
-  the second copy when nobody says `--load-format`; nothing in the listing shows which it will be.
-- **Variants** (`model.fp16.safetensors`, `*.non_ema.*`) are read only when someone asks for them
-  by name, so they are excluded where the plain file is there, and used where it is not.
+  (`shard-2` before `shard-10`; vLLM's `safetensors_weights_iterator`). The newest loader of vLLM
+  prefers the second copy unless `--load-format` is given; a listing cannot show which one it reads.
+- **Variants** (`model.fp16.safetensors`, `*.non_ema.*`) are read only when a user asks for them.
+  They are excluded if the plain file exists, and read otherwise.
 - **Copies in directories** (`original/`, `onnx/`, `openvino/`, ...) below a model are excluded.
-- **Included by name**: what these rules leave out is wanted all the same, after the shards, if a
-  pattern of `--include` was given for it: one that matches it and none of the shards. Where one
-  matches several GGUF models it does not say which of them is read.
-- **Pipelines** (diffusers): a directory with `model_index.json` above models. It gets a layout of
-  its own for its small files, first; the components follow by name, which is the order in which
-  diffusers loads them (`sorted` in `DiffusionPipeline.from_pretrained`). Weights beside
-  `model_index.json` are single-file copies of the pipeline: excluded; so are directories with
-  ONNX or the like alone, which another kind of pipeline reads.
-- **GGUF**: one model, split (`-00001-of-00003.gguf`) or not, with its projector (`mmproj*`). Of
-  several models in one directory one is read, and only the reader knows which: all are excluded.
-- **Small files** (configuration, tokenizer, code) are wanted first. Those of a directory without
-  weights belong to the nearest model above, or to the root. Very many without any weights are no
-  model, and which of them somebody will read nobody knows: none is wanted before.
+- **`--include`**: a file that these rules exclude is still fetched, after the shards, if a pattern
+  of `--include` matches it and none of the shards. If a pattern matches several GGUF models, it
+  does not say which of them is read, and has no effect here.
+- **Pipelines** (diffusers): a directory with `model_index.json` above models. Its layout has its
+  small files and comes first. The components follow in the order of their names, in which diffusers
+  loads them (`sorted` in `DiffusionPipeline.from_pretrained`). Weights next to `model_index.json`
+  are single-file copies of the pipeline: excluded. So are directories that hold only ONNX or the
+  like, which another kind of pipeline reads.
+- **GGUF**: one model, in one file or in parts (`-00001-of-00003.gguf`), with its projector
+  (`mmproj*`). If a directory has several models, only the reader knows which one it reads: all are
+  excluded.
+- **Small files** (configuration, tokenizer, code) come first. Those in a directory without weights
+  belong to the nearest model above, or to the root. A directory with very many small files and no
+  weights is not a model, and none of its files is fetched ahead.
 
-An index has to be fetched before it can be read. So ask twice: `layouts(files)` says where the
-indexes are (`index_paths`), `layouts(files, indexes=...)` uses them.
+The caller has to fetch an index before it can be used. So it calls twice: `layouts(files)` says
+where the indexes are (`index_paths`), and `layouts(files, indexes=...)` uses them.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from posixpath import basename, dirname, join, split
@@ -56,28 +59,20 @@ from lazyfs.model.filenames import (
     stem_of,
     suffix_of,
 )
+from lazyfs.model.shard_index import INDEX_SUFFIX, named_shards
 from lazyfs.options.option_types import matches
 
-INDEX_SUFFIX = ".safetensors.index.json"
 PIPELINE_INDEX = "model_index.json"
-# The index of DeepSeek-V3, 90,000 tensors, has 9 MB; a parsed one takes up to 25 times its size.
-MAX_INDEX_BYTES = 32 << 20
-
-# Small files are wanted as long as those of a model fit into these limits together.
+# Limits on the small files of one model that are fetched ahead.
 SMALL_TOTAL_BYTES = 64 << 20
 SMALL_COUNT = 512
 
-NAMES_SHOWN = 3
 NO_INDEXES: Mapping[str, bytes] = MappingProxyType({})
-
-
-class MalformedIndexError(ValueError):
-    """A `*.safetensors.index.json` is not what its name says. The message is one line."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """A listed file; `path` is relative to the mount, with `/` between its parts."""
+    """A listed file. `path` is relative to the mount, with `/` as separator."""
 
     path: str
     size_bytes: int
@@ -85,7 +80,7 @@ class ModelFile:
 
 @dataclass(frozen=True, slots=True)
 class Excluded:
-    """A file of weights that no loader is expected to read, and a phrase that says why."""
+    """A weights file that no loader is expected to read. `reason` is a phrase that says why."""
 
     path: str
     reason: str
@@ -93,18 +88,18 @@ class Excluded:
 
 @dataclass(frozen=True, slots=True)
 class ModelLayout:
-    """What a loader wants of one directory. Paths are relative to the mount.
+    """What a loader reads of one directory. Paths are relative to the mount.
 
     Attributes:
-        directory: where the model is; empty for the root of the mount.
-        format: of the weights that are read; `other` as well where there are none.
-        small: files to have right after mounting, the one that is read first at the front; within
-            `SMALL_TOTAL_BYTES` and `SMALL_COUNT`.
+        directory: the directory of the model; empty for the root of the mount.
+        format: of the weights that are read; `other` also if there are none.
+        small: small files in the order in which they are read, within `SMALL_TOTAL_BYTES` and
+            `SMALL_COUNT`.
         shards: the weights, in the order in which a loader reads them.
-        included: those at the end of `shards` that are there only because `--include` names them.
-        excluded: weights that are not worth prefetching.
+        included: the files at the end of `shards` that are there only because of `--include`.
+        excluded: weights that are not prefetched.
         index_paths: the indexes of the shards, for a second call of `layouts`.
-        warnings: what is odd with this model, each a sentence for the log.
+        warnings: what is wrong with this model, one sentence each, for the log.
     """
 
     directory: str
@@ -118,38 +113,8 @@ class ModelLayout:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """All that is wanted, in order."""
+        """All files to fetch, in order."""
         return self.small + self.shards
-
-
-def parse_index(data: bytes) -> tuple[str, ...]:
-    """The distinct file names in an index, in the order in which they first appear.
-
-    The names are as they are written; nothing says that such files exist or what they contain.
-
-    Args:
-        data: the whole `*.safetensors.index.json`.
-
-    Raises:
-        MalformedIndexError: too long, no JSON, or without a `weight_map` of strings.
-
-    >>> parse_index(b'{"weight_map": {"a": "1.safetensors", "b": "1.safetensors"}}')
-    ('1.safetensors',)
-    """
-    if len(data) > MAX_INDEX_BYTES:
-        raise MalformedIndexError(f"it has {len(data)} bytes, the limit is {MAX_INDEX_BYTES}")
-    try:
-        parsed = json.loads(data.decode("utf-8"))
-    except RecursionError:
-        raise MalformedIndexError("it is nested too deeply") from None
-    except ValueError as error:
-        raise MalformedIndexError(f"it is not valid JSON: {error}") from None
-    weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
-    if not isinstance(weight_map, dict):
-        raise MalformedIndexError("it has no object 'weight_map'")
-    if not all(isinstance(name, str) for name in weight_map.values()):
-        raise MalformedIndexError("its 'weight_map' names something that is no string as a file")
-    return tuple(dict.fromkeys(weight_map.values()))
 
 
 def layouts(
@@ -159,15 +124,16 @@ def layouts(
     read: Iterable[str] = (),
     include: Sequence[str] = (),
 ) -> tuple[ModelLayout, ...]:
-    """The models of a listing, in the order of their directories, parents first.
+    """Find the models of a listing, in the order of their directories, parents first.
 
     Args:
         files: all files of the mount, in any order.
-        indexes: the contents of indexes by their path, as far as they were fetched. One that is
-            malformed or names nothing that exists leaves a warning and the order of the names.
-        read: paths of weights that a loader has read. Where these rules would have it read others,
-            it is followed: their like is wanted, and what the rules choose only if read as well.
-        include: the patterns of what is to be shown (`MountOptions.include`).
+        indexes: contents of the indexes fetched so far, by path. An index that is malformed or
+            names no existing file is ignored, with a warning.
+        read: paths of weights that a loader has read. If the rules expected it to read others, the
+            loader is followed: files like those are chosen. What the rules chose is kept only if
+            the loader has read some of it.
+        include: the patterns of `--include` (`MountOptions.include`).
 
     >>> layouts([ModelFile("a.safetensors", 9), ModelFile("b.bin", 9)])[0].shards
     ('a.safetensors',)
@@ -192,7 +158,7 @@ def layouts(
             models[path] = directory
     root = directories.setdefault("", _Directory(""))
     for path, directory in directories.items():
-        # A directory that has weights and is no model is a copy; nobody reads its small files.
+        # A directory that has weights but is not a model is a copy. Its small files are not read.
         if path and path not in models and not directory.weights:
             (_nearest(path, models) or root).others += directory.others
     if root.others:
@@ -210,15 +176,16 @@ def wanted_models(
     opened: Container[str] = (),
     whole: bool = True,
 ) -> tuple[ModelLayout, ...]:
-    """Which of the models are to be fetched now.
+    """Select the models to fetch now.
 
-    The only one there is, or one at the root, from the moment of mount; of several, and otherwise,
-    each from when one of its files is opened. A pipeline is one with its components.
+    A single model, or the one at the root, is fetched from the moment of mount. Any other model is
+    fetched once one of its files is opened. A pipeline and its components are one model.
 
     Args:
-        on_mount: the moment of mount counts (`--prefetch-on`).
+        found: the models found so far.
+        on_mount: `--prefetch-on` is `mount`.
         opened: paths of the files that were opened.
-        whole: there are no others than those that were found.
+        whole: the listing is complete, so there are no further models.
     """
     models = [layout for layout in found if layout.shards]
     root = next((layout for layout in found if not layout.directory), None)
@@ -244,13 +211,13 @@ def _directories(files: Iterable[ModelFile]) -> dict[str, _Directory]:
 
 
 class _Directory:
-    """What is known of one directory while the listing is sorted out."""
+    """One directory of the listing, for which `layout` applies the rules."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        # Weights that a loader has read, the latest at the end.
+        # Names of weights that a loader has read, latest last.
         self.read: list[str] = []
-        # Names of weights, and all that is not weights, which others may add to.
+        # Names of weights; and all other files, including those of subdirectories without weights.
         self.weights: list[str] = []
         self.others: list[ModelFile] = []
         self.has_pipeline_index = False
@@ -269,20 +236,20 @@ class _Directory:
 
     @property
     def format(self) -> Format:
-        """Of the weights that loaders read."""
+        """The format that loaders read here."""
         there = {format_of(name) for name in self.weights}
         return next((candidate for candidate in FORMAT_ORDER if candidate in there), "other")
 
     def exclude(self, names: Iterable[str], reason: str, *, directory: str | None = None) -> None:
-        """Leave out weights of this directory or of one below."""
+        """Exclude weights of this directory, or of a subdirectory."""
         path = self.path if directory is None else directory
         self._excluded += (Excluded(join(path, name), reason) for name in names)
 
     def layout(self, indexes: Mapping[str, bytes], include: Sequence[str]) -> ModelLayout:
-        """Decide; to be called once, when all directories were added."""
+        """Apply the rules. Call this once, after all files were added."""
         index_paths: tuple[str, ...] = ()
         copies = self.weights if self.is_pipeline and not self.read else []
-        self.exclude(copies, "a single-file copy of the pipeline in the directories here")
+        self.exclude(copies, "a single-file copy of the pipeline in this directory")
         self.weights = [name for name in self.weights if name not in copies]
         chosen = self.format
         names = [name for name in self.weights if format_of(name) == chosen]
@@ -314,7 +281,7 @@ class _Directory:
         )
 
     def _included(self, names: Iterable[str], include: Iterable[str]) -> list[str]:
-        """Paths of what is left out though a pattern was given for it, in loading order."""
+        """Excluded files for which a pattern of `--include` was given, in loading order."""
         chosen = [join(self.path, name) for name in names]
         left_out = [item.path for item in self._excluded]
         found: set[str] = set()
@@ -327,7 +294,7 @@ class _Directory:
         return sorted(found, key=natural_order)
 
     def _follow(self, names: list[str]) -> list[str]:
-        """The chosen weights, or what a loader has read instead of them or beside them."""
+        """The chosen weights, adjusted to what a loader has read."""
         strays = [name for name in self.read if name in self.weights and name not in names]
         if not strays:
             return names
@@ -337,12 +304,12 @@ class _Directory:
         self._excluded = [item for item in self._excluded if basename(item.path) not in like]
         self.exclude(
             (name for name in names if name not in kept),
-            f"the loader reads {strays[-1]} and its like instead",
+            f"the loader reads {strays[-1]} and similar files instead",
         )
         return sorted({*kept, *like})
 
     def _index_paths(self, shards: list[str]) -> tuple[str, ...]:
-        """The indexes of the shards that are read, not of Mistral's second copy of them."""
+        """The indexes of the shards that are read, without that of Mistral's second copy."""
         second = all(is_consolidated(name) for name in shards)
         return tuple(
             sorted(
@@ -360,7 +327,9 @@ class _Directory:
         named: set[str] = set()
         for path in index_paths:
             if path in indexes:
-                named |= self._named(path, indexes[path], set(names))
+                found, warnings = named_shards(path, indexes[path], set(names))
+                named |= found
+                self._warnings += warnings
         if named:
             self.exclude(
                 (name for name in names if name not in named),
@@ -369,27 +338,9 @@ class _Directory:
             return [name for name in names if name in named]
         consolidated = [name for name in names if is_consolidated(name)]
         if 0 < len(consolidated) < len(names):
-            self.exclude(consolidated, "Mistral's second copy of the shards beside it")
+            self.exclude(consolidated, "Mistral's second copy of the shards in this directory")
             names = [name for name in names if not is_consolidated(name)]
         return self._without_variants(names)
-
-    def _named(self, path: str, index: bytes, listed: set[str]) -> set[str]:
-        """The shards that an index names and that exist; for anything else a warning."""
-        try:
-            names = parse_index(index)
-        except MalformedIndexError as error:
-            self._warnings.append(f"{path} is ignored: {error}; shards are read by their names")
-            return set()
-        foreign = [name for name in names if _is_foreign(name)]
-        missing = [name for name in names if name not in listed and not _is_foreign(name)]
-        if foreign:
-            self._warnings.append(f"{path} names files outside its directory: {_some(foreign)}")
-        if missing:
-            self._warnings.append(f"{path} names shards that do not exist: {_some(missing)}")
-        found = listed.intersection(names)
-        if not found:
-            self._warnings.append(f"{path} is ignored: it names none of the shards beside it")
-        return found
 
     def _without_variants(self, names: list[str]) -> list[str]:
         plain = {
@@ -399,7 +350,7 @@ class _Directory:
         for name in names:
             variant = VARIANT.fullmatch(stem_of(name))
             if variant and PART.sub("", variant["stem"]) in plain:
-                self.exclude([name], "a variant, read only where its name is asked for")
+                self.exclude([name], "a variant, read only if a user asks for it")
             else:
                 kept.append(name)
         return kept
@@ -409,7 +360,7 @@ class _Directory:
         chosen = next(suffix for suffix in PYTORCH_ORDER if suffix in there)
         self.exclude(
             (name for name in names if suffix_of(name) != chosen),
-            f"a copy under another suffix than {chosen}, which loaders read instead",
+            f"a copy with another suffix than {chosen}, which loaders read instead",
         )
         return self._without_variants([name for name in names if suffix_of(name) == chosen])
 
@@ -417,7 +368,7 @@ class _Directory:
         models = _gguf_models(names)
         if len(models) <= 1:
             return names
-        self.exclude(names, f"one of {len(models)} GGUF models; the one that is opened is read")
+        self.exclude(names, f"one of {len(models)} GGUF models; one is fetched when it is opened")
         return []
 
     def _small(self) -> tuple[str, ...]:
@@ -439,7 +390,7 @@ class _Directory:
 
 
 def _gguf_models(paths: Iterable[str]) -> set[str]:
-    """Of which GGUF models some files are; a projector is of any of them."""
+    """Names of the GGUF models in some files. A projector belongs to all of them."""
     return {
         PART.sub("", stem_of(path))
         for path in paths
@@ -450,7 +401,7 @@ def _gguf_models(paths: Iterable[str]) -> set[str]:
 def _owner_of_copy(
     directory: _Directory, directories: Mapping[str, _Directory]
 ) -> _Directory | None:
-    """The model of which this is a copy, as `m` for `m/original/x`; None if it is none."""
+    """The model of which this directory is a copy: `m` for `m/original/x`. None: it is no copy."""
     if directory.read:
         return None
     parts = directory.path.split("/")
@@ -469,13 +420,3 @@ def _nearest(path: str, models: Mapping[str, _Directory]) -> _Directory | None:
         if path in models:
             return models[path]
     return None
-
-
-def _is_foreign(name: str) -> bool:
-    return "/" in name or name in ("", ".", "..")
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first of many names, for a warning."""
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(ascii(name) for name in names[:NAMES_SHOWN]) + more

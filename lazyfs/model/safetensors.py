@@ -1,20 +1,21 @@
-"""The header of a safetensors file made into a table of tensors. Pure: bytes in, a table out.
+"""Parses the header of a safetensors file into a table of tensors. Pure.
 
-The format (https://github.com/huggingface/safetensors#format): 8 bytes with the length N of the
-header, unsigned and little-endian; N bytes of JSON, `{name: {dtype, shape, data_offsets}}` and
-perhaps `"__metadata__": {str: str}`; then the bytes of the tensors. `data_offsets` count from the
-end of the header; a `Tensor` counts from the beginning of the file, like a read does.
+The format (https://github.com/huggingface/safetensors#format): 8 bytes hold the length N of the
+header, unsigned and little-endian. Then come N bytes of JSON, `{name: {dtype, shape,
+data_offsets}}` with an optional `"__metadata__": {str: str}`, then the bytes of the tensors.
+`data_offsets` count from the end of the header. A `Tensor` counts from the start of the file, like
+a read.
 
-What is refused follows the reference, the safetensors crate as of 0.8.0: what it refuses needs no
-table, since no loader reads it, and the file itself is served all the same. An unknown dtype is
-among that. Found by trying, these are the differences:
+The parser rejects what the reference rejects, the safetensors crate 0.8.0, including unknown
+dtypes. No loader reads such a file, so it needs no table; the file itself is still served. Tests
+against the crate show these differences:
 
-- We refuse and the crate takes: white space before the `{` and a key twice in one object (the
-  format forbids both, the crate takes the last key); the forms that only serde knows, a tensor as
-  `[dtype, shape, data_offsets]` and a dtype as `{"U8": null}`; a header of more than
-  `MAX_HEADER_VALUES` values, which no model comes near.
-- We take and the crate refuses: `-0` for 0, and in fields that both ignore nesting deeper than
-  127, numbers beyond a double, and half a surrogate pair.
+- Rejected here, accepted by the crate: white space before the `{`, and a duplicate key in an object
+  (the format forbids both; the crate takes the last key); forms that only serde knows, a tensor as
+  `[dtype, shape, data_offsets]` and a dtype as `{"U8": null}`; a header with more than
+  `MAX_HEADER_VALUES` values, far more than any model has.
+- Accepted here, rejected by the crate: `-0` for 0; and, in fields that both ignore, nesting deeper
+  than 127 levels, numbers too large for a double, and lone surrogates.
 """
 
 from __future__ import annotations
@@ -31,22 +32,22 @@ from typing import NoReturn, TypeAlias, TypeGuard
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 LENGTH_BYTES = 8
-# Read first of a shard: more than nearly all headers have, and whole pages.
+# The first read of a shard. It covers nearly all headers, and whole pages.
 HEAD_BYTES = 64 << 10
-# A longer header is not fetched ahead of its readers. Parsing takes 5 ms for a usual header (300
-# tensors), but seconds for the longest that the format allows.
+# A longer header is not prefetched. Parsing takes 5 ms for a usual header (300 tensors), but
+# seconds for the longest that the format allows.
 LONGEST_HEADER = 16 << 20
-# N at most; MAX_HEADER_SIZE of the crate.
+# The largest N; MAX_HEADER_SIZE of the crate.
 MAX_HEADER_LENGTH = 100_000_000
-# A parsed value takes up to 100 bytes of memory, and JSON can say one in two bytes of header. With
-# this limit the worst header of 100 MB takes 1 GB and 1.5 s (measured); 400,000 tensors of two
-# dimensions have so many values, and take 50 MB of header.
+# A parsed value takes up to 100 bytes of memory, but only two bytes of JSON. With this limit the
+# worst header of 100 MB takes 1 GB and 1.5 s (measured). 400,000 tensors with two dimensions have
+# that many values, in a header of 50 MB.
 MAX_HEADER_VALUES = 4_000_000
-# The crate computes in 64 bits and refuses what does not fit.
+# The crate computes in 64 bits and rejects larger values.
 U64_MAX = 2**64 - 1
 SHOWN_LETTERS = 80
 
-# Bits of one element. The names are those that the crate 0.8.0 lists in its own error message.
+# Bits per element. The names are those in an error message of the crate 0.8.0.
 DTYPE_BITS: Mapping[str, int] = MappingProxyType(
     {
         "BOOL": 8,
@@ -76,12 +77,12 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
 
 
 class MalformedHeaderError(ValueError):
-    """The file is no safetensors file, or a broken one. The message is one line for a person."""
+    """The file is not a valid safetensors file. The message is one line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor: bytes `begin` to `end` of the file, the end not included."""
+    """One tensor: bytes `begin` to `end` of the file, excluding `end`."""
 
     name: str
     dtype: str
@@ -92,12 +93,12 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class TensorTable:
-    """What a header says. The tensors cover the file from the end of the header without a gap.
+    """A parsed header. The tensors cover the rest of the file without gaps.
 
     Attributes:
-        header_bytes: the length field and the header, 8+N; where the first tensor begins.
+        header_bytes: size of the length field and the header, 8+N; offset of the first tensor.
         tensors: in the order of their bytes, which is the order of `safe_open(...).keys()`.
-        metadata: what the writer said of the file, such as `{"format": "pt"}`.
+        metadata: `__metadata__`, such as `{"format": "pt"}`.
         size_bytes: the size of the whole file.
     """
 
@@ -107,8 +108,8 @@ class TensorTable:
     size_bytes: int
 
     def at(self, offset: int) -> Tensor | None:
-        """The tensor that holds the byte at `offset` of the file; None in the header and beyond."""
-        # Of tensors with the same begin only the last one can have bytes.
+        """The tensor that holds the byte at `offset` of the file; None outside all tensors."""
+        # Of several tensors with the same `begin`, all but the last are empty.
         index = bisect_right(self.tensors, offset, key=attrgetter("begin")) - 1
         if index >= 0 and offset < self.tensors[index].end:
             return self.tensors[index]
@@ -116,7 +117,7 @@ class TensorTable:
 
 
 def header_size(first8: Buffer, size_bytes: int) -> int:
-    """How many bytes of the file `parse_header` needs.
+    """The number of bytes from the start of the file that `parse_header` needs.
 
     Args:
         first8: the first 8 bytes of the file; more are ignored.
@@ -126,37 +127,37 @@ def header_size(first8: Buffer, size_bytes: int) -> int:
         8+N, never more than `size_bytes`.
 
     Raises:
-        MalformedHeaderError: the length field is cut off, over the limit or beyond the file.
+        MalformedHeaderError: the length field is cut off, over the limit, or beyond the file.
 
     >>> header_size(b"\\x02\\0\\0\\0\\0\\0\\0\\0", 10)
     10
     """
     if size_bytes < LENGTH_BYTES or len(first8) < LENGTH_BYTES:
         raise MalformedHeaderError(
-            f"the header needs {LENGTH_BYTES} bytes for its length, "
+            f"the length of the header takes {LENGTH_BYTES} bytes, "
             f"there are {min(size_bytes, len(first8))}"
         )
     length = int.from_bytes(bytes(first8[:LENGTH_BYTES]), "little")
     if length > MAX_HEADER_LENGTH:
         raise MalformedHeaderError(
-            f"the header is said to be {length} bytes long, the limit is {MAX_HEADER_LENGTH}"
+            f"the length of the header is {length} bytes, the limit is {MAX_HEADER_LENGTH}"
         )
     if LENGTH_BYTES + length > size_bytes:
         raise MalformedHeaderError(
-            f"the header is said to be {length} bytes long, the file has {size_bytes} in all"
+            f"the length of the header is {length} bytes, the whole file has {size_bytes}"
         )
     return LENGTH_BYTES + length
 
 
 def parse_header(header: Buffer, size_bytes: int) -> TensorTable:
-    """Read the header of a file.
+    """Parse the header of a file.
 
     Args:
         header: the file from its first byte, at least `header_size` bytes; more are ignored.
         size_bytes: the size of the file.
 
     Raises:
-        MalformedHeaderError: the format's rules are broken (see the module's docstring).
+        MalformedHeaderError: the header is invalid (see the docstring of the module).
 
     >>> text = b'{"t": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}'
     >>> parse_header(len(text).to_bytes(8, "little") + text, 8 + len(text) + 4).at(71).name
@@ -165,7 +166,7 @@ def parse_header(header: Buffer, size_bytes: int) -> TensorTable:
     header_bytes = header_size(header, size_bytes)
     if len(header) < header_bytes:
         raise MalformedHeaderError(
-            f"the header is cut off: {len(header)} of its {header_bytes} bytes are there"
+            f"the header is cut off: there are {len(header)} of its {header_bytes} bytes"
         )
     entries = _parse_json(header[LENGTH_BYTES:header_bytes])
     metadata = _metadata(entries.pop("__metadata__", None))
@@ -193,7 +194,7 @@ def _parse_json(text: Buffer) -> dict[str, object]:
     except RecursionError:
         raise MalformedHeaderError("the header is nested too deeply") from None
     except ValueError as error:
-        # Also what json raises for integers of more than 4,300 digits.
+        # json also raises ValueError for integers of more than 4,300 digits.
         raise MalformedHeaderError(f"the header is not valid JSON: {error}") from None
     assert isinstance(parsed, dict), "text that begins with { parses to a dict"
     return parsed
@@ -203,7 +204,7 @@ def _without_repetition(pairs: list[tuple[str, object]]) -> dict[str, object]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{_shown(twice)} is there twice")
+        raise ValueError(f"duplicate key {_shown(twice)}")
     return unique
 
 
@@ -212,7 +213,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _metadata(entry: object) -> Mapping[str, str]:
-    """`__metadata__`; null is none, as in the crate."""
+    """`__metadata__`; null counts as absent, as in the crate."""
     if entry is None:
         return MappingProxyType({})
     if not isinstance(entry, dict):
@@ -220,7 +221,9 @@ def _metadata(entry: object) -> Mapping[str, str]:
     metadata: dict[str, str] = {}
     for key, value in entry.items():
         if not isinstance(value, str):
-            raise MalformedHeaderError(f"__metadata__ has no string for {_shown(key)}")
+            raise MalformedHeaderError(
+                f"__metadata__ has a value for {_shown(key)} that is not a string"
+            )
         _check_unicode(key)
         _check_unicode(value)
         metadata[key] = value
@@ -236,13 +239,13 @@ def _tensor(name: str, entry: object, header_bytes: int) -> Tensor:
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise MalformedHeaderError(f"{shown} has an unknown dtype: {_shown(dtype)}")
     if not _are_counts(shape):
-        raise MalformedHeaderError(f"{shown} has no list of non-negative integers as its shape")
+        raise MalformedHeaderError(f"the shape of {shown} is not a list of non-negative integers")
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise MalformedHeaderError(f"{shown} has no begin and end as its data_offsets")
+        raise MalformedHeaderError(f"the data_offsets of {shown} are not a begin and an end")
     begin, end = offsets
     if end - begin != _size_bytes(shown, dtype, shape):
         raise MalformedHeaderError(
-            f"{shown} has {end - begin} bytes by its data_offsets, other than by dtype and shape"
+            f"the data_offsets of {shown} give {end - begin} bytes, its dtype and shape do not"
         )
     return Tensor(name, dtype, tuple(shape), header_bytes + begin, header_bytes + end)
 
@@ -258,23 +261,23 @@ def _size_bytes(shown: str, dtype: str, shape: list[int]) -> int:
     elements = 1
     for dimension in shape:
         elements *= dimension
-        # Checked at every step, so that a long shape cannot make a number of a million digits.
+        # Checked at every step, so that a long shape cannot produce a huge number.
         if elements > U64_MAX:
             break
     bits = elements * DTYPE_BITS[dtype]
     if bits > U64_MAX:
-        raise MalformedHeaderError(f"{shown} has a shape whose size overflows 64 bits")
+        raise MalformedHeaderError(f"the size of {shown} overflows 64 bits")
     if bits % 8:
-        raise MalformedHeaderError(f"{shown} does not end at a whole byte")
+        raise MalformedHeaderError(f"the size of {shown} is not a whole number of bytes")
     return bits // 8
 
 
 def _check_cover(tensors: list[Tensor], header_bytes: int, size_bytes: int) -> None:
-    """Holes and overlaps are refused, so that a file holds nothing that its header hides."""
+    """Reject gaps and overlaps, so that a file holds nothing that its header does not list."""
     end = header_bytes
     for tensor in tensors:
         if tensor.begin != end:
-            what = "a hole before" if tensor.begin > end else "an overlap at"
+            what = "a gap before" if tensor.begin > end else "an overlap at"
             raise MalformedHeaderError(f"there is {what} tensor {_shown(tensor.name)}")
         end = tensor.end
     if end != size_bytes:
@@ -285,7 +288,7 @@ def _check_cover(tensors: list[Tensor], header_bytes: int, size_bytes: int) -> N
 
 
 def _check_unicode(text: str) -> None:
-    """Refuse half a surrogate pair, which JSON can write and UTF-8 cannot."""
+    """Reject lone surrogates, which JSON can write and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -293,7 +296,7 @@ def _check_unicode(text: str) -> None:
 
 
 def _shown(value: object) -> str:
-    """A name for a message: quoted, on one line and not too long."""
+    """A name for a message: quoted, on one line, and shortened."""
     if not isinstance(value, str):
         return "none" if value is None else f"of type {type(value).__name__}"
     return ascii(value[:SHOWN_LETTERS]) + ("..." if len(value) > SHOWN_LETTERS else "")

@@ -1,4 +1,4 @@
-"""The kinds of value that an option can have: how its text is read, and what is allowed."""
+"""The types of options: how the text of a value is parsed, and which values are allowed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 
 class OptionType(ABC):
-    """How the text of an option becomes its value."""
+    """Parses and checks the text of an option."""
 
     repeatable: ClassVar[bool] = False
     metavar: ClassVar[str] = "TEXT"
@@ -26,14 +26,14 @@ class OptionType(ABC):
     @property
     @abstractmethod
     def allowed(self) -> str:
-        """What is allowed, as the end of the sentence "... is not allowed: "."""
+        """The allowed values, to complete the sentence "... is not allowed: "."""
 
     @abstractmethod
     def parse(self, text: str) -> Any:
-        """The value. Raises ValueError when the text is not allowed."""
+        """The value. Raises ValueError if the text is not allowed."""
 
     def shown(self, text: str) -> str:
-        """A text as a message may show it."""
+        """A text in the form in which a message may show it, without secrets."""
         return repr(text)
 
 
@@ -57,7 +57,7 @@ _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a text such as `8MiB`, `1.5G` or `4096`. Raises ValueError."""
+    """Parse a size such as `8MiB`, `1.5G` or `4096`, to bytes. Raises ValueError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if not found or found[2].upper() not in _UNITS:
         raise ValueError(text)
@@ -65,7 +65,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size_bytes: float) -> str:
-    """A size for people: the largest binary unit that leaves at least 1, as `8MiB` or `1.5GiB`."""
+    """Format a size in the largest binary unit that leaves at least 1: `8MiB`, `1.5GiB`."""
     for unit, scale in (("TiB", 1 << 40), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if size_bytes >= scale:
             return f"{size_bytes / scale:.4g}{unit}"
@@ -73,7 +73,7 @@ def format_size(size_bytes: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """A time for people: `80ms`, `4.2s`, `3m12s`, `5h03m`, `2d4h`."""
+    """Format a duration: `80ms`, `4.2s`, `3m12s`, `5h03m`, `2d4h`."""
     if seconds < 1:
         return f"{seconds * 1000:.0f}ms"
     if seconds < 60:
@@ -87,7 +87,7 @@ def format_duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Size(OptionType):
-    """A number of bytes; `words` are values that are not sizes, such as `auto`."""
+    """A number of bytes. `words` are allowed values that are not sizes, such as `auto`."""
 
     metavar = "SIZE"
 
@@ -114,7 +114,7 @@ class Size(OptionType):
 
 @dataclass(frozen=True)
 class Share(OptionType):
-    """A number of bytes, or a share of a whole as a percentage."""
+    """A number of bytes, or a percentage of a whole."""
 
     metavar = "SIZE|%"
 
@@ -139,7 +139,7 @@ class Share(OptionType):
 
 @dataclass(frozen=True)
 class Duration(OptionType):
-    """A time in seconds, written with a unit: `500ms`, `30s`, `10m`."""
+    """A duration in seconds, written with a unit: `500ms`, `30s`, `10m`."""
 
     metavar = "TIME"
 
@@ -181,7 +181,7 @@ class Count(OptionType):
 
 
 class Mode(OptionType):
-    """Permission bits, in octal; write bits are refused because the mount is read-only."""
+    """Permission bits, in octal. Write bits are rejected because the mount is read-only."""
 
     metavar = "MODE"
 
@@ -198,7 +198,7 @@ class Mode(OptionType):
 
 @dataclass(frozen=True)
 class Choice(OptionType):
-    """One of a few words."""
+    """One of several words."""
 
     words: tuple[str, ...]
 
@@ -213,7 +213,7 @@ class Choice(OptionType):
 
 
 class Flag(OptionType):
-    """On or off; the command line gives it without a value."""
+    """On or off. On the command line it takes no value."""
 
     @property
     def allowed(self) -> str:
@@ -229,13 +229,13 @@ class Flag(OptionType):
 
 
 class Pattern(OptionType):
-    """A regular expression of RE2, which takes linear time whatever the expression."""
+    """A regular expression in the syntax of RE2, which matches in linear time."""
 
     metavar = "REGEX"
 
     @property
     def allowed(self) -> str:
-        return "a regular expression of RE2, which has no look-around and no back-references"
+        return "a regular expression in RE2 syntax, which has no look-around or back-references"
 
     def parse(self, text: str) -> str:
         if not text or not text.isprintable():
@@ -245,8 +245,8 @@ class Pattern(OptionType):
 
 
 def compile_pattern(text: str) -> re2.Pattern[str]:
-    """What `Pattern` takes, compiled. Raises ValueError."""
-    import re2  # for the few mounts that are given one
+    """Compile a regular expression of RE2. Raises ValueError."""
+    import re2  # few mounts need it
 
     options = re2.Options()
     options.log_errors = False
@@ -258,7 +258,7 @@ def compile_pattern(text: str) -> re2.Pattern[str]:
 
 @dataclass(frozen=True)
 class Text(OptionType):
-    """Any non-empty text without control characters; `what` says what it stands for."""
+    """Any non-empty text without control characters. `what` describes it."""
 
     what: str
 
@@ -273,7 +273,7 @@ class Text(OptionType):
 
 
 class Url(OptionType):
-    """An http or https URL of an S3 endpoint; it must not carry a user or password."""
+    """An http or https URL of an S3 endpoint, without user or password."""
 
     metavar = "URL"
 
@@ -285,7 +285,7 @@ class Url(OptionType):
         parts = urlsplit(text)
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
             raise ValueError(text)
-        _ = parts.port  # raises ValueError when it is not a number
+        _ = parts.port  # raises ValueError if it is not a number
         return text.rstrip("/")
 
     def shown(self, text: str) -> str:
@@ -293,7 +293,7 @@ class Url(OptionType):
 
 
 class Address(OptionType):
-    """Where to listen: a host, which may be missing (all of them), and a port."""
+    """An address to listen on: a host, or none for all addresses, and a port."""
 
     metavar = "HOST:PORT"
 
@@ -311,7 +311,7 @@ class Address(OptionType):
 
 @dataclass(frozen=True)
 class LocalPath(OptionType):
-    """A path of this machine, made absolute; `words` are values that are not paths."""
+    """A local path, made absolute. `words` are allowed values that are not paths."""
 
     metavar = "PATH"
 
@@ -331,7 +331,7 @@ class LocalPath(OptionType):
 
 @dataclass(frozen=True)
 class LocalPaths(OptionType):
-    """One or several paths of this machine, joined by colons; `words` are values that are not."""
+    """Local paths joined by colons. `words` are allowed values that are not paths."""
 
     metavar = "PATH[:PATH...]"
 
@@ -352,7 +352,7 @@ class LocalPaths(OptionType):
 
 
 class Glob(OptionType):
-    """One shell pattern; the option may be given several times."""
+    """A shell pattern. The option may be given several times."""
 
     metavar = "GLOB"
 
@@ -369,6 +369,6 @@ class Glob(OptionType):
 
 
 def matches(path: str, globs: Iterable[str]) -> bool:
-    """Whether one of some patterns is that of a path, or of the name at its end."""
+    """Whether one of the patterns matches a path or its last component."""
     name = path.rpartition("/")[2]
     return any(fnmatchcase(path, glob) or fnmatchcase(name, glob) for glob in globs)

@@ -11,15 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyfs.model.layout import (
-    MAX_INDEX_BYTES,
     SMALL_COUNT,
     SMALL_TOTAL_BYTES,
-    MalformedIndexError,
     ModelFile,
     ModelLayout,
     layouts,
-    parse_index,
 )
+from lazyfs.model.shard_index import MAX_INDEX_BYTES, MalformedIndexError, parse_index
 
 LAYOUT = Path(__file__).parent.parent / "data" / "llama-6-shards.layout.json"
 INDEX = "model.safetensors.index.json"
@@ -127,7 +125,7 @@ def test_a_useless_index_leaves_the_order_of_the_names_and_a_warning(contents: b
         (b"[" * 100_000, "nested too deeply"),
         (b"[]", "no object 'weight_map'"),
         (b'{"weight_map":["a"]}', "no object 'weight_map'"),
-        (b'{"weight_map":{"a":null}}', "no string"),
+        (b'{"weight_map":{"a":null}}', "not a string"),
         (b" " * (MAX_INDEX_BYTES + 1), "limit"),
     ],
 )
