@@ -47,3 +47,13 @@ image: setup
 .PHONY: manifests
 manifests:
 	@./deploy/render.sh
+
+# A real Kubernetes on this machine, the chart in it, and the scenarios of tests/cluster: see
+# docs/TESTING.md. `make cluster ARGS='-k inline'` runs some of them; `make cluster KEEP=1` keeps it
+# up until `make cluster-down`. Needs root and Go.
+.PHONY: cluster cluster-down
+cluster: setup
+	@KEEP=$(KEEP) .venv/bin/python tests/cluster/main.py run $(ARGS)
+
+cluster-down:
+	@.venv/bin/python tests/cluster/main.py down

@@ -7,6 +7,7 @@
 #   BASE_IMAGE=debian:trixie   a base from a registry instead of one made here
 #   ARCHIVE=lazyfs.tar         write it into a file too, for docker load, ctr import, skopeo
 #   SUITE, MIRROR              what debootstrap makes the base of, and from where
+#   STORAGE=build/image        where the base and the layers are kept
 #   PIP_INDEX_URL              another index than PyPI
 #
 # Ends with 77 and a sentence where the tools are missing and cannot be installed.
@@ -17,7 +18,7 @@ version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' lazyfs/__init__.py)
 image=${IMAGE:-lazyfs:$version}
 suite=${SUITE:-bookworm}
 mirror=${MIRROR:-http://deb.debian.org/debian}
-here=build/image # git ignores it
+here=$(realpath -m "${STORAGE:-build/image}")
 authorities=/etc/ssl/certs/ca-certificates.crt
 
 skip() { echo "image: $*" >&2; exit 77; }
@@ -33,18 +34,18 @@ if [ ${#missing[@]} -gt 0 ]; then
         >/dev/null 2>&1 || skip "not built: apt-get could not install ${missing[*]}."
 fi
 
-mkdir -p $here
+mkdir -p "$here"
 # A storage of its own: nothing is mixed with images that are on this machine already.
-storage=(--root "$PWD/$here/storage" --runroot "$PWD/$here/run")
+storage=(--root "$here/storage" --runroot "$here/run")
 store() { buildah "${storage[@]}" "$@"; }
 
 base=${BASE_IMAGE:-localhost/lazyfs-base:$suite}
 if [ -z "${BASE_IMAGE:-}" ] && ! store inspect --type image "$base" >/dev/null 2>&1; then
     echo "image: making the base $base from $mirror"
-    root=$(mktemp -d "$PWD/$here/base.XXXXXX")
+    root=$(mktemp -d "$here/base.XXXXXX")
     trap 'rm -rf "$root"' EXIT
-    debootstrap --variant=minbase "$suite" "$root" "$mirror" > $here/debootstrap.log \
-        || { tail -3 $here/debootstrap.log >&2; exit 1; }
+    debootstrap --variant=minbase "$suite" "$root" "$mirror" > "$here/debootstrap.log" \
+        || { tail -3 "$here/debootstrap.log" >&2; exit 1; }
     # What nobody reads in a container, as in Debian's own slim images.
     rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/var/log/*
     find "$root"/usr/share/{doc,info,locale,man} -mindepth 1 -type f ! -name copyright -delete
@@ -72,6 +73,6 @@ pull=--pull-never
 [ -z "${BASE_IMAGE:-}" ] || pull=--pull
 echo "image: building $image on $base"
 store bud --isolation chroot --layers $pull --tag "$image" "${arguments[@]}" . \
-    > $here/build.log 2>&1 || { tail -20 $here/build.log >&2; exit 1; }
+    > "$here/build.log" 2>&1 || { tail -20 "$here/build.log" >&2; exit 1; }
 [ -z "${ARCHIVE:-}" ] || store push --quiet "$image" "docker-archive:$ARCHIVE:$image"
 store images "$image"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from mounting import Mounted
 from s3 import S3
+
+# It needs the cluster of `make cluster`.
+collect_ignore = [] if "LAZYFS_CLUSTER" in os.environ else ["cluster"]
 
 # How long an example takes says how busy the machine is, and nothing about the code.
 settings.register_profile("lazyfs", deadline=None, suppress_health_check=[HealthCheck.too_slow])
