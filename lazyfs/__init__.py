@@ -1,3 +1,3 @@
-"""Large models in S3 as a local read-only directory."""
+"""Mount models stored in S3 as read-only directories."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`python -m lazyfs`, and what the command `lazyfs` is."""
+"""Entry point of `python -m lazyfs` and of the command `lazyfs`."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""The command line. Each command is in a module of its own, which is imported when it is called.
+"""The command line. Each command has a module of its own, which is imported only when needed.
 
-Errors are one line on standard error: exit code 2 for a wrong option or argument, 1 for everything
-else, 130 when interrupted.
+An error is one line on standard error. Exit codes: 2 for a wrong option or argument, 130 after
+Ctrl-C, 1 for everything else.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import click
 from lazyfs import __version__
 from lazyfs.errors import LazyfsError, OptionError
 
-# Name of each command: the module it is in.
+# The module of each command.
 COMMANDS = {
     "mount": "mounting",
     "umount": "mounting",
@@ -36,12 +36,12 @@ COMMANDS = {
 }
 
 
-# Where the function is called otherwise than its command.
+# Functions with another name than their command.
 _FUNCTIONS = {"set": "set_"}
 
 
 class OneLineErrors(click.Group):
-    """Commands of a program, every error of which is one line that begins with its name."""
+    """A group of commands that prints each error as one line, after the name of the program."""
 
     program = "lazyfs"
 
@@ -64,7 +64,7 @@ class OneLineErrors(click.Group):
 
 
 class _Commands(OneLineErrors):
-    """Finds commands by name without importing the others."""
+    """Imports only the command that is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -80,4 +80,4 @@ class _Commands(OneLineErrors):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="lazyfs")
 def main() -> None:
-    """Models in S3 as a local, read-only directory: mounted in a second, read at line rate."""
+    """Mount models stored in S3 as read-only directories, and read them at line rate."""

@@ -1,4 +1,4 @@
-"""`lazyfs cache`: what is in this node's cache, and out of it with what is not wanted."""
+"""`lazyfs cache`: show, check and prune the block cache of this node."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from lazyfs.cli.tables import console, print_rows
 from lazyfs.errors import CacheError, OptionError
 from lazyfs.options.option_types import Duration, Size, format_duration, format_size
 
-_AS_JSON = click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+_AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _AGES = Duration(1, 10 * 365 * 86400)
 _SIZES = Size(0, 1 << 60)
 
 
 @click.group("cache")
 def cache() -> None:
-    """Look at the block cache of this node, check it, and make room in it.
+    """Show, check and prune the block cache of this node.
 
-    Everything here can be done while mounts use the cache: what is taken away is fetched again
-    when it is read.
+    All of this is safe while mounts use the cache. They fetch a removed block again when it is
+    read.
     """
 
 
@@ -41,7 +41,7 @@ def cache() -> None:
 @with_cache_options
 @_AS_JSON
 def info(as_json: bool, **given: Any) -> None:
-    """How large the cache is, how large it may become, and how often it helped."""
+    """Show size, limits and hit rate of the cache."""
     described = [_describe(directory) for directory in _opened(given)]
     if as_json:
         click.echo(json.dumps(described, indent=1))
@@ -59,24 +59,24 @@ def info(as_json: bool, **given: Any) -> None:
                 (
                     "disk",
                     f"{format_size(fields['free_bytes'])} free, "
-                    f"{format_size(fields['reserve_bytes'])} left to others",
+                    f"{format_size(fields['reserve_bytes'])} reserved for others",
                 ),
                 ("objects", f"{fields['objects']} in {fields['models']} models"),
-                ("oldest use", _ago(fields["oldest_use_s"])),
+                ("least recent use", _ago(fields["oldest_use_s"])),
                 (
-                    "found here",
-                    f"{hits} of {asked} blocks ({hits / asked:.0%})" if asked else "not asked yet",
+                    "hits",
+                    f"{hits} of {asked} blocks ({hits / asked:.0%})" if asked else "no lookups yet",
                 ),
             ]
         )
 
 
 @cache.command("ls")
-@click.option("--files", is_flag=True, help="Each object in a line of its own.")
+@click.option("--files", is_flag=True, help="List each object on a line of its own.")
 @with_cache_options
 @_AS_JSON
 def list_(files: bool, as_json: bool, **given: Any) -> None:
-    """Which models are in the cache, and how much of each."""
+    """List the models in the cache, and how much of each is there."""
     entries = objects(_opened(given))
     if not files:
         entries = models(entries)
@@ -85,7 +85,7 @@ def list_(files: bool, as_json: bool, **given: Any) -> None:
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("OBJECT" if files else "MODEL", overflow="fold")
-    names = ("HERE", "OF", "SHARE", "SINCE", "USED")
+    names = ("CACHED", "SIZE", "SHARE", "ADDED", "USED")
     for name in names if files else ("FILES", *names):
         table.add_column(name, justify="right", no_wrap=True)
     for entry in entries:
@@ -102,14 +102,21 @@ def list_(files: bool, as_json: bool, **given: Any) -> None:
 
 @cache.command()
 @click.argument("patterns", nargs=-1, metavar="[s3://BUCKET/PREFIX*]...")
-@click.option("--older-than", metavar="TIME", help="What was not used for so long: 12h, 30d.")
-@click.option("--to", "size", metavar="SIZE", help="Least recently used first, until this is left.")
+@click.option(
+    "--older-than", metavar="TIME", help="Remove blocks not used for this long, such as 12h or 30d."
+)
+@click.option(
+    "--to",
+    "size",
+    metavar="SIZE",
+    help="Remove the least recently used blocks until the cache has this size.",
+)
 @with_cache_options
 @_AS_JSON
 def prune(
     patterns: tuple[str, ...], older_than: str | None, size: str | None, as_json: bool, **given: Any
 ) -> None:
-    """Take out what matches a pattern, was not used for long, or is too much.
+    """Remove blocks from the cache: by pattern, by age, or down to a size.
 
     \b
     Examples:
@@ -118,7 +125,7 @@ def prune(
       lazyfs cache prune --to 200GiB
     """
     if not patterns and older_than is None and size is None:
-        raise OptionError("cache prune: say what: a pattern, --older-than or --to")
+        raise OptionError("cache prune: give a pattern, --older-than or --to")
     age_s = None if older_than is None else _parsed(_AGES, "--older-than", older_than)
     most = None if size is None else _parsed(_SIZES, "--to", size)
     directories = _opened(given)
@@ -139,7 +146,7 @@ def prune(
 @with_cache_options
 @_AS_JSON
 def clear(as_json: bool, **given: Any) -> None:
-    """Take everything out."""
+    """Remove all blocks from the cache."""
     directories = _opened(given)
     before = sum(directory.used_bytes() for directory in directories)
     for directory in directories:
@@ -151,9 +158,9 @@ def clear(as_json: bool, **given: Any) -> None:
 @with_cache_options
 @_AS_JSON
 def verify(as_json: bool, **given: Any) -> None:
-    """Read every block and check it; what is damaged is taken out.
+    """Read and check every block, and remove damaged ones.
 
-    Exit code 1: something was damaged.
+    Exit code 1: a block was damaged.
     """
     directories = _opened(given)
     work = [
@@ -175,14 +182,15 @@ def verify(as_json: bool, **given: Any) -> None:
         first = "; ".join(damaged[:5])
         more = f"; and {len(damaged) - 5} more" if len(damaged) > 5 else ""
         raise CacheError(
-            f"{len(damaged)} of {len(work)} blocks were damaged and taken out: {first}{more}"
+            f"{len(damaged)} of {len(work)} blocks were damaged and have been removed: "
+            f"{first}{more}"
         )
     if not as_json:
-        click.echo(f"{len(work)} blocks, {format_size(total)}: all as they were stored")
+        click.echo(f"{len(work)} blocks, {format_size(total)}: all intact")
 
 
 def _opened(given: dict[str, Any]) -> list[CacheDirectory]:
-    """The directories that the options, the environment or the defaults name."""
+    """Open the cache directories that the options, the environment or the defaults name."""
     options, _ = settings(None, given)
     limits = Limits(options.cache_size, options.cache_reserve)
     directories = [CacheDirectory(path, limits) for path in directories_of(options)]
@@ -190,7 +198,7 @@ def _opened(given: dict[str, Any]) -> list[CacheDirectory]:
         raise OptionError("--cache-dir: none: there is no cache")
     for directory in directories:
         if not directory.path.is_dir():
-            raise CacheError(f"--cache-dir: {directory.path}: there is no such directory")
+            raise CacheError(f"--cache-dir: {directory.path}: no such directory")
         check_directory(directory.path)
         try:
             directory.open()

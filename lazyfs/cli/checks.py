@@ -1,7 +1,7 @@
-"""What usually goes wrong with a mount, tried one thing after another, and what to do about it.
+"""The checks of `lazyfs doctor`: what may keep a mount from working well, and what to do about it.
 
-Each check gives findings; none changes anything but for a file in the cache directory, which is
-removed again. Everything here blocks.
+A check yields findings. No check changes anything, except for a file in the cache directory, which
+is removed again. All checks block.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ TEST_BYTES = 64 * MIB
 SLOW_DISK = 200 * 10**6
 SLOW_FIRST_BYTE_S = 0.5
 AT_ONCE = 8
-# S3 refuses requests whose time is 15 minutes off (RequestTimeTooSkewed).
+# S3 rejects requests whose time is 15 minutes off (RequestTimeTooSkewed).
 SKEW_REFUSED_S, SKEW_NOTICED_S = 900.0, 60.0
 
 
 class Outcome(StrEnum):
-    """How something was found."""
+    """The outcome of a check."""
 
     OK = "ok"
     WARNING = "warning"
@@ -51,12 +51,13 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a check found.
+    """The result of a check. Its fields are those of `lazyfs doctor --json`.
 
     Attributes:
-        what: was looked at.
-        words: how it is.
-        advice: what to do, if something is to be done.
+        what: the thing that was checked.
+        state: the outcome.
+        words: what was found.
+        advice: what to do about it; empty if there is nothing to do.
     """
 
     what: str
@@ -66,7 +67,7 @@ class Finding:
 
 
 def examine(options: MountOptions, source: SourceUrl | None) -> Iterator[Finding]:
-    """All findings, each as soon as it is known."""
+    """Run all checks, and yield each finding as soon as it is known."""
     for check in (_device, _permission, _kernel, _settings, _memory):
         yield from check(options)
     yield from _cache(options)
@@ -86,7 +87,7 @@ def _device(options: MountOptions) -> Iterator[Finding]:
     except OSError as error:
         yield Finding(
             "FUSE", Outcome.FAILED, f"/dev/fuse cannot be opened: {error.strerror}",
-            "let this user open it: mode 666 is usual; a container needs it in its device list",
+            "give this user access to it (usually mode 666), or pass the device to the container",
         )  # fmt: skip
     else:
         yield Finding("FUSE", Outcome.OK, "/dev/fuse can be opened")
@@ -99,21 +100,21 @@ def _permission(options: MountOptions) -> Iterator[Finding]:
             yield Finding("mounting", Outcome.OK, "as root")
         else:
             yield Finding(
-                "mounting", Outcome.FAILED, "root without CAP_SYS_ADMIN cannot mount",
-                "give the container that capability (--cap-add SYS_ADMIN), or use the CSI driver",
+                "mounting", Outcome.FAILED, "root cannot mount without CAP_SYS_ADMIN",
+                "give the container this capability (--cap-add SYS_ADMIN), or use the CSI driver",
             )  # fmt: skip
         return
     if path := shutil.which("fusermount3"):
         yield Finding("mounting", Outcome.OK, f"through {path}")
     else:
         yield Finding(
-            "mounting", Outcome.FAILED, "fusermount3 is missing; users mount through it",
+            "mounting", Outcome.FAILED, "fusermount3 is missing; ordinary users need it to mount",
             "install the package fuse3, or mount as root",
         )  # fmt: skip
     if options.allow_other and not _allows_others():
         yield Finding(
-            "--allow-other", Outcome.FAILED, "users may not use it here",
-            "put the line user_allow_other into /etc/fuse.conf",
+            "--allow-other", Outcome.FAILED, "not permitted for ordinary users on this machine",
+            "add the line user_allow_other to /etc/fuse.conf",
         )  # fmt: skip
 
 
@@ -134,35 +135,35 @@ def _kernel(options: MountOptions) -> Iterator[Finding]:
     release = platform.release()
     numbers = tuple(int(number) for number in re.findall(r"\d+", release)[:2])
     if numbers >= mount_syscalls.RESEND_SINCE:
-        yield Finding("kernel", Outcome.OK, f"{release}: a mount goes on when its worker dies")
+        yield Finding("kernel", Outcome.OK, f"{release}: a mount survives the death of its worker")
     else:
         yield Finding(
             "kernel", Outcome.WARNING,
-            f"{release}: when a worker dies the mount is made anew, and open files fail",
-            "Linux 6.9 and later can go on",
+            f"{release}: if a worker dies, the source is mounted again, and open files fail",
+            "Linux 6.9 and newer keep them open",
         )  # fmt: skip
 
 
 def _settings(options: MountOptions) -> Iterator[Finding]:
-    """Whether the kernel's read-ahead of a mount can be raised (`tune_kernel`)."""
+    """Whether the kernel's read-ahead for a mount can be raised (`tune_kernel`)."""
     read_only = os.statvfs("/sys").f_flag & os.ST_RDONLY
     if os.geteuid() == 0 and not read_only:
         yield Finding("read-ahead", Outcome.OK, f"can be set to {format_size(options.read_ahead)}")
     else:
         why = "/sys is read-only" if read_only else "only root may set it"
         yield Finding(
-            "read-ahead", Outcome.WARNING, f"stays as it is: {why}",
-            "reads of what is not in the page cache yet are slower; mount as root to raise it",
+            "read-ahead", Outcome.WARNING, f"cannot be changed: {why}",
+            "reads of data that is not in the page cache yet are slower; mount as root to raise it",
         )  # fmt: skip
 
 
 def _memory(options: MountOptions) -> Iterator[Finding]:
     free = free_memory()
-    words = f"{format_size(free)} free for blocks and page cache"
+    words = f"{format_size(free)} free for blocks and the page cache"
     if free < options.memory_limit + GIB:
         yield Finding(
             "memory", Outcome.WARNING, words,
-            "little can be put into the page cache ahead of readers; raise the cgroup's limit",
+            "little can be prefetched into the page cache; raise the limit of the cgroup",
         )  # fmt: skip
     else:
         yield Finding("memory", Outcome.OK, words)
@@ -170,7 +171,7 @@ def _memory(options: MountOptions) -> Iterator[Finding]:
 
 def _cache(options: MountOptions) -> Iterator[Finding]:
     if options.cache_dir == "none":
-        yield Finding("cache", Outcome.OK, "none wanted (--cache-dir none)")
+        yield Finding("cache", Outcome.OK, "disabled (--cache-dir none)")
         return
     for directory in options.cache_dir or (default_directory(),):
         yield _cache_directory(directory)
@@ -187,13 +188,13 @@ def _cache_directory(directory: Path) -> Finding:
     if free < 4 * TEST_BYTES:
         return Finding(
             what, Outcome.WARNING, f"{format_size(free)} free",
-            "free some space, or name another --cache-dir",
+            "free some space, or choose another --cache-dir",
         )  # fmt: skip
     try:
         written, read = _disk_rates(directory)
     except OSError as error:
         return Finding(
-            what, Outcome.FAILED, f"cannot be written: {error.strerror}", "name another --cache-dir"
+            what, Outcome.FAILED, f"not writable: {error.strerror}", "choose another --cache-dir"
         )
     words = (
         f"{format_size(free)} free, writes {format_size(written)}/s, reads {format_size(read)}/s"
@@ -201,13 +202,13 @@ def _cache_directory(directory: Path) -> Finding:
     if min(written, read) < SLOW_DISK:
         return Finding(
             what, Outcome.WARNING, words,
-            "slower than a good network; a local NVMe disk is best, --cache-dir none may be faster",
+            "slower than a fast network; use a local NVMe disk, or try --cache-dir none",
         )  # fmt: skip
     return Finding(what, Outcome.OK, words)
 
 
 def _disk_rates(directory: Path) -> tuple[float, float]:
-    """Bytes a second written and read, past the page cache. Raises OSError."""
+    """Write and read rates in bytes per second, bypassing the page cache. Raises OSError."""
     path = directory / f"doctor-{os.getpid()}"
     try:
         began = time.perf_counter()
@@ -221,7 +222,7 @@ def _disk_rates(directory: Path) -> tuple[float, float]:
 
 
 def _source(url: SourceUrl, options: MountOptions) -> Iterator[Finding]:
-    """Each step needs the one before."""
+    """Check the source. Each step needs the one before."""
     if options.endpoint_url:
         yield _transport(options.endpoint_url)
     try:
@@ -262,18 +263,18 @@ def _transport(endpoint: str) -> Finding:
 def _clock(source: Source) -> Finding:
     skew_s = source.clock_skew_s()
     if skew_s is None:
-        return Finding("clock", Outcome.OK, "S3 does not tell its own")
-    words = f"{abs(skew_s):.0f} s {'behind' if skew_s > 0 else 'ahead of'} that of S3"
+        return Finding("clock", Outcome.OK, "not checked: S3 did not send a date")
+    words = f"{abs(skew_s):.0f} s {'behind' if skew_s > 0 else 'ahead of'} the clock of S3"
     if abs(skew_s) < SKEW_NOTICED_S:
         return Finding("clock", Outcome.OK, words)
     return Finding(
         "clock", Outcome.FAILED if abs(skew_s) >= SKEW_REFUSED_S else Outcome.WARNING, words,
-        "set it by NTP; S3 refuses requests that are 15 minutes off",
+        "synchronise it with NTP; S3 rejects requests that are 15 minutes off",
     )  # fmt: skip
 
 
 def _ranges(source: Source, one: ListedObject, options: MountOptions) -> Iterator[Finding]:
-    """Whether ranges of an object can be had, how soon and how fast."""
+    """Whether ranges of an object can be read, with latency and throughput."""
     key = one.key or ""
     length = min(options.block_size, one.size_bytes)
     starts = range(0, one.size_bytes - length + 1, length)[:AT_ONCE]
@@ -291,12 +292,12 @@ def _ranges(source: Source, one: ListedObject, options: MountOptions) -> Iterato
         return
     words = (
         f"first byte after {format_duration(first_s)}; {format_size(sum(sizes) / took_s)}/s "
-        f"by {len(starts)} requests of {format_size(length)}"
+        f"with {len(starts)} requests of {format_size(length)}"
     )
     if first_s > SLOW_FIRST_BYTE_S:
         yield Finding(
             "reading", Outcome.WARNING, words,
-            "the endpoint is far or busy; a larger --block-size asks less often",
+            "the endpoint is far away or busy; a larger --block-size sends fewer requests",
         )  # fmt: skip
     else:
         yield Finding("reading", Outcome.OK, words)
@@ -308,12 +309,12 @@ def _hint(error: LazyfsError) -> str:
 
 _HINTS = {
     "AccessDeniedError": "the role or user needs s3:ListBucket on the bucket and s3:GetObject on "
-    "its objects, and kms:Decrypt if they are encrypted with a key of its own",
-    "CredentialsExpiredError": "renew them (aws sso login), or see why they are not renewed",
-    "NoSuchBucketError": "check the bucket's name and --endpoint-url",
-    "WrongRegionError": "give --region, or leave it out so that S3 is asked",
+    "its objects, and kms:Decrypt if they are encrypted with a customer-managed key",
+    "CredentialsExpiredError": "renew them (aws sso login), or find out why they are not renewed",
+    "NoSuchBucketError": "check the name of the bucket and --endpoint-url",
+    "WrongRegionError": "set --region to the region of the bucket, or leave it out to ask S3",
     "UnavailableError": "check --endpoint-url, DNS, proxies and firewalls from this machine",
-    "UntrustedError": "give the authority's certificate with --ca-bundle",
+    "UntrustedError": "pass the CA certificate with --ca-bundle",
     "ThrottledError": "S3 asks for fewer requests; try again later",
 }
 

@@ -1,4 +1,4 @@
-"""`lazyfs completion`: the shell completes commands, options and their values."""
+"""`lazyfs completion`: shell completion of commands, options and their values."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from click.shell_completion import get_completion_class
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
-    """Print what makes SHELL complete `lazyfs`.
+    """Print the completion script for SHELL.
 
     \b
-    For good:
+    To install it:
       bash   lazyfs completion bash > ~/.local/share/bash-completion/completions/lazyfs
       zsh    lazyfs completion zsh > "${fpath[1]}/_lazyfs"
       fish   lazyfs completion fish > ~/.config/fish/completions/lazyfs.fish

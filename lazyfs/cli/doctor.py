@@ -1,4 +1,4 @@
-"""`lazyfs doctor`: what is wrong here, and what to do about it."""
+"""`lazyfs doctor`: find out what keeps a mount from working well."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ _STYLES = {Outcome.OK: "green", Outcome.WARNING: "yellow", Outcome.FAILED: "bold
 
 @click.command()
 @click.argument("source", required=False)
-@click.option("--json", "as_json", is_flag=True, help="The findings as a list of JSON objects.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as a JSON list.")
 @with_mount_options
 def doctor(source: str | None, as_json: bool, config: Path | None, **given: Any) -> None:
-    """Check this machine, and SOURCE (s3://BUCKET/PREFIX) if given, for what usually goes wrong.
+    """Check this machine, and SOURCE (s3://BUCKET/PREFIX) if given, for common problems.
 
-    Takes the options of `lazyfs mount`, so that what is checked is what would be mounted. Writes
-    and removes one file of 64 MiB in the cache directory, and reads up to eight blocks of an
-    object.
+    Takes the options of `lazyfs mount`, and checks the mount that they describe. Writes a file of
+    64 MiB to the cache directory and removes it; reads up to eight blocks of an object.
 
     \b
     Examples:
@@ -36,8 +35,7 @@ def doctor(source: str | None, as_json: bool, config: Path | None, **given: Any)
       lazyfs doctor s3://my-bucket/models/llama --profile research
       lazyfs doctor s3://models --endpoint-url https://minio.example --ca-bundle ca.pem
 
-    Exit code 0: nothing stands in the way, there may be warnings; 1: something failed; 2: an option
-    is wrong.
+    Exit code 0: no check failed, there may be warnings; 1: a check failed; 2: an option is wrong.
     """
     options, _ = settings(config, given)
     url = SourceUrl.parse(source) if source else None

@@ -1,8 +1,9 @@
-"""`mount.lazyfs`: what `mount -t lazyfs` and /etc/fstab call (mount(8), EXTERNAL HELPERS).
+"""`mount.lazyfs`: the mount helper for `mount -t lazyfs` and /etc/fstab.
 
-Called as `mount.lazyfs SOURCE MOUNTPOINT [-sfnv] [-N namespace] [-o options] [-t type]`. Of the
-options, those of lazyfs mean the same as on its command line (`-o block-size=16MiB`); those that
-mount(8) and systemd handle themselves, or that a read-only mount always is, are passed over.
+mount(8) calls it as `mount.lazyfs SOURCE MOUNTPOINT [-sfnv] [-N namespace] [-o options] [-t type]`
+(section EXTERNAL HELPERS). Options of lazyfs mean the same as on its command line
+(`-o block-size=16MiB`). Options that mount(8) and systemd handle themselves, or that any read-only
+mount fulfils, are ignored.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 from lazyfs.process import early_start
 
 # mount(8), FILESYSTEM-INDEPENDENT MOUNT OPTIONS; systemd.mount(5) for x-systemd.*.
-_PASSED_OVER = frozenset(
+_IGNORED = frozenset(
     (
         "_netdev",
         "async",
@@ -48,7 +49,7 @@ USAGE = "usage: mount.lazyfs s3://BUCKET[/PREFIX] MOUNTPOINT [-o OPTION[=VALUE],
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Translate to `lazyfs mount` and run it."""
+    """Translate the arguments to those of `lazyfs mount`, and run it."""
     argv = sys.argv[1:] if argv is None else argv
     begun = early_start.begin(["mount", *argv[:2]])  # mount(8) names source and mountpoint first
     try:
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def translate(argv: list[str]) -> list[str] | None:
-    """The arguments of `lazyfs` for those of a mount helper; None if only asked to pretend (-f)."""
+    """Translate the arguments of a mount helper to those of `lazyfs`; None for a dry run (-f)."""
     positional: list[str] = []
     options: list[str] = []
     pretend = False
@@ -84,7 +85,7 @@ def translate(argv: list[str]) -> list[str] | None:
 
 def _translate_option(text: str) -> list[str]:
     name, equals, value = text.partition("=")
-    if name in _PASSED_OVER or name.startswith(("x-", "X-", "comment")):
+    if name in _IGNORED or name.startswith(("x-", "X-", "comment")):
         return []
     from lazyfs.options.mount_options import find_option
 

@@ -1,4 +1,4 @@
-"""`lazyfs inspect`: what is in a source or a mount, and what of it is prefetched in which order."""
+"""`lazyfs inspect`: describe the models of a source or mount, and what is prefetched of them."""
 
 from __future__ import annotations
 
@@ -29,27 +29,26 @@ from lazyfs.process.mount_records import control_socket
 from lazyfs.store.source import Source, SourceUrl
 
 FILES_NAMED = 12
-# A mount may have to ask S3 first, patiently.
+# A mount may have to ask S3 first, with retries.
 MOUNT_TIMEOUT_S = 60.0
 WHEN = {
     "mount": "from the moment of mount, in this order",
     "open": "once one of its files is opened, in this order",
-    "never": "nothing ahead of readers (--prefetch {policy})",
+    "never": "nothing (--prefetch {policy})",
 }
 
 
 @click.command()
 @click.argument("what", metavar="SOURCE|MOUNTPOINT")
-@click.option("--json", "as_json", is_flag=True, help="All of it, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @with_mount_options
 def inspect(what: str, as_json: bool, config: Path | None, **given: Any) -> None:
-    """Show the models of SOURCE (s3://BUCKET/PREFIX) or of MOUNTPOINT: shards, tensors, bytes and
-    parameters by layer, what is prefetched in which order, what is left out and why, and how much
-    of it is in the cache of this machine.
+    """Show the models of SOURCE (s3://BUCKET/PREFIX) or MOUNTPOINT: shards, tensors, bytes and
+    parameters by layer; what is prefetched in which order; what is left out and why; and how much
+    is in the cache of this machine.
 
-    Of a SOURCE the listing, indexes and headers are read from S3, with the options that are given.
-    Of a MOUNTPOINT its daemon tells what it has listed, and what is in it: that takes no
-    credentials.
+    For a SOURCE, lazyfs reads the listing, indexes and headers from S3, with the given options.
+    For a MOUNTPOINT, it asks the daemon of the mount, and needs no credentials.
 
     \b
     Examples:
@@ -139,7 +138,7 @@ def _listing(source: Source) -> list[ListedObject]:
 def _cached(
     source: Source, options: MountOptions, files: Mapping[str, File]
 ) -> Callable[[str], int | None]:
-    """How much of a file is in the cache, if there is one that this user can read."""
+    """A function that returns the cached bytes of a file; None if this user cannot read a cache."""
     cache = BlockCache.of(options, source.endpoint, source.url.bucket)
     if cache is None or not all(
         os.access(directory.path, os.R_OK | os.W_OK | os.X_OK) for directory in cache.directories
@@ -198,7 +197,7 @@ def _print(table: Table) -> None:
 
 
 def _table(*columns: str) -> Table:
-    """The first column is of names, the others of numbers."""
+    """A table with names in the first column and numbers in the others."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(columns[0], overflow="fold")
     for column in columns[1:]:
@@ -216,7 +215,7 @@ def _shards(model: Model, options: MountOptions) -> Table:
         if shard.trouble:
             table.add_row(f"  {shard.trouble}", style="yellow")
         if shard.path in model.layout.included:
-            table.add_row("  left out but for --include, so it comes last")
+            table.add_row("  prefetched only because of --include, so it comes last")
     return table
 
 

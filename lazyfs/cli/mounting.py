@@ -1,6 +1,7 @@
-"""`lazyfs mount` and `umount`: begin and end a mount of this machine.
+"""`lazyfs mount` and `lazyfs umount`.
 
-A mount is quick to begin; so what only some mounts need is imported where it is needed.
+Mounting has to start quickly, so modules that only some mounts need are imported where they are
+needed.
 """
 
 from __future__ import annotations
@@ -22,22 +23,24 @@ from lazyfs.process.early_start import Background, EarlyWorker
 from lazyfs.process.mount_records import DaemonWatch, default_log_file
 from lazyfs.process.mount_spec import MountSpec
 
-# A background mount that is neither ready nor refused by then is given up; its supervisor, which
-# gives its worker 120 s, knows more.
+# Give up on a background mount that is neither ready nor refused by then. This is longer than the
+# 120 s that the supervisor gives its worker, because the supervisor knows the reason.
 READY_TIMEOUT_S = 150.0
 
 
 @click.command()
 @click.argument("source")
 @click.argument("mountpoint", type=click.Path(path_type=Path))
-@click.option("--foreground", "-f", is_flag=True, help="Stay, and log to standard error.")
+@click.option(
+    "--foreground", "-f", is_flag=True, help="Stay in the foreground and log to standard error."
+)
 @click.option(
     "--wait",
     type=click.Choice(["headers", "model"]),
-    help="Return only when the small files and the beginnings of all shards, or the whole model, "
-    "are on this machine; if nothing else fetches the model, it is put into the cache.",
+    help="Return only when the small files and the headers of all shards (headers), or the whole "
+    "model (model), are on this machine. A model that is not prefetched is put into the cache.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Tell progress as JSON lines.")
+@click.option("--json", "as_json", is_flag=True, help="Print progress as JSON lines.")
 @with_mount_options
 @click.pass_obj
 def mount(
@@ -53,12 +56,12 @@ def mount(
 ) -> None:
     """Mount SOURCE (s3://BUCKET or s3://BUCKET/PREFIX) at the empty directory MOUNTPOINT.
 
-    Returns when the mount can be used; the daemon goes on in the background. Every option can
-    also come from the environment (LAZYFS_BLOCK_SIZE=8MiB) or a --config file.
+    Returns when the mount is ready; its daemon runs in the background. Every option can also be set
+    in the environment (LAZYFS_BLOCK_SIZE=8MiB) or in a --config file.
     """
     options, texts = settings(config, given)
     if wait and foreground:
-        raise OptionError("--wait: not with --foreground, which does not return")
+        raise OptionError("--wait: cannot be combined with --foreground, which does not return")
     if wait:
         from lazyfs.cli.waiting import check_wait, wait_until_present
 
@@ -68,7 +71,7 @@ def mount(
     spec = MountSpec(source, str(mountpoint), texts)
     kind = EarlyWorker if foreground else Background
     if not isinstance(begun, kind) or begun.mountpoint != spec.mountpoint:
-        if begun is not None:  # for something that looked like what was meant
+        if begun is not None:  # it was started for another mountpoint or mode
             begun.end()
         begun = kind(spec.mountpoint)
     if isinstance(begun, EarlyWorker):
@@ -80,39 +83,41 @@ def mount(
 
 @click.command()
 @click.argument("mountpoint", type=click.Path(path_type=Path))
-@click.option("--lazy", "-l", is_flag=True, help="Detach it even if it is in use.")
+@click.option("--lazy", "-l", is_flag=True, help="Detach the mount even if it is in use.")
 def umount(mountpoint: Path, lazy: bool) -> None:
-    """Unmount MOUNTPOINT and wait for its daemon to end; works after a crash as well.
+    """Unmount MOUNTPOINT and wait for its daemon to end. This also works after a crash.
 
-    What a load left no time to write is written to the cache first, for up to 30 seconds; Ctrl-C
-    unmounts at once. Not with --lazy.
+    Blocks that are not yet in the cache are written to it first, for up to 30 seconds. Ctrl-C skips
+    that, and so does --lazy.
     """
     mountpoint = Path(os.path.realpath(mountpoint))
     found = mount_syscalls.find_mount(mountpoint)
     if found is None:
         raise MountError(f"{mountpoint}: nothing is mounted there")
     if found.filesystem_type != mount_syscalls.FILESYSTEM_TYPE:
-        raise MountError(f"{mountpoint}: is a mount of type {found.filesystem_type}, not of lazyfs")
+        raise MountError(f"{mountpoint}: the mount is of type {found.filesystem_type}, not lazyfs")
     watch = DaemonWatch(mountpoint)
     left = 0
     if not lazy:
         left = before_unmount.save(mountpoint, unless_in_use=True, on_wait=_tell_saving)
     mount_syscalls.unmount(mountpoint, lazy=lazy)
     if left:
-        click.echo("not all was saved: the next mount fetches the rest again", err=True)
+        click.echo("not all blocks were saved: the next mount fetches the rest again", err=True)
     if not lazy and not watch.wait(timeout_s=15):
-        raise MountError(f"{mountpoint}: unmounted, but its daemon has not ended yet")
+        raise MountError(f"{mountpoint}: unmounted, but its daemon is still running")
 
 
 def _tell_saving(size_bytes: int) -> None:
-    click.echo(f"saving {format_size(size_bytes)} to the cache ... (Ctrl-C: unmount now)", err=True)
+    click.echo(
+        f"saving {format_size(size_bytes)} to the cache ... (Ctrl-C to unmount now)", err=True
+    )
 
 
 def _start_in_background(background: Background, spec: MountSpec, log_file: Path) -> None:
-    """Have the mount supervised in a session of its own, and return when it is ready.
+    """Start the supervisor in a session of its own, and return when the mount is ready.
 
     Raises:
-        LazyfsError: it was refused, with the message of the daemon, or it did not become ready.
+        LazyfsError: the daemon refused to mount (with its message), or did not become ready.
     """
     answer: dict[str, Any] = {}
     with _open_log(log_file) as output, contextlib.suppress(BrokenPipeError):
@@ -122,7 +127,7 @@ def _start_in_background(background: Background, spec: MountSpec, log_file: Path
     background.stop()
     if answer:
         raise DaemonError(answer["error"], answer["exit_code"])
-    raise MountError(f"the daemon ended before the mount was ready; its log is {log_file}")
+    raise MountError(f"the daemon ended before the mount was ready; see its log {log_file}")
 
 
 def _open_log(log_file: Path) -> IO[bytes]:

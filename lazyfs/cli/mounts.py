@@ -1,4 +1,4 @@
-"""Finds the mounts of this machine and asks their workers."""
+"""Finds the mounts of this machine and queries their workers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ Status = dict[str, Any]
 
 
 def record_at(mountpoint: Path) -> MountRecord:
-    """The record of the mount there. Raises MountError: there is none."""
+    """The record of the mount at a mountpoint. Raises MountError if there is none."""
     path = Path(os.path.realpath(mountpoint))
     record = record_of(path)
     if record is None:
-        raise MountError(f"{path}: no lazyfs daemon serves it; `lazyfs status` lists those that do")
+        raise MountError(
+            f"{path}: no lazyfs daemon serves it; `lazyfs status` lists the mounts that exist"
+        )
     return record
 
 
 def status_of(record: MountRecord) -> Status:
-    """What a mount's worker says of itself; an `error` instead if it does not answer."""
+    """The status of a mount from its worker; with an `error` if the worker does not answer."""
     try:
         answer: Status = ControlClient(control_socket(Path(record.mountpoint))).get("/status")
     except ControlError as error:

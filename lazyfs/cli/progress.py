@@ -1,4 +1,4 @@
-"""How far something is that takes a while: a bar in a terminal, lines elsewhere."""
+"""Progress of long operations: a bar in a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from rich.progress import (
 
 from lazyfs.options.option_types import format_duration, format_size
 
-# Between two lines, where there is no bar.
+# Time between two lines, where there is no bar.
 LINE_EVERY_S = 5.0
 
 
 class ByteProgress:
-    """Shows how many bytes of a total are done, from `with` until its end.
+    """A context manager that shows how many bytes of a total are done.
 
-    A bar with rate and time left on standard error if that is a terminal, else a line there every
-    few seconds; with `as_json`, lines of JSON on standard output.
+    On a terminal it shows a bar with rate and time left, on standard error; elsewhere it prints a
+    line there every few seconds. With `as_json` it prints JSON lines to standard output.
 
     Args:
-        what: is done, in a word or two.
+        what: what is being done, in a word or two.
+        as_json: print JSON lines.
     """
 
     def __init__(self, what: str, *, as_json: bool) -> None:
@@ -69,12 +70,12 @@ class ByteProgress:
             self._line(*self._latest, finished=True)
 
     def update(self, done: int, total: int) -> None:
-        """So many bytes of so many are done."""
+        """Show that `done` of `total` bytes are done."""
         if self._done_at_first is None:
             self._done_at_first = done
         self._latest = (done, total)
         if self._bar is not None:
-            # What was there from the start would make the rate too good.
+            # The bar starts at the bytes that were there before; they would distort the rate.
             self._bar.update(self._task, completed=done, total=total or None)
         elif time.monotonic() - self._shown_at_s >= LINE_EVERY_S:
             self._shown_at_s = time.monotonic()

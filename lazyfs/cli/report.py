@@ -1,4 +1,4 @@
-"""`lazyfs report`: what limited a load, in words and as a picture."""
+"""`lazyfs report`: what limited a load, as text and as a chart."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ _DETAILS: dict[int, type[Cause] | type[Activity] | type[Purpose]] = {
     "-o",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Write the report there: .html (one file, opens without a network), .svg, .png or .json.",
+    help="Write the report to FILE: .html (self-contained), .svg, .png or .json.",
 )
 def report(mountpoint: Path, output: Path | None) -> None:
-    """Say why a load of MOUNTPOINT took as long as it did, and which option would change that.
+    """Explain why a load of MOUNTPOINT took as long as it did, and which option would change that.
 
-    Each mount keeps what happened since its worker began: which block came when, from where, who
-    waited for it and for what. Nothing is to be switched on before.
+    Every mount records its events since its worker started: when each block arrived, from where,
+    who waited for it and why. There is nothing to switch on.
 
     \b
     Examples:
@@ -51,7 +51,7 @@ def report(mountpoint: Path, output: Path | None) -> None:
       lazyfs report /mnt/llama -o report.html
       lazyfs report /mnt/llama -o report.json && jq .verdict report.json
 
-    Exit code 1: nothing is mounted there; 2: FILE cannot be written, or is of no such kind.
+    Exit code 1: nothing is mounted there; 2: FILE cannot be written, or has another suffix.
     """
     write = _writer(output) if output else None
     record = record_at(mountpoint)
@@ -70,7 +70,7 @@ def report(mountpoint: Path, output: Path | None) -> None:
 
 
 def as_text(load: Load, verdict: Verdict) -> str:
-    """The report for a terminal."""
+    """The report as text for a terminal."""
     about = load.recording.about
     lines = [f"{about['source']} at {about['mountpoint']}", "", verdict.headline, verdict.advice]
     lines += ["", *(f"- {fact}" for fact in verdict.facts), ""]
@@ -90,7 +90,7 @@ def _writer(output: Path) -> Callable[[Load, Verdict], bytes]:
     if writer is None:
         raise OptionError(f"--output: {output}: the name must end in {', '.join(writers)}")
     if not os.access(output.parent, os.W_OK):
-        raise OptionError(f"--output: {output}: {output.parent} is no directory to write into")
+        raise OptionError(f"--output: {output}: {output.parent} is not a writable directory")
     return writer
 
 
@@ -99,7 +99,7 @@ def _png(load: Load, verdict: Verdict) -> bytes:
         import cairosvg
     except (ImportError, OSError) as error:  # OSError: the cairo library itself is missing
         raise LazyfsError(
-            "a .png needs cairosvg (pip install 'lazyfs[png]') and the cairo library; "
+            ".png needs cairosvg (pip install 'lazyfs[png]') and the cairo library; "
             ".html and .svg need nothing"
         ) from error
     drawn: bytes = cairosvg.svg2png(Picture(load, verdict).svg(alone=True).encode(), scale=2)
@@ -107,7 +107,7 @@ def _png(load: Load, verdict: Verdict) -> bytes:
 
 
 def as_json(load: Load, verdict: Verdict) -> dict[str, Any]:
-    """All that is known, for programs."""
+    """The report with all events, as JSON."""
     return {
         "about": load.recording.about,
         "verdict": {

@@ -1,4 +1,4 @@
-"""The mount options as options of a command, and what was given of them."""
+"""Adds the mount options to a command, and collects their values."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ Command = Callable[..., None]
 
 
 def with_mount_options(command: Command) -> Command:
-    """Give a command every mount option, and `--config`; it passes them to `settings`."""
+    """Add all mount options and `--config` to a command, which passes them to `settings`."""
     for option in reversed(OPTIONS):
         command = _click_option(option)(command)
     return click.option(
         "--config",
         type=click.Path(path_type=Path),
-        help='TOML file with lines like block-size = "8MiB".',
+        help='TOML file with lines such as block-size = "8MiB".',
     )(command)
 
 
 def with_cache_options(command: Command) -> Command:
-    """Give a command the options that say where the cache is and what it may hold."""
+    """Add the options of the cache to a command."""
     for option in reversed(OPTIONS):
         if option.group == "Cache":
             command = _click_option(option)(command)
@@ -43,14 +43,14 @@ def with_cache_options(command: Command) -> Command:
 def settings(
     config: Path | None, given: Mapping[str, Any]
 ) -> tuple[MountOptions, dict[str, str | list[str]]]:
-    """What a user set: on the command line, else in the environment, else in the file.
+    """Collect the options from the command line, the environment and the file, in this order.
 
     Args:
-        config: the file; `$LAZYFS_CONFIG` names one as well.
-        given: what click found on the command line, by option.
+        config: the file; without it, `$LAZYFS_CONFIG` may name one.
+        given: values of the command line by option name, from click.
 
     Returns:
-        The options, and the texts that they were made of, for another process.
+        The options, and their texts, which can be passed to another process.
 
     Raises:
         OptionError: a name or a value is not allowed.
@@ -75,7 +75,7 @@ def _click_option(option: Option) -> Callable[[Command], Command]:
 
 
 def _given_layer(given: Mapping[str, Any]) -> dict[str, str | tuple[str, ...]]:
-    """What was given on the command line, as texts by option name."""
+    """Values of the command line as texts by option name."""
     return {
         name.replace("_", "-"): str(value).lower() if isinstance(value, bool) else value
         for name, value in given.items()

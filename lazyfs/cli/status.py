@@ -1,4 +1,4 @@
-"""`lazyfs status`: what the mounts of this machine are doing."""
+"""`lazyfs status`: show what the mounts of this machine are doing."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lazyfs.process.mount_records import records
 
 @click.command()
 @click.argument("mountpoint", type=click.Path(path_type=Path), required=False)
-@click.option("--json", "as_json", is_flag=True, help="All there is to know, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def status(mountpoint: Path | None, as_json: bool) -> None:
-    """Show what MOUNTPOINT is doing; without it, a table of all mounts of this user.
+    """Show what MOUNTPOINT is doing, or a table of all mounts of this user.
 
     \b
     Examples:
@@ -48,7 +48,7 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
 
 
 def rows(status: Status) -> list[tuple[str, str]]:
-    """One mount, for people: names and what is to be said."""
+    """The status of one mount as rows of a name and a text."""
     head = [
         ("mountpoint", status["mountpoint"]),
         ("source", status["source"]),
@@ -100,24 +100,24 @@ def rows(status: Status) -> list[tuple[str, str]]:
 def _passed_over(size_bytes: int) -> list[tuple[str, str]]:
     if not size_bytes:
         return []
-    told = "fetched and passed over by its reader, as far as requests show (--prefetch tensor)"
-    return [("unread", f"{format_size(size_bytes)} {told}")]
+    note = "fetched but skipped by the reader, as far as requests show (try --prefetch tensor)"
+    return [("unread", f"{format_size(size_bytes)} {note}")]
 
 
 def state(status: Status) -> str:
-    """In a word or two, how a mount is."""
+    """The state of a mount, in a few words."""
     if "error" in status:
-        return "no answer from its worker"
+        return "worker does not answer"
     if status["trouble"]:
         return f"trouble: {status['trouble']}"
     if status["ready"]["model"] and status["prefetch"]["wanted_bytes"]:
-        return "all here"
+        return "complete"
     words = {
-        "fetching": "fetching ahead",
+        "fetching": "prefetching",
         "demand": "fetching for readers",
-        "no_room": "waiting for readers to make room",
+        "no_room": "waiting for readers to free memory",
         "paused": "paused",
-        "off": "serving, nothing ahead",
+        "off": "serving, no prefetch",
     }
     return words.get(status["prefetch"]["activity"], "serving")
 
@@ -130,11 +130,11 @@ def share(part: int, whole: int) -> str:
 
 def _restarts(status: Status) -> str:
     many = status["restarts"]
-    return f", {many} worker{'s' if many > 1 else ''} before this one" if many else ""
+    return f", {many} restart{'s' if many > 1 else ''} of its worker" if many else ""
 
 
 def _changed(status: Status) -> list[tuple[str, str]]:
-    """What was changed since the mount began, if anything was."""
+    """Options that were changed since the mount began, if any."""
     texts = [f"{name}={text}" for name, text in status.get("changed", {}).items()]
     return [("changed", ", ".join(texts))] if texts else []
 
@@ -151,7 +151,7 @@ def _reads(status: Status) -> str:
 def _waited(status: Status) -> str:
     stalled = {cause: seconds for cause, seconds in status["stalled_s"].items() if seconds >= 0.01}
     if not stalled:
-        return "nothing worth mentioning"
+        return "not noticeably"
     return ", ".join(
         f"{format_duration(seconds)} ({cause.replace('_', ' ')})"
         for cause, seconds in sorted(stalled.items(), key=lambda item: -item[1])
@@ -161,12 +161,12 @@ def _waited(status: Status) -> str:
 def _retries(status: Status) -> str:
     causes = [f"{count} ({cause})" for cause, count in status["retries"].items()]
     if status["second_requests"]:
-        causes.append(f"{status['second_requests']} second requests for slow ones")
+        causes.append(f"{status['second_requests']} hedges of slow requests")
     return ", ".join(causes) or "none"
 
 
 def _waiting(status: Status) -> list[tuple[str, str]]:
-    """Who waits now, a row for each."""
+    """A row for each reader that is waiting."""
     lines = []
     for wait in status["waiting"]:
         openers = ", ".join(f"{one['command']} ({one['pid']})" for one in wait["opened_by"])
@@ -181,11 +181,11 @@ def _waiting(status: Status) -> list[tuple[str, str]]:
 
 
 def mounts_table(found: list[Status]) -> Table:
-    """A row for each mount."""
+    """A table with a row for each mount."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("MOUNTPOINT", "SOURCE", "STATE"):
         table.add_column(name, overflow="fold")
-    for name in ("HERE", "RATE", "GETS", "WAITING", "UP"):
+    for name in ("PRESENT", "RATE", "GETS", "WAITING", "UP"):
         table.add_column(name, justify="right", no_wrap=True)
     for each in found:
         table.add_row(*_cells(each))

@@ -1,4 +1,4 @@
-"""Tables and lists for people, in a terminal of any width, over ssh, or in a pipe."""
+"""Tables and lists for a terminal of any width, or for a pipe."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
-# In a pipe nothing is cut and no line is broken: others read it line by line.
+# In a pipe no line is cut or wrapped, because programs read it line by line.
 PIPE_WIDTH = 10_000
 
 
 def console() -> Console:
-    """Standard output; colours only in a terminal that has them, and not with `NO_COLOR`."""
+    """Standard output, with colours only in a terminal that has them, and not with `NO_COLOR`."""
     width = None if sys.stdout.isatty() else PIPE_WIDTH
     return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
 def print_rows(rows: Iterable[tuple[str, str]]) -> None:
-    """Names, and what is to be said of each, in two columns."""
+    """Print names and texts in two columns."""
     table = rows_table(rows)
     console().print(table)
 
 
 def rows_table(rows: Iterable[tuple[str, str]]) -> Table:
-    """The same, as a table."""
+    """A table of names and texts in two columns."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")

@@ -1,4 +1,4 @@
-"""`lazyfs top`: all mounts, or one, as they go."""
+"""`lazyfs top`: show all mounts, or one, continuously."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from lazyfs.process.mount_records import records
 @click.argument("mountpoint", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--interval", "-d", type=click.FloatRange(0.1, 3600), default=1.0, show_default=True,
-    metavar="SECONDS", help="Between two looks.",
+    metavar="SECONDS", help="Time between two updates.",
 )  # fmt: skip
-@click.option("--count", "-n", type=click.IntRange(1), help="Look so often, then end.")
+@click.option("--count", "-n", type=click.IntRange(1), help="Exit after this many updates.")
 def top(mountpoint: Path | None, interval: float, count: int | None) -> None:
-    """Show all mounts of this user, or MOUNTPOINT, again and again; Ctrl-C ends it.
+    """Show all mounts of this user, or MOUNTPOINT, and update until Ctrl-C.
 
-    In a pipe each look is printed below the former, and --count is needed.
+    In a pipe, updates are printed one below the other, and --count is required.
 
     Exit code 1: nothing is mounted at MOUNTPOINT (any more); 130: ended by Ctrl-C.
     """
     screen = console()
     if not screen.is_terminal:
         if count is None:
-            raise OptionError("top: not in a terminal: give --count")
+            raise OptionError("top: standard output is not a terminal: give --count")
         for look in range(count):
             time.sleep(interval if look else 0)
             screen.print(_look(mountpoint))

@@ -1,4 +1,4 @@
-"""`lazyfs pause`, `resume` and `set`: change what a mount does while it is mounted."""
+"""`lazyfs pause`, `resume` and `set`: change a mount while it is in use."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from lazyfs.process.mount_records import control_socket
 @click.command()
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 def pause(mountpoint: Path) -> None:
-    """Fetch nothing ahead for MOUNTPOINT until `lazyfs resume`; readers get what they ask for.
+    """Stop prefetching for MOUNTPOINT until `lazyfs resume`. Reads are still served.
 
-    Gives the link to others for a while.
+    This leaves the link to others for a while.
 
     Exit code 1: nothing is mounted there.
     """
@@ -30,7 +30,7 @@ def pause(mountpoint: Path) -> None:
 @click.command()
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 def resume(mountpoint: Path) -> None:
-    """Fetch ahead again for MOUNTPOINT after `lazyfs pause`.
+    """Prefetch again for MOUNTPOINT after `lazyfs pause`.
 
     Exit code 1: nothing is mounted there.
     """
@@ -41,14 +41,14 @@ def resume(mountpoint: Path) -> None:
     "set",
     help=f"""Change options of MOUNTPOINT while it is mounted: {", ".join(TUNABLE)}.
 
-    A change lasts until it is unmounted, over crashes and `lazyfs upgrade`.
+    A change lasts until MOUNTPOINT is unmounted. It survives crashes and `lazyfs upgrade`.
 
     \b
     Examples:
       lazyfs set /mnt/llama bandwidth-limit=200MB
       lazyfs set /mnt/llama log-level=debug max-concurrency=16
 
-    Exit code 1: nothing is mounted there; 2: it cannot be changed, or not to that.
+    Exit code 1: nothing is mounted there; 2: the option cannot be changed, or not to that value.
     """,
 )
 @click.argument("mountpoint", type=click.Path(path_type=Path))

@@ -1,4 +1,4 @@
-"""`lazyfs upgrade`: have mounts served by the version that is installed now."""
+"""`lazyfs upgrade`: switch mounts to the installed version."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lazyfs.process.supervisor import replace_worker
 
 @click.command()
 @click.argument("mountpoint", type=click.Path(path_type=Path), required=False)
-@click.option("--all", "every", is_flag=True, help="All mounts of this user.")
+@click.option("--all", "every", is_flag=True, help="Upgrade all mounts of this user.")
 def upgrade(mountpoint: Path | None, every: bool) -> None:
-    """Have MOUNTPOINT served by the version that is installed now, without unmounting.
+    """Switch MOUNTPOINT to the installed version of lazyfs without unmounting it.
 
-    Whoever reads notices a pause of about a second.
+    Readers notice a pause of about a second.
     """
     if (mountpoint is None) != every:
         raise OptionError("upgrade: give a MOUNTPOINT, or --all")

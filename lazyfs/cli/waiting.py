@@ -1,7 +1,7 @@
-"""Waits until a mount has on this machine what was asked for.
+"""`lazyfs mount --wait`: wait until the headers or the whole model are on this machine.
 
-headers   is waited for: a policy that plans brings the beginnings of all files first
-model     is waited for where prefetching brings it; elsewhere the cache is filled with it
+headers   every policy with a plan fetches the headers of all files first
+model     if prefetching does not fetch the model, the cache is filled with it instead
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from lazyfs.options.option_types import format_size
 from lazyfs.process.mount_records import control_socket, record_of
 
 POLL_S = 0.1
-# When nothing was under way for so long, nothing will come any more.
+# If nothing was in flight for this long, prefetching has come to an end.
 REST_S = 3.0
 
 
 def check_wait(what: str, options: MountOptions) -> None:
-    """See that it can come, before anything is mounted. Raises OptionError when it cannot."""
+    """Check, before mounting, that the options allow it. Raises OptionError if they do not."""
     if options.brings(what):
         return
     if what == "headers":
@@ -34,28 +34,28 @@ def check_wait(what: str, options: MountOptions) -> None:
         )
     if options.cache_dir == "none":
         raise OptionError(
-            "--wait model: without --prefetch model the model is put into the cache: "
-            "it needs a --cache-dir"
+            "--wait model: needs --prefetch model, or a --cache-dir to put the model into"
         )
 
 
 def wait_until_present(
     mountpoint: Path, what: str, options: MountOptions, *, as_json: bool
 ) -> None:
-    """Wait, and show how far it is.
+    """Wait, and show the progress.
 
     Args:
         what: `headers` or `model`, as in `status["ready"]`.
         options: of the mount.
+        as_json: print progress as JSON lines.
 
     Raises:
-        MountError: the mount ended, or what is missing does not come by itself.
+        MountError: the mount ended, or prefetching stopped before everything was there.
         LazyfsError: the cache could not be filled.
     """
     if options.brings(what):
         _wait(mountpoint, what, as_json=as_json)
     else:
-        from lazyfs.cli.warming import warm_mount  # much of lazyfs, for few mounts
+        from lazyfs.cli.warming import warm_mount  # it imports much, and few mounts need it
 
         warm_mount(mountpoint, [], verify=False, as_json=as_json)
 
@@ -76,8 +76,8 @@ def _wait(mountpoint: Path, what: str, *, as_json: bool) -> None:
             progress.update(prefetch["there_bytes"], prefetch["wanted_bytes"])
             if prefetch["planned"] and not prefetch["wanted_bytes"]:
                 raise MountError(
-                    f"{mountpoint}: mounted, but nothing is fetched ahead: below the prefix is no "
-                    "model, or several; mount one, or fill the cache with `lazyfs warm`"
+                    f"{mountpoint}: mounted, but nothing is prefetched: the prefix has no model, "
+                    "or several; mount one of them, or fill the cache with `lazyfs warm`"
                 )
             if status["ready"][what]:
                 return
@@ -98,10 +98,10 @@ def _why(status: dict[str, Any]) -> str:
     prefetch = status["prefetch"]
     there, wanted = format_size(prefetch["there_bytes"]), format_size(prefetch["wanted_bytes"])
     if status["trouble"]:
-        return f"only {there} of {wanted} came: {status['trouble']}"
+        return f"only {there} of {wanted} could be fetched: {status['trouble']}"
     if prefetch["activity"] == "no_room":
         return (
-            f"only {there} of {wanted} has room before it is read: give it a --cache-dir, "
+            f"there is room for only {there} of {wanted} before it is read: use a --cache-dir, "
             "or a larger --memory-limit or --page-cache"
         )
-    return f"fetching ahead came to rest ({prefetch['activity']}) at {there} of {wanted}"
+    return f"prefetching stopped at {there} of {wanted} ({prefetch['activity']})"

@@ -1,4 +1,4 @@
-"""`lazyfs warm`: bring a model into this node's cache before anybody needs it."""
+"""`lazyfs warm`: fill the cache of this node with a model before it is needed."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ POLL_S = 0.2
 @click.argument("source_or_mountpoint", metavar="SOURCE|MOUNTPOINT")
 @click.option(
     "--verify", is_flag=True,
-    help="Read everything back, and compare whole objects with the checksums that S3 keeps.",
+    help="Read everything back, and compare whole objects with the checksums stored in S3.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Progress as lines of JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print progress as JSON lines.")
 @with_mount_options
 def warm(
     source_or_mountpoint: str, verify: bool, as_json: bool, config: Path | None, **given: Any
 ) -> None:
-    """Fill the cache of this node with what is at SOURCE (s3://BUCKET/PREFIX) or MOUNTPOINT.
+    """Fill the cache of this node from SOURCE (s3://BUCKET/PREFIX) or from that of MOUNTPOINT.
 
-    That is what a loader of its models will read; with --include, what matches; where there is no
-    model, everything. Begun again it goes on where it stopped; mounts may be in use meanwhile. Of a
-    mount, its own options and credentials are used.
+    Fetches what a loader of the models will read; with --include, the files that match; without a
+    model, everything. A second call resumes where the first one stopped. Mounts may be in use
+    meanwhile. For a MOUNTPOINT, its own options and credentials apply.
 
     \b
     Examples:
@@ -53,7 +53,7 @@ def warm(
       lazyfs warm s3://models/llama --include '*.json' --verify
       lazyfs warm /mnt/llama
 
-    Exit code 1: something is missing, for which the last line says the reason.
+    Exit code 1: something is missing; the last line says why.
     """
     if source_or_mountpoint.startswith("s3://"):
         options, _ = settings(config, given)
@@ -63,13 +63,15 @@ def warm(
     others = [name for name, value in given.items() if value not in (None, ())]
     if others or config:
         name = others[0].replace("_", "-") if others else "config"
-        raise OptionError(f"--{name}: a mount is warmed with its own options")
+        raise OptionError(
+            f"--{name}: cannot be given for a MOUNTPOINT, which is warmed with its own options"
+        )
     mountpoint = Path(os.path.realpath(source_or_mountpoint))
     progress = warm_mount(mountpoint, list(include), verify=verify, as_json=as_json)
     _tell(progress, verify, as_json)
 
 
-# The word that others use for it.
+# The name of this command in other tools.
 warmup = warm
 
 
@@ -84,7 +86,7 @@ async def _run(url: SourceUrl, options: MountOptions, verify: bool, as_json: boo
     await catalog.open()
     cache = BlockCache.of(options, source.endpoint, url.bucket)
     if cache is None:
-        raise OptionError("--cache-dir: none: there is nothing to warm")
+        raise OptionError("--cache-dir: none: there is no cache to fill")
     await trio.to_thread.run_sync(cache.open)
     warmer = Warmer(source, catalog, cache, options)
     with ByteProgress("cached", as_json=as_json) as shown:
@@ -94,7 +96,7 @@ async def _run(url: SourceUrl, options: MountOptions, verify: bool, as_json: boo
             try:
                 await warmer.run(options.include, verify=verify)
             except LazyfsError as error:
-                failure = error  # raised in here it would come out as a group
+                failure = error  # raised here, it would become an exception group
             nursery.cancel_scope.cancel()
         shown.update(warmer.progress.done_bytes, warmer.progress.total_bytes)
         if failure is not None:
@@ -110,11 +112,11 @@ async def _show(progress: Progress, shown: ByteProgress) -> None:
 
 
 def warm_mount(mountpoint: Path, include: list[str], *, verify: bool, as_json: bool) -> Progress:
-    """Have a mount fill its cache, and show how far it is until it is done.
+    """Ask a mount to fill its cache, and show the progress until it is done.
 
     Raises:
         MountError: nothing is mounted there, or not any more.
-        ControlError: it cannot, or is at it already.
+        ControlError: the mount cannot fill its cache, or is already filling it.
         IncompleteError: something is missing.
     """
     order = {"include": include, "verify": verify}
@@ -151,6 +153,6 @@ def _tell(progress: Progress, verify: bool, as_json: bool) -> None:
     if verify:
         line += (
             f"; {format_size(progress.verified_bytes)} read back, {progress.compared_files} files "
-            f"compared with the checksums that S3 keeps"
+            f"compared with the checksums stored in S3"
         )
     click.echo(line)

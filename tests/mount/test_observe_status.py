@@ -69,7 +69,7 @@ def test_a_person_reads_it(mount: Callable[..., Mounted]) -> None:
     assert "\x1b" not in one.stdout
     assert "3MiB from S3 in 1 blocks" in one.stdout
     table = lazyfs("status").stdout
-    assert str(mounted.path) in table and "serving, nothing ahead" in table
+    assert str(mounted.path) in table and "serving, no prefetch" in table
     code, text, raw = in_terminal("status")
     assert code == 0 and "MOUNTPOINT" in text and "\x1b[1m" in raw
     code, text, raw = in_terminal("status", mounted.path)
@@ -106,7 +106,7 @@ def test_errors_and_restarts_are_counted(mount: Callable[..., Mounted], s3: S3) 
     shell("cat file*", mounted.path)
     while (status := status_json(mounted))["restarts"] != 1:
         time.sleep(0.1)
-    assert "1 worker before this one" in lazyfs("status", mounted.path).stdout
+    assert "1 restart of its worker" in lazyfs("status", mounted.path).stdout
 
 
 def test_what_is_not_mounted(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_wait_for_what_has_no_room(s3: S3, place: Path) -> None:
     arguments[1] = "s3://roomy/m"
     answer = lazyfs(*arguments)
     assert answer.returncode == 1
-    assert "of 80MiB has room before it is read: give it a --cache-dir" in answer.stderr
+    assert "of 80MiB before it is read: use a --cache-dir" in answer.stderr
     assert lazyfs("umount", place).returncode == 0, "it is mounted all the same"
 
 
@@ -203,5 +203,5 @@ def test_wait_where_there_is_no_model(server: S3, place: Path) -> None:
     arguments[1] = "s3://seen/plain"
     answer = lazyfs(*arguments)
     assert answer.returncode == 1
-    assert "nothing is fetched ahead" in answer.stderr
+    assert "nothing is prefetched" in answer.stderr
     assert lazyfs("umount", place).returncode == 0, "it is mounted all the same"
