@@ -25,9 +25,11 @@ from pathlib import Path
 from grpc import StatusCode
 
 from csi import mounts
-from csi.daemons import Daemon, Daemons
+from csi.daemon import Daemon
+from csi.daemons import Daemons
 from csi.errors import RpcError
 from csi.staged import Kind, Place, State, VolumeRecord
+from csi.start import StillStartingError
 from csi.volumes import Volume
 from lazyfs.errors import LazyfsError
 from lazyfs.faults import start_watching
@@ -157,36 +159,43 @@ class Attachments:
 
         Raises:
             RpcError: the path is taken, by another volume or otherwise by this one.
+            StillStartingError: its daemon is not ready yet; the place is kept for the next call.
             LazyfsError, KeeperError: it cannot be mounted. Then it is as it was before.
         """
         until = time.monotonic() + timeout_s
         self._check_free(volume_id, path, wanted.kind, wanted.asked)
         present = self.place(volume_id, path)
         daemon = self.daemons.get(present.daemon) if present and present.daemon else None
-        if daemon is not None:
-            if credentials is not None and not daemon.needs_credentials:
-                raise RpcError(
-                    StatusCode.ALREADY_EXISTS,
-                    f"{path}: volume {volume_id} is there already, without credentials of its own",
-                )
-            device = self.daemons.ensure(daemon, credentials, until - time.monotonic())
-            if wanted.is_mounted:
-                self._mount_again(volume_id, path, daemon, device)
-                self._note_pod(volume_id, path, wanted)
-            return daemon
-        if via is None:
+        is_known = daemon is not None
+        # What a pod may be using is left as it is, whatever comes of this call.
+        is_in_use = daemon is not None and daemon.was_ready
+        if daemon is None and via is None:
             daemon = self.daemons.reserve(volume, credentials, str(path), volume_id)
-        else:
+        elif daemon is None:
+            assert via is not None
             daemon = via
             self.daemons.use(daemon, str(path))
+        elif credentials is not None and not daemon.needs_credentials:
+            raise RpcError(
+                StatusCode.ALREADY_EXISTS,
+                f"{path}: volume {volume_id} is there already, without credentials of its own",
+            )
         try:
-            self._save(volume_id, path, replace(wanted, daemon=daemon.name))
+            if not is_known:
+                self._save(volume_id, path, replace(wanted, daemon=daemon.name))
             device = self.daemons.ensure(daemon, credentials, until - time.monotonic())
-            if wanted.is_mounted:
+            if is_known:
+                self._mount_again(volume_id, path, daemon, device)
+                self._note_pod(volume_id, path, wanted)
+            elif wanted.is_mounted:
                 mounts.bind(daemon.mountpoint, path, device)
-            log.info("volume %s is at %s, served at %s", volume_id, path, daemon.mountpoint)
+            if not is_in_use:
+                log.info("volume %s is at %s, served at %s", volume_id, path, daemon.mountpoint)
+        except StillStartingError:
+            raise  # kubelet calls again, or takes the volume away
         except BaseException:
-            self._roll_back(volume_id, path, present, wanted.kind)
+            if not is_in_use:
+                self._roll_back(volume_id, path, None if is_known else present, wanted.kind)
             raise
         return daemon
 
@@ -303,7 +312,7 @@ class Attachments:
         """Mount a daemon's new filesystem where its old one was."""
         for path, place in self._state.volume(volume_id).places.items():
             device = daemon.device
-            if place.daemon != daemon.name or device is None or not place.is_mounted:
+            if place.daemon != daemon.name or device is None:
                 continue
             try:
                 self._mount_again(volume_id, Path(path), daemon, device)
@@ -311,13 +320,13 @@ class Attachments:
                 log.error("%s: cannot be mounted anew: %s", path, error)
 
     def _mount_again(self, volume_id: str, path: Path, daemon: Daemon, device: str) -> None:
-        """See that a place has the mount of its daemon, and note it if it had a dead one."""
-        if mounts.shows(path, device):
+        """See that a target has the mount of its daemon, and note it if it had a dead one."""
+        place = self.place(volume_id, path)
+        if place is None or not place.is_mounted or mounts.shows(path, device):
             return
         lost = mounts.is_mountpoint(path)
         mounts.bind(daemon.mountpoint, path, device)
-        place = self.place(volume_id, path)
-        if lost and place is not None:
+        if lost:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             self._save(volume_id, path, replace(place, renewed=now))
             log.warning("%s: mounted anew; what was open there fails", path)

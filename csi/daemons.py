@@ -1,9 +1,9 @@
 """The daemons of this node: which there are, whom they serve; started, found, shared, resumed.
 
-Each daemon mounts at a directory of its own below `--state-dir`, and every path of a volume,
-staged or published, is a bind mount of that. So volumes of one source with the same options and
-credentials share a daemon, and with it one download and one copy in the page cache, and may come
-and go in any order; a daemon ends when its last user leaves.
+Each daemon mounts at a directory of its own below `--state-dir`, and every path at which a volume
+is published is a bind mount of that. So volumes of one source with the same options and credentials
+share a daemon, and with it one download and one copy in the page cache, and may come and go in any
+order; a daemon ends when its last user leaves.
 
 What a daemon needs to go on after this plugin is in the keeper, under the name of its mountpoint:
 the session with the kernel and the spec, credentials included, which are nowhere else. Its record
@@ -17,21 +17,22 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from grpc import StatusCode
 
 from csi import mounts
+from csi.daemon import LOCK_TIMEOUT_S, Daemon
 from csi.errors import RpcError, without_ids
 from csi.staged import DaemonRecord, State
+from csi.start import Start
 from csi.volumes import Volume
-from lazyfs.errors import LazyfsError, MountError
+from lazyfs.errors import LazyfsError, MountError, SourceError
 from lazyfs.faults import start_watching
 from lazyfs.fuse import mount_syscalls
 from lazyfs.handover.handover import SPEC
@@ -39,7 +40,7 @@ from lazyfs.handover.keeper import KeeperClient, KeeperError, connect
 from lazyfs.process.mount_records import DaemonWatch
 from lazyfs.process.mount_spec import MountSpec
 from lazyfs.process.supervisor import Supervisor
-from lazyfs.store.credentials import Credentials, StaticCredentials, WebIdentity
+from lazyfs.store.credentials import Credentials, StaticCredentials
 
 log = logging.getLogger(__name__)
 
@@ -47,111 +48,10 @@ log = logging.getLogger(__name__)
 RESUMED_AT_ONCE = 4
 # Between attempts to start a daemon that somebody uses.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
-START_TIMEOUT_S = 120.0
 # How soon a keeper that was replaced is noticed.
 KEEPER_POLL_S = 2.0
 # Characters of a source in the name of its daemon.
 LONGEST_READABLE = 48
-
-
-class Daemon:
-    """One daemon and those who use it.
-
-    Attributes:
-        name: of its own.
-        mountpoint: where it mounts.
-        spec: what it serves; without the credentials where the keeper has lost them.
-        needs_credentials: it was given some once.
-        users: the paths that are bind mounts of it.
-        retired: its last user left: it is ending.
-        refusal: why it could not be started when that was tried last.
-    """
-
-    def __init__(
-        self, name: str, mountpoint: Path, spec: MountSpec, needs_credentials: bool
-    ) -> None:
-        self.name = name
-        self.mountpoint = mountpoint
-        self.spec = spec
-        self.needs_credentials = needs_credentials
-        self.users: set[str] = set()
-        self.retired = False
-        self.refusal: str | None = None
-        self._lock = threading.Lock()
-        self._supervisor: Supervisor | None = None
-        self._ended = threading.Event()
-
-    @property
-    def supervisor(self) -> Supervisor | None:
-        """Looks after its worker, as long as there is a mount."""
-        return None if self._ended.is_set() else self._supervisor
-
-    # The mount may end at any moment, from another thread. So `supervisor` is read once in each of
-    # the following.
-
-    @property
-    def device(self) -> str | None:
-        """The device number of its filesystem; None if there is no mount."""
-        supervisor = self.supervisor
-        return supervisor.device if supervisor else None
-
-    @property
-    def trouble(self) -> str | None:
-        """What is wrong, in words; None if nothing is known to be."""
-        supervisor = self.supervisor
-        if supervisor is None:
-            return self.refusal or "its daemon is not running yet"
-        return supervisor.trouble
-
-    def status(self) -> dict[str, Any]:
-        """What its worker says of itself. Raises LazyfsError when it says nothing."""
-        supervisor = self.supervisor
-        if supervisor is None:
-            raise MountError(f"{self.spec.source}: {self.trouble}")
-        return supervisor.status()
-
-    def serves(self, volume: Volume, credentials: Credentials | None) -> bool:
-        """Whether it is what a volume with these credentials needs."""
-        if self.needs_credentials and self.spec.credentials is None:
-            return False  # whose they were is not known
-        return self.is_of(volume) and _same(self.spec.credentials, credentials)
-
-    def is_of(self, volume: Volume) -> bool:
-        """Whether it serves that source, with those options, with whatever credentials."""
-        return (self.spec.source, dict(self.spec.options)) == (volume.source, dict(volume.options))
-
-    @contextmanager
-    def locked(self, timeout_s: float) -> Iterator[None]:
-        """Be the only one that starts it, ends it or changes its credentials.
-
-        Raises:
-            RpcError: somebody else is at it for longer than the timeout.
-        """
-        if not self._lock.acquire(timeout=timeout_s):
-            raise RpcError(
-                StatusCode.DEADLINE_EXCEEDED, f"{self.spec.source}: its daemon is being started"
-            )
-        try:
-            yield
-        finally:
-            self._lock.release()
-
-    def name_volumes(self, volume: str) -> None:
-        """Have its log name these volumes.
-
-        Raises:
-            LazyfsError, KeeperError: it cannot be told now. A worker that comes later knows.
-        """
-        with self.locked(START_TIMEOUT_S):
-            self.spec = replace(self.spec, volume=volume)
-            supervisor = self.supervisor
-            if supervisor is not None:
-                supervisor.name_volumes(volume)
-
-    def adopt(self, supervisor: Supervisor, ended: threading.Event) -> None:
-        """It is mounted."""
-        self._supervisor, self._ended = supervisor, ended
-        self.refusal = None
 
 
 class Daemons:
@@ -191,6 +91,7 @@ class Daemons:
             spec = MountSpec(record.source, str(mountpoint), record.options)
             daemon = Daemon(record.name, mountpoint, spec, record.needs_credentials)
             daemon.users.update(users[record.name])
+            daemon.was_ready = True
             self._daemons[record.name] = daemon
         known = set(self._daemons)
         for path in self._directory.iterdir():
@@ -249,16 +150,21 @@ class Daemons:
         """Have a daemon run, with these credentials if any are given; its filesystem's device.
 
         Raises:
-            LazyfsError: it cannot be started, with its own reason, or not in time.
+            StillStartingError: it is not ready yet, but will be as soon as that is possible.
+            SourceError: it runs, and cannot read with these credentials.
+            LazyfsError: it cannot be started, with its own reason.
             KeeperError: the keeper is not there.
         """
         with daemon.locked(timeout_s):
             if daemon.retired:
                 raise RpcError(StatusCode.ABORTED, f"{daemon.spec.source}: its daemon is ending")
+            if daemon.supervisor is None:
+                self._wait_for_start(daemon, credentials, timeout_s)
             supervisor = daemon.supervisor
             if supervisor is None:
-                self._start(daemon, credentials, timeout_s)
-            elif credentials is not None and credentials != daemon.spec.credentials:
+                raise MountError(f"{daemon.mountpoint}: the daemon has ended")
+            if credentials is not None and credentials != daemon.spec.credentials:
+                _check(daemon, credentials)
                 supervisor.replace_credentials(credentials)
                 daemon.spec = _with(daemon.spec, credentials)
             device = daemon.device
@@ -276,7 +182,9 @@ class Daemons:
             if daemon.users:
                 return
             daemon.retired = True
-        with daemon.locked(START_TIMEOUT_S):
+        with daemon.locked(LOCK_TIMEOUT_S):
+            if daemon.start is not None:
+                daemon.start.give_up()
             supervisor = daemon.supervisor
             if supervisor is not None:
                 supervisor.stop(is_enough=self._closing.is_set)
@@ -285,8 +193,25 @@ class Daemons:
         with self._lock:
             self._daemons.pop(name, None)
 
-    def _start(self, daemon: Daemon, credentials: Credentials | None, timeout_s: float) -> None:
-        """Start a daemon, or have one go on, and see that its record is there."""
+    def _wait_for_start(
+        self, daemon: Daemon, credentials: Credentials | None, timeout_s: float
+    ) -> None:
+        """Join the start that is under way, or begin one. Raises as `ensure` does."""
+        start = daemon.start
+        if start is not None:
+            others = credentials not in (None, start.credentials)
+            if others or start.is_over:
+                start.give_up()
+                daemon.start = None
+        if daemon.supervisor is not None:
+            return  # it became ready just now
+        if daemon.start is None:
+            daemon.start = self._begin(daemon, credentials)
+        daemon.start.wait(timeout_s)
+        daemon.start = None
+
+    def _begin(self, daemon: Daemon, credentials: Credentials | None) -> Start:
+        """Begin to start a daemon, or to have one go on, and see that its record is there."""
         kept = self._kept_spec(daemon.mountpoint)
         if kept is None:
             # Of a session that nobody has: what uses it gets an error and does not wait.
@@ -313,13 +238,14 @@ class Daemons:
         self._state.save_daemon(
             DaemonRecord(daemon.name, spec.source, spec.options, daemon.needs_credentials)
         )
-        ended = threading.Event()
-        supervisor = Supervisor(
-            spec, lambda: connect(self._keeper), leash=True,
-            on_end=ended.set, on_new_mount=lambda: self._on_mount(daemon),
-        )  # fmt: skip
-        supervisor.start(timeout_s)
-        daemon.adopt(supervisor, ended)
+
+        def supervise() -> Supervisor:
+            return Supervisor(
+                spec, lambda: connect(self._keeper), leash=True,
+                on_new_mount=lambda: self._on_mount(daemon),
+            )  # fmt: skip
+
+        return Start(spec.source, spec.credentials, supervise, daemon.adopt)
 
     def _resume(self, daemon: Daemon) -> None:
         """Have a daemon of a former plugin run again, however long that takes."""
@@ -327,7 +253,7 @@ class Daemons:
         while not (daemon.retired or self._closing.is_set()):
             try:
                 with self._resuming:
-                    self.ensure(daemon, None, START_TIMEOUT_S)
+                    self.ensure(daemon, None, LOCK_TIMEOUT_S)
                 self._on_mount(daemon)
                 return
             except (LazyfsError, KeeperError) as error:
@@ -395,14 +321,25 @@ def _name(volume: Volume) -> str:
     return f"{readable[-LONGEST_READABLE:].strip('-.')}-{secrets.token_hex(4)}"
 
 
+def _check(daemon: Daemon, credentials: Credentials) -> None:
+    """Refuse keys that do not work: pods read with those before, which may go on working.
+
+    A token is not tried: kubelet makes it, and a newer one is valid for longer.
+
+    Raises:
+        SourceError: they do not.
+    """
+    if not isinstance(credentials, StaticCredentials):
+        return
+    from csi.survey import check_keys  # boto3, which is needed when keys are rotated only
+
+    try:
+        check_keys(daemon.spec, credentials)
+    except SourceError as error:
+        raise type(error)(f"the new keys are not used, pods read with those before: {error}") from (
+            error
+        )
+
+
 def _with(spec: MountSpec, credentials: Credentials) -> MountSpec:
     return replace(spec, credentials=credentials)
-
-
-def _same(ours: Credentials | None, theirs: Credentials | None) -> bool:
-    """Whether credentials are of the same identity: equal, or tokens of one service account."""
-    if isinstance(ours, WebIdentity) and isinstance(theirs, WebIdentity):
-        return (ours.role_arn, ours.session_name) == (theirs.role_arn, theirs.session_name)
-    if isinstance(ours, StaticCredentials) and isinstance(theirs, StaticCredentials):
-        return ours == theirs
-    return ours is theirs is None

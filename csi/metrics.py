@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 from csi.attachments import Attachments, Served
-from csi.daemons import Daemon
+from csi.daemon import Daemon
 from lazyfs.control.client import ControlClient, ControlError
 from lazyfs.observe.exposition import exposition
 from lazyfs.observe.metrics import Values

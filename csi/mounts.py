@@ -9,8 +9,10 @@ more.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import stat
+import struct
 from pathlib import Path
 
 from csi.errors import InvalidArgumentError
@@ -21,6 +23,12 @@ from lazyfs.fuse import mount_syscalls
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND = 1, 2, 4, 8, 32, 4096
 # A model is data. What a bind mount of a volume is like, whatever was asked for.
 FLAGS = _MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+# Of all architectures since Linux 5.12 (asm-generic/unistd.h), which the C library may not have.
+_OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
+# linux/mount.h, linux/fcntl.h
+_OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 1, 4
+_AT_FDCWD, _AT_EMPTY_PATH = -100, 0x1000
+_ATTRIBUTES = 1 | 2 | 4 | 8  # MOUNT_ATTR_RDONLY, _NOSUID, _NODEV, _NOEXEC
 # limits.h: PATH_MAX, with its ending zero byte.
 LONGEST_PATH_BYTES = 4095
 # More mounts at one path than anybody makes by mistake.
@@ -93,11 +101,14 @@ def bind(source: Path, target: Path, device: str) -> None:
             raise MountError(f"{target}: is there and is not a directory")
     except OSError as error:
         raise MountError(f"{target}: cannot be made: {error.strerror}") from error
-    _mount(source, target, _MS_BIND)
+    is_guarded = _bind_guarded(source, target)
+    if not is_guarded:
+        _mount(source, target, _MS_BIND)
     try:
         if not shows(target, device):
             raise MountError(f"{source}: the volume is no longer mounted there")
-        _mount(None, target, _MS_REMOUNT | _MS_BIND | FLAGS)
+        if not is_guarded:
+            _mount(None, target, _MS_REMOUNT | _MS_BIND | FLAGS)
     except MountError:
         mount_syscalls.unmount(target, lazy=True)
         raise
@@ -138,9 +149,45 @@ def remove_directory(path: Path) -> None:
         raise MountError(f"{path}: cannot be removed: {error.strerror}") from error
 
 
+def _bind_guarded(source: Path, target: Path) -> bool:
+    """Bind-mount with all flags from the first moment; False where the kernel is older than 5.12.
+
+    Mount propagation copies a mount as it is when it is attached. What a remount changes later
+    stays in this mount namespace: the node, and the pods on it, would see the mount without it.
+    """
+    try:
+        tree = _syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(source), _OPEN_TREE_CLONE | os.O_CLOEXEC)
+        try:
+            # struct mount_attr: set, clear, propagation, user namespace.
+            wanted = struct.pack("4Q", _ATTRIBUTES, 0, 0, 0)
+            _syscall(_MOUNT_SETATTR, tree, b"", _AT_EMPTY_PATH, wanted, len(wanted))
+            _syscall(
+                _MOVE_MOUNT, tree, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH
+            )
+        finally:
+            os.close(tree)
+    except OSError as error:
+        if error.errno == errno.ENOSYS:
+            return False
+        raise _bind_error(target, error.errno or 0) from error
+    return True
+
+
+def _syscall(number: int, *arguments: int | bytes) -> int:
+    """Raises OSError."""
+    wide = [ctypes.c_long(each) if isinstance(each, int) else each for each in arguments]
+    result: int = _libc.syscall(ctypes.c_long(number), *wide)
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "")
+    return result
+
+
 def _mount(source: Path | None, target: Path, flags: int) -> None:
     encoded = None if source is None else os.fsencode(source)
     if _libc.mount(encoded, os.fsencode(target), None, ctypes.c_ulong(flags), None) != 0:
-        number = ctypes.get_errno()
-        hint = "; CAP_SYS_ADMIN is needed" if number == 1 else ""
-        raise MountError(f"{target}: bind mount failed: {os.strerror(number)}{hint}")
+        raise _bind_error(target, ctypes.get_errno())
+
+
+def _bind_error(target: Path, number: int) -> MountError:
+    hint = "; CAP_SYS_ADMIN is needed" if number == errno.EPERM else ""
+    return MountError(f"{target}: bind mount failed: {os.strerror(number)}{hint}")

@@ -20,7 +20,7 @@ from grpc import ServicerContext, StatusCode
 from csi import credentials, csi_pb2
 from csi.attachments import Attachments
 from csi.csi_pb2_grpc import NodeServicer
-from csi.daemons import Daemon
+from csi.daemon import Daemon
 from csi.errors import InvalidArgumentError, RpcError, without_ids
 from csi.mounts import safe_path
 from csi.staged import Place
@@ -286,25 +286,29 @@ def _wait_for(volume: Volume, daemon: Daemon, until: float) -> None:
     if volume.wait_for is None:
         return
     busy_at_s = time.monotonic()
-    why = "not known yet"
+    progress, trouble = "nothing is known of it", ""
     while time.monotonic() < until:
         try:
             status = daemon.status()
             if status["ready"][volume.wait_for]:
                 return
             prefetch = status["prefetch"]
-            why = f"{prefetch['there_bytes']} of {prefetch['wanted_bytes']} bytes are here"
-            why += f": {status['trouble']}" if status["trouble"] else ""
-            if not prefetch["planned"] or status["in_flight"] or status["trouble"]:
+            progress = f"{prefetch['there_bytes']} of {prefetch['wanted_bytes']} bytes are here"
+            trouble = status["trouble"] or ""
+            if not prefetch["planned"] or status["in_flight"] or trouble:
                 busy_at_s = time.monotonic()
         except LazyfsError as error:
-            why = str(error)
+            trouble = str(error)
             busy_at_s = time.monotonic()
         if time.monotonic() - busy_at_s > REST_S:
             log.info("%s: waitFor %s: %s, and more would have no room", volume.source,
-                     volume.wait_for, why)  # fmt: skip
+                     volume.wait_for, progress)  # fmt: skip
             return
         time.sleep(POLL_S)
+    log.info("%s: waitFor %s: %s", volume.source, volume.wait_for, progress)
+    # Without figures: an event that differs each time is another event.
+    why = f": {trouble}" if trouble else "; it is being loaded"
     raise RpcError(
-        StatusCode.DEADLINE_EXCEEDED, f"{volume.source}: waitFor {volume.wait_for}: {why}"
+        StatusCode.DEADLINE_EXCEEDED,
+        f"{volume.source}: waitFor {volume.wait_for}: not all is here yet{why}",
     )

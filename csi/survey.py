@@ -1,4 +1,7 @@
-"""Whether a source can be read, and how large it is: asked before a volume of it is promised."""
+"""Whether a source can be read, and how large it is.
+
+Asked before a volume of it is promised, and before the keys of a daemon are replaced.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from dataclasses import dataclass
 
 from csi.volumes import Volume
 from lazyfs.errors import ObjectGoneError
+from lazyfs.options.mount_options import MountOptions
+from lazyfs.process.mount_spec import MountSpec
 from lazyfs.store.credentials import Credentials
 from lazyfs.store.source import Page, Source, SourceUrl
 
@@ -29,6 +34,18 @@ class Survey:
 
     size_bytes: int
     complete: bool
+
+
+def check_keys(spec: MountSpec, credentials: Credentials) -> None:
+    """See that what a daemon serves can be read with others than its own credentials.
+
+    Raises:
+        SourceError: it cannot, as far as is known.
+    """
+    options = MountOptions.parse(("{attribute}", spec.options))
+    url = SourceUrl.parse(spec.source)
+    source = Source(url, options, credentials)
+    _read_a_byte(source, source.list_page(url.prefix, None))
 
 
 def survey(volume: Volume, credentials: Credentials | None) -> Survey:

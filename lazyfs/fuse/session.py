@@ -11,6 +11,9 @@ beginning to its own libfuse. The kernel is beyond that point: it ignores the se
 FUSE_INIT. It must therefore be the same answer, or the two would speak different dialects from then
 on; `negotiate` finds out what libfuse answers before anything is at stake. What the former process
 had taken and not answered is asked for again (`resend`).
+
+The first answer is sent by us as well (`answer`): libfuse's, and one flag that libfuse does not
+know, FUSE_ALLOW_IDMAP, without which pods with user namespaces cannot have the mount.
 """
 
 from __future__ import annotations
@@ -33,6 +36,10 @@ log = logging.getLogger(__name__)
 # linux/fuse.h: struct fuse_out_header with FUSE_NOTIFY_RESEND in the place of an error.
 RESEND = struct.pack("<IiQ", 16, 7, 0)
 OPTIONS = {"default_permissions"}
+# Where the flags are in FUSE_INIT and in the answer to it, headers included (struct fuse_init_in,
+# fuse_init_out), and two of them; FUSE_ALLOW_IDMAP is 1 << 40, in the second word.
+ASKED_FLAGS, ASKED_FLAGS2, ANSWERED_FLAGS, ANSWERED_FLAGS2 = 52, 56, 28, 48
+INIT_EXT, ALLOW_IDMAP = 1 << 30, 1 << 8
 
 
 class Session:
@@ -78,6 +85,10 @@ class Session:
             finally:
                 pyfuse3.close(unmount=False)
 
+    def answer(self, answer: bytes) -> None:
+        """Answer the kernel's FUSE_INIT with what libfuse answers, and allow idmapped mounts."""
+        os.write(self.descriptor, with_idmap(self.init_message, answer))
+
     def attach(self, operations: pyfuse3.Operations) -> None:
         """Give the session to libfuse; its `init` must call `adopt`."""
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -116,3 +127,26 @@ class Session:
     def close(self) -> None:
         """Let go of the descriptor. The mount goes on if somebody else holds it."""
         os.close(self.descriptor)
+
+
+def with_idmap(question: bytes, answer: bytes) -> bytes:
+    """The answer to FUSE_INIT, with FUSE_ALLOW_IDMAP if the kernel offers it (since Linux 6.12).
+
+    A mount can then be shown with other owners (mount_setattr(2), MOUNT_ATTR_IDMAP), as container
+    runtimes do for pods with a user namespace. The kernel maps the owners; it asks for
+    `default_permissions`, which all our mounts have.
+    """
+    flags, flags2 = _words(question, ASKED_FLAGS, ASKED_FLAGS2)
+    if not (flags & INIT_EXT and flags2 & ALLOW_IDMAP) or len(answer) < ANSWERED_FLAGS2 + 4:
+        return answer
+    changed = bytearray(answer)
+    flags, flags2 = _words(answer, ANSWERED_FLAGS, ANSWERED_FLAGS2)
+    struct.pack_into("=I", changed, ANSWERED_FLAGS, flags | INIT_EXT)
+    struct.pack_into("=I", changed, ANSWERED_FLAGS2, flags2 | ALLOW_IDMAP)
+    return bytes(changed)
+
+
+def _words(message: bytes, *offsets: int) -> tuple[int, ...]:
+    """Words of 32 bits; 0 where the message of an older kernel ends before."""
+    padded = message.ljust(max(offsets) + 4, b"\0")
+    return tuple(struct.unpack_from("=I", padded, offset)[0] for offset in offsets)

@@ -278,6 +278,7 @@ async def _begin(mount: Mount, line: SupervisorLine, region: str) -> tuple[Sessi
     began = line.mount(str(mount.url), allow_other=mount.options.allow_other)
     session = Session(mount.mountpoint, *began)
     answer = await session.negotiate()
+    session.answer(answer)
     return session, Beginning(session.init_message.hex(), answer.hex(), region, time.time_ns())
 
 

@@ -141,6 +141,11 @@ class Supervisor:
         """The mount's device number, `major:minor`; None while it was never ready."""
         return self._device
 
+    @property
+    def ended(self) -> bool:
+        """Whether the mount that `start` made or took up has ended."""
+        return self._watcher is None or not self._watcher.is_alive()
+
     def start(self, timeout_s: float = READY_TIMEOUT_S) -> None:
         """Mount, or go on with what the keeper has under this name; return when it can be used.
 
@@ -171,6 +176,12 @@ class Supervisor:
         except BaseException:
             self._clean_up()
             raise
+
+    def give_up(self) -> None:
+        """Have `start`, which another thread is in, fail soon."""
+        self._stopping.set()
+        if self._worker is not None:
+            self._worker.kill()
 
     def leave(self) -> None:
         """End the worker and keep the mount, for the supervisor that comes next."""
@@ -280,6 +291,8 @@ class Supervisor:
         started = self._waiting_worker() or self._start_process()
         self._worker = started.process
         self._oom_kills = oom_kills()
+        if self._stopping.is_set():
+            self._worker.kill()  # `give_up` was just too early to see it
         try:
             with started.line:
                 self._wait_until_ready(started, time.monotonic() + timeout_s)

@@ -85,40 +85,36 @@ class TestNode:
         return path
 
     def stage(self, volume: str, context: Mapping[str, str], **fields: Any) -> None:
-        """NodeStageVolume."""
-        self.stub.NodeStageVolume(
-            csi_pb2.NodeStageVolumeRequest(
-                **{
-                    "volume_id": volume,
-                    "staging_target_path": str(self.staging(volume)),
-                    "volume_capability": capability(),
-                    "secrets": SECRETS,
-                    "volume_context": context,
-                    **fields,
-                }
-            ),
-            timeout=TIMEOUT_S,
+        """NodeStageVolume, again while the daemon is being started, as kubelet does."""
+        request = csi_pb2.NodeStageVolumeRequest(
+            **{
+                "volume_id": volume,
+                "staging_target_path": str(self.staging(volume)),
+                "volume_capability": capability(),
+                "secrets": SECRETS,
+                "volume_context": context,
+                **fields,
+            }
         )
+        _patiently(lambda: self.stub.NodeStageVolume(request, timeout=TIMEOUT_S))
 
     def publish(
         self, volume: str, context: Mapping[str, str], pod: str = "a", **fields: Any
     ) -> Path:
-        """NodePublishVolume; the target path."""
+        """NodePublishVolume, as `stage`; the target path."""
         target = self.target(volume, pod)
-        self.stub.NodePublishVolume(
-            csi_pb2.NodePublishVolumeRequest(
-                **{
-                    "volume_id": volume,
-                    "staging_target_path": str(self.staging(volume)),
-                    "target_path": str(target),
-                    "volume_capability": capability(),
-                    "volume_context": {**POD, **context},
-                    "readonly": True,
-                    **fields,
-                }
-            ),
-            timeout=TIMEOUT_S,
+        request = csi_pb2.NodePublishVolumeRequest(
+            **{
+                "volume_id": volume,
+                "staging_target_path": str(self.staging(volume)),
+                "target_path": str(target),
+                "volume_capability": capability(),
+                "volume_context": {**POD, **context},
+                "readonly": True,
+                **fields,
+            }
         )
+        _patiently(lambda: self.stub.NodePublishVolume(request, timeout=TIMEOUT_S))
         return target
 
     def unpublish(self, volume: str, pod: str = "a") -> None:
@@ -239,6 +235,19 @@ class TestNode:
             *options,
             **self._env,
         )
+
+
+def _patiently(call: Callable[[], Any]) -> None:
+    """Call until the daemon is ready: on a busy machine it takes longer than a call waits."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            call()
+            return
+        except grpc.RpcError as error:
+            if "is not mounted yet" not in error.details() or time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
 
 
 def hashes(path: Path) -> dict[str, str]:

@@ -233,7 +233,8 @@ def test_waiting_for_the_model_keeps_to_the_deadline(node: TestNode, s3: S3) -> 
     with pytest.raises(grpc.RpcError) as info:
         call.result()
     assert info.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert "bytes are here" in info.value.details(), "the plugin answered before the deadline"
+    assert "waitFor model: not all is here yet" in info.value.details(), "not gRPC's own deadline"
+    assert "bytes are here" in node.plugin.log()
     s3.forget()
     node.stage("vol", context)  # goes on from there
     node.unstage("vol")

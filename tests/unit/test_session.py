@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyfuse3
 import pytest
 
-from lazyfs.fuse.session import Session
+from lazyfs.fuse.session import Session, with_idmap
 
 
 @pytest.fixture
@@ -40,3 +41,31 @@ def test_answers_that_come_too_late_are_no_errors(
         ("No such file or directory",),
         ("Invalid argument",),
     ]
+
+
+def question(flags: int, flags2: int) -> bytes:
+    """FUSE_INIT as of linux/fuse.h: a header, then fuse_init_in."""
+    header = struct.pack("=IIQQIIIHH", 104, 26, 2, 0, 0, 0, 0, 0, 0)
+    return header + struct.pack("=IIIII11I", 7, 44, 1 << 17, flags, flags2, *[0] * 11)
+
+
+def answer(flags: int, flags2: int) -> bytes:
+    """The answer to it: a header, then fuse_init_out."""
+    out = struct.pack(
+        "=IIIIHHIIHHI7I", 7, 38, 1 << 17, flags, 12, 9, 1 << 20, 1, 256, 0, flags2, *[0] * 7
+    )
+    return struct.pack("=IiQ", 16 + len(out), 0, 2) + out
+
+
+EXT, IDMAP, OTHER = 1 << 30, 1 << 8, 1 << 3
+
+
+def test_idmapped_mounts_are_allowed_where_the_kernel_offers_them() -> None:
+    assert with_idmap(question(EXT, IDMAP | 1), answer(OTHER, 0)) == answer(OTHER | EXT, IDMAP)
+    before = answer(OTHER | EXT, 2)
+    assert with_idmap(question(EXT, IDMAP), before) == answer(OTHER | EXT, 2 | IDMAP)
+
+
+@pytest.mark.parametrize("asked", [question(EXT, 1), question(0, IDMAP), question(EXT, 0)[:56]])
+def test_nothing_is_added_that_the_kernel_does_not_offer(asked: bytes) -> None:
+    assert with_idmap(asked, answer(OTHER, 0)) == answer(OTHER, 0)

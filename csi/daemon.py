@@ -1,0 +1,137 @@
+"""One daemon, and who uses it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from grpc import StatusCode
+
+from csi.errors import RpcError
+from csi.start import Start
+from csi.volumes import Volume
+from lazyfs.errors import MountError
+from lazyfs.process.mount_spec import MountSpec
+from lazyfs.process.supervisor import Supervisor
+from lazyfs.store.credentials import Credentials, StaticCredentials, WebIdentity
+
+# That another call may take with it: a start, or the end with what is still to be saved.
+LOCK_TIMEOUT_S = 120.0
+
+
+class Daemon:
+    """One daemon and those who use it.
+
+    Attributes:
+        name: of its own.
+        mountpoint: where it mounts.
+        spec: what it serves; without the credentials where the keeper has lost them.
+        needs_credentials: it was given some once.
+        users: the paths that are bind mounts of it.
+        retired: its last user left: it is ending.
+        refusal: why it could not be started when that was tried last.
+        start: the one that is under way, or was.
+        was_ready: its mount has been there; a pod may use it.
+    """
+
+    def __init__(
+        self, name: str, mountpoint: Path, spec: MountSpec, needs_credentials: bool
+    ) -> None:
+        self.name = name
+        self.mountpoint = mountpoint
+        self.spec = spec
+        self.needs_credentials = needs_credentials
+        self.users: set[str] = set()
+        self.retired = False
+        self.refusal: str | None = None
+        self.start: Start | None = None
+        self.was_ready = False
+        self._lock = threading.Lock()
+        self._supervisor: Supervisor | None = None
+
+    @property
+    def supervisor(self) -> Supervisor | None:
+        """Looks after its worker, as long as there is a mount."""
+        supervisor = self._supervisor
+        return None if supervisor is None or supervisor.ended else supervisor
+
+    # The mount may end at any moment, from another thread. So `supervisor` is read once in each of
+    # the following.
+
+    @property
+    def device(self) -> str | None:
+        """The device number of its filesystem; None if there is no mount."""
+        supervisor = self.supervisor
+        return supervisor.device if supervisor else None
+
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong, in words; None if nothing is known to be."""
+        supervisor = self.supervisor
+        if supervisor is None:
+            return self.refusal or "its daemon is not running yet"
+        return supervisor.trouble
+
+    def status(self) -> dict[str, Any]:
+        """What its worker says of itself. Raises LazyfsError when it says nothing."""
+        supervisor = self.supervisor
+        if supervisor is None:
+            raise MountError(f"{self.spec.source}: {self.trouble}")
+        return supervisor.status()
+
+    def serves(self, volume: Volume, credentials: Credentials | None) -> bool:
+        """Whether it is what a volume with these credentials needs."""
+        if self.needs_credentials and self.spec.credentials is None:
+            return False  # whose they were is not known
+        return self.is_of(volume) and _same(self.spec.credentials, credentials)
+
+    def is_of(self, volume: Volume) -> bool:
+        """Whether it serves that source, with those options, with whatever credentials."""
+        return (self.spec.source, dict(self.spec.options)) == (volume.source, dict(volume.options))
+
+    @contextmanager
+    def locked(self, timeout_s: float) -> Iterator[None]:
+        """Be the only one that starts it, ends it or changes its credentials.
+
+        Raises:
+            RpcError: somebody else is at it for longer than the timeout.
+        """
+        if not self._lock.acquire(timeout=timeout_s):
+            raise RpcError(
+                StatusCode.DEADLINE_EXCEEDED, f"{self.spec.source}: its daemon is being started"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def name_volumes(self, volume: str) -> None:
+        """Have its log name these volumes.
+
+        Raises:
+            LazyfsError, KeeperError: it cannot be told now. A worker that comes later knows.
+        """
+        with self.locked(LOCK_TIMEOUT_S):
+            self.spec = replace(self.spec, volume=volume)
+            supervisor = self.supervisor
+            if supervisor is not None:
+                supervisor.name_volumes(volume)
+
+    def adopt(self, supervisor: Supervisor) -> None:
+        """It is mounted."""
+        self._supervisor = supervisor
+        self.refusal = None
+        self.was_ready = True
+
+
+def _same(ours: Credentials | None, theirs: Credentials | None) -> bool:
+    """Whether credentials are of the same identity: equal, or tokens of one service account."""
+    if isinstance(ours, WebIdentity) and isinstance(theirs, WebIdentity):
+        return (ours.role_arn, ours.session_name) == (theirs.role_arn, theirs.session_name)
+    if isinstance(ours, StaticCredentials) and isinstance(theirs, StaticCredentials):
+        return ours == theirs
+    return ours is theirs is None

@@ -1,0 +1,149 @@
+"""The start of a daemon, which may take longer than the call that wants it.
+
+kubelet shows nothing of a call that waits, and tries a call that failed again after pauses of up to
+two minutes. So a call waits for a start for a few seconds and says what the start waits for, while
+the start goes on: a later call finds the daemon ready as soon as S3 answers.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from grpc import StatusCode
+
+from csi.errors import RpcError, code_of, without_ids
+from lazyfs.errors import LazyfsError, MountError
+from lazyfs.handover.keeper import KeeperError
+from lazyfs.process.supervisor import Supervisor
+from lazyfs.store.credentials import Credentials
+
+log = logging.getLogger(__name__)
+
+# An event should be there within ten seconds.
+PATIENCE_S = 8.0
+# Between attempts of a start that may succeed later.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 15.0
+# The reason of a start that failed is told for so long; what was wrong may be right after that.
+TOLD_FOR_S = 3.0
+
+
+class StillStartingError(RpcError):
+    """A daemon is not ready yet; its start goes on."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(StatusCode.UNAVAILABLE, message)
+
+
+class Start:
+    """Starts a daemon in a thread of its own, over and over while waiting may help.
+
+    Args:
+        source: of the daemon, for messages.
+        credentials: with which it starts.
+        supervise: makes a supervisor for an attempt.
+        on_ready: called with the supervisor that succeeded, from the thread.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        credentials: Credentials | None,
+        supervise: Callable[[], Supervisor],
+        on_ready: Callable[[Supervisor], None],
+    ) -> None:
+        self.credentials = credentials
+        self._source = source
+        self._supervise = supervise
+        self._on_ready = on_ready
+        self._changed = threading.Condition()
+        self._supervisor: Supervisor | None = None
+        self._is_given_up = False
+        self._is_ready = False
+        # Why the last attempt failed.
+        self._why: LazyfsError | KeeperError | None = None
+        self._ended_s: float | None = None
+        # Log lines are about what they are about in the call.
+        context = contextvars.copy_context()
+        threading.Thread(target=context.run, args=[self._run], daemon=True).start()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it failed, too long ago for the reason to be told."""
+        ended_s = self._ended_s
+        return ended_s is not None and time.monotonic() - ended_s > TOLD_FOR_S
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when the daemon is ready.
+
+        Raises:
+            StillStartingError: it is not yet; the message says why, and the start goes on.
+            LazyfsError, KeeperError: it cannot be started.
+        """
+        patience_s = max(0.0, min(PATIENCE_S, timeout_s))
+        with self._changed:
+            told = self._why
+            self._changed.wait_for(lambda: self._is_done or self._why is not told, patience_s)
+            why, is_final, is_ready = self._why, self._ended_s is not None, self._is_ready
+        if is_ready:
+            return
+        if why is None:
+            raise StillStartingError(
+                f"{self._source}: is not mounted yet: S3 has not answered for {PATIENCE_S:g} s; "
+                "lazyfs goes on trying"
+            )
+        raise why if is_final else StillStartingError(str(why))
+
+    def give_up(self) -> None:
+        """End it; when this returns, the daemon is ready or nothing of it is left."""
+        with self._changed:
+            self._is_given_up = True
+            if self._supervisor is not None:
+                self._supervisor.give_up()
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._is_done)
+
+    @property
+    def _is_done(self) -> bool:
+        return self._is_ready or self._ended_s is not None
+
+    def _run(self) -> None:
+        pause_s = FIRST_PAUSE_S
+        while not self._attempt():
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_given_up, pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def _attempt(self) -> bool:
+        """Try once; whether all is over, for better or worse."""
+        try:
+            with self._changed:
+                if not self._is_given_up:
+                    self._supervisor = self._supervise()
+            if self._is_given_up or self._supervisor is None:
+                raise MountError(f"{self._source}: its start was given up")
+            self._supervisor.start()
+            self._on_ready(self._supervisor)
+        except (LazyfsError, KeeperError) as error:
+            return self._has_failed(error)
+        except Exception as error:
+            log.exception("%s: cannot be started", self._source)
+            return self._has_failed(MountError(f"{self._source}: {type(error).__name__}"))
+        with self._changed:
+            self._is_ready = True
+            self._changed.notify_all()
+        return True
+
+    def _has_failed(self, why: LazyfsError | KeeperError) -> bool:
+        """Note why; whether that is final."""
+        with self._changed:
+            if self._why is None or without_ids(str(why)) != without_ids(str(self._why)):
+                log.warning("%s", why)
+            self._why = why
+            if code_of(why) is not StatusCode.UNAVAILABLE or self._is_given_up:
+                self._ended_s = time.monotonic()
+            self._changed.notify_all()
+            return self._ended_s is not None
