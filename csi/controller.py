@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 
 from grpc import ServicerContext, StatusCode
 
@@ -25,13 +27,15 @@ from csi.volumes import (
     id_of,
     own_attributes,
 )
-from lazyfs.errors import SourceError
+from lazyfs.errors import SourceError, UnavailableError
 from lazyfs.options.option_types import format_size
 from lazyfs.store.credentials import Credentials
 
 log = logging.getLogger(__name__)
 
 _Rpc = csi_pb2.ControllerServiceCapability.RPC
+# What a look at a source may take; then an event of the claim says that S3 does not answer.
+LOOK_TIMEOUT_S = 10.0
 CAPABILITIES = (_Rpc.CREATE_DELETE_VOLUME, _Rpc.LIST_VOLUMES)
 
 
@@ -204,7 +208,7 @@ class Controller(ControllerServicer):
         if not parameters.check_source or (volume.role_arn and credentials is None):
             return 0
         try:
-            return self._look(volume, credentials).size_bytes
+            return self._soon(volume, credentials).size_bytes
         except SourceError as error:
             if credentials is not None:
                 raise
@@ -212,6 +216,24 @@ class Controller(ControllerServicer):
                 f"{error} (asked with the controller's own credentials: the StorageClass names no "
                 'csi.storage.k8s.io/provisioner-secret-name; checkSource: "false" does not ask)'
             ) from error
+
+    def _soon(self, volume: Volume, credentials: Credentials | None) -> Survey:
+        """Look at a source. Raises SourceError, also when that takes long: boto3 has patience."""
+        found: Future[Survey] = Future()
+
+        def look() -> None:
+            try:
+                found.set_result(self._look(volume, credentials))
+            except Exception as error:
+                found.set_exception(error)
+
+        threading.Thread(target=look, daemon=True).start()
+        try:
+            return found.result(LOOK_TIMEOUT_S)
+        except TimeoutError:
+            raise UnavailableError(
+                f"{volume.source}: S3 has not answered for {LOOK_TIMEOUT_S:g} s"
+            ) from None
 
 
 def _checked_flags(capabilities: Iterable[csi_pb2.VolumeCapability]) -> list[str]:

@@ -321,6 +321,15 @@ def test_a_claim_chooses_its_model(
     assert SECRET["secretAccessKey"] not in secrets
 
 
+def test_a_claim_is_told_that_s3_is_silent(controller: ControllerStub, model: S3) -> None:
+    """Before external-provisioner gives the call up, which would say nothing of S3."""
+    model.fault(r"GET /models", "hang", 1000, seconds=600)
+    code, message = refused(controller.CreateVolume, request(model))
+    assert (code, "S3 has not answered" in message) == ("UNAVAILABLE", True), message
+    model.forget()
+    assert controller.CreateVolume(request(model), timeout=30).volume.capacity_bytes == SIZE
+
+
 def test_without_allowed_prefixes_an_annotation_means_nothing(
     replicas: list[ControllerStub], cluster: FakeApiServer, model: S3
 ) -> None:
