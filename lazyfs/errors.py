@@ -172,10 +172,11 @@ _BY_STATUS: dict[int, type[SourceError]] = {
 
 # Hints for the user, by error code.
 _HINTS = {
-    "SignatureDoesNotMatch": "the secret access key does not belong to this access key",
-    "InvalidAccessKeyId": "the endpoint does not know this access key",
-    "ExpiredToken": "the session token has expired",
-    "InvalidToken": "the session token does not belong to these keys",
+    "SignatureDoesNotMatch": "secretAccessKey (AWS_SECRET_ACCESS_KEY) does not belong to this "
+    "access key",
+    "InvalidAccessKeyId": "the endpoint does not know this accessKeyId (AWS_ACCESS_KEY_ID)",
+    "ExpiredToken": "sessionToken (AWS_SESSION_TOKEN) has expired",
+    "InvalidToken": "sessionToken (AWS_SESSION_TOKEN) does not belong to these keys",
     "RequestTimeTooSkewed": "set the clock of this machine",
     "InvalidObjectState": "the object is archived: restore it first",
     "AllAccessDisabled": "all access to the bucket is disabled",

@@ -36,8 +36,8 @@ def test_table(status: int | None, code: str | None, number: int, transient: boo
 @pytest.mark.parametrize(
     ("status", "code", "said"),
     [
-        (403, "SignatureDoesNotMatch", "secret access key"),
-        (403, "InvalidAccessKeyId", "does not know this access key"),
+        (403, "SignatureDoesNotMatch", "secretAccessKey"),
+        (403, "InvalidAccessKeyId", "does not know this accessKeyId"),
         (403, "AccessDenied", "s3:GetObject"),
         (403, None, "s3:GetObject"),
         (403, "InvalidObjectState", "restore"),
