@@ -1,13 +1,13 @@
-"""Two versions of lazyfs side by side, in interleaved rounds: is the change a gain?
+"""Compares two versions of lazyfs in interleaved rounds, to see whether a change is a gain.
 
     python bench/ab.py --base main [--head TREE] [--rounds 5] [--workload vllm]
         [--origins s3like unlimited] [--cache disk none] [--state cold] [--size 1GiB]
 
-BASE and HEAD are git revisions, or directories that hold the package `lazyfs`; HEAD is the work
-tree this program is in unless said otherwise. Each round measures both, the second first in every
-other one, so that what drifts on the machine meets both alike. Shown are medians of what measure.py
-counts, the ratio of seconds HEAD/BASE (below 1: HEAD is faster), and in how many rounds HEAD was
-faster. Needs root, nginx with Lua and, for the throttled origin, tc.
+BASE and HEAD are git revisions, or directories with the package `lazyfs`. HEAD defaults to the work
+tree of this program. Each round measures both, in alternating order, so that drift of the machine
+affects both alike. The output has medians of the figures of measure.py, the ratio of seconds
+HEAD/BASE (below 1: HEAD is faster), and the number of rounds in which HEAD was faster. Needs root,
+nginx with Lua and, for the throttled origin, tc.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ COLUMNS = {
 
 @contextlib.contextmanager
 def tree(revision: str, base: Path) -> Iterator[Path]:
-    """A directory that holds a revision; directories are what they are."""
+    """A directory with the files of a revision; a directory is returned as it is."""
     if (Path(revision) / "lazyfs").is_dir():
         yield Path(revision).resolve()
         return
@@ -66,7 +66,7 @@ def tree(revision: str, base: Path) -> Iterator[Path]:
 
 
 def measure(lazyfs: Lazyfs, state: str, loader: Loader, meter: Meter, place: Place) -> Run:
-    """One load in some state of the caches."""
+    """Measure one load, with the caches in a given state."""
     forget(place)
     if state == "warm":
         with lazyfs.mount(place) as mounted:
@@ -113,7 +113,7 @@ def compare(
 
 
 def table(base: list[Run], head: list[Run]) -> str:
-    """Medians of both and their ratio."""
+    """A table of the medians of both and their ratio."""
     lines = [f"{'':18}{'base':>10}{'head':>10}{'head/base':>11}"]
     for name, value in COLUMNS.items():
         first, second = (statistics.median(map(value, runs)) for runs in (base, head))
@@ -126,8 +126,8 @@ def table(base: list[Run], head: list[Run]) -> str:
 
 
 def main() -> None:
-    """Compare what the arguments name."""
-    parser = argparse.ArgumentParser(description="two versions of lazyfs, side by side")
+    """Compare the versions that the arguments name."""
+    parser = argparse.ArgumentParser(description="compare two versions of lazyfs")
     parser.add_argument("--base", required=True, help="a revision or a directory")
     parser.add_argument("--head", default=str(ROOT), help="a revision or a directory")
     parser.add_argument("--rounds", default=5, type=int)

@@ -1,12 +1,12 @@
-"""What a run cost: processor time and memory of a mount's processes, and the kernel's requests.
+"""Measures the costs of a run: processor time and memory of a mount, and requests of the kernel.
 
-Everything is asked of the kernel, not of the contender, so that it means the same for each of them:
+All figures come from the kernel and not from the contender, so they mean the same for each of them:
 
-- processor time of a control group (version 2) holds all processes that a mount consists of, those
-  that have ended included. The kernel's own threads, which write dirty pages back, are in no group
-  and are not counted, for nobody.
-- memory is the sum of each process's own peak (VmHWM), which is never less than the peak of the
-  sum. Page cache is not in it.
+- Processor time is that of a control group (version 2) with all processes of a mount, including
+  those that have ended. The kernel's own threads, which write back dirty pages, belong to no group
+  and are not counted for any contender.
+- Memory is the sum of the peaks of all processes (VmHWM), which is never less than the peak of the
+  sum. It does not include the page cache.
 - FUSE requests come from the trace event `fuse:fuse_request_send` (Linux 6.11), counted by
   connection and operation.
 """
@@ -27,47 +27,47 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _SENT = re.compile(r"fuse_request_send: connection (\d+) .*\(FUSE_(\w+)\)")
-# Idle is less than a twentieth of a processor. What a load left no time for is written after it.
+# Idle means less than a twentieth of a processor. Writes that a load delayed come after it.
 _SAMPLE_S = 0.5
 _IDLE_S = 2.5
-# What a contender takes at most, with the model twice in the page cache.
+# Upper limit of the memory of a contender, with the model twice in the page cache.
 _TOUCHED = 6 << 30
-# Of madvise(2), Linux 5.14; the module mmap does not name it.
+# From madvise(2), Linux 5.14; the module mmap does not define it.
 _MADV_POPULATE_WRITE = 23
 _TRACE_BUFFER_KIB = 16 << 10  # for each processor; an event takes about 50 bytes
 
 
 class Group:
-    """A control group; processes that `enter` it, and their children, are counted together."""
+    """A control group. It counts the processes that `enter` it, with their children."""
 
     def __init__(self, name: str) -> None:
         self._path = _cgroup_root() / f"lazyfs-bench-{os.getpid()}-{name}"
         self._path.mkdir()
 
     def enter(self) -> None:
-        """Put the calling process in; for `preexec_fn`."""
+        """Add the calling process to the group; for `preexec_fn`."""
         (self._path / "cgroup.procs").write_text("0")
 
     def processes(self) -> list[int]:
-        """Process numbers of those that are alive."""
+        """PIDs of the processes that are alive."""
         return [int(line) for line in (self._path / "cgroup.procs").read_text().split()]
 
     def cpu_seconds(self) -> float:
-        """User and system time of all that was ever in it."""
+        """User and system time of all processes that were ever in the group."""
         for line in (self._path / "cpu.stat").read_text().splitlines():
             if line.startswith("usage_usec"):
                 return int(line.split()[1]) / 1e6
         raise SystemExit("bench: the control group counts no processor time")
 
     def peak_mib(self) -> float:
-        """Sum of the peaks of resident memory of those that are alive."""
+        """Sum of the peaks of resident memory of the processes that are alive."""
         return sum(_peak_mib(pid) for pid in self.processes())
 
     def close(self, patience_s: float = 10.0) -> None:
-        """Remove it, when its processes have ended; end those that do not.
+        """Remove the group after its processes have ended. Kill those that do not end.
 
         Raises:
-            SystemExit: some did not end by themselves: a contender left them behind.
+            SystemExit: the contender left processes behind.
         """
         left = self._wait(patience_s)
         if left:
@@ -85,10 +85,10 @@ class Group:
 
 
 def settle(counted: Group) -> None:
-    """Wait until its processes are idle, and do not begin again: what they still write is written.
+    """Wait until its processes are idle and stay so, after they have finished writing.
 
     Raises:
-        SystemExit: they are busy after a minute.
+        SystemExit: they are still busy after a minute.
     """
     deadline, idle_since, before = time.monotonic() + 60, time.monotonic(), counted.cpu_seconds()
     while (now_s := time.monotonic()) < deadline:
@@ -104,7 +104,7 @@ def settle(counted: Group) -> None:
 
 @contextlib.contextmanager
 def group(name: str) -> Iterator[Group]:
-    """A control group that must be empty at the end of the block."""
+    """A control group, which must be empty at the end of the `with` block."""
     made = Group(name)
     try:
         yield made
@@ -115,13 +115,13 @@ def group(name: str) -> Iterator[Group]:
 
 
 class FuseRequests:
-    """Counts of the kernel's FUSE requests since `mark`, of any connection."""
+    """Counts the kernel's FUSE requests of all connections since `mark`."""
 
     def __init__(self, instance: Path) -> None:
         self._instance = instance
 
     def mark(self) -> None:
-        """Count from here on."""
+        """Start to count."""
         (self._instance / "trace").write_text("")
 
     def of(self, mountpoint: Path) -> Counter[str]:
@@ -138,7 +138,7 @@ class FuseRequests:
 
 @contextlib.contextmanager
 def fuse_requests(base: Path) -> Iterator[FuseRequests | None]:
-    """Trace FUSE requests until the end of the block; None where the kernel has no such event.
+    """Trace FUSE requests in the `with` block; None if the kernel has no such trace event.
 
     Args:
         base: a directory to mount tracefs in.
@@ -167,9 +167,9 @@ def fuse_requests(base: Path) -> Iterator[FuseRequests | None]:
 
 
 def end_in_order() -> None:
-    """Let SIGTERM, SIGINT and SIGHUP be the end of all blocks, so that nothing stays behind.
+    """Turn SIGTERM, SIGINT and SIGHUP into an exception, so that all `with` blocks clean up.
 
-    Only the first of them counts: another one must not end what clears away.
+    Only the first signal counts: another one must not interrupt the clean-up.
     """
     ends = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -184,12 +184,12 @@ def end_in_order() -> None:
 
 @contextlib.contextmanager
 def workplace(prefix: str) -> Iterator[Path]:
-    """A directory for everything that a bench needs; whatever is mounted in it is unmounted."""
+    """A working directory for a bench. At the end, everything mounted in it is unmounted."""
     base = Path(tempfile.mkdtemp(prefix=prefix, dir="/var/tmp"))
     try:
         yield base
     finally:
-        # The last one first: one mount may be inside another.
+        # In reverse order, because a mount may be inside another.
         for fields in reversed(_mounts()):
             if Path(fields[4]).is_relative_to(base):
                 subprocess.run(["umount", "-l", fields[4]], check=False, timeout=60)
@@ -197,7 +197,7 @@ def workplace(prefix: str) -> Iterator[Path]:
 
 
 def device_of(mountpoint: Path) -> int:
-    """Device number of what is mounted at a place, without asking what is mounted there."""
+    """Device number of the filesystem at a mountpoint, without a request to that filesystem."""
     for fields in _mounts():
         if fields[4] == str(mountpoint):
             major, minor = fields[2].split(":")
@@ -206,12 +206,12 @@ def device_of(mountpoint: Path) -> int:
 
 
 def is_mounted(mountpoint: Path) -> bool:
-    """Whether anything is mounted at a place."""
+    """Whether something is mounted at a path."""
     return any(fields[4] == str(mountpoint) for fields in _mounts())
 
 
 def keep_in_page_cache(directory: Path) -> None:
-    """Read all files below a directory, so that whoever serves them need not wait for the disk."""
+    """Read all files below a directory, so that their server does not have to wait for the disk."""
     buffer = bytearray(1 << 20)
     for path in directory.rglob("*"):
         if path.is_file():
@@ -221,7 +221,7 @@ def keep_in_page_cache(directory: Path) -> None:
 
 
 def drop_page_cache(directory: Path) -> None:
-    """Let the kernel forget all files below a directory, after they are on disk."""
+    """Drop all files below a directory from the page cache, after they are on disk."""
     os.sync()
     for path in directory.rglob("*"):
         if path.is_file():
@@ -231,10 +231,10 @@ def drop_page_cache(directory: Path) -> None:
 
 
 def touch_memory() -> None:
-    """Use much of the free memory and free it, so that what is measured next finds it there.
+    """Use much of the free memory and free it, so that it is available to the next measurement.
 
-    A virtual machine gets memory from its host only when it is used, a second or more for each GiB;
-    where the kernel reports free pages to the host, they are gone again seconds later.
+    A virtual machine gets memory from its host only when it uses it, which takes a second or more
+    for each GiB. If the kernel reports free pages to the host, they are gone again seconds later.
     """
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     count = os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""What lazyfs is to reach, as ratios within one run, and whether it does."""
+"""The performance targets of lazyfs, as ratios within one run, and whether it meets them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from measure import Run
 from scenarios import DOWNLOAD, DOWNLOADED, LIMIT, Line
 
-# Medians of one origin, and of all origins by their names.
+# Medians of one origin, and medians by the name of the origin.
 Medians = Mapping[Line, Run]
 Everything = Mapping[str, Medians]
 
@@ -19,14 +19,14 @@ PEAK_MIB = 600
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One bar.
+    """One target.
 
     Attributes:
-        what: in words.
+        what: a description.
         measured: the figure, or the worst of several.
-        bar: what it has to be, with "at least" or "at most" in front.
-        met: whether it is.
-        note: how the figure came about.
+        bar: the target, with "at least" or "at most" in front.
+        met: whether the figure meets it.
+        note: where the figure comes from.
     """
 
     what: str
@@ -45,7 +45,7 @@ def _at_most(what: str, measured: float, bar: float, note: str) -> Bar:
 
 
 def judge(everything: Everything) -> list[Bar]:
-    """All bars for which there are figures."""
+    """All targets for which there are figures."""
     bars: list[Bar] = []
     if (medians := everything.get("throttled")) and COLD in medians and LIMIT in medians:
         ratio = medians[COLD].rate / medians[LIMIT].rate

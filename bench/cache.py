@@ -1,10 +1,10 @@
-"""What the cache costs, and what it saves. Needs nginx and root, as `run.py` does.
+"""Measures what the disk cache costs and saves. Needs nginx and root, like `run.py`.
 
 python bench/cache.py [--directory /var/tmp] [--size 1GiB] [--parts blocks,shared,evict]
 
-blocks   put and get of a block of 8 MiB against writing and reading its file; claims; the index
-shared   what two mounts that load one model at the same time fetch, over the model's size
-evict    `lazyfs warm` into a cache that has room, and into one where all must leave for it
+blocks   put and get of an 8 MiB block, compared with writing and reading a file; claims; the index
+shared   bytes that two mounts fetch which load one model at the same time, over the model's size
+evict    `lazyfs warm` into a cache with room, and into one that has to evict everything for it
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ HERE = Path(__file__).parent
 
 
 def blocks(base: Path) -> dict[str, float]:
-    """Milliseconds for a block, microseconds for what is small."""
+    """Milliseconds per block, and microseconds for small operations."""
     raw = base / "raw"
     raw.mkdir()
     directory = CacheDirectory(base / "cache", Limits(1 << 40))
@@ -71,7 +71,7 @@ def blocks(base: Path) -> dict[str, float]:
 
 
 def _each(action: Callable[[int], object], numbers: range) -> float:
-    """Seconds for one, the median."""
+    """Median of the seconds per call."""
     times = []
     for number in numbers:
         began = time.perf_counter()
@@ -81,7 +81,7 @@ def _each(action: Callable[[int], object], numbers: range) -> float:
 
 
 def shared(base: Path, origin: origins.Origin, size: int) -> dict[str, float]:
-    """Two mounts, begun and loaded at the same time."""
+    """Two mounts that start and load at the same time."""
     with contextlib.ExitStack() as stack:
         places = [base / "mnt1", base / "mnt2"]
         began = time.perf_counter()
@@ -120,7 +120,7 @@ def _status(place: Path) -> dict[str, int]:
 
 
 def evict(base: Path, origin: origins.Origin) -> dict[str, float]:
-    """Throughput of filling a cache: with room, and where an old block leaves for each new one."""
+    """Throughput of filling a cache: with room, and with an eviction for each block."""
     cache = base / "cache"
     limit = f"--cache-size={_size(origin) + 8 * BLOCK}"
     times: dict[str, list[float]] = {"with_room": [], "evicting": []}
@@ -140,7 +140,7 @@ def evict(base: Path, origin: origins.Origin) -> dict[str, float]:
 
 
 def _make_strange(cache: Path) -> None:
-    """Let what is there be old blocks of another model."""
+    """Turn the cached blocks into old blocks of another model."""
     with contextlib.closing(sqlite3.connect(cache / "cache.db")) as index, index:
         index.execute("UPDATE Cache SET key = 'x' || rowid || ':0', access_time = 0")
 

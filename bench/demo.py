@@ -1,8 +1,8 @@
-"""`make demo`: the whole of lazyfs in half a minute, with nothing but this machine.
+"""`make demo`: shows lazyfs in half a minute, on this machine alone.
 
-Starts an S3 (moto's server), puts a small sharded safetensors model into it, mounts it, loads all
-tensors in another process through the mapped files, compares them with what was written, and
-mounts a second time to show what the cache is for.
+It starts an S3 server (moto), puts a small sharded safetensors model into it, and mounts it.
+Another process maps the files, loads all tensors, and compares them with what was written. Then it
+mounts the model again, to show what the cache is for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-# The tests' S3 and environment; `make demo` puts the folder tests/ on the path.
+# The S3 server and environment of the tests; `make demo` puts tests/ on the path.
 from mounting import environment
 from s3 import S3
 from safetensors.numpy import save_file
@@ -42,7 +42,7 @@ print(json.dumps({"seconds": time.perf_counter() - began, "bytes": size, "sums":
 
 
 def main() -> None:
-    """Run the demo; exits with 1 and one line when something is not as it must be."""
+    """Run the demo. On a failure it prints one line and exits with 1."""
     with tempfile.TemporaryDirectory(prefix="lazyfs-demo-") as directory:
         print("1. An S3 on this machine (moto), and a model in it")
         s3 = S3()
@@ -72,7 +72,7 @@ class Demo:
         print("\nAll tensors were right both times. Nothing is mounted any more.")
 
     def write_model(self) -> tuple[dict[str, float], int]:
-        """Put a model into S3; the sum of each tensor, and all bytes."""
+        """Put a model into S3. Returns the sum of each tensor, and the total size in bytes."""
         generator = np.random.default_rng(1)
         sums, weight_map, files = {}, {}, {}
         for shard in range(1, SHARDS + 1):
@@ -119,7 +119,7 @@ class Demo:
         print(f"   fetched from S3: {fetched / MIB:.0f} MiB in {len(gets)} requests")
 
     def call(self, command: list[str]) -> str:
-        """Run a command; its output."""
+        """Run a command and return its output."""
         answer = subprocess.run(
             command, capture_output=True, text=True, timeout=120, env=environment(), check=False
         )
@@ -129,7 +129,7 @@ class Demo:
 
 
 def length(span: str, default: int) -> int:
-    """How many bytes a Range header asks for."""
+    """The number of bytes that a Range header asks for."""
     if not span:
         return default
     first, last = span.removeprefix("bytes=").split("-")

@@ -1,10 +1,10 @@
-"""What a plain client gets out of an origin: the limit, and the download that lazyfs replaces.
+"""Measures a plain client: the limit of an origin, and the download that lazyfs replaces.
 
     python bench/fetch.py raw ENDPOINT SOURCE_DIRECTORY CONCURRENCY
     python bench/fetch.py download ENDPOINT SOURCE_DIRECTORY CONCURRENCY TARGET_DIRECTORY
 
-`raw` gets every byte of the model by ranged GETs of 8 MiB and throws it away. `download` writes
-it to local disk. Both by obstore, a client in Rust.
+`raw` fetches every byte of the model with ranged GETs of 8 MiB and throws it away. `download`
+writes it to local disk. Both use obstore, a client in Rust.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BLOCK = 8 << 20
 
 
 def main() -> None:
-    """Fetch once; one line of JSON."""
+    """Fetch once and print one line of JSON."""
     mode, endpoint, source, concurrency = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4]
     target = Path(sys.argv[5]) if mode == "download" else None
     options: dict[str, Any] = {"allow_http": True, "timeout": "10 minutes"}
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def _cpu_seconds() -> float:
-    """User and system time of this process, from its start, its imports included."""
+    """User and system time of this process since its start, including its imports."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 

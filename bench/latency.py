@@ -1,16 +1,16 @@
-"""How long single calls take on a mount; run as a process of its own.
+"""Measures the latency of single calls on a mount. Runs as a process of its own.
 
     python bench/latency.py walk DIRECTORY
     python bench/latency.py small DIRECTORY COUNT
     python bench/latency.py metadata DIRECTORY
 
-Prints one line of JSON, times in milliseconds; `ended` is on the monotonic clock.
+Prints one line of JSON. Times are in milliseconds; `ended` is on the monotonic clock.
 
-    walk      lists everything below and asks for each file's size
-    small     opens, reads to the end and closes COUNT files that are no weights, in a mixed order
-              that is always the same; the directories have been listed before
-    metadata  until its standard input ends, every 2 ms one of three calls that the kernel cannot
-              answer by itself: `stat` of a name never asked before, `listdir`, `statvfs`
+    walk      lists everything below DIRECTORY and gets the size of each file
+    small     opens, reads and closes COUNT files without weights, in a shuffled order that is
+              always the same, after it has listed the directories
+    metadata  until its standard input ends, makes a call every 2 ms that the kernel cannot answer
+              itself: `stat` of a new name, `listdir`, or `statvfs`
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from pathlib import Path
 
 
 def quantile(times: list[float], share: float) -> float:
-    """The smallest of `times` that at least this share of them do not exceed."""
+    """The smallest of `times` that at least this share of them does not exceed."""
     return sorted(times)[max(0, math.ceil(share * len(times)) - 1)]
 
 
 def timed(call: Callable[[], object]) -> float:
-    """How long a call takes, in milliseconds."""
+    """Duration of a call in milliseconds."""
     began = time.perf_counter()
     call()
     return (time.perf_counter() - began) * 1000
@@ -87,7 +87,7 @@ def metadata(directory: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure once; one line of JSON."""
+    """Measure once and print one line of JSON."""
     mode, directory = sys.argv[1], Path(sys.argv[2])
     if mode == "walk":
         answer = walk(directory)

@@ -1,24 +1,24 @@
-"""Loads a model directory the way some program would; run as a process of its own.
+"""Loads a model directory in the way of a given program. Runs as a process of its own.
 
     python bench/load.py MODE DIRECTORY [--ranks N --rank R] [--trace FILE] [--against DIRECTORY]
 
-Prints one line of JSON: `began`, `opened` and `ended` on the monotonic clock, which all processes
-of a machine share, so that whoever started the mount can tell how long it took from there to the
-last tensor; bytes; processor seconds from `opened` to `ended`; peak of resident memory.
+Prints one line of JSON: `began`, `opened` and `ended` on the monotonic clock; bytes; processor
+seconds from `opened` to `ended`; peak of resident memory. All processes of a machine share that
+clock, so the caller can compute the time from the start of the mount to the last tensor.
 
-Every byte is copied once, into memory that is used again for each tensor: as much is moved as by a
-loader that hands tensors on to a GPU, and the allocator is not measured. Modes:
+Every byte is copied once, into memory that is reused for each tensor. So as much is moved as by a
+loader that hands tensors to a GPU, and the allocator is not measured. Modes:
 
-    vllm         the default loader of vLLM: shards sorted, mapped, one tensor after the other, each
-                 copied by all threads at once as torch does, each faulting its own part. With
-                 --ranks, the R-th of N processes that load one model in step (tensor parallelism)
-    safetensors  `safe_open` and `get_tensor`, as they are
-    transformers all shards opened and their headers read, then one tensor after the other
+    vllm         the default loader of vLLM: shards sorted and mapped, one tensor after the other,
+                 each copied by all threads at once, as in torch; each thread faults its own part.
+                 With --ranks: the R-th of N processes that load one model (tensor parallelism)
+    safetensors  `safe_open` and `get_tensor`
+    transformers opens all shards and reads their headers, then one tensor after the other
     threads      four shards at once, mapped
     sequential   plain reads of 1 MiB
     direct       O_DIRECT, 8 threads, 8 MiB each, over all shards
-    replay       a recorded trace (see traces/README.md): its ranges, mapped, in its order
-    check        no load: compare pieces of every file with those of --against
+    replay       the ranges of a recorded trace (see traces/README.md), mapped, in their order
+    check        no load: compares pieces of every file with those of --against
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
 
 def shards(directory: Path) -> list[Path]:
-    """What vLLM would read, in its order."""
+    """The shards that vLLM would read, in its order."""
     index = json.loads((directory / "model.safetensors.index.json").read_text())
     return [directory / name for name in sorted(set(index["weight_map"].values()))]
 
 
 def mapped(path: Path) -> Bytes:
-    """A file's bytes, mapped."""
+    """The mapped bytes of a file."""
     with open(path, "rb") as file:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
 
@@ -71,14 +71,14 @@ def tensors(view: Bytes) -> Iterator[tuple[int, int]]:
 
 
 class Copier:
-    """Copies ranges into memory of its own, which grows to the largest and is used again."""
+    """Copies ranges into a buffer, which is reused and grows to the largest range."""
 
     def __init__(self, pool: concurrent.futures.Executor | None) -> None:
         self._pool = pool
         self._memory = np.zeros(0, np.uint8)
 
     def copy(self, view: Bytes) -> int:
-        """Copy a range; with a pool, by all its threads at once."""
+        """Copy a range; with a pool, in all its threads at once."""
         if len(view) > len(self._memory):
             self._memory = np.zeros(len(view), np.uint8)
         if self._pool is None or len(view) < MIB:
@@ -113,7 +113,7 @@ def safetensors(arguments: argparse.Namespace) -> int:
 
 
 def transformers(arguments: argparse.Namespace) -> int:
-    """`from_pretrained`: it looks into every shard before it loads from the first."""
+    """Like `from_pretrained`: opens every shard before it loads from the first."""
     with concurrent.futures.ThreadPoolExecutor(CORES) as pool:
         views = [mapped(path) for path in shards(arguments.directory)]
         for view in views:
@@ -164,7 +164,7 @@ def direct(arguments: argparse.Namespace) -> int:
 
 
 def replay(arguments: argparse.Namespace) -> int:
-    """As many threads as the recorded machine had processors take its reads in their order."""
+    """Replay the reads in order, with a thread for each processor of the recorded machine."""
     views: dict[str, Bytes] = {}
     own = threading.local()
 
@@ -203,7 +203,7 @@ MODES: dict[str, Callable[[argparse.Namespace], int]] = {
 
 
 def main() -> None:
-    """Load once; one line of JSON."""
+    """Load once and print one line of JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("mode", choices=MODES)
     parser.add_argument("directory", type=Path)

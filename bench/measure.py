@@ -1,10 +1,10 @@
 """One measured load through one mount.
 
-What is counted: from the moment before the first process is started, that of the mount, to the
-moment in which the last tensor has been copied. In between lie the mount, the start of the loader
-(the interpreter, numpy, safetensors) and the load itself (`load_s`). Of a download it is the same,
-from the start of the client; of a local file that is not in the page cache, from the start of the
-loader. Where everything is in the page cache (hot) only the load itself is counted, for all.
+The time runs from just before the first process starts, which is that of the mount, until the last
+tensor is copied. It covers the mount, the start of the loader (the interpreter, numpy, safetensors)
+and the load itself (`load_s`). For a download it starts with the client; for a local file that is
+not in the page cache, with the loader. If everything is in the page cache (hot), only the load
+itself counts, for all contenders.
 """
 
 from __future__ import annotations
@@ -27,23 +27,24 @@ TIMEOUT_S = 180
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a load took. Fields that do not apply are None.
+    """The figures of a load. Fields that do not apply are None.
 
     Attributes:
         seconds: as above.
-        load_s: from before the first file is opened to the last tensor.
-        mount_s: until the mount could be used.
-        bytes: that the loader copied.
+        load_s: from before the first open to the last tensor.
+        mount_s: until the mount was ready.
+        bytes: bytes that the loader copied.
         client_cpu_s: processor time of the mount's processes, or of the download client, from
             their start to the last tensor.
-        start_cpu_s: that part of it which was spent before the mount could be used, or before the
-            client's first request.
-        after_cpu_s: what the mount's processes took beside it, from the last tensor until they
-            had nothing more to do.
+        start_cpu_s: the part of it before the mount was ready, or before the client's first
+            request.
+        after_cpu_s: additional processor time of the mount's processes, from the last tensor until
+            they were idle.
         reader_cpu_s: processor time of the loader during the load.
         peak_mib: peak of resident memory of the mount's processes, or of the download client.
-        fuse_requests, fuse_reads: that the kernel sent.
-        gets: that the origin answered, and bytes of them divided by `bytes`.
+        fuse_requests, fuse_reads: requests, and reads among them, that the kernel sent.
+        gets: GETs that the origin answered.
+        fetched_over_needed: bytes of these answers divided by `bytes`.
     """
 
     seconds: float
@@ -70,7 +71,7 @@ class Run:
 
 
 class Loader:
-    """Starts load.py, possibly as several processes at once."""
+    """Starts load.py, as one process or several."""
 
     def __init__(self, mode: str, *arguments: object, ranks: int = 1) -> None:
         self._mode = mode
@@ -94,17 +95,17 @@ class Loader:
 
 
 class Meter:
-    """Measures loads: asks the origin and the kernel what happened meanwhile."""
+    """Measures loads, with figures from the origin and the kernel."""
 
     def __init__(self, origin: origins.Origin, requests: FuseRequests | None) -> None:
         self._origin = origin
         self._requests = requests
 
     def mark(self, served: Path | None = None) -> None:
-        """Count requests from here on; before the mount begins.
+        """Start to count requests, before the mount begins.
 
         Args:
-            served: what the origin will be asked for, which it is to have in memory.
+            served: the directory that the origin will serve; it is read into the page cache.
         """
         if served:
             keep_in_page_cache(served)
@@ -126,7 +127,7 @@ class Meter:
         return self._load(loader, [mounted], [place], None, mounted.group.cpu_seconds())
 
     def together(self, loader: Loader, mounts: Sequence[Mounted], places: Sequence[Place]) -> Run:
-        """The first loads of several mounts at the same time; until the last one ends."""
+        """The first loads of several mounts at the same time, until the last one ends."""
         return self._load(loader, mounts, places, min(m.began for m in mounts), 0.0)
 
     def _load(
@@ -157,7 +158,7 @@ class Meter:
 
 
 def local(loader: Loader, directory: Path, *, hot: bool) -> Run:
-    """A load from a local directory that is in the page cache (hot) or not."""
+    """A load from a local directory, in the page cache (hot) or not."""
     if not hot:
         touch_memory()
     began = time.monotonic()
@@ -210,7 +211,7 @@ def fetch(origin: origins.Origin, mode: str, *arguments: object) -> dict[str, fl
 def program(
     script: str, *arguments: object, clients_of: origins.Origin | None = None
 ) -> subprocess.Popen[str]:
-    """Start a program of the bench; with what clients of an origin need, if it is one."""
+    """Start a program of the bench. With an origin, it gets the environment for its clients."""
     return subprocess.Popen(
         [sys.executable, str(HERE / script), *map(str, arguments)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -219,7 +220,7 @@ def program(
 
 
 def answer_of(process: subprocess.Popen[str]) -> dict[str, float]:
-    """A program's line of JSON."""
+    """The line of JSON that a program prints."""
     try:
         output, errors = process.communicate(timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:

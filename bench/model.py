@@ -1,4 +1,4 @@
-"""Writes what is served: a model of any size, a model as one was recorded, many small files."""
+"""Writes the data for the origin: a model of any size, a recorded layout, or many small files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-# (name, rows, columns) of one layer; as recorded from a 1 B Llama.
+# (name, rows, columns) of one layer, recorded from a 1 B Llama.
 _LAYER = (
     ("mlp.down_proj", 2048, 5632),
     ("mlp.gate_proj", 5632, 2048),
@@ -27,9 +27,9 @@ _POOL = 64 << 20
 
 
 def write_model(directory: Path, total_bytes: int, shards: int) -> int:
-    """Write a model of about that size; the bytes really written in shards.
+    """Write a model of about the given size. Returns the size of its shards in bytes.
 
-    The content does not compress: windows of one random pool, each from another offset.
+    The content cannot be compressed: each tensor is another window of a pool of random bytes.
     """
     directory.mkdir(parents=True, exist_ok=True)
     pool = np.random.default_rng(1).bytes(_POOL)
@@ -55,7 +55,7 @@ def write_model(directory: Path, total_bytes: int, shards: int) -> int:
 
 
 def write_recorded(directory: Path, layout: Path) -> int:
-    """Write a model of the layout that a trace was recorded from; the bytes of its shards.
+    """Write a model with the layout of a trace. Returns the size of its shards in bytes.
 
     Args:
         layout: a file as described in traces/README.md.
@@ -97,7 +97,7 @@ _SMALL = {
 
 
 def write_small_files(directory: Path, count: int) -> int:
-    """Write the small files of as many models as give `count` files; how many were written."""
+    """Write the small files of several models, at most `count` files. Returns their number."""
     written = 0
     for model in range(count // len(_SMALL)):
         folder = directory / f"model-{model:04d}"
@@ -117,7 +117,7 @@ def _write_shard(
     path: Path, header: dict[str, object], length: int, pool: bytes, number: int,
     header_length: int = 0,
 ) -> int:  # fmt: skip
-    """Write one file whose tensors take `length` bytes; its size."""
+    """Write one file with tensors of `length` bytes. Returns its size."""
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * max(-len(text) % 8, header_length - len(text))
     with open(path, "wb") as file:

@@ -1,4 +1,4 @@
-"""lazyfs as something to be mounted by a bench, the same way as its peers (see peers.py)."""
+"""Mounts lazyfs for a bench, with the same interface as its peers (see peers.py)."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Place:
     """What a contender mounts, and where.
 
     Attributes:
-        origin: who serves it.
-        prefix: which part of the bucket.
+        origin: the S3 server.
+        prefix: the prefix in the bucket.
         mountpoint: an empty directory.
-        state: where the contender keeps what should survive the mount, its disk cache.
+        state: directory for the disk cache of the contender, which outlives the mount.
     """
 
     origin: origins.Origin
@@ -41,11 +41,11 @@ class Mounted:
     """A mount in use.
 
     Attributes:
-        began: when its making began, on the monotonic clock.
-        ready: when it could be used.
+        began: when mounting began, on the monotonic clock.
+        ready: when the mount was ready.
         start_cpu_s: processor time of its processes until then.
-        group: all its processes.
-        directory: where the prefix is.
+        group: the control group of its processes.
+        directory: the directory with the contents of the prefix.
     """
 
     began: float
@@ -56,12 +56,12 @@ class Mounted:
 
 
 class Contender(Protocol):
-    """Something that can be mounted.
+    """A program that can mount a bucket.
 
     Attributes:
-        name: as the tables show it.
-        keeps: whether it has a cache on disk, which a new mount finds again.
-        folder: of the bucket in which the bytes are; empty if it is the prefix that is mounted.
+        name: its name in the tables.
+        keeps: whether it has a disk cache that a new mount uses.
+        folder: folder of the bucket with its own copy of the data; empty if it mounts the prefix.
     """
 
     @property
@@ -80,11 +80,11 @@ class Contender(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Lazyfs:
-    """lazyfs of some source tree.
+    """lazyfs from a source tree.
 
     Attributes:
-        tree: a directory that holds the package `lazyfs`.
-        options: for `lazyfs mount`, beside what every mount here needs.
+        tree: a directory with the package `lazyfs`.
+        options: additional options of `lazyfs mount`.
     """
 
     tree: Path
@@ -95,7 +95,7 @@ class Lazyfs:
     environment: Mapping[str, str] = field(default_factory=origins.environment)
 
     def version(self) -> str:
-        """What `lazyfs --version` says, and the commit."""
+        """The output of `lazyfs --version`, and the commit."""
         said = self._run("--version").stdout.strip()
         commit = subprocess.run(
             ["git", "-C", self.tree, "describe", "--always", "--dirty"],
@@ -105,7 +105,7 @@ class Lazyfs:
 
     @contextlib.contextmanager
     def mount(self, place: Place) -> Iterator[Mounted]:
-        """Mount, until the end of the block."""
+        """Mount for the duration of the `with` block."""
         source = f"s3://{origins.BUCKET}/{place.prefix}"
         cache = place.state if self.keeps else "none"
         with group(place.mountpoint.name) as counted:
@@ -137,12 +137,12 @@ class Lazyfs:
 
 
 def forget(place: Place) -> None:
-    """Remove what a contender left on disk: its next mount starts cold."""
+    """Remove the disk cache of a contender, so that its next mount starts cold."""
     shutil.rmtree(place.state, ignore_errors=True)
     place.state.mkdir(parents=True)
     os.sync()
 
 
 def from_disk(place: Place) -> None:
-    """Keep what is on disk, and have the kernel forget it: the next mount starts warm."""
+    """Drop a contender's disk cache from the page cache, so that its next mount starts warm."""
     drop_page_cache(place.state)

@@ -1,16 +1,15 @@
-"""What it costs that a mount records what it does.
+"""Measures the cost of recording events and metrics.
 
     python bench/observing.py [--rate 1GB] [--block-size 8MiB] [--rounds 6 [--size 1GiB]]
 
-With --rounds, loads through real mounts, in interleaved rounds (see ab.py, which needs root and
-nginx): `base` is lazyfs with a recorder that keeps nothing of requests, blocks and reads, `head` is
+With --rounds it loads through real mounts, in interleaved rounds (see ab.py, which needs root and
+nginx): `base` is lazyfs with a recorder that ignores requests, blocks and reads, and `head` is
 lazyfs as it is.
 
-Processor time of the recorder alone, for a load:
-
-Tells a recorder what it is told of a load whose every block is fetched, pushed and read through the
-daemon in requests of 1 MiB, which is more than happens in a real one, and sets the time against the
-time that the load takes at a rate. Also the time for which a report stops the loop.
+Without --rounds it measures the processor time of the recorder alone. It records a load in which
+every block is fetched, pushed and read through the daemon in requests of 1 MiB, which is more than
+happens in a real load, and compares that time with the duration of the load at a given rate. It
+also measures for how long a report stops the event loop.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from lazyfs.options.option_types import format_size, parse_size
 BLOCKS = 20_000
 REQUEST = 1 << 20
 ROOT = Path(__file__).parent.parent
-# What others look up in a recorder (requests under way, open files, waits) must go on.
+# State that other modules read from a recorder (requests in flight, open files, waits) is kept.
 FORGETFUL = """
 
 def _nothing(*_, **__): pass
@@ -44,7 +43,7 @@ Recorder.read = Recorder.landed = Recorder.pushed = Recorder.written = _nothing
 
 
 def tell(recorder: Recorder, file: File, number: int, block_size: int) -> None:
-    """All that a recorder is told of one block."""
+    """Record all events of one block."""
     block = BlockId(file.inode, number)
     recorder.prefetch_is(Activity.FETCHING)
     began_s = recorder.begun(block)
@@ -63,13 +62,17 @@ def tell(recorder: Recorder, file: File, number: int, block_size: int) -> None:
 
 
 def main() -> None:
-    """Measure, and print."""
-    parser = argparse.ArgumentParser(description="the cost of observing")
-    parser.add_argument("--rate", default="1GB", type=parse_size, help="of the load, a second")
+    """Measure and print the results."""
+    parser = argparse.ArgumentParser(description="measure the cost of recording")
+    parser.add_argument(
+        "--rate", default="1GB", type=parse_size, help="rate of the load, per second"
+    )
     parser.add_argument("--block-size", default="8MiB", type=parse_size)
-    parser.add_argument("--rounds", type=int, help="of loads through mounts")
-    parser.add_argument("--size", default="1GiB", help="of the model for these")
-    parser.add_argument("--origins", nargs="+", default=["throttled"], help="where it is")
+    parser.add_argument("--rounds", type=int, help="rounds of loads through mounts")
+    parser.add_argument("--size", default="1GiB", help="size of the model for the rounds")
+    parser.add_argument(
+        "--origins", nargs="+", default=["throttled"], help="origins for the rounds"
+    )
     arguments = parser.parse_args()
     recorder = Recorder()
     file = File(5, 1, "f", "f", BLOCKS * arguments.block_size, "e", 0)
@@ -90,7 +93,7 @@ def main() -> None:
 
 
 def compare(rounds: int, size: str, origins: Sequence[str]) -> None:
-    """Load through mounts that record and through mounts that do not."""
+    """Load through mounts that record events and mounts that do not."""
     with tempfile.TemporaryDirectory(prefix="lazyfs-observing-") as base:
         shutil.copytree(ROOT / "lazyfs", f"{base}/lazyfs")
         with open(f"{base}/lazyfs/observe/recorder.py", "a") as recorder:

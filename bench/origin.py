@@ -1,15 +1,15 @@
-"""An S3 on this machine that is fast, or as slow as is wanted: nginx over a directory.
+"""A local S3 server with a configurable speed: nginx over a directory.
 
-It speaks as much of S3 as lazyfs and its peers use: ListObjects (both versions), HeadBucket,
-HeadObject, GetObject with Range and If-Match. Bodies go out by sendfile, so the origin costs little
-of the two cores that it shares with its client. Needs Debian's `nginx-light` or `nginx` with
+It implements the part of S3 that lazyfs and its peers use: ListObjects (both versions), HeadBucket,
+HeadObject, GetObject with Range and If-Match. It sends bodies with sendfile, so it uses little of
+the cores that it shares with its client. Needs Debian's `nginx-light` or `nginx` with
 `libnginx-mod-http-lua`, and root for the throttled link.
 
 Profiles:
 
-    unlimited   nothing in the way
-    tls         the same over https, with a certificate made for it (needs openssl)
-    s3like      30 ms to the first byte, 90 MB/s a connection, as one sees from one S3 host
+    unlimited   no limits
+    tls         the same over https, with a certificate of its own (needs openssl)
+    s3like      30 ms to the first byte, 90 MB/s per connection, as seen with one S3 host
     throttled   30 ms to the first byte, and all connections share one link of 250 MB/s: a token
                 bucket (tc-tbf) on the loopback device
 """
@@ -156,7 +156,7 @@ return M
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """What the origin was asked since a mark."""
+    """Requests to the origin since a mark."""
 
     lists: int
     heads: int
@@ -168,10 +168,10 @@ class Origin:
     """A running origin.
 
     Attributes:
-        url: its endpoint.
-        directory: what it serves, as the bucket `bench`.
-        certificate: of its authority, if it serves https.
-        environment: what its clients run with.
+        url: the endpoint.
+        directory: the directory that it serves as the bucket `bench`.
+        certificate: file with the CA certificate, if it serves https.
+        environment: environment variables for its clients.
     """
 
     def __init__(self, directory: Path, url: str, base: Path, certificate: Path | None) -> None:
@@ -183,11 +183,11 @@ class Origin:
         self._mark = 0
 
     def mark(self) -> None:
-        """Count from here on."""
+        """Start to count."""
         self._mark = self._log.stat().st_size
 
     def requests(self) -> Requests:
-        """What was asked since the mark."""
+        """Requests since the mark."""
         lists = heads = gets = size = 0
         with open(self._log) as log:
             log.seek(self._mark)
@@ -203,10 +203,10 @@ class Origin:
         return Requests(lists, heads, gets, size)
 
     def first_range(self) -> float:
-        """When a range was first asked for since the mark, in seconds since the epoch.
+        """When the first ranged GET since the mark arrived, in seconds since the epoch.
 
         Raises:
-            SystemExit: none was.
+            SystemExit: there was none.
         """
         with open(self._log) as log:
             log.seek(self._mark)
@@ -223,7 +223,7 @@ def serve(directory: Path, profile: str, link: int = DEFAULT_LINK) -> Iterator[O
 
     Args:
         profile: one of `PROFILES`.
-        link: bytes a second of the throttled link.
+        link: bytes per second of the throttled link.
     """
     tls = profile == "tls"
     if shutil.which("nginx") is None:
@@ -269,7 +269,7 @@ def _index(directory: Path) -> str:
 
 
 def etag(path: Path) -> str:
-    """The ETag of a file, without its quotes: another one when the file was written again."""
+    """The ETag of a file, without quotes. It changes when the file is rewritten."""
     status = path.stat()
     identity = f"{path} {status.st_mtime_ns} {status.st_size}"
     return hashlib.md5(identity.encode(), usedforsecurity=False).hexdigest()
@@ -277,7 +277,7 @@ def etag(path: Path) -> str:
 
 @contextlib.contextmanager
 def _shaped_link(rate: int) -> Iterator[None]:
-    """Let all that the loopback device carries share a link of `rate` bytes a second."""
+    """Limit the loopback device to `rate` bytes per second."""
     words = ["dev", "lo", "root", "tbf", "rate", f"{rate * 8}bit", "burst", "1mb",
              "latency", "200ms"]  # fmt: skip
     try:
@@ -295,7 +295,7 @@ def _free_port() -> int:
 
 
 def _make_certificate(base: Path) -> Path:
-    """A certificate for 127.0.0.1, signed by an authority of its own; the authority's file."""
+    """Create a certificate for 127.0.0.1, signed by a new CA. Returns the file of the CA."""
     for name, extra in (
         ("authority", []),
         ("server", ["-CA", "authority.pem", "-CAkey", "authority.key", "-addext",
@@ -325,7 +325,7 @@ def _wait_until_up(port: int, process: subprocess.Popen[bytes], base: Path) -> N
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process that we started."""
+    """End a process that this program started."""
     process.terminate()
     try:
         process.wait(timeout=10)
@@ -335,10 +335,10 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def environment(certificate: Path | None = None) -> dict[str, str]:
-    """What clients of an origin run with: any credentials, and nothing of the user's own.
+    """Environment for clients of an origin: dummy credentials, and none of the user's settings.
 
     Args:
-        certificate: of the authority that they are to trust, if they are to use https.
+        certificate: file of the CA to trust, for https.
     """
     kept = {k: v for k, v in os.environ.items() if not re.match("AWS_|LAZYFS_|RCLONE_", k)}
     kept |= {

@@ -1,12 +1,12 @@
-"""Whether a model is loaded as fast as its link is, whatever the order in which it is read.
+"""Checks that a model loads at the speed of the link, in whatever order it is read.
 
     python bench/patterns.py [--size 1GiB] [--link 250MB] [--late 20] [--repeat 3]
 
-Mounts anew for each way of loading (`load.py`), nothing cached, against an origin whose link is
-shaped (`origin.py`, throttled), and prints seconds from the beginning of the mount to the last
-tensor, over size / bandwidth; medians. Then the same for a loader that begins `--late` seconds
-after the mount, beside the same load from local files. Needs root, and nobody else on the loopback
-device.
+For each mode of `load.py` it makes a new mount, with nothing cached, against an origin with a
+shaped link (`origin.py`, throttled). It prints the seconds from the start of the mount to the last
+tensor, divided by size / bandwidth, as medians. Then it does the same for a loader that starts
+`--late` seconds after the mount, and compares that with the same load from local files. Needs root,
+and no other traffic on the loopback device.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TIMEOUT_S = 120
 
 
 def load(mode: str, directory: Path) -> dict[str, Any]:
-    """Load in a process of its own."""
+    """Run a load in a process of its own."""
     answer = subprocess.run(
         [sys.executable, HERE / "load.py", mode, directory],
         check=True, capture_output=True, text=True, timeout=TIMEOUT_S,
@@ -45,7 +45,7 @@ def load(mode: str, directory: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, and print a table."""
+    """Measure and print a table."""
     parser = argparse.ArgumentParser(description="Loads over a shaped link")
     parser.add_argument("--size", default="1GiB", type=parse_size)
     parser.add_argument("--link", default="250MB", type=parse_size)

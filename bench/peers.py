@@ -1,10 +1,11 @@
-"""What people mount buckets with today, each with the settings that loaded a model fastest here.
+"""Other programs that mount buckets, each with the settings that loaded a model fastest here.
 
-Programs are looked for in `.venv/peers/bin`, where `bench/install` puts them, then on PATH.
-What is not there is left out. Which settings were tried, and why these: docs/BENCHMARKS.md.
+The programs are searched in `.venv/peers/bin`, where `bench/install` puts them, then on PATH.
+Missing ones are left out. docs/BENCHMARKS.md says which settings were tried, and why these were
+chosen.
 
-JuiceFS cannot read a bucket that it has not written: it gets a copy of the model in its own
-format, made before anything is measured, in the same bucket.
+JuiceFS cannot read a bucket that it has not written. It gets a copy of the model in its own format,
+in the same bucket, made before the measurements.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ class Peer:
     """A program that stays in the foreground while it serves a mount.
 
     Attributes:
-        program: its file.
-        command: its arguments for a place.
-        keeps: whether it has a cache on disk that a new mount uses. Mountpoint empties its own at
+        program: name of the executable.
+        command: returns its arguments for a place.
+        keeps: whether it has a disk cache that a new mount uses. Mountpoint empties its cache at
             mount and at unmount.
-        whole: what it mounts is more than the prefix, which is a folder of it.
-        folder: of the bucket in which it has its own copy.
-        version_words: its arguments to say its version.
+        whole: it mounts more than the prefix, which is then a folder in the mount.
+        folder: folder of the bucket with its own copy.
+        version_words: its arguments to print its version.
     """
 
     name: str
@@ -60,11 +61,11 @@ class Peer:
 
     @property
     def path(self) -> str | None:
-        """Where it is, if it is anywhere."""
+        """Path of the executable; None if it is missing."""
         return _program(self.program)
 
     def version(self) -> str:
-        """The first line of what it says, as far as it is a version."""
+        """The version in the first line of its output."""
         answer = subprocess.run(
             [str(self.path), *self.version_words], capture_output=True, text=True, timeout=30
         )
@@ -73,7 +74,7 @@ class Peer:
 
     @contextlib.contextmanager
     def mount(self, place: Place) -> Iterator[Mounted]:
-        """Mount, until the end of the block."""
+        """Mount for the duration of the `with` block."""
         log = place.state.parent / f"{self.name}.log"
         words = [str(self.path), *map(str, self.command(place))]
         with group(place.mountpoint.name) as counted, contextlib.ExitStack() as stack:
@@ -99,7 +100,7 @@ def _program(name: str) -> str | None:
 
 
 def _set_read_ahead(mountpoint: Path) -> None:
-    """As lazyfs does for itself: 1 MiB instead of the kernel's 128 KiB; each peer gains by it."""
+    """Set read-ahead to 1 MiB, like lazyfs, instead of 128 KiB. Each peer gains by it."""
     device = device_of(mountpoint)
     name = f"{os.major(device)}:{os.minor(device)}"
     Path(f"/sys/class/bdi/{name}/read_ahead_kb").write_text("1024")
@@ -121,7 +122,7 @@ def _environment() -> dict[str, str]:
 
 
 def _rclone(place: Place) -> Command:
-    """It notes what its cache holds when it lets go of a file: sooner here than after 5 s."""
+    """rclone records what its cache holds when it closes a file: here sooner than after 5 s."""
     return [
         "mount", f":s3:{origins.BUCKET}/{place.prefix}", place.mountpoint, "--read-only",
         "--s3-provider=Other", f"--s3-endpoint={place.origin.url}", "--s3-env-auth",
@@ -140,7 +141,7 @@ def _s3fs(place: Place) -> Command:
 
 
 def _mountpoint(place: Place) -> Command:
-    """Written as a configuration: the library's own program takes no arguments."""
+    """The settings go into a file, because the library's own program takes no arguments."""
     manifest, config = place.state.parent / "manifest.csv", place.state.parent / "mountpoint.json"
     rows, whole = [], 0
     directory = place.origin.directory / place.prefix
@@ -226,9 +227,9 @@ PEERS = (
 
 
 def prepare_juicefs(served: Path, prefix: str) -> None:
-    """Copy a model of the bucket into a JuiceFS volume that is in the bucket too.
+    """Copy a model of the bucket into a JuiceFS volume in the same bucket.
 
-    It is written with the bucket's directory as its store.
+    The volume is written directly into the directory of the bucket.
     """
     metadata, path = _juicefs_metadata(served), str(_program("juicefs"))
     for words in (
@@ -242,7 +243,7 @@ def prepare_juicefs(served: Path, prefix: str) -> None:
 
 
 def point_juicefs_at(origin: origins.Origin) -> None:
-    """Have the volume read from an origin."""
+    """Make the volume read from an origin."""
     subprocess.run(
         [str(_program("juicefs")), "config", _juicefs_metadata(origin.directory), "--storage=s3",
          f"--bucket={origin.url}/{origins.BUCKET}", "--access-key=bench", "--secret-key=bench",

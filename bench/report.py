@@ -1,4 +1,4 @@
-"""Results as tables, as JSON and as a picture."""
+"""Formats results as tables, JSON and a picture."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from bars import Bar, Medians
 from measure import Run
 from scenarios import LIMIT, Line
 
-# Where the bars of a contender are, by how many it has.
+# Positions of the bars of a contender, by their number.
 _OFFSETS: dict[int, tuple[float, ...]] = {0: (), 1: (0.0,), 2: (0.2, -0.2)}
 
 
 def median(runs: Sequence[Run]) -> Run:
-    """The median of each figure of several runs of one line."""
+    """The median of each figure over several runs."""
     values = {
         field.name: statistics.median(getattr(run, field.name) for run in runs)
         for field in fields(Run)
@@ -26,7 +26,7 @@ def median(runs: Sequence[Run]) -> Run:
 
 
 def loads_table(medians: Medians, runs: Mapping[Line, Sequence[Run]]) -> str:
-    """Lines of one origin, as Markdown; with the number of runs of each."""
+    """The lines of one origin as Markdown, with the number of runs of each."""
     lines = [
         "| | workload | state | runs | mount s | seconds | GB/s | of the limit | client CPU s/GB "
         "| of it start | after | reader CPU s/GB | peak MiB | FUSE requests (reads) | GETs "
@@ -57,7 +57,7 @@ def _shown(value: float | None, digits: int, divisor: float = 1) -> str:
 
 
 def small_table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """Mount times and latencies of small files, as Markdown; milliseconds."""
+    """Mount times and latencies of small files as Markdown, in milliseconds."""
     lines = [
         "| ms | objects | mount | mount and walk | cold p50 / p99 | warm p50 / p99 "
         "| hot p50 / p99 |",
@@ -77,7 +77,7 @@ def small_table(results: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def metadata_table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """Latency of metadata calls during a load, by origin, as Markdown; milliseconds."""
+    """Latencies of metadata calls during a load, by origin, as Markdown, in milliseconds."""
     lines = ["| ms | call | calls | p50 | p99 | longest |", "|---|---|---|---|---|---|"]
     for profile, figures in results.items():
         for call in ("stat", "listdir", "statvfs"):
@@ -88,7 +88,7 @@ def metadata_table(results: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def bars_table(bars: Sequence[Bar]) -> str:
-    """Bars, as Markdown."""
+    """The bars as Markdown."""
     lines = ["| bar | measured | wanted | | |", "|---|---|---|---|---|"]
     for bar in bars:
         verdict = "met" if bar.met else "**missed**"
@@ -97,7 +97,7 @@ def bars_table(bars: Sequence[Bar]) -> str:
 
 
 def plot(everything: Mapping[str, Medians], about: str, path: Path) -> None:
-    """Cold, mapped loads of everybody, a panel an origin; the warm ones beside them."""
+    """Plot cold and warm mapped loads of all contenders, with a panel for each origin."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,4 +1,4 @@
-"""The bench: lazyfs beside what people use today, in one run, on one machine.
+"""The bench: compares lazyfs with other tools in one run on one machine.
 
     make bench               about 35 minutes
     make bench RUN=quick     less of everything: about seven minutes
@@ -6,12 +6,12 @@
     python bench/run.py [quick|standard|full] [--size 2GiB] [--repeat 3] [--minutes 40]
                         [--origins ...] [--without ...]
 
-First, in several turns through all origins, what the bars are made of, then the rest. Tables and
-`results.json` are written to `bench/results/` after each line, `results.png` after each origin; so
-they are there too when a run is ended early. The tables are printed at the end.
-What is counted is told in measure.py, the states in scenarios.py, the peers and their settings in
-peers.py. Needs root, control groups of version 2, and nginx with Lua; `bench/install` brings that
-and the peers.
+First it measures the figures for the bars, in several turns through all origins, then the rest. It
+writes tables and `results.json` to `bench/results/` after each line, and `results.png` after each
+origin, so a run that ends early has them too. At the end it prints the tables.
+measure.py defines the figures, scenarios.py the states, and peers.py the peers with their settings.
+Needs root, control groups of version 2, and nginx with Lua. `bench/install` installs nginx and the
+peers.
 """
 
 from __future__ import annotations
@@ -55,22 +55,23 @@ from lazyfs.options.option_types import parse_size
 
 HERE = Path(__file__).parent
 OBJECTS = 5000
-# Where lazyfs is to be faster than its peers.
+# The origins at which lazyfs has to be faster than its peers.
 _BARS_OF_PEERS = ("unlimited", "s3like")
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much is measured.
+    """The scope of a run.
 
     Attributes:
-        size: of the model, in bytes, and its number of shards.
-        repeat: how often what bars are made of is measured.
-        repeat_rest: how often the rest is.
-        workloads: by origin, what lazyfs is asked beside `vllm` and `sequential`.
-        peers: at which origins they are measured.
-        slow: peers that are measured with the rest only, and at which origins.
-        small_by_peers: which of them are asked for small files as well.
+        size: size of the model in bytes.
+        shards: number of its shards.
+        repeat: how often the figures for the bars are measured.
+        repeat_rest: how often the rest is measured.
+        workloads: by origin, workloads of lazyfs besides `vllm` and `sequential`.
+        peers: origins at which peers are measured.
+        slow: peers that are measured only with the rest, and their origins.
+        small_by_peers: peers that are also measured with small files.
     """
 
     size: int
@@ -92,7 +93,7 @@ _WORKLOADS = {
     "unlimited": ("direct", "threads", "vllm, 2 ranks"),
     "throttled": ("direct",),
 }
-# Where each mapped read is a request of its own, the s3like origin's delay makes minutes of it.
+# If each mapped read is a request of its own, a load at the s3like origin takes minutes.
 _SLOW = {"mountpoint": ("unlimited", "s3like"), "goofys": ("unlimited",)}
 PLANS = {
     "quick": Plan(
@@ -117,12 +118,12 @@ PLANS = {
 
 @dataclass(slots=True)
 class Results:
-    """What was measured so far.
+    """The results so far.
 
     Attributes:
-        about: the run, in words and figures.
-        directory: where tables and JSON are written, again after each line.
-        until: on the monotonic clock, when nothing more is to be begun.
+        about: a description of the run.
+        directory: for tables and JSON, which are written again after each line.
+        until: time on the monotonic clock after which no further measurement starts.
     """
 
     about: dict[str, Any]
@@ -136,7 +137,7 @@ class Results:
     left_out: dict[str, str] = field(default_factory=dict)
 
     def medians(self) -> dict[str, dict[Line, Run]]:
-        """By origin; first what all are compared with, then lazyfs, then its peers."""
+        """Medians by origin: first the references, then lazyfs, then its peers."""
         return {
             profile: {line: report.median(lines[line]) for line in _as_shown(lines)}
             for profile, lines in self.runs.items()
@@ -144,11 +145,11 @@ class Results:
 
     @property
     def time_is_up(self) -> bool:
-        """Whether nothing more is to be begun."""
+        """Whether the time for new measurements is over."""
         return time.monotonic() >= self.until
 
     def add(self, profile: str, lines: Lines) -> None:
-        """Measure lines, unless time is up, and say so."""
+        """Measure lines and log them, unless time is up."""
         if self.time_is_up:
             return
         with contextlib.closing(lines):
@@ -217,7 +218,7 @@ def _as_shown(lines: Iterable[Line]) -> list[Line]:
 
 
 def say(words: str) -> None:
-    """What happens, with the time of day, to standard error."""
+    """Print a message with the time of day to standard error."""
     print(f"{time.strftime('%H:%M:%S')} {words}", file=sys.stderr, flush=True)
 
 
@@ -225,8 +226,8 @@ class Bench:
     """One run of a plan.
 
     Args:
-        peers: that are present.
-        base: a directory that holds `served`, what origins serve, and takes mounts and caches.
+        peers: the peers that are installed.
+        base: a directory with `served`, which the origins serve; mounts and caches are put there.
     """
 
     def __init__(
@@ -241,7 +242,7 @@ class Bench:
         self._lazyfs = Lazyfs(HERE.parent)
 
     def measure_bars(self, profile: str) -> None:
-        """Measure once, at one origin, what bars are made of."""
+        """Measure the figures for the bars once, at one origin."""
         if self._results.time_is_up:
             return
         with self._at(profile) as scenarios:
@@ -255,7 +256,7 @@ class Bench:
                     self._try(profile, peer, scenarios.cold(peer, "vllm"))
 
     def measure_rest(self, profile: str) -> None:
-        """Measure once, at one origin, what else there is."""
+        """Measure everything else once, at one origin."""
         if self._results.time_is_up:
             return
         with self._at(profile) as scenarios:
@@ -290,7 +291,7 @@ class Bench:
     def _peers_of(self, profile: str, *, slow: bool = True) -> list[Contender]:
         if profile not in self._plan.peers:
             return []
-        # Those that are not slow are measured wherever peers are.
+        # Other peers are measured at all origins of peers.
         where = {peer.name: self._plan.slow.get(peer.name) for peer in self._peers}
         return [
             peer
@@ -325,12 +326,14 @@ class Bench:
 
 
 def main() -> None:
-    """Run what the arguments ask for."""
-    parser = argparse.ArgumentParser(description="lazyfs beside what people use today")
+    """Run the plan that the arguments choose."""
+    parser = argparse.ArgumentParser(description="compare lazyfs with other tools")
     parser.add_argument("plan", nargs="?", default="standard", choices=PLANS)
-    parser.add_argument("--size", type=parse_size, help="of the model")
+    parser.add_argument("--size", type=parse_size, help="size of the model")
     parser.add_argument("--shards", type=int)
-    parser.add_argument("--repeat", type=int, metavar="TURNS", help="how often all is measured")
+    parser.add_argument(
+        "--repeat", type=int, metavar="TURNS", help="how often everything is measured"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf,
                         help="begin nothing more after so many")  # fmt: skip
     parser.add_argument("--origins", nargs="+", default=list(origins.PROFILES),

@@ -1,9 +1,9 @@
-"""What is measured against one origin; each scenario yields lines as soon as it has them.
+"""The measurements at one origin. Each scenario yields lines as soon as it has them.
 
-States: *cold*, nothing is cached anywhere; *later*, the same mount once more, after its processes
-came to rest; *hot*, once more directly after a load, everything in the page cache that found room
-there; *warm*, a new mount that finds what the last one left on disk, while the kernel has forgotten
-the files of that cache.
+States: *cold*, nothing is cached; *later*, a second load of the same mount, after its processes
+became idle; *hot*, another load directly after that, with the data in the page cache as far as
+there is room; *warm*, a new mount with the disk cache of the last one, while the files of that
+cache are not in the page cache.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SMALL_FILES = 100
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What was measured: who, doing what, in which state."""
+    """A line of the results: contender, workload, state, and figures."""
 
     contender: str
     workload: str
@@ -43,10 +43,10 @@ DOWNLOADED = "local file, as written"
 
 
 class Scenarios:
-    """Everything that can be measured against one origin.
+    """All measurements at one origin.
 
     Args:
-        base: a directory for mountpoints and caches; the origin serves `base / "served"`.
+        base: a directory for mountpoints and caches. The origin serves `base / "served"`.
     """
 
     def __init__(self, origin: origins.Origin, requests: FuseRequests | None, base: Path) -> None:
@@ -56,17 +56,17 @@ class Scenarios:
         self._source = base / "served" / MODEL
 
     def place(self, prefix: str, name: str = "mnt") -> Place:
-        """A mountpoint and its cache; all share one cache."""
+        """A mountpoint with its cache. All places share one cache."""
         mountpoint = self._base / name
         mountpoint.mkdir(exist_ok=True)
         return Place(self._origin, prefix, mountpoint, self._base / "state" / "cache")
 
     def download_and_local(self, *modes: str) -> Lines:
-        """What is done today, and local files in modes of load.py."""
+        """A download followed by a load, and loads of local files, in modes of load.py."""
         target = self._base / "downloaded"
         yield DOWNLOAD, download(self._origin, self._source, target)
         for mode in modes:
-            # Written pages lie in larger pieces of memory than mapped ones do, and map faster.
+            # Written pages are in larger pieces of memory than mapped ones, and map faster.
             yield Line(DOWNLOADED, mode, "hot"), local(Loader(mode), target, hot=True)
         for mode in modes:
             drop_page_cache(target)
@@ -75,7 +75,7 @@ class Scenarios:
         shutil.rmtree(target)
 
     def limit(self) -> Lines:
-        """What the origin can deliver alone."""
+        """The limit of the origin."""
         yield LIMIT, limit(self._origin, self._source)
 
     def cold(self, contender: Contender, workload: str) -> Lines:
@@ -97,7 +97,7 @@ class Scenarios:
         yield Line(contender.name, workload, "cold"), run
 
     def load(self, contender: Contender, workload: str) -> Lines:
-        """One workload in all states, and whether the bytes were right.
+        """One workload in all states, and a check of the bytes.
 
         Args:
             workload: as above.
@@ -116,8 +116,8 @@ class Scenarios:
             settle(mounted.group)
             after_cpu_s = mounted.group.cpu_seconds() - ended_cpu_s
             yield Line(contender.name, workload, "cold"), replace(run, after_cpu_s=after_cpu_s)
-            # What the kernel took out of the page cache meanwhile comes back by this load, and
-            # the next one is measured as that of a local file is: directly after another.
+            # This load brings back pages that the kernel has reclaimed. The next one is measured
+            # like that of a local file: directly after another load.
             run = self._meter.again(loader, mounted, place)
             if workload == "vllm":
                 yield Line(contender.name, workload, "later"), run
@@ -152,7 +152,7 @@ class Scenarios:
         return Loader(mode), MODEL
 
     def metadata_under_load(self, lazyfs: Lazyfs) -> dict[str, float]:
-        """How long metadata calls take while a cold load runs, as latency.py tells it."""
+        """Latency of metadata calls during a cold load, from latency.py."""
         place = self.place(MODEL)
         forget(place)
         self._meter.mark(self._source)
@@ -165,7 +165,7 @@ class Scenarios:
                 asking.kill()
 
     def small_files(self, contender: Contender, prefix: str) -> dict[str, float]:
-        """Mount time of a prefix, and how long its small files take in each state."""
+        """Mount time of a prefix, and latencies of its small files in each state."""
         place = self.place(prefix)
         forget(place)
         with contender.mount(place) as mounted:
@@ -199,10 +199,10 @@ def _read_small(directory: Path) -> dict[str, float]:
 
 
 def why_left_out(contender: str, error: SystemExit) -> str:
-    """Why a peer has no line, in one line; errors that are not the peer's go on.
+    """One line that says why a peer has no result. Errors that the peer did not cause are raised.
 
     Raises:
-        SystemExit: it is the end of the bench.
+        SystemExit: the bench is being ended.
     """
     if not isinstance(error.code, str):
         raise error

@@ -1,9 +1,10 @@
-"""What the prefetcher makes of the ways in which models are loaded, in modelled time.
+"""Simulates the prefetcher with different loaders, in modelled time.
 
-    python bench/simulate.py [WORD...]    only the loads whose names have all the words
+    python bench/simulate.py [WORD...]    only the loads whose names contain all the words
 
-Prints a row a load: seconds and the least they could be, the time over that, bytes that nobody
-read, blocks that were fetched twice, and how many were asked for much later than their turn.
+Prints a row for each load: seconds and the lowest possible value, the excess over that, bytes that
+were never read, blocks that were fetched twice, and blocks that were requested much later than
+their turn.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from simulated.cases import CASES
 
 
 def main(words: list[str]) -> None:
-    """Run the loads and print what they were like."""
+    """Run the loads and print a row for each."""
     table = Table(
         "load", "seconds", "ideal", "stall", "waste", "twice", "inversions", "reads", box=None
     )

@@ -1,15 +1,15 @@
-"""How long a mount takes to begin, of two versions of lazyfs, in interleaved rounds.
+"""Compares the startup time of two versions of lazyfs in interleaved rounds.
 
     python bench/startup.py --base main [--head TREE] [--rounds 9] [--cache disk none]
 
-Shown are medians, in milliseconds, of what passes from the command until
+The output has medians in milliseconds of the time from the command until
 
-- the mount can be used (`lazyfs mount` returns),
-- the origin is asked first for a range of an object (it is not the link that is measured here: the
-  model is of a few MiB),
+- the mount is ready (`lazyfs mount` returns),
+- the first ranged GET reaches the origin (the model has only a few MiB, because this does not
+  measure the link),
 
-and of the processor time that all processes of the mount have taken when it can be used, and when
-they have come to rest. Needs root and nginx with Lua.
+and of the processor time of all processes of the mount until it is ready, and until they are idle.
+Needs root and nginx with Lua.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COLUMNS = ("ready", "first range", "CPU at ready", "CPU at rest")
 
 
 def measure(lazyfs: Lazyfs, place: Place) -> tuple[float, ...]:
-    """The columns of one mount, in seconds."""
+    """Measure one mount. Returns the columns in seconds."""
     forget(place)
     place.origin.mark()
     offset = time.time() - time.monotonic()
@@ -42,8 +42,8 @@ def measure(lazyfs: Lazyfs, place: Place) -> tuple[float, ...]:
 
 
 def main() -> None:
-    """Compare what the arguments name."""
-    parser = argparse.ArgumentParser(description="how long a mount takes to begin")
+    """Compare the versions that the arguments name."""
+    parser = argparse.ArgumentParser(description="compare the startup time of two versions")
     parser.add_argument("--base", required=True, help="a revision or a directory")
     parser.add_argument("--head", default=str(ROOT), help="a revision or a directory")
     parser.add_argument("--rounds", default=9, type=int)

@@ -1,15 +1,15 @@
-"""Which client brings bytes with least: ranged GETs of 8 MiB, thrown away.
+"""Compares the costs of clients: ranged GETs of 8 MiB, thrown away.
 
     python bench/transport.py [--size 2GiB] [--repeat 3] [--tls]
 
 Each client runs in a process of its own, with 1, 8 and 16 requests in flight, against the unlimited
-origin of `origin.py`. Shown are medians: GB/s, processor seconds per GB (user and system), and the
-peak of resident memory.
+origin of `origin.py`. The output has medians: GB/s, processor seconds per GB (user and system), and
+the peak of resident memory.
 
-    lazyfs            what lazyfs uses: http.client, into buffers that are used again
-    obstore           in Rust: a new buffer for each range, filled without the interpreter
+    lazyfs            the client of lazyfs: http.client, into buffers that are reused
+    obstore           in Rust: a new buffer for each range, filled outside the interpreter
     boto3, read       the body as one bytes object
-    boto3, readinto   the body into one buffer for each thread, used again and again
+    boto3, readinto   the body into one buffer per thread, which is reused
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ CLIENTS = {
 
 
 def measure(client: str, url: str, size: int, threads: int, ca: str) -> dict[str, float]:
-    """Get all blocks of the object once."""
+    """Fetch all blocks of the object once."""
     get = CLIENTS[client](url, ca)
     get(0, memoryview(bytearray(BLOCK)))
     starts = itertools.chain(range(0, size - BLOCK + 1, BLOCK))
@@ -147,8 +147,8 @@ def measure(client: str, url: str, size: int, threads: int, ca: str) -> dict[str
 
 
 def main() -> None:
-    """Compare all clients, or, as a child process, measure one."""
-    parser = argparse.ArgumentParser(description="which client brings bytes with least")
+    """Compare all clients; as a child process, measure one."""
+    parser = argparse.ArgumentParser(description="compare the costs of clients")
     parser.add_argument("--size", default="2GiB", type=parse_size)
     parser.add_argument("--repeat", default=3, type=int)
     parser.add_argument("--tls", action="store_true")
