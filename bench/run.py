@@ -335,7 +335,7 @@ def main() -> None:
         "--repeat", type=int, metavar="TURNS", help="how often everything is measured"
     )
     parser.add_argument("--minutes", type=float, default=math.inf,
-                        help="begin nothing more after so many")  # fmt: skip
+                        help="start no further measurement after this time")  # fmt: skip
     parser.add_argument("--origins", nargs="+", default=list(origins.PROFILES),
                         choices=origins.PROFILES)  # fmt: skip
     parser.add_argument("--without", nargs="+", default=[], metavar="PEER",

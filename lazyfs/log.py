@@ -23,7 +23,7 @@ class TextFormatter(logging.Formatter):
     """`2026-01-31T12:00:00.123Z WARNING source: message [mountpoint=/mnt/a volume=pvc-1]`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = f"{_time(record)} {record.levelname} {_room(record)}: {record.getMessage()}"
+        line = f"{_time(record)} {record.levelname} {_logger_name(record)}: {record.getMessage()}"
         fields = " ".join(f"{name}={_on_one_line(text)}" for name, text in _fields().items())
         line += f" [{fields}]" if fields else ""
         return line + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
@@ -36,7 +36,7 @@ class JsonFormatter(logging.Formatter):
         fields = {
             "time": _time(record),
             "level": record.levelname.lower(),
-            "logger": _room(record),
+            "logger": _logger_name(record),
             "message": record.getMessage(),
             **_fields(),
         }
@@ -96,5 +96,5 @@ def _time(record: logging.LogRecord) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _room(record: logging.LogRecord) -> str:
+def _logger_name(record: logging.LogRecord) -> str:
     return record.name.removeprefix("lazyfs.")

@@ -1,4 +1,4 @@
-"""Unnamed files in memory, which travel between processes as descriptors (memfd_create(2))."""
+"""Unnamed files in memory, which processes pass to each other as descriptors (memfd_create(2))."""
 
 from __future__ import annotations
 

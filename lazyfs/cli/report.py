@@ -13,10 +13,10 @@ import click
 from lazyfs.cli.mounts import record_at
 from lazyfs.control.client import ControlClient
 from lazyfs.errors import LazyfsError, OptionError
+from lazyfs.observe.chart import Chart
 from lazyfs.observe.events import Activity, Cause, Event, EventKind, Purpose
+from lazyfs.observe.html_report import figures, html_report
 from lazyfs.observe.load import Load, Recording
-from lazyfs.observe.page import numbers, page
-from lazyfs.observe.picture import Picture
 from lazyfs.observe.verdict import Verdict, judge
 from lazyfs.process.mount_records import control_socket
 
@@ -74,15 +74,15 @@ def as_text(load: Load, verdict: Verdict) -> str:
     about = load.recording.about
     lines = [f"{about['source']} at {about['mountpoint']}", "", verdict.headline, verdict.advice]
     lines += ["", *(f"- {fact}" for fact in verdict.facts), ""]
-    width = max(len(name) for name, _ in numbers(load))
-    lines += [f"{name:<{width}}  {value}" for name, value in numbers(load)]
+    width = max(len(name) for name, _ in figures(load))
+    lines += [f"{name:<{width}}  {value}" for name, value in figures(load)]
     return "\n".join(lines)
 
 
 def _writer(output: Path) -> Callable[[Load, Verdict], bytes]:
     writers: dict[str, Callable[[Load, Verdict], bytes]] = {
-        ".html": lambda load, verdict: page(load, verdict).encode(),
-        ".svg": lambda load, verdict: Picture(load, verdict).svg(alone=True).encode(),
+        ".html": lambda load, verdict: html_report(load, verdict).encode(),
+        ".svg": lambda load, verdict: Chart(load, verdict).svg(alone=True).encode(),
         ".png": _png,
         ".json": lambda load, verdict: json.dumps(as_json(load, verdict), indent=1).encode(),
     }
@@ -102,7 +102,7 @@ def _png(load: Load, verdict: Verdict) -> bytes:
             ".png needs cairosvg (pip install 'lazyfs[png]') and the cairo library; "
             ".html and .svg need nothing"
         ) from error
-    drawn: bytes = cairosvg.svg2png(Picture(load, verdict).svg(alone=True).encode(), scale=2)
+    drawn: bytes = cairosvg.svg2png(Chart(load, verdict).svg(alone=True).encode(), scale=2)
     return drawn
 
 

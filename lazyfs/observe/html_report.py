@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
+from lazyfs.observe.chart import CAUSE_COLOUR, Chart
 from lazyfs.observe.load import Load, Stall
-from lazyfs.observe.picture import CAUSE_COLOUR, Picture
 from lazyfs.observe.recorder import Tier
 from lazyfs.observe.verdict import Verdict
 from lazyfs.options.option_types import format_duration, format_size
@@ -29,7 +29,7 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: 
 """
 
 
-def page(load: Load, verdict: Verdict) -> str:
+def html_report(load: Load, verdict: Verdict) -> str:
     """Render the report."""
     about = load.recording.about
     facts = "".join(f"<li>{escape(fact)}</li>" for fact in verdict.facts)
@@ -43,9 +43,9 @@ def page(load: Load, verdict: Verdict) -> str:
 <div class="verdict"><p><strong>{escape(verdict.headline)}</strong></p>
 <p>{escape(verdict.advice)}</p></div>
 <ul>{facts}</ul>
-{Picture(load, verdict).svg(alone=False)}
+{Chart(load, verdict).svg(alone=False)}
 <h2>Figures</h2>
-{_table(numbers(load))}
+{_table(figures(load))}
 {_stalls(load)}
 <h2>Options</h2>
 {_table((name.replace("_", "-"), str(value)) for name, value in about["options"].items())}
@@ -53,7 +53,7 @@ def page(load: Load, verdict: Verdict) -> str:
 """
 
 
-def numbers(load: Load) -> list[tuple[str, str]]:
+def figures(load: Load) -> list[tuple[str, str]]:
     """The figures of a load, each with its name."""
     duration_s = load.duration_s
     total = load.bytes_from(Tier.S3) + load.bytes_from(Tier.DISK)

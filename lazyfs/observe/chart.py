@@ -44,7 +44,7 @@ CAUSE_COLOUR = {
 }
 
 
-class Picture:
+class Chart:
     """Draws one load.
 
     Args:
