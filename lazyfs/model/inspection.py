@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from lazyfs.errors import SourceError
-from lazyfs.model.layout import ModelFile, ModelLayout, layouts, wanted_models
+from lazyfs.model.layout import ModelFile, ModelLayout, layouts
 from lazyfs.model.safetensors import (
     HEAD_BYTES,
     LENGTH_BYTES,
@@ -24,6 +24,7 @@ from lazyfs.model.safetensors import (
     header_size,
     parse_header,
 )
+from lazyfs.model.selection import wanted_models
 from lazyfs.model.shard_index import MAX_INDEX_BYTES
 from lazyfs.options.mount_options import PLANNED
 

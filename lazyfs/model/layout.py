@@ -1,8 +1,5 @@
 """Which files of a listing a model loader will read, and in which order. Pure.
 
-This module is a little longer than others, because the rules belong together; the index of shards
-has a module of its own (`shard_index.py`).
-
 Each directory with weights is a model and gets a `ModelLayout`. The rules, most important first:
 
 - **One format is read.** Loaders take safetensors if there are any, otherwise PyTorch pickles
@@ -37,7 +34,7 @@ where the indexes are (`index_paths`), and `layouts(files, indexes=...)` uses th
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from posixpath import basename, dirname, join, split
 from types import MappingProxyType
@@ -166,37 +163,6 @@ def layouts(
     return tuple(
         models[path].layout(indexes, include)
         for path in sorted(models, key=lambda path: path.split("/"))
-    )
-
-
-def wanted_models(
-    found: Sequence[ModelLayout],
-    *,
-    on_mount: bool,
-    opened: Container[str] = (),
-    whole: bool = True,
-) -> tuple[ModelLayout, ...]:
-    """Select the models to fetch now.
-
-    A single model, or the one at the root, is fetched from the moment of mount. Any other model is
-    fetched once one of its files is opened. A pipeline and its components are one model.
-
-    Args:
-        found: the models found so far.
-        on_mount: `--prefetch-on` is `mount`.
-        opened: paths of the files that were opened.
-        whole: the listing is complete, so there are no further models.
-    """
-    models = [layout for layout in found if layout.shards]
-    root = next((layout for layout in found if not layout.directory), None)
-    as_one = (whole and len(models) == 1) or (root is not None and PIPELINE_INDEX in root.small)
-    touched = [layout for layout in found if any(path in opened for path in layout.paths)]
-    if as_one:
-        return tuple(found) if on_mount or touched else ()
-    return tuple(
-        layout
-        for layout in found
-        if layout in touched or (on_mount and layout is root and layout.shards)
     )
 
 

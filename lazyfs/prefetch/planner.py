@@ -29,8 +29,9 @@ from lazyfs.errors import SourceError
 from lazyfs.fetch.scheduler import BlockFetcher
 from lazyfs.fetch.shard_headers import SUFFIX, has_head
 from lazyfs.model.filenames import format_of
-from lazyfs.model.layout import ModelFile, ModelLayout, layouts, wanted_models
+from lazyfs.model.layout import ModelFile, ModelLayout, layouts
 from lazyfs.model.safetensors import MalformedHeaderError, Tensor, parse_header
+from lazyfs.model.selection import wanted_models
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder
