@@ -20,9 +20,9 @@ from pathlib import Path
 
 from s3 import CREDENTIALS
 
-from lazyfs.store import source_probe
-
 TIMEOUT_S = 60
+# linux/sched.h: forked, and nothing executed since.
+PF_FORKNOEXEC = 0x40
 # Of this run alone; short, because sockets are in it.
 RUNTIME_DIRECTORY = tempfile.mkdtemp(prefix="lazyfs-")
 atexit.register(shutil.rmtree, RUNTIME_DIRECTORY)
@@ -131,13 +131,14 @@ class Mounted:
         """Unmount, by force if that must be, and see that the daemon is gone."""
         if is_mounted(self.path):
             answer = lazyfs("umount", self.path)
-            if answer.returncode != 0:
+            if is_mounted(self.path):
                 os.kill(self.pid, signal.SIGKILL)
                 os.kill(self.worker, signal.SIGKILL)
                 lazyfs("umount", "--lazy", self.path)
                 raise AssertionError(answer.stderr)
         assert not is_mounted(self.path)
-        wait_until_gone(self.pid)
+        # On a busy machine longer than the command line waits for it.
+        wait_until_gone(self.pid, TIMEOUT_S)
 
 
 def is_mounted(path: Path) -> bool:
@@ -151,15 +152,12 @@ def workers() -> Iterator[tuple[int, list[str]]]:
         if process.name.isdigit():
             try:
                 words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                name, _, rest = (process / "stat").read_text().partition("(")[2].rpartition(")")
+                fields = _stat(int(process.name))
             except OSError:
                 continue
-            # A scout is a copy of its worker for some moments.
-            if (
-                "lazyfs.process.worker" in words
-                and name != source_probe.NAME
-                and rest.split()[0] != "Z"
-            ):
+            # A probe of the source has its worker's command line, from which it was forked.
+            is_copy = int(fields[6]) & PF_FORKNOEXEC
+            if "lazyfs.process.worker" in words and not is_copy and fields[0] != "Z":
                 yield int(process.name), words
 
 
@@ -173,19 +171,25 @@ def worker_pid(path: Path) -> int:
 
 def supervisor_pid(path: Path) -> int:
     """The process that looks after the worker of a mount."""
-    status = Path(f"/proc/{worker_pid(path)}/stat").read_text()
-    return int(status.rpartition(")")[2].split()[1])
+    return int(_stat(worker_pid(path))[1])
 
 
 def wait_until_gone(pid: int, timeout_s: float = 10) -> None:
     """Wait for the end of a process that is not our child."""
     deadline = time.monotonic() + timeout_s
-    while Path(f"/proc/{pid}").exists():
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        if state == "Z":  # ended; whoever is its parent has not looked yet
+    while True:
+        try:
+            if _stat(pid)[0] == "Z":  # ended; whoever is its parent has not looked yet
+                return
+        except OSError:
             return
         assert time.monotonic() < deadline, f"process {pid} did not end"
         time.sleep(0.02)
+
+
+def _stat(pid: int) -> list[str]:
+    """What /proc says of a process, after its name (proc_pid_stat(5)); OSError if it is gone."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 _DROPPED = """

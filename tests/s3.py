@@ -74,8 +74,12 @@ class S3:
     def forget(self) -> None:
         """Forget the requests and faults so far, and let everybody in."""
         self._control("PUT", "access", None)
-        self._control("DELETE", "requests")
+        self.forget_requests()
         self._control("DELETE", "fault")
+
+    def forget_requests(self) -> None:
+        """Forget the requests so far, and go on as planned."""
+        self._control("DELETE", "requests")
 
     def fault(self, match: str, kind: str, times: int = 1, **details: Any) -> None:
         """Let the next `times` requests that match go wrong."""
