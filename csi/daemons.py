@@ -91,7 +91,7 @@ class Daemons:
             spec = MountSpec(record.source, str(mountpoint), record.options)
             daemon = Daemon(record.name, mountpoint, spec, record.needs_credentials)
             daemon.users.update(users[record.name])
-            daemon.was_ready = True
+            daemon.was_ready = mount_syscalls.find_mount(mountpoint) is not None
             self._daemons[record.name] = daemon
         known = set(self._daemons)
         for path in self._directory.iterdir():

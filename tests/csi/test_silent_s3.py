@@ -123,12 +123,16 @@ def test_a_corrected_secret_replaces_a_start_that_hangs(
     assert shell("cat file", node.publish("vol", context)).stdout == "content"
 
 
+@pytest.mark.parametrize("restart", [False, True], ids=["", "after a restart"])
 def test_a_start_that_is_refused_later_leaves_nothing(
-    node: TestNode, context: dict[str, str], s3: S3
+    node: TestNode, context: dict[str, str], s3: S3, restart: bool
 ) -> None:
     """kubelet takes nothing away after a code that says that it failed."""
     s3.fault(r"GET /quiet", "hang", 1000, seconds=600)
     assert refused(lambda: stage(node, context))[0] == "UNAVAILABLE"
+    if restart:
+        node.kill_plugin()
+        node.start_plugin()
     s3.forget()
     s3.fault(r"GET /quiet", "status", 1000, status=403, code="AccessDenied")
 
