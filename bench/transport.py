@@ -61,14 +61,10 @@ def lazyfs_client(url: str, ca: str) -> Callable[[int, memoryview], None]:
     def get(start: int, buffer: memoryview) -> None:
         span = {"Range": f"bytes={start}-{start + BLOCK - 1}"}
         into = take_buffer(BLOCK)
-        client.get_range(
-            f"/{origins.BUCKET}/{KEY}",
-            span,
-            start,
-            BLOCK,
-            lambda body: body.read_into(into),
+        client.exchange(
+            "GET", f"/{origins.BUCKET}/{KEY}", span, lambda answer: answer.body.read_into(into),
             Cancel(),
-        )
+        )  # fmt: skip
 
     return get
 

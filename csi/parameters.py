@@ -23,7 +23,7 @@ from csi.errors import InvalidArgumentError, MendableError
 from csi.volumes import check_size, own_attributes
 from lazyfs.errors import OptionError
 from lazyfs.options.option_types import Flag
-from lazyfs.store.source import SourceUrl
+from lazyfs.store.url import SourceUrl
 
 # What external-provisioner adds with --extra-create-metadata.
 _METADATA = {

@@ -14,7 +14,9 @@ from lazyfs.errors import ObjectGoneError
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.process.mount_spec import MountSpec
 from lazyfs.store.credentials import Credentials
-from lazyfs.store.source import Page, Source, SourceUrl
+from lazyfs.store.objects import Page, Tokens
+from lazyfs.store.source import Source
+from lazyfs.store.url import SourceUrl
 
 log = logging.getLogger(__name__)
 
@@ -60,31 +62,35 @@ def survey(volume: Volume, credentials: Credentials | None) -> Survey:
     url, options = SourceUrl.parse(volume.source), volume.mount_options
     began = time.monotonic()
     source = Source(url, options, credentials)
-    page = source.list_page(url.prefix, None)
-    if not page.objects:
-        raise ObjectGoneError(f"{url}: no objects below this prefix; check its spelling")
-    _read_a_byte(source, page)
-    size_bytes, pages = 0, 1
+    tokens = Tokens(str(url))
+    page = source.list_page(url.prefix)
+    size_bytes, pages, was_read, seen_objects = 0, 1, False, False
     while True:
+        token = tokens.after(page)
+        was_read = was_read or _read_a_byte(source, page)
         size_bytes += sum(
             each.size_bytes
             for each in page.objects
-            if each.key is not None and options.wants(each.key.removeprefix(url.prefix))
+            if options.wants(each.key.removeprefix(url.prefix))
         )
-        if page.next_token is None:
+        seen_objects = seen_objects or bool(page.objects)
+        if token is None:
+            if not seen_objects:
+                raise ObjectGoneError(f"{url}: no objects below this prefix; check its spelling")
             return Survey(size_bytes, complete=True)
         if pages == MOST_PAGES or time.monotonic() - began > LONGEST_S:
             log.warning(
                 "%s: counted %d pages of objects, not all; its capacity is more", url, pages
             )
             return Survey(size_bytes, complete=False)
-        page = source.list_page(url.prefix, page.next_token)
+        page = source.list_page(url.prefix, token)
         pages += 1
 
 
-def _read_a_byte(source: Source, page: Page) -> None:
-    """To list needs another permission than to read."""
+def _read_a_byte(source: Source, page: Page) -> bool:
+    """To list needs another permission than to read; whether there was anything to read."""
     for each in page.objects:
-        if each.key is not None and each.size_bytes:
-            source.read_range(each.key, each.etag, 0, 1)
-            return
+        if each.size_bytes:
+            source.read_range(each, 0, 1)
+            return True
+    return False

@@ -29,7 +29,7 @@ from lazyfs.options.mount_options import OPTIONS, MountOptions, Option, merged
 from lazyfs.options.option_types import format_size
 from lazyfs.process.mount_spec import MountSpec
 from lazyfs.store.credentials import Credentials, StaticCredentials
-from lazyfs.store.source import SourceUrl
+from lazyfs.store.url import SourceUrl
 
 # spec.md, "Size Limits": of a string, and of a map of strings.
 LONGEST_TEXT_BYTES = 128

@@ -1,4 +1,4 @@
-"""All errors of the project, and the only mapping from S3 answers to errnos.
+"""All errors of the project. `store/refusals.py` maps answers of S3 to them.
 
 A message is one line: what happened, to which object or path, and what to do. `SourceError` has the
 `errno` that a reader of the mount gets, and says whether a retry may help (`transient`). The retry
@@ -69,6 +69,10 @@ class AccessDeniedError(SourceError):
     errno = errno.EACCES
 
 
+class ArchivedError(AccessDeniedError):
+    """The object is in an archive (Glacier) and must be restored before it can be read."""
+
+
 class NoSuchBucketError(SourceError):
     """The bucket does not exist."""
 
@@ -93,6 +97,10 @@ class WrongRegionError(SourceError):
 
 class BadRequestError(SourceError):
     """S3 rejected the request, and a retry would not change that."""
+
+
+class NotSupportedError(BadRequestError):
+    """The service does not know this kind of request."""
 
 
 class UntrustedError(SourceError):
@@ -122,85 +130,3 @@ class BadResponseError(SourceError):
     """The body is not the requested range (too short, too long, another range)."""
 
     transient = True
-
-
-# Codes from https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html and what MinIO,
-# Ceph and moto send for the same causes. Any other code is classified by its HTTP status.
-_BY_CODE: dict[str, type[SourceError]] = {
-    "AccessDenied": AccessDeniedError,
-    "AllAccessDisabled": AccessDeniedError,
-    "AccountProblem": AccessDeniedError,
-    "InvalidObjectState": AccessDeniedError,  # archived in Glacier
-    "ExpiredToken": CredentialsExpiredError,
-    # They were valid at mount, so they were rotated: new ones will follow.
-    "InvalidAccessKeyId": CredentialsExpiredError,
-    "SignatureDoesNotMatch": CredentialsExpiredError,
-    "InvalidToken": CredentialsExpiredError,
-    "TokenRefreshRequired": CredentialsExpiredError,
-    # From STS, about a pod's token, which is renewed: docs.aws.amazon.com/STS/latest/APIReference/
-    # API_AssumeRoleWithWebIdentity.html
-    "InvalidIdentityToken": CredentialsExpiredError,
-    "ExpiredTokenException": CredentialsExpiredError,
-    "IDPCommunicationError": UnavailableError,
-    "IDPRejectedClaim": AccessDeniedError,
-    "RequestTimeTooSkewed": CredentialsExpiredError,
-    "NoSuchBucket": NoSuchBucketError,
-    "NoSuchKey": ObjectGoneError,
-    "NoSuchVersion": ObjectGoneError,
-    "PreconditionFailed": ObjectChangedError,
-    "InvalidRange": ObjectChangedError,  # the object became shorter
-    "PermanentRedirect": WrongRegionError,
-    "AuthorizationHeaderMalformed": WrongRegionError,
-    "IllegalLocationConstraintException": WrongRegionError,
-    "SlowDown": ThrottledError,
-    "Throttling": ThrottledError,
-    "RequestLimitExceeded": ThrottledError,
-    "RequestTimeout": UnavailableError,
-}
-
-_BY_STATUS: dict[int, type[SourceError]] = {
-    301: WrongRegionError,
-    401: AccessDeniedError,
-    403: AccessDeniedError,
-    404: ObjectGoneError,
-    408: UnavailableError,
-    412: ObjectChangedError,
-    416: ObjectChangedError,
-    429: ThrottledError,
-}
-
-
-# Hints for the user, by error code.
-_HINTS = {
-    "SignatureDoesNotMatch": "secretAccessKey (AWS_SECRET_ACCESS_KEY) does not belong to this "
-    "access key",
-    "InvalidAccessKeyId": "the endpoint does not know this accessKeyId (AWS_ACCESS_KEY_ID)",
-    "ExpiredToken": "sessionToken (AWS_SESSION_TOKEN) has expired",
-    "InvalidToken": "sessionToken (AWS_SESSION_TOKEN) does not belong to these keys",
-    "RequestTimeTooSkewed": "set the clock of this machine",
-    "InvalidObjectState": "the object is archived: restore it first",
-    "AllAccessDisabled": "all access to the bucket is disabled",
-    "AccountProblem": "S3 has blocked the account",
-    "InvalidIdentityToken": "the role does not trust this identity provider or audience",
-}
-
-
-def hint_for(status: int | None, code: str | None) -> str:
-    """A hint for the user about an error of S3, to append to its message; may be empty."""
-    kind = classify(status, code)
-    if code in _HINTS:
-        return f"; {_HINTS[code]}"
-    if kind is AccessDeniedError:
-        return "; the permissions s3:ListBucket and s3:GetObject are needed"
-    if kind is WrongRegionError:
-        return "; set --region to the bucket's region"
-    return ""
-
-
-def classify(status: int | None, code: str | None) -> type[SourceError]:
-    """The error class for an HTTP status and the `<Code>` of S3's error body, if there are any."""
-    if code in _BY_CODE:
-        return _BY_CODE[code]
-    if status is None or status >= 500:
-        return UnavailableError
-    return _BY_STATUS.get(status, BadRequestError)

@@ -7,9 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ListedObject:
-    """One object of a listing. `key` is None if it is not UTF-8; `shown` is for messages."""
+    """One object of a listing.
 
-    key: str | None
+    Attributes:
+        etag: names its version; empty if the store names none, and then size and time pin it.
+        modified_ns: since the epoch; 0: not known.
+        shown: the key, for messages.
+    """
+
+    key: str
     size_bytes: int
     etag: str
     modified_ns: int

@@ -27,7 +27,8 @@ from lazyfs.objects import ListedObject
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.options.option_types import GIB, MIB, format_duration, format_size
 from lazyfs.pagecache.page_cache import free_memory
-from lazyfs.store.source import Source, SourceUrl
+from lazyfs.store.source import Source
+from lazyfs.store.url import SourceUrl
 
 T = TypeVar("T")
 
@@ -245,7 +246,7 @@ def _source(url: SourceUrl, options: MountOptions) -> Iterator[Finding]:
         "listing", Outcome.OK,
         f"{len(page.objects)} objects{more} in {format_duration(took_s)}",
     )  # fmt: skip
-    readable = [one for one in page.objects if one.key is not None and one.size_bytes]
+    readable = [one for one in page.objects if one.size_bytes]
     if readable:
         yield from _ranges(source, max(readable, key=lambda one: one.size_bytes), options)
 
@@ -275,16 +276,15 @@ def _clock(source: Source) -> Finding:
 
 def _ranges(source: Source, one: ListedObject, options: MountOptions) -> Iterator[Finding]:
     """Whether ranges of an object can be read, with latency and throughput."""
-    key = one.key or ""
     length = min(options.block_size, one.size_bytes)
     starts = range(0, one.size_bytes - length + 1, length)[:AT_ONCE]
 
     def get(start: int) -> int:
-        return len(source.read_range(key, one.etag, start, length))
+        return len(source.read_range(one, start, length))
 
     try:
-        source.read_range(key, one.etag, 0, 1)  # connects
-        _, first_s = _timed(lambda: source.read_range(key, one.etag, 0, 1))
+        source.read_range(one, 0, 1)  # connects
+        _, first_s = _timed(lambda: source.read_range(one, 0, 1))
         with ThreadPoolExecutor(AT_ONCE) as threads:
             sizes, took_s = _timed(lambda: list(threads.map(get, starts)))
     except LazyfsError as error:

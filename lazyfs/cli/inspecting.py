@@ -26,7 +26,9 @@ from lazyfs.objects import File, ListedObject
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.options.option_types import compile_pattern, format_size
 from lazyfs.process.mount_records import control_socket
-from lazyfs.store.source import Source, SourceUrl
+from lazyfs.store.objects import Tokens
+from lazyfs.store.source import Source
+from lazyfs.store.url import SourceUrl, is_url
 
 FILES_NAMED = 12
 # A mount may have to ask S3 first, with retries.
@@ -55,7 +57,7 @@ def inspect(what: str, as_json: bool, config: Path | None, **given: Any) -> None
       lazyfs inspect s3://my-bucket/models/llama-3-8b
       lazyfs inspect /mnt/llama --json | jq '.models[].excluded'
     """
-    if what.startswith("s3://"):
+    if is_url(what):
         options, _ = settings(config, given)
         url = what
         models = _models_of_source(Source(SourceUrl.parse(url), options), options)
@@ -100,7 +102,7 @@ def _models_of_source(source: Source, options: MountOptions) -> list[Model]:
 
     def read(path: str, offset: int, length: int) -> bytes:
         file = files[path]
-        return bytes(source.read_range(file.key, file.etag, offset, length)) if length else b""
+        return bytes(source.read_range(file, offset, length)) if length else b""
 
     sizes = {path: file.size_bytes for path, file in files.items()}
     return _models(sizes, read, options, _cached(source, options, files))
@@ -126,11 +128,11 @@ def _models(
 
 def _listing(source: Source) -> list[ListedObject]:
     objects: list[ListedObject] = []
-    token: str | None = None
+    tokens, token = Tokens(str(source.url)), None
     while True:
         page = source.list_page(source.url.prefix, token)
         objects += page.objects
-        token = page.next_token
+        token = tokens.after(page)
         if token is None:
             return objects
 

@@ -25,7 +25,8 @@ from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.options.option_types import format_size
 from lazyfs.process.mount_records import control_socket
-from lazyfs.store.source import Source, SourceUrl
+from lazyfs.store.source import Source
+from lazyfs.store.url import SourceUrl, is_url
 
 POLL_S = 0.2
 
@@ -55,7 +56,7 @@ def warm(
 
     Exit code 1: something is missing; the last line says why.
     """
-    if source_or_mountpoint.startswith("s3://"):
+    if is_url(source_or_mountpoint):
         options, _ = settings(config, given)
         _warm_source(SourceUrl.parse(source_or_mountpoint), options, verify, as_json)
         return

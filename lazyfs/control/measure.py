@@ -80,6 +80,7 @@ def _s3(status: Status) -> Values:
             ({"cause": cause.label}, count) for cause, count in recorder.retries.items()
         ],
         "lazyfs_s3_second_requests_total": [({}, recorder.hedges)],
+        "lazyfs_hidden_objects_total": [({}, recorder.hidden_objects)],
     }
 
 

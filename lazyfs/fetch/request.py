@@ -122,7 +122,7 @@ class BlockGetter:
                 self._concurrency.answered(now_s, length, saturated=saturated())
             return data
 
-        what = f"s3://{self._source.url.bucket}/{file.key}"
+        what = self._source.name(file.key)
 
         def note(error: SourceError) -> None:
             self._recorder.block_retried(file, start // self._block_size, error)
@@ -177,7 +177,7 @@ class BlockGetter:
 
         def get() -> _Answer:
             size = 0
-            wanted = request.file.key, request.file.etag, request.start, request.length
+            wanted = request.file, request.start, request.length
             try:
                 data = self._source.read_range(*wanted, cancel)
                 size = request.length

@@ -255,7 +255,7 @@ class Warmer:
     async def _verify_one(self, file: File) -> int:
         damaged = 0
         try:
-            whole = await self._thread(self._source.checksum, file.key, file.etag)
+            whole = await self._thread(self._source.checksum, file)
         except SourceError as error:
             self.progress.problems.append(str(error))
             return 0
@@ -273,7 +273,7 @@ class Warmer:
             else:
                 await self._thread(self._cache.drop, file)
                 self.progress.problems.append(
-                    f"s3://{self._source.url.bucket}/{file.key}: what was fetched has not the "
+                    f"{self._source.name(file.key)}: what was fetched has not the "
                     f"{whole.kind} checksum that S3 keeps of it; dropped from the cache"
                 )
         return damaged

@@ -208,7 +208,9 @@ class Filesystem(pyfuse3.Operations):
         raise FUSEError(errno.ENODATA)
 
     async def listxattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
-        return [_KEY, _ETAG, _CACHED] if isinstance(self._node(inode), File) else [_KEY]
+        # How much is cached changes by itself and is no property of the file: a program that copies
+        # what is listed (rsync -X, cp -a, tar) would fail or keep it. It can be read by its name.
+        return [_KEY, _ETAG] if isinstance(self._node(inode), File) else [_KEY]
 
     async def _children(self, directory: Directory) -> dict[str, Node]:
         try:

@@ -20,17 +20,20 @@ import trio
 
 from lazyfs.errors import ObjectGoneError, SourceError
 from lazyfs.namespace.listing_log import Listing, ListingLog
-from lazyfs.namespace.tree import Directory, Hidden, Node, Tree, whole_directories
+from lazyfs.namespace.tree import Directory, Node, Tree, whole_directories
 from lazyfs.objects import ListedObject
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
+from lazyfs.store.objects import Hidden, Page, Tokens
 from lazyfs.store.retry import patiently
-from lazyfs.store.source import Page, Source
+from lazyfs.store.source import Source
 
 log = logging.getLogger(__name__)
 
 # Of a directory with more hidden keys than this, the log names the first ones only.
 HIDDEN_SHOWN = 5
+# So many hidden keys are remembered, to be named once.
+MOST_REMEMBERED = 10_000
 
 
 class Catalog:
@@ -56,6 +59,7 @@ class Catalog:
         self._first: list[ListedObject] = []
         # Inodes of directories of which those below do not come together.
         self._scattered: set[int] = set()
+        self._hidden: set[str] = set()
 
     async def open(self) -> None:
         """Ask for the first page, which shows whether there is anything to mount.
@@ -63,10 +67,19 @@ class Catalog:
         Raises:
             SourceError: nothing below the prefix, or S3 does not let us list it.
         """
+        tokens = Tokens(str(self._source.url))
         page = await self._page(self.tree.root.prefix, None, "")
+        hidden = len(page.hidden)
+        token = tokens.after(page)
+        # A page may be empty and yet not the last one: after many objects that were deleted.
+        while not page.objects and token is not None:
+            page = await self._page(self.tree.root.prefix, token, "")
+            hidden += len(page.hidden)
+            token = tokens.after(page)
         if not page.objects:
+            what = f"{hidden} objects, none of which can be shown" if hidden else "no objects"
             raise ObjectGoneError(
-                f"{self._source.url}: no objects below this prefix; check its spelling"
+                f"{self._source.url}: {what} below this prefix; check its spelling"
             )
         if page.next_token is None:
             self._add(Listing(self.tree.root.prefix, page.objects, [], whole=True))
@@ -153,13 +166,13 @@ class Catalog:
 
     async def _list_alone(self, prefix: str) -> Listing:
         objects: list[ListedObject] = []
-        prefixes: list[str | None] = []
-        token: str | None = None
+        prefixes: list[str] = []
+        tokens, token = Tokens(self._source.name(prefix)), None
         while True:
             page = await self._patient_page(prefix, token, "/")
             objects += page.objects
             prefixes += page.prefixes
-            token = page.next_token
+            token = tokens.after(page)
             if token is None:
                 return Listing(prefix, objects, prefixes, whole=False)
 
@@ -168,7 +181,7 @@ class Catalog:
     ) -> Page:
         return await patiently(
             lambda: self._page(prefix, token, delimiter, after),
-            what=f"listing of s3://{self._source.url.bucket}/{prefix}",
+            what=f"listing of {self._source.name(prefix)}",
             timeout_s=lambda: self._options.io_timeout,
             on_retry=self._recorder.listing_retried,
         )
@@ -183,13 +196,21 @@ class Catalog:
             )
         finally:
             self._recorder.answered("list", began_s, key=prefix, failed=page is None)
+        self._tell_hidden(page.hidden)
         return page
 
     def _add(self, listing: Listing) -> None:
         self._journal.append(listing)
-        hidden = self._plant(listing)
-        if hidden:
-            log.warning("%s", _hidden_sentence(hidden))
+        self._tell_hidden(self._plant(listing))
+
+    def _tell_hidden(self, hidden: list[Hidden]) -> None:
+        """Name and count what is not shown, each key once however often it is listed."""
+        new = [each for each in hidden if each.key not in self._hidden]
+        if new:
+            if len(self._hidden) < MOST_REMEMBERED:
+                self._hidden.update(each.key for each in new)
+            self._recorder.hidden_objects += len(new)
+            log.warning("%s", _hidden_sentence(new))
 
     def _plant(self, listing: Listing) -> list[Hidden]:
         directory = self.tree.directory(listing.prefix)

@@ -39,7 +39,7 @@ class Listing:
 
     prefix: str
     objects: list[ListedObject]
-    prefixes: list[str | None]
+    prefixes: list[str]
     whole: bool
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from lazyfs.objects import File, ListedObject
+from lazyfs.store.objects import Hidden
 
 ROOT_INODE = 1
 NAME_MAX_BYTES = 255
@@ -46,14 +47,6 @@ class Directory:
 
 
 Node = File | Directory
-
-
-@dataclass(frozen=True, slots=True)
-class Hidden:
-    """A key that the mount does not show, and why."""
-
-    key: str
-    reason: str
 
 
 def file_inode(key: str, etag: str, size_bytes: int) -> int:
@@ -99,9 +92,6 @@ def whole_directories(
     found: dict[str, list[ListedObject]] = {}
     last_key, last_name = "", None
     for listed in objects:
-        if listed.key is None:
-            ended = False  # no telling where it belongs
-            break
         if listed.key < last_key:
             return {}
         name, slash, _ = listed.key[len(prefix) :].partition("/")
@@ -159,7 +149,7 @@ class Tree:
         self,
         directory: Directory,
         objects: Iterable[ListedObject],
-        prefixes: Iterable[str | None] = (),
+        prefixes: Iterable[str] = (),
         *,
         whole: bool,
     ) -> list[Hidden]:
@@ -168,7 +158,7 @@ class Tree:
         Args:
             directory: one that has no children yet.
             objects: what was listed below its prefix.
-            prefixes: the common prefixes of a listing by `/`; None for one that is not UTF-8.
+            prefixes: the common prefixes of a listing by `/`.
             whole: the objects are all that lies below, at any depth, so that the directories
                 below are complete as well; otherwise they are listed when they are looked at.
 
@@ -183,17 +173,13 @@ class Tree:
             if (reason := self._plant_object(directory, listed, whole))
         ]
         for prefix in prefixes:
-            name = prefix and prefix[len(directory.prefix) :]
-            if not name:
-                hidden.append(Hidden("a common prefix", "not UTF-8"))
-            elif reason := refusal(name) or self._grow(directory, name[:-1], False)[1]:
-                hidden.append(Hidden(prefix or "", reason))
+            name = prefix[len(directory.prefix) :]
+            if reason := refusal(name) or self._grow(directory, name[:-1], False)[1]:
+                hidden.append(Hidden(prefix, reason))
         return hidden + self._shadowed
 
     def _plant_object(self, top: Directory, listed: ListedObject, whole: bool) -> str | None:
         """Add one object below `top`; the reason when it cannot be shown."""
-        if listed.key is None:
-            return "not UTF-8"
         relative = listed.key[len(top.prefix) :]
         if not relative:
             return None  # the marker of `top` itself
@@ -225,7 +211,6 @@ class Tree:
         return directory, ""
 
     def _add_file(self, parent: Directory, name: str, listed: ListedObject) -> str | None:
-        assert listed.key is not None
         siblings = _children(parent)
         if name in siblings:
             return SAME_NAME

@@ -96,6 +96,10 @@ METRICS = (
         "cause.", ("cause",),
     ),
     Metric(
+        "lazyfs_hidden_objects_total", "counter", "Listed objects that cannot be shown as files; "
+        "the log names each of them with the reason.",
+    ),
+    Metric(
         "lazyfs_s3_second_requests_total", "counter", "Second requests sent because the first was "
         "slow (hedges).",
     ),

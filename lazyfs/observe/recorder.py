@@ -93,6 +93,7 @@ class Recorder:
         self.received_bytes = 0
         self.retries: Counter[Cause] = Counter()
         self.hedges = 0
+        self.hidden_objects = 0
         self.failures: Counter[Cause] = Counter()
         self.stalled_s: defaultdict[Cause, float] = defaultdict(float)
         self.pushed_blocks = 0

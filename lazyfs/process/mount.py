@@ -58,7 +58,8 @@ from lazyfs.process import privileges
 from lazyfs.process.mount_records import control_socket, restarts_of
 from lazyfs.process.worker_line import SupervisorLine
 from lazyfs.store.credentials import Credentials, credentials_from
-from lazyfs.store.source import Source, SourceUrl
+from lazyfs.store.source import Source
+from lazyfs.store.url import SourceUrl
 
 log = logging.getLogger(__name__)
 

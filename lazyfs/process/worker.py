@@ -29,8 +29,9 @@ from lazyfs.process import privileges
 from lazyfs.process.mount_spec import MountSpec
 from lazyfs.process.worker_line import SupervisorLine
 from lazyfs.process.worker_process import EXIT_CANNOT_RESUME
-from lazyfs.store.source import Source, SourceUrl, find
+from lazyfs.store.source import Source, resolve
 from lazyfs.store.source_probe import SourceProbe
+from lazyfs.store.url import SourceUrl
 
 # For the end of a worker whose supervisor is gone, before its process just ends.
 LAST_STEPS_S = 5.0
@@ -104,7 +105,7 @@ def _open(order: _Order, scout: SourceProbe) -> Source:
     """The source, as the scout found it; where that was killed, it is found here."""
     region = order.former.beginning.region if order.former else None
     about = (order.url, order.options, order.spec.credentials)
-    found = scout.ask(order.descriptor, region) or find(*about, region)
+    found = scout.ask(order.descriptor, region) or resolve(*about, region)
     return Source(*about, found)
 
 

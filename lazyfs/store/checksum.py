@@ -65,7 +65,7 @@ def _crc64nvme(data: bytes, value: int) -> int:
     return int(checksums.crc64nvme(data, value))
 
 
-# By the name in a HEAD's answer, `ChecksumCRC64NVME`; the cheapest first.
+# By the name in a HEAD's answer, `x-amz-checksum-crc64nvme`; the cheapest first.
 _KINDS: dict[str, Callable[[], _Sum]] = {
     "CRC32C": lambda: _Crc(crc32c, 4),
     "CRC64NVME": lambda: _Crc(_crc64nvme, 8),
@@ -89,13 +89,13 @@ class ObjectSum:
         self._sum = _KINDS[kind]()
 
     @classmethod
-    def of(cls, head: Mapping[str, object]) -> ObjectSum | None:
-        """Of what boto3 gives for a HEAD; None if S3 keeps none that can be compared."""
-        if head.get("ChecksumType") == "COMPOSITE":
+    def of(cls, headers: Mapping[str, str]) -> ObjectSum | None:
+        """Of the headers of a HEAD, in lower case; None if S3 keeps none that can be compared."""
+        if headers.get("x-amz-checksum-type") == "COMPOSITE":
             return None
         for kind in _KINDS:
-            expected = head.get(f"Checksum{kind}")
-            if isinstance(expected, str) and "-" not in expected:
+            expected = headers.get(f"x-amz-checksum-{kind.lower()}")
+            if expected and "-" not in expected:
                 return cls(kind, expected)
         return None
 

@@ -1,19 +1,17 @@
-"""Ranged GETs over HTTP connections that are kept open.
+"""HTTP for a store: connections that are kept open, and bodies that go where they are wanted.
 
 A body goes from the socket straight into memory that was there before: one copy, made by the kernel
 or by OpenSSL while other threads run. That is what other clients cannot do, which hand out memory
-of their own: at 8 MiB a request it costs half the processor time (`bench/transport.py`). Or it goes
-where it is wanted without coming into memory at all (`passage.py`).
+of their own: at 8 MiB a request it costs half the processor time (`bench/transport.py`).
 
-What is asked, and what an answer means, `source.py` knows.
+What is asked, and what an answer means, `s3.py` knows.
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.client
-import re
-import select
+import ipaddress
 import socket
 import ssl
 import threading
@@ -24,41 +22,27 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from lazyfs.blocks.buffers import take_buffer
+from lazyfs.errors import OptionError
 
 T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 5.0
 # A connection that is silent for this long is given up and the range is asked for again.
 SILENCE_TIMEOUT_S = 20.0
-# So long many bytes are waited for, where few would do.
-SOON_S = 0.1
 # A connection that nobody needed for so long is closed: servers do so too, after a minute or less.
 MOST_IDLE_S = 30.0
 # Of a body, how much is received between two looks at the rest.
 PIECE = 1 << 20
-# Of the text that comes with a refusal, how much is read.
-MOST_TEXT = 64 << 10
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/")
+# Informational answers (103 and the like) before the real one.
+MOST_INFORMATIONAL = 20
 
 
-class RefusedError(Exception):
-    """The server answered, but not with the range.
-
-    Attributes:
-        status: of HTTP.
-        headers: of the answer; names in lower case.
-        text: the beginning of the body.
-    """
-
-    def __init__(self, status: int, headers: Mapping[str, str], text: str) -> None:
-        super().__init__(status)
-        self.status = status
-        self.headers = headers
-        self.text = text
+class CutOffError(ConnectionError):
+    """The answer ended too early, or is no HTTP."""
 
 
-class OtherRangeError(Exception):
-    """The server answered with other bytes than were asked for; the message says which."""
+class BadRedirectError(Exception):
+    """We were sent to an address where nothing may be asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,25 +104,10 @@ class Body:
 
     Args:
         answer: whose head was read.
-        wire: that it comes through.
     """
 
-    def __init__(self, answer: http.client.HTTPResponse, wire: socket.socket) -> None:
+    def __init__(self, answer: http.client.HTTPResponse) -> None:
         self._answer = answer
-        # In chunks, or encrypted, more comes through the socket than the body.
-        is_bare = answer.length is not None and not isinstance(wire, ssl.SSLSocket)
-        self._socket = wire if is_bare else None
-
-    @property
-    def descriptor(self) -> int | None:
-        """Of the socket, if nothing but the body comes through it. It does not block."""
-        return self._socket.fileno() if self._socket else None
-
-    @property
-    def left(self) -> int:
-        """How many bytes are still to be taken, if it has a descriptor."""
-        assert self._answer.length is not None
-        return self._answer.length
 
     def read(self, length: int) -> memoryview:
         """So many bytes, in a buffer of `take_buffer`. Raises as `read_into` does."""
@@ -147,57 +116,66 @@ class Body:
         return into
 
     def read_into(self, into: memoryview) -> None:
-        """Fill a buffer. Raises OSError or http.client.HTTPException if less comes."""
+        """Fill a buffer. Raises OSError if less comes."""
         done = 0
         while done < len(into):
-            count = self._answer.readinto(into[done : done + PIECE])
+            try:
+                count = self._answer.readinto(into[done : done + PIECE])
+            except http.client.HTTPException as error:
+                raise CutOffError(_told(error)) from error
             if count == 0:
-                raise http.client.IncompleteRead(b"", len(into) - done)
+                raise CutOffError(f"{len(into) - done} bytes are missing")
             done += count
 
-    def take_buffered(self) -> bytes:
-        """What came along with the head. Only after that is the rest in the socket."""
-        reader = self._answer.fp
-        data = reader.read(min(self.left, len(reader.peek())))
-        self.took(len(data))
-        return data
+    def read_all(self, most: int) -> bytes:
+        """All that is left, but no more than `most` bytes. Raises OSError."""
+        try:
+            return self._answer.read(most)
+        except http.client.HTTPException as error:
+            raise CutOffError(_told(error)) from error
 
-    def took(self, count: int) -> None:
-        """So many bytes were taken out of the descriptor."""
-        self._answer.length = self.left - count
+    def skip(self, count: int) -> None:
+        """Throw bytes away. Raises OSError if less comes."""
+        into = memoryview(bytearray(min(count, PIECE)))
+        while count:
+            taken = into[: min(count, PIECE)]
+            self.read_into(taken)
+            count -= len(taken)
 
     @property
-    def is_ready(self) -> bool:
-        """Whether there is something in the descriptor, be it the end."""
-        return self._poll(0)
+    def is_at_end(self) -> bool:
+        """Whether all was taken; a body in chunks does not say its length before."""
+        return not self.read_all(1)
 
-    def wait(self, count: int) -> None:
-        """Wait until so many bytes are ready, or no more come; on a slow line, for some of them.
 
-        Before Linux 4.18 any number will do (socket(7), SO_RCVLOWAT).
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The head of an answer, and its body while it comes.
 
-        Raises:
-            TimeoutError: nothing comes for a long time.
-        """
-        assert self._socket is not None
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
-        try:
-            is_ready = self._poll(SOON_S)
-        finally:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-        if not is_ready and not self._poll(SILENCE_TIMEOUT_S):
-            raise TimeoutError
+    Attributes:
+        headers: with names in lower case; of a name that comes twice, the first value.
+        length: of the body, in bytes; None: not told.
+    """
 
-    def _poll(self, timeout_s: float) -> bool:
-        assert self._socket is not None
-        watch = select.poll()
-        watch.register(self._socket, select.POLLIN)
-        return bool(watch.poll(timeout_s * 1000))
+    status: int
+    headers: Mapping[str, str]
+    length: int | None
+    body: Body
 
-    def end(self) -> None:
-        """All was taken. Raises OtherRangeError if there is more."""
-        if self._answer.read(1):  # a body in chunks does not say its length before
-            raise OtherRangeError("got more bytes than were asked for")
+
+class _Response(http.client.HTTPResponse):
+    """Passes over informational answers, which the library takes for the real one.
+
+    RFC 9110, 15.2: a client must be able to parse one or more of them.
+    """
+
+    def _read_status(self) -> tuple[str, int, str]:
+        for _ in range(MOST_INFORMATIONAL):
+            found: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
+            if not 100 < found[1] < 200 or found[1] == http.client.SWITCHING_PROTOCOLS:
+                return found
+            http.client.parse_headers(self.fp)
+        raise http.client.BadStatusLine("informational answers only")
 
 
 @dataclass(slots=True)
@@ -207,70 +185,81 @@ class _Idle:
 
 
 class Transport:
-    """Connections to one host, as many as there are requests at once.
+    """Connections to one server, as many as there are requests at once.
 
     Args:
-        endpoint: `http://HOST[:PORT]` or `https://HOST[:PORT]`.
+        server: `http://HOST[:PORT]` or `https://HOST[:PORT]`.
         tls: for https.
         proxy: that leads there, or None.
+        may_connect: says of the address that was connected to whether it may be asked, and raises
+            what is to be raised if not.
     """
 
     def __init__(
-        self, endpoint: str, tls: ssl.SSLContext | None = None, proxy: Proxy | None = None
+        self,
+        server: str,
+        tls: ssl.SSLContext | None = None,
+        proxy: Proxy | None = None,
+        may_connect: Callable[[str], None] = lambda address: None,
     ) -> None:
-        self._url = urlsplit(endpoint)
+        self._url = urlsplit(server)
         self._tls = tls
         self._proxy = proxy
+        self._may_connect = may_connect
         self._idle: list[_Idle] = []
         self._lock = threading.Lock()
+        # That was connected to last.
+        self.address: str | None = None
 
-    def get_range(
+    def exchange(
         self,
+        method: str,
         target: str,
         headers: Mapping[str, str],
-        start: int,
-        length: int,
-        receive: Callable[[Body], T],
+        handle: Callable[[Answer], T],
         cancel: Cancel,
     ) -> T:
-        """Ask for `length` bytes of an object from `start`, and have them received.
+        """Send a request without a body, and have the answer handled.
 
         Args:
             target: path and query, as they go over the wire.
-            headers: of the request, `Range` included.
-            receive: takes all of the body; what it returns is returned, what it raises is raised.
+            handle: takes what it needs of the body; what it returns is returned, what it raises is
+                raised. Where it leaves some of the body, the connection is closed.
             cancel: ends it from another thread.
 
         Raises:
-            RefusedError: the answer is not 206.
-            OtherRangeError: it is another range.
             CancelledError: `cancel` was called.
-            OSError, http.client.HTTPException: no connection, or it broke, or it was silent.
+            OSError: no connection, or it broke, or it was silent.
         """
         if self._proxy and self._url.scheme == "http":
             target = f"{self._url.scheme}://{self._url.netloc}{target}"
             headers = {**headers, **self._proxy.headers}
-        connection, wire, answer = self._ask(target, headers, cancel)
-        with _closed_on_error(connection), cancel.watching(wire):
-            if answer.status != 206:
-                text = answer.read(MOST_TEXT).decode(errors="replace")
-                raise RefusedError(
-                    answer.status,
-                    {name.lower(): value for name, value in answer.getheaders()},
-                    text,
-                )
-            _check_range(answer, start, length)
-            body = Body(answer, wire)
-            received = receive(body)
-            body.end()
-        if connection.sock is not None:  # else the server wanted it closed
+        began_s = time.monotonic()
+        try:
+            connection, wire, response = self._ask(method, target, headers, cancel)
+            with _closed_on_error(connection), cancel.watching(wire):
+                told: dict[str, str] = {}
+                for name, value in response.getheaders():
+                    told.setdefault(name.lower(), value)
+                body = Body(response)
+                handled = handle(Answer(response.status, told, response.length, body))
+                is_over = body.is_at_end
+        except TimeoutError:
+            # What made this connection silent has most likely hit those that are as old.
+            self._close_idle_since(began_s)
+            raise
+        if not is_over:
+            connection.close()
+        elif connection.sock is not None:  # else the server wanted it closed
             with self._lock:
                 self._idle.append(_Idle(connection, time.monotonic()))
-        return received
+        return handled
 
     def close_idle(self, longer_than_s: float = MOST_IDLE_S) -> None:
         """Close the connections that nobody used for so long."""
-        before_s = time.monotonic() - longer_than_s
+        self._close_idle_since(time.monotonic() - longer_than_s)
+
+    def _close_idle_since(self, before_s: float) -> None:
         with self._lock:
             idle, self._idle = self._idle, []
             self._idle = [each for each in idle if each.since_s > before_s]
@@ -279,7 +268,7 @@ class Transport:
                 each.connection.close()
 
     def _ask(
-        self, target: str, headers: Mapping[str, str], cancel: Cancel
+        self, method: str, target: str, headers: Mapping[str, str], cancel: Cancel
     ) -> tuple[http.client.HTTPConnection, socket.socket, http.client.HTTPResponse]:
         """Where a request was sent, its socket, and the head of the answer.
 
@@ -288,11 +277,16 @@ class Transport:
         with self._lock:
             kept = self._idle.pop().connection if self._idle else None
         if kept is not None:
-            with contextlib.suppress(ConnectionError, http.client.BadStatusLine):
-                return kept, kept.sock, _answer_of(kept, target, headers, cancel)
-            self.close_idle(0.0)  # the server has closed it, and the others are older
+            began_s = time.monotonic()
+            try:
+                return kept, kept.sock, _answer_of(kept, method, target, headers, cancel)
+            except TimeoutError:
+                self._close_idle_since(began_s)  # they are silent together
+            except ConnectionError:
+                self.close_idle(0.0)  # the server has closed it, and the others are older
         connection = self._connect()
-        return connection, connection.sock, _answer_of(connection, target, headers, cancel)
+        answer = _answer_of(connection, method, target, headers, cancel)
+        return connection, connection.sock, answer
 
     def _connect(self) -> http.client.HTTPConnection:
         host, port = self._url.hostname or "", self._url.port
@@ -308,8 +302,12 @@ class Transport:
                 connection.set_tunnel(beyond, self._url.port or 443, dict(self._proxy.headers))
         else:
             connection = http.client.HTTPConnection(host, port, timeout=CONNECT_TIMEOUT_S)
+        connection.response_class = _Response
         with _closed_on_error(connection):
             connection.connect()
+            self.address = connection.sock.getpeername()[0]
+            if not self._proxy:
+                self._may_connect(self.address)
             connection.sock.settimeout(SILENCE_TIMEOUT_S)
         return connection
 
@@ -321,23 +319,55 @@ def tls_context(authorities: str) -> ssl.SSLContext:
         authorities: a file of certificates that are trusted.
 
     Raises:
-        OSError: it cannot be read, or holds none.
+        OptionError: it cannot be read, or holds none.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_verify_locations(authorities)
+    try:
+        context.load_verify_locations(authorities)
+    except OSError as error:
+        raise OptionError(f"--ca-bundle: {authorities}: {error.strerror or error}") from None
     context.set_alpn_protocols(["http/1.1"])
     return context
 
 
+def may_be_redirected_to(address: str, from_address: str | None) -> None:
+    """Whether a server may send us to another one of this address.
+
+    An endpoint must not have us ask what only this machine can reach: its metadata service, or, if
+    the endpoint itself is not on this machine, what listens on the loopback device.
+
+    Raises:
+        BadRedirectError: it may not.
+    """
+    target = ipaddress.ip_address(address.partition("%")[0])
+    target = getattr(target, "ipv4_mapped", None) or target
+    ours = from_address is not None and ipaddress.ip_address(from_address).is_loopback
+    if (
+        target.is_link_local
+        or target.is_multicast
+        or target.is_unspecified
+        or (target.is_loopback and not ours)
+    ):
+        raise BadRedirectError(f"a redirect to the address {address} is not followed")
+
+
 def _answer_of(
     connection: http.client.HTTPConnection,
+    method: str,
     target: str,
     headers: Mapping[str, str],
     cancel: Cancel,
 ) -> http.client.HTTPResponse:
     with _closed_on_error(connection), cancel.watching(connection.sock):
-        connection.request("GET", target, headers=dict(headers))
-        return connection.getresponse()
+        try:
+            connection.request(method, target, headers=dict(headers))
+            return connection.getresponse()
+        except http.client.HTTPException as error:
+            raise CutOffError(_told(error)) from error
+
+
+def _told(error: http.client.HTTPException) -> str:
+    return f"{type(error).__name__}: {error}"[:200]
 
 
 @contextlib.contextmanager
@@ -347,12 +377,3 @@ def _closed_on_error(connection: http.client.HTTPConnection) -> Iterator[None]:
     except BaseException:
         connection.close()
         raise
-
-
-def _check_range(answer: http.client.HTTPResponse, start: int, length: int) -> None:
-    told = answer.getheader("Content-Range", "")
-    found = _CONTENT_RANGE.match(told)
-    if found is None or (int(found[1]), int(found[2])) != (start, start + length - 1):
-        raise OtherRangeError(f"asked for {length} bytes at {start}, got {told!r}")
-    if answer.length not in (None, length):
-        raise OtherRangeError(f"asked for {length} bytes at {start}, got {answer.length}")

@@ -25,7 +25,9 @@ from lazyfs import errors, log
 from lazyfs.errors import LazyfsError
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.process.mount_spec import MountSpec
-from lazyfs.store.source import ResolvedSource, SourceUrl, find
+from lazyfs.store.resolved import ResolvedSource
+from lazyfs.store.source import resolve
+from lazyfs.store.url import SourceUrl
 
 STDERR = 2
 PIECE = 1 << 16
@@ -57,7 +59,7 @@ class SourceProbe:
             region: of the bucket, if it is known from before.
 
         Raises:
-            LazyfsError: as of `find`.
+            LazyfsError: as of `resolve`.
         """
         answer = bytearray()
         with contextlib.suppress(ConnectionError):
@@ -107,7 +109,7 @@ def _be_scout(connection: socket.socket, worker: int) -> NoReturn:
 
 
 def _find(connection: socket.socket) -> None:
-    import lazyfs.store.boto.bucket  # noqa: F401 - before it is known what is to be found
+    import lazyfs.store.boto.resolver  # noqa: F401 - before it is known what is to be found
 
     text, descriptors, _, _ = socket.recv_fds(connection, PIECE, 2, socket.MSG_CMSG_CLOEXEC)
     if not text:
@@ -122,7 +124,7 @@ def _find(connection: socket.socket) -> None:
             options.log_level, options.log_format, mountpoint=spec.mountpoint, volume=spec.volume
         )
         region = None if text == _UNKNOWN else text.decode()
-        found = find(SourceUrl.parse(spec.source), options, spec.credentials, region)
+        found = resolve(SourceUrl.parse(spec.source), options, spec.credentials, region)
         answer: dict[str, Any] = {"found": found.as_json()}
     except LazyfsError as error:
         answer = {"error": str(error), "kind": type(error).__name__}

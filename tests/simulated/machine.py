@@ -145,9 +145,11 @@ class Bucket:
         self.asked: list[tuple[str, int, int]] = []
         self.sent_bytes = 0
 
-    def read_range(
-        self, key: str, etag: str, start: int, length: int, cancel: object
-    ) -> memoryview:
+    def name(self, key: str) -> str:
+        return key
+
+    def read_range(self, pin: File, start: int, length: int, cancel: object) -> memoryview:
+        key = pin.key
         self.asked.append((key, start, length))
         self.sent_bytes += length
         self._threads.takes(self._link.transfer(length))

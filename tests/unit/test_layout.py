@@ -39,9 +39,7 @@ KNOWN: set[tuple[str, str]] = {
 }
 
 
-KNOWN_CIRCLES = {
-    "lazyfs.store.boto.bucket", "lazyfs.store.source",
-}  # fmt: skip
+KNOWN_CIRCLES: set[str] = set()
 
 
 def _module_name(path: Path) -> str:

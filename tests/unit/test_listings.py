@@ -20,7 +20,8 @@ from lazyfs.options.mount_options import MountOptions
 from lazyfs.prefetch import planner
 from lazyfs.prefetch.planner import Planner
 from lazyfs.prefetch.prefetcher import Prefetcher
-from lazyfs.store.source import Page, Source
+from lazyfs.store.objects import Page
+from lazyfs.store.source import Source
 
 DIRECTORIES = 20
 OPTIONS = MountOptions()
@@ -37,6 +38,9 @@ class Bucket:
 
     def __init__(self, *pages: Page) -> None:
         self._pages: Iterator[Page] = iter(pages)
+
+    def name(self, key: str) -> str:
+        return key
 
     def list_page(self, prefix: str, token: str | None, **_: Any) -> Page:
         return next(self._pages)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import trio
@@ -29,17 +28,16 @@ Answer = tuple[memoryview, BlockGetter, BlockMemory, Recorder]
 class Source:
     """Answers one request after another as it is told."""
 
-    url = SimpleNamespace(bucket="b")
-
     def __init__(self, *answers: Callable[[], memoryview]) -> None:
         self.answers = list(answers)
         self.asked = 0
         self.cancels: list[Cancel] = []
         self._lock = threading.Lock()
 
-    def read_range(
-        self, key: str, etag: str, start: int, length: int, cancel: Cancel
-    ) -> memoryview:
+    def name(self, key: str) -> str:
+        return key
+
+    def read_range(self, pin: File, start: int, length: int, cancel: Cancel) -> memoryview:
         with self._lock:
             self.asked += 1
             self.cancels.append(cancel)

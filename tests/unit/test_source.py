@@ -1,126 +1,608 @@
-"""What a source needs of boto3, and when it asks for it."""
+"""A source before a service that answers as it is told."""
 
+from __future__ import annotations
+
+import gzip
+import http.server
 import json
+import threading
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import pytest
-from botocore.utils import parse_timestamp
+from test_listing_page import entry, page, prefix
 
-from lazyfs.errors import BadRequestError
+from lazyfs import errors
+from lazyfs.errors import BadRequestError, SourceError
 from lazyfs.objects import ListedObject
 from lazyfs.options.mount_options import MountOptions
-from lazyfs.store.boto.session import new_session
+from lazyfs.store import http as transport
+from lazyfs.store import source as sources
 from lazyfs.store.credentials import StaticCredentials, WebIdentity
 from lazyfs.store.http import Proxy
-from lazyfs.store.source import Keys, Page, Place, ResolvedSource, Source, SourceUrl
+from lazyfs.store.objects import Hidden, Page
+from lazyfs.store.resolved import Place, ResolvedSource, TimedCredentials
+from lazyfs.store.signing import SigningCredentials
+from lazyfs.store.source import Source
+from lazyfs.store.url import SourceUrl
 
-PLACE = Place("eu-west-1", "http://127.0.0.1:9", "/bucket/", None, Proxy("proxy", 80, {"a": "b"}))
+PROXY = Proxy("proxy", 80, {"a": "b"})
+PLACE = Place("eu-west-1", "s3", "http://127.0.0.1:9", "/bucket/", "/etc/ca.pem", PROXY)
 URL = SourceUrl.parse("s3://bucket/m")
+DATA = bytes(range(256)) * 16
+PIN = ListedObject("m/k", len(DATA), '"v1"', 0, "m/k")
+ANSWER = tuple[int, dict[str, str], bytes]
 
 
-class Bucket:
-    """What boto3 would know."""
+class Request:
+    """What was asked: `query` and `headers` by name, headers in lower case."""
 
-    def __init__(self):
-        self.place = PLACE
-        self.asked = 0
-        self.credentials = None
+    def __init__(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        url = urlsplit(handler.path)
+        self.method, self.path = handler.command, url.path
+        self.query = dict(parse_qsl(url.query, keep_blank_values=True))
+        self.headers = {name.lower(): value for name, value in handler.headers.items()}
 
-    def keys(self):
-        self.asked += 1
-        return Keys(f"id-{self.asked}", "secret", None, time.time() + 300)
+    @property
+    def range(self) -> tuple[int, int]:
+        start, _, end = self.headers["range"].removeprefix("bytes=").partition("-")
+        return int(start), int(end)
 
-    def replace_credentials(self, credentials):
-        self.credentials = credentials
+
+class Service:
+    """An S3 of which a test says how it answers."""
+
+    def __init__(self, answer: Callable[[Request], ANSWER]) -> None:
+        self.answer = answer
+        self.requests: list[Request] = []
+        service = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                request = Request(self)
+                service.requests.append(request)
+                status, headers, body = service.answer(request)
+                self.send_response(status)
+                for name, value in ({"Content-Length": str(len(body))} | headers).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+            do_HEAD = do_GET  # noqa: N815
+
+            def log_message(self, *_: object) -> None: ...
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=[0.01], daemon=True).start()
+
+    def source(self, **options: Any) -> Source:
+        place = Place("us-east-1", "s3", self.url, "/bucket/", "/none", None)
+        timed = TimedCredentials(SigningCredentials("id", "secret"))
+        return Source(URL, MountOptions(**options), None, ResolvedSource(place, timed, None))
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
 
 
 @pytest.fixture
-def bucket(monkeypatch):
-    made = Bucket()
-    monkeypatch.setattr("lazyfs.store.source._bucket", lambda *_: made)
-    return made
+def serve() -> Iterator[Callable[[Callable[[Request], ANSWER]], Service]]:
+    services: list[Service] = []
+
+    def make(answer: Callable[[Request], ANSWER]) -> Service:
+        services.append(Service(answer))
+        return services[-1]
+
+    yield make
+    for service in services:
+        service.close()
 
 
-@pytest.mark.parametrize("keys", [None, Keys("id", "secret", "token", 12.5), Keys("id", "secret")])
+Serve = Callable[[Callable[[Request], ANSWER]], Service]
+
+
+def refusal(status: int, code: str, **headers: str) -> ANSWER:
+    body = f"<Error><Code>{code}</Code><Message>as told</Message></Error>"
+    return status, {name.replace("_", "-"): text for name, text in headers.items()}, body.encode()
+
+
+def part(request: Request, etag: str = '"v1"', data: bytes = DATA) -> ANSWER:
+    start, end = request.range
+    body = data[start : end + 1]
+    told = f"bytes {start}-{start + len(body) - 1}/{len(data)}"
+    return 206, {"Content-Range": told, "ETag": etag}, body
+
+
+# What another process needs to know
+
+
 @pytest.mark.parametrize(
-    "page",
-    [
-        None,
-        Page([ListedObject("m/ä", 3, '"e"', 10**18, "m/ä"), ListedObject(None, 0, "", 0, "%ff")],
-             ["m/a/", None], "next"),
-    ],
+    "timed",
+    [None, TimedCredentials(SigningCredentials("id", "s", "t"), 12.5),
+     TimedCredentials(SigningCredentials("id", "s"))],
 )  # fmt: skip
-@pytest.mark.parametrize("proxy", [None, PLACE.proxy])
-def test_what_was_found_goes_to_another_process(keys, page, proxy):
-    place = Place("eu-west-1", "https://host", "/", "/etc/ca.pem", proxy)
-    found = ResolvedSource(place, keys, page)
+@pytest.mark.parametrize(
+    "first",
+    [None, Page([ListedObject("m/ä", 3, '"e"', 10**18, "m/ä")], ["m/a/"], "next",
+                [Hidden("%ff", "not UTF-8")])],
+)  # fmt: skip
+@pytest.mark.parametrize("proxy", [None, PROXY])
+def test_what_was_found_goes_to_another_process(
+    timed: TimedCredentials | None, first: Page | None, proxy: Proxy | None
+) -> None:
+    place = Place("eu-west-1", "s3", "https://host", "/", "/etc/ca.pem", proxy)
+    found = ResolvedSource(place, timed, first)
     assert ResolvedSource.of_json(json.loads(json.dumps(found.as_json()))) == found
 
 
-def test_no_secret_in_what_is_shown():
-    found = ResolvedSource(PLACE, Keys("the-id", "the-secret", "the-token"), None)
+def test_no_secret_in_what_is_shown() -> None:
+    timed = TimedCredentials(SigningCredentials("the-id", "the-secret", "the-token"))
+    found = ResolvedSource(PLACE, timed, None)
     assert not [word for word in ("the-id", "the-secret", "the-token") if word in repr(found)]
 
 
-def signed_with(source):
-    return source._signed("/bucket/m/x", {})["Authorization"].split("Credential=")[1].split("/")[0]
+def test_a_listed_page_is_given_once(serve: Serve) -> None:
+    service = serve(lambda _: (200, {}, page(entry("m/a"))))
+    place = Place("us-east-1", "s3", service.url, "/bucket/", "/none", None)
+    first = Page([], [], None)
+    source = Source(URL, MountOptions(no_sign_request=True), None,
+                    ResolvedSource(place, None, first))  # fmt: skip
+    assert source.list_page("m/") is first
+    assert [each.key for each in source.list_page("m/").objects] == ["m/a"]
 
 
-def test_keys_that_were_found_are_used_until_they_end(bucket):
-    source = Source(
-        URL, MountOptions(), None, ResolvedSource(PLACE, Keys("found", "s", None, None), None)
-    )
-    assert [signed_with(source) for _ in range(3)] == ["found"] * 3
-    assert not bucket.asked
-    ended = Keys("found", "s", None, time.time() - 1)
-    source = Source(URL, MountOptions(), None, ResolvedSource(PLACE, ended, None))
-    assert [signed_with(source) for _ in range(3)] == ["id-1"] * 3
+# Credentials
 
 
-def test_given_credentials_are_replaced(bucket):
+class Resolver:
+    """In the place of botocore."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def credentials(self, anew: bool = False) -> TimedCredentials:
+        self.asked += 1
+        return TimedCredentials(SigningCredentials(f"id-{self.asked}", "s"), time.time() + 300)
+
+    def replace_credentials(self, credentials: object) -> None: ...
+
+
+def signed_with(serve: Serve, given: Any, found: TimedCredentials, new: Any) -> tuple[str, int]:
+    """The key id of a request once others were given, and how often botocore was asked."""
+    service = serve(lambda _: (200, {}, page(entry("m/a"))))
+    place = Place("us-east-1", "s3", service.url, "/bucket/", "/none", None)
+    source = Source(URL, MountOptions(), given, ResolvedSource(place, found, None))
+    resolver = Resolver()
+    source._resolver = resolver  # type: ignore[assignment]
+    if new:
+        source.set_credentials(new)
+    source.list_page("m/")
+    signed = service.requests[-1].headers["authorization"]
+    return signed.split("Credential=")[1].split("/")[0], resolver.asked
+
+
+def test_credentials_that_were_found_are_used_until_they_end(serve: Serve) -> None:
+    found = SigningCredentials("found", "s")
+    assert signed_with(serve, None, TimedCredentials(found), None) == ("found", 0)
+    ended = TimedCredentials(found, time.time() - 1)
+    assert signed_with(serve, None, ended, None) == ("id-1", 1)
+
+
+def test_given_credentials_are_replaced(serve: Serve) -> None:
     first, second = StaticCredentials("one", "s"), StaticCredentials("two", "s", "token")
-    source = Source(URL, MountOptions(), first, ResolvedSource(PLACE, Keys("one", "s"), None))
-    source.set_credentials(second)
-    assert signed_with(source) == "two"
-    assert not bucket.asked
+    found = TimedCredentials(SigningCredentials("one", "s"))
+    assert signed_with(serve, first, found, second) == ("two", 0)
 
 
 @pytest.mark.parametrize(("role", "expected"), [("role", "found"), ("another", "id-1")])
-def test_a_new_token_of_a_role_is_for_the_next_keys(bucket, role, expected):
+def test_a_new_token_of_a_role_is_for_the_next_credentials(
+    serve: Serve, role: str, expected: str
+) -> None:
     first, second = WebIdentity("role", "pod", "old"), WebIdentity(role, "pod", "new")
-    keys = Keys("found", "s", None, time.time() + 300)
-    source = Source(URL, MountOptions(), first, ResolvedSource(PLACE, keys, None))
-    source.set_credentials(second)
-    assert signed_with(source) == expected
+    found = TimedCredentials(SigningCredentials("found", "s"), time.time() + 300)
+    assert signed_with(serve, first, found, second)[0] == expected
 
 
-def test_credentials_that_were_not_given_are_not_replaced():
-    source = Source(URL, MountOptions(), None, ResolvedSource(PLACE, Keys("found", "s"), None))
+def test_credentials_that_were_not_given_are_not_replaced() -> None:
+    found = TimedCredentials(SigningCredentials("found", "s"))
+    source = Source(URL, MountOptions(), None, ResolvedSource(PLACE, found, None))
     with pytest.raises(BadRequestError):
         source.set_credentials(StaticCredentials("one", "s"))
 
 
-def test_a_listed_page_is_given_once(bucket):
-    page = Page([], [], None)
-    bucket.list_page = lambda *_, **__: "another"
-    source = Source(URL, MountOptions(), None, ResolvedSource(PLACE, None, page))
-    assert source.list_page("m/", None) is page
-    assert source.list_page("m/", None) == "another"
+# Listings
+
+
+def keys(source: Source, delimiter: str = "") -> list[str]:
+    """All that is listed, page by page."""
+    found, token = [], None
+    for _ in range(20):
+        one = source.list_page("m/", token, delimiter=delimiter)
+        found += [each.key for each in one.objects] + one.prefixes
+        token = one.next_token
+        if token is None:
+            return found
+    raise AssertionError("the listing has no end")
+
+
+STORED = [f"m/{number:02}" for number in range(7)]
+
+
+def after(request: Request, *names: str) -> list[str]:
+    last = max((request.query.get(name, "") for name in names), default="")
+    return [key for key in STORED if key > last]
+
+
+def without_token(*names: str) -> Callable[[Request], ANSWER]:
+    """Pages of three, of a service that heeds these parameters and gives no token."""
+
+    def answer(request: Request) -> ANSWER:
+        rest = after(request, *names)
+        return 200, {}, page(*map(entry, rest[:3]), IsTruncated=str(len(rest) > 3).lower())
+
+    return answer
+
+
+@pytest.mark.parametrize("names", [["start-after"], ["marker"], ["start-after", "marker"]])
+def test_truncated_without_a_token_goes_on_after_the_last_key(
+    serve: Serve, names: list[str]
+) -> None:
+    assert keys(serve(without_token(*names)).source()) == STORED
+
+
+def test_a_listing_that_does_not_go_on_is_an_error(serve: Serve) -> None:
+    with pytest.raises(SourceError, match="does not go on"):
+        keys(serve(without_token()).source())
+
+
+def test_common_prefixes_are_passed_as_a_whole(serve: Serve) -> None:
+    def answer(request: Request) -> ANSWER:
+        last = request.query.get("start-after", "")
+        below = ["m/a/x", "m/a/y", "m/b/x", "m/c/x"]
+        found = sorted({key[:4] for key in below if key > last})
+        more = str(len(found) > 1).lower()
+        return 200, {}, page(*map(prefix, found[:1]), IsTruncated=more)
+
+    assert keys(serve(answer).source(), "/") == ["m/a/", "m/b/", "m/c/"]
+
+
+def test_an_empty_page_goes_on(serve: Serve) -> None:
+    def answer(request: Request) -> ANSWER:
+        if "continuation-token" not in request.query:
+            return 200, {}, page(IsTruncated="true", NextContinuationToken="a +/=é")
+        assert request.query["continuation-token"] == "a +/=é"
+        return 200, {}, page(entry("m/a"))
+
+    assert keys(serve(answer).source()) == ["m/a"]
+
+
+def test_truncated_and_empty_and_without_a_token(serve: Serve) -> None:
+    source = serve(lambda _: (200, {}, page(IsTruncated="true"))).source()
+    with pytest.raises(SourceError, match="more follows"):
+        source.list_page("m/")
+
+
+def test_version_1_where_version_2_is_not_known(serve: Serve) -> None:
+    def answer(request: Request) -> ANSWER:
+        if "list-type" in request.query:
+            return refusal(501, "NotImplemented")
+        return without_token("marker")(request)
+
+    service = serve(answer)
+    assert keys(service.source()) == STORED
+    assert sum("list-type" in request.query for request in service.requests) == 1
+
+
+@pytest.mark.parametrize("encode", [lambda key: quote(key, safe="/+"), lambda key: key])
+def test_what_plus_means_is_asked_where_a_page_does_not_show_it(
+    serve: Serve, encode: Callable[[str], str]
+) -> None:
+    def answer(request: Request) -> ANSWER:
+        if "encoding-type" in request.query:
+            return 200, {}, page(entry(encode("m/a+b")), EncodingType="url")
+        return 200, {}, page(entry("m/a+b"))
+
+    service = serve(answer)
+    source = service.source()
+    assert keys(source) == keys(source) == ["m/a+b"]
+    assert len(service.requests) == 3, "it is asked once"
+
+
+def test_a_plus_of_aws_is_a_space(serve: Serve) -> None:
+    def answer(request: Request) -> ANSWER:
+        if "encoding-type" in request.query:
+            return 200, {}, page(entry("m/a+b"), EncodingType="url")
+        return 200, {}, page(entry("m/a b"))
+
+    assert keys(serve(answer).source()) == ["m/a b"]
+
+
+@pytest.mark.parametrize("body", [b"", b"<html/>", b"{}", page(entry())[:-30]])
+def test_what_is_no_listing_may_be_one_later(serve: Serve, body: bytes) -> None:
+    source = serve(lambda _: (200, {}, body)).source()
+    with pytest.raises(SourceError, match="not a listing of S3") as raised:
+        source.list_page("m/")
+    assert raised.value.transient
+
+
+def test_an_error_in_an_answer_of_200(serve: Serve) -> None:
+    source = serve(lambda _: refusal(200, "SlowDown")).source()
+    with pytest.raises(errors.ThrottledError):
+        source.list_page("m/")
+
+
+def test_a_listing_of_any_length_is_not_kept_in_memory(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources.listing, "MOST_BYTES", 10_000)
+    for body in (page(*[entry()] * 200), gzip.compress(page(*[entry()] * 200))):
+        encoding = {"Content-Encoding": "gzip"} if body[:1] == b"\x1f" else {}
+        source = serve(lambda _, b=body, e=encoding: (200, e, b)).source()  # type: ignore[misc]
+        with pytest.raises(BadRequestError, match="no listing has"):
+            source.list_page("m/")
+
+
+def test_a_listing_that_a_proxy_has_packed(serve: Serve) -> None:
+    body = gzip.compress(page(entry("m/a")))
+    assert keys(serve(lambda _: (200, {"Content-Encoding": "gzip"}, body)).source()) == ["m/a"]
+
+
+# Ranges
+
+
+def read(source: Source, start: int = 256, length: int = 512) -> bytes:
+    return bytes(source.read_range(PIN, start, length))
+
+
+def test_range_and_condition_are_sent_and_not_signed(serve: Serve) -> None:
+    service = serve(part)
+    assert read(service.source(requester_pays=True)) == DATA[256:768]
+    headers = service.requests[0].headers
+    assert (headers["range"], headers["if-match"]) == ("bytes=256-767", '"v1"')
+    signed = headers["authorization"].split("SignedHeaders=")[1].split(",")[0]
+    assert signed == "host;x-amz-content-sha256;x-amz-date;x-amz-request-payer"
+
+
+def test_an_answer_of_another_version_reaches_nobody(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody(length: int) -> memoryview:
+        raise AssertionError("its bytes were taken")
+
+    for answer in (
+        lambda request: part(request, '"v2"', DATA[::-1]),
+        lambda request: part(request, 'W/"v2"', DATA[::-1]),
+        lambda request: part(request, "", DATA + b"x"),
+    ):
+        monkeypatch.setattr(transport, "take_buffer", nobody)
+        with pytest.raises(errors.ObjectChangedError):
+            serve(answer).source().read_range(PIN, 0, 100)
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("status", "code"), [(412, "PreconditionFailed"), (501, "NotImplemented"),
+                         (400, "InvalidArgument")],
+)  # fmt: skip
+def test_a_service_that_does_not_take_the_condition(serve: Serve, status: int, code: str) -> None:
+    def answer(request: Request) -> ANSWER:
+        return refusal(status, code) if "if-match" in request.headers else part(request)
+
+    service = serve(answer)
+    source = service.source()
+    assert read(source) == read(source) == DATA[256:768]
+    assert ["if-match" in request.headers for request in service.requests] == [True, False, False]
+
+
+def test_a_condition_that_does_not_hold(serve: Serve) -> None:
+    def answer(request: Request) -> ANSWER:
+        if "if-match" in request.headers:
+            return refusal(412, "PreconditionFailed")
+        return part(request, '"v2"')
+
+    with pytest.raises(errors.ObjectChangedError):
+        read(serve(answer).source())
+
+
+def test_a_weak_tag_is_no_condition(serve: Serve) -> None:
+    service = serve(part)
+    weak = ListedObject("m/k", len(DATA), 'W/"v1"', 0, "m/k")
+    assert service.source().read_range(weak, 0, 10) == DATA[:10]
+    assert "if-match" not in service.requests[0].headers
+
+
+def test_a_service_that_ignores_ranges(serve: Serve) -> None:
+    source = serve(lambda _: (200, {"ETag": '"v1"'}, DATA)).source()
+    assert read(source) == read(source) == DATA[256:768]
+    assert read(source, 0, len(DATA)) == DATA
+
+
+def test_what_is_stored_packed_comes_as_it_is_stored(serve: Serve) -> None:
+    def answer(request: Request) -> ANSWER:
+        if "gzip" not in request.headers.get("accept-encoding", ""):
+            return 200, {"ETag": '"v1"'}, DATA * 3
+        status, headers, body = part(request)
+        return status, headers | {"Content-Encoding": "gzip"}, body
+
+    assert read(serve(answer).source()) == DATA[256:768]
+
+
+def test_keys_of_any_kind_are_asked_for(serve: Serve) -> None:
+    service = serve(part)
+    for key in ("m/a b+c%20", "m/ä/€", "m/?x=1#y", "m/~'\"\\"):
+        pin = ListedObject(key, len(DATA), '"v1"', 0, key)
+        service.source().read_range(pin, 0, 10)
+        assert unquote(service.requests[-1].path) == f"/bucket/{key}"
+
+
+# Redirects
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_another_service_is_asked_without_credentials(serve: Serve, status: int) -> None:
+    cdn = serve(lambda request: part(request, '"of-the-cdn"'))
+    location = f"{cdn.url.replace('127.0.0.1', 'localhost')}/at?sig=abc"
+    gateway = serve(lambda _: (status, {"Location": location}, b""))
+    assert read(gateway.source(requester_pays=True)) == DATA[256:768]
+    asked = cdn.requests[0]
+    assert asked.headers["range"] == "bytes=256-767"
+    told = [name for name in asked.headers if name.startswith(("auth", "x-amz", "if-"))]
+    assert not told, "credentials and tags are of the first one"
+
+
+def test_another_path_of_the_same_service_is_signed_anew(serve: Serve) -> None:
+    def answer(request: Request) -> ANSWER:
+        if request.path == "/bucket/m/k":
+            return 307, {"Location": "/elsewhere/m/k?x=1"}, b""
+        return part(request)
+
+    service = serve(answer)
+    assert read(service.source()) == DATA[256:768]
+    first, second = (request.headers["authorization"] for request in service.requests)
+    assert first != second
+
+
+def test_an_object_of_another_size_behind_a_redirect(serve: Serve) -> None:
+    cdn = serve(lambda request: part(request, '"c"', DATA + b"x"))
+    gateway = serve(lambda _: (302, {"Location": f"{cdn.url}/?sig=1"}, b""))
+    with pytest.raises(errors.ObjectChangedError):
+        read(gateway.source())
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["ftp://x/", "http://u:p@x/", "http:///", "http://[::1/", "http://169.254.169.254/latest"],
+)
+def test_where_no_redirect_is_followed(
+    serve: Serve, location: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "CONNECT_TIMEOUT_S", 0.2)
+    gateway = serve(lambda _: (302, {"Location": location}, b""))
+    with pytest.raises(SourceError):
+        read(gateway.source())
+
+
+def test_redirects_that_go_in_a_circle(serve: Serve) -> None:
+    service = serve(lambda _: (302, {"Location": "/bucket/m/k"}, b""))
+    with pytest.raises(BadRequestError, match="redirected more than"):
+        read(service.source())
+
+
+def test_the_301_of_s3_is_about_the_region(serve: Serve) -> None:
+    def answer(_: Request) -> ANSWER:
+        return refusal(301, "PermanentRedirect", Location="/x", x_amz_bucket_region="eu-west-1")
+
+    with pytest.raises(errors.WrongRegionError):
+        read(serve(answer).source())
+
+
+# The begin of a mount
+
+
+def begin(service: Service, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Page:
+    monkeypatch.setattr(sources, "FIRST_PAUSE_S", 0.0)
+    return service.source(**options).begin()
+
+
+def listed(answer: Callable[[Request], ANSWER]) -> Callable[[Request], ANSWER]:
+    """One object is listed, and its ranges are answered so."""
+
+    def either(request: Request) -> ANSWER:
+        if request.path == "/bucket":
+            item = entry("m/k", ETag='"v1"', Size=str(len(DATA)))
+            return 200, {}, page(item)
+        return answer(request)
+
+    return either
+
+
+def test_a_range_shows_the_way(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = serve(listed(part))
+    assert len(begin(service, monkeypatch).objects) == 1
+    assert [request.path for request in service.requests] == ["/bucket", "/bucket/m/k"]
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(403, "AccessDenied"), (403, "InvalidObjectState"), (400, "KMS.DisabledException"),
+     (404, "NoSuchKey"), (503, "SlowDown")],
+)  # fmt: skip
+def test_what_s3_says_of_one_object_does_not_refuse_the_mount(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    status: int, code: str,
+) -> None:  # fmt: skip
+    begin(serve(listed(lambda _: refusal(status, code))), monkeypatch)
+    assert code in caplog.text
+
+
+@pytest.mark.parametrize(
+    "answer",
     [
-        "2026-11-25T23:10:11.000Z",
-        "2026-11-25T23:10:11Z",
-        "2026-11-25T23:10:11.123+02:00",
-        "2026-11-25T23:10:11",
-        "2026-11-25T23:10:11.1Z",
-        "Wed, 25 Nov 2026 23:10:11 GMT",
-        "1795648211",
+        (302, {"Location": "http://127.0.0.1:9/x?sig=1"}, b""),
+        (404, {}, b"default backend"),
+        refusal(301, "PermanentRedirect"),
+        (206, {}, b"x"),
     ],
 )
-def test_times_are_those_of_botocore(text):
-    parsers = new_session().get_component("response_parser_factory")
-    parse = parsers.create_parser("rest-xml")._timestamp_parser
-    assert parse(text).timestamp() == parse_timestamp(text).timestamp()
+def test_a_way_that_leads_nowhere_refuses_the_mount(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, answer: ANSWER
+) -> None:
+    with pytest.raises(SourceError):
+        begin(serve(listed(lambda _: answer)), monkeypatch)
+
+
+def test_trouble_of_a_moment_does_not_refuse_the_mount(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    troubles = [refusal(503, "SlowDown"), (200, {}, b"")]
+
+    def answer(request: Request) -> ANSWER:
+        return troubles.pop() if troubles else listed(part)(request)
+
+    assert begin(serve(answer), monkeypatch).objects
+
+
+def test_objects_without_etags_are_told_of(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def answer(request: Request) -> ANSWER:
+        if request.path == "/bucket":
+            return 200, {}, page(entry("m/k", ETag=None, Size=str(len(DATA))))
+        return part(request)
+
+    begin(serve(answer), monkeypatch)
+    assert "no ETag" in caplog.text
+
+
+# Checksums
+
+
+def test_a_checksum_is_that_of_the_listed_version(serve: Serve) -> None:
+    headers = {
+        "ETag": '"v1"',
+        "Content-Length": str(len(DATA)),
+        "x-amz-checksum-crc32c": "AAAAAA==",
+    }
+    service = serve(lambda _: (200, headers, b""))
+    found = service.source().checksum(PIN)
+    assert found is not None
+    assert found.kind == "CRC32C"
+    asked = service.requests[0]
+    assert (asked.method, asked.headers["x-amz-checksum-mode"]) == ("HEAD", "ENABLED")
+    headers["ETag"] = '"v2"'
+    with pytest.raises(errors.ObjectChangedError):
+        service.source().checksum(PIN)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(403, errors.AccessDeniedError), (404, errors.ObjectGoneError)]
+)
+def test_a_head_that_is_refused(serve: Serve, status: int, kind: type[SourceError]) -> None:
+    with pytest.raises(kind):
+        serve(lambda _: (status, {}, b"")).source().checksum(PIN)

@@ -44,6 +44,11 @@ class GivenCredentials(botocore.credentials.CredentialProvider):
         if not renewed:
             self._loaded.behind = self._make()
 
+    def renew(self) -> None:
+        """What was made of them was refused: have other keys given for them, where they are had."""
+        if isinstance(self._given, WebIdentity):
+            self._loaded.behind = self._make()
+
     def load(self) -> botocore.credentials.Credentials:
         """Called by botocore, once."""
         return self._loaded

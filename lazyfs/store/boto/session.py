@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from pathlib import Path
 
 import botocore.session
 from botocore.loaders import Loader, create_loader
-from botocore.utils import parse_timestamp
 
 
 def new_session(profile: str | None = None) -> botocore.session.Session:
@@ -21,19 +19,7 @@ def new_session(profile: str | None = None) -> botocore.session.Session:
     session.register_component(
         "data_loader", _Loader(extra_search_paths=paths, include_default_search_paths=False)
     )
-    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_time_of)
     return session
-
-
-def _time_of(text: str) -> datetime:
-    """What `parse_timestamp` says, which takes half of the time of a listing."""
-    if text[10:11] == "T":
-        try:
-            return datetime.fromisoformat(text)
-        except ValueError:
-            pass  # of another kind
-    parsed: datetime = parse_timestamp(text)
-    return parsed
 
 
 class _Loader(Loader):

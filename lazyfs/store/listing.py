@@ -1,0 +1,294 @@
+"""One answer to a listing, checked for being one. Pure.
+
+Whatever S3 says of objects comes in here. An answer that is not a listing (a login page, an empty
+body, XML that was cut off) is an error and never "an empty directory". An entry that makes no sense
+is left out and named with the reason; the other entries of the page are good.
+
+The format: https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html. Other services
+leave out fields, write keys and times in other ways, or speak version 1 only; what they do is told
+where it is handled.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from urllib.parse import unquote_to_bytes
+from xml.parsers import expat
+
+from lazyfs.objects import ListedObject
+from lazyfs.store import entity_tag
+from lazyfs.store.objects import Hidden
+
+# A page of 1,000 keys of 1,024 bytes, each byte escaped, has 4 MiB.
+MOST_BYTES = 16 << 20
+# S3 gives 1,000 entries a page; some services give more than they were asked for.
+MOST_ENTRIES = 10_000
+# Limits of S3: docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html, and for sizes
+# docs.aws.amazon.com/general/latest/gr/s3.html.
+LONGEST_KEY_BYTES = 1024
+LARGEST_OBJECT_BYTES = 50 << 40
+# No field that makes sense is longer than a key of which each byte is escaped.
+_LONGEST_FIELD = 3 * LONGEST_KEY_BYTES + 1
+# What a 64-bit number of nanoseconds reaches: the year 2262.
+_LATEST_S = (1 << 63) // 10**9
+_SHOWN = 120
+_ROOT, _ENTRY, _FIELD = 1, 2, 3
+
+
+class NotAListingError(Exception):
+    """The answer is something else; the message says what."""
+
+
+@dataclass(slots=True)
+class RawPage:
+    """The fields of a listing as text, as they were sent.
+
+    Attributes:
+        entries: the fields of each object by name.
+        prefixes: common prefixes.
+        about: the fields of the page itself by name.
+    """
+
+    entries: list[dict[str, str]] = field(default_factory=list)
+    prefixes: list[str] = field(default_factory=list)
+    about: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether keys are percent-encoded: the page says so, and no key shows the opposite."""
+        said = self.about.get("EncodingType", "").lower() == "url"
+        return said and not any(map(_cannot_be_encoded, self.texts()))
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether more follows."""
+        said = self.about.get("IsTruncated", "").lower()
+        if said not in ("", "true", "false", "1", "0"):
+            raise NotAListingError(f"IsTruncated is {said[:_SHOWN]!r}")
+        return said in ("true", "1") or (said == "" and bool(self.token))
+
+    @property
+    def token(self) -> str | None:
+        """What the next page is asked for with, if the service says it."""
+        return self.about.get("NextContinuationToken") or None
+
+    @property
+    def marker(self) -> str | None:
+        """The same of version 1, encoded as keys are."""
+        return self.about.get("NextMarker") or None
+
+    def texts(self) -> Iterable[str]:
+        """All keys and prefixes."""
+        yield from (entry["Key"] for entry in self.entries if "Key" in entry)
+        yield from self.prefixes
+
+
+def parse(body: bytes) -> RawPage:
+    """The fields of an answer.
+
+    Raises:
+        NotAListingError: it is none, or was cut off.
+    """
+    if not body.strip():
+        raise NotAListingError("the answer is empty")
+    parser = _Parser()
+    try:
+        parser.expat.Parse(body, True)
+    except expat.ExpatError as error:
+        begins = body[:_SHOWN].decode(errors="replace")
+        raise NotAListingError(
+            f"the answer is no XML ({error}); it begins with {begins!r}"
+        ) from None
+    return parser.page
+
+
+class _Parser:
+    """Collects the fields of a ListBucketResult."""
+
+    def __init__(self) -> None:
+        self.page = RawPage()
+        self._path: list[str] = []
+        self._text: list[str] = []
+        self._length = 0
+        self._entry: dict[str, str] = {}
+        self.expat = expat.ParserCreate()
+        self.expat.buffer_text = True
+        self.expat.StartElementHandler = self._start
+        self.expat.EndElementHandler = self._end
+        self.expat.CharacterDataHandler = self._characters
+        self.expat.StartDoctypeDeclHandler = self._doctype
+
+    def _doctype(self, name: str, *_: object) -> None:
+        raise NotAListingError(f"the answer is a document of type {name[:_SHOWN]!r}")
+
+    def _start(self, name: str, _: object) -> None:
+        name = name.rpartition(":")[2]
+        self._path.append(name)
+        if len(self._path) == _ROOT and name not in ("ListBucketResult", "ListObjectsV2Output"):
+            raise NotAListingError(f"the answer is XML, but its root is {name[:_SHOWN]!r}")
+        if len(self._path) == _ENTRY:
+            self._entry = {}
+        self._text, self._length = [], 0
+
+    def _characters(self, text: str) -> None:
+        if self._length < _LONGEST_FIELD:
+            self._text.append(text[:_LONGEST_FIELD])
+            self._length += len(text)
+
+    def _end(self, _: str) -> None:
+        name, depth, page = self._path.pop(), len(self._path) + 1, self.page
+        if depth == _FIELD:
+            self._entry[name] = "".join(self._text)
+        elif depth == _ENTRY:
+            if name == "Contents":
+                page.entries.append(self._entry)
+            elif name == "CommonPrefixes":
+                page.prefixes.append(self._entry.get("Prefix", ""))
+            else:
+                page.about[name] = "".join(self._text).strip()
+            if len(page.entries) + len(page.prefixes) > MOST_ENTRIES:
+                raise NotAListingError(f"the answer has over {MOST_ENTRIES} entries")
+        self._text, self._length = [], 0
+
+
+def plus_is_space(page: RawPage) -> bool | None:
+    """What `+` means in an encoded page, as far as the page shows it; None: it does not.
+
+    AWS writes a space as `+` and a plus as `%2B`; others write `%20` and leave the plus alone.
+    """
+    texts = list(page.texts())
+    if any("%20" in text for text in texts):
+        return False
+    if any("%2b" in text.lower() for text in texts):
+        return True
+    return None
+
+
+def has_plus(page: RawPage) -> bool:
+    """Whether it matters what `+` means."""
+    return any("+" in text for text in page.texts())
+
+
+def decode(text: str, *, encoded: bool, plus: bool) -> str | None:
+    """A key as text; None if it is not UTF-8.
+
+    Listings are asked for URL-encoded, because XML cannot carry every character of a key.
+
+    Args:
+        plus: `+` is a space.
+    """
+    if not encoded:
+        return text
+    try:
+        return unquote_to_bytes(text.replace("+", " ") if plus else text).decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _cannot_be_encoded(text: str) -> bool:
+    """There are services that say `EncodingType` and encode nothing."""
+    return " " in text or re.search(r"%(?![0-9A-Fa-f]{2})", text) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """What a page shows.
+
+    Attributes:
+        last: the last key or common prefix of the page, where a listing can go on.
+    """
+
+    objects: list[ListedObject]
+    prefixes: list[str]
+    hidden: list[Hidden]
+    last: str | None
+
+
+def entries(page: RawPage, prefix: str, delimiter: str, *, encoded: bool, plus: bool) -> Entries:
+    """The objects and common prefixes of a page, checked one by one.
+
+    Args:
+        prefix: that was asked for. What does not begin with it was not.
+        delimiter: that was asked for. Of a service that does not know it, keys are gathered here.
+        encoded, plus: as of `decode`.
+    """
+    objects: list[ListedObject] = []
+    prefixes: dict[str, None] = {}
+    hidden: list[Hidden] = []
+    last: str | None = None
+    for item in page.entries:
+        text = item.get("Key")
+        shown = (text or "")[:_SHOWN]
+        key = None if text is None else decode(text, encoded=encoded, plus=plus)
+        if text is None:
+            hidden.append(Hidden("an entry", "it has no key"))
+        elif key is None:
+            hidden.append(Hidden(shown, "not UTF-8"))
+        elif reason := _refusal(key, prefix):
+            hidden.append(Hidden(shown, reason))
+        elif delimiter and delimiter in (rest := key[len(prefix) :]):
+            last = key
+            prefixes[prefix + rest.partition(delimiter)[0] + delimiter] = None
+        else:
+            last = key
+            found = _listed(key, item)
+            if isinstance(found, str):
+                hidden.append(Hidden(shown, found))
+            else:
+                objects.append(found)
+    for text in page.prefixes:
+        common = decode(text, encoded=encoded, plus=plus)
+        if common is None:
+            hidden.append(Hidden(text[:_SHOWN], "not UTF-8"))
+        elif reason := _refusal(common, prefix):
+            hidden.append(Hidden(text[:_SHOWN], reason))
+        elif common != prefix:
+            prefixes[common] = None
+            last = max(last or common, common)
+    return Entries(objects, list(prefixes), hidden, last)
+
+
+def _refusal(key: str, prefix: str) -> str | None:
+    if not key:
+        return "it has no key"
+    if len(key.encode(errors="replace")) > LONGEST_KEY_BYTES:
+        return f"a key over {LONGEST_KEY_BYTES} bytes"
+    if not key.startswith(prefix):
+        return f"it is not below the prefix {prefix!r} that was asked for"
+    return None
+
+
+def _listed(key: str, item: dict[str, str]) -> ListedObject | str:
+    """One object, or why the entry makes no sense."""
+    size = item.get("Size", "").strip()
+    if not re.fullmatch(r"[0-9]{1,18}", size):
+        return f"its size is {size[:_SHOWN]!r}"
+    if int(size) > LARGEST_OBJECT_BYTES:
+        return f"its size is {size}, and S3 has no object over {LARGEST_OBJECT_BYTES}"
+    tag = entity_tag.canonical(item.get("ETag"))
+    if tag is None:
+        return f"its ETag is {item['ETag'][:_SHOWN]!r}"
+    modified_ns = seconds_of(item.get("LastModified", "")) * 10**9
+    return ListedObject(key, int(size), tag, modified_ns, key)
+
+
+def seconds_of(text: str) -> int:
+    """A time of S3 in seconds since the epoch; 0 if it is none, or outside of what can be shown.
+
+    S3 writes ISO 8601, with milliseconds or without; others a date of HTTP, or nothing.
+    """
+    text = text.strip()
+    try:
+        if text[10:11] == "T":
+            # A leap second has no number of its own.
+            time = datetime.fromisoformat(text.replace(":60", ":59"))
+        else:
+            time = parsedate_to_datetime(text)
+        seconds = int(time.replace(tzinfo=time.tzinfo or UTC).timestamp())
+    except (ValueError, OverflowError, TypeError, IndexError):
+        return 0
+    return seconds if 0 <= seconds < _LATEST_S else 0

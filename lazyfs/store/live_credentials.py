@@ -1,0 +1,131 @@
+"""Credentials that are renewed while a mount runs.
+
+Whoever gives them writes new ones before the old ones end, or after: a login tool, a secret's
+volume, the agent of a pod's identity. So new ones are asked for when it is time, and again when S3
+refuses those at hand. Whoever gives them may also fail for some minutes. Then what is at hand is
+used as long as S3 takes it; and readers wait.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from lazyfs.errors import CredentialsExpiredError, SourceError
+from lazyfs.store.resolved import TimedCredentials
+from lazyfs.store.signing import SigningCredentials
+
+log = logging.getLogger(__name__)
+
+# Between two times that others are asked for.
+PAUSE_S = 1.0
+# So long a signature that is refused may mean that a new secret is on its way to us.
+SIGNATURE_GRACE_S = 60.0
+
+
+class LiveCredentials:
+    """The credentials of one source. For any number of threads.
+
+    Args:
+        fetch: asks for credentials; with True, those given last were refused, so nothing that is
+            remembered of them counts. Raises SourceError.
+        first: to begin with; None: they are fetched when they are needed.
+        had: there were some before, in another process: a failure is waited out.
+    """
+
+    def __init__(
+        self,
+        fetch: Callable[[bool], TimedCredentials],
+        first: TimedCredentials | None,
+        *,
+        had: bool = False,
+    ) -> None:
+        self._fetch = fetch
+        self._held = first
+        self._had = had or first is not None
+        self._lock = threading.Lock()
+        self._next_s = 0.0
+        self._trouble: SourceError | None = None
+        self._refused: SigningCredentials | None = None
+        self._refused_since_s = 0.0
+        self._worked: SigningCredentials | None = None
+
+    def current(self) -> SigningCredentials:
+        """What to sign with now.
+
+        Raises:
+            SourceError: there are none, or only refused ones, and no others can be had.
+        """
+        held = self._held
+        if held is not None and self._is_good(held):
+            return held.credentials
+        with self._lock:
+            held = self._held
+            if held is not None and self._is_good(held):  # another thread was faster
+                return held.credentials
+            if time.monotonic() >= self._next_s:
+                held = self._renew(held)
+            if held is None or (self._trouble and held.credentials == self._refused):
+                assert self._trouble is not None
+                raise self._trouble
+            return held.credentials
+
+    def timed(self) -> TimedCredentials | None:
+        """What is held, for another process."""
+        return self._held
+
+    def refused(self, credentials: SigningCredentials) -> None:
+        """S3 did not take these."""
+        with self._lock:
+            if credentials != self._refused:
+                self._refused_since_s = time.monotonic()
+                self._trouble = None
+            self._refused = credentials
+
+    def worked(self, credentials: SigningCredentials) -> None:
+        """S3 took these."""
+        if credentials is not self._worked:
+            self._worked = credentials
+        if self._refused is not None and credentials == self._refused:
+            self._refused = None
+
+    def may_be_replaced(self, credentials: SigningCredentials) -> bool:
+        """Whether a signature that is refused may be taken if one waits: there are other
+        credentials, or these were good a moment ago and have been replaced."""
+        with self._lock:
+            held = self._held
+            if held is None or held.credentials != credentials:
+                return True
+            lasted_s = time.monotonic() - self._refused_since_s
+            return credentials == self._worked and lasted_s < SIGNATURE_GRACE_S
+
+    def replace(self, given: TimedCredentials | None) -> None:
+        """Use others from now on; None: fetch them."""
+        with self._lock:
+            self._held = given
+            self._next_s = 0.0
+
+    def _is_good(self, held: TimedCredentials) -> bool:
+        is_due = held.until_s is not None and held.until_s <= time.time()
+        return not is_due and held.credentials != self._refused
+
+    def _renew(self, held: TimedCredentials | None) -> TimedCredentials | None:
+        """Ask for others; what was held, if none can be had."""
+        self._next_s = time.monotonic() + PAUSE_S
+        is_refused = held is not None and held.credentials == self._refused
+        try:
+            fetched = self._fetch(is_refused)
+        except SourceError as error:
+            if self._trouble is None:
+                log.warning("credentials cannot be renewed: %s", error)
+            # Before there were any, it is an error like others; later it is waited out.
+            self._trouble = CredentialsExpiredError(str(error)) if self._had else error
+            return held
+        if self._trouble is not None:
+            log.info("credentials were renewed")
+        self._trouble = None
+        self._had = True
+        self._held = fetched
+        return fetched

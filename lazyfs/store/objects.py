@@ -1,0 +1,74 @@
+"""What a store says of its objects. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from lazyfs.errors import BadRequestError
+from lazyfs.objects import ListedObject
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """A key that is not shown, and why."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One answer of a listing.
+
+    Attributes:
+        prefixes: common prefixes of a listing by a delimiter.
+        next_token: what the next page is asked for with; None on the last one.
+        hidden: entries that make no sense.
+    """
+
+    objects: list[ListedObject]
+    prefixes: list[str]
+    next_token: str | None
+    hidden: list[Hidden] = field(default_factory=list)
+
+
+class Tokens:
+    """The way through the pages of one listing.
+
+    Args:
+        what: is listed, for the error.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._seen: set[str] = set()
+
+    def after(self, page: Page) -> str | None:
+        """What the page after this one is asked for with.
+
+        Raises:
+            BadRequestError: it was asked for before, so that there would be no end.
+        """
+        token = page.next_token
+        if token in self._seen:
+            raise BadRequestError(f"{self._what}: it goes in a circle: a token comes again")
+        if token is not None:
+            self._seen.add(token)
+        return token
+
+
+class Pinned(Protocol):
+    """One version of one object: a file of the mount, or an object of a listing."""
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def etag(self) -> str: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    @property
+    def modified_ns(self) -> int: ...

@@ -1,0 +1,253 @@
+"""What a refusal of S3 means: the table of what waiting helps. Pure.
+
+`RULES` is the only map from an answer of S3 to an error of the project; `docs/S3.md` shows it
+(`docs/make_refusals.py`). An error says what a reader gets and whether waiting may help.
+
+The first rule that holds decides. Codes are from
+https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html and what MinIO, Ceph, R2 and
+others send for the same causes. An answer without a code is not from S3 but from what stands before
+it: an ingress whose pods are being replaced says 404, a web application firewall 403.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lazyfs.errors import (
+    AccessDeniedError,
+    ArchivedError,
+    BadRequestError,
+    CredentialsExpiredError,
+    NoSuchBucketError,
+    NotSupportedError,
+    ObjectChangedError,
+    ObjectGoneError,
+    SourceError,
+    ThrottledError,
+    UnavailableError,
+    WrongRegionError,
+)
+
+LONGEST_MESSAGE = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One row of the table.
+
+    Attributes:
+        cause: for the docs.
+        error: what it becomes.
+        codes: of S3's error body; `KMS.*` stands for all that begin so.
+        statuses: of HTTP, for an answer whose code no rule names.
+        uncoded: the statuses count without a code as well.
+    """
+
+    cause: str
+    error: type[SourceError]
+    codes: tuple[str, ...] = ()
+    statuses: tuple[int, ...] = ()
+    uncoded: bool = True
+
+
+RULES = (
+    Rule(
+        "S3 asks for fewer requests",
+        ThrottledError,
+        ("SlowDown", "SlowDownRead", "SlowDownWrite", "Throttling", "ThrottlingException",
+         "ThrottledException", "RequestThrottled", "RequestThrottledException",
+         "RequestLimitExceeded", "TooManyRequests", "TooManyRequestsException",
+         "BandwidthLimitExceeded", "KMS.ThrottlingException"),
+        (429,),
+    ),
+    Rule(
+        "S3 or its key service has trouble of its own",
+        UnavailableError,
+        ("InternalError", "ServiceUnavailable", "RequestTimeout", "OperationAborted",
+         "ConditionalRequestConflict", "IDPCommunicationError", "KMS.DependencyTimeoutException",
+         "KMS.InternalException", "KMS.KMSInternalException"),
+        (408, 425, 500, 502, 503, 504, 507, 508, 509, 520, 521, 522, 523, 524, 525, 526, 527, 529,
+         530, 598, 599),
+    ),
+    Rule(
+        "credentials ran out or were replaced, or our clock is wrong",
+        CredentialsExpiredError,
+        ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired",
+         "InvalidAccessKeyId", "InvalidToken", "InvalidClientTokenId", "InvalidIdentityToken",
+         "UnrecognizedClientException", "RequestTimeTooSkewed"),
+    ),
+    Rule(
+        "the signature is not that of the secret that S3 knows",
+        CredentialsExpiredError,
+        ("SignatureDoesNotMatch",),
+    ),
+    Rule(
+        "the object is archived: it must be restored first",
+        ArchivedError,
+        ("InvalidObjectState",),
+    ),
+    Rule(
+        "the object was deleted",
+        ObjectGoneError,
+        ("NoSuchKey", "NoSuchVersion", "NoSuchObject"),
+        (404, 410),
+        uncoded=False,
+    ),
+    Rule(
+        "the object was replaced, or is shorter than it was listed",
+        ObjectChangedError,
+        ("PreconditionFailed", "InvalidRange"),
+        (412, 416),
+    ),
+    Rule(
+        "there is no such bucket",
+        NoSuchBucketError,
+        ("NoSuchBucket", "NoSuchAccessPoint", "NoSuchMultiRegionAccessPoint", "InvalidBucketName"),
+    ),
+    Rule(
+        "the bucket is in another region",
+        WrongRegionError,
+        ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException",
+         "IncorrectEndpoint"),
+        (301,),
+    ),
+    Rule(
+        "the service does not know the request",
+        NotSupportedError,
+        ("NotImplemented", "XNotImplemented"),
+        (501,),
+    ),
+    Rule(
+        "access is denied",
+        AccessDeniedError,
+        ("AccessDenied", "AccessDeniedException", "AllAccessDisabled", "AccountProblem",
+         "IDPRejectedClaim", "InvalidPayer", "NotSignedUp", "UnauthorizedAccess"),
+        (401, 403),
+        uncoded=False,
+    ),
+    Rule(
+        "the key of the encryption cannot be used",
+        BadRequestError,
+        ("KMS.*",),
+    ),
+    Rule(
+        "a proxy needs a password",
+        BadRequestError,
+        (),
+        (407,),
+    ),
+)  # fmt: skip
+# What to do about a refusal.
+_HINTS = {
+    "SignatureDoesNotMatch": "secretAccessKey (AWS_SECRET_ACCESS_KEY) does not belong to this "
+    "access key",
+    "InvalidAccessKeyId": "the endpoint does not know this accessKeyId (AWS_ACCESS_KEY_ID)",
+    "ExpiredToken": "sessionToken (AWS_SESSION_TOKEN) has expired",
+    "InvalidToken": "sessionToken (AWS_SESSION_TOKEN) does not belong to these keys",
+    "RequestTimeTooSkewed": "set the clock of this machine",
+    "InvalidObjectState": "the object is archived: restore it first",
+    "AllAccessDisabled": "all access to the bucket is disabled",
+    "AccountProblem": "S3 has blocked the account",
+    "InvalidIdentityToken": "the role does not trust this identity provider or audience",
+}
+# What no rule names.
+WITH_ANOTHER_CODE = BadRequestError
+WITHOUT_A_CODE = UnavailableError
+
+
+def classify(status: int | None, code: str | None) -> type[SourceError]:
+    """The error for an HTTP status and the code of S3's error body; either may be missing."""
+    if code:
+        for rule in RULES:
+            if code in rule.codes:
+                return rule.error
+        if code.startswith("KMS."):
+            return BadRequestError
+    for rule in RULES:
+        if status in rule.statuses and (code or rule.uncoded):
+            return rule.error
+    if code:
+        return WITH_ANOTHER_CODE if status is None or status < 500 else UnavailableError
+    return WITHOUT_A_CODE
+
+
+def hint_for(kind: type[SourceError], code: str | None) -> str:
+    """What a person may do about a refusal, to follow its message; empty if unknown."""
+    if code in _HINTS:
+        return f"; {_HINTS[code]}"
+    if kind is AccessDeniedError:
+        return "; the permissions s3:ListBucket and s3:GetObject are needed"
+    if kind is WrongRegionError:
+        return "; set --region to the bucket's region"
+    if kind is NoSuchBucketError:
+        return "; check its name and the endpoint"
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An answer that is not what was asked for.
+
+    Attributes:
+        code, message: of S3's error body; empty if it has none.
+        region: where the answer says that the bucket is.
+        request: S3's own id of the request, by which its operator finds it.
+        headed: of a HEAD, whose answers have no body to tell more.
+    """
+
+    status: int
+    code: str
+    message: str
+    region: str
+    request: str
+    headed: bool = False
+
+    @classmethod
+    def of(
+        cls, status: int, headers: Mapping[str, str], body: bytes, *, headed: bool = False
+    ) -> Refusal:
+        """Of an answer.
+
+        Args:
+            headers: with names in lower case.
+            body: or its beginning; empty of a HEAD.
+        """
+        text = body.decode(errors="replace")
+        code = _field(text, "Code") or headers.get("x-amz-error-code", "")
+        return cls(
+            status,
+            printable(code)[:128],
+            printable(_field(text, "Message"))[:LONGEST_MESSAGE],
+            printable(headers.get("x-amz-bucket-region") or _field(text, "Region"))[:64],
+            printable(headers.get("x-amz-request-id") or _field(text, "RequestId"))[:128],
+            headed,
+        )
+
+    def error(self, what: str) -> SourceError:
+        """As an error whose message begins with `what`."""
+        kind = classify(self.status, self.code or ("HEAD" if self.headed else None))
+        said = f"{self.status} {self.code}".strip()
+        if self.message:
+            said += f": {self.message}"
+        elif not (self.code or self.headed):
+            said += ", without an error code of S3"
+            if kind is UnavailableError and self.status < 500:
+                said += ": it comes from a proxy or gateway"
+        if self.request:
+            said += f" (request {self.request})"
+        if kind is NoSuchBucketError:
+            said = f"there is no such bucket ({said})"
+        return kind(f"{what}: {said}{hint_for(kind, self.code)}")
+
+
+def printable(text: str) -> str:
+    """Text of others as one line: what does not print is shown as `?`."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+
+
+def _field(text: str, name: str) -> str:
+    found = re.search(rf"<{name}>([^<]*)</{name}>", text)
+    return html.unescape(found[1]).strip() if found else ""

@@ -1,0 +1,91 @@
+"""`s3://BUCKET/PREFIX`: how a source is named. Pure."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from lazyfs.errors import OptionError
+
+SCHEME = "s3://"
+_BUCKET = re.compile(r"([A-Za-z0-9_]+:)?[A-Za-z0-9][A-Za-z0-9.\-_]{1,254}")
+_ARN = re.compile(r"arn:[a-z0-9-]+:([a-z0-9-]+):([a-z0-9-]*):[0-9]*:(?:[^/:]+[/:][^/:]+)(?=/|$)")
+_OUTPOST = re.compile(r"arn:[a-z0-9-]+:s3-outposts:")
+# docs.aws.amazon.com/AmazonS3/latest/userguide/directory-buckets-overview.html
+_EXPRESS = re.compile(r".*--[a-z0-9-]+--x-s3")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceUrl:
+    """A bucket and a prefix.
+
+    Attributes:
+        bucket: its name, `TENANT:BUCKET` of Ceph, or the ARN of an access point.
+        prefix: empty, or ends in `/`.
+    """
+
+    bucket: str
+    prefix: str
+
+    @classmethod
+    def parse(cls, text: str) -> SourceUrl:
+        """Raises OptionError when the text is not such a URL, or names what cannot be read."""
+        if not text.startswith(SCHEME):
+            raise OptionError(f"{text!r} is not a source: write s3://BUCKET or s3://BUCKET/PREFIX")
+        rest = text.removeprefix(SCHEME)
+        if rest.startswith("arn:"):
+            bucket, prefix = _split_arn(text, rest)
+        else:
+            bucket, _, prefix = rest.partition("/")
+            if not _BUCKET.fullmatch(bucket):
+                raise OptionError(
+                    f"{text!r} is not a source: write s3://BUCKET or s3://BUCKET/PREFIX"
+                )
+            if _EXPRESS.fullmatch(bucket):
+                raise OptionError(
+                    f"{text!r}: directory buckets (S3 Express One Zone) are not supported: "
+                    "use a general purpose bucket"
+                )
+        prefix = prefix.removesuffix("/")
+        if prefix and not all(part not in ("", ".", "..") for part in prefix.split("/")):
+            raise OptionError(
+                f"{text!r} is not a source: the prefix has an empty, '.' or '..' part"
+            )
+        return cls(bucket, f"{prefix}/" if prefix else "")
+
+    def name(self, key: str) -> str:
+        """An object of the bucket, for messages."""
+        return f"{SCHEME}{self.bucket}/{key}"
+
+    def __str__(self) -> str:
+        return self.name(self.prefix).removesuffix("/")
+
+
+def is_url(text: str) -> bool:
+    """Whether a text names a source rather than a path of this machine."""
+    return text.startswith(SCHEME)
+
+
+def _split_arn(text: str, rest: str) -> tuple[str, str]:
+    """The ARN of an access point, and the prefix. Raises OptionError."""
+    if _OUTPOST.match(rest):
+        raise OptionError(f"{text!r}: S3 on Outposts is not supported")
+    found = _ARN.match(rest)
+    if found is None or "accesspoint" not in found[0].split(":", 5)[5]:
+        raise OptionError(
+            f"{text!r} is not a source: of ARNs, only those of access points are: "
+            "s3://arn:aws:s3:REGION:ACCOUNT:accesspoint/NAME/PREFIX"
+        )
+    if found[1] == "s3-object-lambda":
+        raise OptionError(
+            f"{text!r}: an Object Lambda access point does not answer ranges of what it makes: "
+            "use the access point behind it"
+        )
+    if found[1] != "s3":
+        raise OptionError(f"{text!r}: ARNs of {found[1]} are not supported")
+    if not found[2]:
+        raise OptionError(
+            f"{text!r}: Multi-Region Access Points (signature version 4A) are not supported: "
+            "use a bucket or an access point of one region"
+        )
+    return found[0], rest[len(found[0]) :].removeprefix("/")

@@ -1,0 +1,224 @@
+"""Answers to a listing: which are listings, and which entries make sense."""
+
+from __future__ import annotations
+
+from urllib.parse import quote, quote_plus
+from xml.sax.saxutils import escape
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lazyfs.store import listing
+from lazyfs.store.listing import NotAListingError
+
+SPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
+
+
+def entry(key: str | None = "m/a", **fields: str | None) -> str:
+    given = {"LastModified": "2026-01-02T03:04:05.000Z", "ETag": '"e"', "Size": "10"} | fields
+    key_field = "" if key is None else f"<Key>{escape(key)}</Key>"
+    rest = "".join(
+        f"<{name}>{escape(text)}</{name}>" for name, text in given.items() if text is not None
+    )
+    return f"<Contents>{key_field}{rest}</Contents>"
+
+
+def page(*items: str, **about: str) -> bytes:
+    told = "".join(f"<{name}>{escape(text)}</{name}>" for name, text in about.items())
+    text = f'<?xml version="1.0"?><ListBucketResult xmlns="{SPACE}">{told}{"".join(items)}'
+    return f"{text}</ListBucketResult>".encode()
+
+
+def prefix(text: str) -> str:
+    return f"<CommonPrefixes><Prefix>{escape(text)}</Prefix></CommonPrefixes>"
+
+
+def entries(*items: str, below: str = "m/", delimiter: str = "") -> listing.Entries:
+    return listing.entries(listing.parse(page(*items)), below, delimiter, encoded=False, plus=False)
+
+
+def test_a_page() -> None:
+    parsed = listing.parse(
+        page(entry("m/a"), entry("m/b"), prefix("m/c/"), IsTruncated="true",
+             NextContinuationToken=" t/= ")
+    )  # fmt: skip
+    assert parsed.is_truncated
+    assert parsed.token == "t/="
+    found = listing.entries(parsed, "m/", "/", encoded=False, plus=False)
+    assert [each.key for each in found.objects] == ["m/a", "m/b"]
+    assert found.objects[0].size_bytes == 10
+    assert found.objects[0].etag == '"e"'
+    assert found.objects[0].modified_ns == 1767323045 * 10**9
+    assert (found.prefixes, found.hidden, found.last) == (["m/c/"], [], "m/c/")
+
+
+def test_a_prefix_of_the_namespace_makes_no_difference() -> None:
+    text = page(entry()).decode().replace("<", "<s3:").replace("<s3:/", "</s3:")
+    text = text.replace("<s3:?", "<?").replace("xmlns=", "xmlns:s3=")
+    assert len(listing.parse(text.encode()).entries) == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"  \n",
+        b"{}",
+        b"default backend",
+        b"<!doctype html><html><body/></html>",
+        b"<html><head><title>Sign in</title></head><body/></html>",
+        b"<Error><Code>SlowDown</Code></Error>",
+        b"<ListAllMyBucketsResult/>",
+        page(entry())[:-20],
+        page(entry())[:-1],
+        page(entry()) + b"<html/>",
+        page(*[entry()] * (listing.MOST_ENTRIES + 1)),
+        b'<!DOCTYPE a [<!ENTITY b "c">]><ListBucketResult>&b;</ListBucketResult>',
+    ],
+)
+def test_what_is_no_listing(body: bytes) -> None:
+    with pytest.raises(NotAListingError):
+        listing.parse(body)
+
+
+@given(st.integers(1, len(page(entry(), entry(), prefix("x/"))) - 1))
+def test_no_cut_goes_unnoticed(at: int) -> None:
+    with pytest.raises(NotAListingError):
+        listing.parse(page(entry(), entry(), prefix("x/"))[:at])
+
+
+@pytest.mark.parametrize(
+    ("about", "truncated"),
+    [
+        ({"IsTruncated": "true"}, True),
+        ({"IsTruncated": " True "}, True),
+        ({"IsTruncated": "1"}, True),
+        ({"IsTruncated": "false", "NextContinuationToken": "t"}, False),
+        ({}, False),
+        ({"NextContinuationToken": "t"}, True),
+        ({"IsTruncated": "", "NextContinuationToken": ""}, False),
+    ],
+)
+def test_whether_more_follows(about: dict[str, str], truncated: bool) -> None:
+    assert listing.parse(page(**about)).is_truncated is truncated
+
+
+def test_nobody_knows_whether_more_follows() -> None:
+    with pytest.raises(NotAListingError):
+        _ = listing.parse(page(IsTruncated="maybe")).is_truncated
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        (entry(None), "no key"),
+        (entry(""), "no key"),
+        (entry("x/y"), "not below"),
+        (entry("m/" + "k" * 1023), "over 1024 bytes"),
+        (entry("m/" + "ä" * 512), "over 1024 bytes"),
+        (entry("m/" + "k" * 5_000_000), "over 1024 bytes"),
+        (entry(Size="-5"), "size"),
+        (entry(Size="ten"), "size"),
+        (entry(Size=""), "size"),
+        (entry(Size=None), "size"),
+        (entry(Size=str(1 << 58)), "no object over"),
+        (entry(Size=str(1 << 64)), "size"),
+        (entry(Size="1.5"), "size"),
+        (entry(ETag='"x\r\nX-Evil: 1"'), "ETag"),
+        (entry(ETag="*"), "ETag"),
+        (prefix("y/z/"), "not below"),
+    ],
+)
+def test_an_entry_without_sense_is_hidden_and_the_others_are_shown(item: str, reason: str) -> None:
+    found = entries(entry("m/before"), item, entry("m/later"))
+    assert [each.key for each in found.objects] == ["m/before", "m/later"]
+    assert len(found.hidden) == 1
+    assert reason in found.hidden[0].reason
+    assert len(found.hidden[0].key) <= 120
+
+
+@pytest.mark.parametrize("field", ["ETag", "LastModified"])
+def test_without_etag_or_time_an_object_is_shown(field: str) -> None:
+    for text in (None, ""):
+        found = entries(entry(**{field: text}))
+        assert not found.hidden
+        assert len(found.objects) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("2026-01-02T03:04:05.000Z", 1767323045),
+        ("2026-01-02T03:04:05Z", 1767323045),
+        ("2026-01-02T03:04:05", 1767323045),
+        ("2026-01-02T03:04:05.123456789Z", 1767323045),
+        ("2026-01-02T05:04:05+0200", 1767323045),
+        ("2026-01-02T05:04:05.5+02:00", 1767323045),
+        ("Fri, 02 Jan 2026 03:04:05 GMT", 1767323045),
+        ("Fri, 02 Jan 2026 03:04:05", 1767323045),
+        ("2016-12-31T23:59:60Z", 1483228799),
+        ("1970-01-01T00:00:00.000Z", 0),
+        ("0001-01-01T00:00:00Z", 0),
+        ("1601-01-01T00:00:00Z", 0),
+        ("9999-12-31T23:59:59.999Z", 0),
+        ("", 0),
+        ("yesterday", 0),
+        ("2026-13-45T99:99:99Z", 0),
+    ],
+)
+def test_times(text: str, seconds: int) -> None:
+    assert listing.seconds_of(text) == seconds
+
+
+@given(st.text(max_size=40))
+def test_no_time_is_an_error(text: str) -> None:
+    assert 0 <= listing.seconds_of(text) < 1 << 34
+
+
+def test_a_service_that_does_not_know_the_delimiter() -> None:
+    found = entries(entry("m/a"), entry("m/d/x"), entry("m/d/y/z"), entry("m/e"), delimiter="/")
+    assert [each.key for each in found.objects] == ["m/a", "m/e"]
+    assert found.prefixes == ["m/d/"]
+    assert found.last == "m/e"
+
+
+KEYS = st.lists(
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12),
+    min_size=1, max_size=6, unique=True,
+)  # fmt: skip
+
+
+def of_aws(key: str) -> str:
+    return quote_plus(key, safe="/")
+
+
+def of_others(key: str) -> str:
+    return quote(key, safe="/+")
+
+
+@given(KEYS, st.sampled_from([of_aws, of_others]))
+def test_keys_come_back_as_they_were(keys: list[str], encode: object) -> None:
+    """A page that shows what `+` means is read right; another one says that it does not."""
+    assert callable(encode)
+    texts = ["m/" + encode(key) for key in keys]
+    parsed = listing.parse(page(*map(entry, texts), EncodingType="url"))
+    assert parsed.is_encoded
+    plus = listing.plus_is_space(parsed)
+    if plus is None and listing.has_plus(parsed):
+        return
+    found = listing.entries(parsed, "m/", "", encoded=True, plus=bool(plus))
+    assert [each.key for each in found.objects] == ["m/" + key for key in keys]
+
+
+@pytest.mark.parametrize("key", ["m/a b+c", "m/100%", "m/%zz", "m/a b%20c"])
+def test_a_service_that_says_encoded_and_is_not(key: str) -> None:
+    parsed = listing.parse(page(entry(key), entry("m/x%41"), EncodingType="url"))
+    assert not parsed.is_encoded
+
+
+def test_a_key_that_is_not_utf_8_is_hidden() -> None:
+    parsed = listing.parse(page(entry("m/%ff"), prefix("m/%fe/"), entry("m/b"), EncodingType="url"))
+    found = listing.entries(parsed, "m/", "/", encoded=True, plus=True)
+    assert [each.key for each in found.objects] == ["m/b"]
+    assert [each.reason for each in found.hidden] == ["not UTF-8", "not UTF-8"]

@@ -1,0 +1,178 @@
+"""Answers to a range, and which of them may be taken."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lazyfs.objects import ListedObject
+from lazyfs.store import ranges
+from lazyfs.store.ranges import ChangedError, IgnoresRangeError, OtherRangeError
+
+SIZE = 1000
+TAGGED = ListedObject("k", SIZE, '"v1"', 1_700_000_000 * 10**9, "k")
+BARE = ListedObject("k", SIZE, "", 1_700_000_000 * 10**9, "k")  # Tue, 14 Nov 2023 22:13:20 GMT
+SAME, OTHER = {"etag": '"v1"'}, {"etag": '"v2"'}
+
+
+def part(start: int, end: int, total: object = SIZE, **more: str) -> dict[str, str]:
+    return {"content-range": f"bytes {start}-{end}/{total}", **more}
+
+
+def check(status=206, headers=None, length=100, pin=TAGGED, start=100, wanted=100, **more):
+    return ranges.check(status, headers or {}, length, pin, start, wanted, **more)
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "length", "start", "wanted", "before"),
+    [
+        (206, part(100, 199) | SAME, 100, 100, 100, 0),
+        (206, part(100, 199) | {"etag": "v1"}, 100, 100, 100, 0),
+        (206, part(100, 199) | {"etag": 'W/"v1"'}, 100, 100, 100, 0),
+        (206, part(100, 199), 100, 100, 100, 0),
+        (206, part(100, 199, "*") | SAME, None, 100, 100, 0),
+        (206, {"content-range": "Bytes=100-199/1000"}, 100, 100, 100, 0),
+        # 200: the whole object, a range that says what it is, one that proves its version.
+        (200, SAME, SIZE, 0, SIZE, 0),
+        (200, {}, SIZE, 0, SIZE, 0),
+        (200, {}, None, 0, SIZE, 0),
+        (200, part(100, 199) | SAME, 100, 100, 100, 0),
+        (200, SAME, 100, 100, 100, 0),
+        (200, SAME, SIZE, 100, 100, 100),
+        (200, SAME, None, 100, 100, 100),
+    ],
+)
+def test_taken(status, headers, length, start, wanted, before):
+    assert check(status, headers, length, start=start, wanted=wanted) == before
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "length"),
+    [
+        (206, part(100, 199) | OTHER, 100),
+        (206, part(100, 199) | {"etag": 'W/"v2"'}, 100),
+        (206, part(100, 199, SIZE + 1) | SAME, 100),
+        (206, part(100, 199, SIZE - 1), 100),
+        (200, OTHER, SIZE),
+        (200, OTHER, 100),
+        # Without an ETag the length alone does not show which bytes these are.
+        (200, {}, 100),
+        (200, SAME, SIZE + 1),
+    ],
+)
+def test_another_version(status, headers, length):
+    with pytest.raises(ChangedError):
+        check(status, headers, length)
+
+
+@pytest.mark.parametrize(
+    ("headers", "length"),
+    [
+        (part(101, 200) | SAME, 100),
+        (part(100, 198) | SAME, 99),
+        (part(0, 99) | SAME, 100),
+        (part(100, 199) | SAME, 99),
+        (SAME, 100),
+        ({"content-range": "items 1-2/3"}, 100),
+        ({"content-range": "bytes */1000"}, 100),
+        ({"content-type": "multipart/byteranges; boundary=x"}, 150),
+    ],
+)
+def test_another_range(headers, length):
+    with pytest.raises(OtherRangeError):
+        check(206, headers, length)
+
+
+def test_a_service_that_always_sends_everything_is_not_asked_for_gigabytes():
+    huge = ListedObject("k", 1 << 40, '"v1"', 0, "k")
+    with pytest.raises(IgnoresRangeError):
+        check(200, SAME, 1 << 40, pin=huge, start=1 << 30)
+
+
+@pytest.mark.parametrize(
+    ("modified", "changed"),
+    [
+        ("Tue, 14 Nov 2023 22:13:20 GMT", False),
+        ("Tue, 14 Nov 2023 22:13:21 GMT", False),
+        ("Tue, 14 Nov 2023 22:14:20 GMT", True),
+        ("nonsense", False),
+        (None, False),
+    ],
+)
+def test_without_an_etag_size_and_time_pin(modified, changed):
+    headers = part(100, 199, etag='"whatever"')
+    if modified:
+        headers["last-modified"] = modified
+    if changed:
+        with pytest.raises(ChangedError):
+            check(206, headers, pin=BARE)
+    else:
+        assert check(206, headers, pin=BARE) == 0
+    with pytest.raises(ChangedError):
+        check(206, part(100, 199, SIZE + 1), pin=BARE)
+
+
+def test_another_service_has_tags_of_its_own_but_no_other_size():
+    assert check(206, part(100, 199) | OTHER, elsewhere=True) == 0
+    with pytest.raises(ChangedError):
+        check(206, part(100, 199, 999) | OTHER, elsewhere=True)
+    # What it sends without saying which bytes they are is not known to be of this version.
+    with pytest.raises(ChangedError):
+        check(200, SAME, 100, elsewhere=True)
+
+
+@given(
+    size=st.integers(1, 50),
+    other_size=st.integers(1, 50),
+    version=st.sampled_from(['"v1"', '"v2"', None]),
+    status=st.sampled_from([200, 206]),
+    knows_ranges=st.booleans(),
+    tells_length=st.booleans(),
+    data=st.data(),
+)
+def test_never_a_byte_of_another_version(
+    size, other_size, version, status, knows_ranges, tells_length, data
+):
+    """Of an honest server, whatever headers it leaves out, only right bytes are taken."""
+    start = data.draw(st.integers(0, size - 1))
+    wanted = data.draw(st.integers(1, size - start))
+    # A tag names one version, which has one size.
+    stored = size if version == '"v1"' else other_size
+    is_same = version != '"v2"' and stored == size
+    content = bytes(range(100, 100 + stored)) if is_same else bytes(range(stored))
+    headers = {} if version is None else {"etag": version}
+    body = content
+    if knows_ranges and start < stored:
+        body = content[start : start + wanted]
+        headers["content-range"] = f"bytes {start}-{start + len(body) - 1}/{stored}"
+    else:
+        status = 200
+    pin = ListedObject("k", size, '"v1"', 0, "k")
+    length = len(body) if tells_length else None
+    try:
+        before = ranges.check(status, headers, length, pin, start, wanted)
+    except (ChangedError, OtherRangeError):
+        return
+    taken = body[before : before + wanted]
+    if len(taken) == wanted:  # else the end of the body tells
+        assert is_same or (version is None and stored == size) or not tells_length
+        if is_same:
+            assert taken == content[start : start + wanted]
+
+
+@pytest.mark.parametrize(
+    ("headers", "changed"),
+    [
+        ({"etag": '"v1"', "content-length": "1000"}, False),
+        ({}, False),
+        ({"etag": '"v2"', "content-length": "1000"}, True),
+        ({"content-length": "1001"}, True),
+    ],
+)
+def test_the_head_of_a_whole_object(headers, changed):
+    if changed:
+        with pytest.raises(ChangedError):
+            ranges.check_whole(headers, TAGGED)
+    else:
+        ranges.check_whole(headers, TAGGED)

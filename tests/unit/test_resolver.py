@@ -1,0 +1,174 @@
+"""Where objects are, as botocore decides it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lazyfs.errors import AccessDeniedError, OptionError
+from lazyfs.options.mount_options import MountOptions
+from lazyfs.store.boto.resolver import Resolver
+from lazyfs.store.resolved import Place
+from lazyfs.store.url import SourceUrl
+
+AP = "arn:aws:s3:eu-west-1:123456789012:accesspoint/models"
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_this_machine(monkeypatch, tmp_path):
+    import os
+
+    for name in list(os.environ):
+        if name.startswith("AWS_") or "proxy" in name.lower():
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+
+
+def place(source: str, region: str | None = None, **options: object) -> Place:
+    return Resolver(SourceUrl.parse(source), MountOptions(**options)).place(region)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "at"),
+    [
+        ("s3://models/x", {}, "https://models.s3.amazonaws.com/"),
+        ("s3://models/x", {"region": "eu-west-1"}, "https://models.s3.eu-west-1.amazonaws.com/"),
+        ("s3://models", {"region": "cn-north-1"}, "https://models.s3.cn-north-1.amazonaws.com.cn/"),
+        ("s3://My_Models", {"region": "eu-west-1"},
+         "https://s3.eu-west-1.amazonaws.com/My_Models/"),
+        ("s3://a.b", {"region": "eu-west-1"}, "https://s3.eu-west-1.amazonaws.com/a.b/"),
+        ("s3://models", {"region": "eu-west-1", "addressing_style": "path"},
+         "https://s3.eu-west-1.amazonaws.com/models/"),
+        ("s3://models", {"endpoint_url": "http://minio:9000"}, "http://minio:9000/models/"),
+        ("s3://models", {"endpoint_url": "http://minio:9000/org/"},
+         "http://minio:9000/org/models/"),
+        ("s3://models", {"endpoint_url": "http://minio:9000", "addressing_style": "virtual"},
+         "http://models.minio:9000/"),
+        ("s3://team:models", {"endpoint_url": "http://ceph"}, "http://ceph/team%3Amodels/"),
+        (f"s3://{AP}/x", {}, "https://models-123456789012.s3-accesspoint.eu-west-1.amazonaws.com/"),
+    ],
+)  # fmt: skip
+def test_host_and_path(source, options, at):
+    found = place(source, **options)
+    assert found.server + found.path == at
+    assert found.service == "s3"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "server"),
+    [
+        ("AWS_ENDPOINT_URL_S3", "http://minio:9000", "http://minio:9000"),
+        ("AWS_ENDPOINT_URL", "http://minio:9000", "http://minio:9000"),
+        ("AWS_USE_FIPS_ENDPOINT", "true", "https://m-x.s3-fips.us-east-1.amazonaws.com"),
+        ("AWS_USE_DUALSTACK_ENDPOINT", "true", "https://m-x.s3.dualstack.us-east-1.amazonaws.com"),
+        ("AWS_DEFAULT_REGION", "eu-south-2", "https://m-x.s3.eu-south-2.amazonaws.com"),
+    ],
+)
+def test_the_environment_is_heard(monkeypatch, name, value, server):
+    monkeypatch.setenv(name, value)
+    assert place("s3://m-x").server == server
+
+
+@pytest.mark.parametrize(
+    ("lines", "at"),
+    [
+        ("endpoint_url = https://gateway/org", "https://gateway/org/m-x/"),
+        ("services = one\n[services one]\ns3 =\n    endpoint_url = http://one:9", "http://one:9/m-x/"),
+        ("endpoint_url = http://one:9\ns3 =\n    addressing_style = virtual", "http://m-x.one:9/"),
+        ("region = eu-west-1\ns3 =\n    use_accelerate_endpoint = true",
+         "https://m-x.s3-accelerate.amazonaws.com/"),
+        ("region = eu-west-1\nuse_fips_endpoint = true",
+         "https://m-x.s3-fips.eu-west-1.amazonaws.com/"),
+    ],
+)  # fmt: skip
+def test_the_profile_is_heard(tmp_path, lines, at):
+    (tmp_path / "config").write_text(f"[default]\n{lines}\n")
+    found = place("s3://m-x")
+    assert found.server + found.path == at
+
+
+def test_a_region_that_s3_told_counts_more_than_the_configuration(monkeypatch):
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
+    assert place("s3://m-x", "eu-west-1").region == "eu-west-1"
+    assert place("s3://m-x").region == "us-west-2"
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("s3://models--use1-az4--x-s3/x", "S3 Express"),
+        ("s3://arn:aws:s3::123456789012:accesspoint/mfzwi23gnjvgw.mrap/x", "Multi-Region"),
+        ("s3://arn:aws:s3-object-lambda:eu-west-1:123456789012:accesspoint/x", "Object Lambda"),
+        ("s3://arn:aws:s3-outposts:us-west-2:123456789012:outpost/op-1/accesspoint/x", "Outposts"),
+        ("s3://arn:aws:s3:::models/x", "access points"),
+        ("s3://team:models", "endpoint"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(source, words):
+    with pytest.raises(OptionError, match=words):
+        place(source)
+
+
+@pytest.mark.parametrize("endpoint", ["minio:9000", "http://", "ftp://x"])
+def test_an_endpoint_that_is_none(endpoint):
+    with pytest.raises(OptionError):
+        place("s3://m-x", endpoint_url=endpoint)
+
+
+@pytest.mark.parametrize(
+    ("server", "identity"),
+    [
+        ("https://models.s3.eu-west-1.amazonaws.com", "aws:eu-west-1"),
+        ("https://s3.eu-west-1.amazonaws.com", "aws:eu-west-1"),
+        ("https://models.s3-fips.dualstack.us-gov-west-1.amazonaws.com", "aws:eu-west-1"),
+        ("https://m-1.s3-accesspoint.eu-west-1.amazonaws.com", "aws:eu-west-1"),
+        # Hosts that anybody may have, or who is asked without a certificate.
+        ("http://models.s3.eu-west-1.amazonaws.com", None),
+        ("https://ec2-1-2-3-4.compute-1.amazonaws.com", None),
+        ("https://s3.elb.amazonaws.com.evil.example", None),
+        ("https://s3-evil.example", None),
+        ("https://minio.example:9000", None),
+    ],
+)
+def test_who_was_asked_is_the_identity_of_what_is_cached(server, identity):
+    found = Place("eu-west-1", "s3", server, "/b/", "ca", None)
+    assert found.identity == (identity or f"{server}/b/")
+
+
+def test_style_and_endpoint_make_another_identity():
+    styles = {
+        place("s3://m-x", endpoint_url="http://minio", addressing_style=style).identity
+        for style in ("path", "virtual")
+    }
+    assert len(styles) == 2
+
+
+def test_no_credentials_anywhere():
+    with pytest.raises(AccessDeniedError, match="no credentials found"):
+        Resolver(SourceUrl.parse("s3://m-x"), MountOptions()).credentials()
+
+
+def test_a_file_that_is_rewritten_is_read_again(tmp_path):
+    def write(name: str) -> None:
+        (tmp_path / "credentials").write_text(
+            f"[default]\naws_access_key_id = {name}\naws_secret_access_key = s{name}\n"
+        )
+
+    write("A")
+    resolver = Resolver(SourceUrl.parse("s3://m-x"), MountOptions())
+    assert resolver.credentials().credentials.access_key_id == "A"
+    for name in "BCD":
+        write(name)
+        assert resolver.credentials(anew=True).credentials.access_key_id == name
+
+
+@given(st.text(max_size=60))
+def test_a_source_is_parsed_or_refused(text):
+    try:
+        url = SourceUrl.parse("s3://" + text)
+    except OptionError:
+        return
+    assert SourceUrl.parse(str(url)) == url
