@@ -61,7 +61,7 @@ def check(
         found = _CONTENT_RANGE.fullmatch(told)
         if found is None:
             raise OtherRangeError(f"asked for {wanted} bytes at {start}, got {told[:100]!r}")
-        if found[3] != "*" and int(found[3]) != pin.size_bytes:
+        if int(found[1]) == start and found[3] != "*" and int(found[3]) != pin.size_bytes:
             raise ChangedError(f"listed with {pin.size_bytes} bytes, and now has {found[3]}")
         if (int(found[1]), int(found[2])) != (start, start + wanted - 1):
             raise OtherRangeError(f"asked for {wanted} bytes at {start}, got {told[:100]!r}")

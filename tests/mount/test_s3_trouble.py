@@ -238,7 +238,7 @@ def test_a_replaced_object_never_mixes_bytes(mount: Callable[..., Mounted], s3: 
     assert shell("head -c 1000 file | md5sum", mounted.path).returncode == 0
     s3.put("trouble", {"m/file": bytes(len(BODY))})
     assert python(READ_ERRNO, mounted.path / "file").strip() == "ESTALE"
-    assert "ObjectChanged" in mounted.log() or "412" in mounted.log()
+    assert "listed with the ETag" in mounted.log()
     # What was fetched before is still the old object, and a new mount shows the new one.
     again = mount("s3://trouble/m", *OPTIONS)
     assert python("import sys; print(set(open(sys.argv[1],'rb').read()))", again.path / "file") == (
