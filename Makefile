@@ -30,6 +30,12 @@ lock:
 	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
 	    --no-annotate --no-header -U -q -o constraints.txt
 
+# A mount's life on S3 servers that others wrote, which are brought first: see docs/S3.md.
+.PHONY: s3-matrix
+s3-matrix: setup
+	@./.ci/s3-servers
+	@.venv/bin/python -m pytest -rs tests/mount/test_servers.py
+
 # lazyfs beside a download and other mounts, on this machine: `make bench` takes 35 minutes,
 # `make bench RUN=quick` seven; PEERS=all compiles Mountpoint for S3 first. Needs root.
 .PHONY: bench

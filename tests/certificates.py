@@ -8,13 +8,18 @@ from pathlib import Path
 ADDRESS = ("-addext", "subjectAltName=IP:127.0.0.1")
 
 
-def make_certificates(directory: Path) -> tuple[Path, Path, Path]:
-    """An authority, a certificate of it for 127.0.0.1, and its key."""
+def make_certificates(directory: Path, *names: str) -> tuple[Path, Path, Path]:
+    """An authority, a certificate of it for 127.0.0.1, and its key.
+
+    Args:
+        names: other ones that it is for, such as `DNS:s3.test`.
+    """
     directory.mkdir(exist_ok=True)
     authority, authority_key = make_certificate(directory, "authority")
     signed = ["-CA", str(authority), "-CAkey", str(authority_key)]
     leaf = ["-addext", "basicConstraints=critical,CA:FALSE"]
-    return authority, *make_certificate(directory, "server", *signed, *leaf, *ADDRESS)
+    address = ["-addext", f"subjectAltName={','.join(['IP:127.0.0.1', *names])}"]
+    return authority, *make_certificate(directory, "server", *signed, *leaf, *address)
 
 
 def make_certificate(directory: Path, name: str, *arguments: str) -> tuple[Path, Path]:
