@@ -187,7 +187,7 @@ class Daemons:
                 daemon.start.give_up()
             supervisor = daemon.supervisor
             if supervisor is not None:
-                supervisor.stop(is_enough=self._closing.is_set)
+                supervisor.stop()
             self._clear(daemon.mountpoint)
             self._state.remove_daemon(name)
         with self._lock:

@@ -5,12 +5,11 @@ What is counted: the blocks held, and the room reserved for those on their way. 
 
     nothing      nobody uses it, and it is on disk, or in the page cache, or every byte was read
     the disk     it is there, but somebody is reading it part by part
-    the cache    it only waits for a slow disk, and this load has or gets its bytes otherwise
     a fetch      it must be fetched again, by a reader who is still to come
 
-A prefetch pays nothing, or the cache if a reader waits. Demand pays whatever it must, but no fetch
-while others keep the link busy, whose readers make room soon. What is in
-use (being pushed, being written, being waited for) is never let go.
+A prefetch pays nothing. Demand pays whatever it must, but no fetch while others keep the link busy,
+whose readers make room soon. What is in use (waited for, being pushed, or to be written to the
+disk) is never let go.
 """
 
 from __future__ import annotations
@@ -36,11 +35,10 @@ class Held:
     """A block in memory.
 
     Attributes:
-        users: how many tasks need the bytes to stay: waiters, a push, a write.
+        users: how many tasks need the bytes to stay: waiters, a push, a write to come or under way.
         unread: a bit for each part that no reader had yet; at 0 it need not be kept for one.
         demanded: a reader waited for it when it came.
         on_disk: it can be had again without S3.
-        to_write: it waits for the disk, which is one of its users.
     """
 
     file: File
@@ -49,18 +47,12 @@ class Held:
     unread: int = 0
     demanded: bool = False
     on_disk: bool = False
-    to_write: bool = False
 
     def was_read(self, span: Span) -> None:
         """A reader had these bytes."""
         first = span.start // PART
         stop = -(-span.stop // PART) if span.stop == len(self.data) else span.stop // PART
         self.unread &= ~((1 << stop) - (1 << first)) if stop > first else -1
-
-    @property
-    def spare(self) -> bool:
-        """Whether nobody needs it now, but perhaps the disk."""
-        return self.users == self.to_write
 
 
 def all_unread(length: int) -> int:
@@ -83,7 +75,6 @@ class BlockMemory:
         self._prefetcher = prefetcher
         self._held: OrderedDict[BlockId, Held] = OrderedDict()
         self.used_bytes = 0
-        self.shed_blocks = 0
         self.dropped_bytes = 0
 
     @property
@@ -120,7 +111,6 @@ class BlockMemory:
         size_bytes: int,
         *,
         urgent: bool,
-        reader_waits: bool,
         soon: bool = False,
         is_served: bool = False,
     ) -> bool:
@@ -128,7 +118,6 @@ class BlockMemory:
 
         Args:
             urgent: the room is for demand, not for a prefetch.
-            reader_waits: some reader waits for a block, not necessarily for this one.
             is_served: so much is on its way to readers that demand can wait for that to be read.
             soon: the room is for a block that is read before those that are fetched ahead, and
                 is on disk, so that it hardly takes any time.
@@ -137,8 +126,6 @@ class BlockMemory:
         limit = self._limit_bytes - (0 if urgent else least if soon else self._reserve())
         while self.used_bytes + size_bytes > limit:
             victim = self._costs_nothing()
-            if victim is None and (urgent or reader_waits):
-                victim = self._costs_the_cache()
             if victim is None and urgent:
                 victim = self._costs_the_disk() or (None if is_served else self._costs_a_fetch())
             if victim is None:
@@ -165,13 +152,6 @@ class BlockMemory:
             begun.append(block)  # its reader is about to ask for the next part
         return begun[0] if len(begun) > max(LEAST_BEGUN, self._prefetcher.readers) else None
 
-    def _costs_the_cache(self) -> BlockId | None:
-        for block, held in self._held.items():
-            mapped = self._is_near(block) and self._prefetcher.reads_pages(block.inode)
-            if held.spare and (mapped or not held.unread):
-                return block
-        return None
-
     def _costs_the_disk(self) -> BlockId | None:
         for block, held in self._held.items():
             if held.on_disk and not held.users:
@@ -179,7 +159,7 @@ class BlockMemory:
         return None
 
     def _costs_a_fetch(self) -> BlockId | None:
-        spare = [(block, held) for block, held in self._held.items() if held.spare]
+        spare = [(block, held) for block, held in self._held.items() if not held.users]
         # Whoever reads a block in parts is about to ask for the next one of it.
         begun = [block for block, held in spare if held.demanded]
         if len(begun) > max(LEAST_BEGUN, self._prefetcher.readers):
@@ -194,10 +174,6 @@ class BlockMemory:
     def _drop(self, block: BlockId) -> None:
         held = self._held.pop(block)
         self.used_bytes -= len(held.data)
-        if held.to_write:
-            held.to_write = False
-            held.data = memoryview(b"")  # the writers' queue must not keep it
-            self.shed_blocks += 1
         if not held.on_disk and self._prefetcher.place(block) == Place.LOCAL:
             self._prefetcher.moved(block, Place.ABSENT if held.unread else Place.USED)
             self.dropped_bytes += held.unread.bit_count() * PART

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from enum import Enum
@@ -158,12 +159,24 @@ class BlockCache:
 
     def put(self, file: File, number: int, data: Buffer) -> bool:
         """Keep a block, and give up the claim to it; False if there is no room or no disk."""
-        content = self._content(file)
-        home = self._home(content, number)
-        try:
-            return home.put(content, number, data)
-        finally:
-            home.release(content, number)
+        return self.put_all([(file, number, data)])[0]
+
+    def put_all(self, blocks: Sequence[tuple[File, int, Buffer]]) -> list[bool]:
+        """Keep blocks: file, number and bytes of each. Which of them are kept; see `put`."""
+        kept = [False] * len(blocks)
+        of_homes: defaultdict[CacheDirectory, list[int]] = defaultdict(list)
+        contents = [self._content(file) for file, _, _ in blocks]
+        for at, (_, number, _) in enumerate(blocks):
+            of_homes[self._home(contents[at], number)].append(at)
+        for home, positions in of_homes.items():
+            try:
+                put = [(contents[at], blocks[at][1], memoryview(blocks[at][2])) for at in positions]
+                for at, is_kept in zip(positions, home.put_all(put), strict=True):
+                    kept[at] = is_kept
+            finally:
+                for at in positions:
+                    home.release(contents[at], blocks[at][1])
+        return kept
 
     def release(self, file: File, number: int) -> None:
         """Give up the claim to a block that is not going to be stored. Does not block."""

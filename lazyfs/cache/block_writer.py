@@ -1,13 +1,19 @@
-"""Writes blocks to the disk, behind the back of readers: nobody waits for it.
+"""Writes blocks to the disk as they come, behind the back of readers: no reader waits for it.
 
-While a load leaves the processors no time, nothing is written, if the page cache keeps the bytes
-until there is time. A block that memory cannot keep so long is *shed*: its bytes are read back from
-there when the load is over (`lazyfs/cache/late_writer.py`).
+What came over a link is paid for, and memory and page cache lose it sooner or later. So every block
+that was fetched is queued for the disk as soon as it is there, and stays in memory until it is
+written. A disk that is as fast as the link costs a load nothing but processor time: 0.2 s a GiB.
+
+A disk that is slower must not slow readers down. The queue may fill `SHARE` of the memory. Beyond
+that, while a reader waits, what comes is *skipped*: readers get it, the disk does not, and a later
+mount fetches it again. More may wait for the disk while another daemon of this node waits for it.
+While no reader waits here nothing is skipped: memory fills up, and the prefetch keeps pace with the
+disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
@@ -15,13 +21,16 @@ from lazyfs.blocks import BlockId
 from lazyfs.blocks.memory import Held
 from lazyfs.blocks.queue import BlockQueue
 from lazyfs.cache import BlockCache
-from lazyfs.cache.processors import Processors
-from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder
 
 WRITERS = 2
-# How often it is looked whether writing, put off while the processors are busy, can go on.
-CHECK_S = 0.05
+# Of the memory limit: what may wait for the disk while a reader waits for S3.
+SHARE = 1 / 4
+# The same, while another daemon waits for blocks of this one. Demand needs the rest, and pushes.
+SHARE_FOR_OTHERS = 1 / 2
+# Of the memory limit: what a writer takes at once, to change the index once for all of it.
+BATCH_SHARE = 1 / 8
+MOST_AT_ONCE = 32
 
 
 class BlockWriter:
@@ -29,41 +38,54 @@ class BlockWriter:
 
     Args:
         cache: where to.
+        memory_limit: of the mount, in bytes.
         run: runs a blocking call in a worker thread.
-        is_loading: whether a load is under way whose pages the page cache keeps.
-        processors: say whether there is time for what need not be done now.
         recorder: is told of what was written.
         on_written: told of a block that need not be kept for the disk now, and whether it is there.
+
+    Attributes:
+        skipped_blocks: how many were not written because the disk was slower than the link.
     """
 
     def __init__(
         self,
         cache: BlockCache,
-        run: Callable[..., Awaitable[bool]],
-        is_loading: Callable[[], bool],
-        processors: Processors,
+        memory_limit: int,
+        run: Callable[..., Awaitable[list[bool]]],
         recorder: Recorder,
         on_written: Callable[[BlockId, bool], None],
     ) -> None:
         self._cache = cache
+        self._memory_limit = memory_limit
+        self._batch_bytes = int(memory_limit * BATCH_SHARE)
         self._run = run
-        self._is_loading = is_loading
-        self._processors = processors
         self._recorder = recorder
         self._on_written = on_written
         self._queue = BlockQueue()
-        self._writing = 0
-        # Somebody waits for all to be written: nothing is put off.
-        self._finishing = 0
-        self._shed: dict[BlockId, File] = {}
+        # Of blocks that wait or are being written.
+        self._bytes = 0
         # What the cache had no room for, though nobody has read it yet.
         self._refused: list[BlockId] = []
+        self.skipped_blocks = 0
 
-    def put(self, block: BlockId, held: Held) -> None:
-        """Write a block when there is time; it is used until then, or until it is shed."""
-        held.to_write = True
+    def put(self, block: BlockId, held: Held, *, reader_waits: bool = False) -> None:
+        """Write a block, which is used until then; or skip it, see above.
+
+        Args:
+            reader_waits: some reader waits for S3.
+        """
+        if reader_waits and self._bytes + len(held.data) > self._most_bytes():
+            self.skipped_blocks += 1
+            self._cache.release(held.file, block.number)
+            return
         held.users += 1
+        self._bytes += len(held.data)
         self._queue.put(block, held)
+
+    def _most_bytes(self) -> int:
+        """What may wait for the disk while a reader waits."""
+        share = SHARE_FOR_OTHERS if self._cache.others_wait() else SHARE
+        return int(self._memory_limit * share)
 
     @property
     def has_refused(self) -> bool:
@@ -77,39 +99,6 @@ class BlockWriter:
             if (held := kept(block)) is not None:
                 self.put(block, held)
 
-    @property
-    def is_at_work(self) -> bool:
-        """Whether a block waits to be written, or is being written."""
-        return bool(self._queue or self._writing)
-
-    @property
-    def is_put_off(self) -> bool:
-        """Whether a load would have to do without the time that writing takes."""
-        can_wait = not (self._finishing or self._cache.others_wait())
-        return can_wait and self._is_loading() and self._processors.busy
-
-    def unwritten(self) -> dict[BlockId, File]:
-        """What waits to be written, or was shed."""
-        return self._shed | {block: held.file for block, held in self._queue}
-
-    def shed(self, block: BlockId, file: File) -> None:
-        """A block of which only the page cache has the bytes."""
-        self._cache.release(file, block.number)
-        self._shed[block] = file
-
-    def recall(self, block: BlockId, file: File) -> None:
-        """A block that a former worker put into the page cache, and had perhaps not written."""
-        self._shed[block] = file
-
-    def found(self, block: BlockId) -> None:
-        """A block is on the disk."""
-        self._shed.pop(block, None)
-
-    def take_shed(self) -> dict[BlockId, File]:
-        """Which blocks were shed; each is told once."""
-        shed, self._shed = self._shed, {}
-        return shed
-
     async def run(self) -> None:
         """Until cancelled."""
         async with trio.open_nursery() as nursery:
@@ -117,31 +106,35 @@ class BlockWriter:
                 nursery.start_soon(self._write_forever)
 
     async def finish(self) -> None:
-        """Until all is written, or known as shed, even if a load needs the time."""
-        self._finishing += 1
-        try:
-            while self.is_at_work:
-                await trio.sleep(0.01)
-        finally:
-            self._finishing -= 1
+        """Until all is written."""
+        while self._bytes:
+            await trio.sleep(0.01)
 
     async def _write_forever(self) -> None:
         while True:
             await self._queue.wait()
-            while self.is_put_off:
-                await trio.sleep(CHECK_S)
-            if not self._queue:
-                continue
-            block, held = self._queue.take()
-            if not held.to_write:
-                self.shed(block, held.file)
-                continue
-            held.to_write = False
-            self._writing += 1
-            held.on_disk = await self._run(self._cache.put, held.file, block.number, held.data)
-            self._writing -= 1
-            self._recorder.written(len(held.data) if held.on_disk else 0)
+            await self._write(self._batch())
+
+    def _batch(self) -> list[tuple[BlockId, Held]]:
+        """What is to be written next: one block at least."""
+        batch = [self._queue.take()]
+        size = len(batch[0][1].data)
+        while len(self._queue) and len(batch) < MOST_AT_ONCE:
+            _, following = next(iter(self._queue))
+            size += len(following.data)
+            if size > self._batch_bytes:
+                break
+            batch.append(self._queue.take())
+        return batch
+
+    async def _write(self, batch: Sequence[tuple[BlockId, Held]]) -> None:
+        blocks = [(held.file, block.number, held.data) for block, held in batch]
+        stored = await self._run(self._cache.put_all, blocks)
+        for (block, held), is_stored in zip(batch, stored, strict=True):
+            held.on_disk = is_stored
             held.users -= 1
-            if not held.on_disk and held.unread:
+            self._bytes -= len(held.data)
+            self._recorder.written(len(held.data) if is_stored else 0)
+            if not is_stored and held.unread:
                 self._refused.append(block)
-            self._on_written(block, held.on_disk)
+            self._on_written(block, is_stored)

@@ -46,6 +46,8 @@ from lazyfs.cache.index import (
     FOLDERS,
     INDEX_NAME,
     BlockIndex,
+    Entered,
+    Entry,
     IndexCorruptError,
     IndexFailedError,
     Stored,
@@ -78,6 +80,8 @@ DAMAGED_SHOWN = 10
 
 CARE, OPENING = "care", "opening"
 _FILENAME = re.compile("[0-9a-f]{2}/[0-9a-f]{30}")
+# Of which content it is, its number, and its bytes.
+Block = tuple[Content, int, memoryview]
 T = TypeVar("T")
 
 
@@ -173,15 +177,23 @@ class CacheDirectory:
 
     def put(self, content: Content, number: int, data: Buffer) -> bool:
         """Keep a block, if there is room for it and the disk takes it."""
+        return self.put_all([(content, number, memoryview(data))])[0]
+
+    def put_all(self, blocks: Sequence[Block]) -> list[bool]:
+        """Keep blocks, as far as there is room for them and the disk takes them; which were kept.
+
+        The index is changed twice, however many blocks there are.
+        """
         self._asked()
+        kept = [False] * len(blocks)
         if self._is_declining():
-            self.counters.declined += 1
-            return False
-        kept = self._attempt(
-            Side.WRITING, lambda index: self._write(index, content, number, memoryview(data)), None
-        )
-        self.counters.failed_writes += kept is None
-        return bool(kept)
+            self.counters.declined += len(blocks)
+        else:
+            left_out = self._attempt(
+                Side.WRITING, lambda index: self._write(index, blocks, kept), 0
+            )
+            self.counters.failed_writes += kept.count(False) - left_out
+        return kept
 
     def drop(self, content: Content) -> None:
         """Forget all blocks of a content."""
@@ -364,33 +376,50 @@ class CacheDirectory:
             return None
         return found[0]
 
-    def _write(self, index: BlockIndex, content: Content, number: int, data: memoryview) -> bool:
-        key = _key(content, number)
-        if index.filename(key) is not None:
-            return True
-        tail = make_tail(content, number, data)
-        filename = _new_name()
-        used = index.used_bytes()
-        allowed = self.limits.allowed_bytes(os.statvfs(self.path), used)
-        tag, size = content.identity.decode(), content.file_length(number)
-        entered, left = index.reserve(
-            key, filename, size, tag, time.time(), allowed, self._may_leave_before()
-        )
+    def _write(self, index: BlockIndex, blocks: Sequence[Block], kept: list[bool]) -> int:
+        """Write blocks that are not here yet; how many are left out though nothing failed.
+
+        Args:
+            kept: is set for each block that is here, also when this raises.
+        """
+        entries = [
+            Entry(_key(c, n), _new_name(), c.file_length(n), c.identity.decode())
+            for c, n, _ in blocks
+        ]
+        allowed = self.limits.allowed_bytes(os.statvfs(self.path), index.used_bytes())
+        entered, left = index.reserve(entries, time.time(), allowed, self._may_leave_before())
         self._evict(left)
-        if not entered:
-            self._declined = time.monotonic()
-            self.counters.declined += 1
-            return False
+        written: list[int] = []
         try:
-            write_file(self._path(filename), data, tail)
+            for at in (at for at, state in enumerate(entered) if state is Entered.NEW):
+                content, number, data = blocks[at]
+                write_file(self._path(entries[at].filename), data, make_tail(content, number, data))
+                written.append(at)
         except OSError:
-            self._remove([filename])
-            index.discard(key, filename)
+            self._enter(index, entries, entered, written, kept)
             raise
-        if index.complete(key, filename):
-            return True
-        self._remove([filename])  # the index was made anew, or somebody was faster
-        return False
+        self._enter(index, entries, entered, written, kept)
+        declined = entered.count(Entered.DECLINED)
+        if declined:
+            self._declined = time.monotonic()
+            self.counters.declined += declined
+        return kept.count(False)
+
+    def _enter(
+        self, index: BlockIndex, entries: Sequence[Entry], entered: Sequence[Entered],
+        written: Sequence[int], kept: list[bool],
+    ) -> None:  # fmt: skip
+        """Have the index say which files were written, and remove the others."""
+        completed = index.complete([entries[at] for at in written])
+        for at, is_complete in zip(written, completed, strict=True):
+            kept[at] = is_complete
+        for at, state in enumerate(entered):
+            if state is Entered.KNOWN:
+                kept[at] = True
+            elif state is Entered.NEW and not kept[at]:
+                # It could not be written, or the index was made anew, or somebody was faster.
+                self._remove([entries[at].filename])
+                index.discard(entries[at].key, entries[at].filename)
 
     def _adopt(self, index: BlockIndex, filename: str) -> bool:
         """Enter a file into an index that was made anew; False if it is not worth it."""
@@ -407,9 +436,10 @@ class CacheDirectory:
             return False
         used = index.used_bytes()
         allowed = self.limits.allowed_bytes(os.statvfs(self.path), used) + size
-        entered, left = index.reserve(key, filename, size, tag, status.st_mtime, allowed, 0)
+        entry = Entry(key, filename, size, tag)
+        entered, left = index.reserve([entry], status.st_mtime, allowed, 0)
         self._evict(left)
-        adopted = entered and index.complete(key, filename)
+        adopted = entered == [Entered.NEW] and index.complete([entry])[0]
         self.counters.adopted += adopted
         return adopted
 

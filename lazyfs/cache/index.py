@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import functools
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -48,6 +49,23 @@ class Row(NamedTuple):
     size_bytes: int
     used_s: float
     is_pending: bool
+
+
+class Entry(NamedTuple):
+    """A block that is to be written; `tag` is the identity of its content."""
+
+    key: str
+    filename: str
+    size_bytes: int
+    tag: str
+
+
+class Entered(Enum):
+    """What became of a block that was to be entered: NEW is to be written, KNOWN is there."""
+
+    NEW = "new"
+    KNOWN = "known"
+    DECLINED = "declined"
 
 
 class Stored(NamedTuple):
@@ -176,40 +194,59 @@ class BlockIndex(diskcache.Cache):  # type: ignore[misc]
 
     @_asks
     def reserve(
-        self, key: str, filename: str, size_bytes: int, tag: str, now_s: float, allowed_bytes: int,
-        before_s: float,
-    ) -> tuple[bool, list[str]]:  # fmt: skip
-        """Enter a block that is about to be written, if there is room or room can be made.
+        self, entries: Sequence[Entry], now_s: float, allowed_bytes: int, before_s: float
+    ) -> tuple[list[Entered], list[str]]:
+        """Enter blocks that are about to be written, as far as there is room or it can be made.
 
         Args:
             allowed_bytes: that all blocks may have.
-            before_s: blocks that were used at this time or later must not leave for it.
+            before_s: blocks that were used at this time or later must not leave for them.
 
         Returns:
-            Whether it was entered, and the files that left and are to be removed.
+            What became of each, and the files that left and are to be removed.
         """
-        with self._transact() as (sql, _):
-            known = sql("SELECT filename FROM Cache WHERE key = ? AND raw = 1", (key,)).fetchone()
-            missing = self._used() + size_bytes - allowed_bytes
-            victims = self._victims(missing, now_s, before_s) if missing > 0 else []
-            if victims is None:
-                return False, []
-            left = self._forget(victims)
-            if known:
-                sql("DELETE FROM Cache WHERE key = ? AND raw = 1", (key,))
-                left.append(known[0])
-            self._row_insert(key, 1, now_s, (None, tag, size_bytes, PENDING, filename, None))
-            return True, left
+        entered, left = [], []
+        with self._transact():
+            for entry in entries:
+                state, files = self._reserve(entry, now_s, allowed_bytes, before_s)
+                entered.append(state)
+                left += files
+        return entered, left
+
+    def _reserve(
+        self, entry: Entry, now_s: float, allowed_bytes: int, before_s: float
+    ) -> tuple[Entered, list[str]]:
+        key = entry.key
+        known = self._sql(
+            "SELECT filename, mode FROM Cache WHERE key = ? AND raw = 1", (key,)
+        ).fetchone()
+        if known and known[1] == READY:
+            return Entered.KNOWN, []
+        missing = self._used() + entry.size_bytes - allowed_bytes
+        victims = self._victims(missing, now_s, before_s) if missing > 0 else []
+        if victims is None:
+            return Entered.DECLINED, []
+        left = self._forget(victims)
+        if known:
+            self._sql("DELETE FROM Cache WHERE key = ? AND raw = 1", (key,))
+            left.append(known[0])
+        self._row_insert(
+            key, 1, now_s, (None, entry.tag, entry.size_bytes, PENDING, entry.filename, None)
+        )
+        return Entered.NEW, left
 
     @_asks
-    def complete(self, key: str, filename: str) -> bool:
-        """A block's file is written; False if its row is gone meanwhile."""
+    def complete(self, entries: Sequence[Entry]) -> list[bool]:
+        """The files of blocks are written; False for those whose rows are gone meanwhile."""
         with self._transact() as (sql, _):
-            cursor = sql(
-                "UPDATE Cache SET mode = ? WHERE key = ? AND raw = 1 AND filename = ?",
-                (READY, key, filename),
-            )
-            return bool(cursor.rowcount == 1)
+            return [
+                sql(
+                    "UPDATE Cache SET mode = ? WHERE key = ? AND raw = 1 AND filename = ?",
+                    (READY, entry.key, entry.filename),
+                ).rowcount
+                == 1
+                for entry in entries
+            ]
 
     @_asks
     def discard(self, key: str, filename: str) -> None:

@@ -17,8 +17,6 @@ import click
 from lazyfs.cli.settings import settings, with_mount_options
 from lazyfs.errors import DaemonError, MountError, OptionError
 from lazyfs.fuse import mount_syscalls
-from lazyfs.options.option_types import format_size
-from lazyfs.process import before_unmount
 from lazyfs.process.early_start import Background, EarlyWorker
 from lazyfs.process.mount_records import DaemonWatch, default_log_file
 from lazyfs.process.mount_spec import MountSpec
@@ -85,11 +83,7 @@ def mount(
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.option("--lazy", "-l", is_flag=True, help="Detach the mount even if it is in use.")
 def umount(mountpoint: Path, lazy: bool) -> None:
-    """Unmount MOUNTPOINT and wait for its daemon to end. This also works after a crash.
-
-    Blocks that are not yet in the cache are written to it first, for up to 30 seconds. Ctrl-C skips
-    that, and so does --lazy.
-    """
+    """Unmount MOUNTPOINT and wait for its daemon to end. This also works after a crash."""
     mountpoint = Path(os.path.realpath(mountpoint))
     found = mount_syscalls.find_mount(mountpoint)
     if found is None:
@@ -97,20 +91,9 @@ def umount(mountpoint: Path, lazy: bool) -> None:
     if found.filesystem_type != mount_syscalls.FILESYSTEM_TYPE:
         raise MountError(f"{mountpoint}: the mount is of type {found.filesystem_type}, not lazyfs")
     watch = DaemonWatch(mountpoint)
-    left = 0
-    if not lazy:
-        left = before_unmount.save(mountpoint, unless_in_use=True, on_wait=_tell_saving)
     mount_syscalls.unmount(mountpoint, lazy=lazy)
-    if left:
-        click.echo("not all blocks were saved: the next mount fetches the rest again", err=True)
     if not lazy and not watch.wait(timeout_s=15):
         raise MountError(f"{mountpoint}: unmounted, but its daemon is still running")
-
-
-def _tell_saving(size_bytes: int) -> None:
-    click.echo(
-        f"saving {format_size(size_bytes)} to the cache ... (Ctrl-C to unmount now)", err=True
-    )
 
 
 def _start_in_background(background: Background, spec: MountSpec, log_file: Path) -> None:

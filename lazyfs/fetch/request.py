@@ -165,11 +165,7 @@ class BlockGetter:
         assert answer is not None
         return answer
 
-    async def _attempt(
-        self,
-        request: _Request,
-        answers: trio.MemorySendChannel[_Answer],
-    ) -> None:
+    async def _attempt(self, request: _Request, answers: trio.MemorySendChannel[_Answer]) -> None:
         cancel = Cancel()
         request.under_way.append(cancel)
         began_s = self._recorder.asked("get")
@@ -200,7 +196,7 @@ class BlockGetter:
         """Reserve room for a second attempt, unless many are under way already."""
         if self._hedges_running >= HEDGES:
             return False
-        if not self._memory.make_room(request.length, urgent=False, reader_waits=False):
+        if not self._memory.make_room(request.length, urgent=False):
             return False
         log.debug("%s at %d is slow: asking again", request.file.key, request.start)
         self._memory.reserve(request.length)

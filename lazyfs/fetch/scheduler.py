@@ -9,8 +9,9 @@ After that it stays in memory until its room is needed.
 
 All decisions are made in the trio thread, so nothing here needs a lock; worker threads only move
 bytes. Demand overtakes prefetch for slots and for room. What can be brought again is given up for
-demand: blocks nobody uses, then blocks that only wait to be written to a slow disk. A block that is
-being pushed or written cannot be taken, but those are few (`pusher.py`, `writer.py`).
+demand: blocks nobody uses, the last ones first that were fetched ahead. A block that is
+being pushed or waits for the disk cannot be taken, but those are few (`pusher.py`,
+`block_writer.py`).
 """
 
 from __future__ import annotations
@@ -29,10 +30,8 @@ from lazyfs.blocks.memory import BlockMemory, Held, all_unread
 from lazyfs.cache import CARE_S, BlockCache
 from lazyfs.cache.block_writer import BlockWriter
 from lazyfs.cache.other_daemons import OtherDaemons
-from lazyfs.cache.processors import Processors
 from lazyfs.errors import SourceError
 from lazyfs.fetch.disk_window import DiskWindow
-from lazyfs.fetch.loading import Loading
 from lazyfs.fetch.obtainer import Job, Obtainer
 from lazyfs.fetch.request import BlockGetter
 from lazyfs.fetch.shard_headers import ShardHeaders, has_head, heads_limit
@@ -71,7 +70,6 @@ class BlockFetcher:
         prefetcher: what to bring next.
         options: limits.
         recorder: is told what happens.
-        processors: say whether there is time for what need not be done now.
     """
 
     def __init__(
@@ -82,7 +80,6 @@ class BlockFetcher:
         prefetcher: Prefetcher,
         options: MountOptions,
         recorder: Recorder,
-        processors: Processors | None = None,
     ) -> None:
         self._source = source
         self._recorder = recorder
@@ -122,16 +119,14 @@ class BlockFetcher:
         self._heads = ShardHeaders(
             self._getter, for_heads, page_cache, prefetcher, self._thread, recorder
         )
-        self._load = Loading()
         self._elsewhere: OtherDaemons | None = None
         self._writer: BlockWriter | None = None
         self._window: DiskWindow | None = None
         if cache is not None:
             self._elsewhere = OtherDaemons(cache, self._thread, self._found)
             self._writer = BlockWriter(
-                cache, self._thread, self._is_loading, processors or Processors(), recorder,
-                self._written,
-            )  # fmt: skip
+                cache, options.memory_limit, self._thread, recorder, self._written
+            )
             self._window = DiskWindow(
                 cache, self._writer, prefetcher, self._memory, self._files, self._thread
             )
@@ -151,8 +146,6 @@ class BlockFetcher:
         for file, block, place in near.read(tree):
             self.add_file(file)
             self._prefetcher.moved(block, place)
-            if self._writer:
-                self._writer.recall(block, file)
 
         def moved(block: BlockId, place: Place) -> None:
             near.write(self._files[block.inode], block.number, place)
@@ -188,31 +181,13 @@ class BlockFetcher:
 
     @property
     def shed_blocks(self) -> int:
-        """How many blocks a load left no time or memory to write (see `BlockWriter`)."""
-        return self._memory.shed_blocks
+        """How many blocks were not written because the disk was slow (see `BlockWriter`)."""
+        return self._writer.skipped_blocks if self._writer else 0
 
     @property
     def dropped_bytes(self) -> int:
         """What was fetched and let go before anybody read it."""
         return self._memory.dropped_bytes
-
-    @property
-    def is_at_work(self) -> bool:
-        """Whether blocks are being brought, or wait to be written."""
-        writing = self._writer is not None and self._writer.is_at_work
-        return bool(self.in_flight or self._urgent or writing)
-
-    def take_shed(self) -> list[tuple[File, BlockId]]:
-        """The blocks that were not written and went into the page cache; each is given once."""
-        shed = self._writer.take_shed() if self._writer else {}
-        # Who read a block part by part has got it into the page cache as well.
-        places = (Place.NEAR, Place.USED)
-        return [(shed[block], block) for block in shed if self._prefetcher.place(block) in places]
-
-    def unwritten_bytes(self) -> int:
-        """Of the blocks that wait to be written, or were shed."""
-        unwritten = self._writer.unwritten() if self._writer else ()
-        return sum(map(self._length, unwritten))
 
     def wish_again(self, blocks: Iterable[BlockId]) -> None:
         """Blocks have left the page cache: they are on the disk, or only in S3 again."""
@@ -281,8 +256,6 @@ class BlockFetcher:
             for number in numbers:
                 block = BlockId(file.inode, number)
                 self._prefetcher.stored(block)
-                if self._writer:
-                    self._writer.found(block)
                 if self._prefetcher.place(block) not in (Place.COMING, Place.LOCAL, Place.NEAR):
                     self._prefetcher.moved(block, Place.LOCAL)
 
@@ -309,7 +282,6 @@ class BlockFetcher:
     def opened(self, file: File, *, direct: bool) -> None:
         """A file was opened; `direct`: with O_DIRECT, which passes by the page cache."""
         self.add_file(file)
-        self._load.opened(direct=direct)
         if self._cache:
             self._cache.set_loading(file)
         self._prefetcher.opened(file.inode, direct=direct)
@@ -385,7 +357,7 @@ class BlockFetcher:
         return data
 
     async def _wait_for(self, file: File, span: Span, reader: bool) -> tuple[Held, Tier]:
-        """A block that somebody waits for, and where it came from; its `users` count him."""
+        """A block that somebody waits for, and where it came from; its `users` count the waiter."""
         block = BlockId(file.inode, span.number)
         wait = self._recorder.begin_wait(file, span, coming=block in self._jobs) if reader else None
         # While blocks are on their way, he may have asked just before this one came.
@@ -405,7 +377,7 @@ class BlockFetcher:
                 self._recorder.end_wait(wait, job.tier)
         if job.error is not None:
             raise job.error
-        assert job.held is not None
+        assert job.held is not None  # it is left to another daemon only while no reader waits
         return job.held, job.tier
 
     def pause(self, paused: bool) -> None:
@@ -556,8 +528,7 @@ class BlockFetcher:
         return bool(self._urgent) or self._fetching >= self._getter.limit
 
     def _land(self, job: Job, data: memoryview) -> None:
-        """A block is here: hold it, and have it written to the disk if it is new."""
-        self._load.landed(trio.current_time())
+        """A block is here: hold it, and have it written to the disk if it is new there."""
         held = Held(
             job.file,
             data,
@@ -570,27 +541,13 @@ class BlockFetcher:
         job.held = held
         self._prefetcher.moved(job.block, Place.LOCAL)
         if job.tier is Tier.S3 and self._writer:
-            self._writer.put(job.block, held)
-
-    def _is_loading(self) -> bool:
-        """Whether somebody loads a model of which all pages can stay in the page cache."""
-        return self._page_cache.holds_all and self._load.is_under_way(
-            trio.current_time(), open_files=self._recorder.open_files, in_flight=self.in_flight
-        )
+            reader_waits = any(job.waiting for job in self._jobs.values())
+            self._writer.put(job.block, held, reader_waits=reader_waits)
 
     def _make_room(self, length: int, *, urgent: bool, soon: bool = False) -> bool:
-        reader_waits = any(job.waiting for job in self._jobs.values())
-        if reader_waits and self._cache:
-            # What another daemon waits for is not shed for a prefetch.
-            reader_waits = not self._cache.others_wait()
-        can_shed = reader_waits or (self._writer is not None and self._writer.is_put_off)
         demanded = sum(job.started and bool(job.waiting) for job in self._jobs.values())
         return self._memory.make_room(
-            length,
-            urgent=urgent,
-            reader_waits=can_shed,
-            soon=soon,
-            is_served=demanded >= URGENT_EXTRA,
+            length, urgent=urgent, soon=soon, is_served=demanded >= URGENT_EXTRA
         )
 
     def _length(self, block: BlockId) -> int:

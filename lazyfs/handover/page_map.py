@@ -1,7 +1,7 @@
 """Which blocks lie in the kernel's page cache, for the worker that follows this one.
 
-What was put there outlives a worker, and after a fast load it is nowhere else on this machine: a
-worker that did not know of it would fetch all of it again, and leave it unwritten.
+What was put there outlives a worker, and without a disk cache it is nowhere else on this machine: a
+worker that did not know of it would fetch all of it again.
 
 It is a memory file, kept with the session (`lazyfs/handover/handover.py`). After a head there is a
 record for each file of which a block came into the page cache: its inode number, how many blocks it

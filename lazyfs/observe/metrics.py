@@ -179,8 +179,8 @@ METRICS = (
     ),
     Metric("lazyfs_cache_written_bytes_total", "counter", "Bytes written to the cache."),
     Metric(
-        "lazyfs_cache_shed_blocks_total", "counter", "Blocks that a load left no time or memory to "
-        "write; what the page cache has of them is written after it.",
+        "lazyfs_cache_shed_blocks_total", "counter", "Blocks not written to the cache because the "
+        "disk was slower than the link while a reader waited.",
     ),
     Metric(
         "lazyfs_memory_blocks_bytes", "gauge", "Bytes of blocks in memory, requests in flight "

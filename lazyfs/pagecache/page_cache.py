@@ -52,12 +52,11 @@ class PageCache:
         setting: `auto`, `off`, or bytes.
 
     Attributes:
-        device: a descriptor of `/dev/fuse` that is never closed, from when libfuse talks to the
-            kernel. Before that nothing is pushed.
+        connected: whether libfuse talks to the kernel. Before that nothing is pushed.
     """
 
     def __init__(self, setting: int | str) -> None:
-        self.device: int | None = None
+        self.connected = False
         self._setting = setting
         self._budget = 0
         self._read_at_s = -BUDGET_AGE_S
@@ -65,8 +64,6 @@ class PageCache:
         self._pushing = 0
         self._stopped = False
         self.supported = setting != "off"
-        # Whether all that readers will read can lie there at once.
-        self.holds_all = False
         self.pushed_bytes = 0
 
     @property
@@ -90,7 +87,7 @@ class PageCache:
             planned_bytes: tells how much readers have or will read.
             unused_bytes: memory that the daemon may still take for itself.
         """
-        if not self.supported or self.device is None:
+        if not self.supported or not self.connected:
             return 0
         if isinstance(self._setting, int):
             return self._setting
@@ -98,8 +95,8 @@ class PageCache:
         if now_s - self._read_at_s >= BUDGET_AGE_S:
             self._read_at_s = now_s
             free = max(0, free_memory() - unused_bytes)
-            self.holds_all = planned_bytes() <= free * SHARE_FOR_ALL
-            self._budget = int(free * (SHARE_FOR_ALL if self.holds_all else SHARE_AHEAD))
+            holds_all = planned_bytes() <= free * SHARE_FOR_ALL
+            self._budget = int(free * (SHARE_FOR_ALL if holds_all else SHARE_AHEAD))
         return self._budget
 
     def push(self, inode: int, offset: int, data: memoryview) -> bool:
@@ -117,7 +114,7 @@ class PageCache:
 
     def _push_piece(self, inode: int, offset: int, piece: memoryview) -> bool:
         with self._lock:
-            if self._stopped or self.device is None:
+            if self._stopped or not self.connected:
                 return False
             self._pushing += 1
         try:

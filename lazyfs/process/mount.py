@@ -7,7 +7,6 @@ before the mountpoint is touched, so that a refused mount leaves nothing behind.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -20,12 +19,10 @@ import pyfuse3
 import trio
 
 from lazyfs.cache import BlockCache
-from lazyfs.cache.late_writer import LateWriter
 from lazyfs.control import Route
 from lazyfs.control.contents import Contents
 from lazyfs.control.first_load import tell_first_load
 from lazyfs.control.recording import recording
-from lazyfs.control.saving import Saving
 from lazyfs.control.scrape import listen, serve_metrics
 from lazyfs.control.server import listen_control, serve_control
 from lazyfs.control.status import Status
@@ -65,12 +62,11 @@ log = logging.getLogger(__name__)
 
 # Requests answered at once. Reads that wait for S3 take a place each; metadata must still get one.
 MOST_REQUESTS = 4096
-# After an unmount: how soon it is noticed, and how long replies and writes under way may take.
+# After an unmount: how soon it is noticed, and how long replies under way may take.
 SESSION_CHECK_S = 0.5
 LAST_REPLIES_S = 6.0
+# At the end, and after a signal: how long it may take to write what waits for the disk.
 LAST_WRITES_S = 5.0
-# After a signal: how long pushes under way may take.
-LAST_PUSHES_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +181,7 @@ async def _serve(
 
     def begin() -> None:
         session.adopt()
-        page_cache.device = os.dup(session.descriptor)
+        page_cache.connected = True
         fetcher.pump()
 
     filesystem = Filesystem(
@@ -200,15 +196,10 @@ async def _serve(
             carried.save()
             session.resend()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_end_on_signal, nursery.cancel_scope, page_cache)
+            nursery.start_soon(_end_on_signal, nursery.cancel_scope, page_cache, fetcher)
             nursery.start_soon(_end_with_session, session, nursery.cancel_scope)
             fetcher.start(nursery)
             routes: dict[tuple[str, str], Route] = {}
-            if cache:
-                salvage = LateWriter(mount.mountpoint, mount.url.prefix, cache, fetcher)
-                routes |= Saving(salvage, fetcher, recorder, carried, nursery).routes()
-                if page_cache.supported:
-                    nursery.start_soon(keep_running, "late writing", salvage.run)
             if page_cache.supported and options.prefetch != "off":
                 missing = DroppedPages(mount.mountpoint, catalog.tree.path, fetcher)
                 nursery.start_soon(keep_running, "looking for dropped pages", missing.run)
@@ -337,13 +328,17 @@ def _ignore(file: File) -> None:
     """Without a plan it does not matter which files are opened."""
 
 
-async def _end_on_signal(scope: trio.CancelScope, page_cache: PageCache) -> None:
+async def _end_on_signal(
+    scope: trio.CancelScope, page_cache: PageCache, fetcher: BlockFetcher
+) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for number in signals:
             log.info("ending on %s", signal.Signals(number).name)
             # A push that waits for our answer to a read would keep the process from ending.
             page_cache.stop()
-            with trio.move_on_after(LAST_PUSHES_S):
+            fetcher.pause(True)
+            with trio.move_on_after(LAST_WRITES_S):
+                await fetcher.finish_writing()
                 while page_cache.busy:
                     await trio.sleep(0.01)
             scope.cancel()

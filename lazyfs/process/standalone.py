@@ -80,7 +80,7 @@ def main(
     _report(report_fd, {"ready": True})
     while (got := news.get()) is not None:
         log.info("ending on %s", signal.Signals(got).name)
-        supervisor.stop(is_enough=lambda: not news.empty())
+        supervisor.stop()
     return 0
 
 

@@ -258,29 +258,11 @@ class Supervisor:
             return str(error)
         return trouble
 
-    def stop(self, is_enough: Callable[[], bool] = lambda: False) -> None:
-        """Save what is not in the cache yet, unmount, even if it is in use, and end the worker.
-
-        Args:
-            is_enough: whether to save no more; asked every second.
-        """
+    def stop(self) -> None:
+        """Unmount, even if it is in use, and end the worker, which finishes its writes first."""
         self._stopping.set()
-        if self.alive:
-            self._save(is_enough)
         self._unmount()
         self._end_workers()
-
-    def _save(self, is_enough: Callable[[], bool]) -> None:
-        # A mount by hand begins sooner without these.
-        from lazyfs.options.option_types import format_size
-        from lazyfs.process import before_unmount
-
-        def tell(size_bytes: int) -> None:
-            size = format_size(size_bytes)
-            log.info("%s: saving %s to the cache before the unmount", self._mountpoint, size)
-
-        if before_unmount.save(self._mountpoint, on_wait=tell, is_enough=is_enough):
-            log.warning("%s: not all was saved before the unmount", self._mountpoint)
 
     def _start_worker(self, timeout_s: float) -> None:
         """Start a worker, and return when the mount can be used.

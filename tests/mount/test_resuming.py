@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from busy import busy_processors
 from mounting import TIMEOUT_S, Mounted, dropped_blocks, lazyfs, python, wait_until_gone
 from s3 import S3
 from safetensors.numpy import save
@@ -103,12 +102,6 @@ def wait_for_successor(mounted: Mounted) -> None:
     wait_until(has_all)
 
 
-def on_disk(mounted: Mounted) -> int:
-    """How many bytes of the model the cache has."""
-    paths = mounted.path.glob("*.safetensors")
-    return sum(int(os.getxattr(path, "user.lazyfs.cached").split(b"/")[0]) for path in paths)
-
-
 def dropped(mounted: Mounted) -> int:
     return sum(dropped_blocks(path, MIB) for path in mounted.path.glob("*.safetensors"))
 
@@ -121,43 +114,6 @@ def fetched_mib(s3: S3) -> float:
         first, last = asked.removeprefix("bytes=").split("-")
         size += int(last) - int(first) + 1
     return size / MIB
-
-
-@every_way
-def test_what_was_not_written_is_not_fetched_again_and_is_saved(
-    mount: Callable[..., Mounted], s3: S3, replace: Replace
-) -> None:
-    with busy_processors():
-        mounted = mount("s3://resuming/m", *OPTIONS)
-        expected = digest(mounted)
-        assert status_of(mounted)["shed_blocks"] > 3 * FEW, "nothing was left to be saved"
-        assert on_disk(mounted) < BLOCKS * MIB * 3 // 4, "it was saved before the end"
-        s3.forget()
-        replace(mounted)
-        wait_for_successor(mounted)
-        assert fetched_mib(s3) <= FEW
-        lost = dropped(mounted)
-        answer = lazyfs("umount", mounted.path)
-        assert answer.returncode == 0, answer.stderr
-    s3.forget()
-    again = mount("s3://resuming/m", *OPTIONS)
-    assert digest(again) == expected
-    assert fetched_mib(s3) <= lost + FEW
-
-
-def test_what_was_not_written_is_written_when_it_is_quiet(
-    mount: Callable[..., Mounted], s3: S3
-) -> None:
-    with busy_processors():
-        mounted = mount("s3://resuming/m", *OPTIONS)
-        digest(mounted)
-        assert on_disk(mounted) < BLOCKS * MIB * 3 // 4, "it was saved before the end"
-        s3.forget()
-        by_killing(mounted)
-        lost = dropped(mounted)
-    size = sum(map(len, SHARDS.values()))
-    wait_until(lambda: on_disk(mounted) == size)
-    assert fetched_mib(s3) <= lost + FEW
 
 
 @every_way

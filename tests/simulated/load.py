@@ -14,7 +14,6 @@ import trio.testing
 
 from lazyfs.blocks import Span, block_length, spans
 from lazyfs.cache import BlockCache
-from lazyfs.cache.processors import Processors
 from lazyfs.fetch.scheduler import BlockFetcher
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.tree import Directory, Node, Tree
@@ -136,7 +135,6 @@ class _Load:
             prefetcher,
             options,
             recorder,
-            Processors(lambda: 0.0, lambda: 0.0),  # never busy
         )
         catalog = cast(Catalog, _Catalog(tree))
         self._planner = Planner(catalog, self._fetcher, prefetcher, recorder, options)
@@ -206,15 +204,19 @@ class _Load:
         await trio.sleep(read.size / self._loader.rate)
 
     async def _fault(self, file: File, read: Read) -> None:
-        """Until the pages are there; the kernel asks for what is absent of `asked` bytes."""
+        """Until the pages are there; the kernel asks for what is absent of `asked` bytes.
+
+        Whoever waited for a page has it, even if the kernel drops it right after that.
+        """
         asked = range(read.offset // PAGE, -(-(read.offset + (read.asked or read.size)) // PAGE))
-        while not self._pages.has(file.inode, read.offset, read.size):
-            while run := self._pages.lock_absent(file.inode, asked.start, asked.stop):
-                await self._pages.background.acquire()
-                assert self._nursery is not None
-                self._nursery.start_soon(self._answer, file, *run)
-            for page in range(asked.start, -(-(read.offset + read.size) // PAGE)):
-                await self._pages.wait_until_unlocked(file.inode, page)
+        if self._pages.has(file.inode, read.offset, read.size):
+            return
+        while run := self._pages.lock_absent(file.inode, asked.start, asked.stop):
+            await self._pages.background.acquire()
+            assert self._nursery is not None
+            self._nursery.start_soon(self._answer, file, *run)
+        for page in range(asked.start, -(-(read.offset + read.size) // PAGE)):
+            await self._pages.wait_until_unlocked(file.inode, page)
 
     async def _answer(self, file: File, first: int, last: int) -> None:
         await self._ask(file, first * PAGE, (last - first) * PAGE)

@@ -19,6 +19,8 @@ from lazyfs.objects import File
 
 # Of the page cache, what is told apart: the smallest request of a loader.
 PAGE = 64 << 10
+# Also where nothing is pushed, the kernel keeps what it has read ahead until it is used.
+LEAST_PAGES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +196,9 @@ class Disk:
         self._used += len(data)
         return True
 
+    def put_all(self, blocks: list[tuple[File, int, memoryview]]) -> list[bool]:
+        return [self.put(*block) for block in blocks]
+
     def set_loading(self, file: File) -> None:
         pass
 
@@ -235,7 +240,7 @@ class Pages:
     """
 
     def __init__(self, machine: Machine, block_size: int, threads: Threads) -> None:
-        self._space = machine.pages
+        self._space = max(machine.pages, LEAST_PAGES)
         self._block_size = block_size
         self._threads = threads
         self._pushes = Queue(machine.push)
@@ -244,9 +249,7 @@ class Pages:
         self._used = 0
         self._unlocked: dict[tuple[int, int], trio.Event] = {}
         self.background = trio.Semaphore(machine.max_background)
-        self.device: int | None = None  # nothing passes by memory
         self.supported = machine.pages > 0
-        self.holds_all = False
         self.pushed_bytes = 0
 
     def add(self, file: File) -> None:

@@ -29,7 +29,6 @@ DOES_IO = ("os", "socket", "subprocess", "threading", "trio", "time", "http", "s
 # Upward imports that are still to be mended, as (module, imported module). Only shrinks.
 KNOWN: set[tuple[str, str]] = {
     ("lazyfs.blocks.memory", "lazyfs.prefetch.prefetcher"),
-    ("lazyfs.cache.late_writer", "lazyfs.fetch.scheduler"),
     ("lazyfs.fetch.scheduler", "lazyfs.handover.page_map"),
     ("lazyfs.pagecache.dropped_pages", "lazyfs.fetch.scheduler"),
     ("lazyfs.pagecache.pusher", "lazyfs.prefetch.prefetcher"),

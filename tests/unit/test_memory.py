@@ -31,8 +31,8 @@ class Room:
     def left(self) -> set[int]:
         return {n for n in range(20) if self.memory.get(BlockId(2, n)) is not None}
 
-    def ask(self, urgent: bool = False, reader_waits: bool = False) -> bool:
-        return self.memory.make_room(1, urgent=urgent, reader_waits=reader_waits)
+    def ask(self, urgent: bool = False) -> bool:
+        return self.memory.make_room(1, urgent=urgent)
 
 
 @pytest.fixture
@@ -44,7 +44,6 @@ def test_a_prefetch_never_drops_what_a_reader_is_still_to_have(room: Room) -> No
     for number in range(8):
         room.hold(number)
     assert not room.ask()
-    assert not room.ask(reader_waits=True)
     assert room.left() == set(range(8))
 
 
@@ -73,7 +72,7 @@ def test_what_is_read_part_by_part_stays_for_its_reader_though_it_is_on_disk(roo
 def test_demand_pays_no_fetch_while_others_are_served(room: Room) -> None:
     for number in range(10):
         room.hold(number)
-    assert not room.memory.make_room(1, urgent=True, reader_waits=True, is_served=True)
+    assert not room.memory.make_room(1, urgent=True, is_served=True)
     assert room.ask(urgent=True)
 
 
@@ -82,29 +81,6 @@ def test_what_is_in_use_stays_even_for_demand(room: Room) -> None:
         room.hold(number, users=1, on_disk=True)
     assert not room.ask(urgent=True)
     assert len(room.left()) == 10
-
-
-def test_the_disk_is_given_up_only_when_a_reader_would_wait_for_it(room: Room) -> None:
-    room.prefetcher.opened(2, direct=False)
-    held = [room.hold(n, Place.NEAR, users=1, to_write=True) for n in range(8)]
-    assert not room.ask()
-    assert room.ask(reader_waits=True)
-    assert room.memory.shed_blocks == 1
-    assert not held[0].to_write and len(held[0].data) == 0
-
-
-def test_what_nobody_has_opened_is_not_shed(room: Room) -> None:
-    """Who opens it may read past the page cache."""
-    for number in range(8):
-        room.hold(number, Place.NEAR, users=1, to_write=True)
-    assert not room.ask(reader_waits=True)
-
-
-def test_pages_are_no_use_to_direct_readers(room: Room) -> None:
-    room.prefetcher.opened(2, direct=True)
-    for number in range(8):
-        room.hold(number, Place.NEAR, users=1, to_write=True)
-    assert not room.ask(reader_waits=True)
 
 
 def test_demand_takes_what_was_fetched_ahead_last(room: Room) -> None:

@@ -1,0 +1,174 @@
+"""When a block is written to the disk, and when it is not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Awaitable, Callable, Sequence
+from typing import cast
+
+import pytest
+import trio
+import trio.testing
+
+from lazyfs.blocks import BlockId
+from lazyfs.blocks.memory import Held
+from lazyfs.cache import BlockCache, block_writer
+from lazyfs.cache.block_writer import WRITERS, BlockWriter
+from lazyfs.objects import File
+from lazyfs.observe.recorder import Recorder
+
+FILE = File(2, 1, "f", "f", 1000, "e", 0)
+LIMIT = 128  # bytes of memory: 32 of them for the queue, 16 for a batch
+
+
+class Disk:
+    """In the place of a cache: stores when it may, and what it may."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.released: list[int] = []
+        self.ready = trio.Semaphore(0)
+        self.full = False
+        self.waited_for = False
+
+    def others_wait(self) -> bool:
+        return self.waited_for
+
+    def release(self, file: File, number: int) -> None:
+        self.released.append(number)
+
+    def put_all(self, blocks: Sequence[tuple[File, int, memoryview]]) -> list[bool]:
+        self.batches.append([number for _, number, _ in blocks])
+        return [not self.full] * len(blocks)
+
+
+class Desk:
+    """A writer whose disk is told when to get on."""
+
+    def __init__(self) -> None:
+        self.disk = Disk()
+        self.recorder = Recorder("model")
+        self.written: dict[int, bool] = {}
+        self.writer = BlockWriter(
+            cast(BlockCache, self.disk), LIMIT, self._run, self.recorder,
+            lambda block, stored: self.written.update({block.number: stored}),
+        )  # fmt: skip
+
+    async def _run(self, function: Callable[..., list[bool]], blocks: object) -> list[bool]:
+        await self.disk.ready.acquire()
+        return function(blocks)
+
+    def put(self, number: int, *, reader_waits: bool = False) -> Held:
+        held = Held(FILE, memoryview(bytes(4)), unread=1)
+        self.writer.put(BlockId(2, number), held, reader_waits=reader_waits)
+        return held
+
+
+Scenario = Callable[[Desk], Awaitable[None]]
+
+
+def play(scenario: Scenario) -> Desk:
+    """Run a scenario beside a writer that is at work."""
+    desk = Desk()
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(desk.writer.run)
+            await scenario(desk)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    return desk
+
+
+def test_a_block_is_used_until_it_is_on_the_disk() -> None:
+    async def scenario(desk: Desk) -> None:
+        held = desk.put(0)
+        await trio.testing.wait_all_tasks_blocked()
+        assert (held.users, held.on_disk) == (1, False)
+        desk.disk.ready.release()
+        await desk.writer.finish()
+        assert (held.users, held.on_disk) == (0, True)
+
+    desk = play(scenario)
+    assert desk.written == {0: True}
+    assert desk.recorder.written_bytes == 4
+
+
+def test_blocks_that_wait_are_written_together_within_a_share_of_the_memory() -> None:
+    async def scenario(desk: Desk) -> None:
+        for number in range(WRITERS + 5):
+            desk.put(number)
+            await trio.testing.wait_all_tasks_blocked()
+        for _ in range(2 * WRITERS):
+            desk.disk.ready.release()
+        await desk.writer.finish()
+
+    desk = play(scenario)
+    assert sorted(map(len, desk.disk.batches)) == [1, 1, 1, 4]
+    assert sorted(itertools.chain(*desk.disk.batches)) == list(range(WRITERS + 5))
+
+
+def test_a_slow_disk_does_not_take_more_than_its_share_from_a_reader() -> None:
+    async def scenario(desk: Desk) -> None:
+        held = [desk.put(number, reader_waits=True) for number in range(10)]
+        assert [each.users for each in held] == [1] * 8 + [0, 0]
+        for _ in range(8):
+            desk.disk.ready.release()
+        await desk.writer.finish()
+        assert desk.put(10, reader_waits=True).users == 1, "there is room again"
+
+    desk = play(scenario)
+    assert desk.writer.skipped_blocks == 2
+    assert desk.disk.released == [8, 9], "another daemon may bring them"
+
+
+def test_more_may_wait_for_a_slow_disk_while_another_daemon_waits_for_it() -> None:
+    async def scenario(desk: Desk) -> None:
+        desk.disk.waited_for = True
+        for number in range(18):
+            desk.put(number, reader_waits=True)
+
+    assert play(scenario).disk.released == [16, 17]
+
+
+def test_nothing_is_skipped_while_no_reader_waits() -> None:
+    async def scenario(desk: Desk) -> None:
+        held = [desk.put(number) for number in range(24)]
+        assert all(each.users for each in held)
+
+    assert play(scenario).writer.skipped_blocks == 0
+
+
+def test_what_a_full_cache_refused_is_offered_again_as_long_as_a_reader_needs_it() -> None:
+    async def scenario(desk: Desk) -> None:
+        desk.disk.full = True
+        held = [desk.put(number) for number in range(3)]
+        held[1].unread = 0  # a reader has had it meanwhile
+        for _ in range(3):
+            desk.disk.ready.release()
+        await desk.writer.finish()
+        assert desk.writer.has_refused
+        desk.disk.full = False
+        desk.writer.retry(lambda block: held[0] if block.number == 0 else None)
+        assert not desk.writer.has_refused
+        desk.disk.ready.release()
+        await desk.writer.finish()
+        assert held[0].on_disk
+
+    desk = play(scenario)
+    assert desk.written == {0: True, 1: False, 2: False}
+    assert desk.recorder.written_bytes == 4
+
+
+def test_a_block_larger_than_a_batch_is_written_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_writer, "BATCH_SHARE", 1 / LIMIT)
+
+    async def scenario(desk: Desk) -> None:
+        for number in range(3):
+            desk.put(number)
+        for _ in range(3):
+            desk.disk.ready.release()
+        await desk.writer.finish()
+
+    assert sorted(map(len, play(scenario).disk.batches)) == [1, 1, 1]
