@@ -20,6 +20,11 @@ JOBS ?= $(shell expr 2 \* $$(nproc))
 test: lint
 	@.venv/bin/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
+# Mutation tests of the unit tests: make mutants ROOM=blocks. Minutes to an hour for each room.
+.PHONY: mutants
+mutants: setup
+	@./.ci/mutants $(or $(ROOM),blocks prefetch cache fetch pagecache store)
+
 # The references of options and metrics, made from the tables in the code.
 docs: setup
 	@.venv/bin/python docs/make_options.py

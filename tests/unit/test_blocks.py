@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.blocks import block_count, block_length, spans
+from lazyfs.blocks import Span, block_count, block_length, gaps, spans
 
 SIZES = st.integers(0, 1000)
 BLOCKS = st.sampled_from([1, 2, 7, 64, 4096])
@@ -28,3 +28,23 @@ def test_spans_are_the_read(size: int, block_size: int, offset: int, length: int
         for span in spans(offset, length, size, block_size)
     )
     assert read == file[offset : offset + length]
+
+
+PARTS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)).map(sorted), max_size=6)
+
+
+@given(PARTS, st.integers(0, 50))
+def test_gaps_are_what_no_part_covers(parts: list[list[int]], length: int) -> None:
+    taken = [Span(3, start, stop) for start, stop in parts]
+    covered = {byte for start, stop in parts for byte in range(start, stop)}
+    found = [byte for gap in gaps(taken, length) for byte in range(gap.start, gap.stop)]
+    within = [byte for byte in found if byte < length]
+    assert within == [byte for byte in range(length) if byte not in covered]
+    assert not covered & set(found)
+
+
+def test_gaps_belong_to_the_block_of_the_parts() -> None:
+    taken = [Span(3, 5, 8), Span(3, 0, 2)]
+    assert list(gaps(taken, 10)) == [Span(3, 2, 5), Span(3, 8, 10)]
+    assert list(gaps([], 10)) == [Span(0, 0, 10)]
+    assert list(gaps([Span(3, 0, 10)], 10)) == []

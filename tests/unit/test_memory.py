@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lazyfs.blocks import BlockId
+from lazyfs.blocks import BlockId, Span
 from lazyfs.blocks.block_map import Place
-from lazyfs.blocks.memory import BlockMemory, Held
+from lazyfs.blocks.memory import PART, BlockMemory, Held, all_unread
 from lazyfs.objects import File
 from lazyfs.prefetch.prefetcher import Prefetcher
 
@@ -118,3 +118,61 @@ def test_blocks_of_readers_who_went_away_do_not_stay_for_ever(room: Room) -> Non
         room.hold(number, demanded=number != 9)
     assert room.ask(urgent=True)
     assert room.left() == set(range(1, 10))
+
+
+def parts_left(length: int, *read: tuple[int, int]) -> list[int]:
+    """Which parts of a block still count as unread after reads of these bytes."""
+    held = Held(FILE, memoryview(bytes(length)), unread=all_unread(length))
+    for start, stop in read:
+        held.was_read(Span(0, start, stop))
+    return [number for number in range(held.unread.bit_length()) if held.unread >> number & 1]
+
+
+@pytest.mark.parametrize(
+    ("length", "parts"), [(1, 1), (PART - 1, 1), (PART, 1), (PART + 1, 2), (4 * PART, 4)]
+)
+def test_every_part_begins_unread(length: int, parts: int) -> None:
+    assert parts_left(length) == list(range(parts))
+
+
+@pytest.mark.parametrize(
+    ("read", "left"),
+    [
+        ((0, PART), [1, 2, 3]),
+        ((0, PART - 1), [0, 1, 2, 3]),
+        ((PART, 3 * PART), [0, 3]),
+        ((PART, 3 * PART - 1), [0, 2, 3]),
+        # A read that begins within a part and ends it: the bytes before were read by others.
+        ((PART + 7, 2 * PART), [0, 2, 3]),
+        ((5, 9), [0, 1, 2, 3]),
+        ((3 * PART, 3 * PART + 10), [0, 1, 2]),
+        ((0, 3 * PART + 10), []),
+    ],
+)
+def test_a_part_counts_as_read_with_its_last_byte(read: tuple[int, int], left: list[int]) -> None:
+    assert parts_left(3 * PART + 10, read) == left
+
+
+def test_what_was_read_stays_read() -> None:
+    assert parts_left(4 * PART, (0, PART), (2 * PART, 3 * PART), (0, PART)) == [1, 3]
+
+
+def test_what_is_let_go_is_counted(room: Room) -> None:
+    for number in range(10):
+        room.hold(number)
+    assert room.memory.used_bytes == 10
+    assert room.memory.unused_bytes == 0
+    assert room.ask(urgent=True)
+    assert room.memory.used_bytes == 9
+    assert room.memory.unused_bytes == 1
+    assert room.memory.dropped_bytes == PART, "one part of it was still unread"
+    room.memory.release(4)
+    assert room.memory.used_bytes == 5
+
+
+def test_a_read_makes_a_block_the_last_to_go(room: Room) -> None:
+    for number in range(8):
+        room.hold(number, unread=0)
+    assert room.memory.get(BlockId(2, 0)) is not None
+    assert room.ask()
+    assert room.left() == set(range(8)) - {1}
