@@ -4,7 +4,8 @@ The rule is hill climbing on throughput. Over a round of as many answers as the 
 rate is measured while there was always more to ask for. A larger limit that brought more is kept
 and raised again; one that brought nothing is taken back, and the next try waits for some rounds,
 because requests beyond what the link carries only make each of them slower. When S3 throttles, the
-limit is halved at once.
+limit is halved at once; but only once a round, because requests that were in flight together are
+refused together, for one reason.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class Concurrency:
     def __init__(self, most: int) -> None:
         self.most = most
         self.limit = min(START, most)
+        # Requests without an answer that were sent before the limit was cut last.
+        self._sent_before_cut = 0
         self._before_growth: int | None = None
         self._rate_before_growth = 0.0
         self._rounds_to_wait = 0
@@ -34,6 +37,7 @@ class Concurrency:
 
     def answered(self, now_s: float, size_bytes: int, *, saturated: bool) -> None:
         """A request brought `size_bytes`; `saturated` says that more was waiting to be asked."""
+        self._sent_before_cut = max(0, self._sent_before_cut - 1)
         if not saturated or not self._answers:
             self._begin_round(now_s)
             self._answers = 1
@@ -46,7 +50,14 @@ class Concurrency:
             self._answers = 1
 
     def throttled(self) -> None:
-        """S3 asked for fewer requests."""
+        """S3 refused a request because there were too many.
+
+        Requests that were sent before the last cut, as many as the limit was, do not cut it again.
+        """
+        if self._sent_before_cut > 0:
+            self._sent_before_cut -= 1
+            return
+        self._sent_before_cut = self.limit - 1
         self.limit = max(1, self.limit // 2)
         self._before_growth = None
         self._rounds_to_wait = ROUNDS_BEFORE_RETRY

@@ -36,13 +36,27 @@ def test_it_stays_where_the_link_is_full() -> None:
     assert limits.limit <= 24
 
 
-def test_it_halves_when_throttled() -> None:
+def test_it_halves_once_for_all_that_was_in_flight_together() -> None:
     limits = Concurrency(64)
-    limits.throttled()
+    for _ in range(16):
+        limits.throttled()
     assert limits.limit == 8
-    for _ in range(10):
+    for _ in range(8):
+        limits.throttled()
+    assert limits.limit == 4
+    for _ in range(100):
         limits.throttled()
     assert limits.limit == 1
+
+
+def test_answers_end_a_burst_of_refusals_too() -> None:
+    limits = Concurrency(64)
+    limits.throttled()
+    for now in range(15):
+        limits.answered(float(now), BLOCK, saturated=False)
+    assert limits.limit == 8
+    limits.throttled()
+    assert limits.limit == 4
 
 
 def test_it_never_exceeds_the_most() -> None:
