@@ -15,11 +15,12 @@ PIECE_BLOCKS = 8
 class Place(IntEnum):
     """Where a block is.
 
-    ABSENT: only in S3. COMING: asked for. LOCAL: on this node's disk or in the daemon's memory.
-    NEAR: in the kernel's page cache, where a reader gets it without asking us. USED: only in S3
-    again, after it was read; a load reads each block once. PASSED: only in S3, and of tensors that
-    this loader passes over. LEFT: only in S3, and left to those who read it: it was not wanted, or
-    could not be fetched.
+    ABSENT: only in S3. COMING: asked of S3. LOCAL: on this node's disk or in the daemon's memory.
+    LOADING: the same, and on its way from there into the page cache or to a reader. NEAR: in the
+    kernel's page cache, where a reader gets it without asking us. USED: only in S3 again, after it
+    was read or the kernel forgot it; a load reads each block once. PASSED: only in S3, and of
+    tensors that this loader passes over. LEFT: only in S3, and left to those who read it: it was
+    not wanted, or could not be fetched.
     """
 
     ABSENT = 0
@@ -29,6 +30,7 @@ class Place(IntEnum):
     USED = 4
     PASSED = 5
     LEFT = 6
+    LOADING = 7
 
 
 AWAY = frozenset((Place.ABSENT, Place.COMING, Place.PASSED, Place.LEFT))
@@ -119,6 +121,18 @@ class FileBlocks:
         """Whether something was read of a piece that has bytes in a block."""
         pieces = self.pieces_in(number)
         return self.touched.find(1, pieces.start, pieces.stop) >= 0
+
+    @property
+    def wanted_bytes(self) -> int:
+        """How much of the file is to be fetched ahead, what could not be fetched included."""
+        if not self.counts[Place.LEFT]:
+            return self.size_bytes
+        count = len(self.places)
+        unwanted = self.counts[Place.LEFT] - self.failed.count(1)
+        if self.places[-1] == Place.LEFT and not self.failed[-1]:
+            last = self.size_bytes - (count - 1) * self._block_size
+            return self.size_bytes - (unwanted - 1) * self._block_size - last
+        return self.size_bytes - unwanted * self._block_size
 
     def find(self, place: Place, start: int, stop: int) -> int:
         """The first block of a range that is at a place; -1 if there is none."""

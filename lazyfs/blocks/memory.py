@@ -106,6 +106,10 @@ class BlockMemory:
             self._held.move_to_end(block)
         return held
 
+    def holds(self, block: BlockId) -> bool:
+        """Whether a block is held; that does not count as a use."""
+        return block in self._held
+
     def make_room(
         self,
         size_bytes: int,

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import trio
 
 from lazyfs.blocks import BlockId, Span, block_length
-from lazyfs.blocks.block_map import Place
+from lazyfs.blocks.block_map import AWAY, Place
 from lazyfs.blocks.memory import BlockMemory, Held, all_unread
 from lazyfs.cache import CARE_S, BlockCache
 from lazyfs.cache.block_writer import BlockWriter
@@ -98,6 +98,7 @@ class BlockFetcher:
         for_heads = heads_limit(options.memory_limit, options.block_size)
         for_blocks = options.memory_limit - for_heads
         self._memory = BlockMemory(for_blocks, options.block_size, prefetcher)
+        prefetcher.is_held = self._memory.holds
         self._jobs: dict[BlockId, Job] = {}
         self._urgent: deque[Job] = deque()
         self._fetching = 0
@@ -256,7 +257,7 @@ class BlockFetcher:
             for number in numbers:
                 block = BlockId(file.inode, number)
                 self._prefetcher.stored(block)
-                if self._prefetcher.place(block) not in (Place.COMING, Place.LOCAL, Place.NEAR):
+                if self._prefetcher.place(block) in AWAY - {Place.COMING} | {Place.USED}:
                     self._prefetcher.moved(block, Place.LOCAL)
 
     def was_read(self, file: File, offset: int, size: int) -> None:
@@ -460,7 +461,8 @@ class BlockFetcher:
         if self._elsewhere:
             job.lease_until = self._elsewhere.take_back(job.file, job.block)
         self._memory.reserve(job.length)
-        self._prefetcher.moved(job.block, Place.COMING)
+        is_here = from_disk or self._prefetcher.is_stored(job.block)
+        self._prefetcher.moved(job.block, Place.LOADING if is_here else Place.COMING)
         if from_disk:
             self._loading += 1
         else:

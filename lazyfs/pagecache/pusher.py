@@ -102,7 +102,7 @@ class BlockPusher:
         There must be room (`has_room`).
         """
         self._hold(held)
-        self._prefetcher.moved(block, Place.COMING)
+        self._prefetcher.moved(block, Place.LOADING)
         self._queue.put(block, held)
 
     def withdraw(self, block: BlockId, held: Held) -> bool:
@@ -122,7 +122,7 @@ class BlockPusher:
         """
         assert self._nursery is not None
         self._hold(held)
-        self._prefetcher.moved(block, Place.COMING)
+        self._prefetcher.moved(block, Place.LOADING)
         pushed = trio.Event()
         rest = list(gaps(waiting, len(held.data)))
         self._nursery.start_soon(self._push, block, held, rest, pushed)

@@ -62,4 +62,5 @@ class ConsumedBlocks:
 def _was_consumed(blocks: FileBlocks, number: int) -> bool:
     """Whether a block behind all readers was read, or could be read in the page cache."""
     place = blocks.places[number]
-    return place == Place.NEAR or (place != Place.COMING and blocks.is_touched(number))
+    is_moving = place in (Place.COMING, Place.LOADING)
+    return place == Place.NEAR or (not is_moving and blocks.is_touched(number))

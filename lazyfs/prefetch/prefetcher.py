@@ -50,6 +50,7 @@ from lazyfs.prefetch.streams import Streams
 
 # Pieces of which something was read and that are not whole yet; the oldest is given up.
 TOUCHED_PIECES = 64
+_ON_ITS_WAY = (Place.COMING, Place.LOADING)
 
 
 class Prefetcher:
@@ -64,6 +65,7 @@ class Prefetcher:
         on_stray: told of a file's inode when it is first read and has no place in the order.
         on_head: told of a file's inode when its header has come, and is in memory.
         on_pages: told where a block is now when it comes to NEAR or USED, or is not there any more.
+        is_held: says whether a block is in memory.
     """
 
     def __init__(
@@ -79,6 +81,9 @@ class Prefetcher:
         self.on_stray: Callable[[int], None] = lambda inode: None
         self.on_head: Callable[[int], None] = lambda inode: None
         self.on_pages: Callable[[BlockId, Place], None] = lambda block, place: None
+        self.is_held: Callable[[BlockId], bool] = lambda block: False
+        # Files of which the kernel forgot pages that are nowhere else on this machine.
+        self._forgotten: set[int] = set()
         self._files: dict[int, FileBlocks] = {}
         self._order: list[int] = []
         # Of the files in the order: how many blocks are at each place.
@@ -144,11 +149,14 @@ class Prefetcher:
         return tuple(self._order)
 
     def progress(self) -> tuple[int, int]:
-        """Bytes of the files in the loading order, and how many of them are or were here."""
+        """Bytes that are wanted of the files in the loading order, and how many are or were here.
+
+        What could not be fetched is wanted, and not here.
+        """
         wanted = there = 0
         for inode in self._order:
             blocks = self._files[inode]
-            wanted += blocks.size_bytes - blocks.counts[Place.LEFT] * self._block_size
+            wanted += blocks.wanted_bytes
             here = len(blocks.places) - sum(blocks.counts[place] for place in AWAY)
             there += min(here * self._block_size, blocks.size_bytes)
         return wanted, there
@@ -237,10 +245,15 @@ class Prefetcher:
         blocks = self._files[inode]
         blocks.known = known
         if not known:
-            # The kernel dropped the pages with the inode; nobody tells where the bytes are now.
+            # The kernel dropped the pages with the inode.
             for number, place in enumerate(blocks.places):
+                block = BlockId(inode, number)
                 if place == Place.NEAR:
-                    self.moved(BlockId(inode, number), Place.LOCAL)
+                    is_here = blocks.stored[number] or self.is_held(block)
+                    # Nobody reads the file now. What is only in S3 is wanted when it is read again.
+                    self.moved(block, Place.LOCAL if is_here else Place.USED)
+                    if not is_here:
+                        self._forgotten.add(inode)
 
     def opened(self, inode: int, *, direct: bool) -> None:
         """A file was opened; `direct`: with O_DIRECT, which passes by the page cache."""
@@ -282,7 +295,7 @@ class Prefetcher:
         if blocks.rank >= 0:
             self._totals[before] -= 1
             self._totals[blocks.places[block.number]] += 1
-        if block.number == 0 and (before, place) == (Place.COMING, Place.LOCAL):
+        if block.number == 0 and place == Place.LOCAL and before in _ON_ITS_WAY:
             self.on_head(block.inode)
         self._ahead.moved(block, before, place)
         if place != before and (place in PAGES or before in PAGES):
@@ -498,7 +511,7 @@ class Prefetcher:
         """Whether a block lies in the page cache, or is about to."""
         if self._by_tensor(blocks) and not blocks.is_touched(number):
             return False  # see `takes_pages`
-        return blocks.places[number] in (Place.NEAR, Place.COMING)
+        return blocks.places[number] in (Place.NEAR, *_ON_ITS_WAY)
 
     def _leave(self, inode: int, wanted: Iterable[tuple[int, int]] | None) -> None:
         """Leave all but these blocks to their readers; None: leave none."""
@@ -511,10 +524,20 @@ class Prefetcher:
     def _begin_again(self, inode: int, number: int) -> None:
         """A file is read a second time: what follows is wanted again, in its turn."""
         blocks = self._files[inode]
-        places = blocks.places
         for piece in [piece for other, piece in self._touched if other == inode]:
             first, stop = blocks.blocks_of(piece)
             if stop > number and blocks.find(Place.ABSENT, first, stop) < 0:
                 del self._touched[inode, piece]  # for who read it before, all of it came
+        self._want_again(inode, number)
+        if inode in self._forgotten:
+            self._forgotten.discard(inode)
+            # A loader goes on with the files after this one, which the kernel forgot as well.
+            rest = self._order[blocks.rank + 1 :] if blocks.rank >= 0 else ()
+            for following in self._forgotten.intersection(rest):
+                self._want_again(following, 0)
+
+    def _want_again(self, inode: int, number: int) -> None:
+        """What was read of a file from a block on is wanted as if it had not been."""
+        places = self._files[inode].places
         for used in [at for at in range(number, len(places)) if places[at] == Place.USED]:
             self.moved(BlockId(inode, used), Place.ABSENT)

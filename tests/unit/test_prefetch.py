@@ -170,12 +170,61 @@ def test_only_blocks_of_inodes_that_the_kernel_knows_are_loaded() -> None:
     assert made.next_load(10**9) == (3, 0)
 
 
-def test_when_the_kernel_forgets_an_inode_its_pages_are_gone() -> None:
-    made = prefetcher("model", 1)
+def test_what_the_kernel_forgets_is_on_the_disk_or_in_memory_or_only_in_s3() -> None:
+    made = prefetcher("model", 3)
     made.set_known(2, True)
-    made.moved(BlockId(2, 0), Place.NEAR)
+    made.is_held = lambda block: block.number == 1
+    for number in range(3):
+        made.moved(BlockId(2, number), Place.NEAR)
+    made.stored(BlockId(2, 0))
     made.set_known(2, False)
-    assert made.place(BlockId(2, 0)) == Place.LOCAL
+    places = [made.place(BlockId(2, number)) for number in range(3)]
+    assert places == [Place.LOCAL, Place.LOCAL, Place.USED]
+    assert take(made, 9) == [], "nobody reads it"
+
+
+def test_a_model_that_the_kernel_forgot_is_wanted_again_when_a_reader_begins() -> None:
+    made = prefetcher("model", 2, 3, 1)
+    for inode, number in ((2, 0), (2, 1), (3, 0), (3, 1), (3, 2), (4, 0)):
+        made.moved(BlockId(inode, number), Place.NEAR)
+    for inode in (2, 3):
+        made.set_known(inode, False)
+    assert take(made, 9) == []
+    made.was_read(2, 0, BLOCK)
+    assert take(made, 9) == [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)], "4 is still in its place"
+
+
+def test_what_could_not_be_fetched_is_wanted_and_not_here() -> None:
+    made = prefetcher("model", 1, 3)
+    size = BLOCK - 3 + 3 * BLOCK - 3
+    for block in ((2, 0), (3, 0), (3, 1)):
+        made.moved(BlockId(*block), Place.LOCAL)
+    made.failed(BlockId(3, 2))
+    wanted, there = made.progress()
+    assert wanted == size
+    assert there == BLOCK - 3 + 2 * BLOCK
+    made.failed(BlockId(2, 0))
+    assert made.progress() == (size, 2 * BLOCK)
+    made.was_read(2, 0, 1)
+    made.moved(BlockId(2, 0), Place.LOCAL)
+    assert made.progress() == (size, there)
+
+
+def test_what_is_not_wanted_is_not_waited_for() -> None:
+    made = Prefetcher("model", BLOCK, wanted=lambda name: name.startswith("a"))
+    made.add_file(2, 25)
+    made.set_order((), [2])
+    made.set_tensors(2, [Tensor("a", "U8", (), 5, 15), Tensor("b", "U8", (), 15, 25)])
+    assert made.progress() == (20, 0), "the last block, of 5 bytes, is not wanted"
+
+
+def test_progress_does_not_run_backwards_while_blocks_are_put_into_the_page_cache() -> None:
+    made = prefetcher("model", 2)
+    there = []
+    for place in (Place.COMING, Place.LOCAL, Place.LOADING, Place.NEAR):
+        made.moved(BlockId(2, 0), place)
+        there.append(made.progress()[1])
+    assert there == [0, BLOCK, BLOCK, BLOCK]
 
 
 def test_to_open_a_shard_and_read_its_header_says_nothing() -> None:

@@ -111,15 +111,15 @@ class Mount(RuleBasedStateMachine):
     def _read(self, inode: int, offset: int, size: int) -> None:
         first = BlockId(inode, offset // BLOCK)
         if offset < self.sizes[inode] and self.made.place(first) == Place.USED:
-            again = {block for block in self.came if block.inode == inode and block >= first}
-            self.came -= {block for block in again if self.made.place(block) == Place.USED}
             # What had come whole is had again in its turn; what had not is still somebody's.
             self.touched = {
                 (other, start, stop)
                 for other, start, stop in self.touched
                 if other != inode or stop <= first.number or self._lacks(other, start, stop)
             }
+        used = {block for block in self.came if self.made.place(block) == Place.USED}
         self.made.was_read(inode, offset, size)
+        self.came -= {block for block in used if self.made.place(block) != Place.USED}
         if self._completes(inode) and first.number < block_count(self.sizes[inode], BLOCK):
             self._touch(inode, offset, min(offset + size // 2, self.sizes[inode] - 1))
         stop = min(offset + size, self.sizes[inode])
