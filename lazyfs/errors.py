@@ -103,6 +103,10 @@ class NotSupportedError(BadRequestError):
     """The service does not know this kind of request."""
 
 
+class FaultError(SourceError):
+    """A bug of lazyfs prevented an answer. The log has its traceback (`lazyfs/faults.py`)."""
+
+
 class UntrustedError(SourceError):
     """The endpoint's certificate is not trusted."""
 

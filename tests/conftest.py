@@ -38,12 +38,15 @@ def s3(server: S3) -> Iterator[S3]:
 
 @pytest.fixture
 def mount(server: S3, tmp_path: Path) -> Iterator[Callable[..., Mounted]]:
-    """Make mounts with `mount(source, *options)`; all are taken down at the end of the test."""
+    """Make mounts with `mount(source, *options)`; all are taken down at the end of the test.
+
+    `path` names a mountpoint that was used before.
+    """
     made: list[Mounted] = []
     numbers = itertools.count()  # mounts may be made at the same time
 
-    def make(source: str, *options: str) -> Mounted:
-        path = tmp_path / f"mnt{next(numbers)}"
+    def make(source: str, *options: str, path: Path | None = None) -> Mounted:
+        path = path or tmp_path / f"mnt{next(numbers)}"
         mounted = Mounted(source, path, tmp_path / "cache", server.url, *options)
         made.append(mounted)
         return mounted

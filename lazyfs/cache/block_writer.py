@@ -21,6 +21,7 @@ from lazyfs.blocks import BlockId
 from lazyfs.blocks.memory import Held
 from lazyfs.blocks.queue import BlockQueue
 from lazyfs.cache import BlockCache
+from lazyfs.faults import keep_running, report_fault
 from lazyfs.observe.recorder import Recorder
 
 WRITERS = 2
@@ -103,7 +104,7 @@ class BlockWriter:
         """Until cancelled."""
         async with trio.open_nursery() as nursery:
             for _ in range(WRITERS):
-                nursery.start_soon(self._write_forever)
+                nursery.start_soon(keep_running, "writing blocks", self._write_forever)
 
     async def finish(self) -> None:
         """Until all is written."""
@@ -129,7 +130,11 @@ class BlockWriter:
 
     async def _write(self, batch: Sequence[tuple[BlockId, Held]]) -> None:
         blocks = [(held.file, block.number, held.data) for block, held in batch]
-        stored = await self._run(self._cache.put_all, blocks)
+        try:
+            stored = await self._run(self._cache.put_all, blocks)
+        except Exception as error:
+            report_fault("writing blocks", error)
+            stored = [False] * len(batch)  # so that memory lets go of them
         for (block, held), is_stored in zip(batch, stored, strict=True):
             held.on_disk = is_stored
             held.users -= 1

@@ -19,7 +19,7 @@ from lazyfs.errors import LazyfsError, OptionError
 # The module of each command.
 COMMANDS = {
     "mount": "mounting",
-    "umount": "mounting",
+    "umount": "unmounting",
     "status": "status",
     "top": "top",
     "report": "report",

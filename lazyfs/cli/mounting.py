@@ -1,4 +1,4 @@
-"""`lazyfs mount` and `lazyfs umount`.
+"""`lazyfs mount`: begin a mount of this machine.
 
 Mounting has to start quickly, so modules that only some mounts need are imported where they are
 needed.
@@ -16,9 +16,8 @@ import click
 
 from lazyfs.cli.settings import settings, with_mount_options
 from lazyfs.errors import DaemonError, MountError, OptionError
-from lazyfs.fuse import mount_syscalls
 from lazyfs.process.early_start import Background, EarlyWorker
-from lazyfs.process.mount_records import DaemonWatch, default_log_file
+from lazyfs.process.mount_records import default_log_file
 from lazyfs.process.mount_spec import MountSpec
 
 # Give up on a background mount that is neither ready nor refused by then. This is longer than the
@@ -77,23 +76,6 @@ def mount(
     _start_in_background(begun, spec, log_file)
     if wait:
         wait_until_present(mountpoint, wait, options, as_json=as_json)
-
-
-@click.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path))
-@click.option("--lazy", "-l", is_flag=True, help="Detach the mount even if it is in use.")
-def umount(mountpoint: Path, lazy: bool) -> None:
-    """Unmount MOUNTPOINT and wait for its daemon to end. This also works after a crash."""
-    mountpoint = Path(os.path.realpath(mountpoint))
-    found = mount_syscalls.find_mount(mountpoint)
-    if found is None:
-        raise MountError(f"{mountpoint}: nothing is mounted there")
-    if found.filesystem_type != mount_syscalls.FILESYSTEM_TYPE:
-        raise MountError(f"{mountpoint}: the mount is of type {found.filesystem_type}, not lazyfs")
-    watch = DaemonWatch(mountpoint)
-    mount_syscalls.unmount(mountpoint, lazy=lazy)
-    if not lazy and not watch.wait(timeout_s=15):
-        raise MountError(f"{mountpoint}: unmounted, but its daemon is still running")
 
 
 def _start_in_background(background: Background, spec: MountSpec, log_file: Path) -> None:

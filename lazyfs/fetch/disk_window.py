@@ -12,6 +12,7 @@ from lazyfs.blocks.block_map import Place
 from lazyfs.blocks.memory import BlockMemory, Held
 from lazyfs.cache import BlockCache
 from lazyfs.cache.block_writer import BlockWriter
+from lazyfs.faults import contained
 from lazyfs.objects import File
 from lazyfs.prefetch.prefetcher import Prefetcher
 
@@ -55,7 +56,7 @@ class DiskWindow:
         spent = self._prefetcher.take_spent(SLIDE_BLOCKS)
         if spent:
             self._sliding = True
-            nursery.start_soon(self._exchange, spent)
+            nursery.start_soon(contained, "making room on the disk", self._exchange, spent)
 
     async def _exchange(self, spent: list[BlockId]) -> None:
         for inode, blocks in groupby(spent, lambda block: block.inode):

@@ -30,7 +30,8 @@ from lazyfs.blocks.memory import BlockMemory, Held, all_unread
 from lazyfs.cache import CARE_S, BlockCache
 from lazyfs.cache.block_writer import BlockWriter
 from lazyfs.cache.other_daemons import OtherDaemons
-from lazyfs.errors import SourceError
+from lazyfs.errors import FaultError, SourceError
+from lazyfs.faults import contained, keep_running, report_fault
 from lazyfs.fetch.disk_window import DiskWindow
 from lazyfs.fetch.obtainer import Job, Obtainer
 from lazyfs.fetch.request import BlockGetter
@@ -58,6 +59,8 @@ LOADERS = 3
 URGENT_EXTRA = 8
 # How often connections that nobody uses are closed.
 IDLE_S = 30.0
+# After a fault nothing is fetched ahead for so long; what readers ask for is.
+AHEAD_REST_S = 30.0
 
 
 class BlockFetcher:
@@ -89,6 +92,7 @@ class BlockFetcher:
         self._miss = trio.Event()
         # Since the last `pump`, so that more may be wished for now, or put into the page cache.
         self._reader_moved = False
+        self._ahead_rests_until_s = 0.0
         self._cache = cache
         self._page_cache = page_cache
         self._prefetcher = prefetcher
@@ -161,11 +165,11 @@ class BlockFetcher:
                 would take no more tasks while they are still at their last steps.
         """
         self._pusher.start(nursery)
-        nursery.start_soon(self._close_idle)
+        nursery.start_soon(keep_running, "closing idle connections", self._close_idle)
         if self._cache and self._writer and self._elsewhere:
             nursery.start_soon(self._writer.run)
-            nursery.start_soon(self._elsewhere.follow)
-            nursery.start_soon(self._care_for_cache, self._cache)
+            nursery.start_soon(keep_running, "following other daemons", self._elsewhere.follow)
+            nursery.start_soon(keep_running, "cache care", self._care_for_cache, self._cache)
         self._nursery = nursery
         self.pump()
 
@@ -263,7 +267,10 @@ class BlockFetcher:
     def was_read(self, file: File, offset: int, size: int) -> None:
         """A reader asked for `size` bytes at `offset` of a file."""
         self.add_file(file)
-        self._reader_moved |= self._prefetcher.was_read(file.inode, offset, size)
+        try:
+            self._reader_moved |= self._prefetcher.was_read(file.inode, offset, size)
+        except Exception as error:
+            report_fault("following a reader", error)  # which is answered all the same
 
     def set_known(self, file: File, known: bool) -> None:
         """The kernel looked a file up, or forgot it."""
@@ -400,16 +407,26 @@ class BlockFetcher:
             if not self._make_room(self._urgent[0].length, urgent=True):
                 break
             self._start(self._urgent.popleft())
+        if self._ahead_rests_until_s <= trio.current_time():
+            try:
+                self._work_ahead(self._nursery)
+            except Exception as error:
+                # Readers must not get an error because of what was to be done ahead of them.
+                report_fault("fetching ahead", error)
+                self._ahead_rests_until_s = trio.current_time() + AHEAD_REST_S
+
+    def _work_ahead(self, nursery: trio.Nursery) -> None:
+        """Start what no reader waits for, as far as there is room."""
         self._push_ahead(from_disk=not self._urgent and not self._paused)
         if self._window:
-            self._window.slide(self._nursery)
+            self._window.slide(nursery)
         if self._urgent:
             self._recorder.prefetch_is(Activity.DEMAND)
         elif self._paused:
             self._recorder.prefetch_is(Activity.PAUSED)
         else:
             self._recorder.prefetch_is(self._prefetch_from_s3())
-            self._heads.pump(self._nursery, self._files)
+            self._heads.pump(nursery, self._files)
 
     def _prefetch_from_s3(self) -> Activity:
         while self._fetching < self._getter.limit:
@@ -467,38 +484,46 @@ class BlockFetcher:
             self._loading += 1
         else:
             self._fetching += 1
-        self._nursery.start_soon(self._bring, job, from_disk)
+        self._nursery.start_soon(contained, "bringing a block", self._bring, job, from_disk)
 
     async def _bring(self, job: Job, from_disk: bool) -> None:
-        """One job, from its start until its waiters are answered."""
+        """One job, from its start until its waiters are answered, whatever happens."""
+        try:
+            try:
+                await self._obtain(job)
+            finally:
+                if from_disk:
+                    self._loading -= 1
+                else:
+                    self._fetching -= 1
+                del self._jobs[job.block]
+            if job.held and job.waiting and self._pusher.takes(job.block, job.length):
+                await self._pusher.push_around(job.block, job.held, job.waiting)
+        finally:
+            job.done.set()
+        self.pump()
+
+    async def _obtain(self, job: Job) -> None:
+        """Have the block of a job brought, and hold it."""
         began_s = self._recorder.begun(job.block)
         try:
             obtained = await self._obtainer.obtain(job)
         except SourceError as error:
             self._fail(job, error)
-        else:
-            if obtained is None:
-                self._memory.release(job.length)
-            else:
-                data, job.tier = obtained
-                self._recorder.landed(
-                    job.file,
-                    job.block,
-                    job.length,
-                    job.tier,
-                    Purpose.DEMAND if job.waiting else Purpose.AHEAD,
-                    began_s,
-                )
-                self._land(job, data)
-        if from_disk:
-            self._loading -= 1
-        else:
-            self._fetching -= 1
-        del self._jobs[job.block]
-        if job.held and job.waiting and self._pusher.takes(job.block, job.length):
-            await self._pusher.push_around(job.block, job.held, job.waiting)
-        job.done.set()
-        self.pump()
+            return
+        except Exception as error:
+            report_fault("bringing a block", error)
+            self._fail(job, FaultError(f"{job.file.key}: a fault of lazyfs; its log has more"))
+            return
+        if obtained is None:
+            self._memory.release(job.length)
+            return
+        data, job.tier = obtained
+        self._recorder.landed(
+            job.file, job.block, job.length, job.tier,
+            Purpose.DEMAND if job.waiting else Purpose.AHEAD, began_s,
+        )  # fmt: skip
+        self._land(job, data)
 
     def _fail(self, job: Job, error: SourceError) -> None:
         self._memory.release(job.length)

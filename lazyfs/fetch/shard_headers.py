@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import trio
 
 from lazyfs.errors import SourceError
+from lazyfs.faults import contained
 from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter
 from lazyfs.model.safetensors import (
     HEAD_BYTES,
@@ -112,13 +113,15 @@ class ShardHeaders:
             if inode is None:
                 return
             self._coming += 1
-            nursery.start_soon(self._bring, nursery, files, files[inode])
+            nursery.start_soon(
+                contained, "fetching a header", self._bring, nursery, files, files[inode]
+            )
 
     def set_known(self, nursery: trio.Nursery, inode: int) -> None:
         """The kernel knows a file from now on."""
         head = self._heads.get(inode)
         if head and not head.pushed:
-            nursery.start_soon(self._push, head)
+            nursery.start_soon(contained, "pushing a header", self._push, head)
 
     async def header(self, file: File) -> memoryview | None:
         """The header of a file, with the 8 bytes of its length; None: it is too long to be had.

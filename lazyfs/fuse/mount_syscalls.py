@@ -41,21 +41,32 @@ class MountEntry:
 
     def __init__(self, line: str) -> None:
         fields, _, rest = line.partition(" - ")
+        self.mount_id = fields.split()[0]
         self.device = fields.split()[2]
         self.mountpoint = Path(_unescape(fields.split()[4]))
         self.filesystem_type, self.source = (_unescape(part) for part in rest.split()[:2])
 
 
-def mounts() -> list[MountEntry]:
-    """All mounts of this mount namespace, oldest first."""
+def mounts(process: int | None = None) -> list[MountEntry]:
+    """All mounts of the mount namespace of a process, by default of this one, oldest first.
+
+    Raises:
+        OSError: there is no such process, or it is another user's.
+    """
     # Names are bytes, and may have what Unicode takes for the end of a line.
-    text = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
+    path = Path(f"/proc/{process or 'self'}/mountinfo")
+    text = path.read_text(errors="surrogateescape")
     return [MountEntry(line) for line in text.split("\n") if line]
 
 
-def find_mount(mountpoint: Path) -> MountEntry | None:
-    """What is mounted there last, without touching the filesystem itself."""
-    return next((entry for entry in reversed(mounts()) if entry.mountpoint == mountpoint), None)
+def find_mount(mountpoint: Path, process: int | None = None) -> MountEntry | None:
+    """What is mounted there last, without touching the filesystem itself.
+
+    Raises:
+        OSError: as of `mounts`.
+    """
+    entries = reversed(mounts(process))
+    return next((entry for entry in entries if entry.mountpoint == mountpoint), None)
 
 
 def check_fuse() -> None:

@@ -54,6 +54,7 @@ class Handover:
     near: int
     in_hand: int
     beginning: Beginning
+    lock: int | None = None
 
     @classmethod
     def fetch(cls, keeper: KeeperClient, name: str) -> Handover | None:
@@ -68,7 +69,8 @@ class Handover:
                 kept[label] = new()
                 keeper.store(name, {label: kept[label]})
         return cls(
-            kept[FUSE], kept[_LISTING], kept[_CARRIED], kept[_NEAR], kept[IN_HAND], beginning
+            kept[FUSE], kept[_LISTING], kept[_CARRIED], kept[_NEAR], kept[IN_HAND], beginning,
+            kept.get(LOCK),
         )  # fmt: skip
 
     def store(self, keeper: KeeperClient, name: str) -> None:

@@ -23,6 +23,7 @@ from lazyfs.blocks import BlockId, Span, gaps
 from lazyfs.blocks.block_map import Place
 from lazyfs.blocks.memory import BlockMemory, Held
 from lazyfs.blocks.queue import BlockQueue
+from lazyfs.faults import contained, keep_running
 from lazyfs.observe.recorder import Recorder
 from lazyfs.pagecache.page_cache import PageCache
 from lazyfs.prefetch.prefetcher import Prefetcher
@@ -79,7 +80,7 @@ class BlockPusher:
         """Push in tasks of this nursery, which is that of all who ask for it."""
         self._nursery = nursery
         for _ in range(PUSHERS):
-            nursery.start_soon(self._push_forever)
+            nursery.start_soon(keep_running, "pushing blocks", self._push_forever)
 
     @property
     def allowance(self) -> int:
@@ -125,7 +126,9 @@ class BlockPusher:
         self._prefetcher.moved(block, Place.LOADING)
         pushed = trio.Event()
         rest = list(gaps(waiting, len(held.data)))
-        self._nursery.start_soon(self._push, block, held, rest, pushed)
+        self._nursery.start_soon(
+            contained, "pushing a block", self._push, block, held, rest, pushed
+        )  # fmt: skip
         self._on_change()
         with trio.move_on_after(LONGEST_PUSH_S):
             await pushed.wait()
@@ -142,19 +145,22 @@ class BlockPusher:
         """Put parts of a held block, which has a user for this, into the page cache."""
         began_s = self._recorder.clock()
         offset = block.number * self._block_size
-        for span in spans:
-            data = held.data[span.start : span.stop]
-            if not await self._run(self._page_cache.push, block.inode, offset + span.start, data):
-                self._prefetcher.set_known(block.inode, False)
-                self._prefetcher.moved(block, Place.LOCAL)
-                break
-        else:
-            self._prefetcher.moved(block, Place.NEAR)
-            size = sum(span.stop - span.start for span in spans)
-            self._recorder.pushed(held.file, block, size, began_s)
-        self._let_go(held)
-        if pushed is not None:
-            pushed.set()
+        try:
+            for span in spans:
+                data = held.data[span.start : span.stop]
+                at = offset + span.start
+                if not await self._run(self._page_cache.push, block.inode, at, data):
+                    self._prefetcher.set_known(block.inode, False)
+                    self._prefetcher.moved(block, Place.LOCAL)
+                    break
+            else:
+                self._prefetcher.moved(block, Place.NEAR)
+                size = sum(span.stop - span.start for span in spans)
+                self._recorder.pushed(held.file, block, size, began_s)
+        finally:
+            self._let_go(held)
+            if pushed is not None:
+                pushed.set()
         self._on_change()
 
     def _hold(self, held: Held) -> None:

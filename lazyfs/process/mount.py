@@ -52,7 +52,7 @@ from lazyfs.pagecache.walker import Walker
 from lazyfs.prefetch.planner import Planner
 from lazyfs.prefetch.prefetcher import Prefetcher
 from lazyfs.process import privileges
-from lazyfs.process.mount_records import control_socket, restarts_of
+from lazyfs.process.mount_records import control_socket, is_place_of, restarts_of
 from lazyfs.process.worker_line import SupervisorLine
 from lazyfs.store.credentials import Credentials, credentials_from
 from lazyfs.store.source import Source
@@ -156,13 +156,16 @@ async def _serve(
     scraped = options.metrics_address
     scrape_listeners = await listen(scraped) if scraped and not former else []
     socket_path = control_socket(mount.mountpoint)
+    # A mount that was detached while in use is served on, but the socket is the next mount's.
+    has_place = is_place_of(mount.mountpoint, former.lock if former else None)
     control_listeners = []
-    try:
-        control_listeners.append(await listen_control(socket_path))
-    except MountError as error:
-        if not former:
-            raise
-        log.error("%s; the mount goes on without it for now", error)
+    if has_place:
+        try:
+            control_listeners.append(await listen_control(socket_path))
+        except MountError as error:
+            if not former:
+                raise
+            log.error("%s; the mount goes on without it for now", error)
     if former:
         session, beginning = await _resume(mount, former)
     else:
@@ -224,10 +227,11 @@ async def _serve(
             routes |= _routes(source, status, mount)
             routes |= Warming(source, catalog, options, nursery).routes()
             routes |= Contents(source, catalog, fetcher).routes()
-            nursery.start_soon(
-                keep_running, "the control socket",
-                serve_control, socket_path, control_listeners, routes,
-            )  # fmt: skip
+            if has_place:
+                nursery.start_soon(
+                    keep_running, "the control socket",
+                    serve_control, socket_path, control_listeners, routes,
+                )  # fmt: skip
             log.info("%s %s at %s", verb, mount.url, mount.mountpoint)
             recorder.ready()
             on_ready()

@@ -11,14 +11,19 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lazyfs.errors import MountError
+from lazyfs.fuse.mount_syscalls import find_mount
 from lazyfs.handover.keeper import private_directory
 
 # unix(7): sun_path has 108 bytes, the last of which is zero.
 LONGEST_SOCKET_PATH = 107
+# A lock that is held for longer is a daemon's.
+LOOKING_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +34,8 @@ class MountRecord:
         supervisor: the process that looks after the worker.
         worker: the process that serves; None: none does at the moment.
         version: of lazyfs, in the worker.
-        restarts: how many workers ended before this one.
+        restarts: how many workers died before this one.
+        device: its device number, `major:minor`; empty while it was never mounted.
     """
 
     mountpoint: str
@@ -38,10 +44,14 @@ class MountRecord:
     worker: int | None = None
     version: str = ""
     restarts: int = 0
+    device: str = ""
 
 
 class RunningMount:
     """The right to serve a mountpoint, and the record of it, until it is closed.
+
+    Attributes:
+        former: what the record said before, of a supervisor that was killed; None otherwise.
 
     Raises:
         MountError: another process has it.
@@ -52,7 +62,9 @@ class RunningMount:
         self._path = _path(mountpoint)
         check_runtime_directory()
         try:
-            descriptor = _lock(self._path)
+            with _alone(self._path.parent):
+                _forget_detached(self._path)
+                descriptor = _lock_patiently(self._path)
         except OSError as error:
             raise MountError(f"{self._path}: {error.strerror}") from error
         if descriptor is None:
@@ -62,6 +74,7 @@ class RunningMount:
                 f"already; unmount it first: lazyfs umount {mountpoint}"
             )
         self._descriptor = descriptor
+        self.former = _read(self._path)
         self.write(record)
 
     def write(self, record: MountRecord) -> None:
@@ -70,6 +83,11 @@ class RunningMount:
         # Longer than before or padded, so that who reads at the same time reads one of the two.
         size = os.fstat(self._descriptor).st_size
         os.pwrite(self._descriptor, content.ljust(size), 0)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the mountpoint is still this mount's; not when it was detached and used again."""
+        return _is_at(self._path, self._descriptor)
 
     @property
     def descriptor(self) -> int:
@@ -84,9 +102,8 @@ class RunningMount:
 
 def record_of(mountpoint: Path) -> MountRecord | None:
     """The record of the mount that is served there; None if no daemon does."""
-    if DaemonWatch(mountpoint).wait(timeout_s=0):
-        return None
-    return last_record(mountpoint)
+    with closing(DaemonWatch(mountpoint)) as watch:
+        return None if watch.wait(timeout_s=0) else last_record(mountpoint)
 
 
 def last_record(mountpoint: Path) -> MountRecord | None:
@@ -99,6 +116,32 @@ def records() -> list[MountRecord]:
     known = map(_read, sorted(runtime_directory().glob("*.json")))
     served = (record_of(Path(record.mountpoint)) for record in known if record is not None)
     return [record for record in served if record is not None]
+
+
+def is_detached(record: MountRecord) -> bool:
+    """Whether a mount is served on, but not at its mountpoint any more, in its own namespace.
+
+    It was detached while it was in use, or unmounted while another mount namespace had a copy. Its
+    daemon goes on for those who use it, and the mountpoint is free.
+    """
+    if not record.device:
+        return False  # it is just being mounted
+    for process in (record.supervisor, record.worker):
+        try:
+            entry = find_mount(Path(record.mountpoint), process)
+        except OSError:
+            continue  # it has ended
+        return entry is None or entry.device != record.device
+    return False
+
+
+def is_place_of(mountpoint: Path, lock: int | None) -> bool:
+    """Whether a mountpoint is still that of the mount with this lock.
+
+    Args:
+        lock: a descriptor of its record; None: its mountpoint is no other mount's.
+    """
+    return lock is None or _is_at(_path(mountpoint), lock)
 
 
 def restarts_of(mountpoint: Path) -> int:
@@ -131,9 +174,14 @@ class DaemonWatch:
                     return False
                 time.sleep(0.01)
         _remove(self._path, self._descriptor)  # left behind by a daemon that was killed
-        os.close(self._descriptor)
-        self._descriptor = None
+        self.close()
         return True
+
+    def close(self) -> None:
+        """Watch no more."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def runtime_directory() -> Path:
@@ -189,6 +237,32 @@ def _read(path: Path) -> MountRecord | None:
         return MountRecord(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Be the only one that takes a mountpoint."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _forget_detached(path: Path) -> None:
+    """Take away the record of a mount that is detached. To be called by one process at a time."""
+    record = _read(path)
+    if record is not None and is_detached(record):
+        path.unlink(missing_ok=True)
+
+
+def _lock_patiently(path: Path) -> int | None:
+    """`_lock`; whoever only looks whether a daemon runs holds the lock for a moment."""
+    until_s = time.monotonic() + LOOKING_S
+    while (descriptor := _lock(path)) is None and time.monotonic() < until_s:
+        time.sleep(0.01)
+    return descriptor
 
 
 def _lock(path: Path) -> int | None:

@@ -39,7 +39,6 @@ from lazyfs.process.mount_records import (
     MountRecord,
     RunningMount,
     control_socket,
-    last_record,
     record_of,
 )
 from lazyfs.process.mount_spec import MountSpec
@@ -157,8 +156,8 @@ class Supervisor:
             MountError: it did not become ready, or another daemon serves the mountpoint.
             KeeperError: the keeper is not there.
         """
-        former = last_record(self._mountpoint)
         self._record = RunningMount(self._describe())
+        former = self._record.former
         try:
             if former is not None and former.worker is not None:
                 end_former(former.worker, self.name)
@@ -304,7 +303,6 @@ class Supervisor:
             raise MountError(f"{self._mountpoint}: the daemon was not ready in time")
         if said.get("ready"):
             self._version = said["version"]
-            self._find_device()
             self._note(self.pid)
             return
         code = end_within(started.process, END_TIMEOUT_S)
@@ -330,13 +328,15 @@ class Supervisor:
 
     def _find_device(self) -> None:
         entry = mount_syscalls.find_mount(self._mountpoint)
-        if entry is not None:  # else it was detached, and is served to those who still use it
-            self._device = entry.device
+        # Nothing there: it was detached, and is served to those who still use it. Not to be asked
+        # later: another mount may be there by then.
+        self._device = entry.device if entry else None
 
     def _describe(self, worker: int | None = None) -> MountRecord:
         return MountRecord(
-            self.name, self._spec.source, os.getpid(), worker, self._version, self.restarts
-        )
+            self.name, self._spec.source, os.getpid(), worker, self._version, self.restarts,
+            self._device or "",
+        )  # fmt: skip
 
     def _look_after(self) -> None:
         with within(self._about):
@@ -534,6 +534,18 @@ class Supervisor:
         record, self._record = self._record, None
         if record is not None:
             record.close()
+
+
+def end_daemon(record: MountRecord) -> None:
+    """End the daemon of a mount; whoever still uses a copy of the mount gets an error.
+
+    Its supervisor ends the kernel's session. Where that was killed, the session ends with the
+    worker, which has the last descriptor of it.
+    """
+    if record.worker is not None and parent_of(record.worker) != record.supervisor:
+        send(record.worker, signal.SIGTERM)
+    else:
+        send(record.supervisor, signal.SIGTERM)
 
 
 def replace_worker(record: MountRecord) -> MountRecord:

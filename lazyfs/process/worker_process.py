@@ -20,6 +20,8 @@ from typing import Any, NamedTuple, Protocol
 # A worker that was told to end, or whose mount ended, gets this long to finish what it does.
 END_TIMEOUT_S = 8.0
 POLL_S = 0.1
+# Threads of a process that ends are usually gone by then, or wait for the next worker.
+LAST_THREADS_S = 0.3
 # Of a worker that says that the mount must be made anew.
 EXIT_CANNOT_RESUME = 75
 
@@ -126,8 +128,10 @@ def wait_for_end(worker: subprocess.Popen[bytes]) -> int:
     """
     while (code := worker.poll()) is None:
         if _status(worker.pid)[:1] == ["Z"]:
-            code = worker.poll()
-            return -signal.SIGKILL if code is None else code
+            # Nearly always the other threads end at once, and the code is known then.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return worker.wait(LAST_THREADS_S)
+            return -signal.SIGKILL
         time.sleep(POLL_S)
     return code
 

@@ -15,9 +15,18 @@ import trio
 import trio.testing
 
 from lazyfs import faults
+from lazyfs.blocks import Span
+from lazyfs.errors import SourceError
 from lazyfs.faults import FaultLog, contained, keep_running, start_watching, the_error
+from lazyfs.fetch.scheduler import BlockFetcher
 from lazyfs.fuse.filesystem import Filesystem
 from lazyfs.handover.in_hand import InHand
+from lazyfs.objects import File
+from lazyfs.observe.recorder import Recorder
+from lazyfs.options.mount_options import MountOptions
+from lazyfs.pagecache.page_cache import PageCache
+from lazyfs.prefetch.prefetcher import Prefetcher
+from lazyfs.store.source import SourceUrl
 
 
 def _fail(message: str) -> None:
@@ -155,3 +164,81 @@ def test_what_is_forgotten_has_no_answer(caplog: pytest.LogCaptureFixture) -> No
     filesystem._lookups = _Broken()  # type: ignore[assignment]
     trio.run(filesystem.forget, [(1, 1)])
     assert "forget failed" in caplog.text
+
+
+class _FaultySource:
+    """A store whose answers make a fault at first."""
+
+    url = SourceUrl("bucket", "")
+
+    def __init__(self, faults: int) -> None:
+        self.faults = faults
+
+    def read_range(self, wanted: Any, start: int, length: int, cancel: Any) -> memoryview:
+        if self.faults:
+            self.faults -= 1
+            raise ValueError("Invalid header value")  # as http.client says
+        return memoryview(bytes(length))
+
+    def close_idle(self) -> None:
+        pass
+
+    def name(self, key: str) -> str:
+        return key
+
+
+FILE = File(2, 1, "f", "f", 10, "etag", 0)
+
+
+def _fetcher(source: _FaultySource, prefetcher: Prefetcher) -> BlockFetcher:
+    options = MountOptions.parse(("--{name}", {"prefetch": "off"}))
+    page_cache, recorder = PageCache("off"), Recorder(options.prefetch)
+    return BlockFetcher(source, None, page_cache, prefetcher, options, recorder)  # type: ignore[arg-type]
+
+
+def test_a_fault_while_a_block_is_brought_is_an_error_of_its_readers() -> None:
+    async def run() -> None:
+        async with trio.open_nursery() as nursery:
+            fetcher = _fetcher(_FaultySource(faults=1), Prefetcher("off", 8 << 20))
+            fetcher.start(nursery)
+            errors = []
+
+            async def read() -> None:
+                try:
+                    await fetcher.read(FILE, Span(0, 0, 10))
+                except SourceError as error:
+                    errors.append(error.errno)
+
+            async with trio.open_nursery() as readers:
+                for _ in range(3):
+                    readers.start_soon(read)
+            assert errors == [errno.EIO] * 3
+            assert fetcher.in_flight == 0
+            assert await fetcher.read(FILE, Span(0, 0, 10)) == bytes(10)
+            assert fetcher.memory_bytes <= 8 << 20
+            nursery.cancel_scope.cancel()
+
+    trio.run(run)
+
+
+def test_a_fault_of_prefetching_does_not_reach_readers(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    prefetcher = Prefetcher("off", 8 << 20)
+
+    def fail(*_: object) -> None:
+        raise LookupError("policy")
+
+    for name in ("next_fetch", "was_read", "next_head"):
+        monkeypatch.setattr(prefetcher, name, fail)
+
+    async def run() -> None:
+        async with trio.open_nursery() as nursery:
+            fetcher = _fetcher(_FaultySource(faults=0), prefetcher)
+            fetcher.start(nursery)
+            fetcher.was_read(FILE, 0, 10)
+            assert await fetcher.read(FILE, Span(0, 0, 10)) == bytes(10)
+            nursery.cancel_scope.cancel()
+
+    trio.run(run)
+    assert caplog.text.count("Traceback") == 2
