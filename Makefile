@@ -29,6 +29,7 @@ mutants: setup
 docs: setup
 	@.venv/bin/python docs/make_options.py
 	@.venv/bin/python docs/make_metrics.py
+	@.venv/bin/python docs/make_refusals.py
 
 # Newest versions that fit pyproject.toml, pinned; needs the tool uv.
 lock:

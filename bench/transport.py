@@ -33,7 +33,8 @@ import origin as origins
 
 from lazyfs.blocks.buffers import take_buffer
 from lazyfs.options.option_types import parse_size
-from lazyfs.store.http import Cancel, Transport, tls_context
+from lazyfs.store.cancel import Cancel
+from lazyfs.store.http import Transport, tls_context
 
 BLOCK = 8 << 20
 KEY = "model/file"

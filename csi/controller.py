@@ -218,7 +218,7 @@ class Controller(ControllerServicer):
             ) from error
 
     def _soon(self, volume: Volume, credentials: Credentials | None) -> Survey:
-        """Look at a source. Raises SourceError, also when that takes long: boto3 has patience."""
+        """Look at a source. Raises SourceError, also when it takes long."""
         found: Future[Survey] = Future()
 
         def look() -> None:

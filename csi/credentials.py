@@ -3,8 +3,8 @@
     secrets of the call           keys, as they are
     roleArn of the volume         the pod's service-account token, for which STS gives keys of that
                                   role (AssumeRoleWithWebIdentity)
-    neither                       the node plugin's own, as boto3 finds them, or unsigned requests
-                                  with noSignRequest
+    neither                       the node plugin's own, as botocore finds them, or unsigned
+                                  requests with noSignRequest
 
 kubelet brings a token when a pod is published, and a newer one by publishing again, if the
 CSIDriver object has `tokenRequests` and `requiresRepublish`

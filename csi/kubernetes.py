@@ -1,7 +1,7 @@
 """The Kubernetes API, as far as the controller needs it: one object at a time, as JSON.
 
-With the pod's own service account and urllib3, which boto3 brings: a client library of Kubernetes
-is larger than all of lazyfs.
+With the pod's own service account and urllib3, which botocore brings: a client library of
+Kubernetes is larger than all of lazyfs.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from lazyfs.options.mount_options import MountOptions
 from lazyfs.process.mount_spec import MountSpec
 from lazyfs.store.credentials import Credentials
 from lazyfs.store.objects import Page, Tokens
+from lazyfs.store.protocol import Store
 from lazyfs.store.source import Source
 from lazyfs.store.url import SourceUrl
 
@@ -54,7 +55,7 @@ def survey(volume: Volume, credentials: Credentials | None) -> Survey:
     """List a source, and read a byte of it.
 
     Args:
-        credentials: to read with; None: boto3 finds them.
+        credentials: to read with; None: botocore finds them.
 
     Raises:
         SourceError: it does not exist, or cannot be listed or read.
@@ -87,7 +88,7 @@ def survey(volume: Volume, credentials: Credentials | None) -> Survey:
         pages += 1
 
 
-def _read_a_byte(source: Source, page: Page) -> bool:
+def _read_a_byte(source: Store, page: Page) -> bool:
     """To list needs another permission than to read; whether there was anything to read."""
     for each in page.objects:
         if each.size_bytes:

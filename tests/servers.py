@@ -45,8 +45,8 @@ KINDS = {
     for kind in (
         Kind("moto", signs=False),
         Kind("versitygw", "versitygw"),
-        Kind("s3proxy", "s3proxy.jar", tls=False),
-        Kind("gofakes3", "gofakes3", tls=False, signs=False),
+        Kind("s3proxy", "s3proxy.jar", tls=False, virtual=False),
+        Kind("gofakes3", "gofakes3", tls=False, virtual=False, signs=False),
         Kind("seaweedfs", "weed", tls=False),
     )
 }
@@ -105,14 +105,12 @@ def _command(
         (directory / "properties").write_text(
             f"s3proxy.endpoint=http://{address}\ns3proxy.authorization=aws-v2-or-v4\n"
             f"s3proxy.identity={ACCESS}\ns3proxy.credential={SECRET}\n"
-            f"s3proxy.virtual-host={HOST}\njclouds.provider=filesystem-nio2\n"
+            "jclouds.provider=filesystem-nio2\n"
             f"jclouds.identity=none\njclouds.credential=none\njclouds.filesystem.basedir={data}\n"
         )
         return ["java", "-Xmx256m", "-jar", program, "--properties", "properties"], {}
     if kind.name == "gofakes3":
-        return [
-            program, f"-host={address}", "-backend=memory", f"-hostbucketbase={HOST}",
-        ], {}  # fmt: skip
+        return [program, f"-host={address}", "-backend=memory"], {}
     assert kind.name == "seaweedfs"
     (directory / "keys.json").write_text(
         '{"identities": [{"name": "tests", "actions": ["Admin", "Read", "Write", "List"], '

@@ -27,6 +27,7 @@ from lazyfs.options.mount_options import MountOptions
 from lazyfs.options.option_types import compile_pattern, format_size
 from lazyfs.process.mount_records import control_socket
 from lazyfs.store.objects import Tokens
+from lazyfs.store.protocol import Store
 from lazyfs.store.source import Source
 from lazyfs.store.url import SourceUrl, is_url
 
@@ -93,7 +94,7 @@ def _models_of_mount(client: ControlClient, options: MountOptions) -> list[Model
     )
 
 
-def _models_of_source(source: Source, options: MountOptions) -> list[Model]:
+def _models_of_source(source: Store, options: MountOptions) -> list[Model]:
     tree = Tree(source.url.prefix)
     tree.plant(tree.root, _listing(source), [], whole=True)
     files = {path: file for file in tree.files() if options.wants(path := tree.path(file))}
@@ -126,7 +127,7 @@ def _models(
     )
 
 
-def _listing(source: Source) -> list[ListedObject]:
+def _listing(source: Store) -> list[ListedObject]:
     objects: list[ListedObject] = []
     tokens, token = Tokens(str(source.url)), None
     while True:
@@ -138,7 +139,7 @@ def _listing(source: Source) -> list[ListedObject]:
 
 
 def _cached(
-    source: Source, options: MountOptions, files: Mapping[str, File]
+    source: Store, options: MountOptions, files: Mapping[str, File]
 ) -> Callable[[str], int | None]:
     """A function that returns the cached bytes of a file; None if this user cannot read a cache."""
     cache = BlockCache.of(options, source.endpoint, source.url.bucket)

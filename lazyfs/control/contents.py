@@ -18,7 +18,7 @@ from lazyfs.model.shard_index import MAX_INDEX_BYTES
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.tree import Directory, Node
 from lazyfs.objects import File
-from lazyfs.store.source import Source
+from lazyfs.store.protocol import Store
 
 
 class Contents:
@@ -30,7 +30,7 @@ class Contents:
         fetcher: what is on this machine.
     """
 
-    def __init__(self, source: Source, catalog: Catalog, fetcher: BlockFetcher) -> None:
+    def __init__(self, source: Store, catalog: Catalog, fetcher: BlockFetcher) -> None:
         self._source = source
         self._catalog = catalog
         self._fetcher = fetcher

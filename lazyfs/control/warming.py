@@ -17,7 +17,7 @@ from lazyfs.errors import BadRequestError, LazyfsError
 from lazyfs.faults import report_fault
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.options.mount_options import MountOptions
-from lazyfs.store.source import Source
+from lazyfs.store.protocol import Store
 
 if TYPE_CHECKING:
     from lazyfs.fetch.warm import Warmer
@@ -36,7 +36,7 @@ class Warming:
     """
 
     def __init__(
-        self, source: Source, catalog: Catalog, options: MountOptions, nursery: trio.Nursery
+        self, source: Store, catalog: Catalog, options: MountOptions, nursery: trio.Nursery
     ) -> None:
         self._source = source
         self._catalog = catalog

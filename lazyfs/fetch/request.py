@@ -20,9 +20,9 @@ from lazyfs.fetch.threads import in_bulk
 from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
-from lazyfs.store.http import Cancel, CancelledError
+from lazyfs.store.cancel import Cancel, CancelledError
+from lazyfs.store.protocol import Store
 from lazyfs.store.retry import patiently
-from lazyfs.store.source import Source
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class BlockGetter:
 
     def __init__(
         self,
-        source: Source,
+        source: Store,
         memory: BlockMemory,
         options: MountOptions,
         threads: trio.CapacityLimiter,

@@ -47,7 +47,7 @@ from lazyfs.options.mount_options import MountOptions
 from lazyfs.pagecache.page_cache import PageCache
 from lazyfs.pagecache.pusher import BlockPusher
 from lazyfs.prefetch.prefetcher import Prefetcher
-from lazyfs.store.source import Source
+from lazyfs.store.protocol import Store
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class BlockFetcher:
 
     def __init__(
         self,
-        source: Source,
+        source: Store,
         cache: BlockCache | None,
         page_cache: PageCache,
         prefetcher: Prefetcher,

@@ -18,7 +18,7 @@ from lazyfs.blocks import BlockId, block_count, block_length
 from lazyfs.blocks.memory import BlockMemory
 from lazyfs.cache import CARE_S, BlockCache, Claim
 from lazyfs.cache.other_daemons import LEASE_S
-from lazyfs.errors import LazyfsError, SourceError
+from lazyfs.errors import LazyfsError, ObjectChangedError, ObjectGoneError, SourceError
 from lazyfs.fetch.request import BlockGetter
 from lazyfs.model.layout import ModelFile, layouts
 from lazyfs.namespace.catalog import Catalog
@@ -29,7 +29,8 @@ from lazyfs.options.mount_options import MountOptions
 from lazyfs.options.option_types import format_size, matches
 from lazyfs.prefetch.prefetcher import Prefetcher
 from lazyfs.store import checksum
-from lazyfs.store.source import Source
+from lazyfs.store.checksum import ObjectSum
+from lazyfs.store.protocol import Store
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class Warmer:
     """
 
     def __init__(
-        self, source: Source, catalog: Catalog, cache: BlockCache, options: MountOptions
+        self, source: Store, catalog: Catalog, cache: BlockCache, options: MountOptions
     ) -> None:
         self.progress = Progress()
         self._source = source
@@ -254,11 +255,14 @@ class Warmer:
 
     async def _verify_one(self, file: File) -> int:
         damaged = 0
+        whole: ObjectSum | None = None
         try:
             whole = await self._thread(self._source.checksum, file)
-        except SourceError as error:
+        except (ObjectChangedError, ObjectGoneError) as error:
             self.progress.problems.append(str(error))
             return 0
+        except SourceError as error:  # reading needs no HEAD, which a policy may deny
+            self.progress.problems.append(f"not compared with a checksum of S3: {error}")
         for number in range(block_count(file.size_bytes, self._block_size)):
             data = await self._thread(self._cache.load, file, number)
             if data is None:
@@ -279,8 +283,11 @@ class Warmer:
         return damaged
 
     def _why(self, missing: int) -> str:
-        what = f"{self._source.url}: {format_size(missing)} of "
-        what += f"{format_size(self.progress.total_bytes)} are not in the cache"
+        total = format_size(self.progress.total_bytes)
+        if missing:
+            what = f"{self._source.url}: {format_size(missing)} of {total} are not in the cache"
+        else:
+            what = f"{self._source.url}: all {total} are in the cache, but not all is verified"
         if self.progress.problems:
             more = len(self.progress.problems) - 1
             what += f": {self.progress.problems[0]}" + (f" (and {more} more)" if more else "")

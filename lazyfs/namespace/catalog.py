@@ -25,8 +25,8 @@ from lazyfs.objects import ListedObject
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store.objects import Hidden, Page, Tokens
+from lazyfs.store.protocol import Store
 from lazyfs.store.retry import patiently
-from lazyfs.store.source import Source
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Catalog:
     """
 
     def __init__(
-        self, source: Source, options: MountOptions, journal: ListingLog, recorder: Recorder
+        self, source: Store, options: MountOptions, journal: ListingLog, recorder: Recorder
     ) -> None:
         self._recorder = recorder
         self._source = source

@@ -22,7 +22,7 @@ class MountSpec:
         source: `s3://bucket/prefix`.
         mountpoint: an absolute path.
         options: texts by option name (`lazyfs/options/mount_options.py`).
-        credentials: given for this mount; None: boto3 finds them.
+        credentials: given for this mount; None: botocore finds them.
         volume: ids of the volumes of a cluster that are served, with commas, for the log.
     """
 

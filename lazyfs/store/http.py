@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from lazyfs.blocks.buffers import take_buffer
 from lazyfs.errors import OptionError
+from lazyfs.store.cancel import Cancel
 
 T = TypeVar("T")
 
@@ -52,51 +53,6 @@ class Proxy:
     host: str
     port: int
     headers: Mapping[str, str] = field(repr=False)
-
-
-class CancelledError(Exception):
-    """Another thread did not want the answer any more."""
-
-
-class Cancel:
-    """Lets another thread end a request: what waits for the server wakes up."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._socket: socket.socket | None = None
-        self.called = False
-
-    def __call__(self) -> None:
-        """End it, whether it has begun or not; without effect when it is over."""
-        with self._lock:
-            self.called = True
-            if self._socket is not None:
-                with contextlib.suppress(OSError):  # the server was faster
-                    # Of TLS, too, only the connection: its state is the other thread's.
-                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-
-    @contextlib.contextmanager
-    def watching(self, connection: socket.socket) -> Iterator[None]:
-        """A request is made over this connection.
-
-        Raises:
-            CancelledError: in the place of whatever comes of it once it was ended.
-        """
-        try:
-            with self._lock:
-                self._socket = connection
-                if self.called:
-                    raise CancelledError
-            yield
-        except Exception as error:
-            if self.called:
-                raise CancelledError from error
-            raise
-        finally:
-            with self._lock:
-                self._socket = None
-        if self.called:  # what was received may be cut off
-            raise CancelledError
 
 
 class Body:
@@ -313,7 +269,7 @@ class Transport:
 
 
 def tls_context(authorities: str) -> ssl.SSLContext:
-    """What a connection is secured with, as boto3 does it.
+    """What a connection is secured with, as botocore does it.
 
     Args:
         authorities: a file of certificates that are trusted.

@@ -37,12 +37,12 @@ from lazyfs.errors import (
 )
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store import entity_tag, listing, ranges
+from lazyfs.store.cancel import Cancel
 from lazyfs.store.credentials import Credentials, StaticCredentials, WebIdentity
 from lazyfs.store.http import (
     SILENCE_TIMEOUT_S,
     Answer,
     BadRedirectError,
-    Cancel,
     Transport,
     may_be_redirected_to,
     tls_context,
@@ -349,8 +349,11 @@ class Source:
 
         path = self._place.path + quote(pin.key, safe="/~")
         request = _Request("HEAD", path, "", {"Accept-Encoding": _AS_STORED})
-        signed = {"x-amz-checksum-mode": "ENABLED"}
-        return self._ask(request, handle, self.url.name(pin.key), Cancel(), signed)
+        signed, what = {"x-amz-checksum-mode": "ENABLED"}, self.url.name(pin.key)
+        try:
+            return self._ask(request, handle, what, Cancel(), signed)
+        except NotSupportedError:  # S3Proxy
+            return self._ask(request, handle, what, Cancel())
 
     def close_idle(self) -> None:
         """Close connections that nobody has used for a while."""

@@ -1,7 +1,7 @@
-"""A process that has boto3 find out what a worker needs to know of its source, and ends.
+"""A process that has botocore find out what a worker needs to know of its source, and ends.
 
-boto3 takes as long to load, and to make a client, as everything else that a worker loads. So the
-two are done side by side, and the worker loads boto3 itself only if it has to list, or when its
+botocore takes as long to load, and to make a client, as everything else that a worker loads. So the
+two are done side by side, and the worker loads botocore itself only if it has to list, or when its
 keys run out (`lazyfs/store/source.py`).
 
 The scout is forked from the worker. It is asked once, with the spec of the mount, by a message
@@ -40,7 +40,7 @@ NAME = "lazyfs-scout"
 
 
 class SourceProbe:
-    """The process, which loads boto3 at once. No other thread may run when it is made."""
+    """The process, which loads botocore at once. No other thread may run when it is made."""
 
     def __init__(self) -> None:
         self._connection, theirs = socket.socketpair()

@@ -23,7 +23,7 @@ from lazyfs.options.mount_options import PLANNED, MountOptions
 from lazyfs.pagecache.page_cache import PageCache
 from lazyfs.prefetch.planner import Planner
 from lazyfs.prefetch.prefetcher import Prefetcher
-from lazyfs.store.source import Source
+from lazyfs.store.protocol import Store
 from simulated.loaders import Job, Loader, Read
 from simulated.machine import PAGE, Bucket, Disk, Link, Machine, Pages, Threads
 from simulated.models import Model
@@ -129,7 +129,7 @@ class _Load:
         prefetcher = Prefetcher(options.prefetch, options.block_size)
         recorder = Recorder(options.prefetch)
         self._fetcher = BlockFetcher(
-            cast(Source, self._bucket),
+            cast(Store, self._bucket),
             cast(BlockCache | None, disk),
             cast(PageCache, self._pages),
             prefetcher,

@@ -13,12 +13,11 @@ from typing import TypeVar
 import pytest
 
 from lazyfs.store import http as transport
+from lazyfs.store.cancel import Cancel, CancelledError
 from lazyfs.store.http import (
     Answer,
     BadRedirectError,
     Body,
-    Cancel,
-    CancelledError,
     CutOffError,
     Proxy,
     Transport,

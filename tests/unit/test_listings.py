@@ -21,7 +21,7 @@ from lazyfs.prefetch import planner
 from lazyfs.prefetch.planner import Planner
 from lazyfs.prefetch.prefetcher import Prefetcher
 from lazyfs.store.objects import Page
-from lazyfs.store.source import Source
+from lazyfs.store.protocol import Store
 
 DIRECTORIES = 20
 OPTIONS = MountOptions()
@@ -63,7 +63,7 @@ class Fetcher:
 
 
 def catalog_of(*pages: Page) -> Catalog:
-    source = cast(Source, Bucket(*pages))
+    source = cast(Store, Bucket(*pages))
     return Catalog(source, OPTIONS, ListingLog(), Recorder())
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from lazyfs import errors
 from lazyfs.errors import SourceError
 from lazyfs.store.refusals import RULES, Refusal, classify
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -117,3 +122,11 @@ def test_text_of_others_stays_one_line_of_bounded_length() -> None:
     error = told(400, "<Code>A\x1b[31mB</Code><Message>" + "x\u202e" * 5000 + "</Message>")
     assert str(error).isprintable()
     assert len(str(error)) < 500
+
+
+def test_the_page_has_the_table() -> None:
+    printed = subprocess.run(
+        [sys.executable, ROOT / "docs/make_refusals.py", "--print"],
+        capture_output=True, text=True, check=True, timeout=60,
+    ).stdout  # fmt: skip
+    assert (ROOT / "docs/S3.md").read_text() == printed, "run: make docs"

@@ -17,7 +17,7 @@ from lazyfs.observe.events import Cause
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.prefetch.prefetcher import Prefetcher
-from lazyfs.store.http import Cancel
+from lazyfs.store.cancel import Cancel
 
 FILE = File(2, 1, "f", "f", 100, "e", 0)
 LIMIT = 1000

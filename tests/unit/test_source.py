@@ -600,6 +600,15 @@ def test_a_checksum_is_that_of_the_listed_version(serve: Serve) -> None:
         service.source().checksum(PIN)
 
 
+def test_a_service_that_keeps_no_checksums(serve: Serve) -> None:
+    def answer(request: Request) -> ANSWER:
+        if "x-amz-checksum-mode" in request.headers:
+            return 501, {}, b""
+        return 200, {"ETag": '"v1"', "Content-Length": str(len(DATA))}, b""
+
+    assert serve(answer).source().checksum(PIN) is None
+
+
 @pytest.mark.parametrize(
     ("status", "kind"), [(403, errors.AccessDeniedError), (404, errors.ObjectGoneError)]
 )

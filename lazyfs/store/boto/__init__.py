@@ -1,7 +1,7 @@
-"""What boto3 does for lazyfs: credentials, the region of a bucket, listings and heads.
+"""What botocore does for lazyfs: it decides where a bucket is, and finds credentials.
 
-boto3 takes a tenth of a second to load and to make a client. So this package is imported only where
-it is needed: a worker that begins has another process do that (`lazyfs/store/source_probe.py`).
+botocore takes a tenth of a second to load and to make a client. So this package is imported only
+where it is needed: a worker that begins has another process do that (`lazyfs/store/source_probe.py`).
 """
 
 from __future__ import annotations

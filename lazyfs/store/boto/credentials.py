@@ -1,4 +1,4 @@
-"""Credentials that were given for a mount, as boto3 wants them, and replaced while it runs."""
+"""Credentials that were given for a mount, as botocore wants them, and replaced while it runs."""
 
 from __future__ import annotations
 

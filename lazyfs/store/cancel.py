@@ -1,0 +1,53 @@
+"""Ending a request from another thread."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+
+
+class CancelledError(Exception):
+    """Another thread did not want the answer any more."""
+
+
+class Cancel:
+    """Lets another thread end a request: what waits for the server wakes up."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self.called = False
+
+    def __call__(self) -> None:
+        """End it, whether it has begun or not; without effect when it is over."""
+        with self._lock:
+            self.called = True
+            if self._socket is not None:
+                with contextlib.suppress(OSError):  # the server was faster
+                    # Of TLS, too, only the connection: its state is the other thread's.
+                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    @contextlib.contextmanager
+    def watching(self, connection: socket.socket) -> Iterator[None]:
+        """A request is made over this connection.
+
+        Raises:
+            CancelledError: in the place of whatever comes of it once it was ended.
+        """
+        try:
+            with self._lock:
+                self._socket = connection
+                if self.called:
+                    raise CancelledError
+            yield
+        except Exception as error:
+            if self.called:
+                raise CancelledError from error
+            raise
+        finally:
+            with self._lock:
+                self._socket = None
+        if self.called:  # what was received may be cut off
+            raise CancelledError
