@@ -71,13 +71,13 @@ class ByteProgress:
 
     def update(self, done: int, total: int) -> None:
         """Show that `done` of `total` bytes are done."""
-        if self._done_at_first is None:
+        if total and self._done_at_first is None:
             self._done_at_first = done
         self._latest = (done, total)
         if self._bar is not None:
             # The bar starts at the bytes that were there before; they would distort the rate.
             self._bar.update(self._task, completed=done, total=total or None)
-        elif time.monotonic() - self._shown_at_s >= LINE_EVERY_S:
+        elif total and time.monotonic() - self._shown_at_s >= LINE_EVERY_S:  # else not known yet
             self._shown_at_s = time.monotonic()
             self._line(done, total, finished=False)
 

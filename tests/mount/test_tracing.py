@@ -123,7 +123,7 @@ def test_a_collector_that_is_away(mount_with: Callable[..., Mounted]) -> None:
 def test_protocols_that_are_not_spoken(mount_with: Callable[..., Mounted]) -> None:
     variables = {"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}
     mounted = mount_with(variables)
-    assert "no traces: OTLP by grpc is not supported" in mounted.log()
+    assert "no traces: OTLP over grpc is not supported" in mounted.log()
     assert shell("cat config.json", mounted.path).stdout == "{}"
 
 
