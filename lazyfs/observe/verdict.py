@@ -97,7 +97,7 @@ def _throttled(load: Load) -> Explained:
     return (
         "throttled",
         f"S3 asked for fewer requests ({load.retries[Cause.THROTTLED]} times).",
-        "Spread the load over time, or ask the provider for a higher request rate. A lower "
+        "Run fewer mounts at once, or ask the provider for a higher request rate. A lower "
         "--max-concurrency avoids the refusals, but not the limit.",
     )
 
