@@ -14,7 +14,6 @@ import faulthandler
 import itertools
 import logging
 import os
-import queue
 import secrets
 import signal
 import socket
@@ -118,10 +117,10 @@ class Server:
         Args:
             beside: servers that start after this one and stop before it.
         """
-        with signals_to_end() as told:
+        with signals_to_end() as wait:
             for server in (self, *beside):
                 server.start()
-            told.get()
+            wait()
         log.info("ending")
         # What is stuck is told, and does not keep the next plugin waiting.
         faulthandler.dump_traceback_later(LAST_STEPS_S, exit=True)
@@ -235,20 +234,31 @@ def socket_path(endpoint: str, option: str = "--endpoint") -> Path:
 
 
 @contextlib.contextmanager
-def signals_to_end() -> Iterator[queue.SimpleQueue[int]]:
-    """A queue of SIGTERM and SIGINT.
+def signals_to_end() -> Iterator[Callable[[], None]]:
+    """A function that waits for SIGTERM or SIGINT, also if one came before it is called.
 
-    Not an event: the thread that is interrupted may hold its lock just then, and would wait for
-    itself.
+    The interpreter's own handler writes to a pipe, in whichever thread the signal arrives. A lock
+    or a queue can miss it: its wait is not ended by a signal that comes just before it begins, or
+    that another thread gets.
     """
-    told: queue.SimpleQueue[int] = queue.SimpleQueue()
     numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, lambda got, _: told.put(got)) for number in numbers]
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    fd_before = signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
+    before = [signal.signal(number, lambda *_: None) for number in numbers]
+
+    def wait() -> None:
+        while os.read(ours, 1)[0] not in numbers:
+            pass
+
     try:
-        yield told
+        yield wait
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+        signal.set_wakeup_fd(fd_before)
+        os.close(ours)
+        os.close(theirs)
 
 
 def _make_room(path: Path, option: str) -> None:

@@ -116,7 +116,7 @@ def test_publish_secrets(node: TestNode, s3: S3) -> None:
     node.publish("csi-1", inline, staging_target_path="", secrets=secret("first"))
     s3.let_in("second")
     target = node.publish("csi-1", inline, staging_target_path="", secrets=secret("second"))
-    assert len(node.workers()) == 1
+    wait_for(lambda: len(node.workers()) == 1)
     assert shell("cat sub/file", target).stdout == "content"
 
     context = node.context("s3://guarded/m")
@@ -146,7 +146,7 @@ def test_a_publish_secret_is_enough_and_is_renewed(node: TestNode, s3: S3) -> No
     node.publish("vol", context, secrets=secret("second"))
     assert shell("cat later/file", target).stdout == "later"
     assert shell("cat sub/file", node.publish("vol", context, "b", secrets=secret("second"))).stdout
-    assert len(node.workers()) == 1
+    wait_for(lambda: len(node.workers()) == 1)
     for pod_name in ("a", "b"):
         node.unpublish("vol", pod_name)
     assert node.workers() == [], "nothing is left to serve"
@@ -190,7 +190,7 @@ def test_service_account_tokens(make_node: Callable[..., TestNode], s3: S3, sts:
     assert shell("cat sub/file", target).stdout == "content"
     assert sts.calls[0]["RoleSessionName"] == "models.vllm"
     second = node.publish("vol", context | tokens("token-1"), "b")
-    assert len(node.workers()) == 1, "the same service account"
+    wait_for(lambda: len(node.workers()) == 1)  # of the same service account
 
     other = {"csi.storage.k8s.io/serviceAccount.name": "intruder"}
 
@@ -205,9 +205,9 @@ def test_service_account_tokens(make_node: Callable[..., TestNode], s3: S3, sts:
     sts.accepted.add("forged")
     s3.let_in("key-of-token-1", "key-of-token-2", "key-of-forged")
     publish_other()
-    assert len(node.workers()) == 2, "another service account has its own daemon"
+    wait_for(lambda: len(node.workers()) == 2)  # another service account has its own daemon
     node.unpublish("vol", "c")
-    assert len(node.workers()) == 1
+    wait_for(lambda: len(node.workers()) == 1)
 
     sts.accepted = {"token-2"}
     s3.let_in("key-of-token-2")

@@ -52,7 +52,7 @@ def test_life_cycle_with_two_pods(node: TestNode) -> None:
     first, second = (node.publish("vol", context, pod) for pod in ("a", "b"))
     for target in (first, second):
         assert hashes(target) == sha256(FILES)
-    assert len(node.workers()) == 1
+    wait_for(lambda: len(node.workers()) == 1)
     options = next(
         line.split()[5].split(",")
         for line in Path("/proc/self/mountinfo").read_text().splitlines()
@@ -110,10 +110,10 @@ def test_volumes_of_one_source_share_a_daemon(node: TestNode, s3: S3) -> None:
     context = node.context("s3://models/llama")
     node.stage("one", context)
     node.stage("two", context)
-    assert len(node.workers()) == 1
+    wait_for(lambda: len(node.workers()) == 1)
     node.stage("three", context, secrets={**SECRETS, "accessKeyId": "another"})
     node.stage("four", {**context, "blockSize": "1MiB"})
-    assert len(node.workers()) == 3
+    wait_for(lambda: len(node.workers()) == 3)
     node.unstage("one")
     assert hashes(node.publish("two", context)) == sha256(FILES)
     node.unpublish("two")
@@ -130,7 +130,7 @@ def test_every_volume_is_unstaged_while_others_share_its_daemon(node: TestNode) 
         node.stage(volume, context)
         node.publish(volume, context)
     target = node.publish("csi-1", inline, staging_target_path="", secrets=SECRETS)
-    assert len(node.workers()) == 1
+    wait_for(lambda: len(node.workers()) == 1)
     for volume in ("one", "two"):
         node.unpublish(volume)
         node.unstage(volume)

@@ -87,7 +87,7 @@ def test_pods_read_on_while_the_plugin_restarts(node: TestNode, context: dict[st
     assert node.mounts() == mounted
     node.stage("vol", context)
     assert node.publish("vol", context, "b").is_dir()
-    assert len(node.workers()) == 1
+    wait_for(lambda: len(node.workers()) == 1)
     for pod in ("a", "b"):
         node.unpublish("vol", pod)
     node.unstage("vol")
@@ -129,7 +129,7 @@ def test_an_upgrade_may_change_defaults(node: TestNode, context: dict[str, str])
     node.start_plugin("--memory-limit=64MiB")
     node.stage("vol", context)
     assert node.publish("vol", context) == target
-    assert len(node.workers()) == 1
+    wait_for(lambda: len(node.workers()) == 1)
     assert hashes(target) == sha256(FILES)
 
 

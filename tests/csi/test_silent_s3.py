@@ -66,7 +66,7 @@ def test_a_pod_is_told_early_and_starts_when_s3_answers(
     code, message = told[0]
     assert code == "UNAVAILABLE", "a code after which kubelet calls again and cleans up"
     assert message.startswith("s3://quiet/m: is not mounted yet: S3 has not answered")
-    assert len(node.workers()) == 1, "the second call joins the start that goes on"
+    wait_for(lambda: len(node.workers()) == 1)  # the second call joins the start that goes on
     s3.forget()
     node.stage("vol", context)
     assert shell("cat file", node.publish("vol", context)).stdout == "content"
