@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from grpc import StatusCode
 
-from csi.errors import RpcError, code_of, without_ids
+from csi.errors import RpcError, code_of
 from lazyfs.errors import LazyfsError, MountError
 from lazyfs.handover.keeper import KeeperError
 from lazyfs.process.supervisor import Supervisor
@@ -140,9 +140,7 @@ class Start:
     def _has_failed(self, why: LazyfsError | KeeperError) -> bool:
         """Note why; whether that is final."""
         with self._changed:
-            if self._why is None or without_ids(str(why)) != without_ids(str(self._why)):
-                log.warning("%s", why)
-            self._why = why
+            self._why = why  # the call that is told it logs it
             if code_of(why) is not StatusCode.UNAVAILABLE or self._is_given_up:
                 self._ended_s = time.monotonic()
             self._changed.notify_all()
