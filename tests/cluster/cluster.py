@@ -270,8 +270,14 @@ class Cluster:
             )
         return eventually(lambda: children(outer.pid), 10, f"{name} was not started")[0]
 
-    def on_node(self, *command: str, timeout_s: float = 60) -> str:
-        """What a command on the node prints."""
+    def on_node(
+        self, *command: str, timeout_s: float = 60, succeeds_with: Sequence[int] = (0,)
+    ) -> str:
+        """What a command on the node prints.
+
+        Raises:
+            ClusterError: it ended with another status than those of success.
+        """
         path = f"{self.programs}:{os.environ['PATH']}"
         ran = subprocess.run(
             self.namespaces("node").command(["env", f"PATH={path}", *command]),
@@ -280,7 +286,7 @@ class Cluster:
             timeout=timeout_s,
             check=False,
         )
-        if ran.returncode != 0:
+        if ran.returncode not in succeeds_with:
             raise ClusterError(f"on the node, {' '.join(command)}: {ran.stderr.strip()}")
         return ran.stdout
 

@@ -187,7 +187,7 @@ class Driver:
 
     def pids(self, pattern: str) -> list[str]:
         """Processes of the node by their command line."""
-        return self.cluster.on_node("pgrep", "-f", pattern).split()
+        return self.cluster.on_node("pgrep", "-f", pattern, succeeds_with=(0, 1)).split()
 
     def kill(self, *pids: int | str) -> None:
         self.cluster.on_node("kill", "-9", *map(str, pids))

@@ -34,7 +34,7 @@ rm -f "$images/lazyfs.tar"
 IMAGE=$lazyfs STORAGE=$storage ARCHIVE=$images/lazyfs.tar ../../deploy/image.sh >/dev/null
 image vllm docker.io/vllm/vllm-openai:v0.15.0 "$lazyfs" \
     vllm.py /usr/local/bin/vllm vllm.py /usr/local/lib/vllm/vllm.py \
-    -- --entrypoint '[]' --cmd 'vllm' --env PYTHONPATH=/usr/local/lib/vllm
+    -- --env PYTHONPATH=/usr/local/lib/vllm
 if [ ! -e "$images/provisioner-$provisioner.tar" ]; then
     image "provisioner-$provisioner" "registry.k8s.io/sig-storage/csi-provisioner:$provisioner" \
         scratch "$cache/bin/csi-provisioner@$provisioner" /csi-provisioner \

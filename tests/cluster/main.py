@@ -1,10 +1,11 @@
 """`make cluster` and `make cluster-down`: see docs/TESTING.md.
 
-main.py up|test|down [ARGUMENTS OF PYTEST]
+main.py run|down [ARGUMENTS OF PYTEST]
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -34,8 +35,6 @@ NEEDED = {
 
 def prepare() -> None:
     """Check what the machine must have, and install what it can have by apt-get."""
-    if os.geteuid() != 0:
-        raise ClusterError("a cluster needs root: sudo make cluster")
     missing = [package for program, package in NEEDED.items() if shutil.which(program) is None]
     if not Path("/usr/include/seccomp.h").exists():
         missing.append("libseccomp-dev")
@@ -70,6 +69,14 @@ def timed(what: str, since: float) -> float:
 
 
 def main(command: str, *arguments: str) -> int:
+    if os.geteuid() != 0:
+        raise ClusterError("a cluster needs root: sudo make cluster")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    lock = (CACHE / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ClusterError("`make cluster` runs on this machine already") from None
     cluster = Cluster(CACHE)
     if command == "down":
         cluster.down()

@@ -25,6 +25,9 @@ for each in vm/overcommit_memory vm/panic_on_oom kernel/panic kernel/panic_on_oo
     cat /proc/sys/$each >"/mnt/${each//\//.}"
     mount --bind "/mnt/${each//\//.}" /proc/sys/$each
 done
+# User namespaces may mount a proc only if they see one with nothing mounted on it.
+mkdir /mnt/proc
+mount -t proc proc /mnt/proc
 
 serve() { # serve NAME COMMAND...: until the node ends
     local name=$1

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,12 @@ def processes() -> list[dict[str, Any]]:
 
 def places() -> list[str]:
     """Files and directories that the driver, and kubelet for it, keep for volumes."""
-    own = [path for path in PLUGIN.rglob("*") if not path.is_socket()] if PLUGIN.exists() else []
+    own = [
+        Path(directory) / name
+        for directory, directories, files in os.walk(PLUGIN)  # a dead mount is passed over
+        for name in directories + files
+        if not name.endswith(".sock")
+    ]
     staged = list(STAGED.iterdir()) if STAGED.exists() else []
     published = [
         path.parent

@@ -157,11 +157,15 @@ class Tenant:
         return ran.stdout if ran.returncode == 0 else ""
 
     def warnings(self, name: str, kind: str = "Pod") -> list[tuple[str, str, int]]:
-        """Events of an object that are warnings: reason, message, count."""
+        """Events of an object that are warnings: reason, message, count.
+
+        Not those of one that had its name before.
+        """
+        known = self.cluster.get(kind, name, NAMESPACE)
+        uid = known["metadata"]["uid"] if known else None
         found = []
         for each in self.cluster.list("events", NAMESPACE):
-            about = each["involvedObject"]
-            if (about["kind"], about["name"], each["type"]) == (kind, name, "Warning"):
+            if (each["involvedObject"].get("uid"), each["type"]) == (uid, "Warning"):
                 count = (each.get("series") or {}).get("count") or each.get("count") or 1
                 found.append((each["reason"], each["message"], count))
         return found

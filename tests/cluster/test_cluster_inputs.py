@@ -16,7 +16,7 @@ CLAIM = "PersistentVolumeClaim"
 VOLUMES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "wrong_key": ({"secret": "wrong"}, ["secretAccessKey"]),
     "unknown_key": ({"secret": "unknown"}, ["accessKeyId"]),
-    "secret_with_other_names": ({"secret": "misspelt"}, ["accessKeyId", "secretAccessKey"]),
+    "secret_with_other_names": ({"secret": "misspelt"}, ["accessKeyId", "accessKey, secretKey"]),
     "no_such_secret": ({"secret": "absent"}, ["absent", "not found"]),
     "no_secret": ({"secret": None}, ["nodePublishSecretRef"]),
     "no_such_bucket": ({"source": "s3://no-such-bucket/tiny/"}, ["no-such-bucket"]),
@@ -79,15 +79,10 @@ def secrets_are_not_told(driver: Driver, message: str) -> None:
 
 
 CLAIMS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "no_such_bucket": ({"source": "s3://models-of-nobody/x/"}, ["allowedPrefixes"]),
-    "prefix_of_others": ({"source": "s3://private/tiny/"}, ["private", "allowedPrefixes"]),
+    "bucket_of_others": ({"source": "s3://models-x/x/"}, ["s3://models-x/x/", "not allowed"]),
+    "prefix_of_others": ({"source": "s3://private/tiny/"}, ["s3://private/tiny/", "not allowed"]),
     "nothing_below_the_prefix": ({"source": "s3://models/tinny/"}, ["models/tinny"]),
     "no_annotation": ({}, ["csi.lazyfs.io/source"]),
-    "limit_below_the_model": (
-        {"source": "s3://models/big/",
-         "resources": {"requests": {"storage": "1Mi"}, "limits": {"storage": "2Mi"}}},
-        ["limit"],
-    ),
 }  # fmt: skip
 
 
