@@ -24,6 +24,7 @@ from lazyfs.namespace.listing_log import ListingLog
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.options.option_types import format_size
+from lazyfs.process import descriptors
 from lazyfs.process.mount_records import control_socket
 from lazyfs.store.source import Source
 from lazyfs.store.url import SourceUrl, is_url
@@ -57,7 +58,7 @@ def warm(
     Exit code 1: something is missing; the last line says why.
     """
     if is_url(source_or_mountpoint):
-        options, _ = settings(config, given)
+        options = descriptors.fit(settings(config, given)[0])
         _warm_source(SourceUrl.parse(source_or_mountpoint), options, verify, as_json)
         return
     include = given.pop("include")

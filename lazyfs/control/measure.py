@@ -8,6 +8,7 @@ from collections.abc import Callable
 from lazyfs import __version__
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.control.status import Status, resident_bytes
+from lazyfs.faults import FAULTS
 from lazyfs.observe.events import Activity, Purpose
 from lazyfs.observe.metrics import Values, histogram_value
 from lazyfs.observe.recorder import Tier
@@ -39,6 +40,7 @@ def _mount(status: Status) -> Values:
         "lazyfs_worker_start_time_seconds": [({}, time.time() - status.recorder.uptime_s)],
         "lazyfs_worker_restarts_total": [({}, status.restarts)],
         "lazyfs_mount_resumes_total": [({}, status.carried.resumes)],
+        "lazyfs_faults_total": [({}, FAULTS.count)],
         "lazyfs_trouble": [({}, int(fetcher.trouble is not None))],
         "lazyfs_memory_blocks_bytes": [({}, fetcher.memory_bytes)],
         "lazyfs_memory_limit_bytes": [({}, status.options.memory_limit)],

@@ -59,6 +59,10 @@ METRICS = (
         "lazyfs_mount_resumes_total", "counter", "Times that a new worker took over the mount from "
         "another one.",
     ),
+    Metric(
+        "lazyfs_faults_total", "counter", "Unexpected exceptions that the worker survived; the log "
+        "has a traceback of each kind.",
+    ),
     Metric("lazyfs_trouble", "gauge", "1 while at least one object cannot be read from S3."),
     # The model
     Metric("lazyfs_size_bytes", "gauge", "Total size of the files listed so far."),

@@ -25,7 +25,7 @@ from lazyfs.fuse import mount_syscalls
 from lazyfs.handover.handover import LOG, SPEC, Handover
 from lazyfs.handover.keeper import KeeperClient, KeeperError
 from lazyfs.options.mount_options import MountOptions
-from lazyfs.process import privileges
+from lazyfs.process import descriptors, privileges
 from lazyfs.process.mount_spec import MountSpec
 from lazyfs.process.worker_line import SupervisorLine
 from lazyfs.process.worker_process import EXIT_CANNOT_RESUME
@@ -95,6 +95,7 @@ def _ask_keeper(keeper: KeeperClient, name: str) -> _Order:
     log.configure(
         options.log_level, options.log_format, mountpoint=spec.mountpoint, volume=spec.volume
     )
+    options = descriptors.fit(options)
     former = Handover.fetch(keeper, name)
     if former is None:
         mount_syscalls.check_mountpoint(Path(spec.mountpoint))

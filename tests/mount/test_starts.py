@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -171,3 +172,35 @@ supervisor.stop()
     )
     assert answer.returncode == 0
     assert not is_mounted(path)
+
+
+@pytest.mark.parametrize("limits", ["-Sn 64", "-n 256", "-n 64"])
+def test_few_open_files(s3: S3, tmp_path: Path, limits: str) -> None:
+    """A low soft limit is raised; a low hard one means fewer requests at once, or a refusal."""
+    shards = {f"few/model-{n:05}-of-00060.safetensors": os.urandom(300_000) for n in range(1, 61)}
+    s3.put("descriptors", shards)
+    (tmp_path / "mnt").mkdir()
+    mount = (
+        f"ulimit {limits}; exec {sys.executable} -m lazyfs mount s3://descriptors/few "
+        f"{tmp_path}/mnt --endpoint-url={s3.url} --cache-dir={tmp_path}/cache "
+        f"--log-file={tmp_path}/log --block-size=256KiB"
+    )
+    answer = subprocess.run(
+        ["bash", "-c", mount], env=environment(), capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    log = (tmp_path / "log").read_text()
+    if limits == "-n 64":
+        assert answer.returncode == 1
+        assert "only 64 open files are allowed here" in answer.stderr
+        assert answer.stderr.count("\n") == 1 and not is_mounted(tmp_path / "mnt")
+        return
+    assert answer.returncode == 0, answer.stderr
+    try:
+        assert ("requests at once instead of" in log) is (limits == "-n 256")
+        wanted = hashlib.sha256(b"".join(content for _, content in sorted(shards.items())))
+        seen = shell("cat * | sha256sum", tmp_path / "mnt").stdout
+        assert seen.split()[0] == wanted.hexdigest()
+        assert "Too many open files" not in (tmp_path / "log").read_text()
+    finally:
+        assert lazyfs("umount", tmp_path / "mnt").returncode == 0

@@ -1,0 +1,59 @@
+"""How many files a worker may have open (`ulimit -n`), and what it can do with so many.
+
+A process starts with a soft limit, often 1,024, which it may raise to the hard limit. A hard limit
+that is low has to be respected: each request to S3 needs a connection, and a worker that cannot
+open one more file fails in ways that are hard to tell from others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import resource
+
+from lazyfs.errors import MountError
+from lazyfs.options.mount_options import MountOptions
+
+log = logging.getLogger(__name__)
+
+# Apart from requests: 36 when idle, and up to 44 of threads that write, push and load, of helper
+# processes, and of clients of the control socket.
+FIXED = 80
+# A connection, a block's file, and the index of the cache, which each thread opens (SQLite: the
+# database and its log).
+PER_REQUEST = 4
+# Requests beyond `max_concurrency`: of waiting readers (8), second ones (4), headers (16).
+EXTRA_REQUESTS = 28
+LEAST_REQUESTS = 4
+
+
+def fit(options: MountOptions) -> MountOptions:
+    """Raise the limit of open files, and the options with which a worker keeps to it.
+
+    Raises:
+        MountError: the hard limit is too low for a worker.
+    """
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    if limit == resource.RLIM_INFINITY:
+        return options
+    requests = (limit - FIXED) // PER_REQUEST - EXTRA_REQUESTS
+    if requests < LEAST_REQUESTS:
+        raise MountError(
+            f"only {limit} open files are allowed here (ulimit -Hn), too few for lazyfs; allow at "
+            f"least {needed(LEAST_REQUESTS)}, or {needed(options.max_concurrency)} for "
+            f"--max-concurrency {options.max_concurrency}"
+        )
+    if requests >= options.max_concurrency:
+        return options
+    log.warning(
+        "only %d open files are allowed here (ulimit -Hn): at most %d requests at once instead of "
+        "%d; allow %d open files", limit, requests, options.max_concurrency,
+        needed(options.max_concurrency),
+    )  # fmt: skip
+    return dataclasses.replace(options, max_concurrency=requests)
+
+
+def needed(requests: int) -> int:
+    """How many open files a worker needs for so many requests at once."""
+    return FIXED + PER_REQUEST * (requests + EXTRA_REQUESTS)
