@@ -109,7 +109,7 @@ class Parameters:
                 return url
         raise MendableError(
             f"the claim's annotation: {chosen!r} is not allowed: the StorageClass allows what is "
-            f"below {', '.join(map(str, self.allowed_prefixes))}"
+            f"below {', '.join(map(str, self.allowed_prefixes))} (allowedPrefixes)"
         )
 
     def _filled(self, key: str, text: str) -> str:

@@ -238,12 +238,15 @@ def credentials_of(secrets: Mapping[str, str]) -> StaticCredentials | None:
                     f"{spellings[0]} of the secret has characters that no key has"
                 )
             found[name] = value
-    for name in ("access_key_id", "secret_access_key"):
-        if name not in found:
-            raise InvalidArgumentError(
-                f"the secret has no {_SECRET_KEYS[name][0]} (or {_SECRET_KEYS[name][1]}); "
-                f"its keys are {', '.join(sorted(own))}"
-            )
+    missing = [
+        f"{_SECRET_KEYS[name][0]} (or {_SECRET_KEYS[name][1]})"
+        for name in ("access_key_id", "secret_access_key")
+        if name not in found
+    ]
+    if missing:
+        raise InvalidArgumentError(
+            f"the secret has no {' and no '.join(missing)}; its keys are {', '.join(sorted(own))}"
+        )
     return StaticCredentials(**found)
 
 

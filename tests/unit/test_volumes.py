@@ -161,6 +161,10 @@ def test_no_secret_and_a_session_token() -> None:
     [
         ({"accessKeyId": "AKIDEXAMPLE"}, "the secret has no secretAccessKey"),
         ({"secretAccessKey": "very-secret"}, "the secret has no accessKeyId"),
+        (
+            {"accessKey": "A", "secretKey": "very-secret"},
+            "_KEY_ID) and no secretAccessKey (or AWS_SECRET_ACCESS_KEY); its keys are accessKey, s",
+        ),
         ({"accesKeyId": "A", "secretAccessKey": "very-secret"}, "its keys are accesKeyId, secret"),
         ({**KEYS, "AWS_ACCESS_KEY_ID": "B"}, "accessKeyId twice"),
         ({**KEYS, "secretAccessKey": "very-secret\nX-Amz: 1"}, "characters that no key has"),
