@@ -176,3 +176,95 @@ def test_a_read_makes_a_block_the_last_to_go(room: Room) -> None:
     assert room.memory.get(BlockId(2, 0)) is not None
     assert room.ask()
     assert room.left() == set(range(8)) - {1}
+
+
+BLOCK = 3
+
+
+class Readers:
+    """As much of a prefetcher as the memory asks for: so many readers, and all blocks are here."""
+
+    def __init__(self, readers: int) -> None:
+        self.readers = readers
+
+    def place(self, block: BlockId) -> Place:
+        return Place.LOCAL
+
+    def moved(self, block: BlockId, place: Place) -> None:
+        pass
+
+
+def memory_of(blocks: int, readers: int, **state: object) -> BlockMemory:
+    """A memory of so many blocks, all of which are held."""
+    memory = BlockMemory(blocks * BLOCK, BLOCK, Readers(readers))  # type: ignore[arg-type]
+    for number in range(blocks):
+        memory.reserve(BLOCK)
+        held = Held(FILE, memoryview(bytes(BLOCK)), **{"unread": 1, **state})  # type: ignore[arg-type]
+        memory.hold(BlockId(2, number), held)
+    return memory
+
+
+@pytest.mark.parametrize(
+    ("blocks", "readers", "left_to_demand"),
+    [
+        (4, 0, 2),  # the least
+        (40, 0, 10),  # a quarter
+        (40, 15, 15),  # one for each reader
+        (40, 30, 20),  # but not more than half
+        (41, 30, 21),
+    ],
+)
+def test_what_a_prefetch_leaves_to_demand(blocks: int, readers: int, left_to_demand: int) -> None:
+    memory = memory_of(blocks, readers, unread=0)
+    assert memory.make_room(BLOCK, urgent=False)
+    assert memory.unused_bytes // BLOCK == left_to_demand + 1
+
+
+def test_what_comes_from_disk_soon_leaves_the_least() -> None:
+    memory = memory_of(40, 15, unread=0)
+    assert memory.make_room(BLOCK, urgent=False, soon=True)
+    assert memory.unused_bytes == 3 * BLOCK
+    assert memory.make_room(3 * BLOCK, urgent=True, soon=True)
+    assert memory.unused_bytes == 3 * BLOCK, "it was there already"
+
+
+@pytest.mark.parametrize(
+    ("blocks", "readers", "may_go"), [(8, 0, 0), (9, 0, 1), (12, 12, 0), (13, 12, 1)]
+)
+def test_what_is_begun_and_on_disk_is_kept_for_so_many_readers(
+    blocks: int, readers: int, may_go: int
+) -> None:
+    memory = memory_of(blocks, readers, on_disk=True, demanded=True)
+    memory.make_room(BLOCK, urgent=False)
+    assert blocks - memory.used_bytes // BLOCK == may_go
+    assert (memory.get(BlockId(2, 0)) is None) == bool(may_go), "the one that was used longest ago"
+    assert memory.get(BlockId(2, 1)) is not None
+
+
+@pytest.mark.parametrize(
+    ("blocks", "readers", "first"), [(8, 0, 8), (9, 0, 0), (12, 12, 12), (13, 12, 0)]
+)
+def test_demand_spares_what_is_begun_of_so_many_readers(
+    blocks: int, readers: int, first: int
+) -> None:
+    memory = memory_of(blocks, readers, demanded=True)
+    memory.reserve(BLOCK)
+    memory.hold(BlockId(2, blocks), Held(FILE, memoryview(bytes(BLOCK)), unread=1))
+    assert memory.make_room(0, urgent=True)
+    gone = [number for number in range(blocks + 1) if memory.get(BlockId(2, number)) is None]
+    assert gone == [first]
+
+
+def test_demand_gets_room_when_all_is_begun() -> None:
+    memory = memory_of(4, 0, demanded=True)
+    assert memory.make_room(2 * BLOCK, urgent=True)
+    gone = [number for number in range(4) if memory.get(BlockId(2, number)) is None]
+    assert gone == [0, 1]
+    assert memory.dropped_bytes == 2 * PART
+    assert memory.used_bytes == 2 * BLOCK
+
+
+def test_nothing_is_counted_of_what_is_on_disk() -> None:
+    memory = memory_of(4, 0, on_disk=True)
+    assert memory.make_room(BLOCK, urgent=True)
+    assert memory.dropped_bytes == 0
