@@ -97,7 +97,8 @@ def parse(body: bytes) -> RawPage:
         raise NotAListingError("the answer is empty")
     parser = _Parser()
     try:
-        parser.expat.Parse(body, True)
+        # Blanks before it come of services that take long, and keep the connection busy with them.
+        parser.expat.Parse(body.lstrip(), True)
     except expat.ExpatError as error:
         begins = body[:_SHOWN].decode(errors="replace")
         raise NotAListingError(

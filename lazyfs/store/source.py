@@ -9,6 +9,7 @@ are made from worker threads.
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import logging
 import re
@@ -69,6 +70,8 @@ MOST_SERVERS = 16
 # How often the first requests of a mount are made before it is refused, and the pause between.
 FIRST_ATTEMPTS = 3
 FIRST_PAUSE_S = 0.3
+# How long a mount that goes on waits for credentials before it serves what needs none.
+CREDENTIALS_SOON_S = 2.0
 _AGENT = f"lazyfs/{__version__}"
 # A stored gzip file comes as it is stored only to who says that he takes it
 # (cloud.google.com/storage/docs/transcoding).
@@ -131,7 +134,10 @@ def resolve(
         SourceError, OptionError: as of `Source`; or it cannot be listed or read.
     """
     source = Source(url, options, credentials, region=region)
-    return source.resolved(None if region else source.begin())
+    if region is None:
+        return source.resolved(source.begin())
+    source.prepare()
+    return source.resolved(None)
 
 
 class Source:
@@ -216,6 +222,18 @@ class Source:
         """What another process needs to know. Raises SourceError."""
         timed = None if self._options.no_sign_request else self._credentials.timed()
         return ResolvedSource(self._place, timed, page)
+
+    def prepare(self) -> None:
+        """Have credentials ready, if they can be had soon: a mount that goes on needs none for what
+        is on this machine."""
+        ready = threading.Thread(target=self._have_credentials, daemon=True)
+        ready.start()
+        ready.join(CREDENTIALS_SOON_S)
+
+    def _have_credentials(self) -> None:
+        if not self._options.no_sign_request:
+            with contextlib.suppress(SourceError):
+                self._credentials.current()
 
     def set_credentials(self, credentials: Credentials) -> None:
         """Use other credentials from now on, in the place of those given at first.
@@ -475,8 +493,9 @@ class Source:
         except ThrottledError as error:
             log.warning("%s", error)
         except SourceError as error:
+            refused = error.__cause__
             about_the_object = isinstance(error, ObjectChangedError) or (
-                isinstance(error.__cause__, _RefusedError) and not error.transient
+                isinstance(refused, _RefusedError) and refused.refusal.status < 500
             )
             if not about_the_object or isinstance(error, WrongRegionError | NotSupportedError):
                 raise

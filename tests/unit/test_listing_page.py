@@ -53,6 +53,10 @@ def test_a_page() -> None:
     assert (found.prefixes, found.hidden, found.last) == (["m/c/"], [], "m/c/")
 
 
+def test_blanks_before_a_page_make_no_difference() -> None:
+    assert len(listing.parse(b" \r\n " + page(entry())).entries) == 1
+
+
 def test_a_prefix_of_the_namespace_makes_no_difference() -> None:
     text = page(entry()).decode().replace("<", "<s3:").replace("<s3:/", "</s3:")
     text = text.replace("<s3:?", "<?").replace("xmlns=", "xmlns:s3=")

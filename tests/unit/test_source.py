@@ -531,7 +531,7 @@ def test_a_range_shows_the_way(serve: Serve, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("status", "code"),
     [(403, "AccessDenied"), (403, "InvalidObjectState"), (400, "KMS.DisabledException"),
-     (404, "NoSuchKey"), (503, "SlowDown")],
+     (404, "NoSuchKey"), (503, "SlowDown"), (403, "")],
 )  # fmt: skip
 def test_what_s3_says_of_one_object_does_not_refuse_the_mount(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
@@ -539,13 +539,13 @@ def test_what_s3_says_of_one_object_does_not_refuse_the_mount(
 ) -> None:  # fmt: skip
     begin(serve(listed(lambda _: refusal(status, code))), monkeypatch)
     assert code in caplog.text
+    assert "m/k" in caplog.text
 
 
 @pytest.mark.parametrize(
     "answer",
     [
         (302, {"Location": "http://127.0.0.1:9/x?sig=1"}, b""),
-        (404, {}, b"default backend"),
         refusal(301, "PermanentRedirect"),
         (206, {}, b"x"),
     ],
