@@ -43,6 +43,17 @@ def tmpfs(path: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", path], check=True)
 
 
+@contextlib.contextmanager
+def fusectl(path: Path) -> Iterator[Path]:
+    """Where the kernel tells of FUSE connections, by minor numbers of mounts; needs root."""
+    path.mkdir()
+    subprocess.run(["mount", "-t", "fusectl", "none", path], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
 def environment(**more: str) -> dict[str, str]:
     """What lazyfs runs with in tests: nothing of the developer's own AWS set-up."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "LAZYFS_"))}

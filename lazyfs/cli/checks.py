@@ -146,7 +146,7 @@ def _kernel(options: MountOptions) -> Iterator[Finding]:
 
 
 def _settings(options: MountOptions) -> Iterator[Finding]:
-    """Whether the kernel's read-ahead for a mount can be raised (`tune_kernel`)."""
+    """Whether the kernel's read-ahead for a mount can be raised (`set_read_ahead`)."""
     read_only = os.statvfs("/sys").f_flag & os.ST_RDONLY
     if os.geteuid() == 0 and not read_only:
         yield Finding("read-ahead", Outcome.OK, f"can be set to {format_size(options.read_ahead)}")

@@ -353,8 +353,10 @@ class BlockFetcher:
             held.users -= 1
         elif self._pusher.withdraw(block, held):
             held.users += 1
-            await self._pusher.push_around(block, held, [span])
-            held.users -= 1
+            try:
+                await self._pusher.push_around(block, held, [span])
+            finally:
+                held.users -= 1
         data = held.data[span.start : span.stop]  # from here on the block may be let go
         if reader and held.unread:
             held.was_read(span)
@@ -380,6 +382,9 @@ class BlockFetcher:
             job.waiting.append(span)
             self.pump()
             await job.done.wait()
+        except trio.Cancelled:
+            self._leave(job, span)
+            raise
         finally:
             if wait is not None:
                 self._recorder.end_wait(wait, job.tier)
@@ -387,6 +392,16 @@ class BlockFetcher:
             raise job.error
         assert job.held is not None  # it is left to another daemon only while no reader waits
         return job.held, job.tier
+
+    def _leave(self, job: Job, span: Span) -> None:
+        """A reader who waited for a job is let go."""
+        if job.held is not None:
+            job.held.users -= 1
+            return
+        job.waiting.remove(span)
+        if not job.waiting and not job.started:
+            self._urgent.remove(job)
+            del self._jobs[job.block]
 
     def pause(self, paused: bool) -> None:
         """Fetch nothing ahead any more, or again; what readers ask for is always fetched."""

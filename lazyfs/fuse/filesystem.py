@@ -300,16 +300,14 @@ def _answered(number: int, name: str) -> None:
             log.error("%s of inode %d: EIO: workers that were asked for it died", name, inode)
             raise FUSEError(errno.EIO)
         try:
-            result = await operation(self, *arguments)
+            return await operation(self, *arguments)
         except FUSEError:
-            self.in_hand.answered(slot)
             raise
         except Exception as error:
-            self.in_hand.answered(slot)
             report_fault(f"{name} of a file or directory", error)
             raise FUSEError(errno.EIO) from error
-        self.in_hand.answered(slot)
-        return result
+        finally:
+            self.in_hand.answered(slot)
 
     setattr(Filesystem, name, answer)
 

@@ -1,25 +1,21 @@
 """The conversation with the kernel: begun, handed over, taken up again.
 
 The kernel's side of a mount is a descriptor of `/dev/fuse` and one message, FUSE_INIT, which opens
-the conversation. Here both are kept apart from libfuse: the supervisor mounts and reads FUSE_INIT,
-and the worker lets libfuse begin on one end of a socket pair into which that message is sent. In
-the moment in which libfuse has taken it, the kernel's descriptor is put in the place of the socket
-(`adopt`).
+the conversation. Both are kept apart from libfuse: the supervisor mounts and reads FUSE_INIT, and
+`negotiate` finds out what libfuse answers to it. The kernel gets that answer from us (`answer`),
+with what libfuse leaves at its default or does not know: limits, and FUSE_ALLOW_IDMAP, without
+which pods with user namespaces cannot have the mount. libfuse itself talks to one end of a socket
+pair (`attach`), and what it answers to FUSE_INIT there goes nowhere.
 
 So a session can go on in another process, which gets the same descriptor and plays the same
-beginning to its own libfuse. The kernel is beyond that point: it ignores the second answer to
-FUSE_INIT. It must therefore be the same answer, or the two would speak different dialects from then
-on; `negotiate` finds out what libfuse answers before anything is at stake. What the former process
-had taken and not answered is asked for again (`resend`).
-
-The first answer is sent by us as well (`answer`): libfuse's, and one flag that libfuse does not
-know, FUSE_ALLOW_IDMAP, without which pods with user namespaces cannot have the mount.
+beginning to its own libfuse. The kernel is beyond that point, and ignores a second answer. It must
+therefore be the same answer, or the two would speak different dialects from then on. What the
+former process had taken and not answered is asked for again (`resend`).
 """
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import socket
 import struct
@@ -30,16 +26,29 @@ import trio
 
 from lazyfs.errors import CannotResumeError
 from lazyfs.fuse import mount_syscalls
-
-log = logging.getLogger(__name__)
+from lazyfs.fuse.connection import KernelConnection
+from lazyfs.fuse.filesystem import Filesystem
 
 # linux/fuse.h: struct fuse_out_header with FUSE_NOTIFY_RESEND in the place of an error.
 RESEND = struct.pack("<IiQ", 16, 7, 0)
 OPTIONS = {"default_permissions"}
-# Where the flags are in FUSE_INIT and in the answer to it, headers included (struct fuse_init_in,
-# fuse_init_out), and two of them; FUSE_ALLOW_IDMAP is 1 << 40, in the second word.
-ASKED_FLAGS, ASKED_FLAGS2, ANSWERED_FLAGS, ANSWERED_FLAGS2 = 52, 56, 28, 48
+# linux/fuse.h: where things are in FUSE_INIT and in the answer to it, headers included (struct
+# fuse_init_in, fuse_init_out). `congestion_threshold` follows `max_background`.
+ASKED_FLAGS, ASKED_FLAGS2 = 52, 56
+ANSWERED_READ_AHEAD, ANSWERED_FLAGS, ANSWERED_BACKGROUND, ANSWERED_FLAGS2 = 24, 28, 32, 48
+# FUSE_ALLOW_IDMAP is 1 << 40, in the second word.
 INIT_EXT, ALLOW_IDMAP = 1 << 30, 1 << 8
+# They have libfuse move messages by splice(2), which a socket of packets takes no part in
+# (FUSE_SPLICE_WRITE, _MOVE, _READ).
+SPLICE = 1 << 7 | 1 << 8 | 1 << 9
+# Direct reads of several requests at once (FUSE_ASYNC_DIO). The kernel tells of no signals to the
+# thread that waits for them.
+ASYNC_DIRECT = 1 << 15
+# linux/proc_ns.h, PROC_PID_INIT_INO: the process namespace in which all threads can be seen.
+_FIRST_PROCESSES = "pid:[4026531836]"
+# Reads ahead of a reader, which page faults are too, that the kernel sends at once. At its default
+# of 12, threads that fault at the same time wait for each other, and pushes for them.
+MAX_BACKGROUND = 1024
 
 
 class Session:
@@ -55,8 +64,6 @@ class Session:
         self.mountpoint = mountpoint
         self.descriptor = descriptor
         self.init_message = init_message
-        self._ours: socket.socket | None = None
-        self._theirs: int | None = None
 
     @property
     def device(self) -> str | None:
@@ -85,27 +92,31 @@ class Session:
             finally:
                 pyfuse3.close(unmount=False)
 
-    def answer(self, answer: bytes) -> None:
-        """Answer the kernel's FUSE_INIT with what libfuse answers, and allow idmapped mounts."""
-        os.write(self.descriptor, with_idmap(self.init_message, answer))
+    def answer(self, answer: bytes, read_ahead_bytes: int) -> None:
+        """Answer the kernel's FUSE_INIT; without effect if a former worker did.
 
-    def attach(self, operations: pyfuse3.Operations) -> None:
-        """Give the session to libfuse; its `init` must call `adopt`."""
-        self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._theirs = theirs.detach()  # libfuse closes it
-        pyfuse3.init(operations, f"/dev/fd/{self._theirs}", OPTIONS)
-        logging.getLogger("pyfuse3").addFilter(self._is_news)
-        self._ours.send(self.init_message)
+        Args:
+            answer: what libfuse answers.
+            read_ahead_bytes: the most that the kernel may read ahead in one go.
+        """
+        message = with_limits(with_idmap(self.init_message, answer), read_ahead_bytes)
+        try:
+            os.write(self.descriptor, message)
+        except OSError as error:
+            # ENOENT: it was answered. ENODEV: the session has ended.
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                raise
 
-    def adopt(self) -> None:
-        """Put the kernel in the place of the socket from which libfuse has read FUSE_INIT."""
-        assert self._ours is not None and self._theirs is not None
-        os.dup2(self.descriptor, self._theirs)
-        self._ours.close()
-
-    def _is_news(self, record: logging.LogRecord) -> bool:
-        """Not that an answer found nobody who waits for it, when the session has ended."""
-        return record.args != (os.strerror(errno.ENOENT),) or not self.ended
+    def attach(self, operations: Filesystem) -> KernelConnection:
+        """Give libfuse its end, and our operations; the connection that is to be run."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # libfuse closes its end.
+        pyfuse3.init(operations, f"/dev/fd/{theirs.detach()}", OPTIONS)
+        message = bytearray(self.init_message)
+        (flags,) = struct.unpack_from("<I", message, ASKED_FLAGS)
+        struct.pack_into("<I", message, ASKED_FLAGS, flags & ~SPLICE)
+        ours.send(message)
+        return KernelConnection(self.descriptor, ours, operations.read)
 
     def resend(self) -> None:
         """Have the kernel ask again for what the former daemon had taken and not answered.
@@ -150,3 +161,16 @@ def _words(message: bytes, *offsets: int) -> tuple[int, ...]:
     """Words of 32 bits; 0 where the message of an older kernel ends before."""
     padded = message.ljust(max(offsets) + 4, b"\0")
     return tuple(struct.unpack_from("=I", padded, offset)[0] for offset in offsets)
+
+
+def with_limits(answer: bytes, read_ahead_bytes: int) -> bytes:
+    """The answer to FUSE_INIT with limits that suit readers with many threads."""
+    message = bytearray(answer)
+    (ahead,) = struct.unpack_from("<I", message, ANSWERED_READ_AHEAD)
+    struct.pack_into("<I", message, ANSWERED_READ_AHEAD, max(ahead, read_ahead_bytes))
+    if str(Path("/proc/self/ns/pid").readlink()) != _FIRST_PROCESSES:
+        (flags,) = struct.unpack_from("<I", message, ANSWERED_FLAGS)
+        struct.pack_into("<I", message, ANSWERED_FLAGS, flags & ~ASYNC_DIRECT)
+    limits = MAX_BACKGROUND, MAX_BACKGROUND * 3 // 4
+    struct.pack_into("<HH", message, ANSWERED_BACKGROUND, *limits)
+    return bytes(message)

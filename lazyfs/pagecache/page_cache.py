@@ -1,6 +1,6 @@
 """The kernel's page cache as the tier nearest to the reader.
 
-Blocks are put there before anyone asks (`fuse_lowlevel_notify_store`), so that a process that maps
+Blocks are put there before anyone asks (FUSE_NOTIFY_STORE), so that a process that maps
 the file finds its pages and no request is made at all. The pages are clean and charged to the
 daemon's memory cgroup: the kernel may drop them at any time, and then the read comes as a request.
 """
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import struct
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
-
-import pyfuse3
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +26,11 @@ SHARE_FOR_ALL = 0.8
 # Of a larger one, so much may lie there that nobody has read yet.
 SHARE_AHEAD = 0.3
 BUDGET_AGE_S = 1.0
-# Background requests (read-ahead) that the kernel keeps in flight; its default of 12 makes
-# mapped reads of many threads wait for each other.
-MAX_BACKGROUND = 256
+
+# linux/fuse.h: struct fuse_out_header with a notification's number in the place of an error, and
+# struct fuse_notify_store_out.
+_STORE = struct.Struct("<IiQQQII")
+_NOTIFY_STORE = 4
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
@@ -52,11 +54,12 @@ class PageCache:
         setting: `auto`, `off`, or bytes.
 
     Attributes:
-        connected: whether libfuse talks to the kernel. Before that nothing is pushed.
+        device: a descriptor of `/dev/fuse` that is never closed, from when libfuse has begun.
+            Before that nothing is pushed.
     """
 
     def __init__(self, setting: int | str) -> None:
-        self.connected = False
+        self.device: int | None = None
         self._setting = setting
         self._budget = 0
         self._read_at_s = -BUDGET_AGE_S
@@ -87,7 +90,7 @@ class PageCache:
             planned_bytes: tells how much readers have or will read.
             unused_bytes: memory that the daemon may still take for itself.
         """
-        if not self.supported or not self.connected:
+        if not self.supported or self.device is None:
             return 0
         if isinstance(self._setting, int):
             return self._setting
@@ -114,11 +117,11 @@ class PageCache:
 
     def _push_piece(self, inode: int, offset: int, piece: memoryview) -> bool:
         with self._lock:
-            if self._stopped or not self.connected:
+            if self._stopped or self.device is None:
                 return False
             self._pushing += 1
         try:
-            pyfuse3.notify_store(inode, offset, piece)  # type: ignore[arg-type]
+            os.writev(self.device, [_store_header(inode, offset, len(piece)), piece])
         except OSError as error:
             if error.errno == errno.ENOSYS:
                 self.supported = False
@@ -131,6 +134,11 @@ class PageCache:
                 self._pushing -= 1
         self.pushed_bytes += len(piece)
         return True
+
+
+def _store_header(inode: int, offset: int, size: int) -> bytes:
+    """What comes before `size` bytes that the kernel is to store."""
+    return _STORE.pack(_STORE.size + size, _NOTIFY_STORE, 0, inode, offset, size, 0)
 
 
 def free_memory() -> int:
@@ -184,23 +192,23 @@ def _reclaimable(group: Path, field: str) -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith(f"{field} ")), 0)
 
 
-def tune_kernel(device: str, read_ahead_bytes: int) -> None:
-    """Set the read-ahead and the number of background requests of a mount; needs root.
+def set_read_ahead(device: str, read_ahead_bytes: int) -> None:
+    """Set the read-ahead of a mount, which needs root and a writable `/sys`.
 
     At the default of 128 KiB every page fault asks for little, and mapped reads run at a third of
-    the speed. Where it is not permitted the mount works, slower.
+    the speed. Where it is not permitted the mount works, slower. The kernel must have been given
+    an answer to FUSE_INIT that allows as much: it takes the lesser of both (`process_init_reply`).
 
     Args:
         device: the mount's device number, `major:minor`.
     """
-    connection = Path("/sys/fs/fuse/connections") / device.partition(":")[2]
-    settings = {
-        Path(f"/sys/class/bdi/{device}/read_ahead_kb"): read_ahead_bytes // 1024,
-        connection / "max_background": MAX_BACKGROUND,
-        connection / "congestion_threshold": MAX_BACKGROUND * 3 // 4,
-    }
-    for path, value in settings.items():
-        try:
-            path.write_text(str(value))
-        except OSError as error:
-            log.debug("%s stays as it is: %s", path, error.strerror)
+    path = Path(f"/sys/class/bdi/{device}/read_ahead_kb")
+    wanted = str(read_ahead_bytes // 1024)
+    try:
+        path.write_text(wanted)
+        is_now = path.read_text().strip()
+    except OSError as error:
+        log.debug("%s stays as it is: %s", path, error.strerror)
+        return
+    if is_now != wanted:
+        log.debug("%s is %s, not %s as it was set", path, is_now, wanted)

@@ -7,6 +7,7 @@ before the mountpoint is touched, so that a refused mount leaves nothing behind.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -47,7 +48,7 @@ from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import PLANNED, MountOptions
 from lazyfs.options.option_types import compile_pattern, format_size
 from lazyfs.pagecache.dropped_pages import DroppedPages
-from lazyfs.pagecache.page_cache import PageCache, tune_kernel
+from lazyfs.pagecache.page_cache import PageCache, set_read_ahead
 from lazyfs.pagecache.walker import Walker
 from lazyfs.prefetch.planner import Planner
 from lazyfs.prefetch.prefetcher import Prefetcher
@@ -60,7 +61,7 @@ from lazyfs.store.url import SourceUrl
 
 log = logging.getLogger(__name__)
 
-# Requests answered at once. Reads that wait for S3 take a place each; metadata must still get one.
+# Requests for names and attributes that are answered at once.
 MOST_REQUESTS = 4096
 # After an unmount: how soon it is noticed, and how long replies under way may take.
 SESSION_CHECK_S = 0.5
@@ -178,20 +179,20 @@ async def _serve(
             in_hand.descriptor,
             beginning,
         ).store(keeper, str(mount.mountpoint))
+    session.answer(bytes.fromhex(beginning.init_answer), options.read_ahead)
     if device := session.device:
-        tune_kernel(device, options.read_ahead)
+        set_read_ahead(device, options.read_ahead)
     privileges.drop()
 
     def begin() -> None:
-        session.adopt()
-        page_cache.connected = True
+        page_cache.device = os.dup(session.descriptor)
         fetcher.pump()
 
     filesystem = Filesystem(
         catalog, fetcher, options, beginning.mounted_ns, begin, on_open, recorder, in_hand
     )
     try:
-        session.attach(filesystem)
+        connection = session.attach(filesystem)
         if former:
             filesystem.remember_all()
             recorder.resumed()
@@ -235,6 +236,7 @@ async def _serve(
             log.info("%s %s at %s", verb, mount.url, mount.mountpoint)
             recorder.ready()
             on_ready()
+            nursery.start_soon(connection.run)
             await pyfuse3.main(max_tasks=MOST_REQUESTS)
             with trio.move_on_after(LAST_WRITES_S):
                 await fetcher.finish_writing()
@@ -274,7 +276,6 @@ async def _begin(mount: Mount, line: SupervisorLine, region: str) -> tuple[Sessi
     began = line.mount(str(mount.url), allow_other=mount.options.allow_other)
     session = Session(mount.mountpoint, *began)
     answer = await session.negotiate()
-    session.answer(answer)
     return session, Beginning(session.init_message.hex(), answer.hex(), region, time.time_ns())
 
 

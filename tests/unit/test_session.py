@@ -1,46 +1,21 @@
-"""What is said of the conversation with the kernel."""
+"""How the conversation with the kernel begins."""
 
 from __future__ import annotations
 
-import logging
 import os
+import socket
 import struct
-from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pyfuse3
 import pytest
 
-from lazyfs.fuse.session import Session, with_idmap
+from lazyfs.fuse import session as module
+from lazyfs.fuse.filesystem import Filesystem
+from lazyfs.fuse.session import MAX_BACKGROUND, Session, with_idmap, with_limits
 
-
-@pytest.fixture
-def session(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Session, int]]:
-    """A session whose kernel is a pipe, and the descriptor with which it ends."""
-    kernel, ours = os.pipe()
-    monkeypatch.setattr(pyfuse3, "init", lambda *_: None)
-    made = Session(Path("/mnt"), ours, b"init")
-    logger = logging.getLogger("pyfuse3")
-    before = list(logger.filters)
-    made.attach(pyfuse3.Operations())
-    yield made, kernel
-    logger.filters[:] = before
-    made.close()
-
-
-def test_answers_that_come_too_late_are_no_errors(
-    session: tuple[Session, int], caplog: pytest.LogCaptureFixture
-) -> None:
-    """Whoever unmounts while a read is answered sees nothing of it; all else is told."""
-    log, text = logging.getLogger("pyfuse3"), "fuse_read(): fuse_reply_* failed with %s"
-    log.error(text, "No such file or directory")
-    os.close(session[1])
-    log.error(text, "No such file or directory")
-    log.error(text, "Invalid argument")
-    assert [record.args for record in caplog.records] == [
-        ("No such file or directory",),
-        ("Invalid argument",),
-    ]
+FLAGS = 1 << 7 | 1 << 8 | 1 << 9 | 1 << 15 | 1
 
 
 def question(flags: int, flags2: int) -> bytes:
@@ -69,3 +44,55 @@ def test_idmapped_mounts_are_allowed_where_the_kernel_offers_them() -> None:
 @pytest.mark.parametrize("asked", [question(EXT, 1), question(0, IDMAP), question(EXT, 0)[:56]])
 def test_nothing_is_added_that_the_kernel_does_not_offer(asked: bytes) -> None:
     assert with_idmap(asked, answer(OTHER, 0)) == answer(OTHER, 0)
+
+
+def limits(read_ahead_bytes: int) -> tuple[int, int, int, int]:
+    """Read-ahead, flags, background limit and threshold of the answer."""
+    before = answer(FLAGS, 0)
+    message = with_limits(before, read_ahead_bytes)
+    assert (message[:24], message[36:]) == (before[:24], before[36:])
+    return struct.unpack_from("<IIHH", message, 24)
+
+
+def test_the_kernel_gets_our_limits() -> None:
+    answered = limits(1 << 20)
+    assert answered == (1 << 20, FLAGS, MAX_BACKGROUND, MAX_BACKGROUND * 3 // 4)
+
+
+def test_read_ahead_is_not_made_smaller_than_libfuse_allows() -> None:
+    assert limits(64 << 10)[0] == 128 << 10
+
+
+def test_threads_that_cannot_all_be_seen_read_directly_by_one_request_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_FIRST_PROCESSES", "pid:[1]")
+    assert limits(1 << 20)[1] == FLAGS & ~(1 << 15)
+
+
+def test_a_session_that_began_or_ended_is_not_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter((os.strerror(2), os.strerror(19)))
+
+    def write(_: int, __: bytes) -> int:
+        text = next(answers)
+        raise OSError(2 if text == os.strerror(2) else 19, text)
+
+    monkeypatch.setattr(os, "write", write)
+    for _ in range(2):
+        Session(Path("/mnt"), 0, question(0, 0)).answer(answer(FLAGS, 0), 1 << 20)
+
+
+def test_libfuse_moves_no_messages_by_splice(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[bytes] = []
+
+    def init(_: object, path: str, __: object) -> None:
+        with socket.socket(fileno=int(Path(path).name)) as libfuse:
+            given.append(os.dup(libfuse.fileno()).to_bytes(4, "little"))
+
+    monkeypatch.setattr(pyfuse3, "init", init)
+    message = struct.pack("<40xIIII", 7, 45, 128 << 10, FLAGS)
+    filesystem = cast(Filesystem, type("Nothing", (), {"read": None})())
+    Session(Path("/mnt"), 0, message).attach(filesystem)
+    with socket.socket(fileno=int.from_bytes(given[0], "little")) as libfuse:
+        got = libfuse.recv(1 << 16)
+    assert struct.unpack_from("<I", got, 52) == (1 << 15 | 1,)

@@ -1,0 +1,226 @@
+"""The requests of the kernel: reads and interrupts taken here, everything else given to libfuse.
+
+libfuse and pyfuse3 translate names and attributes. Two things they do not let us have, so this
+stands between them and `/dev/fuse`:
+
+- *Who waits.* A thread that waits for an answer is deaf to SIGKILL until it is answered
+  (`request_wait_answer` and `fuse_direct_IO` in Linux). The kernel tells of a signal
+  (FUSE_INTERRUPT), and each request names its thread. libfuse keeps both to itself.
+- *Reads.* They are nearly all requests of a load, they carry the bytes, and they are what threads
+  wait for. They are answered straight from a block's memory.
+
+What goes through libfuse is small: a message each way over a socket pair.
+
+A request is given up, with EINTR, when the thread that waits for it is being killed: SIGKILL is
+pending then, also for each thread of a process that another deadly signal ends. That is
+looked up in `/proc` for every request that waits long. Another signal must not end a wait: a read
+that fails because of a profiler's timer would mean SIGBUS for a process that has mapped the file.
+A thread that cannot be seen, because it is in a process namespace beyond ours, is let go some
+time after its interrupt, whatever the signal was.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyfuse3
+import trio
+from pyfuse3 import FileHandleT, FUSEError
+
+log = logging.getLogger(__name__)
+
+Buffer = bytes | memoryview
+
+# linux/fuse.h: fuse_in_header, fuse_out_header, fuse_read_in, fuse_interrupt_in.
+_IN_HEADER = struct.Struct("<IIQQIIII")
+_OUT_HEADER = struct.Struct("<IiQ")
+_READ_IN = struct.Struct("<QQI")
+_INTERRUPT_IN = struct.Struct("<Q")
+_SIZE_AT = _IN_HEADER.size + 16  # of `size` in fuse_read_in
+_READ, _READDIR, _INTERRUPT, _READDIRPLUS = 15, 28, 36, 44
+_UNANSWERED = {2, 42}  # FORGET, BATCH_FORGET
+
+# The kernel wants room for the longest write that was agreed on, 1 MiB, and its header.
+REQUEST_BYTES = (1 << 20) + (64 << 10)
+# Of a directory at once: more than nearly all have, and a message that fits into a socket's buffer.
+MOST_OF_DIRECTORY = 64 << 10
+# Requests taken before others of our tasks have their turn.
+AT_ONCE = 64
+# A request that waits longer is looked after, so often.
+LONG_S = 0.5
+LOOK_S = 0.5
+# From its interrupt, how long a thread that cannot be seen waits on.
+UNSEEN_PATIENCE_S = 3.0
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A request that was not answered yet.
+
+    Attributes:
+        thread: that waits for it, as our process namespace numbers it; 0: it is not in ours.
+        since_s: when it was taken.
+        scope: of the task that serves it, if it is a read.
+        interrupted_s: when the kernel first said that the thread has got a signal.
+    """
+
+    thread: int
+    since_s: float
+    scope: trio.CancelScope | None = None
+    interrupted_s: float | None = None
+
+
+class KernelConnection:
+    """Takes what the kernel asks, and sends it answers, for one mount.
+
+    Args:
+        device: a descriptor of `/dev/fuse`.
+        libfuse: the other end of what libfuse takes for the kernel.
+        read: serves a read: handle, offset and size; raises FUSEError.
+    """
+
+    def __init__(
+        self,
+        device: int,
+        libfuse: socket.socket,
+        read: Callable[[FileHandleT, int, int], Awaitable[Buffer]],
+    ) -> None:
+        self._device = device
+        self._libfuse = libfuse
+        self._read = read
+        self._waiting: dict[int, _Waiting] = {}
+
+    async def run(self) -> None:
+        """Serve until the kernel has ended the session; then have libfuse end."""
+        os.set_blocking(self._device, False)
+        self._libfuse.setblocking(False)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._pass_answers)
+            nursery.start_soon(self._look_after)
+            await self._take_requests(nursery)
+            nursery.cancel_scope.cancel()
+        pyfuse3.terminate()
+
+    async def _take_requests(self, nursery: trio.Nursery) -> None:
+        buffer = memoryview(bytearray(REQUEST_BYTES))
+        while True:
+            await trio.lowlevel.wait_readable(self._device)
+            for _ in range(AT_ONCE):
+                try:
+                    size = os.readv(self._device, [buffer])
+                except BlockingIOError:
+                    break
+                except OSError as error:
+                    if error.errno in (errno.ENOENT, errno.EINTR):
+                        continue  # a request that was withdrawn meanwhile
+                    if error.errno in (errno.ENODEV, errno.ECONNABORTED):
+                        return
+                    raise
+                await self._take(nursery, buffer[:size])
+
+    async def _take(self, nursery: trio.Nursery, message: memoryview) -> None:
+        _, operation, unique, _, _, _, thread, _ = _IN_HEADER.unpack_from(message)
+        if operation == _READ:
+            handle, offset, size = _READ_IN.unpack_from(message, _IN_HEADER.size)
+            scope = trio.CancelScope()
+            self._waiting[unique] = _Waiting(thread, trio.current_time(), scope)
+            nursery.start_soon(self._serve_read, unique, scope, handle, offset, size)
+        elif operation == _INTERRUPT:
+            (interrupted,) = _INTERRUPT_IN.unpack_from(message, _IN_HEADER.size)
+            if (waiting := self._waiting.get(interrupted)) is not None:
+                waiting.interrupted_s = trio.current_time()
+        else:
+            if operation in (_READDIR, _READDIRPLUS):
+                (size,) = struct.unpack_from("<I", message, _SIZE_AT)
+                struct.pack_into("<I", message, _SIZE_AT, min(size, MOST_OF_DIRECTORY))
+            if operation not in _UNANSWERED:
+                self._waiting[unique] = _Waiting(thread, trio.current_time())
+            await self._give_libfuse(message)
+
+    async def _give_libfuse(self, message: memoryview) -> None:
+        while True:
+            try:
+                self._libfuse.send(message)
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self._libfuse)
+            else:
+                return
+
+    async def _serve_read(
+        self, unique: int, scope: trio.CancelScope, handle: int, offset: int, size: int
+    ) -> None:
+        with scope:
+            try:
+                data = await self._read(FileHandleT(handle), offset, size)
+            except FUSEError as error:
+                self._answer(unique, error.errno)
+            else:
+                self._answer(unique, 0, data)
+
+    async def _pass_answers(self) -> None:
+        """Pass on what libfuse answers."""
+        while True:
+            await trio.lowlevel.wait_readable(self._libfuse)
+            try:
+                message = self._libfuse.recv(REQUEST_BYTES)
+            except BlockingIOError:
+                continue
+            _, _, unique = _OUT_HEADER.unpack_from(message)
+            # Otherwise it was given up meanwhile, or is FUSE_INIT's.
+            if self._waiting.pop(unique, None):
+                self._send([message])
+
+    def _answer(self, unique: int, error: int, data: Buffer = b"") -> None:
+        del self._waiting[unique]
+        length = _OUT_HEADER.size + len(data)
+        self._send([_OUT_HEADER.pack(length, -error, unique), data])
+
+    def _send(self, parts: list[Buffer]) -> None:
+        try:
+            os.writev(self._device, parts)
+        except OSError as error:
+            # ENOENT: the kernel does not wait any more. ENODEV: for nothing at all.
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                log.error("an answer was not taken by the kernel: %s", error)
+
+    async def _look_after(self) -> None:
+        """Let go of threads that are being killed."""
+        while True:
+            await trio.sleep(LOOK_S)
+            now_s = trio.current_time()
+            long = [each for each in self._waiting.items() if now_s >= each[1].since_s + LONG_S]
+            killed = {
+                thread: is_being_killed(thread) for thread in {each.thread for _, each in long}
+            }
+            for unique, waiting in long:
+                dies = killed[waiting.thread]
+                if dies is None and waiting.interrupted_s is not None:
+                    dies = now_s >= waiting.interrupted_s + UNSEEN_PATIENCE_S
+                if dies:
+                    log.debug("request %d of thread %d is given up", unique, waiting.thread)
+                    self._answer(unique, errno.EINTR)
+                    if waiting.scope:
+                        waiting.scope.cancel()
+
+
+def is_being_killed(thread: int) -> bool | None:
+    """Whether SIGKILL is pending for a thread (proc(5), `SigPnd`); None: it cannot be seen."""
+    if thread == 0:
+        return None
+    try:
+        status = Path(f"/proc/{thread}/status").read_text(errors="replace")
+    except OSError:
+        return None
+    pending = 0
+    for line in status.splitlines():
+        if line.startswith(("SigPnd:", "ShdPnd:")):
+            pending |= int(line.split()[1], 16)
+    return bool(pending & 1 << (signal.SIGKILL - 1))

@@ -1,0 +1,92 @@
+"""Hundreds of threads fault at once, in no order, with little memory: it ends, and fits."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mounting import Mounted, fusectl
+from s3 import S3
+
+pytestmark = pytest.mark.fuse
+
+MIB = 1 << 20
+SIZE = 96 * MIB
+PART = 128 << 10
+RANKS, THREADS = 4, 64
+# On a machine that does other things, too. Where pushes may hold all memory it never ends.
+LONGEST_S = 100
+
+# Each rank copies every n-th part, in an order of its own, by threads without the interpreter's
+# lock; its last line is whether all parts were right.
+COPY = """
+import ctypes, os, random, sys, zlib
+from concurrent.futures import ThreadPoolExecutor
+path, sums, rank, ranks, threads, part = sys.argv[1], open(sys.argv[2]).read().split(), *map(int, sys.argv[3:])
+libc = ctypes.CDLL(None)
+libc.mmap.restype = libc.memcpy.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+libc.memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+file = os.open(path, os.O_RDONLY)
+begin = libc.mmap(None, os.fstat(file).st_size, 1, 2, file, 0)
+def is_right(number):
+    copy = ctypes.create_string_buffer(part)
+    libc.memcpy(copy, begin + number * part, part)
+    return zlib.crc32(copy) == int(sums[number])
+parts = list(range(rank, len(sums), ranks))
+random.Random(rank).shuffle(parts)
+with ThreadPoolExecutor(threads) as pool:
+    print(all(pool.map(is_right, parts)))
+"""  # noqa: E501
+
+
+@pytest.fixture(scope="module")
+def sums(server: S3, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with the checksum of each part."""
+    body = b"".join(random.Random(n).randbytes(MIB) for n in range(SIZE // MIB))
+    server.put("faults", {"m/weights.bin": body})
+    path = tmp_path_factory.mktemp("sums") / "sums"
+    parts = (body[at : at + PART] for at in range(0, SIZE, PART))
+    path.write_text("\n".join(str(zlib.crc32(part)) for part in parts))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("background", "options"),
+    [
+        (4, ["--prefetch=off"]),
+        (4, ["--prefetch=model", "--cache-dir=none"]),
+        (None, ["--prefetch=tensor"]),
+    ],
+)
+def test_it_ends(
+    mount: Callable[..., Mounted],
+    sums: Path,
+    tmp_path: Path,
+    background: int | None,
+    options: list[str],
+) -> None:
+    """Also where the kernel sends only a few reads at a time, and locks the pages of the rest."""
+    mounted = mount("s3://faults/m", "--memory-limit=64MiB", *options)
+    if background is not None:
+        with fusectl(tmp_path / "fusectl") as connections:
+            number = os.minor(mounted.path.stat().st_dev)
+            (connections / str(number) / "max_background").write_text(str(background))
+    command = [sys.executable, "-c", COPY, mounted.path / "weights.bin", sums]
+    ranks = [
+        subprocess.Popen(
+            [*command, *map(str, (rank, RANKS, THREADS, PART))], stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(RANKS)
+    ]
+    try:
+        assert [rank.communicate(timeout=LONGEST_S)[0] for rank in ranks] == ["True\n"] * RANKS
+    finally:
+        for rank in ranks:
+            rank.kill()

@@ -1,0 +1,226 @@
+"""Requests of a kernel that is a socket; time is simulated."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from pyfuse3 import FUSEError
+
+from lazyfs.fuse import connection as module
+from lazyfs.fuse.connection import KernelConnection, is_being_killed
+
+LOOKUP, READ, INTERRUPT, FORGET, READDIRPLUS = 1, 15, 36, 2, 44
+DATA = b"some bytes of a block"
+
+
+class Kernel:
+    """The other ends of a connection: what it takes for the kernel, and for libfuse."""
+
+    def __init__(self, device: socket.socket, libfuse: socket.socket) -> None:
+        self.device, self.libfuse = device, libfuse
+        for end in (device, libfuse):
+            end.setblocking(False)
+
+    def ask(self, operation: int, unique: int, body: bytes = b"", thread: int = 7) -> bytes:
+        message = struct.pack(
+            "<IIQQIIII", 40 + len(body), operation, unique, 5, 0, 0, thread, 0
+        ) + body  # fmt: skip
+        self.device.send(message)
+        return message
+
+    def read(self, unique: int, size: int = 9, thread: int = 7) -> None:
+        self.ask(READ, unique, struct.pack("<QQIIQII", 5, 100, size, 0, 0, 0, 0), thread)
+
+    def interrupt(self, unique: int) -> None:
+        self.ask(INTERRUPT, unique | 1, struct.pack("<Q", unique))
+
+    async def answer(self) -> tuple[int, int, bytes]:
+        """Of which request, its error, and what else is in it."""
+        await trio.lowlevel.wait_readable(self.device)
+        message = self.device.recv(1 << 20)
+        length, error, unique = struct.unpack_from("<IiQ", message)
+        assert length == len(message)
+        return unique, -error, message[16:]
+
+    async def passed(self) -> bytes:
+        await trio.lowlevel.wait_readable(self.libfuse)
+        return self.libfuse.recv(1 << 20)
+
+    def has_answer(self) -> bool:
+        try:
+            self.device.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        return True
+
+
+Read = Callable[[int, int, int], Awaitable[bytes]]
+
+
+async def at_once(handle: int, offset: int, size: int) -> bytes:
+    assert (handle, offset) == (5, 100)
+    return DATA[:size]
+
+
+def converse(script: Callable[[Kernel], Awaitable[None]], read: Read = at_once) -> None:
+    """Let a connection serve while a script plays the kernel and libfuse."""
+
+    async def run() -> None:
+        ends = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
+        with ends[0][0], ends[0][1], ends[1][0], ends[1][1]:
+            served = KernelConnection(ends[0][0].fileno(), ends[1][0], read)  # type: ignore[arg-type]
+            with trio.fail_after(1000):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(served.run)
+                    await script(Kernel(ends[0][1], ends[1][1]))
+                    nursery.cancel_scope.cancel()
+
+    trio.run(run, clock=trio.testing.MockClock(autojump_threshold=0.01))
+
+
+def never() -> tuple[Read, list[str]]:
+    """A read that takes for ever, and what became of it."""
+    ends: list[str] = []
+
+    async def read(handle: int, offset: int, size: int) -> bytes:
+        try:
+            await trio.sleep_forever()
+        except trio.Cancelled:
+            ends.append("cancelled")
+            raise
+        raise AssertionError
+
+    return read, ends
+
+
+def test_a_read_is_answered_with_its_bytes() -> None:
+    async def script(kernel: Kernel) -> None:
+        kernel.read(2)
+        assert await kernel.answer() == (2, 0, DATA[:9])
+
+    converse(script)
+
+
+def test_a_read_that_fails_is_answered_with_its_error() -> None:
+    async def fails(handle: int, offset: int, size: int) -> bytes:
+        raise FUSEError(errno.ESTALE)
+
+    async def script(kernel: Kernel) -> None:
+        kernel.read(2)
+        assert await kernel.answer() == (2, errno.ESTALE, b"")
+
+    converse(script, fails)
+
+
+def test_names_are_asked_of_libfuse() -> None:
+    async def script(kernel: Kernel) -> None:
+        asked = kernel.ask(LOOKUP, 4, b"name\0")
+        assert await kernel.passed() == asked
+        kernel.libfuse.send(struct.pack("<IiQ", 20, 0, 4) + b"node")
+        assert await kernel.answer() == (4, 0, b"node")
+        asked = kernel.ask(FORGET, 6, b"12345678")
+        assert await kernel.passed() == asked
+
+    converse(script)
+
+
+def test_of_a_directory_so_much_is_asked_as_a_socket_takes() -> None:
+    async def script(kernel: Kernel) -> None:
+        for size, given in ((4096, 4096), (1 << 20, module.MOST_OF_DIRECTORY)):
+            kernel.ask(READDIRPLUS, 4, struct.pack("<QQIIQII", 5, 0, size, 0, 0, 0, 0))
+            assert struct.unpack_from("<I", await kernel.passed(), 56) == (given,)
+
+    converse(script)
+
+
+def test_more_requests_than_a_socket_holds_reach_libfuse() -> None:
+    async def script(kernel: Kernel) -> None:
+        async def ask() -> None:
+            for number in range(2000):
+                await trio.lowlevel.wait_writable(kernel.device)
+                kernel.ask(LOOKUP, 2 * number, b"x" * 200)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await trio.sleep(1)
+            for number in range(2000):
+                assert struct.unpack_from("<Q", await kernel.passed(), 8) == (2 * number,)
+
+    converse(script)
+
+
+def test_the_answer_to_what_the_kernel_was_answered_already_goes_nowhere() -> None:
+    async def script(kernel: Kernel) -> None:
+        kernel.libfuse.send(struct.pack("<IiQ", 20, 0, 2) + b"init")
+        await trio.sleep(10)
+        assert not kernel.has_answer()
+
+    converse(script)
+
+
+def test_who_is_being_killed_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: set[int] = set()
+    monkeypatch.setattr(module, "is_being_killed", lambda thread: thread in killed)
+    read, ends = never()
+
+    async def script(kernel: Kernel) -> None:
+        kernel.read(2, thread=7)
+        kernel.read(4, thread=8)
+        kernel.ask(LOOKUP, 6, b"name\0", thread=7)
+        await trio.sleep(60)
+        assert not kernel.has_answer()
+        killed.add(7)
+        began_s = trio.current_time()
+        answers = {(await kernel.answer())[:2] for _ in range(2)}
+        assert answers == {(2, errno.EINTR), (6, errno.EINTR)}
+        assert trio.current_time() - began_s < 2
+        assert ends == ["cancelled"]
+        kernel.libfuse.send(struct.pack("<IiQ", 20, 0, 6) + b"late")
+        await trio.sleep(60)
+        assert not kernel.has_answer()
+
+    converse(script, read)
+
+
+def test_a_harmless_signal_ends_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "is_being_killed", lambda thread: False)
+
+    async def script(kernel: Kernel) -> None:
+        kernel.read(2)
+        kernel.interrupt(2)
+        kernel.interrupt(100)
+        await trio.sleep(60)
+        assert not kernel.has_answer()
+
+    converse(script, never()[0])
+
+
+def test_who_cannot_be_seen_is_let_go_after_an_interrupt() -> None:
+    async def script(kernel: Kernel) -> None:
+        kernel.read(2, thread=0)
+        kernel.read(4, thread=0)
+        await trio.sleep(60)
+        kernel.interrupt(4)
+        began_s = trio.current_time()
+        assert await kernel.answer() == (4, errno.EINTR, b"")
+        assert module.UNSEEN_PATIENCE_S <= trio.current_time() - began_s < 5
+        await trio.sleep(60)
+        assert not kernel.has_answer()
+
+    converse(script, never()[0])
+
+
+def test_which_threads_can_be_seen() -> None:
+    assert is_being_killed(threading.get_native_id()) is False
+    assert is_being_killed(0) is None
+    assert is_being_killed(int(Path("/proc/sys/kernel/pid_max").read_text()) + 1) is None
+    assert is_being_killed(os.getpid()) is False
