@@ -106,9 +106,9 @@ class BlockMemory:
             self._held.move_to_end(block)
         return held
 
-    def holds(self, block: BlockId) -> bool:
-        """Whether a block is held; that does not count as a use."""
-        return block in self._held
+    def peek(self, block: BlockId) -> Held | None:
+        """A block, if it is held; it does not count as used."""
+        return self._held.get(block)
 
     def make_room(
         self,
@@ -148,12 +148,18 @@ class BlockMemory:
 
     def _costs_nothing(self) -> BlockId | None:
         begun: list[BlockId] = []
+        not_stored: BlockId | None = None
         for block, held in self._held.items():
             if held.users or not (held.on_disk or not held.unread or self._is_near(block)):
                 continue
-            if not (held.demanded and held.unread) or self._is_near(block):
+            if held.demanded and held.unread and not self._is_near(block):
+                begun.append(block)  # its reader is about to ask for the next part
+            elif held.on_disk:
                 return block
-            begun.append(block)  # its reader is about to ask for the next part
+            elif not_stored is None:
+                not_stored = block  # it may still be written
+        if not_stored is not None:
+            return not_stored
         return begun[0] if len(begun) > max(LEAST_BEGUN, self._prefetcher.readers) else None
 
     def _costs_the_disk(self) -> BlockId | None:

@@ -7,6 +7,7 @@ ended by breaking its connection; its memory is counted until its thread has not
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,17 +31,26 @@ _Answer = memoryview | SourceError
 
 # Second attempts under way at once; when more are slow, it is the link.
 HEDGES = 4
+# A request that so many later ones have overtaken is slower than the link.
+OVERTAKEN = 4
 # A prefetch is given up after this time; a reader who needs the block tries on his own account.
 PREFETCH_PATIENCE_S = 20.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Request:
-    """A range that is wanted, and the attempts at it that are under way."""
+    """A range that is wanted, and the attempts at it that are under way.
+
+    Attributes:
+        number: of the requests in the order in which they were made.
+        overtaken: by how many that were made later and are no shorter.
+    """
 
     file: File
     start: int
     length: int
+    number: int
+    overtaken: int = 0
     under_way: list[Cancel] = field(default_factory=list)
     hedged: bool = False
 
@@ -76,6 +86,9 @@ class BlockGetter:
         self._pacer = Pacer(options.bandwidth_limit)
         self._block_size = options.block_size
         self._hedges_running = 0
+        self._numbers = itertools.count()
+        # Those of which no second attempt was made.
+        self._first_attempts: set[_Request] = set()
         # What S3 said last of each object that it does not give.
         self.troubles: dict[str, str] = {}
 
@@ -113,7 +126,7 @@ class BlockGetter:
         async def attempt() -> memoryview:
             await trio.sleep(self._pacer.delay_s(trio.current_time(), length))
             began_s = trio.current_time()
-            request = _Request(file, start, length)
+            request = _Request(file, start, length, next(self._numbers))
             data = await self._first_answer(request)
             now_s = trio.current_time()
             self.troubles.pop(file.key, None)
@@ -147,12 +160,11 @@ class BlockGetter:
             async with trio.open_nursery() as nursery:
                 send, receive = trio.open_memory_channel[_Answer](2)
                 nursery.start_soon(self._attempt, request, send)
-                with trio.move_on_after(self._timer.delay_s):
-                    answer = await receive.receive()
-                unanswered = 1 if answer is None else 0
-                if unanswered and self._may_hedge(request):
+                answer = await self._answer_unless_stuck(request, receive)
+                unanswered = 0
+                if answer is None:
                     nursery.start_soon(self._attempt, request, send)
-                    unanswered += 1
+                    unanswered = 2
                 while unanswered and not isinstance(answer, memoryview):
                     answer = await receive.receive()
                     unanswered -= 1
@@ -164,6 +176,39 @@ class BlockGetter:
             raise answer
         assert answer is not None
         return answer
+
+    async def _answer_unless_stuck(
+        self, request: _Request, answers: trio.MemoryReceiveChannel[_Answer]
+    ) -> _Answer | None:
+        """The answer to the first attempt; None: it is time for a second one.
+
+        Slow is not enough for that: over a slow link each request takes long, and every second one
+        takes the link from the others. So either nothing comes any more, or others that were made
+        later have overtaken it.
+        """
+        began_s = trio.current_time()
+        came: int | None = None
+        self._first_attempts.add(request)
+        try:
+            while True:
+                delay_s = self._timer.delay_s
+                with trio.move_on_after(delay_s / 2):
+                    return await answers.receive()
+                before = came
+                came = request.under_way[0].received_bytes() if request.under_way else None
+                is_stuck = came == before or request.overtaken >= OVERTAKEN
+                is_late = trio.current_time() >= began_s + delay_s
+                if is_late and is_stuck and self._may_hedge(request):
+                    return None
+        finally:
+            self._first_attempts.remove(request)
+            self._overtakes(request)
+
+    def _overtakes(self, request: _Request) -> None:
+        """A request was answered: those that were made before it are slower."""
+        for other in self._first_attempts:
+            is_comparable = other.number < request.number and other.length <= request.length
+            other.overtaken += is_comparable
 
     async def _attempt(self, request: _Request, answers: trio.MemorySendChannel[_Answer]) -> None:
         cancel = Cancel()

@@ -102,7 +102,7 @@ class BlockFetcher:
         for_heads = heads_limit(options.memory_limit, options.block_size)
         for_blocks = options.memory_limit - for_heads
         self._memory = BlockMemory(for_blocks, options.block_size, prefetcher)
-        prefetcher.is_held = self._memory.holds
+        prefetcher.is_held = lambda block: self._memory.peek(block) is not None
         self._jobs: dict[BlockId, Job] = {}
         self._urgent: deque[Job] = deque()
         self._fetching = 0
@@ -130,7 +130,12 @@ class BlockFetcher:
         if cache is not None:
             self._elsewhere = OtherDaemons(cache, self._thread, self._found)
             self._writer = BlockWriter(
-                cache, options.memory_limit, self._thread, recorder, self._written
+                cache,
+                options.memory_limit,
+                self._thread,
+                recorder,
+                self._written,
+                self._memory.peek,
             )
             self._window = DiskWindow(
                 cache, self._writer, prefetcher, self._memory, self._files, self._thread

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import threading
 from collections.abc import Iterator
+
+# tcpi_bytes_received in struct tcp_info (linux/tcp.h).
+_TCP_INFO = struct.Struct("=128xQ")
 
 
 class CancelledError(Exception):
@@ -28,6 +32,17 @@ class Cancel:
                 with contextlib.suppress(OSError):  # the server was faster
                     # Of TLS, too, only the connection: its state is the other thread's.
                     socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    def received_bytes(self) -> int | None:
+        """What came over the connection of the request since it was made; grows as bytes come.
+
+        None: there is no connection now, or the kernel does not tell (before Linux 4.1).
+        """
+        with self._lock, contextlib.suppress(OSError, struct.error):
+            if self._socket is not None:
+                told = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+                return int(_TCP_INFO.unpack(told)[0])
+        return None
 
     @contextlib.contextmanager
     def watching(self, connection: socket.socket) -> Iterator[None]:

@@ -18,7 +18,7 @@ from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder
 
 FILE = File(2, 1, "f", "f", 1000, "e", 0)
-LIMIT = 128  # bytes of memory: 32 of them for the queue, 16 for a batch
+LIMIT = 128  # bytes of memory: 32 of them for the queue, 8 for a batch
 
 
 class Disk:
@@ -49,9 +49,10 @@ class Desk:
         self.disk = Disk()
         self.recorder = Recorder("model")
         self.written: dict[int, bool] = {}
+        self.memory: dict[BlockId, Held] = {}
         self.writer = BlockWriter(
             cast(BlockCache, self.disk), LIMIT, self._run, self.recorder,
-            lambda block, stored: self.written.update({block.number: stored}),
+            lambda block, stored: self.written.update({block.number: stored}), self.memory.get,
         )  # fmt: skip
 
     async def _run(self, function: Callable[..., list[bool]], blocks: object) -> list[bool]:
@@ -105,7 +106,7 @@ def test_blocks_that_wait_are_written_together_within_a_share_of_the_memory() ->
         await desk.writer.finish()
 
     desk = play(scenario)
-    assert sorted(map(len, desk.disk.batches)) == [1, 1, 1, 4]
+    assert sorted(map(len, desk.disk.batches)) == [1] * (WRITERS + 1) + [2, 2]
     assert sorted(itertools.chain(*desk.disk.batches)) == list(range(WRITERS + 5))
 
 
@@ -130,6 +131,19 @@ def test_more_may_wait_for_a_slow_disk_while_another_daemon_waits_for_it() -> No
             desk.put(number, reader_waits=True)
 
     assert play(scenario).disk.released == [16, 17]
+
+
+def test_what_was_skipped_is_written_if_it_is_still_in_memory_when_there_is_time() -> None:
+    async def scenario(desk: Desk) -> None:
+        held = [desk.put(number, reader_waits=True) for number in range(12)]
+        desk.memory[BlockId(2, 9)], desk.memory[BlockId(2, 11)] = held[9], held[11]
+        assert desk.writer.skipped_blocks == 4
+        for _ in range(12):
+            desk.disk.ready.release()
+        await desk.writer.finish()
+        assert [each.on_disk for each in held] == [True] * 8 + [False, True, False, True]
+
+    assert play(scenario).writer.skipped_blocks == 2
 
 
 def test_nothing_is_skipped_while_no_reader_waits() -> None:

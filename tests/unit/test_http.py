@@ -350,3 +350,18 @@ def test_a_tunnel_through_a_proxy_is_asked_for(tmp_path_factory: pytest.TempPath
             get(Transport("https://s3.test", tls_context(certifi.where()), proxy))
         assert server.heads[0].startswith("CONNECT s3.test:443")
         assert "Proxy-Authorization: Basic c2VjcmV0" in server.heads[0]
+
+
+def test_a_request_tells_how_much_has_come() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        wire = socket.create_connection(server.getsockname())
+        peer, _ = server.accept()
+        cancel = Cancel()
+        assert cancel.received_bytes() is None, "there is no connection yet"
+        with wire, peer, cancel.watching(wire):
+            before = cancel.received_bytes()
+            assert before is not None
+            peer.sendall(bytes(1000))
+            wire.recv(1000, socket.MSG_WAITALL)
+            assert cancel.received_bytes() == before + 1000
+        assert cancel.received_bytes() is None

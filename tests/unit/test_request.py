@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +13,7 @@ import trio
 
 from lazyfs.blocks.memory import BlockMemory
 from lazyfs.errors import AccessDeniedError, SourceError, ThrottledError
-from lazyfs.fetch.request import BlockGetter
+from lazyfs.fetch.request import OVERTAKEN, BlockGetter
 from lazyfs.objects import File
 from lazyfs.observe.events import Cause
 from lazyfs.observe.recorder import Recorder
@@ -104,6 +106,54 @@ def test_a_stuck_request_is_asked_a_second_time_and_its_room_is_counted() -> Non
         assert (source.asked, recorder.hedges) == (2, 1)
         assert memory.used_bytes == 4, "the stuck thread still holds its bytes"
         assert source.cancels[0].called, "and is told to end"
+    finally:
+        released.set()
+
+
+def test_over_a_slow_link_nothing_is_asked_a_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes keep coming, if slowly: a second request would take the link from the others."""
+    came = itertools.count()
+    monkeypatch.setattr(Cancel, "received_bytes", lambda self: next(came))
+
+    def slow() -> memoryview:
+        time.sleep(3.5)  # longer than the first patience of the timer
+        return good()
+
+    _, _, _, recorder = get(Source(slow))
+    assert recorder.hedges == 0
+
+
+def test_a_request_that_later_ones_overtake_is_asked_a_second_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    came = itertools.count()
+    monkeypatch.setattr(Cancel, "received_bytes", lambda self: next(came))
+    released = threading.Event()
+
+    def slow() -> memoryview:
+        released.wait(timeout=30)
+        return good()
+
+    source = Source(slow, *[good] * (OVERTAKEN + 1))
+
+    async def run() -> Recorder:
+        memory = BlockMemory(LIMIT, 10, Prefetcher("off", 10))
+        threads, recorder = trio.CapacityLimiter(20), Recorder()
+        getter = BlockGetter(source, memory, MountOptions(), threads, lambda: None, recorder)  # type: ignore[arg-type]
+
+        async def one(length: int = 4) -> None:
+            await getter.get(FILE, 0, length, patience_s=lambda: 60.0, saturated=lambda: True)
+
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(one)
+                await trio.sleep(0.1)
+                for _ in range(OVERTAKEN):
+                    await one()
+        return recorder
+
+    try:
+        assert trio.run(run).hedges == 1
     finally:
         released.set()
 
