@@ -30,7 +30,7 @@ from csi import mounts
 from csi.daemon import LOCK_TIMEOUT_S, Daemon
 from csi.errors import RpcError, without_ids
 from csi.staged import DaemonRecord, State
-from csi.start import Start
+from csi.start import PATIENCE_S, Start
 from csi.volumes import Volume
 from lazyfs.errors import LazyfsError, MountError, SourceError
 from lazyfs.faults import start_watching
@@ -253,7 +253,7 @@ class Daemons:
         while not (daemon.retired or self._closing.is_set()):
             try:
                 with self._resuming:
-                    self.ensure(daemon, None, LOCK_TIMEOUT_S)
+                    self.ensure(daemon, None, PATIENCE_S)
                 self._on_mount(daemon)
                 return
             except (LazyfsError, KeeperError) as error:

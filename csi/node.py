@@ -24,6 +24,7 @@ from csi.daemon import Daemon
 from csi.errors import InvalidArgumentError, RpcError, without_ids
 from csi.mounts import safe_path
 from csi.staged import Place
+from csi.start import PATIENCE_S
 from csi.volumes import Rules, Volume, check_capability, check_text, own_attributes
 from lazyfs.errors import LazyfsError
 from lazyfs.store.credentials import Credentials
@@ -83,7 +84,7 @@ class Node(NodeServicer):
                 return csi_pb2.NodeStageVolumeResponse()
             daemon = self._attachments.put(
                 request.volume_id, path, Place("staging", None, asked), volume, given,
-                until - time.monotonic(),
+                _patience_s(context, until),
             )  # fmt: skip
             _wait_for(volume, daemon, until)
         return csi_pb2.NodeStageVolumeResponse()
@@ -121,7 +122,7 @@ class Node(NodeServicer):
                 staged = self._staged(request.volume_id, request.staging_target_path)
                 via = staged if given is None else None
             daemon = self._attachments.put(
-                request.volume_id, target, wanted, volume, given, until - time.monotonic(), via
+                request.volume_id, target, wanted, volume, given, _patience_s(context, until), via
             )
             if via is None:
                 _wait_for(volume, daemon, until)
@@ -243,6 +244,12 @@ def _deadline(context: ServicerContext) -> float:
     remaining_s = context.time_remaining()
     limit_s = TIMEOUT_S if remaining_s is None else min(TIMEOUT_S, remaining_s - RESERVE_S)
     return time.monotonic() + max(limit_s, 0.0)
+
+
+def _patience_s(context: ServicerContext, until: float) -> float:
+    """How long an RPC waits for a daemon; kubelet, which sets a deadline, is told early."""
+    remaining_s = until - time.monotonic()
+    return remaining_s if context.time_remaining() is None else min(PATIENCE_S, remaining_s)
 
 
 def _digest(attributes: Mapping[str, str], capability: csi_pb2.VolumeCapability) -> str:

@@ -23,7 +23,7 @@ from lazyfs.store.credentials import Credentials
 
 log = logging.getLogger(__name__)
 
-# An event should be there within ten seconds.
+# How long a call of kubelet waits: an event should be there within ten seconds.
 PATIENCE_S = 8.0
 # Between attempts of a start that may succeed later.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 15.0
@@ -83,17 +83,18 @@ class Start:
             StillStartingError: it is not yet; the message says why, and the start goes on.
             LazyfsError, KeeperError: it cannot be started.
         """
-        patience_s = max(0.0, min(PATIENCE_S, timeout_s))
         with self._changed:
             told = self._why
-            self._changed.wait_for(lambda: self._is_done or self._why is not told, patience_s)
+            self._changed.wait_for(
+                lambda: self._is_done or self._why is not told, max(0.0, timeout_s)
+            )
             why, is_final, is_ready = self._why, self._ended_s is not None, self._is_ready
         if is_ready:
             return
         if why is None:
             raise StillStartingError(
-                f"{self._source}: is not mounted yet: S3 has not answered for {PATIENCE_S:g} s; "
-                "lazyfs goes on trying"
+                f"{self._source}: is not mounted yet: S3 has not answered, or this node is very "
+                "busy; lazyfs goes on trying"
             )
         raise why if is_final else StillStartingError(str(why))
 
