@@ -33,6 +33,10 @@ class Page:
     hidden: list[Hidden] = field(default_factory=list)
 
 
+# Empty pages in a row; S3 may send some after many objects that were deleted.
+MOST_EMPTY = 10_000
+
+
 class Tokens:
     """The way through the pages of one listing.
 
@@ -43,16 +47,27 @@ class Tokens:
     def __init__(self, what: str) -> None:
         self._what = what
         self._seen: set[str] = set()
+        self._former: Page | None = None
+        self._empty = 0
 
     def after(self, page: Page) -> str | None:
         """What the page after this one is asked for with.
 
         Raises:
-            BadRequestError: it was asked for before, so that there would be no end.
+            BadRequestError: token or page came before, so that there would be no end.
         """
-        token = page.next_token
-        if token in self._seen:
-            raise BadRequestError(f"{self._what}: it goes in a circle: a token comes again")
+        token, former = page.next_token, self._former
+        self._former = page
+        has_entries = bool(page.objects or page.prefixes)
+        self._empty = 0 if has_entries else self._empty + 1
+        if token in self._seen or self._empty > MOST_EMPTY:
+            raise BadRequestError(f"{self._what}: the listing has no end: its tokens lead nowhere")
+        if (
+            former is not None
+            and has_entries
+            and (page.objects, page.prefixes) == (former.objects, former.prefixes)
+        ):
+            raise BadRequestError(f"{self._what}: the listing has no end: a page came twice")
         if token is not None:
             self._seen.add(token)
         return token

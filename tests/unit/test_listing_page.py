@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lazyfs.errors import BadRequestError
+from lazyfs.objects import ListedObject
 from lazyfs.store import listing
 from lazyfs.store.listing import NotAListingError
+from lazyfs.store.objects import MOST_EMPTY, Page, Tokens
 
 SPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
 
@@ -219,6 +222,32 @@ def test_keys_come_back_as_they_were(keys: list[str], encode: object) -> None:
 def test_a_service_that_says_encoded_and_is_not(key: str) -> None:
     parsed = listing.parse(page(entry(key), entry("m/x%41"), EncodingType="url"))
     assert not parsed.is_encoded
+
+
+def objects_of(*keys: str) -> list[ListedObject]:
+    return [ListedObject(key, 1, "", 0, key) for key in keys]
+
+
+def test_a_way_through_pages_has_an_end() -> None:
+    tokens = Tokens("x")
+    pages = [Page(objects_of("a"), [], "1"), Page([], [], "2"), Page(objects_of("b"), [], None)]
+    assert [tokens.after(each) for each in pages] == ["1", "2", None]
+
+
+@pytest.mark.parametrize(
+    "pages",
+    [
+        [Page(objects_of("a"), [], "1"), Page(objects_of("b"), [], "1")],
+        [Page([], [], "1"), Page([], [], "2"), Page([], [], "1")],
+        [Page(objects_of("a"), ["p/"], "1"), Page(objects_of("a"), ["p/"], "2")],
+        [Page([], [], str(number)) for number in range(MOST_EMPTY + 1)],
+    ],
+)
+def test_a_way_in_a_circle_is_an_error(pages: list[Page]) -> None:
+    tokens = Tokens("x")
+    with pytest.raises(BadRequestError, match="no end"):
+        for each in pages:
+            tokens.after(each)
 
 
 def test_a_key_that_is_not_utf_8_is_hidden() -> None:

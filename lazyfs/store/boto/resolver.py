@@ -100,7 +100,7 @@ class Resolver:
         server = f"{url.scheme}://{url.netloc}"
         given = self._options.ca_bundle or self._session.get_config_variable("ca_bundle")
         authorities = str(given) if given else botocore.httpsession.where()
-        if given and url.scheme == "https":
+        if given:
             tls_context(authorities)  # is refused now, if it is not usable
         path = url.path.removesuffix(_KEY)
         place = Place(scope[1], scope[2], server, path, authorities, _proxy(server))
