@@ -553,7 +553,9 @@ class Source:
             cause = f"certificate refused: {error.verify_message}; see --ca-bundle"
             raise UntrustedError(f"{what}: {cause}") from error
         except OSError as error:
-            raise UnavailableError(f"{what}: no usable answer ({_cause(error)})") from error
+            raise UnavailableError(
+                f"{what}: no usable answer from {self._place.server} ({_cause(error)})"
+            ) from error
         if credentials is not None:
             self._credentials.worked(credentials)
         return answer
