@@ -1,0 +1,255 @@
+"""What the scheduler starts, what it leaves alone, and what room it gives back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import cast
+
+import pytest
+import trio
+
+from lazyfs.blocks import Span
+from lazyfs.cache import BlockCache, Claim
+from lazyfs.errors import AccessDeniedError, SourceError
+from lazyfs.fetch.scheduler import URGENT_EXTRA, BlockFetcher
+from lazyfs.objects import File
+from lazyfs.observe.recorder import Recorder
+from lazyfs.options.mount_options import MountOptions
+from lazyfs.pagecache.page_cache import PageCache
+from lazyfs.prefetch.prefetcher import Prefetcher
+from lazyfs.store.cancel import Cancel
+from lazyfs.store.protocol import Store
+
+BLOCK = 256 << 10
+BLOCKS = 20
+MODEL = File(2, 1, "f", "f", BLOCKS * BLOCK, "e", 0)
+ON_DISK = File(3, 1, "g", "g", 4 * BLOCK, "e", 0)
+
+
+class Source:
+    """Gives zeros, an error, or nothing before it is opened."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.error: SourceError | None = None
+        self.asked: list[int] = []
+
+    def name(self, key: str) -> str:
+        return key
+
+    def read_range(self, pin: File, start: int, length: int, cancel: Cancel) -> memoryview:
+        self.asked.append(start // BLOCK)
+        self.open.wait(20)
+        if self.error is not None:
+            raise self.error
+        return memoryview(bytes(length))
+
+
+class Disk:
+    """Holds all of one file; of others some blocks may be claimed by another daemon."""
+
+    def __init__(self) -> None:
+        self.claimed: set[int] = set()
+        self.waiting: set[int] = set()
+        self.released: list[int] = []
+        self.stored: list[int] = []
+        self.loaded: list[int] = []
+
+    def load_or_claim(self, file: File, number: int) -> memoryview | Claim:
+        if file.inode == ON_DISK.inode:
+            self.loaded.append(number)
+            return memoryview(bytes(BLOCK))
+        return Claim.THEIRS if number in self.claimed else Claim.OURS
+
+    def put_all(self, blocks: Sequence[tuple[File, int, memoryview]]) -> list[bool]:
+        self.stored += [number for _, number, _ in blocks]
+        return [True] * len(blocks)
+
+    def present(self, file: File) -> list[int]:
+        return [0, 1, 2, 3] if file.inode == ON_DISK.inode else []
+
+    def holds(self, file: File, number: int) -> bool:
+        return number in self.stored
+
+    def release(self, file: File, number: int) -> None:
+        self.released.append(number)
+
+    def is_claimed(self, file: File, number: int) -> bool:
+        return number in self.claimed
+
+    def set_waiting(self, file: File, number: int, waiting: bool) -> None:
+        self.waiting = self.waiting | {number} if waiting else self.waiting - {number}
+
+    def others_wait(self) -> bool:
+        return False
+
+    def set_loading(self, file: File) -> None:
+        pass
+
+    def announce(self, files: Iterable[File]) -> None:
+        pass
+
+    def care(self, plan: Iterable[File]) -> None:
+        pass
+
+
+class Pages:
+    """Takes whatever is pushed."""
+
+    supported = True
+
+    def __init__(self) -> None:
+        self.pushed: list[int] = []
+
+    def budget(self, planned_bytes: object, unused_bytes: int) -> int:
+        return 1 << 40
+
+    def push(self, inode: int, offset: int, data: memoryview) -> bool:
+        self.pushed.append(inode)
+        return True
+
+
+class Machine:
+    """A fetcher between these."""
+
+    def __init__(self, **options: str) -> None:
+        self.source, self.disk, self.pages = Source(), Disk(), Pages()
+        texts = {"block-size": "256KiB", "memory-limit": "64MiB", **options}
+        parsed = MountOptions.parse(("{name}", texts))
+        self.prefetcher = Prefetcher(parsed.prefetch, BLOCK)
+        self.fetcher = BlockFetcher(
+            cast(Store, self.source), cast(BlockCache, self.disk), cast(PageCache, self.pages),
+            self.prefetcher, parsed, Recorder(parsed.prefetch),
+        )  # fmt: skip
+
+    def order(self, *files: File) -> None:
+        for file in files:
+            self.fetcher.add_file(file)
+        self.prefetcher.set_order((), [file.inode for file in files])
+
+
+def play(machine: Machine, scenario: Callable[[trio.Nursery], Awaitable[None]]) -> None:
+    async def main() -> None:
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                machine.fetcher.start(nursery)
+                try:
+                    await scenario(nursery)
+                finally:
+                    machine.source.open.set()
+                nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+async def until(is_true: Callable[[], bool]) -> None:
+    while not is_true():
+        await trio.sleep(0.005)
+
+
+async def for_a_while() -> None:
+    """Long enough for what should not happen."""
+    await trio.sleep(0.1)
+
+
+async def read(machine: Machine, number: int) -> None:
+    await machine.fetcher.read(MODEL, Span(number, 0, 10))
+
+
+def test_what_comes_is_stored_once_and_its_room_can_be_used_again() -> None:
+    machine = Machine()
+    machine.order(MODEL)
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        await until(lambda: len(machine.disk.stored) == BLOCKS)
+        assert sorted(machine.source.asked) == sorted(machine.disk.stored) == list(range(BLOCKS))
+
+    play(machine, scenario)
+
+
+def test_what_another_daemon_brings_takes_no_room_here() -> None:
+    machine = Machine()
+    machine.disk.claimed = set(range(BLOCKS))
+    machine.order(MODEL)
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        await until(lambda: machine.disk.waiting == machine.disk.claimed)
+        await until(lambda: machine.fetcher.in_flight == 0)
+        assert machine.fetcher.memory_bytes == 0
+        assert machine.source.asked == []
+        machine.disk.claimed = set()  # it has given up
+        await until(lambda: len(machine.disk.stored) == BLOCKS)
+
+    play(machine, scenario)
+
+
+def test_a_block_that_cannot_be_had_takes_no_room_and_no_claim() -> None:
+    machine = Machine()
+    machine.source.error = AccessDeniedError("no")
+    machine.order(MODEL)
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        await until(lambda: len(machine.disk.released) == BLOCKS)
+        await until(lambda: machine.fetcher.in_flight == 0)
+        assert machine.fetcher.memory_bytes == 0
+        assert machine.fetcher.trouble
+        with pytest.raises(AccessDeniedError):
+            await read(machine, 3)
+        assert machine.fetcher.memory_bytes == 0
+
+    play(machine, scenario)
+
+
+def test_readers_of_one_block_share_a_request() -> None:
+    machine = Machine(prefetch="off")
+    machine.source.open.clear()
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        async with trio.open_nursery() as readers:
+            for _ in range(5):
+                readers.start_soon(read, machine, 7)
+            await until(lambda: bool(machine.source.asked))
+            await for_a_while()
+            machine.source.open.set()
+        assert machine.source.asked == [7]
+
+    play(machine, scenario)
+
+
+def test_a_pause_stops_what_is_read_ahead_from_the_disk_too() -> None:
+    machine = Machine()
+    machine.fetcher.pause(True)
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        await machine.fetcher.scan([ON_DISK])
+        machine.order(ON_DISK)
+        machine.fetcher.set_known(ON_DISK, True)
+        await for_a_while()
+        assert machine.disk.loaded == []
+        machine.fetcher.pause(False)
+        await until(lambda: machine.pages.pushed == [ON_DISK.inode] * 4)
+
+    play(machine, scenario)
+
+
+def test_what_is_read_ahead_from_the_disk_waits_for_demand() -> None:
+    machine = Machine(**{"max-concurrency": "1"})
+    machine.source.open.clear()
+    demanded = URGENT_EXTRA + 2
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        await machine.fetcher.scan([ON_DISK])
+        async with trio.open_nursery() as readers:
+            for number in range(demanded):
+                readers.start_soon(read, machine, number)
+            await until(lambda: len(machine.source.asked) == demanded - 1)
+            machine.order(ON_DISK)
+            machine.fetcher.set_known(ON_DISK, True)
+            await for_a_while()
+            assert machine.disk.loaded == [], "one reader has not got a request yet"
+            machine.source.open.set()
+        await until(lambda: len(machine.disk.loaded) == 4)
+
+    play(machine, scenario)
