@@ -50,7 +50,7 @@ from lazyfs.store.http import (
 )
 from lazyfs.store.live_credentials import LiveCredentials
 from lazyfs.store.objects import Page, Pinned
-from lazyfs.store.refusals import Refusal
+from lazyfs.store.refusals import Refusal, printable
 from lazyfs.store.resolved import Place, ResolvedSource, TimedCredentials
 from lazyfs.store.signing import Signer, SigningCredentials, canonical_query
 from lazyfs.store.url import SourceUrl
@@ -67,6 +67,8 @@ MOST_TEXT = 64 << 10
 MOST_REDIRECTS = 5
 # Servers that redirects led to, whose connections are kept.
 MOST_SERVERS = 16
+# Peculiarities of a service that are told.
+MOST_NOTED = 50
 # How often the first requests of a mount are made before it is refused, and the pause between.
 FIRST_ATTEMPTS = 3
 FIRST_PAUSE_S = 0.3
@@ -469,7 +471,7 @@ class Source:
 
     def _note(self, words: str) -> None:
         """Tell once what a service does differently."""
-        if words not in self._noted:
+        if words not in self._noted and len(self._noted) < MOST_NOTED:
             self._noted.add(words)
             log.info("%s: the service %s", self.url, words)
 
@@ -616,7 +618,7 @@ class Source:
         headers = request.headers
         if elsewhere:  # the entity tags of another service are its own
             headers = {name: value for name, value in headers.items() if name != "If-Match"}
-        self._note(f"redirects to {to}")
+        self._note(f"redirects to {printable(to)}")
         return (
             to,
             replace(request, path=url.path or "/", query=url.query, headers=headers),
@@ -633,12 +635,19 @@ class Source:
             if self._servers:
                 first = next(iter(self._servers.values()))[0]
                 may_connect = lambda address: may_be_redirected_to(address, first.address)  # noqa: E731
-                if len(self._servers) >= MOST_SERVERS:
-                    raise BadRedirectError(f"redirected to over {MOST_SERVERS} servers")
+                self._forget_servers()
             transport = Transport(server, self._tls, proxy, may_connect)
             found = transport, Signer(server, self._place.region, self._place.service)
             self._servers[server] = found
         return found
+
+    def _forget_servers(self) -> None:
+        """Make room for one more, beside the endpoint, which is the first."""
+        for server in list(self._servers)[1:]:
+            if len(self._servers) < MOST_SERVERS:
+                return
+            if dropped := self._servers.pop(server, None):
+                dropped[0].close_idle(0.0)
 
     def _raise_refused(
         self, what: str, error: _RefusedError, credentials: SigningCredentials | None

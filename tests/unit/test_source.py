@@ -456,6 +456,20 @@ def test_another_service_is_asked_without_credentials(serve: Serve, status: int)
     assert not told, "credentials and tags are of the first one"
 
 
+def test_any_number_of_servers_behind_redirects(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MOST_SERVERS", 3)
+    cdns = [serve(lambda request: part(request, '"c"')) for _ in range(5)]
+    turns = iter(cdns * 2)
+    gateway = serve(lambda _: (302, {"Location": f"{next(turns).url}/x?sig=1"}, b""))
+    source = gateway.source()
+    for _ in range(10):
+        assert read(source) == DATA[256:768]
+    assert len(source._servers) == 3
+    assert next(iter(source._servers)) == gateway.url
+
+
 def test_another_path_of_the_same_service_is_signed_anew(serve: Serve) -> None:
     def answer(request: Request) -> ANSWER:
         if request.path == "/bucket/m/k":
