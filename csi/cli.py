@@ -109,7 +109,9 @@ def with_plugin_options(command: Command) -> Command:
 def configure(driver_name: str, options: MountOptions) -> None:
     """Begin the log of a plugin."""
     from lazyfs.log import configure as configure_log
+    from lazyfs.process.privileges import leave_no_core_dump
 
+    leave_no_core_dump()
     configure_log(options.log_level, options.log_format, "csi")
     logging.getLogger("csi").info("lazyfs %s, driver %s", __version__, driver_name)
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from lazyfs.handover.keeper import Keeper, KeeperError
-from lazyfs.process.privileges import protect_from_oom
+from lazyfs.process.privileges import leave_no_core_dump, protect_from_oom
 
 
 def main(socket: Path) -> int:
@@ -21,6 +21,7 @@ def main(socket: Path) -> int:
         # As the first process of a container it is not ended by signals that nobody handles.
         signal.signal(number, lambda *_: os._exit(0))
     protect_from_oom()
+    leave_no_core_dump()
     try:
         Keeper().serve_at(socket)
     except KeeperError as error:

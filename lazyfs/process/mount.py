@@ -182,7 +182,7 @@ async def _serve(
     session.answer(bytes.fromhex(beginning.init_answer), options.read_ahead)
     if device := session.device:
         set_read_ahead(device, options.read_ahead)
-    privileges.drop()
+    await privileges.drop_in_all_threads()
 
     def begin() -> None:
         page_cache.device = os.dup(session.descriptor)

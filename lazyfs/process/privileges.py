@@ -1,23 +1,42 @@
-"""Giving up what a daemon of root does not need once it has mounted."""
+"""Giving up what a daemon of root does not need, and what a crash would tell.
+
+Capabilities, their bounding set and `no_new_privs` are a thread's; a new thread or process has
+those of the thread that starts it (capabilities(7)).
+"""
 
 from __future__ import annotations
 
 import ctypes
 import logging
 import os
+import resource
+import threading
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
 # linux/prctl.h, linux/capability.h
-_PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 24, 38
+_PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 4, 24, 38
 _CAPABILITY_VERSION_3 = 0x20080522
 _CAP_DAC_READ_SEARCH = 2
 # Preferred by the kernel when memory is short are processes with higher values (proc(5)): a load
 # can wait for a daemon, but not go on without it.
 OOM_SCORE_ADJUSTMENT = -500
 
+# Threads that only wait for work answer by then.
+THREADS_TIMEOUT_S = 5.0
+
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def leave_no_core_dump() -> None:
+    """Have a crash of this process leave no core dump: its memory holds keys.
+
+    Both are needed: the limit is not asked where `core_pattern` names a program (core(5)). Other
+    processes of this user cannot read its memory either (ptrace(2)).
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def protect_from_oom() -> None:
@@ -34,7 +53,7 @@ def protect_from_oom() -> None:
 
 
 def drop() -> None:
-    """Give up all capabilities but one, and the way to get any back.
+    """Give up all capabilities of this thread but one, and the way to get any back.
 
     CAP_DAC_READ_SEARCH stays: credential files that are read again when a token was renewed may
     belong to another user. Files of the cache and the log belong to this one.
@@ -56,6 +75,30 @@ def drop() -> None:
     # Two records of: effective, permitted, inheritable (capset(2)).
     sets = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
     _check(_libc.capset(header, sets))
+
+
+async def drop_in_all_threads() -> None:
+    """`drop`, in the thread of the event loop and in those that wait for its work.
+
+    To be called while nothing is done in threads.
+    """
+    import trio  # not for supervisors
+
+    drop()
+    others = [each for each in threading.enumerate() if each is not threading.current_thread()]
+    if not others:
+        return
+    # As many jobs at once as there are threads: so each thread that waits for work gets one.
+    begun = threading.Barrier(len(others))
+    limiter = trio.CapacityLimiter(len(others))
+
+    def drop_together() -> None:
+        begun.wait(THREADS_TIMEOUT_S)
+        drop()
+
+    async with trio.open_nursery() as nursery:
+        for _ in others:
+            nursery.start_soon(lambda: trio.to_thread.run_sync(drop_together, limiter=limiter))
 
 
 def _held_capabilities() -> int:

@@ -42,9 +42,10 @@ def main(name: str, keeper_fd: int, line_fd: int, leash_fd: int | None) -> int:
     # What a start makes stays: looking through it again and again takes a quarter of the time.
     gc.disable()
     os.chdir("/")  # a daemon must not keep a filesystem busy
+    privileges.leave_no_core_dump()
     line = SupervisorLine(socket.socket(fileno=line_fd))
     # First, because a worker is started before it is known what it is to mount.
-    scout = SourceProbe()
+    scout = SourceProbe(privileges.drop)
     if leash_fd is not None:
         threading.Thread(target=_end_with, args=[leash_fd], daemon=True).start()
     keeper = KeeperClient(socket.socket(fileno=keeper_fd))
@@ -132,6 +133,7 @@ def _refuse(line: SupervisorLine, error: BaseException) -> int:
 def _end_with(leash: int) -> None:
     """End soon when the supervisor is gone: its successor has a daemon go on with the mount."""
     try:
+        privileges.drop()
         os.read(leash, 1)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(LAST_STEPS_S)

@@ -19,6 +19,7 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from lazyfs import errors, log
@@ -40,15 +41,20 @@ NAME = "lazyfs-scout"
 
 
 class SourceProbe:
-    """The process, which loads botocore at once. No other thread may run when it is made."""
+    """The process, which loads botocore at once. No other thread may run when it is made.
 
-    def __init__(self) -> None:
+    Args:
+        prepare: called in the process first: it has no more rights than it needs, because what it
+            reads was written by others.
+    """
+
+    def __init__(self, prepare: Callable[[], None]) -> None:
         self._connection, theirs = socket.socketpair()
         worker = os.getpid()
         self._ending = threading.Lock()
         self._pid: int | None = os.fork()
         if self._pid == 0:
-            _be_scout(theirs, worker)
+            _be_scout(theirs, worker, prepare)
         theirs.close()
 
     def ask(self, spec: int, region: str | None) -> ResolvedSource | None:
@@ -86,9 +92,10 @@ class SourceProbe:
                 self._pid = None
 
 
-def _be_scout(connection: socket.socket, worker: int) -> NoReturn:
+def _be_scout(connection: socket.socket, worker: int, prepare: Callable[[], None]) -> NoReturn:
     code = 1
     try:
+        prepare()
         libc = ctypes.CDLL(None)
         libc.prctl(_PR_SET_NAME, NAME.encode())
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
