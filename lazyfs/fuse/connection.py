@@ -35,6 +35,8 @@ import pyfuse3
 import trio
 from pyfuse3 import FileHandleT, FUSEError
 
+from lazyfs.faults import contained, keep_running
+
 log = logging.getLogger(__name__)
 
 Buffer = bytes | memoryview
@@ -104,7 +106,7 @@ class KernelConnection:
         self._libfuse.setblocking(False)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._pass_answers)
-            nursery.start_soon(self._look_after)
+            nursery.start_soon(keep_running, "letting go of killed readers", self._look_after)
             await self._take_requests(nursery)
             nursery.cancel_scope.cancel()
         pyfuse3.terminate()
@@ -132,7 +134,9 @@ class KernelConnection:
             handle, offset, size = _READ_IN.unpack_from(message, _IN_HEADER.size)
             scope = trio.CancelScope()
             self._waiting[unique] = _Waiting(thread, trio.current_time(), scope)
-            nursery.start_soon(self._serve_read, unique, scope, handle, offset, size)
+            nursery.start_soon(
+                contained, "answering a read", self._serve_read, unique, scope, handle, offset, size
+            )
         elif operation == _INTERRUPT:
             (interrupted,) = _INTERRUPT_IN.unpack_from(message, _IN_HEADER.size)
             if (waiting := self._waiting.get(interrupted)) is not None:
@@ -179,7 +183,8 @@ class KernelConnection:
                 self._send([message])
 
     def _answer(self, unique: int, error: int, data: Buffer = b"") -> None:
-        del self._waiting[unique]
+        if self._waiting.pop(unique, None) is None:
+            return  # it was given up just when its answer came
         length = _OUT_HEADER.size + len(data)
         self._send([_OUT_HEADER.pack(length, -error, unique), data])
 
