@@ -120,12 +120,14 @@ def rules(
     allow_attributes: str | None,
     max_memory_limit: str | None,
     defaults: dict[str, str | list[str]],
+    endpoints: Sequence[str] = (),
 ) -> Rules:
     """What volumes may set, as the command line says.
 
     Raises:
         OptionError: a name or the size is not one, or a default cannot be one.
     """
+    from csi.endpoints import AllowedEndpoints
     from csi.volumes import Rules, options_of
     from lazyfs.errors import OptionError
     from lazyfs.options.mount_options import find_option
@@ -136,9 +138,9 @@ def rules(
     memory_limit = find_option("memory-limit")
     assert memory_limit is not None
     most = memory_limit.parse(max_memory_limit, "--max-memory-limit") if max_memory_limit else None
-    if allow_attributes is None:
-        return Rules(max_memory_limit=most, defaults=defaults)
-    return Rules(options_of(allow_attributes), most, defaults)
+    allowed = Rules().allowed if allow_attributes is None else options_of(allow_attributes)
+    where = AllowedEndpoints(endpoints) if endpoints else AllowedEndpoints()
+    return Rules(allowed, most, defaults, where)
 
 
 def serve(
@@ -266,6 +268,14 @@ def controller(
     is_flag=True,
     help="Let inline volumes of pods be read with the node's own credentials.",
 )
+@click.option(
+    "--allowed-endpoint",
+    "endpoints",
+    metavar="URL|aws|any",
+    multiple=True,
+    help="An endpoint that inline volumes may name as endpointUrl, besides that of --endpoint-url. "
+    "Once for each. any: all but those at addresses of this node. [default: aws]",
+)
 @with_mount_options
 def node(
     endpoint: str,
@@ -278,6 +288,7 @@ def node(
     keeper_socket: Path,
     registration_dir: Path | None,
     inline_node_role: bool,
+    endpoints: tuple[str, ...],
     config: Path | None,
     **given: Any,
 ) -> None:
@@ -298,7 +309,8 @@ def node(
     options, defaults = settings(config, given)
     configure(driver_name, options)
     # Pods run as other users than the driver.
-    volume_rules = rules(allow_attributes, max_memory_limit, {**defaults, "allow-other": "true"})
+    defaults = {**defaults, "allow-other": "true"}
+    volume_rules = rules(allow_attributes, max_memory_limit, defaults, endpoints)
     allow_many_descriptors()
     attachments = Attachments(State(state_dir), state_dir / "mounts", keeper_socket)
     attachments.recover()

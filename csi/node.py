@@ -178,7 +178,11 @@ class Node(NodeServicer):
         self, attributes: Mapping[str, str], capability: csi_pb2.VolumeCapability
     ) -> Volume:
         check_capability(capability)
-        volume = self._rules.volume(attributes, capability.mount.mount_flags)
+        volume = self._rules.volume(
+            attributes,
+            capability.mount.mount_flags,
+            inline=attributes.get(EPHEMERAL) == "true",
+        )
         return _with_group(volume, capability.mount.volume_mount_group)
 
     def _staged(self, volume_id: str, staging_target_path: str) -> Daemon | None:

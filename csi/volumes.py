@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from csi.csi_pb2 import VolumeCapability
+from csi.endpoints import AllowedEndpoints
 from csi.errors import InvalidArgumentError
 from lazyfs.errors import OptionError
 from lazyfs.options.mount_options import OPTIONS, MountOptions, Option, merged
@@ -43,6 +44,7 @@ OF_THE_NODE = frozenset(
     (
         "profile",
         "ca-bundle",
+        "refuse-local",
         "allow-other",
         "cache-dir",
         "cache-size",
@@ -102,14 +104,25 @@ class Rules:
         allowed: names of the options that a volume may set.
         max_memory_limit: bytes; the most that a volume may ask for as `memoryLimit`.
         defaults: valid texts by option name, for what a volume does not set.
+        endpoints: which ones inline volumes may name, besides the default.
     """
 
     allowed: frozenset[str] = frozenset(option.name for option in OPTIONS) - OF_THE_NODE
     max_memory_limit: int | None = None
     defaults: Mapping[str, str | list[str]] = field(default_factory=dict)
+    endpoints: AllowedEndpoints = field(default_factory=AllowedEndpoints)
 
-    def volume(self, attributes: Mapping[str, str], mount_flags: Iterable[str] = ()) -> Volume:
+    def volume(
+        self,
+        attributes: Mapping[str, str],
+        mount_flags: Iterable[str] = (),
+        *,
+        inline: bool = False,
+    ) -> Volume:
         """Read a volume's attributes (`volume_context`) and mount flags.
+
+        Args:
+            inline: they are the words of whoever made the pod; else an administrator's.
 
         Raises:
             InvalidArgumentError: one is unknown, not allowed here, or has a wrong value.
@@ -131,9 +144,12 @@ class Rules:
                     f"{name}: given as volume attribute and as mount option, with other values; "
                     "leave one out"
                 )
+        given = {**texts, **flags}
+        if inline:
+            given |= self._where(given)
         volume = Volume(
             source=str(source_of(own)),
-            options=self._checked({**texts, **flags}),
+            options=self._checked(given),
             wait_for=_wait_for(own.get("waitFor")),
             role_arn=_role_arn(own.get("roleArn")),
         )
@@ -165,16 +181,43 @@ class Rules:
         else:
             texts[option.name] = value
 
+    def _where(self, texts: Texts) -> Texts:
+        """What follows from the endpoint that an inline volume names.
+
+        Raises:
+            InvalidArgumentError: it may not name that one.
+        """
+        default = self.defaults.get("endpoint-url")
+        named = texts.get("endpoint-url", default)
+        if named is None:
+            return {}
+        found = self.endpoints.find(str(named), None if default is None else str(default))
+        if found is None:
+            raise InvalidArgumentError(
+                f"endpointUrl: {named!r} is not allowed: inline volumes may only use "
+                f"{self.endpoints.shown(None if default is None else str(default))} "
+                "(volumes.allowedEndpoints of the chart, --allowed-endpoint of the driver)"
+            )
+        # Whose address a name BUCKET.HOST has is not the administrator's word either.
+        is_virtual = texts.get("addressing-style") == "virtual"
+        guarded: Texts = {"refuse-local": "true"} if is_virtual or not found.is_named else {}
+        return {"endpoint-url": found.url, **guarded} if "endpoint-url" in texts else guarded
+
     def _checked(self, texts: Texts) -> Texts:
         try:
             options = MountOptions.parse(("{attribute}", texts), ("--{name}", self.defaults))
         except OptionError as error:
             raise InvalidArgumentError(str(error)) from None
         most = self.max_memory_limit
-        if most is not None and "memory-limit" in texts and options.memory_limit > most:
+        set_by = next((name for name in ("memory-limit", "preset") if name in texts), None)
+        if most is not None and set_by is not None and options.memory_limit > most:
+            what = f"memoryLimit: {texts[set_by]!r}"
+            if set_by == "preset":
+                what = f"preset: {texts[set_by]!r}, which sets memoryLimit to "
+                what += format_size(options.memory_limit)
             raise InvalidArgumentError(
-                f"memoryLimit: {texts['memory-limit']!r} is not allowed: at most "
-                f"{format_size(most)} (--max-memory-limit of the driver)"
+                f"{what} is not allowed: at most {format_size(most)} (--max-memory-limit of the "
+                "driver)"
             )
         return merged(texts, self.defaults)
 

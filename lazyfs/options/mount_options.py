@@ -160,6 +160,14 @@ class MountOptions:
     ca_bundle: Path | None = _option(
         LocalPath(), "Source", "PEM file with the certificate authority of a private endpoint."
     )
+    refuse_local: bool = _option(
+        Flag(),
+        "Source",
+        "Do not connect to servers at addresses of this machine, loopback and link-local ones "
+        "included, and say nothing of what answers when it is not S3. For endpoints that the "
+        "administrator did not choose. With a proxy, the proxy decides.",
+        "false",
+    )
     io_timeout: float = _option(
         Duration(1, 86400),
         "Source",

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from lazyfs.blocks.buffers import take_buffer
@@ -42,8 +42,12 @@ class CutOffError(ConnectionError):
     """The answer ended too early, or is no HTTP."""
 
 
-class BadRedirectError(Exception):
-    """We were sent to an address where nothing may be asked."""
+class BadAddressError(Exception):
+    """A name has an address at which nothing may be asked."""
+
+
+class BadRedirectError(BadAddressError):
+    """We were sent to where nothing may be asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +151,8 @@ class Transport:
         server: `http://HOST[:PORT]` or `https://HOST[:PORT]`.
         tls: for https.
         proxy: that leads there, or None.
-        may_connect: says of the address that was connected to whether it may be asked, and raises
-            what is to be raised if not.
+        may_connect: is asked about each address of the server before any is connected to; raises
+            what is to be raised if it may not be.
     """
 
     def __init__(
@@ -259,13 +263,27 @@ class Transport:
         else:
             connection = http.client.HTTPConnection(host, port, timeout=CONNECT_TIMEOUT_S)
         connection.response_class = _Response
+        # How http.client makes its socket; its own way would look the name up once more.
+        connection._create_connection = self._dial  # type: ignore[attr-defined]
         with _closed_on_error(connection):
             connection.connect()
             self.address = connection.sock.getpeername()[0]
-            if not self._proxy:
-                self._may_connect(self.address)
             connection.sock.settimeout(SILENCE_TIMEOUT_S)
         return connection
+
+    def _dial(
+        self, server: tuple[str, int], timeout_s: float, _source: tuple[str, int] | None
+    ) -> socket.socket:
+        """A socket to a server: what is checked is what is connected to. Raises OSError."""
+        found = socket.getaddrinfo(*server, type=socket.SOCK_STREAM)
+        addresses = [each[-1] for each in found]
+        if not self._proxy:
+            for address in addresses:
+                self._may_connect(str(address[0]))
+        for address in addresses[:-1]:
+            with contextlib.suppress(OSError):
+                return _connected(address, timeout_s)
+        return _connected(addresses[-1], timeout_s)
 
 
 def tls_context(authorities: str) -> ssl.SSLContext:
@@ -305,6 +323,29 @@ def may_be_redirected_to(address: str, from_address: str | None) -> None:
         or (target.is_loopback and not ours)
     ):
         raise BadRedirectError(f"a redirect to the address {address} is not followed")
+
+
+def must_be_elsewhere(address: str) -> None:
+    """Whether an address is another machine's, as far as this one knows.
+
+    Raises:
+        BadAddressError: it is link-local, a loopback device's or this machine's own.
+    """
+    ours = "an address that is link-local or of this machine is not asked"
+    target = ipaddress.ip_address(address.partition("%")[0])
+    target = getattr(target, "ipv4_mapped", None) or target
+    if target.is_link_local or target.is_loopback or target.is_multicast or target.is_unspecified:
+        raise BadAddressError(ours)
+    family = socket.AF_INET if target.version == 4 else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect((str(target), 9))  # sends nothing
+        # What this machine sends to itself comes from the address that it goes to.
+        if ipaddress.ip_address(probe.getsockname()[0]) == target:
+            raise BadAddressError(ours)
+
+
+def _connected(address: tuple[Any, ...], timeout_s: float) -> socket.socket:
+    return socket.create_connection(address[:2], timeout_s)
 
 
 def _answer_of(

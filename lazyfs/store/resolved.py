@@ -21,6 +21,11 @@ _OF_AWS = re.compile(
 )
 
 
+def is_of_aws(server: str) -> bool:
+    """Whether a `https://HOST` is S3's own."""
+    return _OF_AWS.fullmatch(server) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where the objects of a bucket are, how to get there, and what signatures are made for.
@@ -42,7 +47,7 @@ class Place:
     @property
     def is_of_aws(self) -> bool:
         """Whether nobody but AWS can answer there."""
-        return _OF_AWS.fullmatch(self.server) is not None
+        return is_of_aws(self.server)
 
     @property
     def identity(self) -> str:

@@ -43,9 +43,11 @@ from lazyfs.store.credentials import Credentials, StaticCredentials, WebIdentity
 from lazyfs.store.http import (
     SILENCE_TIMEOUT_S,
     Answer,
+    BadAddressError,
     BadRedirectError,
     Transport,
     may_be_redirected_to,
+    must_be_elsewhere,
     tls_context,
 )
 from lazyfs.store.live_credentials import LiveCredentials
@@ -423,6 +425,7 @@ class Source:
             self._lists_by_version_1 = True
             return self._list(parameters, what, encoded=encoded)
         except zlib.error as error:
+            self._be_vague(what, error)
             raise BadResponseError(f"{what}: the answer is no gzip: {error}") from error
         try:
             return listing.parse(body)
@@ -430,6 +433,7 @@ class Source:
             refusal = Refusal.of(200, {}, body[:MOST_TEXT])
             if refusal.code:  # S3 began to answer before it knew
                 raise refusal.error(what) from error
+            self._be_vague(what, error)
             raise BadResponseError(f"{what}: this is not a listing of S3: {error}") from error
 
     def _means_space(self, page: listing.RawPage, parameters: Mapping[str, str], what: str) -> bool:
@@ -544,23 +548,41 @@ class Source:
             credentials = None if self._options.no_sign_request else self._credentials.current()
             answer = self._follow(request, handle, cancel, credentials, signed or {})
         except _RefusedError as error:
+            if not error.refusal.code:
+                self._be_vague(what, error)
             self._raise_refused(what, error, credentials)
         except ranges.ChangedError as error:
             raise ObjectChangedError(f"{what}: {error}") from error
         except ranges.OtherRangeError as error:
+            self._be_vague(what, error)
             raise BadResponseError(f"{what}: {error}") from error
-        except (ranges.IgnoresRangeError, BadRedirectError) as error:
+        except BadAddressError as error:
+            raise BadRequestError(f"{what}: {error}") from error
+        except ranges.IgnoresRangeError as error:
+            self._be_vague(what, error)
             raise BadRequestError(f"{what}: {error}") from error
         except ssl.SSLCertVerificationError as error:
+            self._be_vague(what, error)
             cause = f"certificate refused: {error.verify_message}; see --ca-bundle"
             raise UntrustedError(f"{what}: {cause}") from error
         except OSError as error:
+            self._be_vague(what, error)
             raise UnavailableError(
                 f"{what}: no usable answer from {self._place.server} ({_cause(error)})"
             ) from error
         if credentials is not None:
             self._credentials.worked(credentials)
         return answer
+
+    def _be_vague(self, what: str, error: Exception) -> None:
+        """Where somebody else than the administrator chose the server, do not say what is there.
+
+        Raises:
+            UnavailableError: the same for a closed port, for silence and for what is no S3.
+        """
+        if self._options.refuse_local:
+            log.info("%s: %s: %s", what, type(error).__name__, printable(str(error)))
+            raise UnavailableError(f"{what}: no usable answer of S3") from error
 
     def _follow(
         self,
@@ -631,10 +653,12 @@ class Source:
         if found is None:
             if server.startswith("https:") and self._tls is None:
                 self._tls = tls_context(self._place.authorities)
-            proxy, may_connect = self._place.proxy, _anywhere
+            proxy = self._place.proxy
+            may_connect = must_be_elsewhere if self._options.refuse_local else _anywhere
             if self._servers:
                 first = next(iter(self._servers.values()))[0]
-                may_connect = lambda address: may_be_redirected_to(address, first.address)  # noqa: E731
+                if not self._options.refuse_local:
+                    may_connect = lambda address: may_be_redirected_to(address, first.address)  # noqa: E731
                 self._forget_servers()
             transport = Transport(server, self._tls, proxy, may_connect)
             found = transport, Signer(server, self._place.region, self._place.service)

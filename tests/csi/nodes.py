@@ -231,6 +231,8 @@ class TestNode:
             f"--state-dir={self.state}",
             f"--keeper={self.keeper.socket}",
             f"--cache-dir={self.directory / 'cache'}",
+            # What pods name is not their own choice.
+            f"--allowed-endpoint={self.endpoint}",
             *self._options,
             *options,
             **self._env,

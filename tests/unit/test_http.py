@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +17,14 @@ from lazyfs.store import http as transport
 from lazyfs.store.cancel import Cancel, CancelledError
 from lazyfs.store.http import (
     Answer,
+    BadAddressError,
     BadRedirectError,
     Body,
     CutOffError,
     Proxy,
     Transport,
     may_be_redirected_to,
+    must_be_elsewhere,
     tls_context,
 )
 
@@ -275,6 +278,57 @@ def test_where_a_server_may_send_us(address: str, before: str, allowed: bool) ->
     else:
         with pytest.raises(BadRedirectError):
             may_be_redirected_to(address, before)
+
+
+@pytest.mark.parametrize(
+    ("address", "allowed"),
+    [
+        ("93.184.216.34", True),
+        ("2606:2800:220:1::1", True),
+        ("127.0.0.1", False),
+        ("127.8.9.10", False),
+        ("::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("169.254.169.254", False),
+        ("fe80::1%lo", False),
+        ("0.0.0.0", False),
+        ("::", False),
+    ],
+)
+def test_what_a_pod_may_not_have_asked(address: str, allowed: bool) -> None:
+    if allowed:
+        must_be_elsewhere(address)
+    else:
+        with pytest.raises(BadAddressError):
+            must_be_elsewhere(address)
+
+
+def test_this_machines_own_addresses_are_not_elsewhere() -> None:
+    own = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=True).stdout
+    for address in own.split():
+        with pytest.raises(BadAddressError):
+            must_be_elsewhere(address)
+
+
+def test_a_name_with_a_bad_address_is_not_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even at its other address; and it is looked up once, so that it cannot change."""
+    lookups = []
+
+    def look_up(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+        lookups.append(host)
+        kind = socket.AF_INET, socket.SOCK_STREAM, 6, ""
+        return [(*kind, ("127.0.0.1", port)), (*kind, ("127.0.0.9", port))]
+
+    def may_connect(address: str) -> None:
+        if address == "127.0.0.9":
+            raise BadAddressError(address)
+
+    with serving(always(ANSWER)) as (server, _):
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
+        url = f"http://two.test:{server.port}"
+        with pytest.raises(BadAddressError):
+            get(Transport(url, may_connect=may_connect))
+        assert server.heads == [] and lookups == ["two.test"]
 
 
 def test_silence_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
