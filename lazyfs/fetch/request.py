@@ -7,7 +7,6 @@ ended by breaking its connection; its memory is counted until its thread has not
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -42,14 +41,14 @@ class _Request:
     """A range that is wanted, and the attempts at it that are under way.
 
     Attributes:
-        number: of the requests in the order in which they were made.
-        overtaken: by how many that were made later and are no shorter.
+        began_s: when it was made.
+        overtaken: by how many that were made well after it and are no shorter.
     """
 
     file: File
     start: int
     length: int
-    number: int
+    began_s: float
     overtaken: int = 0
     under_way: list[Cancel] = field(default_factory=list)
     hedged: bool = False
@@ -86,7 +85,6 @@ class BlockGetter:
         self._pacer = Pacer(options.bandwidth_limit)
         self._block_size = options.block_size
         self._hedges_running = 0
-        self._numbers = itertools.count()
         # Those of which no second attempt was made.
         self._first_attempts: set[_Request] = set()
         # What S3 said last of each object that it does not give.
@@ -126,7 +124,7 @@ class BlockGetter:
         async def attempt() -> memoryview:
             await trio.sleep(self._pacer.delay_s(trio.current_time(), length))
             began_s = trio.current_time()
-            request = _Request(file, start, length, next(self._numbers))
+            request = _Request(file, start, length, began_s)
             data = await self._first_answer(request)
             now_s = trio.current_time()
             self.troubles.pop(file.key, None)
@@ -186,7 +184,6 @@ class BlockGetter:
         takes the link from the others. So either nothing comes any more, or others that were made
         later have overtaken it.
         """
-        began_s = trio.current_time()
         came: int | None = None
         self._first_attempts.add(request)
         try:
@@ -197,7 +194,7 @@ class BlockGetter:
                 before = came
                 came = request.under_way[0].received_bytes() if request.under_way else None
                 is_stuck = came == before or request.overtaken >= OVERTAKEN
-                is_late = trio.current_time() >= began_s + delay_s
+                is_late = trio.current_time() >= request.began_s + delay_s
                 if is_late and is_stuck and self._may_hedge(request):
                     return None
         finally:
@@ -205,10 +202,10 @@ class BlockGetter:
             self._overtakes(request)
 
     def _overtakes(self, request: _Request) -> None:
-        """A request was answered: those that were made before it are slower."""
+        """A request was answered: those that were made well before it are slower."""
+        before_s = request.began_s - self._timer.delay_s / 2
         for other in self._first_attempts:
-            is_comparable = other.number < request.number and other.length <= request.length
-            other.overtaken += is_comparable
+            other.overtaken += other.began_s <= before_s and other.length <= request.length
 
     async def _attempt(self, request: _Request, answers: trio.MemorySendChannel[_Answer]) -> None:
         cancel = Cancel()

@@ -245,8 +245,8 @@ class Transport:
             except ConnectionError:
                 self.close_idle(0.0)  # the server has closed it, and the others are older
         connection = self._connect()
-        answer = _answer_of(connection, method, target, headers, cancel)
-        return connection, connection.sock, answer
+        wire = connection.sock  # the connection may forget it with the answer
+        return connection, wire, _answer_of(connection, method, target, headers, cancel)
 
     def _connect(self) -> http.client.HTTPConnection:
         host, port = self._url.hostname or "", self._url.port

@@ -198,6 +198,22 @@ def test_wait_for_a_model_that_nothing_else_brings(
     assert not s3.data_requests(), "it was all in the cache"
 
 
+def test_wait_for_a_model_of_which_a_shard_cannot_be_read(s3: S3, place: Path) -> None:
+    shards = {f"m/model-0000{n}-of-00002.safetensors": bytes(300_000) for n in (1, 2)}
+    s3.put("archived", shards)
+    s3.forget()
+    refused = {"status": 403, "code": "InvalidObjectState"}
+    s3.fault("GET /archived/m/model-00002", "status", times=10**6, **refused)
+    arguments = mount_arguments(s3, place, "--wait=model")
+    arguments[1] = "s3://archived/m"
+    answer = lazyfs(*arguments)
+    assert answer.returncode == 1
+    last = answer.stderr.splitlines()[-1]
+    assert "only 293KiB of 585.9KiB could be fetched" in last, answer.stderr
+    assert "model-00002" in last and "archived" in last
+    assert lazyfs("umount", place).returncode == 0
+
+
 def test_wait_where_there_is_no_model(server: S3, place: Path) -> None:
     arguments = mount_arguments(server, place, "--wait=model")
     arguments[1] = "s3://seen/plain"

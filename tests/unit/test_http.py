@@ -419,3 +419,17 @@ def test_a_request_tells_how_much_has_come() -> None:
             wire.recv(1000, socket.MSG_WAITALL)
             assert cancel.received_bytes() == before + 1000
         assert cancel.received_bytes() is None
+
+
+def test_a_request_tells_what_comes_also_where_the_server_closes_after_it() -> None:
+    seen = []
+
+    def receive(body: Body) -> None:
+        seen.append(cancel.received_bytes())
+        body.read_into(memoryview(bytearray(5)))
+
+    cancel = Cancel()
+    closing = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 5\r\n\r\n12345"
+    with serving(always(closing)) as (_, client):
+        exchange(client, receive, cancel)
+    assert seen[0], "it can be watched, and be ended from another thread"

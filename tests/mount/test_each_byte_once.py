@@ -1,0 +1,81 @@
+"""What has left S3 once is not asked for again, whatever the kernel and loaders drop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mounting import Mounted, lazyfs, python
+from s3 import S3
+from safetensors.numpy import save
+
+pytestmark = pytest.mark.fuse
+
+MIB = 1 << 20
+SHARDS = {
+    f"m/model-{shard:05}-of-00003.safetensors": save(
+        {
+            f"layer.{n}": np.random.default_rng(n).integers(0, 256, 4 * MIB, np.uint8)
+            for n in range(4 * shard - 4, 4 * shard)
+        }
+    )
+    for shard in (1, 2, 3)
+}
+NEEDED = sum(map(len, SHARDS.values()))
+OPTIONS = ["--block-size=1MiB", "--memory-limit=64MiB"]
+# Reads all shards, and after every 3 MiB drops all pages of all of them, as SGLang and vLLM can be
+# told to do with one.
+LOAD_AND_DROP = """
+import hashlib, mmap, os, pathlib, sys
+paths = sorted(pathlib.Path(sys.argv[1]).glob("*.safetensors"))
+digest = hashlib.md5()
+for path in paths:
+    with open(path, "rb") as file:
+        for at in range(0, path.stat().st_size, 3 << 20):
+            with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+                digest.update(mapped[at : at + (3 << 20)])
+            for each in paths:
+                with open(each, "rb") as other:
+                    os.posix_fadvise(other.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+print(digest.hexdigest())
+"""
+DIGEST = """
+import hashlib, pathlib, sys
+digest = hashlib.md5()
+for path in sorted(pathlib.Path(sys.argv[1]).glob("*.safetensors")):
+    digest.update(path.read_bytes())
+print(digest.hexdigest())
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bucket(server: S3) -> None:
+    server.put("once", SHARDS)
+
+
+def fetched(s3: S3) -> int:
+    """Bytes that S3 was asked for; the first 64 KiB of a shard come with its header as well."""
+    size = 0
+    for _, asked in s3.data_requests():
+        assert asked is not None
+        first, last = map(int, asked.removeprefix("bytes=").split("-"))
+        size += last - first + 1 if (first, last) != (0, 65535) else 0
+    return size
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["fast link", "slow link"])
+def test_pages_that_are_dropped_in_mid_load_come_from_the_disk(
+    mount: Callable[..., Mounted], s3: S3, slow: bool, tmp_path: Path
+) -> None:
+    if slow:
+        s3.fault("GET /once/m/", "slow", times=10**6, seconds=0.3)
+    mounted = mount("s3://once/m", *OPTIONS, f"--cache-dir={tmp_path / 'own cache'}")
+    loaded = python(LOAD_AND_DROP, mounted.path)
+    assert fetched(s3) <= NEEDED * 1.01
+    assert python(DIGEST, mounted.path) == loaded
+    assert lazyfs("umount", mounted.path).returncode == 0
+    again = mount("s3://once/m", *OPTIONS, f"--cache-dir={tmp_path / 'own cache'}")
+    assert python(DIGEST, again.path) == loaded
+    assert fetched(s3) <= NEEDED * 1.01, "what was fetched is on the disk"
