@@ -18,6 +18,7 @@ from lazyfs import errors
 from lazyfs.errors import BadRequestError, SourceError
 from lazyfs.objects import ListedObject
 from lazyfs.options.mount_options import MountOptions
+from lazyfs.store import client, listing
 from lazyfs.store import http as transport
 from lazyfs.store import source as sources
 from lazyfs.store.credentials import StaticCredentials, WebIdentity
@@ -341,7 +342,7 @@ def test_an_error_in_an_answer_of_200(serve: Serve) -> None:
 def test_a_listing_of_any_length_is_not_kept_in_memory(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources.listing, "MOST_BYTES", 10_000)
+    monkeypatch.setattr(listing, "MOST_BYTES", 10_000)
     for body in (page(*[entry()] * 200), gzip.compress(page(*[entry()] * 200))):
         encoding = {"Content-Encoding": "gzip"} if body[:1] == b"\x1f" else {}
         source = serve(lambda _, b=body, e=encoding: (200, e, b)).source()  # type: ignore[misc]
@@ -459,15 +460,15 @@ def test_another_service_is_asked_without_credentials(serve: Serve, status: int)
 def test_any_number_of_servers_behind_redirects(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "MOST_SERVERS", 3)
+    monkeypatch.setattr(client, "MOST_SERVERS", 3)
     cdns = [serve(lambda request: part(request, '"c"')) for _ in range(5)]
     turns = iter(cdns * 2)
     gateway = serve(lambda _: (302, {"Location": f"{next(turns).url}/x?sig=1"}, b""))
     source = gateway.source()
     for _ in range(10):
         assert read(source) == DATA[256:768]
-    assert len(source._servers) == 3
-    assert next(iter(source._servers)) == gateway.url
+    assert len(source._client._servers) == 3
+    assert next(iter(source._client._servers)) == gateway.url
 
 
 def test_another_path_of_the_same_service_is_signed_anew(serve: Serve) -> None:

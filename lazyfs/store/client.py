@@ -1,0 +1,336 @@
+"""Requests to one service: signed, made, followed to where they are redirected, and refused.
+
+What comes back is a value, or a `SourceError` whose message names what was asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import ssl
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import NoReturn, TypeVar
+from urllib.parse import urljoin, urlsplit
+
+from lazyfs import __version__
+from lazyfs.errors import (
+    AccessDeniedError,
+    BadRequestError,
+    BadResponseError,
+    CredentialsExpiredError,
+    ObjectChangedError,
+    UnavailableError,
+    UntrustedError,
+)
+from lazyfs.store import ranges
+from lazyfs.store.cancel import Cancel
+from lazyfs.store.http import (
+    SILENCE_TIMEOUT_S,
+    Answer,
+    BadAddressError,
+    BadRedirectError,
+    Transport,
+    may_be_redirected_to,
+    must_be_elsewhere,
+    tls_context,
+)
+from lazyfs.store.live_credentials import LiveCredentials
+from lazyfs.store.refusals import Refusal, printable
+from lazyfs.store.resolved import Place
+from lazyfs.store.signing import Signer, SigningCredentials
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+# Of the text that comes with a refusal, how much is read.
+MOST_TEXT = 64 << 10
+MOST_REDIRECTS = 5
+# Servers that redirects led to, whose connections are kept.
+MOST_SERVERS = 16
+# Peculiarities of a service that are told.
+MOST_NOTED = 50
+_AGENT = f"lazyfs/{__version__}"
+_SIGNED_URL = re.compile(r"[?&](X-Amz-Signature|X-Goog-Signature|Signature|sig)=", re.IGNORECASE)
+
+
+class RefusedError(Exception):
+    """An answer that is not what was asked for."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.status)
+        self.refusal = refusal
+
+
+class _RedirectedError(Exception):
+    """What was asked for is elsewhere."""
+
+    def __init__(self, location: str, refusal: Refusal) -> None:
+        super().__init__(location)
+        self.location = location
+        self.refusal = refusal
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request before it is signed.
+
+    Attributes:
+        path: encoded.
+        headers: that are not signed.
+    """
+
+    method: str
+    path: str
+    query: str
+    headers: Mapping[str, str]
+
+    @property
+    def target(self) -> str:
+        return f"{self.path}?{self.query}" if self.query else self.path
+
+
+class Client:
+    """Asks one service.
+
+    Args:
+        what: the source, for the log.
+        place: where it is.
+        credentials: None: requests are not signed.
+        requester_pays: requests say that whoever makes them pays.
+        refuse_local: somebody else than the administrator chose the server: addresses of this
+            machine are not asked, and errors do not say what is there.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        place: Place,
+        credentials: LiveCredentials | None,
+        *,
+        requester_pays: bool = False,
+        refuse_local: bool = False,
+    ) -> None:
+        self._what = what
+        self.place = place
+        self._credentials = credentials
+        self._requester_pays = requester_pays
+        self._refuse_local = refuse_local
+        self._servers: dict[str, tuple[Transport, Signer]] = {}
+        self._tls: ssl.SSLContext | None = None
+        self._noted: set[str] = set()
+        self._server(place.server)
+
+    @property
+    def bucket_path(self) -> str:
+        """Where the bucket itself is."""
+        return self.place.path.removesuffix("/") or "/"
+
+    def close_idle(self) -> None:
+        """Close connections that nobody has used for a while."""
+        for transport, _ in list(self._servers.values()):
+            transport.close_idle()
+
+    def note(self, words: str) -> None:
+        """Tell once what the service does differently."""
+        if words not in self._noted and len(self._noted) < MOST_NOTED:
+            self._noted.add(words)
+            log.info("%s: the service %s", self._what, words)
+
+    def ask(
+        self,
+        request: Request,
+        handle: Callable[[Answer, bool], T],
+        what: str,
+        cancel: Cancel,
+        signed: Mapping[str, str] | None = None,
+    ) -> T:
+        """Make a request, and follow it to where it is redirected.
+
+        Args:
+            handle: is told whether another service than ours answers.
+            signed: headers that are signed.
+
+        Raises:
+            SourceError: it was refused, or not answered.
+        """
+        credentials = None
+        try:
+            credentials = self._credentials.current() if self._credentials else None
+            answer = self._follow(request, handle, cancel, credentials, signed or {})
+        except RefusedError as error:
+            if not error.refusal.code:
+                self.be_vague(what, error)
+            self._raise_refused(what, error, credentials)
+        except ranges.ChangedError as error:
+            raise ObjectChangedError(f"{what}: {error}") from error
+        except ranges.OtherRangeError as error:
+            self.be_vague(what, error)
+            raise BadResponseError(f"{what}: {error}") from error
+        except BadAddressError as error:
+            raise BadRequestError(f"{what}: {error}") from error
+        except ranges.IgnoresRangeError as error:
+            self.be_vague(what, error)
+            raise BadRequestError(f"{what}: {error}") from error
+        except ssl.SSLCertVerificationError as error:
+            self.be_vague(what, error)
+            cause = f"certificate refused: {error.verify_message}; see --ca-bundle"
+            raise UntrustedError(f"{what}: {cause}") from error
+        except OSError as error:
+            self.be_vague(what, error)
+            raise UnavailableError(
+                f"{what}: no usable answer from {self.place.server} ({_cause(error)})"
+            ) from error
+        if self._credentials and credentials:
+            self._credentials.worked(credentials)
+        return answer
+
+    def be_vague(self, what: str, error: Exception) -> None:
+        """Where somebody else than the administrator chose the server, do not say what is there.
+
+        Raises:
+            UnavailableError: the same for a closed port, for silence and for what is no S3.
+        """
+        if self._refuse_local:
+            log.info("%s: %s: %s", what, type(error).__name__, printable(str(error)))
+            raise UnavailableError(f"{what}: no usable answer of S3") from error
+
+    def _follow(
+        self,
+        request: Request,
+        handle: Callable[[Answer, bool], T],
+        cancel: Cancel,
+        credentials: SigningCredentials | None,
+        signed: Mapping[str, str],
+    ) -> T:
+        server, elsewhere = self.place.server, False
+        if self._requester_pays:
+            signed = {**signed, "x-amz-request-payer": "requester"}
+        refusal: Refusal | None = None
+        for _ in range(MOST_REDIRECTS + 1):
+            transport, signer = self._server(server)
+            headers = {**request.headers, "User-Agent": _AGENT}
+            if not elsewhere:
+                headers |= signed
+                if credentials is not None:
+                    headers |= signer.headers(
+                        request.method, request.path, request.query, signed, credentials
+                    )
+            try:
+                return transport.exchange(
+                    request.method, request.target, headers,
+                    lambda answer, elsewhere=elsewhere: _unless_redirected(  # type: ignore[misc]
+                        answer, lambda answer: handle(answer, elsewhere)
+                    ),
+                    cancel,
+                )  # fmt: skip
+            except _RedirectedError as error:
+                refusal = error.refusal
+                server, request, elsewhere = self._redirected(
+                    server, request, error.location, elsewhere
+                )
+        assert refusal is not None
+        raise BadRedirectError(f"redirected more than {MOST_REDIRECTS} times")
+
+    def _redirected(
+        self, server: str, request: Request, location: str, elsewhere: bool
+    ) -> tuple[str, Request, bool]:
+        """Where a redirect leads, what to ask there, and whether that is another service."""
+        try:
+            url = urlsplit(urljoin(f"{server}{request.target}", location))
+            host, _ = url.hostname, url.port
+        except ValueError:
+            host = None
+        if not host or url.scheme not in ("http", "https") or url.username is not None:
+            raise BadRedirectError(f"redirected to {location[:100]!r}")
+        if server.startswith("https:") and url.scheme != "https":
+            raise BadRedirectError("redirected from https to http")
+        to = f"{url.scheme}://{url.netloc}"
+        ours = _is_same_service(self.place.server, to) and not _SIGNED_URL.search(f"?{url.query}")
+        elsewhere = elsewhere or not ours
+        headers = request.headers
+        if elsewhere:  # the entity tags of another service are its own
+            headers = {name: value for name, value in headers.items() if name != "If-Match"}
+        self.note(f"redirects to {printable(to)}")
+        return (
+            to,
+            replace(request, path=url.path or "/", query=url.query, headers=headers),
+            elsewhere,
+        )
+
+    def _server(self, server: str) -> tuple[Transport, Signer]:
+        """Connections to a server, and what signs requests for it."""
+        found = self._servers.get(server)
+        if found is None:
+            if server.startswith("https:") and self._tls is None:
+                self._tls = tls_context(self.place.authorities)
+            may_connect = must_be_elsewhere if self._refuse_local else _anywhere
+            if self._servers:
+                first = next(iter(self._servers.values()))[0]
+                if not self._refuse_local:
+                    may_connect = lambda address: may_be_redirected_to(address, first.address)  # noqa: E731
+                self._forget_servers()
+            transport = Transport(server, self._tls, self.place.proxy, may_connect)
+            found = transport, Signer(server, self.place.region, self.place.service)
+            self._servers[server] = found
+        return found
+
+    def _forget_servers(self) -> None:
+        """Make room for one more, beside the endpoint, which is the first."""
+        for server in list(self._servers)[1:]:
+            if len(self._servers) < MOST_SERVERS:
+                return
+            if dropped := self._servers.pop(server, None):
+                dropped[0].close_idle(0.0)
+
+    def _raise_refused(
+        self, what: str, error: RefusedError, credentials: SigningCredentials | None
+    ) -> NoReturn:
+        refused = error.refusal.error(what)
+        if isinstance(refused, CredentialsExpiredError) and self._credentials and credentials:
+            self._credentials.refused(credentials)
+            if error.refusal.code == "SignatureDoesNotMatch":
+                self._credentials.current()  # looks for others
+                if not self._credentials.may_be_replaced(credentials):
+                    raise AccessDeniedError(str(refused)) from error
+        raise refused from error
+
+
+def _anywhere(address: str) -> None:
+    """The endpoint is where the options say that it is."""
+
+
+def _unless_redirected(answer: Answer, handle: Callable[[Answer], T]) -> T:
+    """Handle an answer, or raise _RedirectedError."""
+    location = answer.headers.get("location")
+    if location and answer.status in (301, 302, 303, 307, 308):
+        refusal = Refusal.of(answer.status, answer.headers, answer.body.read_all(MOST_TEXT))
+        # 301 of S3 itself is about the region of the bucket.
+        if answer.status != 301 or not (refusal.code or refusal.region):
+            raise _RedirectedError(location, refusal)
+        raise RefusedError(refusal)
+    return handle(answer)
+
+
+def refuse(answer: Answer) -> NoReturn:
+    raise RefusedError(Refusal.of(answer.status, answer.headers, answer.body.read_all(MOST_TEXT)))
+
+
+def _is_same_service(ours: str, other: str) -> bool:
+    """Whether two servers belong to one service, which may see what is signed for it."""
+    one, two = urlsplit(ours), urlsplit(other)
+    if one.netloc == two.netloc:
+        return True
+    a, b = one.hostname or "", two.hostname or ""
+    of_aws = (".amazonaws.com", ".amazonaws.com.cn")
+    if a.endswith(of_aws) and b.endswith(of_aws):
+        return True
+    # BUCKET.HOST and HOST, on the same port.
+    return one.port == two.port and (a.endswith(f".{b}") or b.endswith(f".{a}"))
+
+
+def _cause(error: OSError) -> str:
+    """What is wrong with a connection, in a few words."""
+    if isinstance(error, TimeoutError):
+        return f"no answer for {SILENCE_TIMEOUT_S:g} s"
+    return error.strerror or str(error) or type(error).__name__
