@@ -42,6 +42,11 @@ s3-matrix: setup
 	@./.ci/s3-servers
 	@.venv/bin/python -m pytest -rs tests/mount/test_servers.py
 
+# Faulty S3, kills, dropped pages, forgotten inodes and 256 readers at once: `make soak SECONDS=3600`.
+.PHONY: soak
+soak: setup
+	@.venv/bin/python tests/soak.py $(or $(SECONDS),120)
+
 # lazyfs beside a download and other mounts, on this machine: `make bench` takes 35 minutes,
 # `make bench RUN=quick` seven; PEERS=all compiles Mountpoint for S3 first. Needs root.
 .PHONY: bench

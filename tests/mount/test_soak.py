@@ -1,0 +1,30 @@
+"""A minute of everything at once; `make soak SECONDS=3600` is an hour of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.fuse
+
+SOAK = Path(__file__).parent.parent / "soak.py"
+SECONDS = 60
+# Other tests run beside this one, and want the processors as well.
+PATIENCE_S = 30
+
+
+@pytest.mark.timeout(300)
+def test_every_byte_is_right_and_no_reader_is_stuck_while_everything_goes_wrong() -> None:
+    ended = subprocess.run(
+        [sys.executable, SOAK, str(SECONDS), f"--patience={PATIENCE_S}"],
+        capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert ended.stdout, ended.stderr
+    told = json.loads(ended.stdout)
+    assert told["problems"] == []
+    assert told["reads"] > 1000 and told["faults"] > 10
+    assert ended.returncode == 0
