@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -92,7 +93,9 @@ class Cluster:
 
     def down(self) -> None:
         """End everything and remove what it wrote. Nothing to do is fine."""
-        with contextlib.suppress(FileNotFoundError):
+        if self.running:
+            with contextlib.suppress(OSError):
+                self.s3.signal(signal.SIGCONT)  # a test that was killed may have stopped it
             self.namespaces("plane").kill()
         _remove_cgroups()
         if self.run.exists():

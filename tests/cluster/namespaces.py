@@ -92,6 +92,15 @@ def children(pid: int) -> list[int]:
     return [int(each) for each in found.stdout.split()]
 
 
+def parent(pid: int) -> int:
+    """The parent of a process.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def is_first(pid: int) -> bool:
     """Whether a process is the first of its process-id namespace."""
     try:

@@ -18,6 +18,7 @@ from typing import Any
 
 import boto3
 from botocore.config import Config
+from namespaces import parent
 
 # As pods know them: the first is the name in deploy/examples/minio-secret.yaml.
 ENDPOINT = "https://minio.storage.svc.cluster.local"
@@ -93,7 +94,11 @@ class ObjectStore:
 
     def signal(self, number: signal.Signals) -> None:
         """SIGSTOP: S3 is silent, until SIGCONT. SIGKILL: it refuses, until `start_again`."""
-        os.kill(int((self._run / "s3.pid").read_text()), number)
+        pid = int((self._run / "s3.pid").read_text())
+        if number == signal.SIGCONT:
+            # nsenter stops itself with its child, and would never reap it.
+            os.kill(parent(pid), number)
+        os.kill(pid, number)
 
     # Users and roles.
 
