@@ -253,8 +253,9 @@ class MountOptions:
     page_cache: int | str = _option(
         Size(1 * MIB, 1 << 44, words=("auto", "off")),
         "Reading",
-        "Maximum size of the data put into the kernel's page cache before it is read. auto: up to "
-        "half of the memory that the machine and the cgroup leave free.",
+        "Maximum size of the data put into the kernel's page cache before it is read. auto: a "
+        "whole model if it takes at most 80 % of the memory that the machine and the cgroup leave "
+        "free, otherwise 30 % of that memory.",
         "auto",
     )
     read_ahead: int = _option(
