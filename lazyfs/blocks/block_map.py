@@ -1,152 +1,175 @@
-"""One file's blocks: where each of them is, and the pieces that are read as one thing."""
+"""Where each block of each file is. Pure.
+
+The map is told by those who move blocks (the scheduler, the pusher, memory), and asked by the
+prefetch policy, memory, the pusher and the status of a mount. It decides nothing.
+"""
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
-from enum import IntEnum
+from collections.abc import Callable, Iterator, Sequence
 
-from lazyfs.blocks import block_count
-
-# Without tensors to go by, so many blocks count as one piece.
-PIECE_BLOCKS = 8
+from lazyfs.blocks import BlockId
+from lazyfs.blocks.file_blocks import AWAY, PAGES, FileBlocks, Place
 
 
-class Place(IntEnum):
-    """Where a block is.
-
-    ABSENT: only in S3. COMING: asked of S3. LOCAL: on this node's disk or in the daemon's memory.
-    LOADING: the same, and on its way from there into the page cache or to a reader. NEAR: in the
-    kernel's page cache, where a reader gets it without asking us. USED: only in S3 again, after it
-    was read or the kernel forgot it; a load reads each block once. PASSED: only in S3, and of
-    tensors that this loader passes over. LEFT: only in S3, and left to those who read it: it was
-    not wanted, or could not be fetched.
-    """
-
-    ABSENT = 0
-    COMING = 1
-    LOCAL = 2
-    NEAR = 3
-    USED = 4
-    PASSED = 5
-    LEFT = 6
-    LOADING = 7
-
-
-AWAY = frozenset((Place.ABSENT, Place.COMING, Place.PASSED, Place.LEFT))
-# A reader may find it in the page cache.
-PAGES = frozenset((Place.NEAR, Place.USED))
-
-
-class FileBlocks:
-    """The blocks of one file.
-
-    A *piece* is what a loader reads as one thing: a tensor, or without a table of tensors a run of
-    blocks. Pieces may share blocks.
+class BlockMap:
+    """The blocks of all files of a mount.
 
     Args:
-        size_bytes: of the file.
-        block_size: of the mount.
+        block_size: bytes.
 
     Attributes:
-        places: a `Place` for each block; to be changed by `move` alone.
-        counts: how many blocks are at each place.
-        known: the kernel knows the inode, so that blocks can be put into the page cache.
-        reads_pages: opened, and not with O_DIRECT: its readers find what is in the page cache.
-            None: not opened.
-        stored: 1 for each block that is on the disk.
-        failed: 1 for each block that could not be fetched and was not asked for since.
-        has_head: its header is or was here, without its first block.
-        rank: its position in the loading order; -1: it has none.
-        roles: of the tensors, one for each piece (`role_of`); empty without a table.
-        touched: 1 for each piece of which something was read.
-        last_read: the block that was asked for last, and how often that changed.
+        files: the blocks of each file, by inode. Places are changed by `moved` alone.
+        on_move: called with a block, where it was and where it is now, after each move.
+        on_stored: called with a block after it came to the disk.
+        is_held: says whether a block is in memory.
     """
 
-    def __init__(self, size_bytes: int, block_size: int) -> None:
-        count = block_count(size_bytes, block_size)
-        self.size_bytes = size_bytes
-        self.places = bytearray(count)
-        self.counts = [count, *[0] * (len(Place) - 1)]
-        self.known = False
-        self.reads_pages: bool | None = None
-        self.stored = bytearray(count)
-        self.failed = bytearray(count)
-        self.has_head = False
-        self.rank = -1
-        self.roles: Sequence[str] = ()
-        self.last_read = -1
-        self.blocks_read = 0
-        self._block_size = block_size
-        self._starts: Sequence[int] = range(0, size_bytes, PIECE_BLOCKS * block_size)
-        self._wanted: bytearray | None = None
-        self.touched = bytearray(len(self._starts))
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.files: dict[int, FileBlocks] = {}
+        self.on_move: list[Callable[[BlockId, Place, Place], None]] = []
+        self.on_stored: list[Callable[[BlockId], None]] = []
+        self.is_held: Callable[[BlockId], bool] = lambda block: False
+        self._order: list[int] = []
+        # Of the files in the order: how many blocks are at each place.
+        self._totals = [0] * len(Place)
+
+    def add_file(self, inode: int, size_bytes: int) -> None:
+        """A file exists. Adding it again changes nothing."""
+        if inode not in self.files:
+            self.files[inode] = FileBlocks(size_bytes, self.block_size)
 
     @property
-    def takes_pages(self) -> bool:
-        """Whether what is put into the page cache stays there, and is found by readers."""
-        return self.known and self.reads_pages is not False
+    def order(self) -> Sequence[int]:
+        """The files in the order in which a loader reads them."""
+        return self._order
 
-    def set_pieces(self, starts: Sequence[int], roles: Sequence[str]) -> None:
-        """Where the tensors begin, in ascending order of bytes, and their roles."""
-        self._starts = starts
-        self.roles = roles
-        self.touched = bytearray(len(starts))
+    def set_order(self, order: Sequence[int]) -> None:
+        """The order in which a loader reads. All files must have been added."""
+        for inode in self._order:
+            self.files[inode].rank = -1
+        self._order = list(order)
+        for rank, inode in enumerate(self._order):
+            self.files[inode].rank = rank
+        counts = [self.files[inode].counts for inode in self._order]
+        self._totals = [sum(each[place] for each in counts) for place in Place]
 
-    def want(self, ranges: Iterable[tuple[int, int]] | None) -> None:
-        """Only these blocks may be ABSENT, from their next move on; None: all may."""
-        wanted = bytearray(len(self.places))
-        for first, stop in ranges or ():
-            wanted[first:stop] = b"\1" * (stop - first)
-        self._wanted = None if ranges is None else wanted
+    def after(self, inode: int) -> Sequence[int]:
+        """The files after one in the loading order; none if it has no place there."""
+        rank = self.files[inode].rank
+        return self._order[rank + 1 :] if rank >= 0 else ()
 
-    def piece_at(self, offset: int) -> int:
-        """The piece that holds a byte; -1 for the header before all tensors."""
-        return bisect_right(self._starts, offset) - 1
+    def ordered_blocks(self, place: Place) -> int:
+        """How many blocks of the files in the loading order are at a place."""
+        return self._totals[place]
 
-    def blocks_of(self, piece: int) -> tuple[int, int]:
-        """The blocks of a piece: the first one, and the one after the last."""
-        is_last = piece + 1 == len(self._starts)
-        end = self.size_bytes if is_last else self._starts[piece + 1]
-        return self._starts[piece] // self._block_size, -(-end // self._block_size)
+    def place(self, block: BlockId) -> Place:
+        """Where a block is."""
+        return Place(self.files[block.inode].places[block.number])
 
-    def pieces_in(self, number: int) -> range:
-        """The pieces that have bytes in a block."""
-        begin = number * self._block_size
-        return range(
-            max(0, self.piece_at(begin)), bisect_left(self._starts, begin + self._block_size)
-        )
+    def moved(self, block: BlockId, place: Place) -> None:
+        """A block is now at a place."""
+        blocks = self.files[block.inode]
+        before = blocks.move(block.number, place)
+        now = Place(blocks.places[block.number])
+        if blocks.rank >= 0:
+            self._totals[before] -= 1
+            self._totals[now] += 1
+        for tell in self.on_move:
+            tell(block, before, now)
 
-    def is_touched(self, number: int) -> bool:
-        """Whether something was read of a piece that has bytes in a block."""
-        pieces = self.pieces_in(number)
-        return self.touched.find(1, pieces.start, pieces.stop) >= 0
+    def failed(self, block: BlockId) -> None:
+        """A block could not be fetched. It is left to those who read it, whatever the plan."""
+        self.files[block.inode].failed[block.number] = 1
+        self.moved(block, Place.LEFT)
 
-    @property
-    def wanted_bytes(self) -> int:
-        """How much of the file is to be fetched ahead, what could not be fetched included."""
-        if not self.counts[Place.LEFT]:
-            return self.size_bytes
-        count = len(self.places)
-        unwanted = self.counts[Place.LEFT] - self.failed.count(1)
-        if self.places[-1] == Place.LEFT and not self.failed[-1]:
-            last = self.size_bytes - (count - 1) * self._block_size
-            return self.size_bytes - (unwanted - 1) * self._block_size - last
-        return self.size_bytes - unwanted * self._block_size
+    def stored(self, block: BlockId) -> None:
+        """A block is on the disk, wherever else it is."""
+        self.files[block.inode].stored[block.number] = 1
+        for tell in self.on_stored:
+            tell(block)
 
-    def find(self, place: Place, start: int, stop: int) -> int:
-        """The first block of a range that is at a place; -1 if there is none."""
-        return self.places.find(place, start, stop) if self.counts[place] else -1
+    def is_stored(self, block: BlockId) -> bool:
+        """Whether a block is known to be on the disk, wherever else it is."""
+        return bool(self.files[block.inode].stored[block.number])
 
-    def move(self, number: int, place: Place) -> Place:
-        """A block is now there; where it was. One not wanted, or that failed, is never ABSENT."""
-        before = Place(self.places[number])
-        is_left = self.failed[number] or (self._wanted is not None and not self._wanted[number])
-        if place == Place.ABSENT and is_left:
-            place = Place.LEFT
-        elif place == Place.LOCAL:
-            self.failed[number] = 0
-        self.counts[before] -= 1
-        self.counts[place] += 1
-        self.places[number] = place
-        return before
+    def set_known(self, inode: int, known: bool) -> None:
+        """Whether the kernel knows the inode, so that blocks can be put into the page cache.
+
+        The kernel drops the pages of an inode with it. Nobody reads the file then: a block that is
+        only in S3 is wanted again when it is read again.
+        """
+        blocks = self.files[inode]
+        blocks.known = known
+        if known:
+            return
+        for number, place in enumerate(blocks.places):
+            if place == Place.NEAR:
+                block = BlockId(inode, number)
+                is_here = blocks.stored[number] or self.is_held(block)
+                self.moved(block, Place.LOCAL if is_here else Place.USED)
+
+    def opened(self, inode: int, *, direct: bool) -> None:
+        """A file was opened; `direct`: with O_DIRECT, which bypasses the page cache."""
+        self.files[inode].reads_pages = not direct
+
+    def reads_pages(self, inode: int) -> bool:
+        """Whether the file is open to a reader that uses the page cache."""
+        return self.files[inode].reads_pages is True
+
+    def progress(self) -> tuple[int, int]:
+        """Bytes that are wanted of the files in the loading order, and how many are or were here.
+
+        What could not be fetched is wanted, and not here.
+        """
+        wanted = there = 0
+        for inode in self._order:
+            blocks = self.files[inode]
+            wanted += blocks.wanted_bytes
+            here = len(blocks.places) - sum(blocks.counts[place] for place in AWAY)
+            there += min(here * self.block_size, blocks.size_bytes)
+        return wanted, there
+
+    def near_bytes(self) -> int:
+        """Bytes of files in the loading order that went into the page cache, or were read."""
+        size = 0
+        for blocks in (self.files[inode] for inode in self._order):
+            count = blocks.counts[Place.NEAR] + blocks.counts[Place.USED]
+            size += min(count * self.block_size, blocks.size_bytes)
+        return size
+
+    def planned_bytes(self) -> int:
+        """Bytes of all files that are in the loading order, or open to readers of pages."""
+        files = self.files.values()
+        return sum(file.size_bytes for file in files if file.rank >= 0 or file.reads_pages)
+
+    def beginnings_are_here(self) -> bool:
+        """Whether of each file in the loading order the header or the first block was here."""
+        return all(map(self.has_beginning, self._order))
+
+    def has_beginning(self, inode: int) -> bool:
+        """Whether the header of a file, or its first block, is or was here."""
+        blocks = self.files[inode]
+        return blocks.has_head or not blocks.places or blocks.places[0] not in AWAY
+
+    def is_near(self, inode: int) -> bool:
+        """Whether all of a file that is not empty went into the page cache, or was read."""
+        blocks = self.files[inode]
+        count = sum(blocks.counts[place] for place in PAGES)
+        return count > 0 and count == len(blocks.places)
+
+    def is_missed(self, block: BlockId) -> bool:
+        """Whether a reader that asks for a block should have found it in the page cache."""
+        blocks = self.files[block.inode]
+        return blocks.places[block.number] == Place.NEAR and blocks.reads_pages is not False
+
+    def near_after(self, block: BlockId) -> Iterator[BlockId]:
+        """The blocks after one that are in the page cache, in the order in which a loader reads."""
+        first = block.number + 1
+        for inode in (block.inode, *self.after(block.inode)):
+            places = self.files[inode].places
+            while (first := places.find(Place.NEAR, first)) >= 0:
+                yield BlockId(inode, first)
+                first += 1
+            first = 0

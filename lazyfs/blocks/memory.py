@@ -15,12 +15,13 @@ disk) is never let go.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lazyfs.blocks import BlockId, Span
-from lazyfs.blocks.block_map import Place
+from lazyfs.blocks.block_map import BlockMap
+from lazyfs.blocks.file_blocks import Place
 from lazyfs.objects import File
-from lazyfs.prefetch.prefetcher import Prefetcher
 
 # Of a block, what is told apart: a part counts as read when its last byte was.
 PART = 64 << 10
@@ -66,13 +67,17 @@ class BlockMemory:
     Args:
         limit_bytes: of blocks held and on their way together.
         block_size: of the mount.
-        prefetcher: knows where else a block is, and is told when one was let go.
+        blocks: knows where else a block is, and is told when one was dropped.
+        readers: says how many readers there seem to be at once.
     """
 
-    def __init__(self, limit_bytes: int, block_size: int, prefetcher: Prefetcher) -> None:
+    def __init__(
+        self, limit_bytes: int, block_size: int, blocks: BlockMap, readers: Callable[[], int]
+    ) -> None:
         self._limit_bytes = limit_bytes
         self._block_size = block_size
-        self._prefetcher = prefetcher
+        self._blocks = blocks
+        self._readers = readers
         self._held: OrderedDict[BlockId, Held] = OrderedDict()
         self.used_bytes = 0
         self.dropped_bytes = 0
@@ -143,7 +148,7 @@ class BlockMemory:
         Each reader may ask for a block at any moment; what was brought for one of them must not
         have to go for another.
         """
-        for_readers = min(self._limit_bytes // 2, self._prefetcher.readers * self._block_size)
+        for_readers = min(self._limit_bytes // 2, self._readers() * self._block_size)
         return max(LEAST_RESERVE * self._block_size, self._limit_bytes // 4, for_readers)
 
     def _costs_nothing(self) -> BlockId | None:
@@ -160,7 +165,7 @@ class BlockMemory:
                 not_stored = block  # it may still be written
         if not_stored is not None:
             return not_stored
-        return begun[0] if len(begun) > max(LEAST_BEGUN, self._prefetcher.readers) else None
+        return begun[0] if len(begun) > max(LEAST_BEGUN, self._readers()) else None
 
     def _costs_the_disk(self) -> BlockId | None:
         for block, held in self._held.items():
@@ -172,18 +177,18 @@ class BlockMemory:
         spare = [(block, held) for block, held in self._held.items() if not held.users]
         # Whoever reads a block in parts is about to ask for the next one of it.
         begun = [block for block, held in spare if held.demanded]
-        if len(begun) > max(LEAST_BEGUN, self._prefetcher.readers):
+        if len(begun) > max(LEAST_BEGUN, self._readers()):
             return begun[0]
         # What was fetched ahead last is needed last.
         ahead = [block for block, held in spare if not held.demanded]
         return ahead[-1] if ahead else begun[0] if begun else None
 
     def _is_near(self, block: BlockId) -> bool:
-        return self._prefetcher.place(block) == Place.NEAR
+        return self._blocks.place(block) == Place.NEAR
 
     def _drop(self, block: BlockId) -> None:
         held = self._held.pop(block)
         self.used_bytes -= len(held.data)
-        if not held.on_disk and self._prefetcher.place(block) == Place.LOCAL:
-            self._prefetcher.moved(block, Place.ABSENT if held.unread else Place.USED)
+        if not held.on_disk and self._blocks.place(block) == Place.LOCAL:
+            self._blocks.moved(block, Place.ABSENT if held.unread else Place.USED)
             self.dropped_bytes += held.unread.bit_count() * PART

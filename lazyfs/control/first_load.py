@@ -53,7 +53,7 @@ def _judged(recorded: dict[str, Any]) -> tuple[Load, Verdict]:
 def _is_over(status: Status) -> bool:
     if not status.planner.planned or status.recorder.open_files:
         return False
-    nodes = [status.catalog.tree.get(inode) for inode in status.prefetcher.order]
+    nodes = [status.catalog.tree.get(inode) for inode in status.prefetcher.blocks.order]
     files = [node for node in nodes if isinstance(node, File)]
     # Not every loader reads all the small files.
     shards = [file for file in files if file.name.endswith(".safetensors")] or files

@@ -49,13 +49,13 @@ def _mount(status: Status) -> Values:
 
 
 def _model(status: Status) -> Values:
-    wanted, there = status.prefetcher.progress()
+    wanted, there = status.prefetcher.blocks.progress()
     now = status.recorder.activity
     return {
         "lazyfs_size_bytes": [({}, status.catalog.tree.total_bytes)],
         "lazyfs_model_bytes": [({}, wanted)],
         "lazyfs_model_present_bytes": [({}, there)],
-        "lazyfs_model_near_bytes": [({}, status.prefetcher.near_bytes())],
+        "lazyfs_model_near_bytes": [({}, status.prefetcher.blocks.near_bytes())],
         "lazyfs_ready": [({"level": level}, int(is_so)) for level, is_so in status.ready().items()],
         "lazyfs_prefetch_activity": [
             ({"activity": activity.label}, int(activity is now)) for activity in Activity

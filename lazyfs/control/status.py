@@ -78,7 +78,7 @@ class Status:
 
     def _model(self) -> dict[str, Any]:
         planned = self.planner.planned
-        wanted, there = self.prefetcher.progress()
+        wanted, there = self.prefetcher.blocks.progress()
         return {
             "files": self.catalog.tree.file_count,
             "size_bytes": self.catalog.tree.total_bytes,
@@ -88,7 +88,7 @@ class Status:
                 "activity": self.recorder.activity.label,
                 "wanted_bytes": wanted,
                 "there_bytes": there,
-                "near_bytes": self.prefetcher.near_bytes(),
+                "near_bytes": self.prefetcher.blocks.near_bytes(),
                 "passed_over_bytes": self.prefetcher.passed_over_bytes,
                 "dropped_bytes": self.fetcher.dropped_bytes,
             },
@@ -98,9 +98,9 @@ class Status:
     def ready(self) -> dict[str, bool]:
         """Whether the beginnings of all shards, and the whole model, are on this machine."""
         planned = self.planner.planned
-        wanted, there = self.prefetcher.progress()
+        wanted, there = self.prefetcher.blocks.progress()
         return {
-            "headers": planned and self.prefetcher.beginnings_are_here(),
+            "headers": planned and self.prefetcher.blocks.beginnings_are_here(),
             "model": planned and there >= wanted,
         }
 

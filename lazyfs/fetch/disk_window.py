@@ -8,7 +8,7 @@ from itertools import groupby
 import trio
 
 from lazyfs.blocks import BlockId
-from lazyfs.blocks.block_map import Place
+from lazyfs.blocks.file_blocks import Place
 from lazyfs.blocks.memory import BlockMemory, Held
 from lazyfs.cache import BlockCache
 from lazyfs.cache.block_writer import BlockWriter
@@ -66,13 +66,13 @@ class DiskWindow:
                     held = self._memory.get(block)
                     if held is not None:
                         held.on_disk, held.unread = False, 0
-                    elif self._prefetcher.place(block) == Place.LOCAL:
-                        self._prefetcher.moved(block, Place.USED)
+                    elif self._prefetcher.blocks.place(block) == Place.LOCAL:
+                        self._prefetcher.blocks.moved(block, Place.USED)
         self._writer.retry(self._kept)
         self._sliding = False
 
     def _kept(self, block: BlockId) -> Held | None:
         """A block that is in memory alone, for a reader who is still to come."""
         held = self._memory.get(block)
-        is_alone = self._prefetcher.place(block) == Place.LOCAL
+        is_alone = self._prefetcher.blocks.place(block) == Place.LOCAL
         return held if held and held.unread and not held.on_disk and is_alone else None

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import trio
 
 from lazyfs.blocks import BlockId, Span, block_length
-from lazyfs.blocks.block_map import AWAY, Place
+from lazyfs.blocks.file_blocks import AWAY, PAGES, Place
 from lazyfs.blocks.memory import BlockMemory, Held, all_unread
 from lazyfs.cache import CARE_S, BlockCache
 from lazyfs.cache.block_writer import BlockWriter
@@ -96,13 +96,16 @@ class BlockFetcher:
         self._cache = cache
         self._page_cache = page_cache
         self._prefetcher = prefetcher
+        self._map = prefetcher.blocks
         self._options = options
         self._block_size = options.block_size
         self._files: dict[int, File] = {}
         for_heads = heads_limit(options.memory_limit, options.block_size)
         for_blocks = options.memory_limit - for_heads
-        self._memory = BlockMemory(for_blocks, options.block_size, prefetcher)
-        prefetcher.is_held = lambda block: self._memory.peek(block) is not None
+        self._memory = BlockMemory(
+            for_blocks, options.block_size, self._map, lambda: prefetcher.readers
+        )
+        self._map.is_held = lambda block: self._memory.peek(block) is not None
         self._jobs: dict[BlockId, Job] = {}
         self._urgent: deque[Job] = deque()
         self._fetching = 0
@@ -114,6 +117,7 @@ class BlockFetcher:
         )
         self._pusher = BlockPusher(
             page_cache,
+            self._map,
             prefetcher,
             self._memory,
             self._block_size,
@@ -155,12 +159,13 @@ class BlockFetcher:
         """
         for file, block, place in near.read(tree):
             self.add_file(file)
-            self._prefetcher.moved(block, place)
+            self._map.moved(block, place)
 
-        def moved(block: BlockId, place: Place) -> None:
-            near.write(self._files[block.inode], block.number, place)
+        def note(block: BlockId, before: Place, now: Place) -> None:
+            if now != before and (now in PAGES or before in PAGES):
+                near.write(self._files[block.inode], block.number, now)
 
-        self._prefetcher.on_pages = moved
+        self._map.on_move.append(note)
 
     def start(self, nursery: trio.Nursery) -> None:
         """Serve in the tasks of a nursery until it is cancelled.
@@ -202,9 +207,9 @@ class BlockFetcher:
     def wish_again(self, blocks: Iterable[BlockId]) -> None:
         """Blocks have left the page cache: they are on the disk, or only in S3 again."""
         for block in blocks:
-            if self._prefetcher.place(block) == Place.NEAR:
-                is_stored = self._prefetcher.is_stored(block)
-                self._prefetcher.moved(block, Place.LOCAL if is_stored else Place.ABSENT)
+            if self._map.place(block) == Place.NEAR:
+                is_stored = self._map.is_stored(block)
+                self._map.moved(block, Place.LOCAL if is_stored else Place.ABSENT)
         self.pump()
 
     async def missed(self) -> BlockId:
@@ -217,7 +222,7 @@ class BlockFetcher:
 
     def near_after(self, block: BlockId, count: int) -> list[BlockId]:
         """The next blocks after one that are taken to be in the page cache; at most so many."""
-        return list(islice(self._prefetcher.near_after(block), count))
+        return list(islice(self._map.near_after(block), count))
 
     def file(self, inode: int) -> File:
         """A file that was added."""
@@ -251,7 +256,7 @@ class BlockFetcher:
         """A file of the mount that is known from now on; adding it again changes nothing."""
         if file.inode not in self._files:
             self._files[file.inode] = file
-            self._prefetcher.add_file(file.inode, file.size_bytes)
+            self._map.add_file(file.inode, file.size_bytes)
 
     async def scan(self, files: Sequence[File]) -> None:
         """Find which blocks of files are on disk already, so that they are not fetched ahead."""
@@ -265,9 +270,9 @@ class BlockFetcher:
         for file, numbers in present:
             for number in numbers:
                 block = BlockId(file.inode, number)
-                self._prefetcher.stored(block)
-                if self._prefetcher.place(block) in AWAY - {Place.COMING} | {Place.USED}:
-                    self._prefetcher.moved(block, Place.LOCAL)
+                self._map.stored(block)
+                if self._map.place(block) in AWAY - {Place.COMING} | {Place.USED}:
+                    self._map.moved(block, Place.LOCAL)
 
     def was_read(self, file: File, offset: int, size: int) -> None:
         """A reader asked for `size` bytes at `offset` of a file."""
@@ -280,7 +285,7 @@ class BlockFetcher:
     def set_known(self, file: File, known: bool) -> None:
         """The kernel looked a file up, or forgot it."""
         self.add_file(file)
-        self._prefetcher.set_known(file.inode, known)
+        self._map.set_known(file.inode, known)
         if known and self._nursery:
             self._heads.set_known(self._nursery, file.inode)
         self.pump()
@@ -297,7 +302,7 @@ class BlockFetcher:
         self.add_file(file)
         if self._cache:
             self._cache.set_loading(file)
-        self._prefetcher.opened(file.inode, direct=direct)
+        self._map.opened(file.inode, direct=direct)
 
     async def header(self, file: File) -> memoryview | None:
         """The header of a safetensors file, without bringing a block for it if it has many.
@@ -323,8 +328,8 @@ class BlockFetcher:
 
     def _has_first(self, file: File) -> bool:
         first = BlockId(file.inode, 0)
-        is_local = self._prefetcher.place(first) == Place.LOCAL
-        return is_local or self._prefetcher.is_stored(first) or self._memory.get(first) is not None
+        is_local = self._map.place(first) == Place.LOCAL
+        return is_local or self._map.is_stored(first) or self._memory.get(first) is not None
 
     def head(self, file: File) -> memoryview:
         """As much of the beginning of a file as came by itself and is in memory."""
@@ -377,7 +382,7 @@ class BlockFetcher:
         wait = self._recorder.begin_wait(file, span, coming=block in self._jobs) if reader else None
         # While blocks are on their way, he may have asked just before this one came.
         is_sure = reader and not self.in_flight
-        if is_sure and self._missed is None and self._prefetcher.is_missed(block):
+        if is_sure and self._missed is None and self._map.is_missed(block):
             self._missed = block
             self._miss.set()
         job = self._jobs.get(block) or self._new_job(block)
@@ -484,7 +489,7 @@ class BlockFetcher:
     def _written(self, block: BlockId, stored: bool) -> None:
         """A block need not be kept for the disk any more; whether it is there."""
         if stored:
-            self._prefetcher.stored(block)
+            self._map.stored(block)
         self.pump()
 
     def _new_job(self, block: BlockId) -> Job:
@@ -498,8 +503,8 @@ class BlockFetcher:
         if self._elsewhere:
             job.lease_until = self._elsewhere.take_back(job.file, job.block)
         self._memory.reserve(job.length)
-        is_here = from_disk or self._prefetcher.is_stored(job.block)
-        self._prefetcher.moved(job.block, Place.LOADING if is_here else Place.COMING)
+        is_here = from_disk or self._map.is_stored(job.block)
+        self._map.moved(job.block, Place.LOADING if is_here else Place.COMING)
         if from_disk:
             self._loading += 1
         else:
@@ -547,7 +552,7 @@ class BlockFetcher:
 
     def _fail(self, job: Job, error: SourceError) -> None:
         self._memory.release(job.length)
-        self._prefetcher.failed(job.block)
+        self._map.failed(job.block)
         self._recorder.failed(job.file, job.block, error)
         level = logging.ERROR if job.waiting else logging.WARNING
         log.log(level, "block %d of %s: %s", job.block.number, job.file.key, error)
@@ -555,7 +560,7 @@ class BlockFetcher:
 
     def _found(self, block: BlockId, there: bool) -> None:
         """A block that was left to another daemon came to the disk, or is not going to."""
-        self._prefetcher.moved(block, Place.LOCAL if there else Place.ABSENT)
+        self._map.moved(block, Place.LOCAL if there else Place.ABSENT)
         self.pump()
 
     async def _close_idle(self) -> None:
@@ -569,7 +574,7 @@ class BlockFetcher:
             await trio.sleep(CARE_S)
 
     def _plan(self) -> list[File]:
-        return [self._files[inode] for inode in self._prefetcher.order]
+        return [self._files[inode] for inode in self._map.order]
 
     def _saturated(self) -> bool:
         return bool(self._urgent) or self._fetching >= self._getter.limit
@@ -586,7 +591,7 @@ class BlockFetcher:
         )
         self._memory.hold(job.block, held)
         job.held = held
-        self._prefetcher.moved(job.block, Place.LOCAL)
+        self._map.moved(job.block, Place.LOCAL)
         if job.tier is Tier.S3 and self._writer:
             reader_waits = any(job.waiting for job in self._jobs.values())
             self._writer.put(job.block, held, reader_waits=reader_waits)

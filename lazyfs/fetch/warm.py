@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import trio
 
 from lazyfs.blocks import BlockId, block_count, block_length
+from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.memory import BlockMemory
 from lazyfs.cache import CARE_S, BlockCache, Claim
 from lazyfs.cache.other_daemons import LEASE_S
@@ -27,7 +28,6 @@ from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.options.option_types import format_size, matches
-from lazyfs.prefetch.prefetcher import Prefetcher
 from lazyfs.store import checksum
 from lazyfs.store.checksum import ObjectSum
 from lazyfs.store.protocol import Store
@@ -80,7 +80,7 @@ class Warmer:
         self._block_size = options.block_size
         self._include = options.include
         memory = BlockMemory(
-            options.memory_limit, options.block_size, Prefetcher("off", options.block_size)
+            options.memory_limit, options.block_size, BlockMap(options.block_size), lambda: 1
         )
         self._threads = trio.CapacityLimiter(2 * options.max_concurrency + 16)
         self._getter = BlockGetter(

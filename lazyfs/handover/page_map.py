@@ -21,7 +21,7 @@ import struct
 from collections.abc import Iterator
 
 from lazyfs.blocks import BlockId, block_count
-from lazyfs.blocks.block_map import Place
+from lazyfs.blocks.file_blocks import Place
 from lazyfs.memory_file import read_whole
 from lazyfs.namespace.tree import Tree
 from lazyfs.objects import File

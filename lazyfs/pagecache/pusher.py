@@ -16,17 +16,18 @@ stuck does not keep its bytes from readers: the block is held, and reads of it a
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
 
 import trio
 
 from lazyfs.blocks import BlockId, Span, gaps
-from lazyfs.blocks.block_map import Place
+from lazyfs.blocks.block_map import BlockMap
+from lazyfs.blocks.file_blocks import Place
 from lazyfs.blocks.memory import BlockMemory, Held
 from lazyfs.blocks.queue import BlockQueue
 from lazyfs.faults import contained, keep_running
 from lazyfs.observe.recorder import Recorder
 from lazyfs.pagecache.page_cache import PageCache
-from lazyfs.prefetch.prefetcher import Prefetcher
 
 # Blocks that are pushed at once ahead of readers.
 PUSHERS = 2
@@ -38,12 +39,24 @@ MOST_BLOCKS = 8
 LONGEST_PUSH_S = 0.05
 
 
+class PagePolicy(Protocol):
+    """What the prefetch policy says of the page cache."""
+
+    @property
+    def near_ahead_bytes(self) -> int:
+        """About how much lies in the page cache that was not read yet."""
+
+    def takes_pages(self, block: BlockId) -> bool:
+        """Whether a block can and should be put into the page cache."""
+
+
 class BlockPusher:
     """All that one mount pushes.
 
     Args:
         page_cache: where to.
-        prefetcher: knows where blocks are, and is told.
+        blocks: knows where blocks are, and is told.
+        policy: says which blocks belong into the page cache.
         memory: whose unused rest the page cache must leave free.
         block_size: of the mount.
         run: runs a blocking call in a worker thread.
@@ -57,7 +70,8 @@ class BlockPusher:
     def __init__(
         self,
         page_cache: PageCache,
-        prefetcher: Prefetcher,
+        blocks: BlockMap,
+        policy: PagePolicy,
         memory: BlockMemory,
         block_size: int,
         run: Callable[..., Awaitable[bool]],
@@ -65,7 +79,8 @@ class BlockPusher:
         on_change: Callable[[], None],
     ) -> None:
         self._page_cache = page_cache
-        self._prefetcher = prefetcher
+        self._map = blocks
+        self._policy = policy
         self._memory = memory
         self._block_size = block_size
         self._run = run
@@ -85,8 +100,8 @@ class BlockPusher:
     @property
     def allowance(self) -> int:
         """How many more bytes may be put into the page cache ahead of readers; may be negative."""
-        budget = self._page_cache.budget(self._prefetcher.planned_bytes, self._memory.unused_bytes)
-        return budget - self._prefetcher.near_ahead_bytes
+        budget = self._page_cache.budget(self._map.planned_bytes, self._memory.unused_bytes)
+        return budget - self._policy.near_ahead_bytes
 
     @property
     def has_room(self) -> bool:
@@ -95,7 +110,7 @@ class BlockPusher:
 
     def takes(self, block: BlockId, length: int) -> bool:
         """Whether a block of that length may be put into the page cache now."""
-        return self.has_room and length <= self.allowance and self._prefetcher.takes_pages(block)
+        return self.has_room and length <= self.allowance and self._policy.takes_pages(block)
 
     def put(self, block: BlockId, held: Held) -> None:
         """Push a block as soon as one before it is done; it is used until then.
@@ -103,7 +118,7 @@ class BlockPusher:
         There must be room (`has_room`).
         """
         self._hold(held)
-        self._prefetcher.moved(block, Place.LOADING)
+        self._map.moved(block, Place.LOADING)
         self._queue.put(block, held)
 
     def withdraw(self, block: BlockId, held: Held) -> bool:
@@ -123,7 +138,7 @@ class BlockPusher:
         """
         assert self._nursery is not None
         self._hold(held)
-        self._prefetcher.moved(block, Place.LOADING)
+        self._map.moved(block, Place.LOADING)
         pushed = trio.Event()
         rest = list(gaps(waiting, len(held.data)))
         self._nursery.start_soon(
@@ -150,11 +165,11 @@ class BlockPusher:
                 data = held.data[span.start : span.stop]
                 at = offset + span.start
                 if not await self._run(self._page_cache.push, block.inode, at, data):
-                    self._prefetcher.set_known(block.inode, False)
-                    self._prefetcher.moved(block, Place.LOCAL)
+                    self._map.set_known(block.inode, False)
+                    self._map.moved(block, Place.LOCAL)
                     break
             else:
-                self._prefetcher.moved(block, Place.NEAR)
+                self._map.moved(block, Place.NEAR)
                 size = sum(span.stop - span.start for span in spans)
                 self._recorder.pushed(held.file, block, size, began_s)
         finally:

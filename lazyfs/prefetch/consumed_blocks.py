@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lazyfs.blocks import BlockId
-from lazyfs.blocks.block_map import FileBlocks, Place
+from lazyfs.blocks.file_blocks import FileBlocks, Place
 from lazyfs.prefetch.pages_ahead import PagesAhead
 
 # The rearmost reader may still ask for this many blocks just behind it.
@@ -28,9 +28,7 @@ class ConsumedBlocks:
 
     def stored(self, block: BlockId) -> None:
         """A block was written to disk."""
-        blocks = self._files[block.inode]
-        blocks.stored[block.number] = 1
-        self._first = min(self._first, max(0, blocks.rank))
+        self._first = min(self._first, max(0, self._files[block.inode].rank))
 
     def reorder(self) -> None:
         """The loading order has changed."""

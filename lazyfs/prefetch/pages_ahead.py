@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from lazyfs.blocks import BlockId
-from lazyfs.blocks.block_map import FileBlocks, Place
+from lazyfs.blocks.file_blocks import FileBlocks, Place
 
 
 class PagesAhead:

@@ -201,7 +201,7 @@ class Planner:
         after = self._shards[rank + 1 : rank + 1 + TABLES_AHEAD]
         found = [shard for shard in after if shard.inode not in self._foremost]
         self._foremost.update(shard.inode for shard in found)
-        return [shard for shard in found if self._prefetcher.has_beginning(shard.inode)]
+        return [shard for shard in found if self._prefetcher.blocks.has_beginning(shard.inode)]
 
     def _is_unexpected(self, file: File) -> bool:
         """Whether what was done with a file may change the plan."""
@@ -215,7 +215,7 @@ class Planner:
         if not file.name.endswith(SUFFIX) or not self._wants_tensors:
             return False
         # A worker that follows another may find all of it in the page cache, and so out of reach.
-        if self._prefetcher.is_near(file.inode) and not self._fetcher.has_header(file):
+        if self._prefetcher.blocks.is_near(file.inode) and not self._fetcher.has_header(file):
             return False
         # What is on its way tells when it comes.
         return not self._prefetcher.knows_tensors(file.inode) and not self._fetcher.is_coming(file)
@@ -305,7 +305,7 @@ class Planner:
         for file in shards if some else ():
             if not file.name.endswith(SUFFIX):
                 self._prefetcher.set_tensors(file.inode, ())
-            elif self._prefetcher.has_beginning(file.inode):
+            elif self._prefetcher.blocks.has_beginning(file.inode):
                 self._send.send_nowait(file)  # it will not come once more
 
     async def _learn_tensors(self, file: File) -> None:

@@ -40,7 +40,8 @@ from functools import partial
 from itertools import chain
 
 from lazyfs.blocks import BlockId
-from lazyfs.blocks.block_map import AWAY, PAGES, FileBlocks, Place
+from lazyfs.blocks.block_map import BlockMap
+from lazyfs.blocks.file_blocks import FileBlocks, Place
 from lazyfs.model.safetensors import Tensor
 from lazyfs.prefetch.consumed_blocks import ConsumedBlocks
 from lazyfs.prefetch.pages_ahead import PagesAhead
@@ -58,36 +59,30 @@ class Prefetcher:
 
     Args:
         policy: one of `options.POLICIES`.
-        block_size: bytes.
+        blocks: where blocks are.
         wanted: which tensors may be fetched ahead, by name; None: all.
 
     Attributes:
         on_stray: told of a file's inode when it is first read and has no place in the order.
         on_head: told of a file's inode when its header has come, and is in memory.
-        on_pages: told where a block is now when it comes to NEAR or USED, or is not there any more.
-        is_held: says whether a block is in memory.
     """
 
     def __init__(
         self,
         policy: str,
-        block_size: int,
+        blocks: BlockMap,
         *,
         wanted: Callable[[str], bool] | None = None,
     ) -> None:
         self._policy = policy
-        self._block_size = block_size
+        self.blocks = blocks
+        self._block_size = blocks.block_size
         self._wanted = wanted
         self.on_stray: Callable[[int], None] = lambda inode: None
         self.on_head: Callable[[int], None] = lambda inode: None
-        self.on_pages: Callable[[BlockId, Place], None] = lambda block, place: None
-        self.is_held: Callable[[BlockId], bool] = lambda block: False
         # Files of which the kernel forgot pages that are nowhere else on this machine.
         self._forgotten: set[int] = set()
-        self._files: dict[int, FileBlocks] = {}
-        self._order: list[int] = []
-        # Of the files in the order: how many blocks are at each place.
-        self._totals = [0] * len(Place)
+        self._files = blocks.files
         # Files of which it is known what tensors are in them, if any.
         self._tabled: set[int] = set()
         # To be fetched, and to be put into the page cache, before all others.
@@ -98,14 +93,11 @@ class Prefetcher:
         self._named_heads: set[int] = set()
         self._touched: OrderedDict[tuple[int, int], None] = OrderedDict()
         self._streams = Streams()
-        self._taste = SkipLearner(self._files, self.moved, 1 if policy == "tensor" else 2)
+        self._taste = SkipLearner(self._files, blocks.moved, 1 if policy == "tensor" else 2)
         self._ahead = PagesAhead(self._files)
         self._spent = ConsumedBlocks(self._files, self._ahead)
-
-    def add_file(self, inode: int, size_bytes: int) -> None:
-        """A file exists. Adding it again changes nothing."""
-        if inode not in self._files:
-            self._files[inode] = FileBlocks(size_bytes, self._block_size)
+        blocks.on_move.append(self._has_moved)
+        blocks.on_stored.append(self._spent.stored)
 
     def set_order(
         self, small: Iterable[int], shards: Iterable[int], headed: Iterable[int] = ()
@@ -117,15 +109,9 @@ class Prefetcher:
         Args:
             headed: the shards whose headers are to be had by themselves.
         """
-        for inode in self._order:
-            self._files[inode].rank = -1
         small, shards = list(small), list(shards)
-        self._order = [*small, *shards]
+        self.blocks.set_order([*small, *shards])
         self._spent.reorder()
-        for rank, inode in enumerate(self._order):
-            self._files[inode].rank = rank
-        counts = [self._files[inode].counts for inode in self._order]
-        self._totals = [sum(each[place] for each in counts) for place in Place]
         headed = set(headed)
         self._heads = deque(inode for inode in shards if inode in headed - self._named_heads)
         self._first = deque(
@@ -141,65 +127,7 @@ class Prefetcher:
             for inode in shards:
                 if inode not in self._tabled:
                     self._leave(inode, [] if inode in headed else [(0, 1)])
-        self._ahead.locate(self._order, self._streams)
-
-    @property
-    def order(self) -> Sequence[int]:
-        """The files in the order in which a loader reads them."""
-        return tuple(self._order)
-
-    def progress(self) -> tuple[int, int]:
-        """Bytes that are wanted of the files in the loading order, and how many are or were here.
-
-        What could not be fetched is wanted, and not here.
-        """
-        wanted = there = 0
-        for inode in self._order:
-            blocks = self._files[inode]
-            wanted += blocks.wanted_bytes
-            here = len(blocks.places) - sum(blocks.counts[place] for place in AWAY)
-            there += min(here * self._block_size, blocks.size_bytes)
-        return wanted, there
-
-    def near_bytes(self) -> int:
-        """Bytes of files in the loading order that went into the page cache, or were read."""
-        size = 0
-        for blocks in (self._files[inode] for inode in self._order):
-            count = blocks.counts[Place.NEAR] + blocks.counts[Place.USED]
-            size += min(count * self._block_size, blocks.size_bytes)
-        return size
-
-    def beginnings_are_here(self) -> bool:
-        """Whether of each file in the loading order the header or the first block was here."""
-        return all(map(self.has_beginning, self._order))
-
-    def has_beginning(self, inode: int) -> bool:
-        """Whether the header of a file, or its first block, is or was here."""
-        blocks = self._files[inode]
-        return blocks.has_head or not blocks.places or blocks.places[0] not in AWAY
-
-    def is_near(self, inode: int) -> bool:
-        """Whether all of a file, which has any, went into the page cache, or was read."""
-        blocks = self._files[inode]
-        count = sum(blocks.counts[place] for place in PAGES)
-        return count > 0 and count == len(blocks.places)
-
-    def is_missed(self, block: BlockId) -> bool:
-        """Whether who asks for a block should have found it in the page cache."""
-        blocks = self._files[block.inode]
-        return blocks.places[block.number] == Place.NEAR and blocks.reads_pages is not False
-
-    def near_after(self, block: BlockId) -> Iterator[BlockId]:
-        """The blocks after one that are in the page cache, in the order in which a loader reads."""
-        blocks = self._files[block.inode]
-        rest = self._order[blocks.rank + 1 :] if blocks.rank >= 0 else []
-        first = block.number + 1
-        for inode in (block.inode, *rest):
-            places = self._files[inode].places
-            while (first := places.find(Place.NEAR, first)) >= 0:
-                yield BlockId(inode, first)
-                first += 1
-            first = 0
+        self._ahead.locate(self.blocks.order, self._streams)
 
     @property
     def readers(self) -> int:
@@ -238,30 +166,7 @@ class Prefetcher:
             first = [] if blocks.has_head else [(0, 1)]
             self._leave(inode, [*first, *map(blocks.blocks_of, chosen)])
         self._taste.add_tensors(inode)
-        self._ahead.locate(self._order, self._streams)
-
-    def set_known(self, inode: int, known: bool) -> None:
-        """Whether the kernel knows the inode, so that blocks can be put into the page cache."""
-        blocks = self._files[inode]
-        blocks.known = known
-        if not known:
-            # The kernel dropped the pages with the inode.
-            for number, place in enumerate(blocks.places):
-                block = BlockId(inode, number)
-                if place == Place.NEAR:
-                    is_here = blocks.stored[number] or self.is_held(block)
-                    # Nobody reads the file now. What is only in S3 is wanted when it is read again.
-                    self.moved(block, Place.LOCAL if is_here else Place.USED)
-                    if not is_here:
-                        self._forgotten.add(inode)
-
-    def opened(self, inode: int, *, direct: bool) -> None:
-        """A file was opened; `direct`: with O_DIRECT, which passes by the page cache."""
-        self._files[inode].reads_pages = not direct
-
-    def reads_pages(self, inode: int) -> bool:
-        """Whether the file is open to someone who finds what is in the page cache."""
-        return self._files[inode].reads_pages is True
+        self._ahead.locate(self.blocks.order, self._streams)
 
     def takes_pages(self, block: BlockId) -> bool:
         """Whether a block can and should be put into the page cache."""
@@ -269,11 +174,6 @@ class Prefetcher:
         if not blocks.takes_pages:
             return False
         return not self._by_tensor(blocks) or blocks.is_touched(block.number)
-
-    def planned_bytes(self) -> int:
-        """Bytes of all files that are in the loading order, or open to readers of pages."""
-        files = self._files.values()
-        return sum(file.size_bytes for file in files if file.rank >= 0 or file.reads_pages)
 
     @property
     def passed_over_bytes(self) -> int:
@@ -288,42 +188,19 @@ class Prefetcher:
         """About how much lies in the page cache that nobody has read yet (`PagesAhead`)."""
         return self._ahead.blocks * self._block_size
 
-    def moved(self, block: BlockId, place: Place) -> None:
-        """A block is now there."""
-        blocks = self._files[block.inode]
-        before = blocks.move(block.number, place)
-        if blocks.rank >= 0:
-            self._totals[before] -= 1
-            self._totals[blocks.places[block.number]] += 1
-        if block.number == 0 and place == Place.LOCAL and before in _ON_ITS_WAY:
+    def _has_moved(self, block: BlockId, before: Place, now: Place) -> None:
+        if block.number == 0 and now == Place.LOCAL and before in _ON_ITS_WAY:
             self.on_head(block.inode)
-        self._ahead.moved(block, before, place)
-        if place != before and (place in PAGES or before in PAGES):
-            self.on_pages(block, place)
-
-    def stored(self, block: BlockId) -> None:
-        """A block is on the disk, wherever else it is."""
-        self._spent.stored(block)
-
-    def is_stored(self, block: BlockId) -> bool:
-        """Whether a block is known to be on the disk, wherever else it is."""
-        return bool(self._files[block.inode].stored[block.number])
+        if before == Place.NEAR and now == Place.USED:
+            self._forgotten.add(block.inode)
+        self._ahead.moved(block, before, now)
 
     def take_spent(self, count: int) -> list[BlockId]:
         """Blocks on the disk that all readers have had, the first ones first; each is named once.
 
         Whoever takes them says that they are not on the disk any more.
         """
-        return self._spent.take(self._order, count)
-
-    def place(self, block: BlockId) -> Place:
-        """Where a block is."""
-        return Place(self._files[block.inode].places[block.number])
-
-    def failed(self, block: BlockId) -> None:
-        """The block could not be fetched; it is left to those who read it, whatever the plan."""
-        self._files[block.inode].failed[block.number] = 1
-        self.moved(block, Place.LEFT)
+        return self._spent.take(self.blocks.order, count)
 
     def was_read(self, inode: int, offset: int, size: int) -> bool:
         """A reader asked for `size` bytes at `offset`; whether that changes what is wished for."""
@@ -335,7 +212,7 @@ class Prefetcher:
             self._begin_again(inode, number)
         elif blocks.places[number] == Place.LEFT:
             blocks.failed[number] = 0
-            self.moved(BlockId(inode, number), Place.ABSENT)
+            self.blocks.moved(BlockId(inode, number), Place.ABSENT)
         if number != blocks.last_read:
             blocks.last_read = number
             blocks.blocks_read += 1
@@ -413,10 +290,13 @@ class Prefetcher:
 
     def _of_first(self, place: Place) -> BlockId | None:
         if place == Place.ABSENT:
-            while self._first and self.place(self._first[0]) != Place.ABSENT:
+            while self._first and self.blocks.place(self._first[0]) != Place.ABSENT:
                 self._first.popleft()
             return self._first[0] if self._first else None
-        while self._first_pages and self.place(self._first_pages[0]) in (Place.NEAR, Place.USED):
+        while self._first_pages and self.blocks.place(self._first_pages[0]) in (
+            Place.NEAR,
+            Place.USED,
+        ):
             self._first_pages.popleft()
         return next((block for block in self._first_pages if self._is_loadable(block)), None)
 
@@ -455,9 +335,9 @@ class Prefetcher:
         _, after = blocks.blocks_of(piece)
         number = blocks.find(Place.ABSENT, after - 1, len(blocks.places))
         lead = number - after
-        if number < 0 and 0 <= blocks.rank < len(self._order) - 1:
+        if number < 0 and 0 <= blocks.rank < len(self.blocks.order) - 1:
             lead = len(blocks.places) - after
-            inode = self._order[blocks.rank + 1]
+            inode = self.blocks.order[blocks.rank + 1]
             following = self._files[inode]
             number = following.find(
                 Place.ABSENT, 0, len(following.places) if following.roles else 0
@@ -467,12 +347,12 @@ class Prefetcher:
             yield BlockId(inode, number), lead
 
     def _in_order(self, place: Place) -> BlockId | None:
-        if not self._totals[place]:
+        if not self.blocks.ordered_blocks(place):
             return None
         ranks = (self._files[inode].rank for inode, _ in self._streams)
         position = next((rank + 1 for rank in ranks if rank >= 0), 0)
-        for rank in chain(range(position, len(self._order)), range(position)):
-            inode = self._order[rank]
+        for rank in chain(range(position, len(self.blocks.order)), range(position)):
+            inode = self.blocks.order[rank]
             blocks = self._files[inode]
             if blocks.counts[place]:
                 number = self._find(blocks, place, 0, len(blocks.places))
@@ -504,7 +384,7 @@ class Prefetcher:
         if self._by_tensor(blocks) and not any(blocks.touched):
             passed = range(piece)  # who begins a file there does not want what is before
         self._taste.read(inode, piece, passed, partial(self._may_be_pages, blocks))
-        self._ahead.locate(self._order, self._streams)
+        self._ahead.locate(self.blocks.order, self._streams)
         return True
 
     def _may_be_pages(self, blocks: FileBlocks, number: int) -> bool:
@@ -519,7 +399,7 @@ class Prefetcher:
         blocks.want(wanted)
         for number, place in enumerate(blocks.places):
             if place in (Place.ABSENT, Place.LEFT):
-                self.moved(BlockId(inode, number), Place.ABSENT)
+                self.blocks.moved(BlockId(inode, number), Place.ABSENT)
 
     def _begin_again(self, inode: int, number: int) -> None:
         """A file is read a second time: what follows is wanted again, in its turn."""
@@ -532,7 +412,7 @@ class Prefetcher:
         if inode in self._forgotten:
             self._forgotten.discard(inode)
             # A loader goes on with the files after this one, which the kernel forgot as well.
-            rest = self._order[blocks.rank + 1 :] if blocks.rank >= 0 else ()
+            rest = self.blocks.after(inode)
             for following in self._forgotten.intersection(rest):
                 self._want_again(following, 0)
 
@@ -540,4 +420,4 @@ class Prefetcher:
         """What was read of a file from a block on is wanted as if it had not been."""
         places = self._files[inode].places
         for used in [at for at in range(number, len(places)) if places[at] == Place.USED]:
-            self.moved(BlockId(inode, used), Place.ABSENT)
+            self.blocks.moved(BlockId(inode, used), Place.ABSENT)

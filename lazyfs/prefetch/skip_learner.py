@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 
 from lazyfs.blocks import BlockId
-from lazyfs.blocks.block_map import AWAY, FileBlocks, Place
+from lazyfs.blocks.file_blocks import AWAY, FileBlocks, Place
 from lazyfs.prefetch.skip_rules import SkipRules
 
 # Limits on speculative blocks that are unread, and on those that were skipped: a share of the

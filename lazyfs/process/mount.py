@@ -19,6 +19,7 @@ from typing import Any
 import pyfuse3
 import trio
 
+from lazyfs.blocks.block_map import BlockMap
 from lazyfs.cache import BlockCache
 from lazyfs.control import Route
 from lazyfs.control.contents import Contents
@@ -324,7 +325,7 @@ def _prefetcher(options: MountOptions) -> Prefetcher:
     matches = compile_pattern(options.tensors).search if options.tensors else None
     return Prefetcher(
         options.prefetch,
-        options.block_size,
+        BlockMap(options.block_size),
         wanted=None if matches is None else lambda name: matches(name) is not None,
     )
 

@@ -13,6 +13,7 @@ import trio
 import trio.testing
 
 from lazyfs.blocks import Span, block_length, spans
+from lazyfs.blocks.block_map import BlockMap
 from lazyfs.cache import BlockCache
 from lazyfs.fetch.scheduler import BlockFetcher
 from lazyfs.namespace.catalog import Catalog
@@ -126,7 +127,7 @@ class _Load:
         self._bucket = Bucket(model.contents, options.block_size, self._link, self.threads)
         self._pages = Pages(machine, options.block_size, self.threads)
         disk = Disk(machine, self.threads) if machine.disk else None
-        prefetcher = Prefetcher(options.prefetch, options.block_size)
+        prefetcher = Prefetcher(options.prefetch, BlockMap(options.block_size))
         recorder = Recorder(options.prefetch)
         self._fetcher = BlockFetcher(
             cast(Store, self._bucket),

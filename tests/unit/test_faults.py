@@ -16,6 +16,7 @@ import trio.testing
 
 from lazyfs import faults
 from lazyfs.blocks import Span
+from lazyfs.blocks.block_map import BlockMap
 from lazyfs.errors import SourceError
 from lazyfs.faults import FaultLog, contained, keep_running, start_watching, the_error
 from lazyfs.fetch.scheduler import BlockFetcher
@@ -199,7 +200,7 @@ def _fetcher(source: _FaultySource, prefetcher: Prefetcher) -> BlockFetcher:
 def test_a_fault_while_a_block_is_brought_is_an_error_of_its_readers() -> None:
     async def run() -> None:
         async with trio.open_nursery() as nursery:
-            fetcher = _fetcher(_FaultySource(faults=1), Prefetcher("off", 8 << 20))
+            fetcher = _fetcher(_FaultySource(faults=1), Prefetcher("off", BlockMap(8 << 20)))
             fetcher.start(nursery)
             errors = []
 
@@ -224,7 +225,7 @@ def test_a_fault_while_a_block_is_brought_is_an_error_of_its_readers() -> None:
 def test_a_fault_of_prefetching_does_not_reach_readers(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    prefetcher = Prefetcher("off", 8 << 20)
+    prefetcher = Prefetcher("off", BlockMap(8 << 20))
 
     def fail(*_: object) -> None:
         raise LookupError("policy")

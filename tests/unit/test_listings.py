@@ -10,6 +10,7 @@ import pytest
 import trio
 import trio.testing
 
+from lazyfs.blocks.block_map import BlockMap
 from lazyfs.fetch.scheduler import BlockFetcher
 from lazyfs.model.layout import SMALL_COUNT
 from lazyfs.namespace.catalog import Catalog
@@ -105,11 +106,11 @@ async def plan(opened: list[str], keys: list[str]) -> list[list[str]]:
     """What is planned, each time, while files are opened and read one after the other."""
     catalog = catalog_of(Page(objects(*keys), [], None))
     await catalog.open()
-    fetcher, prefetcher = Fetcher(), Prefetcher("model", OPTIONS.block_size)
+    fetcher, prefetcher = Fetcher(), Prefetcher("model", BlockMap(OPTIONS.block_size))
     made = Planner(catalog, cast(BlockFetcher, fetcher), prefetcher, Recorder(), OPTIONS)
     files = {file.key: file for file in catalog.tree.files()}
     for file in files.values():
-        prefetcher.add_file(file.inode, file.size_bytes)
+        prefetcher.blocks.add_file(file.inode, file.size_bytes)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(made.run)
         for key in opened:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lazyfs.blocks import BlockId, Span
-from lazyfs.blocks.block_map import Place
+from lazyfs.blocks.block_map import BlockMap
+from lazyfs.blocks.file_blocks import Place
 from lazyfs.blocks.memory import PART, BlockMemory, Held, all_unread
 from lazyfs.objects import File
 from lazyfs.prefetch.prefetcher import Prefetcher
@@ -17,15 +18,15 @@ class Room:
     """A memory of ten blocks of one byte, of which two are for demand only."""
 
     def __init__(self) -> None:
-        self.prefetcher = Prefetcher("model", 1)
-        self.prefetcher.add_file(2, 1000)
-        self.memory = BlockMemory(10, 1, self.prefetcher)
+        self.prefetcher = Prefetcher("model", BlockMap(1))
+        self.prefetcher.blocks.add_file(2, 1000)
+        self.memory = BlockMemory(10, 1, self.prefetcher.blocks, lambda: self.prefetcher.readers)
 
     def hold(self, number: int, place: Place = Place.LOCAL, **state: object) -> Held:
         held = Held(FILE, memoryview(b"x"), **{"unread": 1, **state})  # type: ignore[arg-type]
         self.memory.reserve(1)
         self.memory.hold(BlockId(2, number), held)
-        self.prefetcher.moved(BlockId(2, number), place)
+        self.prefetcher.blocks.moved(BlockId(2, number), place)
         return held
 
     def left(self) -> set[int]:
@@ -88,7 +89,7 @@ def test_demand_takes_what_was_fetched_ahead_last(room: Room) -> None:
         room.hold(number)
     assert room.ask(urgent=True)
     assert room.left() == set(range(9))
-    assert room.prefetcher.place(BlockId(2, 9)) == Place.ABSENT
+    assert room.prefetcher.blocks.place(BlockId(2, 9)) == Place.ABSENT
 
 
 def test_demand_finds_room_that_a_prefetch_must_leave(room: Room) -> None:
@@ -103,7 +104,7 @@ def test_a_block_that_was_read_is_not_wished_for_again(room: Room) -> None:
     for number in range(8):
         room.hold(number, unread=0)
     assert room.ask()
-    assert room.prefetcher.place(BlockId(2, 0)) == Place.USED
+    assert room.prefetcher.blocks.place(BlockId(2, 0)) == Place.USED
 
 
 def test_who_reads_a_block_in_parts_keeps_it_from_demand(room: Room) -> None:
@@ -181,26 +182,16 @@ def test_a_read_makes_a_block_the_last_to_go(room: Room) -> None:
 BLOCK = 3
 
 
-class Readers:
-    """As much of a prefetcher as the memory asks for: so many readers, and all blocks are here."""
-
-    def __init__(self, readers: int) -> None:
-        self.readers = readers
-
-    def place(self, block: BlockId) -> Place:
-        return Place.LOCAL
-
-    def moved(self, block: BlockId, place: Place) -> None:
-        pass
-
-
 def memory_of(blocks: int, readers: int, **state: object) -> BlockMemory:
     """A memory of so many blocks, all of which are held."""
-    memory = BlockMemory(blocks * BLOCK, BLOCK, Readers(readers))  # type: ignore[arg-type]
+    where = BlockMap(BLOCK)
+    where.add_file(2, 100 * BLOCK)
+    memory = BlockMemory(blocks * BLOCK, BLOCK, where, lambda: readers)
     for number in range(blocks):
         memory.reserve(BLOCK)
         held = Held(FILE, memoryview(bytes(BLOCK)), **{"unread": 1, **state})  # type: ignore[arg-type]
         memory.hold(BlockId(2, number), held)
+        where.moved(BlockId(2, number), Place.LOCAL)
     return memory
 
 

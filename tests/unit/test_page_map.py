@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyfs.blocks import block_count
-from lazyfs.blocks.block_map import Place
+from lazyfs.blocks.file_blocks import Place
 from lazyfs.handover.handover import new_near
 from lazyfs.handover.page_map import PageMap
 from lazyfs.namespace.tree import Tree

@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 
 from lazyfs.blocks import BlockId
-from lazyfs.blocks.block_map import AWAY, Place
+from lazyfs.blocks.block_map import BlockMap
+from lazyfs.blocks.file_blocks import AWAY, Place
 from lazyfs.model.safetensors import Tensor
 from lazyfs.prefetch.prefetcher import Prefetcher
 
@@ -14,9 +15,9 @@ BLOCK = 10
 
 def prefetcher(policy: str = "model", *sizes: int) -> Prefetcher:
     """Files 2, 3, ... of so many blocks, in loading order."""
-    made = Prefetcher(policy, BLOCK)
+    made = Prefetcher(policy, BlockMap(BLOCK))
     for inode, size in enumerate(sizes, start=2):
-        made.add_file(inode, size * BLOCK - 3)
+        made.blocks.add_file(inode, size * BLOCK - 3)
     if policy != "sequential":
         made.set_order((), range(2, 2 + len(sizes)))
     return made
@@ -41,7 +42,7 @@ def take(made: Prefetcher, count: int) -> list[tuple[int, int]]:
         block = made.next_fetch()
         if block is None:
             break
-        made.moved(block, Place.COMING)
+        made.blocks.moved(block, Place.COMING)
         taken.append(tuple(block))
     return taken
 
@@ -62,13 +63,13 @@ def test_headers_are_wished_for_by_themselves_once_and_not_where_the_block_comes
     take(made, 1)
     made.set_order((), [2, 3, 4], [2, 3, 4])
     assert heads(made) == [3, 4]
-    assert not made.beginnings_are_here()
+    assert not made.blocks.beginnings_are_here()
     made.head_came(3)
     made.set_order((), [3, 2, 4], [2, 3, 4])
     assert heads(made) == []
     made.head_came(4)
-    made.moved(BlockId(2, 0), Place.LOCAL)
-    assert made.beginnings_are_here()
+    made.blocks.moved(BlockId(2, 0), Place.LOCAL)
+    assert made.blocks.beginnings_are_here()
 
 
 def test_headers_alone() -> None:
@@ -115,7 +116,7 @@ def test_a_file_out_of_order_is_followed_only_as_far_as_it_was_read() -> None:
 
 def test_a_failed_block_is_left_to_its_readers() -> None:
     made = prefetcher("model", 3)
-    made.failed(BlockId(2, 0))
+    made.blocks.failed(BlockId(2, 0))
     assert take(made, 9) == [(2, 1), (2, 2)]
     made.was_read(2, 0, 1)
     assert take(made, 9) == [(2, 0)]
@@ -125,7 +126,7 @@ def test_a_block_that_was_used_is_fetched_again_only_for_a_second_pass() -> None
     made = prefetcher("model", 4)
     take(made, 4)
     for number in range(4):
-        made.moved(BlockId(2, number), Place.USED)
+        made.blocks.moved(BlockId(2, number), Place.USED)
     assert take(made, 9) == []
     made.was_read(2, BLOCK, 1)
     assert take(made, 9) == [(2, 1), (2, 2), (2, 3)]
@@ -136,12 +137,12 @@ def test_who_reads_a_file_again_gets_his_tensor_before_those_of_the_first_readin
     made.set_tensors(2, tensors(5, 40, end=67))
     take(made, 7)
     for number in range(7):
-        made.moved(BlockId(2, number), Place.LOCAL)
+        made.blocks.moved(BlockId(2, number), Place.LOCAL)
         made.was_read(2, number * BLOCK, BLOCK // 2)
     for number in range(1, 7):
-        made.moved(BlockId(2, number), Place.USED)
+        made.blocks.moved(BlockId(2, number), Place.USED)
     made.was_read(2, BLOCK, BLOCK // 2)
-    made.moved(BlockId(2, 1), Place.LOCAL)
+    made.blocks.moved(BlockId(2, 1), Place.LOCAL)
     assert take(made, 9) == [(2, 2), (2, 3), (2, 4), (2, 5), (2, 6)]
 
 
@@ -150,7 +151,7 @@ def test_a_tensor_that_is_read_again_by_its_last_reader_is_had_whole_again() -> 
     made.set_tensors(2, tensors(5, 60, end=67))
     made.was_read(2, BLOCK, BLOCK // 2)
     for block in take(made, 7):
-        made.moved(BlockId(*block), Place.USED)
+        made.blocks.moved(BlockId(*block), Place.USED)
     assert take(made, 9) == []
     made.was_read(2, BLOCK, BLOCK // 2)
     assert take(made, 5) == [(2, 1), (2, 2), (2, 3), (2, 4), (2, 5)]
@@ -159,26 +160,26 @@ def test_a_tensor_that_is_read_again_by_its_last_reader_is_had_whole_again() -> 
 def test_only_blocks_of_inodes_that_the_kernel_knows_are_loaded() -> None:
     made = prefetcher("model", 2, 1)
     for block in ((2, 0), (2, 1), (3, 0)):
-        made.moved(BlockId(*block), Place.LOCAL)
+        made.blocks.moved(BlockId(*block), Place.LOCAL)
     assert made.next_load(10**9) is None
-    made.set_known(3, True)
+    made.blocks.set_known(3, True)
     assert made.next_load(10**9) == (3, 0)
-    made.set_known(2, True)
+    made.blocks.set_known(2, True)
     assert made.next_load(10**9) == (2, 0)
     assert made.next_load(5) is None
-    made.opened(2, direct=True)
+    made.blocks.opened(2, direct=True)
     assert made.next_load(10**9) == (3, 0)
 
 
 def test_what_the_kernel_forgets_is_on_the_disk_or_in_memory_or_only_in_s3() -> None:
     made = prefetcher("model", 3)
-    made.set_known(2, True)
-    made.is_held = lambda block: block.number == 1
+    made.blocks.set_known(2, True)
+    made.blocks.is_held = lambda block: block.number == 1
     for number in range(3):
-        made.moved(BlockId(2, number), Place.NEAR)
-    made.stored(BlockId(2, 0))
-    made.set_known(2, False)
-    places = [made.place(BlockId(2, number)) for number in range(3)]
+        made.blocks.moved(BlockId(2, number), Place.NEAR)
+    made.blocks.stored(BlockId(2, 0))
+    made.blocks.set_known(2, False)
+    places = [made.blocks.place(BlockId(2, number)) for number in range(3)]
     assert places == [Place.LOCAL, Place.LOCAL, Place.USED]
     assert take(made, 9) == [], "nobody reads it"
 
@@ -186,9 +187,9 @@ def test_what_the_kernel_forgets_is_on_the_disk_or_in_memory_or_only_in_s3() -> 
 def test_a_model_that_the_kernel_forgot_is_wanted_again_when_a_reader_begins() -> None:
     made = prefetcher("model", 2, 3, 1)
     for inode, number in ((2, 0), (2, 1), (3, 0), (3, 1), (3, 2), (4, 0)):
-        made.moved(BlockId(inode, number), Place.NEAR)
+        made.blocks.moved(BlockId(inode, number), Place.NEAR)
     for inode in (2, 3):
-        made.set_known(inode, False)
+        made.blocks.set_known(inode, False)
     assert take(made, 9) == []
     made.was_read(2, 0, BLOCK)
     assert take(made, 9) == [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)], "4 is still in its place"
@@ -198,32 +199,32 @@ def test_what_could_not_be_fetched_is_wanted_and_not_here() -> None:
     made = prefetcher("model", 1, 3)
     size = BLOCK - 3 + 3 * BLOCK - 3
     for block in ((2, 0), (3, 0), (3, 1)):
-        made.moved(BlockId(*block), Place.LOCAL)
-    made.failed(BlockId(3, 2))
-    wanted, there = made.progress()
+        made.blocks.moved(BlockId(*block), Place.LOCAL)
+    made.blocks.failed(BlockId(3, 2))
+    wanted, there = made.blocks.progress()
     assert wanted == size
     assert there == BLOCK - 3 + 2 * BLOCK
-    made.failed(BlockId(2, 0))
-    assert made.progress() == (size, 2 * BLOCK)
+    made.blocks.failed(BlockId(2, 0))
+    assert made.blocks.progress() == (size, 2 * BLOCK)
     made.was_read(2, 0, 1)
-    made.moved(BlockId(2, 0), Place.LOCAL)
-    assert made.progress() == (size, there)
+    made.blocks.moved(BlockId(2, 0), Place.LOCAL)
+    assert made.blocks.progress() == (size, there)
 
 
 def test_what_is_not_wanted_is_not_waited_for() -> None:
-    made = Prefetcher("model", BLOCK, wanted=lambda name: name.startswith("a"))
-    made.add_file(2, 25)
+    made = Prefetcher("model", BlockMap(BLOCK), wanted=lambda name: name.startswith("a"))
+    made.blocks.add_file(2, 25)
     made.set_order((), [2])
     made.set_tensors(2, [Tensor("a", "U8", (), 5, 15), Tensor("b", "U8", (), 15, 25)])
-    assert made.progress() == (20, 0), "the last block, of 5 bytes, is not wanted"
+    assert made.blocks.progress() == (20, 0), "the last block, of 5 bytes, is not wanted"
 
 
 def test_progress_does_not_run_backwards_while_blocks_are_put_into_the_page_cache() -> None:
     made = prefetcher("model", 2)
     there = []
     for place in (Place.COMING, Place.LOCAL, Place.LOADING, Place.NEAR):
-        made.moved(BlockId(2, 0), place)
-        there.append(made.progress()[1])
+        made.blocks.moved(BlockId(2, 0), place)
+        there.append(made.blocks.progress()[1])
     assert there == [0, BLOCK, BLOCK, BLOCK]
 
 
@@ -246,7 +247,7 @@ def test_where_a_mapped_page_is_missed_the_middle_of_the_request_is_meant() -> N
 def test_several_readers_are_served_evenly() -> None:
     made = prefetcher("model", 30, 30, 30)
     for inode in (2, 4):
-        made.moved(BlockId(inode, 0), Place.NEAR)
+        made.blocks.moved(BlockId(inode, 0), Place.NEAR)
     for inode in (2, 4):
         made.set_tensors(inode, tensors(2, 15, end=297))
         made.was_read(inode, 20, 1)
@@ -289,7 +290,7 @@ def test_what_a_loader_passes_over_again_and_again_is_not_fetched() -> None:
 def test_what_was_fetched_and_passed_over_is_counted_until_it_is_read() -> None:
     made = layered("model")
     for number in range(200):
-        made.moved(BlockId(2, number), Place.LOCAL)
+        made.blocks.moved(BlockId(2, number), Place.LOCAL)
     made.was_read(2, 20, 4)
     made.was_read(2, 120, 4)
     assert made.passed_over_bytes == 4 * BLOCK, "layers.0.b, without what it shares with others"
@@ -322,13 +323,13 @@ def test_what_was_fetched_for_nothing_is_bounded() -> None:
     for begin in range(1, 29_000, 210):
         made.was_read(2, begin + 10, 4)
         take(made, 999)
-    away = sum(made.place(BlockId(2, number)) in AWAY for number in range(3000))
+    away = sum(made.blocks.place(BlockId(2, number)) in AWAY for number in range(3000))
     assert 3000 - away < 139 * 4 * 1.2 + 16
 
 
 def test_only_tensors_that_are_wanted() -> None:
-    made = Prefetcher("model", BLOCK, wanted=lambda name: name.endswith(".a"))
-    made.add_file(2, 200)
+    made = Prefetcher("model", BlockMap(BLOCK), wanted=lambda name: name.endswith(".a"))
+    made.blocks.add_file(2, 200)
     made.set_order((), [2])
     assert take(made, 99) == [(2, 0)], "the header says what there is"
     made.set_tensors(2, [Tensor("0.a", "U8", (), 5, 60), Tensor("0.b", "U8", (), 60, 200)])
@@ -338,8 +339,8 @@ def test_only_tensors_that_are_wanted() -> None:
 
 
 def test_a_file_without_tensors_is_wanted_whole() -> None:
-    made = Prefetcher("model", BLOCK, wanted=lambda name: False)
-    made.add_file(2, 3 * BLOCK)
+    made = Prefetcher("model", BlockMap(BLOCK), wanted=lambda name: False)
+    made.blocks.add_file(2, 3 * BLOCK)
     made.set_order((), [2])
     made.set_tensors(2, ())
     assert take(made, 99) == [(2, 0), (2, 1), (2, 2)]
@@ -347,29 +348,29 @@ def test_a_file_without_tensors_is_wanted_whole() -> None:
 
 def test_strays_and_heads_are_told() -> None:
     made = prefetcher("model", 2)
-    made.add_file(9, 100)
+    made.blocks.add_file(9, 100)
     told: list[int] = []
     made.on_stray = made.on_head = told.append
     made.was_read(9, 50, 4)
     made.was_read(9, 60, 4)
     assert told == [9]
-    made.moved(BlockId(2, 0), Place.COMING)
-    made.moved(BlockId(2, 0), Place.LOCAL)
+    made.blocks.moved(BlockId(2, 0), Place.COMING)
+    made.blocks.moved(BlockId(2, 0), Place.LOCAL)
     made.head_came(2)
     assert told == [9, 2, 2]
 
 
 def test_pages_count_as_unread_until_a_request_from_behind_them() -> None:
     made = prefetcher("model", 20, 20)
-    made.set_known(2, True)
+    made.blocks.set_known(2, True)
     for number in range(20):
-        made.moved(BlockId(2, number), Place.NEAR)
+        made.blocks.moved(BlockId(2, number), Place.NEAR)
     assert made.near_ahead_bytes == 20 * BLOCK
     made.was_read(2, 17 * BLOCK, 4)
     assert made.near_ahead_bytes == 4 * BLOCK, "the piece begins at block 16"
     made.was_read(3, 9 * BLOCK, 4)
     assert made.near_ahead_bytes == 0
-    made.moved(BlockId(3, 12), Place.NEAR)
+    made.blocks.moved(BlockId(3, 12), Place.NEAR)
     assert made.near_ahead_bytes == BLOCK
 
 
@@ -378,8 +379,8 @@ def test_each_wish_is_found_without_a_walk_over_all_blocks() -> None:
     made = prefetcher("model", *[8] * 2000)
     wishes = 0
     while (block := made.next_fetch()) is not None:
-        made.moved(block, Place.COMING)
-        made.moved(block, Place.NEAR)
+        made.blocks.moved(block, Place.COMING)
+        made.blocks.moved(block, Place.NEAR)
         made.was_read(block.inode, block.number * BLOCK, BLOCK)
         wishes += 1
     assert wishes == 16_000
@@ -388,8 +389,8 @@ def test_each_wish_is_found_without_a_walk_over_all_blocks() -> None:
 def test_blocks_on_disk_are_spent_once_all_readers_have_had_them() -> None:
     made = prefetcher("model", 60, 60)
     for number in range(60):
-        made.stored(BlockId(2, number))
-        made.moved(BlockId(2, number), Place.NEAR if number < 30 else Place.LOCAL)
+        made.blocks.stored(BlockId(2, number))
+        made.blocks.moved(BlockId(2, number), Place.NEAR if number < 30 else Place.LOCAL)
     assert made.take_spent(99) == []
     for number in (10, 35, 50):
         made.was_read(2, number * BLOCK, BLOCK)

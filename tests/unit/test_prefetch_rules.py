@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from lazyfs.blocks import BlockId, block_count
-from lazyfs.blocks.block_map import AWAY, PIECE_BLOCKS, Place
+from lazyfs.blocks.block_map import BlockMap
+from lazyfs.blocks.file_blocks import AWAY, PIECE_BLOCKS, Place
 from lazyfs.model.safetensors import Tensor
 from lazyfs.options.mount_options import POLICIES
 from lazyfs.prefetch.prefetcher import Prefetcher
@@ -33,10 +34,10 @@ class Mount(RuleBasedStateMachine):
     ) -> None:
         self.policy = policy
         self.wanted = (lambda name: name.rpartition(".")[2] not in SKIPPED) if chooses else None
-        self.made = Prefetcher(policy, BLOCK, wanted=self.wanted)
+        self.made = Prefetcher(policy, BlockMap(BLOCK), wanted=self.wanted)
         self.sizes = dict(enumerate(sizes))
         for inode, size in self.sizes.items():
-            self.made.add_file(inode, size)
+            self.made.blocks.add_file(inode, size)
         ordered = list(self.sizes)[: len(sizes) - strays]
         self.small = ordered[:first_shard]
         self.shards = ordered[first_shard:]
@@ -80,11 +81,11 @@ class Mount(RuleBasedStateMachine):
 
     @rule(data=st.data(), direct=st.booleans())
     def a_file_is_opened(self, data: st.DataObject, direct: bool) -> None:
-        self.made.opened(self._any_file(data), direct=direct)
+        self.made.blocks.opened(self._any_file(data), direct=direct)
 
     @rule(data=st.data(), known=st.sampled_from([True, True, False]))
     def the_kernel_knows(self, data: st.DataObject, known: bool) -> None:
-        self.made.set_known(self._any_file(data), known)
+        self.made.blocks.set_known(self._any_file(data), known)
 
     @rule(data=st.data())
     def a_reader_asks(self, data: st.DataObject) -> None:
@@ -110,26 +111,26 @@ class Mount(RuleBasedStateMachine):
 
     def _read(self, inode: int, offset: int, size: int) -> None:
         first = BlockId(inode, offset // BLOCK)
-        if offset < self.sizes[inode] and self.made.place(first) == Place.USED:
+        if offset < self.sizes[inode] and self.made.blocks.place(first) == Place.USED:
             # What had come whole is had again in its turn; what had not is still somebody's.
             self.touched = {
                 (other, start, stop)
                 for other, start, stop in self.touched
                 if other != inode or stop <= first.number or self._lacks(other, start, stop)
             }
-        used = {block for block in self.came if self.made.place(block) == Place.USED}
+        used = {block for block in self.came if self.made.blocks.place(block) == Place.USED}
         self.made.was_read(inode, offset, size)
-        self.came -= {block for block in used if self.made.place(block) != Place.USED}
+        self.came -= {block for block in used if self.made.blocks.place(block) != Place.USED}
         if self._completes(inode) and first.number < block_count(self.sizes[inode], BLOCK):
             self._touch(inode, offset, min(offset + size // 2, self.sizes[inode] - 1))
         stop = min(offset + size, self.sizes[inode])
         for number in range(offset // BLOCK, block_count(stop, BLOCK)):
             block = BlockId(inode, number)
-            place = self.made.place(block)
+            place = self.made.blocks.place(block)
             if place in AWAY and block not in self.coming:
                 # Fetched for the reader, who does not ask the prefetcher.
-                self.made.moved(block, Place.COMING)
-                self.made.moved(block, Place.LOCAL)
+                self.made.blocks.moved(block, Place.COMING)
+                self.made.blocks.moved(block, Place.LOCAL)
                 self.came.add(block)
             self.read.add(block)
             self.given_up.discard(block)
@@ -158,7 +159,7 @@ class Mount(RuleBasedStateMachine):
             block = self._wish()
             if block is None:
                 return
-            self.made.moved(block, Place.COMING)
+            self.made.blocks.moved(block, Place.COMING)
             self.coming.add(block)
 
     @rule(data=st.data())
@@ -169,14 +170,14 @@ class Mount(RuleBasedStateMachine):
                 continue
             self.coming.discard(block)
             if what == "fails":
-                self.made.failed(block)
+                self.made.blocks.failed(block)
                 self.has_failed.add(block)
                 self.given_up.add(block)
                 self.came.discard(block)
                 continue
-            self.made.moved(block, Place.LOCAL)
+            self.made.blocks.moved(block, Place.LOCAL)
             if what == "stored":
-                self.made.stored(block)
+                self.made.blocks.stored(block)
                 self.stored.add(block)
 
     @rule(count=st.integers(1, 12), allowance=st.integers(0, 40))
@@ -186,8 +187,8 @@ class Mount(RuleBasedStateMachine):
             if block is None:
                 return
             assert allowance, "there was no room"
-            assert self.made.place(block) == Place.LOCAL
-            self.made.moved(block, Place.NEAR)
+            assert self.made.blocks.place(block) == Place.LOCAL
+            self.made.blocks.moved(block, Place.NEAR)
 
     @rule(count=st.integers(1, 6))
     def the_disk_is_full(self, count: int) -> None:
@@ -195,15 +196,17 @@ class Mount(RuleBasedStateMachine):
         for block in self.made.take_spent(count):
             assert block in self.stored, "each is named once"
             self.stored.discard(block)
-            if self.made.place(block) != Place.NEAR:
-                self.made.moved(block, Place.USED)
+            if self.made.blocks.place(block) != Place.NEAR:
+                self.made.blocks.moved(block, Place.USED)
 
     @rule(data=st.data())
     def memory_is_short(self, data: st.DataObject) -> None:
         """What was read is let go of, if it is nowhere else."""
-        here = [block for block in sorted(self.read) if self.made.place(block) == Place.LOCAL]
+        here = [
+            block for block in sorted(self.read) if self.made.blocks.place(block) == Place.LOCAL
+        ]
         if here:
-            self.made.moved(data.draw(st.sampled_from(here)), Place.USED)
+            self.made.blocks.moved(data.draw(st.sampled_from(here)), Place.USED)
 
     @rule(data=st.data())
     def the_plan_is_another_one(self, data: st.DataObject) -> None:
@@ -225,7 +228,7 @@ class Mount(RuleBasedStateMachine):
         block = self.made.next_fetch()
         if block is None:
             return None
-        place = self.made.place(block)
+        place = self.made.blocks.place(block)
         assert 0 <= block.number < block_count(self.sizes[block.inode], BLOCK)
         assert place in (Place.ABSENT, Place.PASSED), "it is here, or nobody wants it"
         assert self.policy == "model" or place == Place.ABSENT, "it is passed over"
@@ -245,7 +248,8 @@ class Mount(RuleBasedStateMachine):
         """Whether of a run of blocks one is wanted and not on its way."""
         stop = min(stop, block_count(self.sizes[inode], BLOCK))
         return any(
-            self.made.place(BlockId(inode, number)) == Place.ABSENT for number in range(first, stop)
+            self.made.blocks.place(BlockId(inode, number)) == Place.ABSENT
+            for number in range(first, stop)
         )
 
     def _is_of_touched(self, block: BlockId) -> bool:
@@ -273,14 +277,17 @@ class Mount(RuleBasedStateMachine):
             return
         made = self.made
         for inode, size in self.sizes.items():
-            blocks = made._files[inode]
+            blocks = made.blocks.files[inode]
             found = Counter(
-                made.place(BlockId(inode, number)) for number in range(block_count(size, BLOCK))
+                made.blocks.place(BlockId(inode, number))
+                for number in range(block_count(size, BLOCK))
             )
             assert blocks.counts == [found[place] for place in Place]
-        ordered = [made._files[inode].counts for inode in made.order]
-        assert made._totals == [sum(counts[place] for counts in ordered) for place in Place]
-        _, there = made.progress()
+        ordered = [made.blocks.files[inode].counts for inode in made.blocks.order]
+        assert [made.blocks.ordered_blocks(place) for place in Place] == [
+            sum(counts[place] for counts in ordered) for place in Place
+        ]
+        _, there = made.blocks.progress()
         assert 0 <= there <= sum(self.sizes.values())
         assert made.near_ahead_bytes >= 0
 
@@ -289,19 +296,19 @@ class Mount(RuleBasedStateMachine):
         if not hasattr(self, "made"):
             return
         for block in sorted(self.coming):
-            self.made.moved(block, Place.LOCAL)
+            self.made.blocks.moved(block, Place.LOCAL)
         wishes = 0
         while (block := self._wish()) is not None:
             wishes += 1
             assert wishes < MOST_WISHES
-            self.made.moved(block, Place.COMING)
-            self.made.moved(block, Place.LOCAL)
+            self.made.blocks.moved(block, Place.COMING)
+            self.made.blocks.moved(block, Place.LOCAL)
         if self.policy != "model":
             return
         for inode in (*self.small, *self.shards):
             for number in range(block_count(self.sizes[inode], BLOCK)):
                 block = BlockId(inode, number)
-                place = self.made.place(block)
+                place = self.made.blocks.place(block)
                 assert place not in (Place.ABSENT, Place.COMING, Place.PASSED), "never wished for"
                 is_due = self.wanted is None or (inode in self.tables and number)
                 if place == Place.LEFT and is_due and not self._is_excluded(block):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import trio
 
+from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.memory import BlockMemory
 from lazyfs.errors import AccessDeniedError, SourceError, ThrottledError
 from lazyfs.fetch.request import OVERTAKEN, BlockGetter
@@ -18,7 +19,6 @@ from lazyfs.objects import File
 from lazyfs.observe.events import Cause
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
-from lazyfs.prefetch.prefetcher import Prefetcher
 from lazyfs.store.cancel import Cancel
 
 FILE = File(2, 1, "f", "f", 100, "e", 0)
@@ -60,7 +60,7 @@ def failing(error: SourceError) -> Callable[[], memoryview]:
 
 def get(source: Source, patience_s: Callable[[], float] = lambda: 60.0) -> Answer:
     async def run() -> Answer:
-        memory = BlockMemory(LIMIT, 10, Prefetcher("off", 10))
+        memory = BlockMemory(LIMIT, 10, BlockMap(10), lambda: 1)
         threads = trio.CapacityLimiter(10)
         recorder = Recorder()
         getter = BlockGetter(source, memory, MountOptions(), threads, lambda: None, recorder)  # type: ignore[arg-type]
@@ -137,7 +137,7 @@ def test_a_request_that_later_ones_overtake_is_asked_a_second_time(
     source = Source(slow, *[good] * (OVERTAKEN + 1))
 
     async def run() -> Recorder:
-        memory = BlockMemory(LIMIT, 10, Prefetcher("off", 10))
+        memory = BlockMemory(LIMIT, 10, BlockMap(10), lambda: 1)
         threads, recorder = trio.CapacityLimiter(20), Recorder()
         getter = BlockGetter(source, memory, MountOptions(), threads, lambda: None, recorder)  # type: ignore[arg-type]
 

@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from lazyfs.blocks import Span
+from lazyfs.blocks.block_map import BlockMap
 from lazyfs.cache import BlockCache, Claim
 from lazyfs.errors import AccessDeniedError, SourceError
 from lazyfs.fetch.scheduler import URGENT_EXTRA, BlockFetcher
@@ -118,7 +119,7 @@ class Machine:
         self.source, self.disk, self.pages = Source(), Disk(), Pages()
         texts = {"block-size": "256KiB", "memory-limit": "64MiB", **options}
         parsed = MountOptions.parse(("{name}", texts))
-        self.prefetcher = Prefetcher(parsed.prefetch, BLOCK)
+        self.prefetcher = Prefetcher(parsed.prefetch, BlockMap(BLOCK))
         self.fetcher = BlockFetcher(
             cast(Store, self.source), cast(BlockCache, self.disk), cast(PageCache, self.pages),
             self.prefetcher, parsed, Recorder(parsed.prefetch),

@@ -1,0 +1,152 @@
+"""One file's blocks: where each of them is, and the pieces that are read as one thing."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+
+from lazyfs.blocks import block_count
+
+# Without tensors to go by, so many blocks count as one piece.
+PIECE_BLOCKS = 8
+
+
+class Place(IntEnum):
+    """Where a block is.
+
+    ABSENT: only in S3. COMING: asked of S3. LOCAL: on this node's disk or in the daemon's memory.
+    LOADING: the same, and on its way from there into the page cache or to a reader. NEAR: in the
+    kernel's page cache, where a reader gets it without asking us. USED: only in S3 again, after it
+    was read or the kernel forgot it; a load reads each block once. PASSED: only in S3, and of
+    tensors that this loader passes over. LEFT: only in S3, and left to those who read it: it was
+    not wanted, or could not be fetched.
+    """
+
+    ABSENT = 0
+    COMING = 1
+    LOCAL = 2
+    NEAR = 3
+    USED = 4
+    PASSED = 5
+    LEFT = 6
+    LOADING = 7
+
+
+AWAY = frozenset((Place.ABSENT, Place.COMING, Place.PASSED, Place.LEFT))
+# A reader may find it in the page cache.
+PAGES = frozenset((Place.NEAR, Place.USED))
+
+
+class FileBlocks:
+    """The blocks of one file.
+
+    A *piece* is what a loader reads as one thing: a tensor, or without a table of tensors a run of
+    blocks. Pieces may share blocks.
+
+    Args:
+        size_bytes: of the file.
+        block_size: of the mount.
+
+    Attributes:
+        places: a `Place` for each block; to be changed by `move` alone.
+        counts: how many blocks are at each place.
+        known: the kernel knows the inode, so that blocks can be put into the page cache.
+        reads_pages: opened, and not with O_DIRECT: its readers find what is in the page cache.
+            None: not opened.
+        stored: 1 for each block that is on the disk.
+        failed: 1 for each block that could not be fetched and was not asked for since.
+        has_head: its header is or was here, without its first block.
+        rank: its position in the loading order; -1: it has none.
+        roles: of the tensors, one for each piece (`role_of`); empty without a table.
+        touched: 1 for each piece of which something was read.
+        last_read: the block that was asked for last, and how often that changed.
+    """
+
+    def __init__(self, size_bytes: int, block_size: int) -> None:
+        count = block_count(size_bytes, block_size)
+        self.size_bytes = size_bytes
+        self.places = bytearray(count)
+        self.counts = [count, *[0] * (len(Place) - 1)]
+        self.known = False
+        self.reads_pages: bool | None = None
+        self.stored = bytearray(count)
+        self.failed = bytearray(count)
+        self.has_head = False
+        self.rank = -1
+        self.roles: Sequence[str] = ()
+        self.last_read = -1
+        self.blocks_read = 0
+        self._block_size = block_size
+        self._starts: Sequence[int] = range(0, size_bytes, PIECE_BLOCKS * block_size)
+        self._wanted: bytearray | None = None
+        self.touched = bytearray(len(self._starts))
+
+    @property
+    def takes_pages(self) -> bool:
+        """Whether what is put into the page cache stays there, and is found by readers."""
+        return self.known and self.reads_pages is not False
+
+    def set_pieces(self, starts: Sequence[int], roles: Sequence[str]) -> None:
+        """Where the tensors begin, in ascending order of bytes, and their roles."""
+        self._starts = starts
+        self.roles = roles
+        self.touched = bytearray(len(starts))
+
+    def want(self, ranges: Iterable[tuple[int, int]] | None) -> None:
+        """Only these blocks may be ABSENT, from their next move on; None: all may."""
+        wanted = bytearray(len(self.places))
+        for first, stop in ranges or ():
+            wanted[first:stop] = b"\1" * (stop - first)
+        self._wanted = None if ranges is None else wanted
+
+    def piece_at(self, offset: int) -> int:
+        """The piece that holds a byte; -1 for the header before all tensors."""
+        return bisect_right(self._starts, offset) - 1
+
+    def blocks_of(self, piece: int) -> tuple[int, int]:
+        """The blocks of a piece: the first one, and the one after the last."""
+        is_last = piece + 1 == len(self._starts)
+        end = self.size_bytes if is_last else self._starts[piece + 1]
+        return self._starts[piece] // self._block_size, -(-end // self._block_size)
+
+    def pieces_in(self, number: int) -> range:
+        """The pieces that have bytes in a block."""
+        begin = number * self._block_size
+        return range(
+            max(0, self.piece_at(begin)), bisect_left(self._starts, begin + self._block_size)
+        )
+
+    def is_touched(self, number: int) -> bool:
+        """Whether something was read of a piece that has bytes in a block."""
+        pieces = self.pieces_in(number)
+        return self.touched.find(1, pieces.start, pieces.stop) >= 0
+
+    @property
+    def wanted_bytes(self) -> int:
+        """How much of the file is to be fetched ahead, what could not be fetched included."""
+        if not self.counts[Place.LEFT]:
+            return self.size_bytes
+        count = len(self.places)
+        unwanted = self.counts[Place.LEFT] - self.failed.count(1)
+        if self.places[-1] == Place.LEFT and not self.failed[-1]:
+            last = self.size_bytes - (count - 1) * self._block_size
+            return self.size_bytes - (unwanted - 1) * self._block_size - last
+        return self.size_bytes - unwanted * self._block_size
+
+    def find(self, place: Place, start: int, stop: int) -> int:
+        """The first block of a range that is at a place; -1 if there is none."""
+        return self.places.find(place, start, stop) if self.counts[place] else -1
+
+    def move(self, number: int, place: Place) -> Place:
+        """A block is now there; where it was. One not wanted, or that failed, is never ABSENT."""
+        before = Place(self.places[number])
+        is_left = self.failed[number] or (self._wanted is not None and not self._wanted[number])
+        if place == Place.ABSENT and is_left:
+            place = Place.LEFT
+        elif place == Place.LOCAL:
+            self.failed[number] = 0
+        self.counts[before] -= 1
+        self.counts[place] += 1
+        self.places[number] = place
+        return before
