@@ -35,16 +35,16 @@ from lazyfs.faults import contained, keep_running, report_fault
 from lazyfs.fetch.disk_window import DiskWindow
 from lazyfs.fetch.obtainer import Job, Obtainer
 from lazyfs.fetch.request import BlockGetter
-from lazyfs.fetch.shard_headers import ShardHeaders, has_head, heads_limit
+from lazyfs.fetch.shard_headers import ShardHeaders, heads_limit
 from lazyfs.fetch.threads import in_bulk
-from lazyfs.handover.page_map import PageMap
-from lazyfs.model.safetensors import LENGTH_BYTES, header_size
+from lazyfs.model.safetensors import LENGTH_BYTES, has_head, header_size
 from lazyfs.namespace.tree import Tree
 from lazyfs.objects import File
 from lazyfs.observe.events import Activity, Purpose
 from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.pagecache.page_cache import PageCache
+from lazyfs.pagecache.page_map import PageMap
 from lazyfs.pagecache.pusher import BlockPusher
 from lazyfs.prefetch.prefetcher import Prefetcher
 from lazyfs.store.protocol import Store

@@ -34,9 +34,6 @@ from lazyfs.prefetch.prefetcher import Prefetcher
 
 log = logging.getLogger(__name__)
 
-# Of a file below this size the first block is had instead.
-LEAST_HEADED = 1 << 20
-SUFFIX = ".safetensors"
 # Requests at once.
 AT_ONCE = 16
 # Of the memory limit, what heads may take together.
@@ -45,11 +42,6 @@ SHARE = 1 / 16
 PUSHERS = 2
 # Blocks that there must be memory for beside them.
 LEAST_BLOCKS = 4
-
-
-def has_head(file: File) -> bool:
-    """Whether a file has a header that is worth a request of its own."""
-    return file.name.endswith(SUFFIX) and file.size_bytes > LEAST_HEADED
 
 
 def heads_limit(memory_bytes: int, block_size: int) -> int:

@@ -4,7 +4,7 @@
     session   how the conversation with the kernel began, and what must not change with a restart
     listing   what was listed (`lazyfs/namespace/listing_log.py`)
     carried   what was changed while it runs (`lazyfs/handover/runtime_changes.py`)
-    near      what was put into the page cache (`lazyfs/handover/page_map.py`)
+    near      what was put into the page cache (`lazyfs/pagecache/page_map.py`)
     in_hand   which requests were taken and not answered (`lazyfs/handover/in_hand.py`)
 
 Beside them the supervisor keeps `spec` (`lazyfs/spec.py`), and by hand what a worker holds as long

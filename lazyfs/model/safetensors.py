@@ -29,9 +29,14 @@ from operator import attrgetter
 from types import MappingProxyType
 from typing import NoReturn, TypeAlias, TypeGuard
 
+from lazyfs.objects import File
+
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 LENGTH_BYTES = 8
+SUFFIX = ".safetensors"
+# The header of a smaller file comes with its first block.
+LEAST_HEADED = 1 << 20
 # The first read of a shard. It covers nearly all headers, and whole pages.
 HEAD_BYTES = 64 << 10
 # A longer header is not prefetched. Parsing takes 5 ms for a usual header (300 tensors), but
@@ -114,6 +119,11 @@ class TensorTable:
         if index >= 0 and offset < self.tensors[index].end:
             return self.tensors[index]
         return None
+
+
+def has_head(file: File) -> bool:
+    """Whether the header of a file is worth a request of its own."""
+    return file.name.endswith(SUFFIX) and file.size_bytes > LEAST_HEADED
 
 
 def header_size(first8: Buffer, size_bytes: int) -> int:

@@ -13,14 +13,14 @@ from __future__ import annotations
 import logging
 import math
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Protocol
 
 import trio
 
 from lazyfs.blocks import BlockId, block_length
-from lazyfs.fetch.scheduler import BlockFetcher
 from lazyfs.helper_process import ask_helper
 from lazyfs.objects import File
 
@@ -34,6 +34,26 @@ PAUSE_SHARE = 20
 AGAIN_S = 300.0
 
 
+class PageWishes(Protocol):
+    """What is needed of the scheduler (`lazyfs/fetch/scheduler.py`)."""
+
+    @property
+    def block_size(self) -> int:
+        """In bytes."""
+
+    async def missed(self) -> BlockId:
+        """Wait until a reader misses a block that was in the page cache."""
+
+    def near_after(self, block: BlockId, count: int) -> list[BlockId]:
+        """The next blocks that should be in the page cache, in loading order."""
+
+    def wish_again(self, blocks: Iterable[BlockId]) -> None:
+        """These blocks are not in the page cache any more."""
+
+    def file(self, inode: int) -> File:
+        """The file of an inode."""
+
+
 class DroppedPages:
     """Looks for what was dropped.
 
@@ -43,9 +63,7 @@ class DroppedPages:
         fetcher: knows what readers missed and what is taken for near, and is told what is not.
     """
 
-    def __init__(
-        self, mountpoint: Path, path: Callable[[File], str], fetcher: BlockFetcher
-    ) -> None:
+    def __init__(self, mountpoint: Path, path: Callable[[File], str], fetcher: PageWishes) -> None:
         self._mountpoint = mountpoint
         self._path = path
         self._fetcher = fetcher

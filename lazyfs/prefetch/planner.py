@@ -20,17 +20,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from posixpath import basename
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import trio
 
-from lazyfs.blocks import spans
+from lazyfs.blocks import Span, spans
 from lazyfs.errors import SourceError
-from lazyfs.fetch.scheduler import BlockFetcher
-from lazyfs.fetch.shard_headers import SUFFIX, has_head
 from lazyfs.model.filenames import format_of
 from lazyfs.model.layout import ModelFile, ModelLayout, layouts
-from lazyfs.model.safetensors import MalformedHeaderError, Tensor, parse_header
+from lazyfs.model.safetensors import SUFFIX, MalformedHeaderError, Tensor, has_head, parse_header
 from lazyfs.model.selection import wanted_models
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.objects import File
@@ -111,6 +109,35 @@ async def _aside(work: Callable[[], T]) -> T:
     return await trio.to_thread.run_sync(work)
 
 
+class BlockSource(Protocol):
+    """What the planner needs of the scheduler (`lazyfs/fetch/scheduler.py`)."""
+
+    @property
+    def block_size(self) -> int:
+        """In bytes."""
+
+    def add_file(self, file: File) -> None:
+        """A file may be prefetched."""
+
+    async def scan(self, files: Sequence[File]) -> None:
+        """Find out which blocks of these files are on the disk."""
+
+    def pump(self) -> None:
+        """Start what may be started now."""
+
+    def has_header(self, file: File) -> bool:
+        """Whether the header of a shard is on this machine."""
+
+    def is_coming(self, file: File) -> bool:
+        """Whether the header of a shard is on its way."""
+
+    async def header(self, file: File) -> memoryview | None:
+        """The header of a shard; None: it is too long. Raises SourceError."""
+
+    async def read(self, file: File, span: Span, *, reader: bool = True) -> memoryview:
+        """A part of a block. Raises SourceError."""
+
+
 class Planner:
     """Plans one mount.
 
@@ -129,7 +156,7 @@ class Planner:
     def __init__(
         self,
         catalog: Catalog,
-        fetcher: BlockFetcher,
+        fetcher: BlockSource,
         prefetcher: Prefetcher,
         recorder: Recorder,
         options: MountOptions,

@@ -38,7 +38,6 @@ from lazyfs.fuse.session import Session
 from lazyfs.handover.handover import Beginning, Handover, new_carried, new_in_hand, new_near
 from lazyfs.handover.in_hand import InHand
 from lazyfs.handover.keeper import KeeperClient
-from lazyfs.handover.page_map import PageMap
 from lazyfs.handover.runtime_changes import RuntimeChanges
 from lazyfs.log import now_about
 from lazyfs.namespace.catalog import Catalog
@@ -50,6 +49,7 @@ from lazyfs.options.mount_options import PLANNED, MountOptions
 from lazyfs.options.option_types import compile_pattern, format_size
 from lazyfs.pagecache.dropped_pages import DroppedPages
 from lazyfs.pagecache.page_cache import PageCache, set_read_ahead
+from lazyfs.pagecache.page_map import PageMap
 from lazyfs.pagecache.walker import Walker
 from lazyfs.prefetch.planner import Planner
 from lazyfs.prefetch.prefetcher import Prefetcher

@@ -27,10 +27,10 @@ from lazyfs.handover.keeper import KeeperClient, KeeperError
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.process import descriptors, privileges
 from lazyfs.process.mount_spec import MountSpec
+from lazyfs.process.source_probe import SourceProbe
 from lazyfs.process.worker_line import SupervisorLine
 from lazyfs.process.worker_process import EXIT_CANNOT_RESUME
 from lazyfs.store.source import Source, resolve
-from lazyfs.store.source_probe import SourceProbe
 from lazyfs.store.url import SourceUrl
 
 # For the end of a worker whose supervisor is gone, before its process just ends.

@@ -26,17 +26,6 @@ PURE = (
     "blocks/memory.py", "namespace/tree.py", "prefetch/prefetcher.py",
 )  # fmt: skip
 DOES_IO = ("os", "socket", "subprocess", "threading", "trio", "time", "http", "ssl", "botocore")
-# Upward imports that are still to be mended, as (module, imported module). Only shrinks.
-KNOWN: set[tuple[str, str]] = {
-    ("lazyfs.fetch.scheduler", "lazyfs.handover.page_map"),
-    ("lazyfs.pagecache.dropped_pages", "lazyfs.fetch.scheduler"),
-    ("lazyfs.prefetch.planner", "lazyfs.fetch.scheduler"),
-    ("lazyfs.prefetch.planner", "lazyfs.fetch.shard_headers"),
-    ("lazyfs.store.source_probe", "lazyfs.process.mount_spec"),
-}
-
-
-KNOWN_CIRCLES: set[str] = set()
 
 
 def _module_name(path: Path) -> str:
@@ -80,8 +69,7 @@ def test_imports_run_downwards() -> None:
         if imported.startswith(f"{PACKAGE}.")
         and ROOMS.index(_room(imported)) > ROOMS.index(_room(_module_name(path)))
     }
-    assert upward - KNOWN == set(), "move what is shared down, or pass it in"
-    assert KNOWN - upward == set(), "mended: take it out of KNOWN"
+    assert upward == set(), "move what is shared down, or pass it in"
 
 
 def test_lazyfs_does_not_know_the_driver() -> None:
@@ -102,7 +90,7 @@ def test_no_circle_of_modules() -> None:
             ahead += new
         return found
 
-    assert {name for name in modules if name in reaches(name)} == KNOWN_CIRCLES
+    assert {name for name in modules if name in reaches(name)} == set()
 
 
 @pytest.mark.parametrize("place", PURE)

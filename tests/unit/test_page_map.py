@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from lazyfs.blocks import block_count
 from lazyfs.blocks.file_blocks import Place
 from lazyfs.handover.handover import new_near
-from lazyfs.handover.page_map import PageMap
 from lazyfs.namespace.tree import Tree
 from lazyfs.objects import File, ListedObject
+from lazyfs.pagecache.page_map import PageMap
 
 BLOCK = 10
 SIZES = {"a": 35, "b": 1, "c": 4000, "empty": 0}

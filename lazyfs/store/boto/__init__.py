@@ -2,7 +2,7 @@
 
 botocore takes a tenth of a second to load and to make a client. So this package is imported only
 where it is needed: a worker that begins has another process do that
-(`lazyfs/store/source_probe.py`).
+(`lazyfs/process/source_probe.py`).
 """
 
 from __future__ import annotations
