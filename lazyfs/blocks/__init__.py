@@ -1,6 +1,6 @@
 """Block arithmetic. Pure.
 
-A file is cut into blocks of one size; the last one may be shorter. Offsets and sizes are bytes.
+A file is divided into blocks of one size; the last one may be shorter. Offsets and sizes are bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class BlockId(NamedTuple):
 
 
 class Span(NamedTuple):
-    """The part of a read that falls into one block: bytes `start` to `stop` of it."""
+    """The part of a read within one block: bytes `start` to `stop` of the block."""
 
     number: int
     start: int
@@ -25,17 +25,17 @@ class Span(NamedTuple):
 
 
 def block_count(size_bytes: int, block_size: int) -> int:
-    """How many blocks a file of that size has; an empty file has none."""
+    """The number of blocks of a file of that size; 0 for an empty file."""
     return -(-size_bytes // block_size)
 
 
 def block_length(size_bytes: int, block_size: int, number: int) -> int:
-    """How long block `number` is."""
+    """The length of block `number` in bytes."""
     return min(block_size, size_bytes - number * block_size)
 
 
 def spans(offset: int, length: int, size_bytes: int, block_size: int) -> Iterator[Span]:
-    """The parts of blocks that a read of `length` at `offset` covers, cut at the end of file."""
+    """The parts of blocks that a read of `length` at `offset` covers, up to the end of file."""
     end = min(offset + length, size_bytes)
     while offset < end:
         number, start = divmod(offset, block_size)

@@ -1,7 +1,7 @@
 """Where each block of each file is. Pure.
 
-The map is told by those who move blocks (the scheduler, the pusher, memory), and asked by the
-prefetch policy, memory, the pusher and the status of a mount. It decides nothing.
+The scheduler, the pusher and memory move blocks and record that in the map. The prefetch policy,
+memory, the pusher and the status of a mount query it. The map decides nothing.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class BlockMap:
         block_size: bytes.
 
     Attributes:
-        files: the blocks of each file, by inode. Places are changed by `moved` alone.
+        files: the blocks of each file, by inode. Only `moved` changes places.
         on_move: called with a block, where it was and where it is now, after each move.
-        on_stored: called with a block after it came to the disk.
+        on_stored: called with a block after it was written to the disk.
         is_held: says whether a block is in memory.
     """
 
@@ -36,7 +36,7 @@ class BlockMap:
         self._totals = [0] * len(Place)
 
     def add_file(self, inode: int, size_bytes: int) -> None:
-        """A file exists. Adding it again changes nothing."""
+        """Add a file. Adding it again changes nothing."""
         if inode not in self.files:
             self.files[inode] = FileBlocks(size_bytes, self.block_size)
 
@@ -46,7 +46,7 @@ class BlockMap:
         return self._order
 
     def set_order(self, order: Sequence[int]) -> None:
-        """The order in which a loader reads. All files must have been added."""
+        """Set the order in which a loader reads. All files must have been added."""
         for inode in self._order:
             self.files[inode].rank = -1
         self._order = list(order)
@@ -69,7 +69,7 @@ class BlockMap:
         return Place(self.files[block.inode].places[block.number])
 
     def moved(self, block: BlockId, place: Place) -> None:
-        """A block is now at a place."""
+        """Record that a block is now at a place."""
         blocks = self.files[block.inode]
         before = blocks.move(block.number, place)
         now = Place(blocks.places[block.number])
@@ -80,12 +80,12 @@ class BlockMap:
             tell(block, before, now)
 
     def failed(self, block: BlockId) -> None:
-        """A block could not be fetched. It is left to those who read it, whatever the plan."""
+        """A block could not be fetched. From now on it is only fetched on demand."""
         self.files[block.inode].failed[block.number] = 1
         self.moved(block, Place.LEFT)
 
     def stored(self, block: BlockId) -> None:
-        """A block is on the disk, wherever else it is."""
+        """Record that a block is on the disk, wherever else it is."""
         self.files[block.inode].stored[block.number] = 1
         for tell in self.on_stored:
             tell(block)
@@ -119,9 +119,9 @@ class BlockMap:
         return self.files[inode].reads_pages is True
 
     def progress(self) -> tuple[int, int]:
-        """Bytes that are wanted of the files in the loading order, and how many are or were here.
+        """Wanted bytes of the files in the loading order, and how many of them are or were here.
 
-        What could not be fetched is wanted, and not here.
+        Blocks that could not be fetched are wanted, and not here.
         """
         wanted = there = 0
         for inode in self._order:
@@ -145,7 +145,7 @@ class BlockMap:
         return sum(file.size_bytes for file in files if file.rank >= 0 or file.reads_pages)
 
     def beginnings_are_here(self) -> bool:
-        """Whether of each file in the loading order the header or the first block was here."""
+        """Whether the header or the first block of each file in the loading order was here."""
         return all(map(self.has_beginning, self._order))
 
     def has_beginning(self, inode: int) -> bool:
@@ -160,7 +160,7 @@ class BlockMap:
         return count > 0 and count == len(blocks.places)
 
     def is_missed(self, block: BlockId) -> bool:
-        """Whether a reader that asks for a block should have found it in the page cache."""
+        """Whether a reader that requests a block should have found it in the page cache."""
         blocks = self.files[block.inode]
         return blocks.places[block.number] == Place.NEAR and blocks.reads_pages is not False
 

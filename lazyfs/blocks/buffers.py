@@ -1,11 +1,11 @@
-"""Memory for blocks: aligned, used again and again, and given back by nobody.
+"""Memory for blocks: aligned and reused, without explicit release.
 
-A buffer belongs to those who hold views of it; with the last view it goes back to the pool, in
-whatever thread. So a reply under way, a push or a request that nobody waits for any more keeps its
-bytes, however early the block was let go.
+A buffer lives as long as views of it exist; with the last view it returns to the pool, in any
+thread. So a reply, a push or an abandoned request in progress keeps its bytes, even if the block
+was dropped before.
 
-What is used again costs no page faults and no zeroing by the kernel, and it is in huge pages where
-the kernel has them. Of each size, no more than `MOST_IDLE_BYTES` are kept while nobody uses them.
+Reused memory costs no page faults and no zeroing by the kernel, and it is in huge pages if the
+kernel has them. At most `MOST_IDLE_BYTES` of unused buffers are kept for each size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import mmap
 from collections import deque
 from typing import ClassVar
 
-# Direct I/O wants memory that begins and ends with a block of the device; none has larger ones.
+# Direct I/O needs memory aligned to the device's blocks; no device has larger ones.
 ALIGNMENT = 4096
 HUGE_PAGE = 2 << 20
 MOST_IDLE_BYTES = 64 << 20
@@ -32,13 +32,13 @@ def take_buffer(size: int) -> memoryview:
     """`size` bytes of memory with any content.
 
     Raises:
-        OSError: there is none.
+        OSError: out of memory.
     """
     return _lease_type(_room(size)).take()[:size]
 
 
 def is_aligned(buffer: memoryview) -> bool:
-    """Whether it is the beginning of a buffer of `take_buffer`."""
+    """Whether the view begins where a buffer of `take_buffer` begins."""
     lease = buffer.obj
     if not isinstance(lease, _Lease) or buffer.readonly or not buffer:
         return False
@@ -47,14 +47,14 @@ def is_aligned(buffer: memoryview) -> bool:
 
 
 def _room(size: int) -> int:
-    """How much to take: few sizes serve for all."""
+    """The size to allocate: a few sizes serve all requests."""
     if size > HUGE_PAGE:
         return -(-size // HUGE_PAGE) * HUGE_PAGE
     return max(ALIGNMENT, 1 << (size - 1).bit_length())
 
 
 class _Lease(ctypes.Array[ctypes.c_ubyte]):
-    """Memory while somebody has a view of it, which refers to this object."""
+    """Owns memory as long as views exist, which refer to this object."""
 
     _type_ = ctypes.c_ubyte
     _length_ = 0
@@ -74,7 +74,7 @@ class _Lease(ctypes.Array[ctypes.c_ubyte]):
         return memoryview(lease).cast("B")
 
     def __del__(self) -> None:
-        self.idle.append(self.memory)  # and the oldest goes when there are many
+        self.idle.append(self.memory)  # the oldest is freed when there are many
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""One file's blocks: where each of them is, and the pieces that are read as one thing."""
+"""The blocks of one file: where each of them is, and the pieces that are read as a unit."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from enum import IntEnum
 
 from lazyfs.blocks import block_count
 
-# Without tensors to go by, so many blocks count as one piece.
+# Blocks in one piece, if the tensors are not known.
 PIECE_BLOCKS = 8
 
 
 class Place(IntEnum):
     """Where a block is.
 
-    ABSENT: only in S3. COMING: asked of S3. LOCAL: on this node's disk or in the daemon's memory.
-    LOADING: the same, and on its way from there into the page cache or to a reader. NEAR: in the
-    kernel's page cache, where a reader gets it without asking us. USED: only in S3 again, after it
-    was read or the kernel forgot it; a load reads each block once. PASSED: only in S3, and of
-    tensors that this loader passes over. LEFT: only in S3, and left to those who read it: it was
-    not wanted, or could not be fetched.
+    ABSENT: only in S3. COMING: requested from S3. LOCAL: on this node's disk or in the worker's
+    memory. LOADING: the same, and on its way from there into the page cache or to a reader. NEAR:
+    in the kernel's page cache, where a reader gets it without a request to us. USED: only in S3
+    again, after it was read or the kernel dropped it; a load reads each block once. PASSED: only in
+    S3, and part of tensors that this loader skips. LEFT: only in S3, and only fetched on demand: it
+    was not wanted, or could not be fetched.
     """
 
     ABSENT = 0
@@ -34,33 +34,33 @@ class Place(IntEnum):
 
 
 AWAY = frozenset((Place.ABSENT, Place.COMING, Place.PASSED, Place.LEFT))
-# A reader may find it in the page cache.
+# A reader may find these in the page cache.
 PAGES = frozenset((Place.NEAR, Place.USED))
 
 
 class FileBlocks:
     """The blocks of one file.
 
-    A *piece* is what a loader reads as one thing: a tensor, or without a table of tensors a run of
-    blocks. Pieces may share blocks.
+    A *piece* is what a loader reads as a unit: a tensor, or a run of blocks if the tensors are not
+    known. Pieces may share blocks.
 
     Args:
         size_bytes: of the file.
         block_size: of the mount.
 
     Attributes:
-        places: a `Place` for each block; to be changed by `move` alone.
-        counts: how many blocks are at each place.
+        places: a `Place` for each block; only `move` changes it.
+        counts: the number of blocks at each place.
         known: the kernel knows the inode, so that blocks can be put into the page cache.
-        reads_pages: opened, and not with O_DIRECT: its readers find what is in the page cache.
-            None: not opened.
+        reads_pages: opened without O_DIRECT, so that its readers use the page cache. None: not
+            opened.
         stored: 1 for each block that is on the disk.
-        failed: 1 for each block that could not be fetched and was not asked for since.
-        has_head: its header is or was here, without its first block.
-        rank: its position in the loading order; -1: it has none.
-        roles: of the tensors, one for each piece (`role_of`); empty without a table.
-        touched: 1 for each piece of which something was read.
-        last_read: the block that was asked for last, and how often that changed.
+        failed: 1 for each block that could not be fetched and was not requested since.
+        has_head: the file's header is or was here, without its first block.
+        rank: the file's position in the loading order; -1: none.
+        roles: the role of each piece's tensor (`role_of`); empty if the tensors are not known.
+        touched: 1 for each piece of which some bytes were read.
+        last_read: the block that was read last, and how often that changed.
     """
 
     def __init__(self, size_bytes: int, block_size: int) -> None:
@@ -84,17 +84,17 @@ class FileBlocks:
 
     @property
     def takes_pages(self) -> bool:
-        """Whether what is put into the page cache stays there, and is found by readers."""
+        """Whether blocks in the page cache stay there, and readers find them."""
         return self.known and self.reads_pages is not False
 
     def set_pieces(self, starts: Sequence[int], roles: Sequence[str]) -> None:
-        """Where the tensors begin, in ascending order of bytes, and their roles."""
+        """Set where the tensors begin, in ascending order of bytes, and their roles."""
         self._starts = starts
         self.roles = roles
         self.touched = bytearray(len(starts))
 
     def want(self, ranges: Iterable[tuple[int, int]] | None) -> None:
-        """Only these blocks may be ABSENT, from their next move on; None: all may."""
+        """Allow only these blocks to become ABSENT, from their next move on; None: all."""
         wanted = bytearray(len(self.places))
         for first, stop in ranges or ():
             wanted[first:stop] = b"\1" * (stop - first)
@@ -105,7 +105,7 @@ class FileBlocks:
         return bisect_right(self._starts, offset) - 1
 
     def blocks_of(self, piece: int) -> tuple[int, int]:
-        """The blocks of a piece: the first one, and the one after the last."""
+        """The blocks of a piece: the first one and the one after the last."""
         is_last = piece + 1 == len(self._starts)
         end = self.size_bytes if is_last else self._starts[piece + 1]
         return self._starts[piece] // self._block_size, -(-end // self._block_size)
@@ -118,13 +118,13 @@ class FileBlocks:
         )
 
     def is_touched(self, number: int) -> bool:
-        """Whether something was read of a piece that has bytes in a block."""
+        """Whether bytes were read of a piece that has bytes in a block."""
         pieces = self.pieces_in(number)
         return self.touched.find(1, pieces.start, pieces.stop) >= 0
 
     @property
     def wanted_bytes(self) -> int:
-        """How much of the file is to be fetched ahead, what could not be fetched included."""
+        """How many bytes of the file are to be prefetched, including blocks that failed."""
         if not self.counts[Place.LEFT]:
             return self.size_bytes
         count = len(self.places)
@@ -135,11 +135,11 @@ class FileBlocks:
         return self.size_bytes - unwanted * self._block_size
 
     def find(self, place: Place, start: int, stop: int) -> int:
-        """The first block of a range that is at a place; -1 if there is none."""
+        """The first block of a range that is at a place; -1 if none is."""
         return self.places.find(place, start, stop) if self.counts[place] else -1
 
     def move(self, number: int, place: Place) -> Place:
-        """A block is now there; where it was. One not wanted, or that failed, is never ABSENT."""
+        """Move a block; returns where it was. Unwanted and failed blocks never become ABSENT."""
         before = Place(self.places[number])
         is_left = self.failed[number] or (self._wanted is not None and not self._wanted[number])
         if place == Place.ABSENT and is_left:

@@ -1,15 +1,15 @@
-"""The blocks that the daemon holds in memory, and which of them to let go. No I/O, no clock.
+"""The blocks in the worker's memory, and which of them to drop. No I/O, no clock.
 
-What is counted: the blocks held, and the room reserved for those on their way. The sum stays within
-`--memory-limit`, whoever asks. Blocks differ in what it costs to let them go:
+Blocks in memory and the room reserved for blocks on their way both count. Their sum always stays
+within `--memory-limit`. Dropping a block has one of three costs:
 
-    nothing      nobody uses it, and it is on disk, or in the page cache, or every byte was read
-    the disk     it is there, but somebody is reading it part by part
-    a fetch      it must be fetched again, by a reader who is still to come
+    nothing      it is not in use, and it is on disk or in the page cache, or every byte was read
+    the disk     it is on disk, but a reader is reading it part by part
+    a fetch      a later reader must fetch it again
 
-A prefetch pays nothing. Demand pays whatever it must, but no fetch while others keep the link busy,
-whose readers make room soon. What is in use (waited for, being pushed, or to be written to the
-disk) is never let go.
+A prefetch drops only blocks that cost nothing. Demand drops whatever it must, but no block that
+costs a fetch while other fetches keep the link busy, because their readers make room soon.
+Blocks in use (waited for, being pushed, or to be written to the disk) are never dropped.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.file_blocks import Place
 from lazyfs.objects import File
 
-# Of a block, what is told apart: a part counts as read when its last byte was.
+# Parts of a block that are tracked: a part counts as read when its last byte was read.
 PART = 64 << 10
-# Blocks that somebody has begun to read and that are kept for him, at least.
+# At least so many blocks stay that a reader has begun to read.
 LEAST_BEGUN = 8
-# Blocks that only demand has room for.
+# Blocks of room for demand alone.
 LEAST_RESERVE = 2
 
 
@@ -36,10 +36,10 @@ class Held:
     """A block in memory.
 
     Attributes:
-        users: how many tasks need the bytes to stay: waiters, a push, a write to come or under way.
-        unread: a bit for each part that no reader had yet; at 0 it need not be kept for one.
+        users: how many tasks need the bytes: waiters, a push, a pending write.
+        unread: a bit for each part that was not read yet; at 0 no reader needs the block.
         demanded: a reader waited for it when it came.
-        on_disk: it can be had again without S3.
+        on_disk: it can be loaded again without S3.
     """
 
     file: File
@@ -50,14 +50,14 @@ class Held:
     on_disk: bool = False
 
     def was_read(self, span: Span) -> None:
-        """A reader had these bytes."""
+        """Mark bytes as read."""
         first = span.start // PART
         stop = -(-span.stop // PART) if span.stop == len(self.data) else span.stop // PART
         self.unread &= ~((1 << stop) - (1 << first)) if stop > first else -1
 
 
 def all_unread(length: int) -> int:
-    """The bits of a block of that length of which nothing was read."""
+    """The bits of an unread block of that length."""
     return (1 << -(-length // PART)) - 1
 
 
@@ -65,8 +65,8 @@ class BlockMemory:
     """All blocks in memory.
 
     Args:
-        limit_bytes: of blocks held and on their way together.
-        block_size: of the mount.
+        limit_bytes: for blocks in memory and on their way together.
+        block_size: the mount's, in bytes.
         blocks: knows where else a block is, and is told when one was dropped.
         readers: says how many readers there seem to be at once.
     """
@@ -84,35 +84,35 @@ class BlockMemory:
 
     @property
     def most_blocks(self) -> int:
-        """How many whole blocks there is room for."""
+        """How many whole blocks fit."""
         return self._limit_bytes // self._block_size
 
     @property
     def unused_bytes(self) -> int:
-        """How much more there may be."""
+        """How many more bytes fit."""
         return max(0, self._limit_bytes - self.used_bytes)
 
     def reserve(self, size_bytes: int) -> None:
-        """Count a block that is on its way; `make_room` said that it fits."""
+        """Reserve room for a block on its way; `make_room` said that it fits."""
         self.used_bytes += size_bytes
 
     def release(self, size_bytes: int) -> None:
-        """A block that was on its way does not come."""
+        """Free the room of a block that does not come."""
         self.used_bytes -= size_bytes
 
     def hold(self, block: BlockId, held: Held) -> None:
-        """A block is here; it takes the room that was reserved for it."""
+        """Add a block, in the room that was reserved for it."""
         self._held[block] = held
 
     def get(self, block: BlockId) -> Held | None:
-        """A block, if it is held; it counts as used just now."""
+        """The block, if it is in memory; counts as a use."""
         held = self._held.get(block)
         if held is not None:
             self._held.move_to_end(block)
         return held
 
     def peek(self, block: BlockId) -> Held | None:
-        """A block, if it is held; it does not count as used."""
+        """The block, if it is in memory; does not count as a use."""
         return self._held.get(block)
 
     def make_room(
@@ -123,13 +123,13 @@ class BlockMemory:
         soon: bool = False,
         is_served: bool = False,
     ) -> bool:
-        """Let blocks go until there is room; False if there are not enough to spare.
+        """Drop blocks until there is room; False if not enough can be dropped.
 
         Args:
             urgent: the room is for demand, not for a prefetch.
-            is_served: so much is on its way to readers that demand can wait for that to be read.
-            soon: the room is for a block that is read before those that are fetched ahead, and
-                is on disk, so that it hardly takes any time.
+            is_served: enough blocks are on their way to readers that demand can wait for them.
+            soon: the room is for a block that is read before prefetched ones and is on disk, so
+                that it needs the room only briefly.
         """
         least = LEAST_RESERVE * self._block_size
         limit = self._limit_bytes - (0 if urgent else least if soon else self._reserve())
@@ -143,10 +143,10 @@ class BlockMemory:
         return True
 
     def _reserve(self) -> int:
-        """What only demand may use: it finds room without waiting for a prefetch to land.
+        """Room for demand alone, so that demand need not wait for a prefetch to arrive.
 
-        Each reader may ask for a block at any moment; what was brought for one of them must not
-        have to go for another.
+        Each reader may request a block at any moment, and a block that was fetched for one reader
+        must not be dropped for another.
         """
         for_readers = min(self._limit_bytes // 2, self._readers() * self._block_size)
         return max(LEAST_RESERVE * self._block_size, self._limit_bytes // 4, for_readers)
@@ -175,11 +175,11 @@ class BlockMemory:
 
     def _costs_a_fetch(self) -> BlockId | None:
         spare = [(block, held) for block, held in self._held.items() if not held.users]
-        # Whoever reads a block in parts is about to ask for the next one of it.
+        # A reader that reads a block in parts is about to request the next part.
         begun = [block for block, held in spare if held.demanded]
         if len(begun) > max(LEAST_BEGUN, self._readers()):
             return begun[0]
-        # What was fetched ahead last is needed last.
+        # The block that was prefetched last is needed last.
         ahead = [block for block, held in spare if not held.demanded]
         return ahead[-1] if ahead else begun[0] if begun else None
 

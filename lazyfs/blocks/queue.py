@@ -1,4 +1,4 @@
-"""Blocks that wait for something to be done with them."""
+"""A queue of blocks that wait to be processed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lazyfs.blocks.memory import Held
 
 
 class BlockQueue:
-    """Blocks in the order in which they came; one that is no longer to be done can be taken out."""
+    """Blocks in the order in which they were added; any block can be removed."""
 
     def __init__(self) -> None:
         self._blocks: OrderedDict[BlockId, Held] = OrderedDict()
@@ -25,21 +25,21 @@ class BlockQueue:
         return iter(self._blocks.items())
 
     def put(self, block: BlockId, held: Held) -> None:
-        """Add a block as the last one."""
+        """Add a block at the end."""
         self._blocks[block] = held
         self._news.set()
 
     def discard(self, block: BlockId) -> bool:
-        """Take a block out; whether it was in."""
+        """Remove a block; returns whether it was queued."""
         return self._blocks.pop(block, None) is not None
 
     async def wait(self) -> None:
-        """Until there is a block."""
+        """Wait until there is a block."""
         while not self._blocks:
-            if self._news.is_set():  # otherwise others wait for it already
+            if self._news.is_set():  # otherwise other tasks wait for it already
                 self._news = trio.Event()
             await self._news.wait()
 
     def take(self) -> tuple[BlockId, Held]:
-        """The block that came first; there must be one."""
+        """Remove the first block and return it; there must be one."""
         return self._blocks.popitem(last=False)

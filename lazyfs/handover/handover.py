@@ -1,14 +1,15 @@
-"""What one daemon leaves to the next, as descriptors in a keeper.
+"""The state that one worker leaves to the next, as descriptors in a keeper.
 
     fuse      the kernel's side of the mount
-    session   how the conversation with the kernel began, and what must not change with a restart
-    listing   what was listed (`lazyfs/namespace/listing_log.py`)
-    carried   what was changed while it runs (`lazyfs/handover/runtime_changes.py`)
-    near      what was put into the page cache (`lazyfs/pagecache/page_map.py`)
-    in_hand   which requests were taken and not answered (`lazyfs/handover/in_hand.py`)
+    session   the FUSE_INIT exchange, and other values that must not change with a restart
+    listing   the listings so far (`lazyfs/namespace/listing_log.py`)
+    carried   changes at run time (`lazyfs/handover/runtime_changes.py`)
+    near      blocks in the page cache (`lazyfs/pagecache/page_map.py`)
+    in_hand   requests that were taken and not answered (`lazyfs/handover/in_hand.py`)
 
-Beside them the supervisor keeps `spec` (`lazyfs/spec.py`), and by hand what a worker holds as long
-as it lives: `log`, and `lock`, by which others see that the mount is served.
+The supervisor also keeps `spec` (`lazyfs/process/mount_spec.py`). For mounts without the CSI driver
+it keeps two descriptors that a worker holds as long as it lives: `log`, and `lock`, which shows
+others that the mount is served.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ _SESSION, _LISTING, _CARRIED, _NEAR = "session", "listing", "carried", "near"
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
-    """How a mount began.
+    """The values with which a mount began.
 
     Attributes:
         init_message: the kernel's FUSE_INIT, as hexadecimal digits.
-        init_answer: what libfuse answered to it, likewise.
-        region: of the bucket.
-        mounted_ns: since the epoch; what directories show as their time.
+        init_answer: libfuse's answer to it, as hexadecimal digits.
+        region: the region of the bucket.
+        mounted_ns: nanoseconds since the epoch; shown as the time of directories.
     """
 
     init_message: str
@@ -46,7 +47,7 @@ class Beginning:
 
 @dataclass(frozen=True, slots=True)
 class Handover:
-    """A session that another daemon can go on with. The descriptors belong to who fetched it."""
+    """A session that another worker can resume. The descriptors belong to the caller of `fetch`."""
 
     fuse: int
     listing: int
@@ -58,14 +59,14 @@ class Handover:
 
     @classmethod
     def fetch(cls, keeper: KeeperClient, name: str) -> Handover | None:
-        """What is kept of that mount; None if it was not mounted yet."""
+        """The kept session of that mount; None if it was not mounted yet."""
         kept = keeper.fetch(name)
         if not is_complete(kept):
             return None
         beginning = Beginning(**json.loads(read_whole(kept[_SESSION])))
         later = ((_CARRIED, new_carried), (_NEAR, new_near), (IN_HAND, new_in_hand))
         for label, new in later:
-            if label not in kept:  # the mount began with a version that knew of nothing such
+            if label not in kept:  # the mount began with a version that did not have this
                 kept[label] = new()
                 keeper.store(name, {label: kept[label]})
         return cls(
@@ -74,7 +75,7 @@ class Handover:
         )  # fmt: skip
 
     def store(self, keeper: KeeperClient, name: str) -> None:
-        """Have it kept. Raises KeeperError."""
+        """Store the session in the keeper. Raises KeeperError."""
         session = memory_file("lazyfs-session", json.dumps(asdict(self.beginning)).encode())
         kept = {_SESSION: session, _LISTING: self.listing, _CARRIED: self.carried}
         kept |= {_NEAR: self.near, IN_HAND: self.in_hand}
@@ -85,20 +86,20 @@ class Handover:
 
 
 def is_complete(kept: Mapping[str, int]) -> bool:
-    """Whether what is kept of a mount is enough for another worker to go on with it."""
+    """Whether the kept descriptors suffice for another worker to resume the mount."""
     return FUSE in kept and _SESSION in kept
 
 
 def new_carried() -> int:
-    """A memory file for `RuntimeChanges`, of a mount to which nothing was done."""
+    """A memory file for `RuntimeChanges`, without changes."""
     return memory_file("lazyfs-carried", b"")
 
 
 def new_near() -> int:
-    """A memory file for `PageMap`, of a mount of which nothing is in the page cache."""
+    """A memory file for `PageMap`, without blocks."""
     return memory_file("lazyfs-near", b"")
 
 
 def new_in_hand() -> int:
-    """A memory file for `InHand`, of a mount of which no request was taken yet."""
+    """A memory file for `InHand`, without requests."""
     return memory_file("lazyfs-in-hand", b"")

@@ -1,20 +1,20 @@
-"""Which requests a worker has taken from the kernel and not answered, for the worker after it.
+"""The requests that a worker has taken from the kernel and not answered, for the next worker.
 
-The kernel asks the next worker again for what a dead one had taken. So a request that makes workers
-die would end one after another, and its reader could not even be killed. Each worker therefore
-writes down what it has in hand. A request that was in the hands of `MOST_DEATHS` workers when they
-died is answered EIO by the next one.
+After the death of a worker, the kernel resends its requests to the next one. A request that crashes
+workers would end one after another, and its reader could not even be killed. So each worker records
+the requests that it has in hand. If `MOST_DEATHS` workers died with a request in hand, the next one
+answers it with EIO.
 
-Only deaths that may be due to a request count: crashes, and kills because memory ran out. Whoever
-kills or replaces a worker from outside does not make a request suspicious. The supervisor, which
-sees how a worker ended, counts those deaths in the head of the file (`note_death`).
+Only deaths that a request may have caused count: crashes, and kills for lack of memory. A worker
+that is killed or replaced from outside does not make its requests suspicious. The supervisor sees
+how a worker ended, and counts those deaths in the head of the file (`note_death`).
 
-It is a memory file, kept with the session (`lazyfs/handover/handover.py`). A request is written
-into a slot of it when it is taken, and crossed out when it is answered, by two stores into mapped
-memory: a microsecond, no system call. The last byte of a slot is written last, so that no slot is
-ever half written. All numbers are little-endian:
+The record is a memory file, kept with the session (`lazyfs/handover/handover.py`). A request gets a
+slot when it is taken, and the slot is freed when it is answered, by two stores into mapped memory:
+a microsecond, no system call. The last byte of a slot is written last, so that no slot is ever half
+written. All numbers are little-endian:
 
-    head     8 bytes form, 8 bytes deaths counted, 8 bytes deaths that the present worker knows of
+    head     8 bytes format, 8 bytes deaths counted, 8 bytes deaths that the present worker knows of
     slots    8 bytes inode, 8 bytes detail, 1 byte operation, 1 byte deaths, 5 unused, 1 byte state
 """
 
@@ -42,11 +42,11 @@ _SIZE = _HEAD.size + SLOTS * _SLOT.size
 
 
 class Request(NamedTuple):
-    """A request, as far as it tells it from others.
+    """The fields that identify a request.
 
     Attributes:
         operation: its number.
-        inode: what it is about.
+        inode: the node that it concerns.
         detail: an offset, or a digest of a name.
     """
 
@@ -59,7 +59,7 @@ class InHand:
     """The requests that the worker of one mount has in hand.
 
     Args:
-        descriptor: of the memory file. What is not of this form is forgotten.
+        descriptor: the memory file. Content of another format is discarded.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -85,11 +85,11 @@ class InHand:
         _HEAD.pack_into(self._file, 0, _FORM, counted, counted)
 
     def _recover(self, at: int, *, died: bool) -> None:
-        """Take over a slot as a former worker left it.
+        """Take over a slot that a former worker left.
 
         Args:
-            died: its death may be due to a request. Otherwise what it never took itself is
-                forgotten: a worker of another version may be able to answer it.
+            died: a request may have caused the worker's death. Otherwise requests that it had not
+                taken itself are forgotten: a worker of another version may be able to answer them.
         """
         inode, detail, operation, deaths, state = _SLOT.unpack_from(self._file, at)
         request = Request(operation, inode, detail)
@@ -107,12 +107,12 @@ class InHand:
         return self._left[request][1] if request in self._left else 0
 
     def take(self, operation: int, inode: int, detail: int) -> int | None:
-        """A request was taken; what `answered` is to be told.
+        """Record a request that was taken; returns its slot, for `answered`.
 
-        None: it must not be served, because too many workers have died with it in hand.
+        None: it must not be served, because too many workers died with it in hand.
         """
         deaths = 0
-        # Nearly always nothing is left, and this is on the way of every read.
+        # Nearly always nothing is left, and every read passes here.
         if self._left and (request := Request(operation, inode, detail)) in self._left:
             at, deaths = self._left[request]
             if deaths >= MOST_DEATHS:
@@ -126,13 +126,13 @@ class InHand:
         return at
 
     def answered(self, slot: int) -> None:
-        """A request was answered."""
+        """Free the slot of a request that was answered."""
         if slot != _NOT_NOTED:
             self._file[slot + _STATE] = _FREE
             self._free.append(slot)
 
 
 def note_death(descriptor: int) -> None:
-    """Count the death of a worker that may be due to a request it had in hand."""
+    """Count the death of a worker that one of its requests may have caused."""
     (counted,) = _NUMBER.unpack(os.pread(descriptor, _NUMBER.size, _COUNTED_AT).ljust(8, b"\0"))
     os.pwrite(descriptor, _NUMBER.pack(counted + 1), _COUNTED_AT)

@@ -1,8 +1,8 @@
 """A store of descriptors, in a process that does nothing else.
 
-What must outlive a daemon is kept here as descriptors: the kernel's side of its mount, and memory
-files with what its successor has to know. A descriptor that somebody holds stays open, so a mount
-whose daemon died waits for the next daemon instead of failing.
+It keeps what must outlive a worker as descriptors: the kernel's side of the mount, and memory files
+with the state that the next worker needs. A held descriptor stays open, so a mount whose worker
+died waits for the next worker instead of failing.
 
 The protocol. Each message on a `SOCK_SEQPACKET` unix socket is one JSON object of up to 64 KiB,
 descriptors travel beside it as SCM_RIGHTS (unix(7)), and each request has one answer:
@@ -12,9 +12,9 @@ descriptors travel beside it as SCM_RIGHTS (unix(7)), and each request has one a
     {"do": "drop", "name": N}                                      {}
     {"do": "names", "after": N}                                    {"names": [...]}
 
-An answer with `error` says what was wrong with a request. `store` adds to what is stored under that
-name and replaces equal labels; `fetch` of an unknown name has no labels. `names` come in order, as
-many as fit into a message; `"more": true` says that there are others after them.
+An answer with `error` says what was wrong with the request. `store` adds descriptors to a name and
+replaces those with equal labels; `fetch` of an unknown name returns no labels. `names` are sorted,
+as many as fit into a message; `"more": true` says that others follow.
 
 This module imports only the standard library and knows nothing of FUSE: it is never upgraded under
 running mounts, so it has to be small and final.
@@ -46,11 +46,11 @@ PAUSE_S = 0.2
 
 
 class KeeperError(Exception):
-    """The keeper is not there, or refused a request."""
+    """The keeper is not running, or refused a request."""
 
 
 class Keeper:
-    """What is kept. Safe to use from several threads."""
+    """The kept descriptors. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -58,12 +58,10 @@ class Keeper:
         self._clients = threading.BoundedSemaphore(MOST_CLIENTS)
 
     def serve_at(self, path: Path) -> None:
-        """Answer at a unix socket, for ever.
-
-        Only processes of this user and of root are answered.
+        """Serve on a unix socket, for ever. Answers only processes of this user and of root.
 
         Raises:
-            KeeperError: something else is at that path, or others can write to its directory.
+            KeeperError: the path is taken, or others can write to its directory.
         """
         allow_many_descriptors()
         with _listen(path) as listener:
@@ -71,14 +69,14 @@ class Keeper:
                 try:
                     self._accept(listener)
                 except (OSError, RuntimeError):
-                    # Out of descriptors or threads for the moment: what is kept must stay.
+                    # Out of descriptors or threads for the moment: keep the descriptors.
                     time.sleep(PAUSE_S)
 
     def _accept(self, listener: socket.socket) -> None:
-        """Answer one more client, in a thread of its own.
+        """Answer one more client in a new thread.
 
         Raises:
-            OSError, RuntimeError: that is not possible now.
+            OSError, RuntimeError: no descriptor or thread is free now.
         """
         connection, _ = listener.accept()
         is_served = False
@@ -126,7 +124,7 @@ class Keeper:
                     _close(descriptors)
 
     def _answer(self, data: bytes, received: list[int]) -> tuple[dict[str, Any], list[int]]:
-        """The answer to a message, and descriptors to send along; both lists are the caller's."""
+        """The answer to a message, and descriptors to send with it; the caller owns both lists."""
         try:
             message = json.loads(data)
             action, name = message["do"], message.get("name")
@@ -183,7 +181,7 @@ class KeeperClient:
     """A connection to a keeper.
 
     Args:
-        connection: of type SOCK_SEQPACKET; it belongs to the client from now on.
+        connection: a SOCK_SEQPACKET socket; the client owns it from now on.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -197,20 +195,20 @@ class KeeperClient:
         return cls(connect(path))
 
     def store(self, name: str, descriptors: Mapping[str, int]) -> None:
-        """Have descriptors kept under a name, each with a label. They stay the caller's as well."""
+        """Store copies of descriptors under a name, each with a label."""
         self._ask({"do": "store", "name": name, "labels": [*descriptors]}, [*descriptors.values()])
 
     def fetch(self, name: str) -> dict[str, int]:
-        """What is kept under a name, by label; empty if nothing is. The caller closes it."""
+        """The descriptors under a name, by label; maybe none. The caller closes them."""
         answer, descriptors = self._ask({"do": "fetch", "name": name})
         return dict(zip(answer["labels"], descriptors, strict=True))
 
     def drop(self, name: str) -> None:
-        """Forget a name, and close what was kept under it."""
+        """Forget a name and close its descriptors."""
         self._ask({"do": "drop", "name": name})
 
     def names(self) -> list[str]:
-        """All names under which something is kept."""
+        """All names with kept descriptors."""
         names: list[str] = []
         more = True
         while more:
@@ -220,7 +218,7 @@ class KeeperClient:
         return names
 
     def close(self) -> None:
-        """Hang up. What is stored stays."""
+        """Close the connection. The stored descriptors stay."""
         self._connection.close()
 
     def _ask(
@@ -247,7 +245,7 @@ class KeeperClient:
 
 
 def connect(path: Path) -> socket.socket:
-    """A connection to the keeper that answers at a path. Raises KeeperError when none does."""
+    """A connection to the keeper at a path. Raises KeeperError if none answers."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.settimeout(ANSWER_TIMEOUT_S)
     try:
@@ -259,10 +257,10 @@ def connect(path: Path) -> socket.socket:
 
 
 def private_directory(directory: Path) -> None:
-    """Make a directory that only this user can write to, if it is not there.
+    """Make a directory that only this user can write to, if it does not exist.
 
     Raises:
-        PermissionError: it is there, and others could have put something into it.
+        PermissionError: it exists, and others can write to it.
     """
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     status = directory.lstat()
@@ -274,7 +272,7 @@ def private_directory(directory: Path) -> None:
 
 
 def is_trusted(connection: socket.socket) -> bool:
-    """Whether the process at the other end is of this user, or of root (unix(7), SO_PEERCRED)."""
+    """Whether the peer is a process of this user or of root (unix(7), SO_PEERCRED)."""
     size = struct.calcsize("3i")
     _, uid, _ = struct.unpack(
         "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
@@ -309,13 +307,13 @@ def _answers(path: Path) -> bool:
 
 
 def allow_many_descriptors() -> None:
-    """Let this process open as many descriptors as it may: each mount needs several."""
+    """Raise the limit of open descriptors to the hard limit: each mount needs several."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _duplicates(descriptors: Iterable[int]) -> list[int]:
-    """Duplicates of all of them. Raises OSError, with none made, if there is no room for all."""
+    """Duplicates of all. Raises OSError, with none made, if there is no room for all."""
     made: list[int] = []
     try:
         for descriptor in descriptors:

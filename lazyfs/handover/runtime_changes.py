@@ -1,7 +1,7 @@
-"""What was done to a mount while it runs, for the worker that follows this one.
+"""Changes made to a running mount, for the next worker.
 
 A small JSON file in memory, kept with the session (`lazyfs/handover/handover.py`) and gone with the
-mount. Its fields may be missing: another version wrote it.
+mount. Fields may be missing, because another version may have written it.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from lazyfs.memory_file import read_whole
 
 
 class RuntimeChanges:
-    """What is carried from worker to worker of one mount.
+    """Changes that all later workers of one mount apply.
 
     Args:
-        descriptor: of the memory file.
+        descriptor: the memory file.
 
     Attributes:
-        paused: nothing is to be fetched ahead (`lazyfs pause`).
-        options: texts by option name, that were changed (`lazyfs set`).
-        resumes: how often a worker took the mount up from another.
+        paused: prefetching is paused (`lazyfs pause`).
+        options: changed options, text by name (`lazyfs set`).
+        resumes: how often a worker resumed the mount.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -33,9 +33,9 @@ class RuntimeChanges:
         self.resumes: int = fields.get("resumes", 0)
 
     def save(self) -> None:
-        """Write it down as it is now."""
+        """Write the current state to the memory file."""
         fields = {"paused": self.paused, "options": self.options, "resumes": self.resumes}
         content = json.dumps(fields).encode()
-        # In one call, over all that was there: whoever reads has the old or the new.
+        # With one call over the old content: a reader gets either the old or the new state.
         size = os.fstat(self.descriptor).st_size
         os.pwrite(self.descriptor, content.ljust(size), 0)

@@ -1,1 +1,1 @@
-"""Names: keys of a listing as directories and files, and what was listed so far."""
+"""Names: keys as directories and files, and the listings so far."""

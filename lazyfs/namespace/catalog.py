@@ -1,14 +1,13 @@
-"""What the mount shows: the tree, listed from S3 as far as anyone has looked.
+"""The tree that the mount shows, listed from S3 on first access.
 
-A source of up to 1,000 objects is listed by one request, whole. Of a larger one each directory is
-listed when it is first looked at, so that a mount of a huge prefix is ready after one request. Who
-walks through it would wait for as many requests as there are directories. So when a directory is
-looked at and the one before it is listed already, what is asked for is not that directory, but
-all that follows in the order of keys, at any depth: a page of 1,000 objects. All directories that
-are in it from begin to end are listed then. Of the page that was asked for at mount the same is
-kept.
+A source of up to 1,000 objects is listed with one request. In a larger source each directory is
+listed when it is first accessed, so that a mount of a huge prefix is ready after one request. A
+walk through all directories would then need one request for each. So when a directory is accessed
+and the one before it is already listed, the request is not for that directory, but for all keys
+that follow, at any depth: a page of 1,000 objects. All directories that are complete in this page
+count as listed. The same applies to the first page, requested at mount.
 
-Either way a directory is listed once and stays as it was: the mount is a snapshot.
+In both cases a directory is listed once and then stays the same: the mount is a snapshot.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ from lazyfs.store.retry import patiently
 
 log = logging.getLogger(__name__)
 
-# Of a directory with more hidden keys than this, the log names the first ones only.
+# The log names at most so many hidden keys of a directory.
 HIDDEN_SHOWN = 5
-# So many hidden keys are remembered, to be named once.
+# Remember at most so many hidden keys, to name each once.
 MOST_REMEMBERED = 10_000
 
 
@@ -40,9 +39,9 @@ class Catalog:
     """The tree of one source.
 
     Args:
-        source: where to list.
+        source: the source to list.
         options: which files are wanted, and how long to wait for S3.
-        journal: where listings are written down before they are shown.
+        journal: listings are written to it before they are shown.
         recorder: is told of requests and retries.
     """
 
@@ -55,23 +54,23 @@ class Catalog:
         self._journal = journal
         self.tree = Tree(source.url.prefix, options.wants)
         self._listing: defaultdict[int, trio.Lock] = defaultdict(trio.Lock)
-        # What was asked for at mount, of a source that has more.
+        # The first page, if the source has more objects.
         self._first: list[ListedObject] = []
-        # Inodes of directories of which those below do not come together.
+        # Inodes of directories whose subdirectories cannot be listed together.
         self._scattered: set[int] = set()
         self._hidden: set[str] = set()
 
     async def open(self) -> None:
-        """Ask for the first page, which shows whether there is anything to mount.
+        """List the first page, which shows whether there is anything to mount.
 
         Raises:
-            SourceError: nothing below the prefix, or S3 does not let us list it.
+            SourceError: nothing is below the prefix, or S3 refuses to list it.
         """
         tokens = Tokens(str(self._source.url))
         page = await self._page(self.tree.root.prefix, None, "")
         hidden = len(page.hidden)
         token = tokens.after(page)
-        # A page may be empty and yet not the last one: after many objects that were deleted.
+        # A page may be empty without being the last one, after many deleted objects.
         while not page.objects and token is not None:
             page = await self._page(self.tree.root.prefix, token, "")
             hidden += len(page.hidden)
@@ -87,19 +86,19 @@ class Catalog:
             self._first = page.objects
 
     def restore(self) -> None:
-        """Become what the journal says that a former daemon has shown."""
+        """Restore the tree that former workers showed, from the journal."""
         for listing in self._journal.read():
             self._plant(listing)
 
     async def children(self, directory: Directory) -> dict[str, Node]:
-        """The nodes of a directory by name, listed now if nobody looked before.
+        """The nodes of a directory by name, listed now if it was not listed yet.
 
         Raises:
             SourceError: S3 did not answer within `--io-timeout`, or refused.
         """
         if directory.children is None:
             async with self._listing[directory.inode]:
-                # Somebody else may have listed it while this task waited for the lock.
+                # Another task may have listed it while this one waited for the lock.
                 if directory.children is None:
                     await self._list(directory)
             self._listing.pop(directory.inode, None)
@@ -109,7 +108,7 @@ class Catalog:
     async def _list(self, directory: Directory) -> None:
         if self._follows(directory):
             await self._list_from(directory)
-        # What others have listed meanwhile was seen, and stays.
+        # Readers may have seen what other tasks listed meanwhile, so it stays.
         if directory.children is None:
             listing = await self._list_alone(directory.prefix)
             if directory.children is None:
@@ -119,7 +118,7 @@ class Catalog:
                     await self._add_whole(directory, first, ended=False)
 
     def _follows(self, directory: Directory) -> bool:
-        """Whether somebody seems to walk: the directory before this one is listed."""
+        """Whether a reader seems to walk the tree: the directory before this one is listed."""
         before: Directory | None = None
         if directory is not self.tree.root and directory.parent not in self._scattered:
             for node in self._parent(directory).in_order():
@@ -142,8 +141,8 @@ class Catalog:
         except SourceError as error:
             if error.transient:
                 raise
-            # There are policies that allow only listings by `/`. If it is not that, the listing
-            # of the directory alone will tell.
+            # Some policies allow only listings by `/`. If that is not the reason, the listing
+            # of the directory alone shows it.
             log.info("directories of %r are listed one by one: %s", parent.prefix, error)
         else:
             await self._add_whole(parent, page.objects, ended=page.next_token is None)
@@ -153,9 +152,9 @@ class Catalog:
     async def _add_whole(
         self, parent: Directory, objects: list[ListedObject], *, ended: bool
     ) -> None:
-        """Add the directories below that one which are in a listing from begin to end.
+        """Add the directories below that one which are complete in a listing.
 
-        Requests are answered between two of them: all would take 20 ms and more.
+        Requests are answered between two directories: all together take 20 ms and more.
         """
         assert parent.children is not None
         for name, below in whole_directories(parent.prefix, objects, ended=ended).items():
@@ -204,7 +203,7 @@ class Catalog:
         self._tell_hidden(self._plant(listing))
 
     def _tell_hidden(self, hidden: list[Hidden]) -> None:
-        """Name and count what is not shown, each key once however often it is listed."""
+        """Log and count hidden keys, each once, however often it is listed."""
         new = [each for each in hidden if each.key not in self._hidden]
         if new:
             if len(self._hidden) < MOST_REMEMBERED:

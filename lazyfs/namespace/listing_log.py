@@ -1,11 +1,11 @@
-"""What a mount has listed, written down as it happens, for the daemon that follows this one.
+"""The listings of a mount, recorded for the next worker.
 
-A mount is a snapshot: a name must mean the same object after a restart, whatever S3 lists by then.
-So each listing is appended to a memory file before anybody sees its names. The memory file is kept
-with the session; it is gone with the mount and leaves nothing on disk.
+A mount is a snapshot: a name must mean the same object after a restart, whatever S3 lists then. So
+each listing is appended to a memory file before its names are shown. The memory file is kept with
+the session; it is gone with the mount and leaves nothing on disk.
 
-A record is its length in four bytes and then JSON, compressed. What was cut off in the middle of a
-record was seen by nobody, and is passed over.
+A record is its length in four bytes, followed by compressed JSON. A truncated last record was never
+shown, and is ignored.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from lazyfs.memory_file import memory_file, read_whole
 from lazyfs.objects import ListedObject
 
 _LENGTH = struct.Struct("<I")
-# As `dataclasses.astuple`, which takes ten times as long.
+# Like `dataclasses.astuple`, but ten times as fast.
 _fields_of = attrgetter(*(field.name for field in fields(ListedObject)))
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What was listed of one directory.
+    """The listing of one directory.
 
     Attributes:
-        prefix: of the directory.
-        objects: what lies below it.
+        prefix: the prefix of the directory.
+        objects: the objects below it.
         prefixes: the common prefixes of a listing by `/`.
-        whole: the objects are all that lies below, at any depth.
+        whole: the objects are all below it, at any depth.
     """
 
     prefix: str
@@ -47,7 +47,7 @@ class ListingLog:
     """The listings of one mount, in order.
 
     Args:
-        descriptor: of a memory file with the listings so far; a new one when not given.
+        descriptor: a memory file with the listings so far; a new one by default.
     """
 
     def __init__(self, descriptor: int | None = None) -> None:
@@ -55,7 +55,7 @@ class ListingLog:
         self._end = 0
 
     def read(self) -> Iterator[Listing]:
-        """The listings that were written so far; what follows the last whole one is cut off."""
+        """The listings written so far; a truncated record at the end is removed."""
         content = read_whole(self.descriptor)
         while self._end + _LENGTH.size <= len(content):
             begin = self._end + _LENGTH.size
@@ -68,7 +68,7 @@ class ListingLog:
         os.ftruncate(self.descriptor, self._end)
 
     def append(self, listing: Listing) -> None:
-        """Write a listing down."""
+        """Append a listing."""
         objects = [_fields_of(each) for each in listing.objects]
         content = [listing.prefix, objects, listing.prefixes, listing.whole]
         record = zlib.compress(json.dumps(content).encode(), level=1)

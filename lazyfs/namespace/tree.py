@@ -1,17 +1,16 @@
-"""A listing of keys made into directories and files.
+"""Turns listed keys into directories and files.
 
-Pure: keys in, nodes with stable inode numbers out. The rules, which `docs/SEMANTICS.md` promises:
+Pure: keys in, nodes with stable inode numbers out. The rules, as in `docs/SEMANTICS.md`:
 
-- A key is cut at `/`. Its last part is a file, the parts before it are directories.
+- A key is split at `/`. Its last part is a file, the parts before it are directories.
 - A key that ends in `/` is a directory marker: the directory exists, even if it is empty.
-- Where one name is both, the directory is shown and the object of that name is hidden.
+- If a name is both, the directory is shown and the object is hidden.
 - A key that no path can name is hidden: an empty part, `.` or `..`, a part over 255 bytes, control
   characters, bytes that are not UTF-8.
-- An inode number is a hash of what the node is: key, ETag and size of a file, the prefix of a
-  directory. It is the same in every mount and after every restart, and a replaced object is
-  another inode.
+- An inode number is a hash: of key, ETag and size for a file, of the prefix for a directory. It is
+  the same in every mount and after every restart, and a replaced object has another inode.
 
-A directory is planted once and never changes afterwards; that makes a mount a snapshot.
+A directory gets its children once and never changes afterwards; that makes a mount a snapshot.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class Directory:
     _in_order: tuple[Node, ...] = field(default=(), repr=False)
 
     def in_order(self) -> tuple[Node, ...]:
-        """The children in the order of their keys; made once, for readers that come in parts."""
+        """The children in the order of their keys; sorted once, because readdir reads in parts."""
         if not self._in_order and self.children:
             self._in_order = tuple(self.children.values())
         return self._in_order
@@ -66,7 +65,7 @@ def _inode(identity: str) -> int:
 
 
 def refusal(relative_key: str) -> str | None:
-    """Why no path can name this key (without the mount's prefix), or None if one can."""
+    """Why no path can name this key (without the mount's prefix); None if a path can."""
     for part in relative_key.removesuffix("/").split("/"):
         if not part:
             return "an empty part between slashes"
@@ -82,12 +81,12 @@ def refusal(relative_key: str) -> str | None:
 def whole_directories(
     prefix: str, objects: Iterable[ListedObject], *, ended: bool
 ) -> dict[str, list[ListedObject]]:
-    """The directories directly below a prefix that are in a listing from begin to end, by name.
+    """The directories directly below a prefix that are complete in a listing, by name.
 
     Args:
-        objects: what was listed below the prefix, at any depth, from the beginning of one of its
-            directories on. They must be in the order of their keys: of others nothing is known.
-        ended: nothing follows.
+        objects: the objects listed below the prefix, at any depth, from the beginning of one of
+            its directories on. They must be in the order of their keys.
+        ended: no objects follow.
     """
     found: dict[str, list[ListedObject]] = {}
     last_key, last_name = "", None
@@ -104,11 +103,11 @@ def whole_directories(
 
 
 class Tree:
-    """All nodes that the mount has met so far.
+    """All nodes listed so far.
 
     Args:
-        prefix: what every key of the mount begins with; empty or ending in `/`.
-        wanted: which files are shown, by their path below the root.
+        prefix: the prefix of all keys of the mount; empty or ending in `/`.
+        wanted: whether a file is shown, by its path below the root.
     """
 
     def __init__(self, prefix: str, wanted: Callable[[str], bool] = lambda path: True) -> None:
@@ -120,11 +119,11 @@ class Tree:
         self._shadowed: list[Hidden] = []
 
     def get(self, inode: int) -> Node | None:
-        """The node of that inode number, if it was met."""
+        """The node of that inode number, if it was listed."""
         return self._nodes.get(inode)
 
     def directory(self, prefix: str) -> Directory:
-        """The directory of that prefix, which must have been met."""
+        """The directory of that prefix, which must have been listed."""
         inode = ROOT_INODE if prefix == self.root.prefix else directory_inode(prefix)
         found = self._nodes[inode]
         assert isinstance(found, Directory)
@@ -137,12 +136,12 @@ class Tree:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all directories met so far are listed, so that there are no others."""
+        """Whether all known directories are listed, so that there are no others."""
         directories = (node for node in self._nodes.values() if isinstance(node, Directory))
         return all(directory.children is not None for directory in directories)
 
     def files(self) -> Iterable[File]:
-        """All files met so far."""
+        """All files listed so far."""
         return (node for node in self._nodes.values() if isinstance(node, File))
 
     def plant(
@@ -153,14 +152,14 @@ class Tree:
         *,
         whole: bool,
     ) -> list[Hidden]:
-        """Give a directory its children, for good.
+        """Set the children of a directory, once.
 
         Args:
-            directory: one that has no children yet.
-            objects: what was listed below its prefix.
+            directory: a directory without children so far.
+            objects: the objects listed below its prefix.
             prefixes: the common prefixes of a listing by `/`.
-            whole: the objects are all that lies below, at any depth, so that the directories
-                below are complete as well; otherwise they are listed when they are looked at.
+            whole: the objects are all below it, at any depth, so that its subdirectories are
+                complete too; otherwise they are listed on first access.
 
         Returns:
             The keys that are not shown.
@@ -179,7 +178,7 @@ class Tree:
         return hidden + self._shadowed
 
     def _plant_object(self, top: Directory, listed: ListedObject, whole: bool) -> str | None:
-        """Add one object below `top`; the reason when it cannot be shown."""
+        """Add one object below `top`; returns the reason if it cannot be shown."""
         relative = listed.key[len(top.prefix) :]
         if not relative:
             return None  # the marker of `top` itself
@@ -195,7 +194,7 @@ class Tree:
         return self._add_file(directory, name, listed) if name else None
 
     def _grow(self, parent: Directory, name: str, whole: bool) -> tuple[Directory | None, str]:
-        """The directory `name` of `parent`, made if need be; or None and the reason."""
+        """The directory `name` of `parent`, created if necessary; or None and the reason."""
         siblings = _children(parent)
         found = siblings.get(name)
         if isinstance(found, Directory):
@@ -228,7 +227,7 @@ class Tree:
         return None
 
     def _forget(self, file: File) -> None:
-        """Take a file out again because a directory of its name was met after it."""
+        """Remove a file, because a directory of its name was listed after it."""
         del self._nodes[file.inode]
         self.file_count -= 1
         self.total_bytes -= file.size_bytes

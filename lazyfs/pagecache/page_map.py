@@ -1,17 +1,17 @@
-"""Which blocks lie in the kernel's page cache, for the worker that follows this one.
+"""The blocks that are in the kernel's page cache, for the next worker.
 
-What was put there outlives a worker, and without a disk cache it is nowhere else on this machine: a
-worker that did not know of it would fetch all of it again.
+The page cache outlives a worker. Without a disk cache these blocks are nowhere else on this
+machine, and a worker that did not know of them would fetch all of them again.
 
-It is a memory file, kept with the session (`lazyfs/handover/handover.py`). After a head there is a
-record for each file of which a block came into the page cache: its inode number, how many blocks it
-has, and a byte for each of them. When a block comes or goes its byte is written, in place and by a
-system call of its own, which takes microseconds. So a worker can be killed at any moment:
-what it knew is there, and no byte can be half written. An inode number follows from key, ETag and
-size, so a record never speaks of other bytes than those that its file has.
+The map is a memory file, kept with the session (`lazyfs/handover/handover.py`). After a head it has
+a record for each file with blocks in the page cache: inode number, number of blocks, and one byte
+for each block. When a block enters or leaves the page cache, its byte is written in place with one
+system call, which takes microseconds. So a worker can be killed at any moment, and no byte is ever
+half written. An inode number follows from key, ETag and size, so a record never refers to another
+version of an object.
 
-The kernel may have dropped pages since. Nothing here makes a reader get wrong bytes: for what he
-does not find he asks.
+The kernel may have dropped pages since then. That never gives a reader wrong bytes: it sends a read
+request for pages that it does not find.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from lazyfs.memory_file import read_whole
 from lazyfs.namespace.tree import Tree
 from lazyfs.objects import File
 
-# What the records are like, and the size of blocks in bytes.
+# Format of the records, and the block size in bytes.
 _HEAD = struct.Struct("<8sQ")
 _FORM = b"near 1\n\0"
-# Inode number, and how many blocks there are.
+# Inode number, number of blocks.
 _RECORD = struct.Struct("<QQ")
 _MARKS = {Place.NEAR: 1, Place.USED: 2}
 _PLACES = {mark: place for place, mark in _MARKS.items()}
 
 
 class PageMap:
-    """The blocks of one mount that are in the page cache, or were read out of it.
+    """The blocks of one mount that are in the page cache, or were read from it.
 
     Args:
-        descriptor: of the memory file. What is not of this form and block size is forgotten.
-        block_size: of the mount, in bytes.
+        descriptor: the memory file. Content of another format or block size is discarded.
+        block_size: the mount's, in bytes.
     """
 
     def __init__(self, descriptor: int, block_size: int) -> None:
         self.descriptor = descriptor
         self._block_size = block_size
-        # Where the marks of each file begin.
+        # Offset of the marks of each file.
         self._begins: dict[int, int] = {}
         head = _HEAD.pack(_FORM, block_size)
         if os.pread(descriptor, _HEAD.size, 0) != head:
@@ -55,9 +55,9 @@ class PageMap:
         self._end = _HEAD.size
 
     def read(self, tree: Tree) -> Iterator[tuple[File, BlockId, Place]]:
-        """What a former worker has left, of files that are in the tree.
+        """The blocks that former workers recorded, of files that are in the tree.
 
-        A record that was cut off has no marks from there on.
+        A truncated record has no marks from there on.
         """
         content = read_whole(self.descriptor)
         while self._end + _RECORD.size <= len(content):
@@ -76,7 +76,7 @@ class PageMap:
                     yield file, BlockId(inode, number), _PLACES[mark]
 
     def write(self, file: File, number: int, place: Place) -> None:
-        """A block is now there. To be called when that is the page cache, or was."""
+        """Record where a block is now. Call it when the block enters or leaves the page cache."""
         begin = self._begins.get(file.inode)
         if begin is None:
             count = block_count(file.size_bytes, self._block_size)
