@@ -49,6 +49,7 @@ OF_THE_NODE = frozenset(
         "cache-dir",
         "cache-size",
         "cache-reserve",
+        "access-check",
         "log-format",
         "log-file",
         "metrics-address",

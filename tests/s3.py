@@ -62,14 +62,20 @@ class S3:
         return [request["line"] for request in self._control("GET", "requests")]
 
     def data_requests(self) -> list[tuple[str, str | None]]:
-        """Path and range of the GETs of objects since `forget`."""
+        """Path and range of the GETs of objects since `forget`, but those that ask for access."""
         return [
             (line.split()[1].split("?")[0], request["range"])
             for request in self._control("GET", "requests")
             if (line := request["line"]).startswith("GET /")
             and line.count("/") > 1
             and "list-type" not in line
+            and request["range"] != "bytes=0-0"
         ]
+
+    def access_requests(self) -> list[str]:
+        """Paths of the objects of which one byte was asked for since `forget`."""
+        requests = self._control("GET", "requests")
+        return [each["line"].split()[1] for each in requests if each["range"] == "bytes=0-0"]
 
     def forget(self) -> None:
         """Forget the requests and faults so far, and let everybody in."""

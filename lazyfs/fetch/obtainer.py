@@ -17,6 +17,7 @@ from lazyfs.blocks.memory import BlockMemory, Held
 from lazyfs.cache import BlockCache, Claim
 from lazyfs.cache.other_daemons import OtherDaemons
 from lazyfs.errors import SourceError
+from lazyfs.fetch.read_access import ReadAccess
 from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter
 from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder, Tier
@@ -52,6 +53,7 @@ class Obtainer:
         recorder: is told of parts; of blocks by whoever wanted them.
         cache: the disk, or None.
         elsewhere: what is left to other daemons; None without a disk.
+        access: says whether the mount may have what is on the disk.
         block_size: of the mount.
         io_timeout_s: how long readers wait for S3.
         run: runs a blocking call in a worker thread.
@@ -65,6 +67,7 @@ class Obtainer:
         recorder: Recorder,
         cache: BlockCache | None,
         elsewhere: OtherDaemons | None,
+        access: ReadAccess,
         block_size: int,
         io_timeout_s: float,
         run: Callable[..., Awaitable[memoryview | Claim]],
@@ -75,6 +78,7 @@ class Obtainer:
         self._recorder = recorder
         self._cache = cache
         self._elsewhere = elsewhere
+        self._access = access
         self._block_size = block_size
         self._io_timeout_s = io_timeout_s
         self._run = run
@@ -94,6 +98,7 @@ class Obtainer:
                 self._elsewhere.leave(job.file, job.block, job.lease_until)
                 return None
             if isinstance(found, memoryview):
+                await self._access.check(job.file, lambda: self.get_a_byte(job.file, job))
                 return found, Tier.DISK
         try:
             data = await self._getter.get(
@@ -108,6 +113,20 @@ class Obtainer:
                 self._cache.release(job.file, job.block.number)
             raise
         return data, Tier.S3
+
+    async def get_a_byte(self, file: File, job: Job | None = None) -> None:
+        """Have S3 show that the mount may read an object, which is not empty. Raises SourceError.
+
+        Args:
+            job: of whoever needs to know.
+        """
+        await self._getter.get(
+            file, 0, 1,
+            patience_s=lambda: (
+                self._io_timeout_s if job is not None and job.waiting else PREFETCH_PATIENCE_S
+            ),
+            saturated=lambda: False, is_block=False,
+        )  # fmt: skip
 
     async def _look_on_disk(
         self, cache: BlockCache, elsewhere: OtherDaemons, job: Job

@@ -64,6 +64,7 @@ class BlockGetter:
         threads: limits the worker threads.
         room_made: called when an attempt that nobody waits for has given back its room.
         recorder: is told of requests and retries.
+        on_answer: told of each file of which S3 gave bytes.
     """
 
     def __init__(
@@ -74,8 +75,10 @@ class BlockGetter:
         threads: trio.CapacityLimiter,
         room_made: Callable[[], None],
         recorder: Recorder,
+        on_answer: Callable[[File], None] = lambda file: None,
     ) -> None:
         self._recorder = recorder
+        self._on_answer = on_answer
         self._room_made = room_made
         self._source = source
         self._memory = memory
@@ -128,6 +131,7 @@ class BlockGetter:
             data = await self._first_answer(request)
             now_s = trio.current_time()
             self.troubles.pop(file.key, None)
+            self._on_answer(file)
             if is_block:
                 self._timer.answered(now_s - began_s)
                 self._concurrency.answered(now_s, length, saturated=saturated())

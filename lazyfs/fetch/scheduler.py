@@ -34,6 +34,7 @@ from lazyfs.errors import FaultError, SourceError
 from lazyfs.faults import contained, keep_running, report_fault
 from lazyfs.fetch.disk_window import DiskWindow
 from lazyfs.fetch.obtainer import Job, Obtainer
+from lazyfs.fetch.read_access import ReadAccess
 from lazyfs.fetch.request import BlockGetter
 from lazyfs.fetch.shard_headers import ShardHeaders, heads_limit
 from lazyfs.fetch.threads import in_bulk
@@ -112,8 +113,9 @@ class BlockFetcher:
         self._loading = 0
         # Threads are bounded by slots; trio's own limit of 40 must not stand in the way.
         self._threads = trio.CapacityLimiter(4 * options.max_concurrency + 64)
+        self._access = ReadAccess(options.access_check)
         self._getter = BlockGetter(
-            source, self._memory, options, self._threads, self.pump, recorder
+            source, self._memory, options, self._threads, self.pump, recorder, self._access.shown
         )
         self._pusher = BlockPusher(
             page_cache,
@@ -145,8 +147,8 @@ class BlockFetcher:
                 cache, self._writer, prefetcher, self._memory, self._files, self._thread
             )
         self._obtainer = Obtainer(
-            self._getter, self._memory, recorder, cache, self._elsewhere, self._block_size,
-            options.io_timeout, self._thread, self._saturated,
+            self._getter, self._memory, recorder, cache, self._elsewhere, self._access,
+            self._block_size, options.io_timeout, self._thread, self._saturated,
         )  # fmt: skip
         self._nursery: trio.Nursery | None = None
 
@@ -160,6 +162,7 @@ class BlockFetcher:
         for file, block, place in near.read(tree):
             self.add_file(file)
             self._map.moved(block, place)
+            self._access.shown(file)  # to a former worker, which put it into the page cache
 
         def note(block: BlockId, before: Place, now: Place) -> None:
             if now != before and (now in PAGES or before in PAGES):
@@ -265,6 +268,12 @@ class BlockFetcher:
         if self._cache is None:
             return
         present = await self._thread(_find_present, self._cache, files)
+        if present and self._nursery is not None:
+            there = [file for file, _ in present]
+            self._nursery.start_soon(
+                contained, "asking what may be read", self._access.check_ahead, there,
+                self._obtainer.get_a_byte,
+            )  # fmt: skip
         for file in files:
             self._cache.set_loading(file)
         for file, numbers in present:

@@ -216,6 +216,14 @@ class MountOptions:
         "the filesystem.",
         "5%",
     )
+    access_check: float = _option(
+        Duration(0, 86400),
+        "Cache",
+        "How long it counts that S3 gave a part of an object to this mount. After that, and before "
+        "the first time, one byte is requested before blocks of the object come from the cache, "
+        "which others may have filled. 0s: they are not checked.",
+        "10m",
+    )
     block_size: int = _option(
         Size(256 * KIB, 64 * MIB, power_of_two=True),
         "Reading",

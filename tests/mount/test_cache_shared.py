@@ -155,6 +155,37 @@ def test_warm_then_mount_fetches_nothing(
     assert s3.data_requests() == []
 
 
+def test_what_may_only_be_listed_does_not_come_from_the_disk(
+    warm: Callable[..., subprocess.CompletedProcess[str]], mount: Callable[..., Mounted],
+    s3: S3, source: str,
+) -> None:  # fmt: skip
+    """The blocks are there, brought with the credentials of somebody who may read them."""
+    assert warm(source).returncode == 0
+    s3.fault("GET /cached/m/model-00002", "status", times=10_000, status=403, code="AccessDenied")
+    mounted = mount(source, BLOCKS)
+    hidden = "model-00002-of-00003.safetensors"
+    for _ in range(2):
+        refused = shell(f"cat {hidden}", mounted.path)
+        assert refused.stdout == "" and "Permission denied" in refused.stderr
+    assert sums(mounted) == {name: text for name, text in SUMS.items() if name != hidden}
+    s3.forget()
+    assert sums(mounted) == SUMS
+
+
+def test_an_object_is_asked_about_once(
+    warm: Callable[..., subprocess.CompletedProcess[str]], mount: Callable[..., Mounted],
+    s3: S3, source: str,
+) -> None:  # fmt: skip
+    assert warm(source).returncode == 0
+    s3.forget()
+    mounted = mount(source, BLOCKS)
+    assert sums(mounted) == SUMS
+    asked = s3.access_requests()
+    assert {path.rpartition("/")[2] for path in asked} == set(SUMS)
+    assert len(asked) <= len(SUMS) + 1  # the mount itself reads a byte of one
+    assert s3.data_requests() == []
+
+
 def test_warm_goes_on_where_it_was_killed(
     warm: Callable[..., subprocess.CompletedProcess[str]], s3: S3, source: str, cache: Path
 ) -> None:

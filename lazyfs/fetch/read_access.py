@@ -1,0 +1,108 @@
+"""Whether the mount may read an object: asked of S3, before it gets what others have brought.
+
+Blocks on the disk came by somebody's credentials. A mount that may list a bucket and not read it
+must not get them. So S3 is asked for one byte of an object first, unless it has given some of the
+object to this mount a short while ago.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+
+import trio
+
+from lazyfs.errors import AccessDeniedError, SourceError
+from lazyfs.objects import File
+
+log = logging.getLogger(__name__)
+
+# Objects that are asked about at once, before they are needed.
+AHEAD = 16
+
+
+@dataclass(slots=True)
+class _Question:
+    """One that is under way."""
+
+    answered: trio.Event = field(default_factory=trio.Event)
+    error: SourceError | None = None
+
+
+class ReadAccess:
+    """What S3 has shown one mount that it may read.
+
+    Args:
+        lasts_s: how long that counts; 0: nothing is ever asked.
+    """
+
+    def __init__(self, lasts_s: float) -> None:
+        self._lasts_s = lasts_s
+        self._shown_at_s: dict[int, float] = {}
+        self._questions: dict[int, _Question] = {}
+
+    def shown(self, file: File) -> None:
+        """S3 gave bytes of an object to this mount."""
+        self._shown_at_s[file.inode] = trio.current_time()
+
+    async def check(self, file: File, ask: Callable[[], Awaitable[object]]) -> None:
+        """Return when the mount may have bytes of an object.
+
+        Without an answer of S3, a mount that could read the object before still can.
+
+        Args:
+            ask: gets a byte of it from S3, patiently if need be.
+
+        Raises:
+            SourceError: S3 does not give it to this mount.
+        """
+        while not self._is_fresh(file):
+            question = self._questions.get(file.inode)
+            if question is None:
+                await self._ask(file, ask)
+                return
+            await question.answered.wait()
+            if question.error is not None and not question.error.transient:
+                raise question.error
+            if question.error is not None and file.inode in self._shown_at_s:
+                return
+
+    async def check_ahead(
+        self, files: Iterable[File], ask: Callable[[File], Awaitable[object]]
+    ) -> None:
+        """Ask about objects, so that whoever needs them need not wait for that."""
+        waiting = iter(files)
+
+        async def work() -> None:
+            for file in waiting:
+                try:
+                    await self.check(file, lambda file=file: ask(file))  # type: ignore[misc]
+                except SourceError as error:
+                    log.info("%s: is not read from the disk: %s", file.key, error)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(AHEAD):
+                nursery.start_soon(work)
+
+    def _is_fresh(self, file: File) -> bool:
+        if not self._lasts_s:
+            return True
+        shown_at_s = self._shown_at_s.get(file.inode)
+        return shown_at_s is not None and trio.current_time() - shown_at_s < self._lasts_s
+
+    async def _ask(self, file: File, ask: Callable[[], Awaitable[object]]) -> None:
+        question = self._questions[file.inode] = _Question()
+        try:
+            await ask()
+            self.shown(file)
+        except SourceError as error:
+            question.error = error
+            if isinstance(error, AccessDeniedError):
+                self._shown_at_s.pop(file.inode, None)
+            if file.inode not in self._shown_at_s:
+                raise
+            log.info("%s: may still be read: %s", file.key, error)
+        finally:
+            del self._questions[file.inode]
+            question.answered.set()

@@ -1,0 +1,118 @@
+"""Whether a mount may have what is on the disk: when S3 is asked, and what its answers mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import trio
+import trio.testing
+
+from lazyfs.errors import AccessDeniedError, CredentialsExpiredError, SourceError, UnavailableError
+from lazyfs.fetch.read_access import AHEAD, ReadAccess
+from lazyfs.objects import File
+
+FILE = File(7, 1, "a", "m/a", 10, "etag", 0)
+LASTS_S = 60.0
+
+
+class Asked:
+    """Answers of S3: an error, or None for a byte; the last one is repeated."""
+
+    def __init__(self, *answers: SourceError | None, takes_s: float = 0.0) -> None:
+        self._answers = list(answers)
+        self._takes_s = takes_s
+        self.times = 0
+
+    async def __call__(self, _: File | None = None) -> None:
+        self.times += 1
+        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        await trio.sleep(self._takes_s)
+        if answer is not None:
+            raise answer
+
+
+def run(test: Callable[[ReadAccess], object], lasts_s: float = LASTS_S) -> None:
+    async def main() -> None:
+        await test(ReadAccess(lasts_s))  # type: ignore[misc]
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_it_is_asked_once_in_a_while() -> None:
+    async def test(access: ReadAccess) -> None:
+        ask = Asked(None)
+        for _ in range(3):
+            await access.check(FILE, ask)
+        assert ask.times == 1
+        await trio.sleep(LASTS_S)
+        await access.check(FILE, ask)
+        assert ask.times == 2
+
+    run(test)
+
+
+def test_what_s3_gave_anyway_is_not_asked_about() -> None:
+    async def test(access: ReadAccess) -> None:
+        access.shown(FILE)
+        await access.check(FILE, Asked(AccessDeniedError("no")))
+
+    run(test)
+
+
+def test_all_who_wait_share_a_question() -> None:
+    async def test(access: ReadAccess) -> None:
+        ask = Asked(AccessDeniedError("no"), takes_s=1)
+        denied = 0
+
+        async def reader() -> None:
+            nonlocal denied
+            try:
+                await access.check(FILE, ask)
+            except AccessDeniedError:
+                denied += 1
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(reader)
+        assert (ask.times, denied) == (1, 5)
+
+    run(test)
+
+
+@pytest.mark.parametrize("trouble", [UnavailableError("away"), CredentialsExpiredError("old")])
+def test_s3_away_takes_nothing_from_who_could_read(trouble: SourceError) -> None:
+    async def test(access: ReadAccess) -> None:
+        with pytest.raises(type(trouble)):
+            await access.check(FILE, Asked(trouble))
+        await access.check(FILE, Asked(None))
+        await trio.sleep(LASTS_S)
+        await access.check(FILE, Asked(trouble))
+        with pytest.raises(AccessDeniedError):
+            await access.check(FILE, Asked(AccessDeniedError("no")))
+        with pytest.raises(type(trouble)):
+            await access.check(FILE, Asked(trouble))
+
+    run(test)
+
+
+def test_many_are_asked_about_ahead() -> None:
+    async def test(access: ReadAccess) -> None:
+        files = [File(inode, 1, "", f"{inode}", 1, "", 0) for inode in range(3 * AHEAD)]
+        ask = Asked(AccessDeniedError("no"), None, takes_s=1)
+        began_s = trio.current_time()
+        await access.check_ahead(files, ask)
+        assert (ask.times, trio.current_time() - began_s) == (3 * AHEAD, 3)
+        refused = Asked(AccessDeniedError("no"))
+        with pytest.raises(AccessDeniedError):
+            await access.check(files[0], refused)
+        await access.check(files[1], refused)
+
+    run(test)
+
+
+def test_it_can_be_turned_off() -> None:
+    async def test(access: ReadAccess) -> None:
+        await access.check(FILE, Asked(AccessDeniedError("no")))
+
+    run(test, lasts_s=0)
