@@ -5,6 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-# Answers a request: it gets the body, a JSON object, and returns what is sent as JSON, or text; or
-# an awaitable of that.
+# Answers a request: takes the body, a JSON object, and returns text or an object to send as JSON,
+# or an awaitable of either.
 Route = Callable[[dict[str, Any]], Any]

@@ -1,4 +1,4 @@
-"""Asks a running worker. Only the standard library; for callers that block."""
+"""A blocking client of a worker's control socket. Uses only the standard library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ControlError(LazyfsError):
     """The worker did not answer, or refused.
 
     Attributes:
-        exit_code: for the command line; 2 if what was asked for is not allowed.
+        exit_code: for the command line; 2 if the request is not allowed.
     """
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
@@ -29,7 +29,7 @@ class ControlClient:
     """One worker's control socket.
 
     Args:
-        path: of the socket.
+        path: the socket.
         timeout_s: how long to wait for an answer.
     """
 
@@ -46,7 +46,7 @@ class ControlClient:
         return self._ask("PUT", what, body)
 
     def text(self, what: str) -> str:
-        """The answer to `GET what`, as it is. Raises ControlError."""
+        """The body of the answer to `GET what`. Raises ControlError."""
         return self._exchange("GET", what, None).decode()
 
     def _ask(self, method: str, what: str, body: Any) -> Any:

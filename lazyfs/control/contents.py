@@ -1,7 +1,7 @@
-"""What a mount knows of its files, and their beginnings, asked for at its control socket.
+"""Sizes, cached bytes and ranges of a mount's files, served on its control socket.
 
-So that `lazyfs inspect` needs no credentials for a mount: the daemon has them. Nothing that is
-asked here counts as read, opens a file, or is kept.
+With these `lazyfs inspect` needs no credentials for a mount: the worker has them. Requests here do
+not count as reads, open no file, and keep no bytes.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Contents:
     """The files of one mount.
 
     Args:
-        source: where their bytes are.
-        catalog: what is listed, as far as anyone has looked.
-        fetcher: what is on this machine.
+        source: where the bytes are.
+        catalog: the listings so far.
+        fetcher: knows the blocks on this machine.
     """
 
     def __init__(self, source: Store, catalog: Catalog, fetcher: BlockFetcher) -> None:
@@ -36,7 +36,7 @@ class Contents:
         self._fetcher = fetcher
 
     def routes(self) -> dict[tuple[str, str], Route]:
-        """What it answers at the control socket."""
+        """The requests that it answers on the control socket."""
         return {
             ("GET", "/files"): lambda _: self.list(),
             ("PUT", "/files/cached"): self.cached,
@@ -57,7 +57,7 @@ class Contents:
         """`length` bytes of the file at `path` from `offset`, in base64.
 
         Raises:
-            SourceError: they cannot be had.
+            SourceError: they cannot be read.
         """
         file, offset = self._file(body), int(body["offset"])
         length = min(int(body["length"]), MAX_INDEX_BYTES)

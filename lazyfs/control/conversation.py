@@ -1,4 +1,4 @@
-"""What is said in one connection of a worker's HTTP server: a request, and its answer."""
+"""One connection of a worker's HTTP server: a request and its answer."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lazyfs.faults import report_fault
 log = logging.getLogger(__name__)
 
 LONGEST_BODY = 1 << 16
-# What Prometheus calls its text format.
+# The media type of Prometheus' text format.
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
 async def converse(stream: trio.SocketStream, routes: Mapping[tuple[str, str], Route]) -> None:
-    """Answer a client, if it asks."""
+    """Answer the request of a client, if it sends one."""
     try:
         await _converse(stream, routes)
     except (trio.BrokenResourceError, h11.RemoteProtocolError) as error:
@@ -83,7 +83,7 @@ async def _answer(
     except LazyfsError as error:
         return 400, {"error": str(error), "exit_code": error.exit_code}
     except ValueError as error:
-        # Not the body itself: it may hold credentials.
+        # Not the body itself: it may contain credentials.
         return 400, {"error": f"the body is not what {path} takes: {type(error).__name__}"}
     except Exception as error:
         report_fault(f"control: {method} {path}", error)

@@ -1,4 +1,4 @@
-"""One line of the log when a model was loaded for the first time: how long, from where, why."""
+"""Logs one line after the first load of a model: how long it took, from where, and why."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOOK_S = 1.0
 
 
 async def tell_first_load(status: Status) -> None:
-    """Wait until every file of the model was opened and closed again, and say how that went."""
+    """Wait until all files of the model were opened and closed again, and log a summary."""
     while not _is_over(status):
         await trio.sleep(LOOK_S)
     recorded = recording(status)
@@ -43,7 +43,7 @@ async def tell_first_load(status: Status) -> None:
 
 
 def _judged(recorded: dict[str, Any]) -> tuple[Load, Verdict]:
-    from lazyfs.observe.load import Load, Recording  # not before a load is over
+    from lazyfs.observe.load import Load, Recording  # only after a load
     from lazyfs.observe.verdict import judge
 
     load = Load.of(Recording.parse(recorded))
@@ -55,6 +55,6 @@ def _is_over(status: Status) -> bool:
         return False
     nodes = [status.catalog.tree.get(inode) for inode in status.prefetcher.blocks.order]
     files = [node for node in nodes if isinstance(node, File)]
-    # Not every loader reads all the small files.
+    # Some loaders do not read all small files.
     shards = [file for file in files if file.name.endswith(".safetensors")] or files
     return bool(shards) and all(map(status.recorder.was_opened, shards))

@@ -15,7 +15,7 @@ from lazyfs.observe.recorder import Tier
 
 
 def measure(status: Status) -> Values:
-    """All that can be known without asking a disk."""
+    """All values that need no disk access."""
     return {
         "lazyfs_up": [({}, 1)],
         **_mount(status),

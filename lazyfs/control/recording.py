@@ -1,4 +1,4 @@
-"""What a worker has kept of its load, `GET /report`; `observe/load.py` makes sense of it."""
+"""A worker's record of its load, `GET /report`; `observe/load.py` interprets it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lazyfs.control.status import Status
 
 
 def recording(status: Status) -> dict[str, Any]:
-    """All of it, as JSON can say it."""
+    """The record, as values that JSON supports."""
     recorder, options = status.recorder, status.options
     path = status.catalog.tree.path
     directories = [str(one.path) for one in status.cache.directories] if status.cache else []

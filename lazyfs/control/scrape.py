@@ -1,4 +1,4 @@
-"""The metrics of one mount at a port of their own, for Prometheus."""
+"""The metrics of one mount on a TCP port, for Prometheus."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lazyfs.errors import MountError
 log = logging.getLogger(__name__)
 
 Address = tuple[str, int]
-# A worker that was killed may keep its port until its last thread comes back from the kernel.
+# A killed worker may keep its port until its last thread returns from the kernel.
 AGAIN_S = 2.0
 
 
 async def listen(address: Address) -> list[trio.SocketListener]:
-    """Listen at a host (empty: all addresses) and port.
+    """Listen on a host (empty: all addresses) and port.
 
     Raises:
-        MountError: it is taken, or not ours to take.
+        MountError: the address is in use or not permitted.
     """
     host, port = address
     try:
@@ -34,7 +34,7 @@ async def listen(address: Address) -> list[trio.SocketListener]:
 
 
 async def listen_patiently(address: Address) -> list[trio.SocketListener]:
-    """The same, for a mount that goes on without metrics until the address is free."""
+    """The same, for a mount that continues without metrics until the address is free."""
     told = False
     while True:
         try:
@@ -54,8 +54,8 @@ async def serve_metrics(
     """Answer scrapes until cancelled.
 
     Args:
-        listeners: at the address; where they are closed, or there are none, it is listened at as
-            soon as it is free.
+        listeners: on the address. If there are none, or they are closed, new ones are made as
+            soon as the address is free.
         routes: `GET /metrics`.
     """
     listeners = still_open(listeners) or await listen_patiently(address)

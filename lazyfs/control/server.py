@@ -1,8 +1,8 @@
-"""HTTP of a worker: its control socket, which only its user and root can use, and its metrics.
+"""A worker's HTTP server: the control socket, for its user and root only, and the metrics.
 
-One request a connection. Answers are JSON, or text where a route gives text; an error is
-`{"error": "one line"}` with status 400 (the request), 404, 413 or 500; with `exit_code` beside it
-if it is one that the command line would show.
+One request per connection. Answers are JSON, or text where a route gives text; an error is
+`{"error": "one line"}` with status 400 (the request), 404, 413 or 500; with `exit_code` if
+the command line should exit with it.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from lazyfs.errors import MountError
 from lazyfs.faults import contained
 from lazyfs.handover.keeper import is_trusted
 
-# A client that neither asks nor hangs up is let go.
+# A client that neither sends a request nor hangs up is disconnected.
 PATIENCE_S = 10.0
 
 
 async def listen_control(path: Path) -> trio.SocketListener:
-    """Listen at a unix socket.
+    """Listen on a unix socket.
 
     Args:
-        path: of the socket; what is there is replaced: the mount's lock is this process's.
+        path: of the socket. An existing socket is replaced, because this process holds the mount's
+            lock.
 
     Raises:
-        MountError: that is not possible.
+        MountError: the socket cannot be made.
     """
     listener = trio.socket.socket(socket.AF_UNIX)
     mask = os.umask(0o177)
@@ -52,18 +53,18 @@ async def serve_control(
     listeners: list[trio.SocketListener],
     routes: Mapping[tuple[str, str], Route],
 ) -> None:
-    """Answer at a unix socket until cancelled.
+    """Serve on a unix socket until cancelled.
 
     Args:
         path: of the socket.
-        listeners: at it; where they are closed, or there are none, it is listened at anew.
+        listeners: on it. If there are none, or they are closed, new ones are made.
         routes: by method and path, such as `("GET", "/status")`.
     """
     await serve_http(still_open(listeners) or [await listen_control(path)], routes, trusts=_is_ours)
 
 
 def still_open(listeners: list[trio.SocketListener]) -> list[trio.SocketListener]:
-    """Those that were not closed by a server that failed."""
+    """The listeners that no failed server has closed."""
     return [listener for listener in listeners if listener.socket.fileno() >= 0]
 
 
@@ -76,14 +77,14 @@ async def serve_http(
     """Answer requests until cancelled.
 
     Args:
-        trusts: whether a client is answered at all.
+        trusts: says whether a client may send requests.
     """
     answer = partial(contained, "answering a client", _answer_one, routes, trusts)
     await trio.serve_listeners(answer, listeners)
 
 
 def _is_ours(stream: trio.SocketStream) -> bool:
-    # SO_PEERCRED is asked of a plain socket; this is the same one.
+    # SO_PEERCRED needs a plain socket; this is the same one.
     with socket.socket(fileno=os.dup(stream.socket.fileno())) as peer:
         return is_trusted(peer)
 

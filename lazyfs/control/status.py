@@ -1,7 +1,7 @@
-"""What a worker says of itself at its control socket, `GET /status`.
+"""The status of a worker, `GET /status` on its control socket.
 
-Numbers are plain; names end in their unit. Counts are since the worker began, which a restart makes
-anew; `restarts` says how often that was.
+Numbers are plain; names end in their unit. Counts begin at zero with each worker; `restarts` says
+how many workers there were before.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lazyfs.pagecache.page_cache import PageCache
 from lazyfs.prefetch.planner import Planner
 from lazyfs.prefetch.prefetcher import Prefetcher
 
-# Of readers that wait, so many are described, those who have waited longest.
+# The readers that have waited longest are described, at most so many.
 WAITS_SHOWN = 20
 
 
@@ -56,7 +56,7 @@ class Status:
     carried: RuntimeChanges
 
     def describe(self) -> dict[str, Any]:
-        """All of it, as JSON can say it."""
+        """The status, as values that JSON supports."""
         return {
             "version": __version__,
             "pid": os.getpid(),
@@ -176,7 +176,7 @@ class Status:
 
 
 def _command(pid: int) -> str | None:
-    """What a process is called; None if it ended, or is of another PID namespace (0)."""
+    """The name of a process; None if it ended or is in another PID namespace (0)."""
     try:
         return Path(f"/proc/{pid}/comm").read_text().strip() if pid else None
     except OSError:
@@ -184,5 +184,5 @@ def _command(pid: int) -> str | None:
 
 
 def resident_bytes() -> int:
-    """Memory that this process has (proc(5), statm)."""
+    """Resident memory of this process (proc(5), statm)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

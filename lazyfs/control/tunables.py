@@ -1,6 +1,6 @@
-"""What can be changed of a mount while it runs: `PUT /tunables` and `PUT /prefetch`.
+"""Changes to a running mount: `PUT /tunables` and `PUT /prefetch`.
 
-A change lasts as long as the mount: workers that follow this one are told of it.
+A change lasts as long as the mount: later workers apply it too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def tune(status: Status, texts: Mapping[str, Any]) -> None:
         texts: by option name.
 
     Raises:
-        OptionError: one cannot be changed, or not to that; then none is.
+        OptionError: an option cannot be changed, or not to this value; then none is changed.
     """
     before, status.options = status.options, _changed(status.options, texts)
     _use_log_level(status.options)
@@ -38,10 +38,10 @@ def tune(status: Status, texts: Mapping[str, Any]) -> None:
 
 
 def pause(status: Status, paused: Any) -> None:
-    """Fetch nothing ahead any more, or again.
+    """Pause or resume prefetching.
 
     Raises:
-        ValueError: it is not said which of the two.
+        ValueError: the body does not say which.
     """
     if not isinstance(paused, bool):
         raise ValueError("paused")
@@ -51,10 +51,10 @@ def pause(status: Status, paused: Any) -> None:
 
 
 def with_former_changes(options: MountOptions, carried: RuntimeChanges) -> MountOptions:
-    """The options with which a worker goes on: those of the mount, as they were changed since."""
+    """The options for a resuming worker: the mount's, with later changes."""
     try:
         options = _changed(options, carried.options)
-    except OptionError as error:  # by another version, which knew more
+    except OptionError as error:  # from another version, which had more options
         log.warning("what was set is left out: %s", error)
     _use_log_level(options)
     return options

@@ -1,6 +1,6 @@
-"""Filling the cache from a mount, asked for at its control socket.
+"""Fills the cache from a mount, on request at its control socket.
 
-The mount has what it takes: credentials, the listing, the options.
+The mount has the credentials, the listing and the options.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ log = logging.getLogger(__name__)
 
 
 class Warming:
-    """One filling at a time: `start` from `PUT /warm`, `describe` from `GET /warm`.
+    """Fills the cache once at a time: `start` for `PUT /warm`, `describe` for `GET /warm`.
 
     Args:
-        source: of the mount.
-        catalog: of the mount.
-        options: of the mount.
+        source: the mount's.
+        catalog: the mount's.
+        options: the mount's.
         nursery: ends with the mount.
     """
 
@@ -47,26 +47,26 @@ class Warming:
         self._error: str | None = None
 
     def routes(self) -> dict[tuple[str, str], Route]:
-        """What it answers at the control socket."""
+        """The requests that it answers on the control socket."""
         return {("GET", "/warm"): lambda _: self.describe(), ("PUT", "/warm"): self.start}
 
     def start(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Begin, with `include`, a list of patterns, and `verify`; the answer of `describe`.
+        """Start, with `include`, a list of patterns, and `verify`; returns `describe`.
 
         Raises:
-            BadRequestError: one is under way, or the mount has no cache.
-            ValueError: the body is not that.
+            BadRequestError: the cache is being filled, or the mount has none.
+            ValueError: the body is invalid.
         """
         include, verify = body.get("include", []), body.get("verify", False)
         if not isinstance(include, list) or not all(isinstance(one, str) for one in include):
             raise ValueError("include")
         if self._is_running:
             raise BadRequestError(f"{self._source.url}: the cache is being filled already")
-        # Its own: claims of one opening do not stand against each other.
+        # A cache of its own: claims of the same opened cache do not exclude each other.
         cache = BlockCache.of(self._options, self._source.endpoint, self._source.url.bucket)
         if cache is None:
             raise BadRequestError(f"{self._source.url}: was mounted with --cache-dir none")
-        from lazyfs.fetch.warm import Warmer  # most mounts are never asked
+        from lazyfs.fetch.warm import Warmer  # most mounts never need it
 
         self._warmer = Warmer(self._source, self._catalog, cache, self._options)
         self._is_running, self._error = True, None
@@ -74,7 +74,7 @@ class Warming:
         return self.describe()
 
     def describe(self) -> dict[str, Any]:
-        """How far it is: `state` (idle, running, done, failed), `error`, and the progress."""
+        """The progress, with `state` (idle, running, done, failed) and `error`."""
         if self._warmer is None:
             return {"state": "idle", "error": None}
         state = "running" if self._is_running else "failed" if self._error else "done"
