@@ -1,1 +1,1 @@
-"""The CSI driver: lazyfs mounts as volumes of Kubernetes."""
+"""The CSI driver: lazyfs mounts as Kubernetes volumes."""

@@ -1,13 +1,13 @@
-"""Volumes at paths: put there, taken away, looked after.
+"""Attaches volumes to paths, detaches them, and repairs them.
 
 A pod's path (target) is a read-only bind mount of the daemon's own mountpoint. The staging path
 stays an empty directory: kubelet does not unstage a volume while the filesystem that is mounted at
 its staging path is mounted anywhere else (`GetDeviceMountRefs`, pkg/volume/util/operationexecutor).
-The daemon's mountpoint is such a place, as are the pods of other volumes that share the daemon.
-Staging brings the node-stage secret and starts the daemon that needs it; unstaging ends it.
+The daemon's mountpoint is such a place, as are the paths of other pods that share the daemon.
+Staging passes the node-stage secret and starts the daemon that needs it; unstaging ends it.
 
-A path is written down before it is mounted and crossed out after it is gone, so that every step can
-be repeated and a plugin that was killed in the middle can be followed by another.
+A path is recorded before it is mounted and removed from the record after it is unmounted, so that
+every step can be repeated, and another plugin can continue after one that was killed midway.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class VolumeLocks:
 
     @contextmanager
     def held(self, volume_id: str, *, wait: bool = False) -> Iterator[None]:
-        """Hold one volume.
+        """Hold the lock of one volume.
 
         Raises:
-            RpcError: ABORTED: another call holds it, and waiting was not asked for. Whoever called
+            RpcError: ABORTED: another call holds it, and waiting was not requested. The caller
                 tries again later (spec.md, "Concurrency").
         """
         with self._changed:
@@ -72,19 +72,19 @@ class VolumeLocks:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """Whom a daemon serves: volumes by id, and pods by namespace and name."""
+    """The users of a daemon: volumes by id, and pods by namespace and name."""
 
     volumes: set[str]
     pods: set[tuple[str, str]]
 
 
 class Attachments:
-    """Which volume is where on this node.
+    """The volumes of this node and their paths.
 
     Callers hold the volume's lock, `locks`.
 
     Args:
-        state: where it is written down.
+        state: the records on disk.
         directory: for the daemons' own mountpoints.
         keeper: the keeper's socket.
     """
@@ -97,7 +97,7 @@ class Attachments:
         self.daemons = Daemons(state, directory, keeper, self._to_repair.put)
 
     def recover(self) -> None:
-        """Take up what a former plugin left. Once, before any call."""
+        """Resume what a former plugin left. Called once, before any other call."""
         users: dict[str, list[str]] = {}
         for record in self._state.volumes():
             for path, place in record.places.items():
@@ -110,7 +110,7 @@ class Attachments:
         start_watching("naming volumes", self._name_forever)
 
     def served(self) -> dict[Daemon, Served]:
-        """Which volumes each daemon serves, and to whom."""
+        """The volumes and pods that each daemon serves."""
         found: dict[Daemon, Served] = {}
         for record in self._state.volumes():
             for place in record.places.values():
@@ -128,7 +128,7 @@ class Attachments:
         return self._state.volume(volume_id).places.get(str(path))
 
     def note(self, volume_id: str, path: Path, asked: str) -> None:
-        """Remember that a volume is staged at a path, without a daemon: that starts with a pod.
+        """Record that a volume is staged at a path, without a daemon: a pod starts that later.
 
         Raises:
             RpcError: the path is taken.
@@ -147,27 +147,27 @@ class Attachments:
         timeout_s: float,
         via: Daemon | None = None,
     ) -> Daemon:
-        """Have a daemon serve a volume at a path; repair what is there already.
+        """Serve a volume at a path; repair an existing attachment.
 
         Args:
-            wanted: the place, without a daemon; calls that are repeated have the same `asked`.
+            wanted: the place, without a daemon; repeated calls have the same `asked`.
             credentials: newer ones replace those that the daemon has.
-            via: that daemon is to serve it; otherwise any that fits, or a new one.
+            via: the daemon to use; None: any that fits, or a new one.
 
         Returns:
             The daemon that serves it.
 
         Raises:
-            RpcError: the path is taken, by another volume or otherwise by this one.
-            StillStartingError: its daemon is not ready yet; the place is kept for the next call.
-            LazyfsError, KeeperError: it cannot be mounted. Then it is as it was before.
+            RpcError: the path is used by another volume, or by this one with other attributes.
+            StillStartingError: the daemon is not ready yet; the place is kept for the next call.
+            LazyfsError, KeeperError: it cannot be mounted. Then nothing has changed.
         """
         until = time.monotonic() + timeout_s
         self._check_free(volume_id, path, wanted.kind, wanted.asked)
         present = self.place(volume_id, path)
         daemon = self.daemons.get(present.daemon) if present and present.daemon else None
         is_known = daemon is not None
-        # What a pod may be using is left as it is, whatever comes of this call.
+        # A pod may be using an existing place: a failure of this call leaves it alone.
         is_in_use = daemon is not None and daemon.was_ready
         if daemon is None and via is None:
             daemon = self.daemons.reserve(volume, credentials, str(path), volume_id)
@@ -200,12 +200,12 @@ class Attachments:
         return daemon
 
     def take_away(self, volume_id: str, path: Path, kind: Kind) -> None:
-        """Unmount a volume from a path, whatever state it is in; nothing if it is not there.
+        """Unmount a volume from a path, in whatever state it is; does nothing if it is not there.
 
         A target's directory is removed as well; the staging directory is kubelet's.
 
         Raises:
-            RpcError: another volume is there.
+            RpcError: another volume is at that path.
             MountError: it cannot be unmounted, or the directory is not empty.
         """
         self._check_free(volume_id, path, kind)
@@ -232,28 +232,28 @@ class Attachments:
             troubles.append(f"it is not mounted at {path} any more")
         if place.renewed is not None:
             troubles.append(
-                f"it was mounted anew at {place.renewed}: containers that started before have the "
+                f"it was mounted again at {place.renewed}: containers that started before have the "
                 "old mount, which is dead, unless they have mountPropagation HostToContainer; "
                 "delete the pod"
             )
         return "; ".join(troubles) or None
 
     def _roll_back(self, volume_id: str, path: Path, before: Place | None, kind: Kind) -> None:
-        """Leave nothing of an attempt that failed; its error is what is to be seen."""
+        """Undo a failed attempt. Errors are only logged: the caller reports the attempt's own."""
         try:
             place = self.place(volume_id, path)
             mounts.unbind(path)
             if kind == "target":
-                with suppress(LazyfsError):  # somebody has put something into it
+                with suppress(LazyfsError):  # other files are in it
                     mounts.remove_directory(path)
             if place is not None and place.daemon is not None:
                 self.daemons.release(place.daemon, str(path))
             self._save(volume_id, path, before)
         except LazyfsError as error:
-            log.error("%s: what failed cannot be undone: %s", path, error)
+            log.error("%s: a failed attempt cannot be undone: %s", path, error)
 
     def _check_free(self, volume_id: str, path: Path, kind: Kind, asked: str | None = None) -> None:
-        """Raises RpcError if a path is another volume's, or this one's for something else."""
+        """Raises RpcError if a path is used by another volume, or by this one in another way."""
         for record in self._state.volumes():
             place = record.places.get(str(path))
             if place is None:
@@ -281,16 +281,16 @@ class Attachments:
                 self._to_name.put(daemon)
 
     def _note_pod(self, volume_id: str, path: Path, wanted: Place) -> None:
-        """Write down whose path it is, if a plugin that did not know that put the volume there."""
+        """Record the pod of a path, if a plugin that did not know it attached the volume."""
         place = self.place(volume_id, path)
         if place is not None and (place.namespace, place.pod) != (wanted.namespace, wanted.pod):
             whose = replace(place, namespace=wanted.namespace, pod=wanted.pod)
             self._save(volume_id, path, whose)
 
     def _name_forever(self) -> None:
-        """Tell daemons which volumes they serve, when that changed: their logs name them.
+        """Tell daemons which volumes they serve, for their logs, if that changed.
 
-        In a thread of its own, so that no call waits for a worker that is stopped.
+        This runs in its own thread, so that no call waits for a stopped worker.
         """
         while True:
             daemon = self._to_name.get()
@@ -299,7 +299,7 @@ class Attachments:
                 if served is not None and not daemon.retired:
                     daemon.name_volumes(",".join(sorted(served.volumes)))
             except (LazyfsError, KeeperError) as error:
-                log.debug("%s: is not told its volumes: %s", daemon.mountpoint, error)
+                log.debug("%s: cannot be told its volumes: %s", daemon.mountpoint, error)
 
     def _repair_forever(self) -> None:
         while True:
@@ -317,10 +317,10 @@ class Attachments:
             try:
                 self._mount_again(volume_id, Path(path), daemon, device)
             except LazyfsError as error:
-                log.error("%s: cannot be mounted anew: %s", path, error)
+                log.error("%s: cannot be mounted again: %s", path, error)
 
     def _mount_again(self, volume_id: str, path: Path, daemon: Daemon, device: str) -> None:
-        """See that a target has the mount of its daemon, and note it if it had a dead one."""
+        """Ensure that a target has the mount of its daemon; record it if it had a dead one."""
         place = self.place(volume_id, path)
         if place is None or not place.is_mounted or mounts.shows(path, device):
             return
@@ -329,4 +329,4 @@ class Attachments:
         if lost:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             self._save(volume_id, path, replace(place, renewed=now))
-            log.warning("%s: mounted anew; what was open there fails", path)
+            log.warning("%s: mounted again; files that were open there fail", path)

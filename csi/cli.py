@@ -30,7 +30,7 @@ DRIVER_NAME = "csi.lazyfs.io"
 KEEPER_SOCKET = "/run/lazyfs/keeper.sock"
 STATE_DIRECTORY = "/var/lib/kubelet/plugins/csi.lazyfs.io"
 
-# Mount options that make no sense for all volumes of a node at once, and what does.
+# Mount options that make no sense for all volumes of a node, and what to use instead.
 NOT_FOR_PLUGINS = {
     "metrics-address": "--http-address has the metrics of a plugin and its mounts",
     "log-file": "a plugin and its mounts log to standard error",
@@ -56,49 +56,49 @@ def main() -> None:
     type=click.Path(path_type=Path),
     default=KEEPER_SOCKET,
     show_default=True,
-    help="Unix socket to answer at; its directory must be this user's alone.",
+    help="Unix socket to listen on; only this user may have access to its directory.",
 )
 def keeper(path: Path) -> None:
     """Keep the mounts of this node open while the node plugin is replaced.
 
-    It does nothing else, needs no upgrade, and should not be restarted under running pods.
+    It does nothing else, needs no upgrades, and should not be restarted while pods run.
     """
-    # Without this program, which would be most of it.
+    # Replaces this program, which would take most of the memory.
     command = [sys.executable, "-P", "-m", "csi.keeper", str(path)]
     os.execv(command[0], command)  # noqa: S606
 
 
 def with_plugin_options(command: Command) -> Command:
-    """Give a command what every plugin takes; it passes them to `serve` and `rules`."""
+    """Add the options of every plugin to a command, which passes them to `serve` and `rules`."""
     for option in reversed(
         (
             click.option(
                 "--endpoint",
                 envvar="CSI_ENDPOINT",
                 required=True,
-                help="Where to answer gRPC: unix:///PATH. [$CSI_ENDPOINT]",
+                help="Endpoint for gRPC: unix:///PATH. [$CSI_ENDPOINT]",
             ),
             click.option(
                 "--driver-name",
                 default=DRIVER_NAME,
                 show_default=True,
-                help="As in the CSIDriver object.",
+                help="Name of the driver, as in the CSIDriver object.",
             ),
             click.option(
                 "--http-address",
                 metavar="HOST:PORT",
-                help="Where to answer /healthz, /readyz and /metrics; nowhere when not given.",
+                help="Address for /healthz, /readyz and /metrics. By default they are not served.",
             ),
             click.option(
                 "--allow-attributes",
                 metavar="NAMES",
                 help="The mount options that volumes may set, by camelCase name, separated by "
-                "commas. When not given: all but those that concern the whole node.",
+                "commas. Default: all but those that concern the whole node.",
             ),
             click.option(
                 "--max-memory-limit",
                 metavar="SIZE",
-                help="The most that a volume may ask for as memoryLimit.",
+                help="Maximum memoryLimit of a volume.",
             ),
         )
     ):
@@ -107,7 +107,7 @@ def with_plugin_options(command: Command) -> Command:
 
 
 def configure(driver_name: str, options: MountOptions) -> None:
-    """Begin the log of a plugin."""
+    """Start the log of a plugin."""
     from lazyfs.log import configure as configure_log
     from lazyfs.process.privileges import leave_no_core_dump
 
@@ -122,10 +122,10 @@ def rules(
     defaults: dict[str, str | list[str]],
     endpoints: Sequence[str] = (),
 ) -> Rules:
-    """What volumes may set, as the command line says.
+    """The rules for volumes, from the command line.
 
     Raises:
-        OptionError: a name or the size is not one, or a default cannot be one.
+        OptionError: a name, the size or a default is invalid.
     """
     from csi.endpoints import AllowedEndpoints
     from csi.volumes import Rules, options_of
@@ -134,7 +134,7 @@ def rules(
 
     for name, instead in NOT_FOR_PLUGINS.items():
         if name in defaults:
-            raise OptionError(f"--{name} is for a mount by hand; {instead}")
+            raise OptionError(f"--{name} is only for mounts outside Kubernetes; {instead}")
     memory_limit = find_option("memory-limit")
     assert memory_limit is not None
     most = memory_limit.parse(max_memory_limit, "--max-memory-limit") if max_memory_limit else None
@@ -152,16 +152,16 @@ def serve(
     mount_metrics: Callable[[], str] = lambda: "",
     registration_dir: Path | None = None,
 ) -> None:
-    """Answer at the endpoint until SIGTERM or SIGINT: Identity, and these services.
+    """Serve Identity and these services at the endpoint until SIGTERM or SIGINT.
 
     Args:
-        services: each puts one servicer into the server.
-        checks: what must hold for the plugin to be ready.
-        mount_metrics: the text of the metrics of its mounts.
-        registration_dir: where kubelet looks for plugins; None: somebody else registers this one.
+        services: each adds one servicer to the server.
+        checks: conditions for the plugin to be ready.
+        mount_metrics: the metrics of its mounts, as text.
+        registration_dir: where kubelet looks for plugins; None: another program registers this one.
 
     Raises:
-        OptionError: an address cannot be listened at.
+        OptionError: the plugin cannot listen on an address.
     """
     from csi.csi_pb2_grpc import add_IdentityServicer_to_server
     from csi.health import HealthServer
@@ -194,8 +194,8 @@ def serve(
 @click.option(
     "--state-dir",
     type=click.Path(path_type=Path),
-    help="Keep records of volumes in this directory. When not given: in ConfigMaps of the "
-    "namespace, which needs a cluster.",
+    help="Keep records of volumes in this directory. Default: in ConfigMaps of the namespace, "
+    "which needs a cluster.",
 )
 @with_mount_options
 def controller(
@@ -208,7 +208,7 @@ def controller(
     config: Path | None,
     **given: Any,
 ) -> None:
-    """Make volumes for claims. Mount options are what volumes have that do not set them."""
+    """Make volumes for claims. Mount options are defaults for all volumes."""
     from csi.controller import Controller
     from csi.csi_pb2_grpc import add_ControllerServicer_to_server
     from csi.kubernetes import ApiServer
@@ -225,13 +225,13 @@ def controller(
     elif api_server is not None:
         records = ConfigMapRecords(api_server, driver_name)
     else:
-        raise OptionError("--state-dir is needed outside of a cluster")
+        raise OptionError("--state-dir is needed outside a cluster")
     servicer = Controller(
         driver_name, rules(allow_attributes, max_memory_limit, defaults), records, api_server
     )
 
     def check() -> None:
-        records.find(id_of(""))  # there is none; but it must be possible to ask
+        records.find(id_of(""))  # there is none, but the request must succeed
 
     services = [lambda it: add_ControllerServicer_to_server(servicer, it)]
     serve(endpoint, driver_name, http_address, services, [check])
@@ -245,8 +245,8 @@ def controller(
     type=click.Path(path_type=Path),
     default=STATE_DIRECTORY,
     show_default=True,
-    help="Where staged volumes are remembered and daemons mount. On a node of a cluster below "
-    "kubelet's directory, mounted with propagation Bidirectional.",
+    help="Directory for records of volumes and for the daemons' mounts. On a cluster's node: below "
+    "kubelet's directory, mounted with Bidirectional propagation.",
 )
 @click.option(
     "--keeper",
@@ -261,7 +261,7 @@ def controller(
     type=click.Path(path_type=Path),
     metavar="DIRECTORY",
     help="kubelet's directory plugins_registry, by its path on the node: register the driver with "
-    "kubelet there. When not given, node-driver-registrar has to.",
+    "kubelet there. Without it, node-driver-registrar must do that.",
 )
 @click.option(
     "--inline-node-role",
@@ -274,7 +274,7 @@ def controller(
     metavar="URL|aws|any",
     multiple=True,
     help="An endpoint that inline volumes may name as endpointUrl, besides that of --endpoint-url. "
-    "Once for each. any: all but those at addresses of this node. [default: aws]",
+    "May be repeated. any: all but those at addresses of this node. [default: aws]",
 )
 @with_mount_options
 def node(
@@ -292,9 +292,9 @@ def node(
     config: Path | None,
     **given: Any,
 ) -> None:
-    """Put volumes into pods of this node.
+    """Mount volumes into pods of this node.
 
-    Mount options are what volumes have that do not set them.
+    Mount options are defaults for all volumes.
     """
     from csi.attachments import Attachments
     from csi.csi_pb2_grpc import add_NodeServicer_to_server
@@ -308,7 +308,7 @@ def node(
 
     options, defaults = settings(config, given)
     configure(driver_name, options)
-    # Pods run as other users than the driver.
+    # Pods run as other users than the driver does.
     defaults = {**defaults, "allow-other": "true"}
     volume_rules = rules(allow_attributes, max_memory_limit, defaults, endpoints)
     allow_many_descriptors()

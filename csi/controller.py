@@ -1,4 +1,4 @@
-"""The Controller service: volumes made for claims, and forgotten. S3 is only ever read."""
+"""The Controller service: makes and deletes volumes for claims. It only reads from S3."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from lazyfs.store.credentials import Credentials
 log = logging.getLogger(__name__)
 
 _Rpc = csi_pb2.ControllerServiceCapability.RPC
-# What a look at a source may take; then an event of the claim says that S3 does not answer.
+# Time limit for checking a source; then an event of the claim says that S3 does not answer.
 LOOK_TIMEOUT_S = 10.0
 CAPABILITIES = (_Rpc.CREATE_DELETE_VOLUME, _Rpc.LIST_VOLUMES)
 
@@ -43,11 +43,11 @@ class Controller(ControllerServicer):
     """Makes volumes.
 
     Args:
-        driver_name: begins the name of the annotation `<driver>/source`.
+        driver_name: the first part of the annotation `<driver>/source`.
         rules: what a StorageClass may set, as on the nodes.
-        records: of the volumes that were made.
-        api_server: where claims are; None outside of a cluster.
-        look: finds out whether and how large a source is.
+        records: the volumes that were made.
+        api_server: for reading claims; None outside a cluster.
+        look: checks that a source exists, and how large it is.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Controller(ControllerServicer):
     def CreateVolume(
         self, request: csi_pb2.CreateVolumeRequest, context: ServicerContext
     ) -> csi_pb2.CreateVolumeResponse:
-        """Make a volume of what lies in S3, or find the one that was made for this name."""
+        """Make a volume for a source in S3, or find the one that was made for this name."""
         check_text("name", request.name)
         flags = _checked_flags(request.volume_capabilities)
         if request.HasField("volume_content_source"):
@@ -95,7 +95,8 @@ class Controller(ControllerServicer):
                 found = self._records.find(record.volume_id)
                 if found is None:
                     raise RpcError(
-                        StatusCode.ABORTED, f"{request.name}: is being made and deleted; ask again"
+                        StatusCode.ABORTED,
+                        f"{request.name}: is being made and deleted at the same time; try again",
                     )
                 record = found
         _check_same(record, request.name, parameters, required, limit)
@@ -104,7 +105,7 @@ class Controller(ControllerServicer):
     def DeleteVolume(
         self, request: csi_pb2.DeleteVolumeRequest, context: ServicerContext
     ) -> csi_pb2.DeleteVolumeResponse:
-        """Forget a volume. Nothing in S3 is touched."""
+        """Remove the record of a volume. Nothing in S3 is touched."""
         check_text("volume_id", request.volume_id)
         self._records.remove(request.volume_id)
         return csi_pb2.DeleteVolumeResponse()
@@ -118,7 +119,8 @@ class Controller(ControllerServicer):
         record = self._records.find(request.volume_id)
         if record is None:
             raise RpcError(
-                StatusCode.NOT_FOUND, f"{request.volume_id}: no volume of this id was made here"
+                StatusCode.NOT_FOUND,
+                f"{request.volume_id}: this driver made no volume with this id",
             )
         try:
             flags = _checked_flags(request.volume_capabilities)
@@ -142,7 +144,9 @@ class Controller(ControllerServicer):
         if request.max_entries < 0:
             raise InvalidArgumentError(f"max_entries: {request.max_entries} is negative")
         if after and digest_of(after) is None:
-            raise RpcError(StatusCode.ABORTED, f"starting_token: {after!r} is none of this driver")
+            raise RpcError(
+                StatusCode.ABORTED, f"starting_token: {after!r} is not a token of this driver"
+            )
         rest = sorted(
             (record for record in self._records.all() if record.volume_id > after),
             key=lambda record: record.volume_id,
@@ -161,7 +165,7 @@ class Controller(ControllerServicer):
         required: int,
         limit: int,
     ) -> ProvisionedVolume:
-        """What is to be kept of a volume that can be had as asked."""
+        """The record for a volume that can be made as requested."""
         attributes = parameters.attributes(self._chosen_source(parameters))
         check_size("the volume's attributes", attributes)
         volume = self._rules.volume(attributes, flags)
@@ -174,7 +178,7 @@ class Controller(ControllerServicer):
             raise RpcError(
                 StatusCode.OUT_OF_RANGE,
                 f"{volume.source} has {format_size(size_bytes)}, more than the limit of "
-                f"{format_size(limit)}; raise the claim's limit, or leave it out",
+                f"{format_size(limit)}; raise or remove the claim's limit",
             )
         return ProvisionedVolume(
             name=request.name,
@@ -185,14 +189,14 @@ class Controller(ControllerServicer):
         )
 
     def _chosen_source(self, parameters: Parameters) -> str | None:
-        """What the claim's annotation asks for, where claims may choose."""
+        """The source that the claim's annotation requests, if claims may choose."""
         if not parameters.allowed_prefixes:
             return None
         namespace, name = parameters.claim
         if self._api_server is None:
             raise RpcError(
                 StatusCode.FAILED_PRECONDITION,
-                "allowedPrefixes: the claim cannot be read, this controller is not in a cluster",
+                "allowedPrefixes: the claim cannot be read: this controller is not in a cluster",
             )
         chosen = self._api_server.claim_annotations(namespace, name).get(self._annotation)
         if not chosen and not parameters.names_a_source:
@@ -203,7 +207,7 @@ class Controller(ControllerServicer):
         return chosen
 
     def _size(self, volume: Volume, credentials: Credentials | None, parameters: Parameters) -> int:
-        """Bytes of the source, once it was seen to be readable; 0 where it is not looked at."""
+        """Check that the source can be read; its size in bytes, 0 if it is not checked."""
         # With a pod's own role, only the pod's token opens the source.
         if not parameters.check_source or (volume.role_arn and credentials is None):
             return 0
@@ -213,12 +217,12 @@ class Controller(ControllerServicer):
             if credentials is not None:
                 raise
             raise type(error)(
-                f"{error} (asked with the controller's own credentials: the StorageClass names no "
-                'csi.storage.k8s.io/provisioner-secret-name; checkSource: "false" does not ask)'
+                f"{error} (checked with the controller's own credentials: the StorageClass has no "
+                'csi.storage.k8s.io/provisioner-secret-name; checkSource: "false" skips the check)'
             ) from error
 
     def _soon(self, volume: Volume, credentials: Credentials | None) -> Survey:
-        """Look at a source. Raises SourceError, also when it takes long."""
+        """Check a source. Raises SourceError, also after the time limit."""
         found: Future[Survey] = Future()
 
         def look() -> None:
@@ -237,7 +241,7 @@ class Controller(ControllerServicer):
 
 
 def _checked_flags(capabilities: Iterable[csi_pb2.VolumeCapability]) -> list[str]:
-    """The mount flags of capabilities, all of which we have."""
+    """The mount flags of capabilities; raises if one is not supported."""
     given = list(capabilities)
     if not given:
         raise InvalidArgumentError("volume_capabilities is missing")
@@ -249,7 +253,7 @@ def _checked_flags(capabilities: Iterable[csi_pb2.VolumeCapability]) -> list[str
 
 
 def _range(asked: csi_pb2.CapacityRange) -> tuple[int, int]:
-    """At least and at most how many bytes; 0 for no limit."""
+    """The minimum and maximum size in bytes; 0 for no limit."""
     required, limit = asked.required_bytes, asked.limit_bytes
     if required < 0 or limit < 0 or (limit and required > limit):
         raise RpcError(
@@ -262,7 +266,7 @@ def _range(asked: csi_pb2.CapacityRange) -> tuple[int, int]:
 def _check_same(
     record: ProvisionedVolume, name: str, parameters: Parameters, required: int, limit: int
 ) -> None:
-    """Refuse to answer with a volume that is not what was asked for."""
+    """Raises RpcError if an existing volume differs from the request."""
     if record.name != name or record.parameters != parameters.own:
         raise RpcError(
             StatusCode.ALREADY_EXISTS, f"{name}: this volume was made with other parameters"
@@ -282,7 +286,7 @@ def _check_context(
         ("parameters", request.parameters, record.parameters),
     ):
         if given and own_attributes(given) != known:
-            raise InvalidArgumentError(f"{what} is not that of the volume")
+            raise InvalidArgumentError(f"{what} differs from the volume's")
     if request.mutable_parameters:
         raise InvalidArgumentError("lazyfs volumes have no mutable parameters")
 

@@ -1,4 +1,4 @@
-"""One daemon, and who uses it."""
+"""One daemon and its users."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from lazyfs.process.mount_spec import MountSpec
 from lazyfs.process.supervisor import Supervisor
 from lazyfs.store.credentials import Credentials, StaticCredentials, WebIdentity
 
-# That another call may take with it: a start, or the end with what is still to be saved.
+# Time for another call to start the daemon or to end it, with its last writes.
 LOCK_TIMEOUT_S = 120.0
 
 
 class Daemon:
-    """One daemon and those who use it.
+    """One daemon and its users.
 
     Attributes:
-        name: of its own.
+        name: the daemon's own name.
         mountpoint: where it mounts.
-        spec: what it serves; without the credentials where the keeper has lost them.
-        needs_credentials: it was given some once.
+        spec: what it serves; without credentials if the keeper has lost them.
+        needs_credentials: it was started with given credentials.
         users: the paths that are bind mounts of it.
-        retired: its last user left: it is ending.
-        refusal: why it could not be started when that was tried last.
-        start: the one that is under way, or was.
-        was_ready: its mount has been there; a pod may use it.
+        retired: its last user left, and it is ending.
+        refusal: why the last attempt to start it failed.
+        start: the present or last start.
+        was_ready: its mount existed once, so a pod may use it.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class Daemon:
 
     @property
     def supervisor(self) -> Supervisor | None:
-        """Looks after its worker, as long as there is a mount."""
+        """The supervisor of its worker, as long as there is a mount."""
         supervisor = self._supervisor
         return None if supervisor is None or supervisor.ended else supervisor
 
-    # The mount may end at any moment, from another thread. So `supervisor` is read once in each of
-    # the following.
+    # Another thread may end the mount at any moment. So each of the following reads `supervisor`
+    # only once.
 
     @property
     def device(self) -> str | None:
@@ -77,16 +77,16 @@ class Daemon:
         return supervisor.trouble
 
     def status(self) -> dict[str, Any]:
-        """What its worker says of itself. Raises LazyfsError when it says nothing."""
+        """The status of its worker. Raises LazyfsError if the worker does not answer."""
         supervisor = self.supervisor
         if supervisor is None:
             raise MountError(f"{self.spec.source}: {self.trouble}")
         return supervisor.status()
 
     def serves(self, volume: Volume, credentials: Credentials | None) -> bool:
-        """Whether it is what a volume with these credentials needs."""
+        """Whether it can serve a volume with these credentials."""
         if self.needs_credentials and self.spec.credentials is None:
-            return False  # whose they were is not known
+            return False  # the owner of its credentials is not known
         return self.is_of(volume) and _same(self.spec.credentials, credentials)
 
     def is_of(self, volume: Volume) -> bool:
@@ -95,10 +95,10 @@ class Daemon:
 
     @contextmanager
     def locked(self, timeout_s: float) -> Iterator[None]:
-        """Be the only one that starts it, ends it or changes its credentials.
+        """Hold the right to start it, end it or change its credentials.
 
         Raises:
-            RpcError: somebody else is at it for longer than the timeout.
+            RpcError: another call holds the right for longer than the timeout.
         """
         if not self._lock.acquire(timeout=timeout_s):
             raise RpcError(
@@ -113,7 +113,7 @@ class Daemon:
         """Have its log name these volumes.
 
         Raises:
-            LazyfsError, KeeperError: it cannot be told now. A worker that comes later knows.
+            LazyfsError, KeeperError: the present worker cannot be told. Later workers know.
         """
         with self.locked(LOCK_TIMEOUT_S):
             self.spec = replace(self.spec, volume=volume)
@@ -122,14 +122,14 @@ class Daemon:
                 supervisor.name_volumes(volume)
 
     def adopt(self, supervisor: Supervisor) -> None:
-        """It is mounted."""
+        """Record that it is mounted."""
         self._supervisor = supervisor
         self.refusal = None
         self.was_ready = True
 
 
 def _same(ours: Credentials | None, theirs: Credentials | None) -> bool:
-    """Whether credentials are of the same identity: equal, or tokens of one service account."""
+    """Whether credentials have the same identity: equal, or tokens of one service account."""
     if isinstance(ours, WebIdentity) and isinstance(theirs, WebIdentity):
         return (ours.role_arn, ours.session_name) == (theirs.role_arn, theirs.session_name)
     if isinstance(ours, StaticCredentials) and isinstance(theirs, StaticCredentials):

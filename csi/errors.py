@@ -1,4 +1,4 @@
-"""Errors of RPCs, and the only map from the project's errors to gRPC codes.
+"""Errors of RPCs, and the only mapping from lazyfs errors to gRPC codes.
 
 Codes as in the specification's table of general errors and those of each RPC
 (https://github.com/container-storage-interface/spec/blob/v1.12.0/spec.md#error-scheme).
@@ -16,11 +16,11 @@ from lazyfs.handover.keeper import KeeperError
 
 
 class RpcError(LazyfsError):
-    """An RPC ends with this code and message.
+    """Ends an RPC with a code and a message.
 
     Args:
-        code: of the specification's tables.
-        message: one line for a person: what, of which volume or field, and what to do.
+        code: one of the specification's tables.
+        message: one line: what is wrong, with which volume or field, and what to do.
     """
 
     def __init__(self, code: StatusCode, message: str) -> None:
@@ -31,8 +31,8 @@ class RpcError(LazyfsError):
 class InvalidArgumentError(RpcError):
     """A field of the request is missing or not allowed.
 
-    csi-provisioner 6 asks again only after five minutes (sig-storage-lib-external-provisioner,
-    isInfeasibleError), so this is not for what a user can mend in a claim or a Secret.
+    csi-provisioner 6 retries only after five minutes (sig-storage-lib-external-provisioner,
+    isInfeasibleError), so do not use it for errors that a user can correct in a claim or a Secret.
     """
 
     def __init__(self, message: str) -> None:
@@ -40,18 +40,18 @@ class InvalidArgumentError(RpcError):
 
 
 class MendableError(RpcError):
-    """What the request refers to, a claim's annotation or a Secret, is not as it must be.
+    """The annotation or the Secret that a request refers to is wrong.
 
-    csi-provisioner asks again when the claim changes, and after pauses that grow from a second.
+    csi-provisioner retries when the claim changes, and after pauses that grow from a second.
     """
 
     def __init__(self, message: str) -> None:
         super().__init__(StatusCode.FAILED_PRECONDITION, message)
 
 
-# S3's own id of a request (`told_request`).
+# S3's id of a request (`told_request`).
 _REQUEST_ID = re.compile(r" \(request [^)]*\)")
-# An error that is not here is one of ours: INTERNAL.
+# Any other error is a fault of lazyfs: INTERNAL.
 _CODES: dict[str, StatusCode] = {
     kind.__name__: code
     for kind, code in (
@@ -73,7 +73,7 @@ _CODES: dict[str, StatusCode] = {
 
 
 def code_of(error: LazyfsError | KeeperError) -> StatusCode:
-    """The gRPC code of an error; of a daemon's error that of what the daemon said it was."""
+    """The gRPC code of an error; for a DaemonError, that of the error in the daemon."""
     if isinstance(error, RpcError):
         return error.code
     kind = error.kind if isinstance(error, DaemonError) else type(error).__name__
@@ -81,8 +81,8 @@ def code_of(error: LazyfsError | KeeperError) -> StatusCode:
 
 
 def without_ids(message: str) -> str:
-    """A message without the ids of requests, which the log has.
+    """A message without request ids, which are in the log.
 
-    Kubernetes counts an event that is repeated word for word, and makes a new one of any other.
+    Kubernetes counts repeated events with equal text, and makes a new event for any other text.
     """
     return _REQUEST_ID.sub("", message)

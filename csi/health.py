@@ -1,8 +1,8 @@
-"""What a plugin tells kubelet and Prometheus over HTTP.
+"""The health and metrics of a plugin over HTTP, for kubelet and Prometheus.
 
-/healthz    200: the process answers. For the liveness probe: a restart would help nothing else,
-            and pauses every mount of the node.
-/readyz     200, or 503 and the reason: what Probe says. For the readiness probe.
+/healthz    200 as long as the process answers. For the liveness probe: a restart helps in no
+            other case, and pauses every mount of the node.
+/readyz     200, or 503 and the reason, as Probe. For the readiness probe.
 /metrics    in the Prometheus text format
 """
 
@@ -32,11 +32,11 @@ class HealthServer:
 
     Args:
         address: `HOST:PORT` or `:PORT`.
-        checks: what must hold for the plugin to be ready.
-        mount_metrics: the text of the metrics of all mounts of the plugin.
+        checks: conditions for the plugin to be ready.
+        mount_metrics: the metrics of all mounts of the plugin, as text.
 
     Raises:
-        OptionError: the address is not one, or cannot be listened at.
+        OptionError: the address is invalid, or the server cannot listen on it.
     """
 
     def __init__(
@@ -59,17 +59,17 @@ class HealthServer:
         self.port: int = self._server.server_address[1]
 
     def start(self) -> None:
-        """Answer from now on."""
+        """Start answering."""
         start_watching("answering at --http-address", self._server.serve_forever)
 
     def stop(self) -> None:
-        """Answer no more."""
+        """Stop answering."""
         self._server.shutdown()
         self._server.server_close()
 
 
 class _HttpServer(http.server.ThreadingHTTPServer):
-    """Without a host it listens at all addresses, of IPv6 and IPv4: clusters have either."""
+    """Without a host it listens on all IPv6 and IPv4 addresses, because clusters have either."""
 
     def __init__(self, where: tuple[str, int], handler: type[_Handler]) -> None:
         host, _ = where
@@ -80,7 +80,7 @@ class _HttpServer(http.server.ThreadingHTTPServer):
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        # HTTPServer's own asks DNS for our name, which we do not need and may wait for.
+        # HTTPServer's version asks DNS for our name, which may take long and which we do not need.
         socketserver.TCPServer.server_bind(self)
 
 

@@ -15,7 +15,7 @@ from lazyfs import __version__
 from lazyfs.errors import LazyfsError, OptionError
 from lazyfs.handover.keeper import KeeperError
 
-# Raises LazyfsError or KeeperError when something that the plugin needs is not there.
+# Raises LazyfsError or KeeperError if something that the plugin needs is missing.
 Check = Callable[[], None]
 
 # spec.md, GetPluginInfoResponse.name: a domain name (RFC 1035), of up to 63 characters.
@@ -26,11 +26,11 @@ class Identity(IdentityServicer):
     """Answers for a plugin.
 
     Args:
-        name: of the driver, as in the CSIDriver object.
-        checks: what must hold for the plugin to be ready.
+        name: the driver's, as in the CSIDriver object.
+        checks: conditions for the plugin to be ready.
 
     Raises:
-        OptionError: the name is not one for a driver.
+        OptionError: the name is invalid for a driver.
     """
 
     def __init__(self, name: str, checks: Sequence[Check]) -> None:
@@ -49,7 +49,7 @@ class Identity(IdentityServicer):
     def GetPluginCapabilities(
         self, request: csi_pb2.GetPluginCapabilitiesRequest, context: ServicerContext
     ) -> csi_pb2.GetPluginCapabilitiesResponse:
-        # The node's plugin says so too: it is the driver that has a controller.
+        # The node plugin says so too: the capability is that of the whole driver.
         service = csi_pb2.PluginCapability.Service(
             type=csi_pb2.PluginCapability.Service.CONTROLLER_SERVICE
         )
@@ -60,7 +60,7 @@ class Identity(IdentityServicer):
     def Probe(
         self, request: csi_pb2.ProbeRequest, context: ServicerContext
     ) -> csi_pb2.ProbeResponse:
-        """FAILED_PRECONDITION with the reason when something is not there."""
+        """FAILED_PRECONDITION with the reason if something is missing."""
         for check in self._checks:
             try:
                 check()

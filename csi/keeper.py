@@ -1,7 +1,7 @@
 """The keeper of a node, as a program: `python -m csi.keeper SOCKET`.
 
-It is not restarted when the rest of the driver is upgraded, so it is as small as can be: the
-standard library, and what `lazyfs/handover/keeper.py` does.
+It is not restarted when the rest of the driver is upgraded, so it is as small as possible: the
+standard library and `lazyfs/handover/keeper.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lazyfs.process.privileges import leave_no_core_dump, protect_from_oom
 def main(socket: Path) -> int:
     """Keep descriptors until SIGTERM or SIGINT; the exit code."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        # As the first process of a container it is not ended by signals that nobody handles.
+        # The first process of a container is not ended by signals without a handler.
         signal.signal(number, lambda *_: os._exit(0))
     protect_from_oom()
     leave_no_core_dump()

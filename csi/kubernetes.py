@@ -1,7 +1,7 @@
-"""The Kubernetes API, as far as the controller needs it: one object at a time, as JSON.
+"""A client for the part of the Kubernetes API that the controller needs.
 
-With the pod's own service account and urllib3, which botocore brings: a client library of
-Kubernetes is larger than all of lazyfs.
+It uses the pod's own service account and urllib3, which botocore depends on: a full client library
+for Kubernetes is larger than all of lazyfs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from csi.errors import RpcError
 # (https://kubernetes.io/docs/tasks/run-application/access-api-from-pod/).
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 TIMEOUT = urllib3.Timeout(connect=3.0, read=10.0)
-# Asking again is safe: objects are created under names of their own, of which there is only one.
+# Retries are safe: objects are created under unique names.
 RETRIES = urllib3.Retry(
     total=3,
     backoff_factor=0.1,
@@ -37,11 +37,11 @@ Json = dict[str, Any]
 
 
 class ApiServer:
-    """A connection to the API server. Safe to use from several threads.
+    """A connection to the API server. Thread-safe.
 
     Args:
         url: such as `https://10.0.0.1:443`.
-        account: directory with `token`, `namespace` and `ca.crt`, as kubelet makes it. The token is
+        account: directory with `token`, `namespace` and `ca.crt`, made by kubelet. The token is
             read again for every request, because kubelet renews it.
     """
 
@@ -60,7 +60,7 @@ class ApiServer:
     def of_this_pod(
         cls, environment: Mapping[str, str] = os.environ, account: Path = SERVICE_ACCOUNT
     ) -> ApiServer | None:
-        """The cluster that this process is a pod of; None if it is not in one."""
+        """The cluster in which this process runs as a pod; None if it does not."""
         host = environment.get("KUBERNETES_SERVICE_HOST")
         port = environment.get("KUBERNETES_SERVICE_PORT", "443")
         if not host or not (account / "token").exists():
@@ -71,7 +71,7 @@ class ApiServer:
         """The annotations of a PersistentVolumeClaim.
 
         Raises:
-            RpcError: there is no such claim, or the API server did not let us see it.
+            RpcError: there is no such claim, or the API server refused.
         """
         claim = self.get(_path(namespace, "persistentvolumeclaims", name))
         if claim is None:
@@ -85,15 +85,15 @@ class ApiServer:
         return self._ask("GET", path, missing=404)
 
     def config_map_path(self, name: str = "") -> str:
-        """Path of a ConfigMap in this pod's namespace, or of all of them."""
+        """Path of one ConfigMap in this pod's namespace, or of all."""
         return _path(self.namespace, "configmaps", name)
 
     def create(self, path: str, manifest: Json) -> bool:
-        """Create an object in a collection; False if there is one of its name. Raises RpcError."""
+        """Create an object in a collection; False if its name exists. Raises RpcError."""
         return self._ask("POST", path, manifest, missing=409) is not None
 
     def delete(self, path: str) -> None:
-        """Delete an object, if it is there. Raises RpcError."""
+        """Delete an object, if it exists. Raises RpcError."""
         self._ask("DELETE", path, missing=404)
 
     def list(self, path: str, labels: str) -> Iterator[Json]:
@@ -141,7 +141,7 @@ def _refused(method: str, path: str, status: int, content: Any) -> RpcError:
     if status in (401, 403):
         return RpcError(
             StatusCode.PERMISSION_DENIED,
-            f"{what}; see what docs/CSI.md says of the controller's role",
+            f"{what}; docs/CSI.md lists the permissions that the controller needs",
         )
     return RpcError(
         StatusCode.UNAVAILABLE if status >= 500 or status == 429 else StatusCode.INTERNAL, what

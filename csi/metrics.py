@@ -1,4 +1,4 @@
-"""The metrics of all mounts of a node plugin, for Prometheus: its workers are asked for theirs."""
+"""The metrics of all mounts of a node plugin, for Prometheus, collected from its workers."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from lazyfs.observe.exposition import exposition
 from lazyfs.observe.metrics import Values
 from lazyfs.process.mount_records import control_socket
 
-# A node has few daemons; a worker answers in milliseconds, or is stopped and does not at all.
+# A node has few daemons. A worker answers in milliseconds, or is stopped and does not answer.
 ASKED_AT_ONCE = 16
-# Prometheus itself waits for 10 s in all, for the answer of the others too.
+# Prometheus waits 10 s for the answers of all workers together.
 TIMEOUT_S = 3.0
 
 
 def mount_metrics(attachments: Attachments) -> str:
-    """The text of all of them; the label `volume` has the ids of the volumes that a mount serves.
+    """The metrics of all mounts, as text; the label `volume` has the ids of a mount's volumes.
 
-    Of a mount whose worker does not answer, `lazyfs_up` is 0, and only who uses it is known.
+    If the worker of a mount does not answer, its `lazyfs_up` is 0, and only its users are known.
     """
     served = attachments.served()
     with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
@@ -33,10 +33,10 @@ def mount_metrics(attachments: Attachments) -> str:
 
 
 def _pods(served: Served) -> Values:
-    """Who uses the mount: to be joined with the others by `volume`, of which several pods have one.
+    """The pods that use a mount, for joins with other metrics on `volume`.
 
-    A sample for each, as of `kube_pod_info`, instead of labels on every metric, which would change
-    as pods come and go.
+    One sample for each pod, as in `kube_pod_info`, instead of labels on every metric, which would
+    change as pods start and end.
     """
     pods = sorted(served.pods)
     return {

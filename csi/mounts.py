@@ -1,9 +1,8 @@
-"""Bind mounts of a volume at the paths that the node was asked for, and paths that are safe to use.
+"""Bind mounts of a volume at requested paths, and checks of these paths.
 
-Nothing here asks the mounted filesystem anything: its daemon may be down, and then whoever asks
-waits. What is mounted where is read from `/proc/self/mountinfo`. Nothing here deletes a file
-either: a path is unmounted, and then an empty directory is removed by rmdir(2), which cannot do
-more.
+Nothing here accesses the mounted filesystem: its daemon may be down, and then the access would
+wait. `/proc/self/mountinfo` says what is mounted where. Nothing here deletes a file either: a path
+is unmounted, and then rmdir(2) removes the directory if it is empty.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from lazyfs.fuse import mount_syscalls
 
 # linux/mount.h
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND = 1, 2, 4, 8, 32, 4096
-# A model is data. What a bind mount of a volume is like, whatever was asked for.
+# A model is data. Every bind mount of a volume has these flags, whatever was requested.
 FLAGS = _MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
-# Of all architectures since Linux 5.12 (asm-generic/unistd.h), which the C library may not have.
+# On all architectures since Linux 5.12 (asm-generic/unistd.h); the C library may lack it.
 _OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
 # linux/mount.h, linux/fcntl.h
 _OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 1, 4
@@ -31,7 +30,7 @@ _AT_FDCWD, _AT_EMPTY_PATH = -100, 0x1000
 _ATTRIBUTES = 1 | 2 | 4 | 8  # MOUNT_ATTR_RDONLY, _NOSUID, _NODEV, _NOEXEC
 # limits.h: PATH_MAX, with its ending zero byte.
 LONGEST_PATH_BYTES = 4095
-# More mounts at one path than anybody makes by mistake.
+# More mounts at one path than are made by mistake.
 _MOST_LAYERS = 32
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -71,22 +70,22 @@ def is_mountpoint(path: Path) -> bool:
 
 
 def shows(path: Path, device: str) -> bool:
-    """Whether what is mounted there last is the filesystem of that device number."""
+    """Whether the topmost mount there is the filesystem of that device number."""
     entry = mount_syscalls.find_mount(path)
     return entry is not None and entry.device == device
 
 
 def bind(source: Path, target: Path, device: str) -> None:
-    """Mount at `target`, read-only, what is mounted at `source`; nothing is done if it is there.
+    """Bind-mount `source` at `target`, read-only; does nothing if it is mounted there already.
 
-    What is there of another filesystem of ours, a mount whose daemon is gone, is taken away first.
+    A dead lazyfs mount at `target` is unmounted first.
 
     Args:
-        target: made if it is missing; its parent must be there.
-        device: of the filesystem at `source`: anything else that turns up there is refused.
+        target: created if it is missing; its parent must exist.
+        device: of the filesystem at `source`; another filesystem there is refused.
 
     Raises:
-        MountError: it is not possible; then nothing is left mounted that was not before.
+        MountError: it is not possible; then no new mount is left.
     """
     if shows(target, device):
         return
@@ -98,7 +97,7 @@ def bind(source: Path, target: Path, device: str) -> None:
     try:
         target.mkdir(mode=0o750, exist_ok=True)
         if not stat.S_ISDIR(target.lstat().st_mode):
-            raise MountError(f"{target}: is there and is not a directory")
+            raise MountError(f"{target}: exists and is not a directory")
     except OSError as error:
         raise MountError(f"{target}: cannot be made: {error.strerror}") from error
     is_guarded = _bind_guarded(source, target)
@@ -115,9 +114,9 @@ def bind(source: Path, target: Path, device: str) -> None:
 
 
 def unbind(target: Path) -> None:
-    """Unmount what is of ours at `target`, even if it is in use, and leave the directory.
+    """Unmount lazyfs mounts at `target`, even if they are in use, and leave the directory.
 
-    What somebody else has mounted there stays, and what is below it.
+    Other filesystems mounted there stay, and everything below them.
 
     Raises:
         MountError: it is not possible.
@@ -134,7 +133,7 @@ def unbind(target: Path) -> None:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove an empty directory where nothing is mounted; nothing is done if it is not there.
+    """Remove an empty directory where nothing is mounted; does nothing if it does not exist.
 
     Raises:
         MountError: it is not empty, or something is mounted there.
@@ -150,10 +149,10 @@ def remove_directory(path: Path) -> None:
 
 
 def _bind_guarded(source: Path, target: Path) -> bool:
-    """Bind-mount with all flags from the first moment; False where the kernel is older than 5.12.
+    """Bind-mount with all flags from the start; False if the kernel is older than 5.12.
 
-    Mount propagation copies a mount as it is when it is attached. What a remount changes later
-    stays in this mount namespace: the node, and the pods on it, would see the mount without it.
+    Mount propagation copies a mount as it is when it is attached. Changes by a later remount stay
+    in this mount namespace: the node and its pods would see the mount without them.
     """
     try:
         tree = _syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(source), _OPEN_TREE_CLONE | os.O_CLOEXEC)

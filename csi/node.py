@@ -1,7 +1,7 @@
-"""The Node service: volumes put at paths of this node, and what is to be said of them.
+"""The Node service: mounts volumes at paths of this node and reports their state.
 
-Each RPC reads: validate, lock the volume, act, answer. Every one can be called again, at any time
-and after any failure.
+Each RPC validates, locks the volume, acts and answers. Every RPC can be repeated, at any time and
+after any failure.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ log = logging.getLogger(__name__)
 # Attributes that kubelet adds (podInfoOnMount of the CSIDriver object).
 EPHEMERAL = "csi.storage.k8s.io/ephemeral"
 POD_NAME, POD_NAMESPACE = "csi.storage.k8s.io/pod.name", "csi.storage.k8s.io/pod.namespace"
-# kubelet gives a call two minutes; without a deadline as long.
+# kubelet gives a call two minutes; calls without a deadline get the same.
 TIMEOUT_S = 115.0
-# Of a deadline, for what is to be undone, and for the answer.
+# Part of a deadline that is left for undoing things and for the answer.
 RESERVE_S = 3.0
 POLL_S = 0.2
-# When nothing was under way for so long, as much is here as there is room for.
+# If no request was in flight for so long, there is no room for more.
 REST_S = 3.0
 
 _Rpc = csi_pb2.NodeServiceCapability.RPC
 
 
 class Node(NodeServicer):
-    """Answers for one node.
+    """The Node service of one node.
 
     Args:
         node_id: the name of the node.
         rules: what volumes may set.
-        attachments: what is where.
-        inline_node_role: whether an inline volume, which anybody who makes pods can write, may be
-            read with the plugin's own credentials.
+        attachments: the volumes and their paths.
+        inline_node_role: whether an inline volume, which anyone who may create pods can write, may
+            be read with the plugin's own credentials.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class Node(NodeServicer):
     def NodeStageVolume(
         self, request: csi_pb2.NodeStageVolumeRequest, context: ServicerContext
     ) -> csi_pb2.NodeStageVolumeResponse:
-        """Start the daemon of a volume with a node-stage secret; only remember any other one.
+        """Start the daemon of a volume with a node-stage secret; only record other volumes.
 
         Without such a secret the credentials come with a pod (its token, a node-publish secret) or
-        are the node's own, so that the daemon starts when the volume is published.
+        are the node's own, so the daemon starts when the volume is published.
         """
         until = _deadline(context)
         check_text("volume_id", request.volume_id)
@@ -92,7 +92,7 @@ class Node(NodeServicer):
     def NodeUnstageVolume(
         self, request: csi_pb2.NodeUnstageVolumeRequest, context: ServicerContext
     ) -> csi_pb2.NodeUnstageVolumeResponse:
-        """Forget that a volume is staged; its daemon ends if no other path needs it."""
+        """Remove the record that a volume is staged; its daemon ends if no other path needs it."""
         check_text("volume_id", request.volume_id)
         path = safe_path("staging_target_path", request.staging_target_path)
         with self._attachments.locks.held(request.volume_id):
@@ -102,7 +102,7 @@ class Node(NodeServicer):
     def NodePublishVolume(
         self, request: csi_pb2.NodePublishVolumeRequest, context: ServicerContext
     ) -> csi_pb2.NodePublishVolumeResponse:
-        """Bind-mount a volume, read-only, where a pod finds it; called again, renew its token."""
+        """Bind-mount a volume read-only at a pod's path; repeated calls renew its token."""
         until = _deadline(context)
         check_text("volume_id", request.volume_id)
         target = safe_path("target_path", request.target_path)
@@ -131,7 +131,7 @@ class Node(NodeServicer):
     def NodeUnpublishVolume(
         self, request: csi_pb2.NodeUnpublishVolumeRequest, context: ServicerContext
     ) -> csi_pb2.NodeUnpublishVolumeResponse:
-        """Unmount a volume from a pod's path and remove that, even if its daemon is dead."""
+        """Unmount a volume from a pod's path and remove the path, even if its daemon is dead."""
         check_text("volume_id", request.volume_id)
         target = safe_path("target_path", request.target_path)
         with self._attachments.locks.held(request.volume_id):
@@ -141,9 +141,10 @@ class Node(NodeServicer):
     def NodeGetVolumeStats(
         self, request: csi_pb2.NodeGetVolumeStatsRequest, context: ServicerContext
     ) -> csi_pb2.NodeGetVolumeStatsResponse:
-        """The size of the model, how much of it is on this node, and what is wrong, if anything.
+        """The size of the model, how much of it is on this node, and the condition.
 
-        Nothing can fill up: all bytes and files are `available`; `used` bytes are on this node.
+        A read-only volume cannot fill up: all bytes and files are `available`; `used` bytes are on
+        this node.
         """
         check_text("volume_id", request.volume_id)
         path, place = self._place(request.volume_id, request.volume_path)
@@ -186,7 +187,7 @@ class Node(NodeServicer):
         return _with_group(volume, capability.mount.volume_mount_group)
 
     def _staged(self, volume_id: str, staging_target_path: str) -> Daemon | None:
-        """The daemon of a volume that was staged; None if its daemons come with the pods.
+        """The daemon of a staged volume; None if its daemons start with the pods.
 
         Raises:
             RpcError: it is not staged there.
@@ -202,10 +203,10 @@ class Node(NodeServicer):
         return daemon
 
     def _place(self, volume_id: str, volume_path: str) -> tuple[Path, Place]:
-        """Where a volume is said to be.
+        """The place of a volume at a path.
 
         Raises:
-            RpcError: it is not there, as nothing is at a path that is none.
+            RpcError: it is not there, or the path is invalid.
         """
         if not volume_path:
             raise InvalidArgumentError("volume_path is missing")
@@ -244,23 +245,23 @@ class Node(NodeServicer):
 
 
 def _deadline(context: ServicerContext) -> float:
-    """When an RPC must have done what it does, by the monotonic clock."""
+    """When an RPC must be done, by the monotonic clock."""
     remaining_s = context.time_remaining()
     limit_s = TIMEOUT_S if remaining_s is None else min(TIMEOUT_S, remaining_s - RESERVE_S)
     return time.monotonic() + max(limit_s, 0.0)
 
 
 def _patience_s(context: ServicerContext, until: float) -> float:
-    """How long an RPC waits for a daemon; kubelet, which sets a deadline, is told early."""
+    """How long an RPC waits for a daemon; kubelet, which sets a deadline, gets an early answer."""
     remaining_s = until - time.monotonic()
     return remaining_s if context.time_remaining() is None else min(PATIENCE_S, remaining_s)
 
 
 def _digest(attributes: Mapping[str, str], capability: csi_pb2.VolumeCapability) -> str:
-    """What a call says that a volume is to be.
+    """A digest of the volume that a call describes.
 
-    The driver's own defaults are not in it: after an upgrade that changed them, the calls that
-    kubelet repeats are still for the same volume.
+    It does not include the driver's defaults: after an upgrade that changed them, kubelet's
+    repeated calls still describe the same volume.
     """
     mount = capability.mount
     asked = [
@@ -272,9 +273,9 @@ def _digest(attributes: Mapping[str, str], capability: csi_pb2.VolumeCapability)
 
 
 def _with_group(volume: Volume, group: str) -> Volume:
-    """The volume for pods of a group (fsGroup), where a group makes a difference.
+    """The volume for pods of a group (fsGroup), if the group makes a difference.
 
-    Files that everybody can read need none; with one, pods of two groups could not share a daemon.
+    World-readable files need no group; with one, pods of two groups could not share a daemon.
     """
     if not group:
         return volume
@@ -287,17 +288,17 @@ def _with_group(volume: Volume, group: str) -> Volume:
 
 
 def _wait_for(volume: Volume, daemon: Daemon, until: float) -> None:
-    """Wait until the headers or the model is here, if the volume says so.
+    """Wait until the headers or the model are here, if the volume has `waitFor`.
 
-    What there is no room for before it is read is not waited for.
+    Blocks that have no room before others are read are not waited for.
 
     Raises:
-        RpcError: it is not here yet at the deadline. The volume stays mounted, and goes on.
+        RpcError: they are not here at the deadline. The volume stays mounted and loading continues.
     """
     if volume.wait_for is None:
         return
     busy_at_s = time.monotonic()
-    progress, trouble = "nothing is known of it", ""
+    progress, trouble = "the progress is not known", ""
     while time.monotonic() < until:
         try:
             status = daemon.status()
@@ -312,12 +313,12 @@ def _wait_for(volume: Volume, daemon: Daemon, until: float) -> None:
             trouble = str(error)
             busy_at_s = time.monotonic()
         if time.monotonic() - busy_at_s > REST_S:
-            log.info("%s: waitFor %s: %s, and more would have no room", volume.source,
+            log.info("%s: waitFor %s: %s, and there is no room for more", volume.source,
                      volume.wait_for, progress)  # fmt: skip
             return
         time.sleep(POLL_S)
     log.info("%s: waitFor %s: %s", volume.source, volume.wait_for, progress)
-    # Without figures: an event that differs each time is another event.
+    # Without figures, so that Kubernetes counts equal events.
     why = f": {trouble}" if trouble else "; it is being loaded"
     raise RpcError(
         StatusCode.DEADLINE_EXCEEDED,

@@ -1,14 +1,14 @@
-"""The parameters of a StorageClass, made into the attributes of one volume.
+"""Turns the parameters of a StorageClass into the attributes of one volume.
 
-Pure. Parameters are the attributes that its volumes are to have (`csi/volumes.py`), with templates
-in what names the source:
+Pure. Parameters are the attributes of its volumes (`csi/volumes.py`), with templates in the names
+of the source:
 
     ${pvc.name} ${pvc.namespace} ${pv.name}     of the claim, and of the volume made for it
 
-and two that are not handed on:
+and two that are not passed on:
 
-    allowedPrefixes   s3://BUCKET/PREFIX, several by commas: where a claim may choose its source by
-                      the annotation `<driver>/source`
+    allowedPrefixes   s3://BUCKET/PREFIX, separated by commas: a claim may choose a source below
+                      them by the annotation `<driver>/source`
     checkSource       false: do not ask S3 before the volume is made (the controller cannot reach
                       or read what the nodes can)
 """
@@ -25,7 +25,7 @@ from lazyfs.errors import OptionError
 from lazyfs.options.option_types import Flag
 from lazyfs.store.url import SourceUrl
 
-# What external-provisioner adds with --extra-create-metadata.
+# Parameters that external-provisioner adds with --extra-create-metadata.
 _METADATA = {
     "pvc.name": "csi.storage.k8s.io/pvc/name",
     "pvc.namespace": "csi.storage.k8s.io/pvc/namespace",
@@ -34,18 +34,18 @@ _METADATA = {
 _TEMPLATED = ("source", "bucket", "bucketName", "prefix")
 _OF_THE_CONTROLLER = ("allowedPrefixes", "checkSource")
 _TEMPLATE = re.compile(r"\$\{([^}]*)\}")
-# Names of Kubernetes objects; what else could be in there would be a way out of the prefix.
+# Names of Kubernetes objects; other characters could lead out of the prefix.
 _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """What a StorageClass says, and for which claim.
+    """The parameters of a StorageClass, and the claim they are used for.
 
     Attributes:
-        own: what the StorageClass has, templates as they are.
+        own: the StorageClass's attributes, with templates.
         names: of the claim and its volume, by template (`pvc.name`).
-        allowed_prefixes: where claims may choose; empty: they may not.
+        allowed_prefixes: where claims may choose a source; empty: they may not choose.
         check_source: whether S3 is asked before the volume is made.
     """
 
@@ -56,7 +56,7 @@ class Parameters:
 
     @classmethod
     def read(cls, parameters: Mapping[str, str]) -> Parameters:
-        """Of a CreateVolume request. Raises InvalidArgumentError."""
+        """Parse those of a CreateVolume request. Raises InvalidArgumentError."""
         own = own_attributes(parameters)
         check_size("parameters", own)
         return cls(
@@ -77,17 +77,17 @@ class Parameters:
 
     @property
     def names_a_source(self) -> bool:
-        """Whether the StorageClass says where volumes are."""
+        """Whether the StorageClass names a source."""
         return any(self.own.get(key) for key in _TEMPLATED)
 
     def attributes(self, chosen: str | None) -> dict[str, str]:
-        """What the volume is to have.
+        """The attributes of the volume.
 
         Args:
-            chosen: the source that the claim asks for by its annotation, if it does.
+            chosen: the source that the claim's annotation requests, if any.
 
         Raises:
-            MendableError: it may not have that one.
+            MendableError: the claim may not use that source.
             InvalidArgumentError: a template has no value.
         """
         attributes = {
@@ -108,7 +108,7 @@ class Parameters:
             if url.bucket == allowed.bucket and url.prefix.startswith(allowed.prefix):
                 return url
         raise MendableError(
-            f"the claim's annotation: {chosen!r} is not allowed: the StorageClass allows what is "
+            f"the claim's annotation: {chosen!r} is not allowed: the StorageClass allows sources "
             f"below {', '.join(map(str, self.allowed_prefixes))} (allowedPrefixes)"
         )
 
@@ -129,7 +129,7 @@ class Parameters:
                 "--extra-create-metadata"
             )
         if not _NAME.fullmatch(text):
-            raise InvalidArgumentError(f"{_METADATA[name]}: {text!r} is not a name of Kubernetes")
+            raise InvalidArgumentError(f"{_METADATA[name]}: {text!r} is not a Kubernetes name")
         return text
 
 

@@ -1,14 +1,13 @@
-"""What the controller remembers: one record for each volume that it made, and nothing else.
+"""The controller's records, one for each volume that it made.
 
-A volume of lazyfs is only a name for something that lies in S3, which lazyfs cannot write to. But
-CreateVolume must give the same answer to the same question and refuse another one with the same
-name, after a restart and from any replica; and volumes can be listed. So there is a record, written
-before CreateVolume answers and removed by DeleteVolume. Where: in a cluster a ConfigMap in the
-driver's namespace, elsewhere a file. Both are created only if there is none of the name, by the API
-server and by link(2), so that of two replicas at the same time one makes the volume and the other
-one finds it.
+A lazyfs volume is only a name for data in S3, which lazyfs cannot write. But CreateVolume must
+answer equal requests alike and refuse a different one of the same name, after a restart and from
+any replica; and volumes can be listed. So CreateVolume writes a record before it answers, and
+DeleteVolume removes it. In a cluster a record is a ConfigMap in the driver's namespace, elsewhere a
+file. Both are created only if the name is free, by the API server and by link(2), so that of two
+replicas at the same time one makes the volume and the other finds it.
 
-Nothing but the controller reads records: mounts go on and volumes can be deleted without them.
+Only the controller reads records: mounts continue and volumes can be deleted without them.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ class ProvisionedVolume:
     """A volume that was made.
 
     Attributes:
-        name: that CreateVolume was asked for.
+        name: the name in CreateVolume's request.
         volume_id: follows from the name.
-        capacity_bytes: that was answered.
-        parameters: that CreateVolume was asked with, without what Kubernetes adds.
-        attributes: that were answered, the volume context.
+        capacity_bytes: the capacity in the answer.
+        parameters: the request's, without those that Kubernetes adds.
+        attributes: the volume context in the answer.
     """
 
     name: str
@@ -57,32 +56,32 @@ class ProvisionedVolume:
 
     @classmethod
     def from_text(cls, text: str) -> ProvisionedVolume:
-        """What `to_text` made, by this version or another."""
+        """Parse the output of `to_text`, of this version or another."""
         fields = json.loads(text)
         return cls(**{name: fields[name] for name in cls.__dataclass_fields__})
 
 
 class Records(Protocol):
-    """Where records are kept; safe to use from several threads and replicas."""
+    """A store of records; safe for several threads and replicas."""
 
     def find(self, volume_id: str) -> ProvisionedVolume | None:
         """The record of a volume, if there is one."""
 
     def add(self, record: ProvisionedVolume) -> bool:
-        """Keep a record; False if there is one of that volume already."""
+        """Store a record; False if the volume has one already."""
 
     def remove(self, volume_id: str) -> None:
-        """Forget a volume, if it is known."""
+        """Remove the record of a volume, if there is one."""
 
     def all(self) -> Iterator[ProvisionedVolume]:
-        """All records, in no order."""
+        """All records, in any order."""
 
 
 class DirectoryRecords:
     """Records as files of a directory.
 
     Args:
-        directory: is made if it is not there.
+        directory: created if it does not exist.
 
     Raises:
         OptionError: it cannot be used.
@@ -148,8 +147,8 @@ class ConfigMapRecords:
     """Records as ConfigMaps of the driver's namespace.
 
     Args:
-        server: where.
-        driver_name: is in a label, so that two drivers can share a namespace.
+        server: the API server.
+        driver_name: used in a label, so that two drivers can share a namespace.
     """
 
     def __init__(self, server: ApiServer, driver_name: str) -> None:

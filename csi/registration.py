@@ -1,9 +1,9 @@
-"""The node plugin makes itself known to kubelet, without a sidecar.
+"""Registers the node plugin with kubelet, without a sidecar.
 
 kubelet connects to every socket in its directory `plugins_registry`, when the socket appears and
 when kubelet itself starts. It asks who the plugin is (GetInfo), calls NodeGetInfo at the endpoint
-that it is told, and says what came of it (NotifyRegistrationStatus). When the socket goes, kubelet
-forgets the driver.
+in the answer, and reports the result (NotifyRegistrationStatus). When the socket is removed,
+kubelet forgets the driver.
 https://pkg.go.dev/k8s.io/kubelet/pkg/apis/pluginregistration/v1
 """
 
@@ -25,22 +25,22 @@ from csi.pluginregistration_pb2_grpc import RegistrationServicer
 
 log = logging.getLogger(__name__)
 
-# kubelet takes every 1.x.
+# kubelet accepts every 1.x.
 CSI_VERSION = "1.0.0"
 
 
 def socket_of(directory: Path, driver_name: str) -> Path:
-    """The socket at which a driver registers, named as node-driver-registrar names it."""
+    """The registration socket of a driver, named as node-driver-registrar names it."""
     return directory / f"{driver_name}-reg.sock"
 
 
 class Registration(RegistrationServicer):
-    """Answers kubelet, and remembers whether it registered the driver.
+    """Answers kubelet, and records whether it registered the driver.
 
     Args:
         driver_name: as in the CSIDriver object.
         endpoint: the plugin's own socket, by its path on the node.
-        socket: the one at which this is answered.
+        socket: the registration socket.
     """
 
     def __init__(self, driver_name: str, endpoint: Path, socket: Path) -> None:
@@ -71,7 +71,9 @@ class Registration(RegistrationServicer):
         """Raises RpcError while kubelet cannot use the driver."""
         trouble = self._trouble
         if not self._socket.exists():
-            trouble = f"{self._socket} was removed: delete this pod, so that the next one makes it"
+            trouble = (
+                f"{self._socket} was removed: delete this pod, so that the next one makes it again"
+            )
         if trouble is not None:
             raise RpcError(
                 StatusCode.FAILED_PRECONDITION,

@@ -1,10 +1,10 @@
 """The gRPC server of a plugin: a unix socket, threads that answer, one log line for each RPC.
 
-Synchronous gRPC, because everything that an RPC does waits for system calls, processes and S3. To
-start processes from here is safe: `subprocess` uses vfork(2) when it is not asked for more, which
-runs none of gRPC's fork handlers, and closes all descriptors but those that are passed.
+It uses synchronous gRPC, because RPCs wait for system calls, processes and S3. Starting processes
+from here is safe: `subprocess` uses vfork(2) by default, which runs none of gRPC's fork handlers,
+and closes all descriptors except those that are passed.
 
-Servicers raise; the code of an error is decided by `csi/errors.py`, here and nowhere else.
+Servicers raise; only this module maps errors to codes, with `csi/errors.py`.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from lazyfs.observe.tracing import Tracer
 
 log = logging.getLogger(__name__)
 
-# An RPC occupies a thread while it waits, for instance for a model (waitFor). Threads are made when
-# they are needed.
+# An RPC occupies a thread while it waits, for instance for a model (waitFor). Threads are created
+# on demand.
 THREADS = 64
-# What runs when the plugin is told to end may finish, within kubelet's own 30 s for a pod.
+# RPCs that run when the plugin is told to end may finish, within kubelet's 30 s for a pod.
 GRACE_S = 20.0
-# A plugin that was told to end, and has not by then, ends where it is: after RPCs have had their
-# grace and workers theirs, and before those 30 s are over.
+# A plugin that was told to end and is still running then is ended: after the grace periods of RPCs
+# and workers, and before those 30 s are over.
 LAST_STEPS_S = 29.0
 # sockaddr_un(7)
 LONGEST_SOCKET_PATH = 107
-# Asked over and over; logged only when they fail.
+# Called again and again; logged only on failure.
 CHATTY = frozenset(
     (
         "Probe",
@@ -66,15 +66,15 @@ RPC_SECONDS = Histogram(
 
 
 class Server:
-    """A gRPC server at a unix socket.
+    """A gRPC server on a unix socket.
 
     Args:
         endpoint: `unix:///path/of.sock`, or the path.
-        services: each puts one servicer into the server, as the generated `add_...` do.
-        option: that the endpoint comes from, for messages.
+        services: each adds one servicer to the server, like the generated `add_...` functions.
+        option: the option with the endpoint, for messages.
 
     Raises:
-        OptionError: the endpoint cannot be listened at.
+        OptionError: the server cannot listen on the endpoint.
     """
 
     def __init__(
@@ -101,12 +101,12 @@ class Server:
             os.umask(mask)
 
     def start(self) -> None:
-        """Answer from now on."""
+        """Start answering."""
         self._server.start()
         log.info("answering at %s", self._path)
 
     def stop(self) -> None:
-        """Take no new RPCs, let those that run finish, within GRACE_S."""
+        """Accept no new RPCs and let running ones finish, within GRACE_S."""
         self._server.stop(GRACE_S).wait()
         if self._tracer is not None:
             self._tracer.finish()
@@ -115,14 +115,14 @@ class Server:
         """Answer until SIGTERM or SIGINT.
 
         Args:
-            beside: servers that start after this one and stop before it.
+            beside: other servers, which start after this one and stop before it.
         """
         with signals_to_end() as wait:
             for server in (self, *beside):
                 server.start()
             wait()
         log.info("ending")
-        # What is stuck is told, and does not keep the next plugin waiting.
+        # A stuck thread is logged, and does not delay the next plugin.
         faulthandler.dump_traceback_later(LAST_STEPS_S, exit=True)
         for server in (*beside, self):
             server.stop()
@@ -131,16 +131,15 @@ class Server:
 class RpcLog(grpc.ServerInterceptor):
     """Logs and measures every RPC, and answers errors with their codes.
 
-    A line has the name of the RPC, its result and how long it took; nothing else of a request, so
-    that no secret can be in it. This line and all others that are written meanwhile have the id of
-    the RPC and its volume.
+    A line has the name of the RPC, its result and its duration, but nothing else of a request, so
+    that it cannot contain secrets. All lines logged during the RPC have its id and volume.
 
     Args:
-        tracer: makes a span of each.
+        tracer: makes a span for each RPC.
     """
 
     def __init__(self, tracer: Tracer | None) -> None:
-        # Numbers of a plugin that is started again are not those of the former.
+        # Distinguishes the numbers of a restarted plugin from those of the former one.
         self._run = secrets.token_hex(2)
         self._tracer = tracer
         self._numbers = itertools.count(1)
@@ -180,7 +179,7 @@ class RpcLog(grpc.ServerInterceptor):
         return response
 
     def _span(self, name: str, about: Mapping[str, str]) -> AbstractContextManager[Any]:
-        """A span of a trace; of None if nobody wants one of this RPC."""
+        """A span of a trace; None for RPCs that are not traced."""
         if self._tracer is None or name in CHATTY:
             return contextlib.nullcontext()
         fields = {f"lazyfs.{key}": text for key, text in about.items()}
@@ -193,7 +192,7 @@ class RpcLog(grpc.ServerInterceptor):
         request: Any,
         context: grpc.ServicerContext,
     ) -> tuple[StatusCode, str, Any]:
-        """Answer, and say so: the code, the message that goes with it, and the answer."""
+        """Run an RPC; returns its code, its message and its answer."""
         began = time.monotonic()
         response: Any = None
         code, message = StatusCode.OK, ""
@@ -204,7 +203,7 @@ class RpcLog(grpc.ServerInterceptor):
         except NotImplementedError:
             code, message = StatusCode.UNIMPLEMENTED, f"this driver has no {name}"
         except Exception as error:
-            # Its text may hold anything; the traceback is for the log alone.
+            # Its text may contain anything, so only the log gets the traceback.
             log.exception("%s: a fault of the plugin", name)
             code = StatusCode.INTERNAL
             message = f"a fault of the plugin ({type(error).__name__}); its log has more"
@@ -223,7 +222,7 @@ def socket_path(endpoint: str, option: str = "--endpoint") -> Path:
     """The path of `unix:///path`, `unix:/path` or a path.
 
     Raises:
-        OptionError: it is something else, or too long.
+        OptionError: it has another form, or is too long.
     """
     path = Path(endpoint.removeprefix("unix://").removeprefix("unix:"))
     if not path.is_absolute():
@@ -235,11 +234,10 @@ def socket_path(endpoint: str, option: str = "--endpoint") -> Path:
 
 @contextlib.contextmanager
 def signals_to_end() -> Iterator[Callable[[], None]]:
-    """A function that waits for SIGTERM or SIGINT, also if one came before it is called.
+    """A function that waits for SIGTERM or SIGINT, even if the signal arrives before the call.
 
     The interpreter's own handler writes to a pipe, in whichever thread the signal arrives. A lock
-    or a queue can miss it: its wait is not ended by a signal that comes just before it begins, or
-    that another thread gets.
+    or a queue can miss a signal that arrives just before the wait begins, or in another thread.
     """
     numbers = (signal.SIGTERM, signal.SIGINT)
     ours, theirs = os.pipe()
@@ -262,13 +260,13 @@ def signals_to_end() -> Iterator[Callable[[], None]]:
 
 
 def _make_room(path: Path, option: str) -> None:
-    """Take away a socket that a former plugin left behind, and nothing else."""
+    """Remove the socket of a former plugin, and nothing else."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             return
         if not stat.S_ISSOCK(path.stat().st_mode):
-            raise OptionError(f"{option}: {path} is there and is not a socket")
+            raise OptionError(f"{option}: {path} exists and is not a socket")
         with socket.socket(socket.AF_UNIX) as probe:
             if probe.connect_ex(str(path)) == 0:
                 raise OptionError(f"{option}: {path}: another plugin answers there")

@@ -1,13 +1,13 @@
-"""What the node plugin remembers on disk: which volume is at which path, served by which daemon.
+"""The node plugin's records on disk: which volume is at which path, and which daemon serves it.
 
-Plain JSON below `--state-dir`, one small file each, replaced as a whole:
+The records are JSON files below `--state-dir`, always replaced as a whole:
 
-    volumes/DIGEST.json   a volume: the paths where it was put
-    daemons/NAME.json     a daemon: what it serves, without credentials
+    volumes/DIGEST.json   a volume and its paths
+    daemons/NAME.json     a daemon and what it serves, without credentials
 
-A record is written before what it describes is done and removed after that is undone: what is left
-by a plugin that was killed half way is found in a record. All of it is of one boot of the machine,
-whose id is in each file: mounts do not outlive a boot, so neither do records.
+A record is written before the action that it describes, and removed after that is undone. So the
+records cover everything that a killed plugin leaves. Each file contains the id of the machine's
+boot: mounts do not outlive a boot, so neither do records.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Place:
     """A path where a volume is.
 
     Attributes:
-        kind: what asked for it: NodeStageVolume, or NodePublishVolume.
-        daemon: the name of the one that serves it; None: a volume that was staged without
+        kind: the RPC that requested it: NodeStageVolume or NodePublishVolume.
+        daemon: the name of the daemon that serves it; None: a volume that was staged without
             credentials, whose daemon starts with a pod.
-        asked: a digest of what the volume was to be when it came here.
-        renewed: when it was mounted anew after its mount was lost, as ISO 8601.
-        namespace, pod: whose path it is, by name, of a target where kubelet says so.
+        asked: a digest of the request.
+        renewed: when it was mounted again after its mount was lost, as ISO 8601.
+        namespace, pod: the names of a target's pod, if kubelet passes them.
     """
 
     kind: Kind
@@ -52,7 +52,7 @@ class Place:
 
     @property
     def is_mounted(self) -> bool:
-        """Whether the volume is mounted at the path; nothing ever is at a staging path."""
+        """Whether the volume is mounted at the path; at a staging path nothing ever is."""
         return self.kind == "target"
 
 
@@ -71,7 +71,7 @@ class DaemonRecord:
     Attributes:
         source: `s3://bucket/prefix`.
         options: texts by option name.
-        needs_credentials: it was given some, which are not on disk.
+        needs_credentials: it was started with given credentials, which are not on disk.
     """
 
     name: str
@@ -81,7 +81,7 @@ class DaemonRecord:
 
 
 class State:
-    """The records below one directory.
+    """The records in one directory.
 
     Raises:
         MountError: the directory cannot be used, or others can write to it.
@@ -103,11 +103,11 @@ class State:
         return _volume(fields) if fields else VolumeRecord(volume_id)
 
     def volumes(self) -> list[VolumeRecord]:
-        """Of all volumes."""
+        """The records of all volumes."""
         return [_volume(fields) for fields in self._read_all(self._volumes)]
 
     def save_volume(self, record: VolumeRecord) -> None:
-        """Write it, or remove it if it has no places. Raises MountError."""
+        """Write a record, or remove it if it has no places. Raises MountError."""
         path = self._volume_path(record.volume_id)
         if record.places:
             self._write(path, asdict(record))
@@ -115,19 +115,19 @@ class State:
             path.unlink(missing_ok=True)
 
     def daemons(self) -> list[DaemonRecord]:
-        """Of all daemons."""
+        """The records of all daemons."""
         return [DaemonRecord(**fields) for fields in self._read_all(self._daemons)]
 
     def save_daemon(self, record: DaemonRecord) -> None:
-        """Write it. Raises MountError."""
+        """Write a record. Raises MountError."""
         self._write(self._daemons / f"{record.name}.json", asdict(record))
 
     def remove_daemon(self, name: str) -> None:
-        """Forget it."""
+        """Remove the record of a daemon."""
         (self._daemons / f"{name}.json").unlink(missing_ok=True)
 
     def _volume_path(self, volume_id: str) -> Path:
-        # An id may be longer than a file name and have any letters.
+        # An id may be longer than a file name and contain any character.
         digest = hashlib.blake2b(volume_id.encode(), digest_size=16).hexdigest()
         return self._volumes / f"{digest}.json"
 
@@ -148,14 +148,16 @@ class State:
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            # Replaced as a whole, so somebody else, or a failing disk, did this.
-            log.error("%s: is not a record (%s); what it was about is cleaned up", path, error)
+            # We replace files as a whole, so another program or a failing disk did this.
+            log.error(
+                "%s: is not a valid record (%s); its volume or daemon is cleaned up", path, error
+            )
         return None
 
     def _write(self, path: Path, fields: dict[str, Any]) -> None:
         content = json.dumps({"boot_id": self._boot_id, **fields}, indent=1)
         try:
-            # Not synced to the disk: after a power failure it is another boot.
+            # No fsync: after a power failure the boot is another one.
             new = path.with_suffix(".new")
             with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
                 file.write(content)

@@ -1,8 +1,8 @@
 """The start of a daemon, which may take longer than the call that wants it.
 
-kubelet shows nothing of a call that waits, and tries a call that failed again after pauses of up to
-two minutes. So a call waits for a start for a few seconds and says what the start waits for, while
-the start goes on: a later call finds the daemon ready as soon as S3 answers.
+kubelet shows no event while a call waits, and retries a failed call after pauses of up to two
+minutes. So a call waits a few seconds for a start and then says what the start is waiting for. The
+start continues, and a later call finds the daemon ready as soon as S3 answers.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from lazyfs.store.credentials import Credentials
 
 log = logging.getLogger(__name__)
 
-# How long a call of kubelet waits: an event should be there within ten seconds.
+# How long a call of kubelet waits: an event should appear within ten seconds.
 PATIENCE_S = 8.0
-# Between attempts of a start that may succeed later.
+# Pauses between attempts of a start that may succeed later.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 15.0
-# The reason of a start that failed is told for so long; what was wrong may be right after that.
+# The reason of a failed start is reported for so long; after that a new start is tried.
 TOLD_FOR_S = 3.0
 
 
 class StillStartingError(RpcError):
-    """A daemon is not ready yet; its start goes on."""
+    """A daemon is not ready yet; its start continues."""
 
     def __init__(self, message: str) -> None:
         super().__init__(StatusCode.UNAVAILABLE, message)
 
 
 class Start:
-    """Starts a daemon in a thread of its own, over and over while waiting may help.
+    """Starts a daemon in its own thread, and retries while waiting may help.
 
     Args:
-        source: of the daemon, for messages.
-        credentials: with which it starts.
+        source: the daemon's, for messages.
+        credentials: the daemon's.
         supervise: makes a supervisor for an attempt.
-        on_ready: called with the supervisor that succeeded, from the thread.
+        on_ready: called from the thread with the supervisor that succeeded.
     """
 
     def __init__(
@@ -66,13 +66,13 @@ class Start:
         # Why the last attempt failed.
         self._why: LazyfsError | KeeperError | None = None
         self._ended_s: float | None = None
-        # Log lines are about what they are about in the call.
+        # Log lines have the same context as in the call.
         context = contextvars.copy_context()
         threading.Thread(target=context.run, args=[self._run], daemon=True).start()
 
     @property
     def is_over(self) -> bool:
-        """Whether it failed, too long ago for the reason to be told."""
+        """Whether it failed too long ago for the reason to be reported."""
         ended_s = self._ended_s
         return ended_s is not None and time.monotonic() - ended_s > TOLD_FOR_S
 
@@ -80,7 +80,7 @@ class Start:
         """Return when the daemon is ready.
 
         Raises:
-            StillStartingError: it is not yet; the message says why, and the start goes on.
+            StillStartingError: it is not ready yet; the message says why, and the start continues.
             LazyfsError, KeeperError: it cannot be started.
         """
         with self._changed:
@@ -94,12 +94,12 @@ class Start:
         if why is None:
             raise StillStartingError(
                 f"{self._source}: is not mounted yet: S3 has not answered, or this node is very "
-                "busy; lazyfs goes on trying"
+                "busy; lazyfs keeps trying"
             )
         raise why if is_final else StillStartingError(str(why))
 
     def give_up(self) -> None:
-        """End it; when this returns, the daemon is ready or nothing of it is left."""
+        """End the start; on return the daemon is ready, or nothing of it is left."""
         with self._changed:
             self._is_given_up = True
             if self._supervisor is not None:
@@ -119,7 +119,7 @@ class Start:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def _attempt(self) -> bool:
-        """Try once; whether all is over, for better or worse."""
+        """Try once; returns whether the start is over, successful or not."""
         try:
             with self._changed:
                 if not self._is_given_up:
@@ -139,9 +139,9 @@ class Start:
         return True
 
     def _has_failed(self, why: LazyfsError | KeeperError) -> bool:
-        """Note why; whether that is final."""
+        """Record the reason; returns whether it is final."""
         with self._changed:
-            self._why = why  # the call that is told it logs it
+            self._why = why  # the call that gets it logs it
             if code_of(why) is not StatusCode.UNAVAILABLE or self._is_given_up:
                 self._ended_s = time.monotonic()
             self._changed.notify_all()

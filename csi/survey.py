@@ -1,6 +1,6 @@
-"""Whether a source can be read, and how large it is.
+"""Checks whether a source can be read, and how large it is.
 
-Asked before a volume of it is promised, and before the keys of a daemon are replaced.
+Used before a volume is made, and before the keys of a daemon are replaced.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from lazyfs.store.url import SourceUrl
 
 log = logging.getLogger(__name__)
 
-# A page has up to 1,000 objects. external-provisioner waits for 10 s (--timeout), then asks again.
+# A page has up to 1,000 objects. external-provisioner waits 10 s (--timeout), then retries.
 MOST_PAGES = 100
 LONGEST_S = 6.0
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What is below a source.
+    """The size of a source.
 
     Attributes:
         size_bytes: of all files that a mount would show.
-        complete: whether all were counted; a huge prefix is not listed to its end.
+        complete: whether all files were counted; a huge prefix is not listed to its end.
     """
 
     size_bytes: int
@@ -40,10 +40,10 @@ class Survey:
 
 
 def check_keys(spec: MountSpec, credentials: Credentials) -> None:
-    """See that what a daemon serves can be read with others than its own credentials.
+    """Check that other credentials than its own can read what a daemon serves.
 
     Raises:
-        SourceError: it cannot, as far as is known.
+        SourceError: they cannot, or S3 does not answer.
     """
     options = MountOptions.parse(("{attribute}", spec.options))
     url = SourceUrl.parse(spec.source)
@@ -81,7 +81,7 @@ def survey(volume: Volume, credentials: Credentials | None) -> Survey:
             return Survey(size_bytes, complete=True)
         if pages == MOST_PAGES or time.monotonic() - began > LONGEST_S:
             log.warning(
-                "%s: counted %d pages of objects, not all; its capacity is more", url, pages
+                "%s: counted only the first %d pages of objects; its size is larger", url, pages
             )
             return Survey(size_bytes, complete=False)
         page = source.list_page(url.prefix, token)
@@ -89,7 +89,7 @@ def survey(volume: Volume, credentials: Credentials | None) -> Survey:
 
 
 def _read_a_byte(source: Store, page: Page) -> bool:
-    """To list needs another permission than to read; whether there was anything to read."""
+    """Read a byte, because reading needs another permission than listing; False if none exists."""
     for each in page.objects:
         if each.size_bytes:
             source.read_range(each, 0, 1)

@@ -16,15 +16,18 @@ CONTROLLER = ("controller", "--endpoint={directory}/csi.sock", "--state-dir={dir
     ("arguments", "said"),
     [
         (["controller"], "Missing option '--endpoint'"),
-        (["controller", "--endpoint={directory}/csi.sock"], "--state-dir is needed outside of a"),
+        (["controller", "--endpoint={directory}/csi.sock"], "--state-dir is needed outside a"),
         ([*CONTROLLER, "--endpoint=tcp://0.0.0.0:9"], "--endpoint: 'tcp://0.0.0.0:9' is not allow"),
         ([*CONTROLLER, "--driver-name=my driver"], "--driver-name: 'my driver' is not allowed"),
         ([*CONTROLLER, "--http-address=9808"], "--http-address: '9808' is not allowed"),
         ([*CONTROLLER, "--allow-attributes=blockSze"], "--allow-attributes: attribute 'blockSze'"),
         ([*CONTROLLER, "--max-memory-limit=1"], "--max-memory-limit: '1' is not allowed: a size"),
         ([*CONTROLLER, "--block-size=1"], "--block-size: '1' is not allowed: a size"),
-        ([*CONTROLLER, "--metrics-address=:9"], "--metrics-address is for a mount by hand"),
-        ([*CONTROLLER, "--log-file=/x"], "--log-file is for a mount by hand; a plugin"),
+        ([*CONTROLLER, "--metrics-address=:9"], "--metrics-address is only for mounts outside"),
+        (
+            [*CONTROLLER, "--log-file=/x"],
+            "--log-file is only for mounts outside Kubernetes; a plugin",
+        ),
         (["keeper", "--socket=/tmp/keeper.sock"], "/tmp: is not a directory that only this user"),
     ],
 )

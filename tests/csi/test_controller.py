@@ -369,7 +369,7 @@ def test_validation(controller: ControllerStub, model: S3) -> None:
     for wrong, said in (
         (ask(block), "block access is not possible"),
         (ask(capability(1, "speed=11")), "mount option 'speed'"),
-        (ask(capability(), volume_context={"source": "s3://other"}), "volume_context is not that"),
+        (ask(capability(), volume_context={"source": "s3://other"}), "volume_context differs"),
         (ask(capability(), parameters={"source": "s3://other"}), "parameters is not that"),
     ):
         answer = validate(wrong, timeout=10)

@@ -35,7 +35,7 @@ def test_templates() -> None:
         (
             {"prefix": "${pvc.name}"},
             {"csi.storage.k8s.io/pvc/name": "../../other"},
-            "is not a name of Kubernetes",
+            "is not a Kubernetes name",
         ),
         ({"allowedPrefixes": "models"}, METADATA, "allowedPrefixes: 'models' is not a source"),
         ({"checkSource": "perhaps"}, METADATA, "checkSource: 'perhaps' is not allowed: true or"),
@@ -64,7 +64,7 @@ def test_a_claim_may_choose(chosen: str) -> None:
 @pytest.mark.parametrize(
     ("chosen", "said"),
     [
-        ("s3://models/private", "is not allowed: the StorageClass allows what is below s3://mod"),
+        ("s3://models/private", "is not allowed: the StorageClass allows sources below s3://mod"),
         ("s3://models/public-not", "is not allowed"),
         ("s3://models", "is not allowed"),
         ("s3://models2/public", "is not allowed"),
