@@ -146,6 +146,7 @@ class Attachments:
         credentials: Credentials | None,
         timeout_s: float,
         via: Daemon | None = None,
+        owner: str = "",
     ) -> Daemon:
         """Serve a volume at a path; repair an existing attachment.
 
@@ -153,6 +154,7 @@ class Attachments:
             wanted: the place, without a daemon; repeated calls have the same `asked`.
             credentials: newer ones replace those that the daemon has.
             via: the daemon to use; None: any that fits, or a new one.
+            owner: the owner of the credentials.
 
         Returns:
             The daemon that serves it.
@@ -170,7 +172,7 @@ class Attachments:
         # A pod may be using an existing place: a failure of this call leaves it alone.
         is_in_use = daemon is not None and daemon.was_ready
         if daemon is None and via is None:
-            daemon = self.daemons.reserve(volume, credentials, str(path), volume_id)
+            daemon = self.daemons.reserve(volume, credentials, owner, str(path), volume_id)
         elif daemon is None:
             assert via is not None
             daemon = via
@@ -180,6 +182,9 @@ class Attachments:
                 StatusCode.ALREADY_EXISTS,
                 f"{path}: volume {volume_id} is there already, without credentials of its own",
             )
+        elif not daemon.owner and daemon.spec.credentials and self._has_others(daemon, volume_id):
+            # A node-stage secret, and it is not told whose: others go on with what they had.
+            credentials = None
         try:
             if not is_known:
                 self._save(volume_id, path, replace(wanted, daemon=daemon.name))
@@ -237,6 +242,15 @@ class Attachments:
                 "delete the pod"
             )
         return "; ".join(troubles) or None
+
+    def _has_others(self, daemon: Daemon, volume_id: str) -> bool:
+        """Whether a daemon serves other volumes, too."""
+        return any(
+            place.daemon == daemon.name
+            for record in self._state.volumes()
+            if record.volume_id != volume_id
+            for place in record.places.values()
+        )
 
     def _roll_back(self, volume_id: str, path: Path, before: Place | None, kind: Kind) -> None:
         """Undo a failed attempt. Errors are only logged: the caller reports the attempt's own."""

@@ -78,13 +78,24 @@ def of_publish(
 def session_name(namespace: str, account: str) -> str:
     """One name for each service account, as STS and its logs are to see it.
 
-    A namespace has no dots, so no two accounts have one name; a long one ends in a digest.
+    A namespace has no dots, so no two accounts have one name. A long one ends in a digest behind
+    an `@`, which is in no name of Kubernetes, so that no account can be given the name of another.
     """
     name = f"{namespace}.{account}"
     if len(name) <= LONGEST_SESSION_NAME:
         return name
-    digest = hashlib.blake2b(name.encode(), digest_size=10).hexdigest()
-    return f"{name[: LONGEST_SESSION_NAME - len(digest) - 1]}.{digest}"
+    digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+    return f"{name[: LONGEST_SESSION_NAME - len(digest) - 1]}@{digest}"
+
+
+def owner_of(volume_id: str, attributes: Mapping[str, str]) -> str:
+    """Whose credentials come with a NodePublishVolume call: those of a service account's pods.
+
+    Args:
+        attributes: `volume_context`, with what kubelet added.
+    """
+    namespace, account = attributes.get(NAMESPACE), attributes.get(ACCOUNT)
+    return f"{namespace}/{account}" if namespace and account else f"volume {volume_id}"
 
 
 def _token(text: str) -> str:

@@ -31,6 +31,7 @@ class Daemon:
         mountpoint: where it mounts.
         spec: what it serves; without credentials if the keeper has lost them.
         needs_credentials: it was started with given credentials.
+        owner: the owner of its credentials (`owner_of`); empty: a node-stage secret, or none.
         users: the paths that are bind mounts of it.
         retired: its last user left, and it is ending.
         refusal: why the last attempt to start it failed.
@@ -39,12 +40,18 @@ class Daemon:
     """
 
     def __init__(
-        self, name: str, mountpoint: Path, spec: MountSpec, needs_credentials: bool
+        self,
+        name: str,
+        mountpoint: Path,
+        spec: MountSpec,
+        needs_credentials: bool,
+        owner: str = "",
     ) -> None:
         self.name = name
         self.mountpoint = mountpoint
         self.spec = spec
         self.needs_credentials = needs_credentials
+        self.owner = owner
         self.users: set[str] = set()
         self.retired = False
         self.refusal: str | None = None
@@ -83,8 +90,13 @@ class Daemon:
             raise MountError(f"{self.spec.source}: {self.trouble}")
         return supervisor.status()
 
-    def serves(self, volume: Volume, credentials: Credentials | None) -> bool:
-        """Whether it can serve a volume with these credentials."""
+    def serves(self, volume: Volume, credentials: Credentials | None, owner: str) -> bool:
+        """Whether it can serve a volume with these credentials of that owner.
+
+        Two owners may have equal keys today and other keys tomorrow, so they share no daemon.
+        """
+        if credentials is not None and owner != self.owner:
+            return False
         if self.needs_credentials and self.spec.credentials is None:
             return False  # the owner of its credentials is not known
         return self.is_of(volume) and _same(self.spec.credentials, credentials)
@@ -100,7 +112,7 @@ class Daemon:
         Raises:
             RpcError: another call holds the right for longer than the timeout.
         """
-        if not self._lock.acquire(timeout=timeout_s):
+        if not self._lock.acquire(timeout=max(0.0, timeout_s)):
             raise RpcError(
                 StatusCode.DEADLINE_EXCEEDED, f"{self.spec.source}: its daemon is being started"
             )

@@ -89,7 +89,7 @@ class Daemons:
                 continue
             mountpoint = self._directory / record.name
             spec = MountSpec(record.source, str(mountpoint), record.options)
-            daemon = Daemon(record.name, mountpoint, spec, record.needs_credentials)
+            daemon = Daemon(record.name, mountpoint, spec, record.needs_credentials, record.owner)
             daemon.users.update(users[record.name])
             daemon.was_ready = mount_syscalls.find_mount(mountpoint) is not None
             self._daemons[record.name] = daemon
@@ -123,21 +123,31 @@ class Daemons:
             return self._daemons.get(name)
 
     def reserve(
-        self, volume: Volume, credentials: Credentials | None, user: str, volume_id: str
+        self,
+        volume: Volume,
+        credentials: Credentials | None,
+        owner: str,
+        user: str,
+        volume_id: str,
     ) -> Daemon:
         """A daemon for a volume, that is used by `user` from now on: one there is, or a new one.
 
         It need not run yet: see `ensure`.
+
+        Args:
+            owner: whose the credentials are; one that has other ones gets another daemon.
         """
         with self._lock:
             for daemon in self._daemons.values():
-                if not daemon.retired and daemon.serves(volume, credentials):
+                if not daemon.retired and daemon.serves(volume, credentials, owner):
                     daemon.users.add(user)
                     return daemon
             name = _name(volume)
             mountpoint = self._directory / name
             spec = replace(volume.mount_spec(str(mountpoint), credentials), volume=volume_id)
-            daemon = self._daemons[name] = Daemon(name, mountpoint, spec, credentials is not None)
+            given = credentials is not None
+            daemon = Daemon(name, mountpoint, spec, given, owner if given else "")
+            self._daemons[name] = daemon
             daemon.users.add(user)
             return daemon
 
@@ -236,7 +246,9 @@ class Daemons:
             raise MountError(f"{daemon.mountpoint}: {error.strerror}") from error
         spec = daemon.spec
         self._state.save_daemon(
-            DaemonRecord(daemon.name, spec.source, spec.options, daemon.needs_credentials)
+            DaemonRecord(
+                daemon.name, spec.source, spec.options, daemon.needs_credentials, daemon.owner
+            )
         )
 
         def supervise() -> Supervisor:

@@ -26,6 +26,7 @@ from csi.mounts import safe_path
 from csi.staged import Place
 from csi.start import PATIENCE_S
 from csi.volumes import Rules, Volume, check_capability, check_text, own_attributes
+from csi.waiting import WaitingCalls
 from lazyfs.errors import LazyfsError
 from lazyfs.store.credentials import Credentials
 
@@ -63,6 +64,7 @@ class Node(NodeServicer):
         self._rules = rules
         self._attachments = attachments
         self._inline_node_role = inline_node_role
+        self._waiting = WaitingCalls()
 
     def NodeStageVolume(
         self, request: csi_pb2.NodeStageVolumeRequest, context: ServicerContext
@@ -78,13 +80,17 @@ class Node(NodeServicer):
         volume = self._volume(request.volume_context, request.volume_capability)
         given = credentials.of_stage(volume, request.secrets)
         asked = _digest(request.volume_context, request.volume_capability)
-        with self._attachments.locks.held(request.volume_id):
+        with (
+            self._attachments.locks.held(request.volume_id),
+            self._waiting.one_of(f"volume {request.volume_id}") as at_most_s,
+        ):
+            until = min(until, time.monotonic() + at_most_s)
             if given is None:
                 self._attachments.note(request.volume_id, path, asked)
                 return csi_pb2.NodeStageVolumeResponse()
             daemon = self._attachments.put(
                 request.volume_id, path, Place("staging", None, asked), volume, given,
-                _patience_s(context, until),
+                min(_patience_s(context, until), at_most_s),
             )  # fmt: skip
             _wait_for(volume, daemon, until)
         return csi_pb2.NodeStageVolumeResponse()
@@ -114,7 +120,12 @@ class Node(NodeServicer):
             namespace=attributes.get(POD_NAMESPACE, ""), pod=attributes.get(POD_NAME, ""),
         )  # fmt: skip
         inline = attributes.get(EPHEMERAL) == "true"
-        with self._attachments.locks.held(request.volume_id):
+        namespace = attributes.get(POD_NAMESPACE) or f"volume {request.volume_id}"
+        with (
+            self._attachments.locks.held(request.volume_id),
+            self._waiting.one_of(namespace) as at_most_s,
+        ):
+            until = min(until, time.monotonic() + at_most_s)
             via = None
             if inline:
                 self._check_inline(volume, given)
@@ -122,8 +133,10 @@ class Node(NodeServicer):
                 staged = self._staged(request.volume_id, request.staging_target_path)
                 via = staged if given is None else None
             daemon = self._attachments.put(
-                request.volume_id, target, wanted, volume, given, _patience_s(context, until), via
-            )
+                request.volume_id, target, wanted, volume, given,
+                min(_patience_s(context, until), at_most_s), via,
+                credentials.owner_of(request.volume_id, attributes),
+            )  # fmt: skip
             if via is None:
                 _wait_for(volume, daemon, until)
         return csi_pb2.NodePublishVolumeResponse()

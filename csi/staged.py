@@ -72,12 +72,14 @@ class DaemonRecord:
         source: `s3://bucket/prefix`.
         options: texts by option name.
         needs_credentials: it was started with given credentials, which are not on disk.
+        owner: the owner of these credentials.
     """
 
     name: str
     source: str
     options: Mapping[str, str | list[str]]
     needs_credentials: bool
+    owner: str = ""
 
 
 class State:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -285,6 +286,8 @@ def test_each_service_account_has_a_session_name_of_its_own() -> None:
     names = [session_name(*account) for account in accounts]
     assert len(set(names)) == len(names)
     assert all(2 <= len(name) <= 64 for name in names)
+    for name in names[2:]:  # a name that was cut can be no account's own
+        assert "@" in name and re.fullmatch(r"[\w+=,.@-]+", name)
 
 
 def pod() -> dict[str, str]:

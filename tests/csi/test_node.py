@@ -129,8 +129,9 @@ def test_every_volume_is_unstaged_while_others_share_its_daemon(node: TestNode) 
     for volume in ("one", "two"):
         node.stage(volume, context)
         node.publish(volume, context)
+    # Equal keys of a pod are not those of the administrator's Secret.
     target = node.publish("csi-1", inline, staging_target_path="", secrets=SECRETS)
-    wait_for(lambda: len(node.workers()) == 1)
+    wait_for(lambda: len(node.workers()) == 2)
     for volume in ("one", "two"):
         node.unpublish(volume)
         node.unstage(volume)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, closing
+from pathlib import Path
 
+import grpc
 import pytest
-from nodes import TestNode, refused
+from mounting import shell
+from nodes import SECRETS, TestNode, capability, refused, wait_for
 from s3 import S3
+
+from csi import csi_pb2
+from csi.server import THREADS
+from csi.waiting import MOST, MOST_OF_ONE, SHORT_S, WaitingCalls
 
 pytestmark = pytest.mark.fuse
 
@@ -70,3 +79,92 @@ def test_any_endpoint_is_none_of_the_node(
         assert code == "FAILED_PRECONDITION", message
         assert "is not asked" in message and "secret" not in message
     assert inside.connections == 0 and node.leftovers() == []
+
+
+def of(namespace: str, account: str = "default") -> dict[str, str]:
+    """What kubelet says of a pod."""
+    return {
+        "csi.storage.k8s.io/ephemeral": "true",
+        "csi.storage.k8s.io/pod.namespace": namespace,
+        "csi.storage.k8s.io/pod.name": f"pod-of-{namespace}",
+        "csi.storage.k8s.io/serviceAccount.name": account,
+    }
+
+
+def keys(name: str) -> dict[str, str]:
+    return {"accessKeyId": name, "secretAccessKey": "secret"}
+
+
+def test_equal_keys_of_two_tenants_stay_their_own(node: TestNode, s3: S3) -> None:
+    s3.put("common", {"m/first": b"first", "m/second": b"second"})
+    context = node.context("s3://common/m", prefetch="off", ioTimeout="2s")
+
+    def put(volume: str, whose: dict[str, str], key: str) -> Path:
+        return node.publish(
+            volume, context | whose, volume, staging_target_path="", secrets=keys(key)
+        )
+
+    ours, theirs = put("csi-1", of("team-a"), "common"), put("csi-2", of("team-b"), "common")
+    put("csi-3", of("team-b"), "common")
+    wait_for(lambda: len(node.workers()) == 2)  # team-b's pods share one
+    # Team B has another key; and that is the only one that works.
+    s3.let_in("new")
+    put("csi-2", of("team-b"), "new")
+    assert shell("cat first", theirs).stdout == "first"
+    assert shell("cat first", ours).returncode != 0
+    # Team A's key works again, and B's does not.
+    s3.let_in("common")
+    assert shell("cat second", ours).stdout == "second"
+    s3.forget()
+    for volume in ("csi-1", "csi-2", "csi-3"):
+        node.unpublish(volume, volume)
+    assert node.leftovers() == []
+
+
+def test_many_waiting_volumes_leave_the_plugin_to_others(
+    make_node: Callable[..., TestNode], s3: S3
+) -> None:
+    """More volumes of one namespace than there are threads, none of which gets an answer."""
+    s3.put("quick", {"m/file": b"content"})
+    with (
+        socket.create_server(("127.0.0.1", 0), backlog=256) as silent,
+        ThreadPoolExecutor(THREADS + 6) as kubelets,
+    ):
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        node = make_node(f"--allowed-endpoint={endpoint}")
+        names = [f"slow-{number}" for number in range(THREADS + 6)]
+        context = {"source": "s3://slow/m", "endpointUrl": endpoint, **INLINE, **of("greedy")}
+
+        def publish(name: str) -> None:
+            request = csi_pb2.NodePublishVolumeRequest(
+                volume_id=name,
+                target_path=str(node.target(name)),
+                volume_capability=capability(),
+                volume_context={**context, "blockSize": f"{1 << int(name[5:]) % 3}MiB"},
+            )
+            node.stub.NodePublishVolume(request, timeout=60)
+
+        calls = [kubelets.submit(publish, name) for name in names]
+        # Those that may not wait are answered while others still do.
+        first = next(as_completed(calls, 30)).exception()
+        assert isinstance(first, grpc.RpcError)
+        node.plugin.identity.Probe(csi_pb2.ProbeRequest(), timeout=20)
+        quick = node.context("s3://quick/m") | of("modest")
+        target = node.publish("quick", quick, staging_target_path="", secrets=SECRETS)
+        assert shell("cat file", target).stdout == "content"
+        assert all(isinstance(call.exception(60), grpc.RpcError) for call in calls)
+        for name in (*names, "quick"):
+            node.unpublish(name)
+    assert node.leftovers() == []
+
+
+def test_who_may_wait() -> None:
+    calls = WaitingCalls()
+    with ExitStack() as stack:
+        waits = [stack.enter_context(calls.one_of("greedy")) for _ in range(MOST_OF_ONE + 1)]
+        assert waits == [math.inf] * MOST_OF_ONE + [SHORT_S]
+        assert stack.enter_context(calls.one_of("modest")) == math.inf
+        others = [stack.enter_context(calls.one_of(f"n-{n}")) for n in range(MOST)]
+        assert others.count(math.inf) == MOST - MOST_OF_ONE - 1
+    with calls.one_of("greedy") as at_most_s:
+        assert at_most_s == math.inf
