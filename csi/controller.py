@@ -286,7 +286,7 @@ def _check_context(
         ("parameters", request.parameters, record.parameters),
     ):
         if given and own_attributes(given) != known:
-            raise InvalidArgumentError(f"{what} differs from the volume's")
+            raise InvalidArgumentError(f"{what}: differs from the volume's")
     if request.mutable_parameters:
         raise InvalidArgumentError("lazyfs volumes have no mutable parameters")
 

@@ -369,8 +369,8 @@ def test_validation(controller: ControllerStub, model: S3) -> None:
     for wrong, said in (
         (ask(block), "block access is not possible"),
         (ask(capability(1, "speed=11")), "mount option 'speed'"),
-        (ask(capability(), volume_context={"source": "s3://other"}), "volume_context differs"),
-        (ask(capability(), parameters={"source": "s3://other"}), "parameters is not that"),
+        (ask(capability(), volume_context={"source": "s3://other"}), "volume_context: differs"),
+        (ask(capability(), parameters={"source": "s3://other"}), "parameters: differs"),
     ):
         answer = validate(wrong, timeout=10)
         assert not answer.HasField("confirmed")

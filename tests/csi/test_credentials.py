@@ -243,7 +243,7 @@ def test_a_token_brings_back_what_the_keeper_lost(
     node.start_plugin()
     wait_for(lambda: "credentials are lost" in (node.condition("vol", target) or ""))
     node.publish("vol", context | tokens("token-2"))
-    wait_for(lambda: "mounted anew" in (node.condition("vol", target) or ""))
+    wait_for(lambda: "mounted again" in (node.condition("vol", target) or ""))
     assert shell("cat sub/file", target).stdout == "content"
 
 

@@ -159,7 +159,7 @@ def test_without_the_keeper_credentials_are_asked_for(
     assert (code, "credentials are lost" in message) == ("FAILED_PRECONDITION", True)
 
     node.stage("vol", context)
-    wait_for(lambda: "mounted anew" in (node.condition("vol", target) or ""))
+    wait_for(lambda: "mounted again" in (node.condition("vol", target) or ""))
     assert hashes(target) == sha256(FILES), "what starts in the pod from now on can read"
     assert hashes(node.publish("vol", context, "b")) == sha256(FILES)
     assert node.condition("vol", node.target("vol", "b")) is None
@@ -179,7 +179,7 @@ def test_without_the_keeper_what_needs_no_secret_is_mounted_anew(
     node.kill_plugin()
     node.kill_keeper()
     node.start_plugin()
-    wait_for(lambda: "mounted anew" in (node.condition("vol", target) or ""))
+    wait_for(lambda: "mounted again" in (node.condition("vol", target) or ""))
     assert hashes(target) == sha256(FILES)
     node.unpublish("vol")
     node.unstage("vol")
