@@ -1,1 +1,1 @@
-"""The processes of a mount: worker, supervisor, and what they are told."""
+"""The processes of a mount, worker and supervisor, and their instructions."""

@@ -1,8 +1,8 @@
-"""How many files a worker may have open (`ulimit -n`), and what it can do with so many.
+"""The limit of open files (`ulimit -n`), and how many requests a worker can make within it.
 
-A process starts with a soft limit, often 1,024, which it may raise to the hard limit. A hard limit
-that is low has to be respected: each request to S3 needs a connection, and a worker that cannot
-open one more file fails in ways that are hard to tell from others.
+A process starts with a soft limit, often 1,024, which it may raise to the hard limit. A low
+hard limit must be respected: each request to S3 needs a connection, and a worker that cannot open
+one more file fails in ways that are hard to recognise.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LEAST_REQUESTS = 4
 
 
 def fit(options: MountOptions) -> MountOptions:
-    """Raise the limit of open files, and the options with which a worker keeps to it.
+    """Raise the limit of open files; returns options with which a worker stays within it.
 
     Raises:
         MountError: the hard limit is too low for a worker.
@@ -55,5 +55,5 @@ def fit(options: MountOptions) -> MountOptions:
 
 
 def needed(requests: int) -> int:
-    """How many open files a worker needs for so many requests at once."""
+    """The number of open files that a worker needs for this number of concurrent requests."""
     return FIXED + PER_REQUEST * (requests + EXTRA_REQUESTS)

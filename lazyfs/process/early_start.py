@@ -1,11 +1,12 @@
-"""What `lazyfs mount` does before it has read its options: it starts a worker.
+"""Starts a worker before `lazyfs mount` has read its options.
 
-What a worker loads takes longer than everything else, and so passes while the command finds out
-what to mount. The process that goes on in the background when the command returns is forked first,
-and starts the worker: when it is told, it is the mount's supervisor; when the command ends without
-telling it, it ends, and the worker with it. In the foreground the command is all of that itself.
+Loading its modules takes a worker longer than anything else, so it does that while the command
+reads its options. The command first forks the process that stays in the background, and this
+process starts the worker. When the command tells it what to mount, it becomes the mount's
+supervisor; when the command ends without that, it ends too, and the worker with it. In the
+foreground the command does all of this itself.
 
-Only the standard library, and little of it: the fork is the first thing that the command does.
+This module uses little of the standard library and nothing else: the fork comes first.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _NOT_AT_ALL = {"-h", "--help"}
 
 
 def begin(arguments: Sequence[str]) -> Background | EarlyWorker | None:
-    """What a command line of `lazyfs` begins with; None if it does not look like a mount."""
+    """The first words of a `lazyfs` command line; None if it does not look like a mount."""
     if arguments[:1] == ["mount"] and not _NOT_AT_ALL & set(arguments):
         for source, mountpoint in itertools.pairwise(arguments):
             if source.startswith("s3://") and not mountpoint.startswith("-"):
@@ -36,7 +37,7 @@ def begin(arguments: Sequence[str]) -> Background | EarlyWorker | None:
 
 
 class EarlyWorker:
-    """A worker that loads already and waits for this process to be its supervisor.
+    """A worker that is loading and waits for this process to become its supervisor.
 
     Args:
         mountpoint: an absolute path.
@@ -52,7 +53,7 @@ class EarlyWorker:
         self._supervises = False
 
     def supervise(self, spec: MountSpec, report_fd: int | None) -> int:
-        """Have it mount, and look after the mount; the exit code."""
+        """Have it mount, and supervise the mount; returns the exit code."""
         from lazyfs.process import standalone
 
         self._supervises = True
@@ -66,7 +67,7 @@ class EarlyWorker:
 
 
 class Background:
-    """A process that waits to be told what to mount. No other thread may run when it is made.
+    """A process that waits for what to mount. No other thread may run when it is forked.
 
     Args:
         mountpoint: an absolute path.
@@ -74,7 +75,7 @@ class Background:
 
     def __init__(self, mountpoint: str) -> None:
         self.mountpoint = mountpoint
-        # It goes on by itself, or has ended.
+        # It continues by itself, or has ended.
         self._left = False
         self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._pid = os.fork()
@@ -83,7 +84,7 @@ class Background:
         theirs.close()
 
     def mount(self, spec: MountSpec, log_fd: int, timeout_s: float) -> dict[str, Any]:
-        """Have it mount, and wait for its report, which is empty if there is none in time.
+        """Have it mount, and wait for its report; empty if none comes in time.
 
         Raises:
             BrokenPipeError: it has ended.
@@ -118,7 +119,7 @@ def _wait_in_background(mountpoint: str, connection: socket.socket) -> NoReturn:
     code = 1
     try:
         os.setsid()
-        # Of whoever gave the command only the outputs are left, until there is a log. Where those
+        # Only the outputs of the command stay open, until there is a log. If those
         # are closed, other descriptors may have their numbers.
         told = fcntl.fcntl(connection.detach(), fcntl.F_DUPFD, 4)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -139,7 +140,7 @@ def _supervise(mountpoint: str, connection: socket.socket) -> int:
     if not told:
         begun.end()
         return 0
-    # Only now, because until then the worker and the command need the processors.
+    # Only now, because before this the worker and the command need the processors.
     from lazyfs.process.mount_spec import MountSpec
 
     spec_fd, log_fd, report_fd = descriptors

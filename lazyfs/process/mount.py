@@ -1,7 +1,7 @@
-"""One mount, wired together and run until it ends.
+"""Wires one mount together and runs it until it ends.
 
 The order matters: everything that can fail (credentials, bucket, prefix, cache directory) is tried
-before the mountpoint is touched, so that a refused mount leaves nothing behind.
+before the mountpoint is touched, so that a failed mount leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -62,18 +62,18 @@ from lazyfs.store.url import SourceUrl
 
 log = logging.getLogger(__name__)
 
-# Requests for names and attributes that are answered at once.
+# Requests for names and attributes that are answered concurrently.
 MOST_REQUESTS = 4096
-# After an unmount: how soon it is noticed, and how long replies under way may take.
+# After an unmount: how soon it is noticed, and how long pending replies may take.
 SESSION_CHECK_S = 0.5
 LAST_REPLIES_S = 6.0
-# At the end, and after a signal: how long it may take to write what waits for the disk.
+# At the end and after a signal: how long writing the blocks that wait for the disk may take.
 LAST_WRITES_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """What to mount where, and how; `texts` are what the options were made of."""
+    """What to mount where, and how; `texts` are the options before parsing."""
 
     url: SourceUrl
     mountpoint: Path
@@ -90,15 +90,15 @@ def run(
     opening: Future[Source],
     on_ready: Callable[[], None],
 ) -> None:
-    """Mount and serve, or go on serving what is mounted, until SIGTERM, SIGINT or an unmount.
+    """Mount and serve, or resume a mount, until SIGTERM, SIGINT or an unmount.
 
-    Nothing is unmounted here: whoever holds the session may have another daemon go on.
+    Nothing is unmounted here: the supervisor may start another worker that resumes the session.
 
     Args:
         keeper: keeps the session under the name of the mountpoint.
         line: to the supervisor, which mounts.
-        former: what was kept there when this daemon began.
-        opening: the source, which is being connected.
+        former: what the keeper had when this worker started.
+        opening: the source, once it is connected.
         on_ready: called once the mount can be used.
 
     Raises:
@@ -135,7 +135,7 @@ async def _serve(
     options = with_former_changes(mount.options, carried)
     cache = BlockCache.of(options, "", mount.url.bucket)
     if cache and not former:
-        # A mount that is resumed goes on without a cache that fails.
+        # A resumed mount continues without a failing cache.
         await trio.to_thread.run_sync(cache.open)
     source = await trio.to_thread.run_sync(opening.result)
     if cache:
@@ -158,7 +158,7 @@ async def _serve(
     scraped = options.metrics_address
     scrape_listeners = await listen(scraped) if scraped and not former else []
     socket_path = control_socket(mount.mountpoint)
-    # A mount that was detached while in use is served on, but the socket is the next mount's.
+    # A mount that was detached while in use is still served, but the socket is the next mount's.
     has_place = is_place_of(mount.mountpoint, former.lock if former else None)
     control_listeners = []
     if has_place:
@@ -167,7 +167,7 @@ async def _serve(
         except MountError as error:
             if not former:
                 raise
-            log.error("%s; the mount goes on without it for now", error)
+            log.error("%s; the mount continues without it for now", error)
     if former:
         session, beginning = await _resume(mount, former)
     else:
@@ -262,7 +262,7 @@ def _routes(source: Source, status: Status, mount: Mount) -> dict[tuple[str, str
 
 
 def _metrics(status: Status) -> str:
-    from lazyfs.observe.exposition import exposition  # most workers are never asked
+    from lazyfs.observe.exposition import exposition  # most workers never need it
 
     return exposition([({"volume": status.mountpoint}, _measured(status))])
 
@@ -281,13 +281,13 @@ async def _begin(mount: Mount, line: SupervisorLine, region: str) -> tuple[Sessi
 
 
 async def _resume(mount: Mount, former: Handover) -> tuple[Session, Beginning]:
-    """Raises CannotResumeError when this daemon would speak another protocol."""
+    """Raises CannotResumeError if this worker would speak another protocol."""
     beginning = former.beginning
     session = Session(mount.mountpoint, former.fuse, bytes.fromhex(beginning.init_message))
     if (await session.negotiate()).hex() != beginning.init_answer:
         raise CannotResumeError(
             f"{mount.mountpoint}: libfuse or pyfuse3 was replaced by a version that speaks "
-            "another protocol than the mount began with: mounting anew"
+            "another protocol than the mount began with: mounting again"
         )
     return session, beginning
 
@@ -314,7 +314,7 @@ def _log_summary(
 
 
 async def _end_with_session(session: Session, scope: trio.CancelScope) -> None:
-    """End when the kernel has ended the session, even if a read still waits for S3."""
+    """Cancel when the kernel has ended the session, even if a read still waits for S3."""
     while not session.ended:
         await trio.sleep(SESSION_CHECK_S)
     await trio.sleep(LAST_REPLIES_S)
@@ -331,7 +331,7 @@ def _prefetcher(options: MountOptions) -> Prefetcher:
 
 
 def _ignore(file: File) -> None:
-    """Without a plan it does not matter which files are opened."""
+    """Ignore an opened file, because there is no plan."""
 
 
 async def _end_on_signal(
@@ -340,7 +340,7 @@ async def _end_on_signal(
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for number in signals:
             log.info("ending on %s", signal.Signals(number).name)
-            # A push that waits for our answer to a read would keep the process from ending.
+            # A push that waits for our answer to a read would prevent the process from ending.
             page_cache.stop()
             fetcher.pause(True)
             with trio.move_on_after(LAST_WRITES_S):

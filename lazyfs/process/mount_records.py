@@ -1,7 +1,7 @@
-"""Which mounts run on this machine: one record each, locked by the daemon for as long as it lives.
+"""Records of the mounts on this machine, each locked by its daemon as long as that lives.
 
 A record is a small JSON file in a directory that only its owner can read. The lock on it, not the
-file, says that the daemon runs: it ends with the process, however that ended.
+file, shows that the daemon runs: the lock ends with the process, however it ends.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from lazyfs.handover.keeper import private_directory
 
 # unix(7): sun_path has 108 bytes, the last of which is zero.
 LONGEST_SOCKET_PATH = 107
-# A lock that is held for longer is a daemon's.
+# A lock that is held longer belongs to a daemon.
 LOOKING_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class MountRecord:
-    """What is known of a mount that is served.
+    """The record of a served mount.
 
     Attributes:
-        supervisor: the process that looks after the worker.
-        worker: the process that serves; None: none does at the moment.
-        version: of lazyfs, in the worker.
+        supervisor: the process id of the supervisor.
+        worker: the process id of the worker; None: none runs at the moment.
+        version: the worker's version of lazyfs.
         restarts: how many workers died before this one.
-        device: its device number, `major:minor`; empty while it was never mounted.
+        device: the device number, `major:minor`; empty until it is mounted.
     """
 
     mountpoint: str
@@ -48,13 +48,13 @@ class MountRecord:
 
 
 class RunningMount:
-    """The right to serve a mountpoint, and the record of it, until it is closed.
+    """The right to serve a mountpoint, with its record, until closed.
 
     Attributes:
-        former: what the record said before, of a supervisor that was killed; None otherwise.
+        former: the previous record, if its supervisor was killed; None otherwise.
 
     Raises:
-        MountError: another process has it.
+        MountError: another process has the right.
     """
 
     def __init__(self, record: MountRecord) -> None:
@@ -80,28 +80,28 @@ class RunningMount:
     def write(self, record: MountRecord) -> None:
         """Replace the record."""
         content = json.dumps(asdict(record)).encode()
-        # Longer than before or padded, so that who reads at the same time reads one of the two.
+        # Longer than before or padded, so that a concurrent reader gets one of the two records.
         size = os.fstat(self._descriptor).st_size
         os.pwrite(self._descriptor, content.ljust(size), 0)
 
     @property
     def is_current(self) -> bool:
-        """Whether the mountpoint is still this mount's; not when it was detached and used again."""
+        """Whether the mountpoint is still this mount's: it may be detached and used again."""
         return _is_at(self._path, self._descriptor)
 
     @property
     def descriptor(self) -> int:
-        """What another process must hold for the mount to count as served while it lives."""
+        """The lock's descriptor. While any process holds it, the mount counts as served."""
         return self._descriptor
 
     def close(self) -> None:
-        """The mount ends: take the record away."""
+        """Remove the record, because the mount ends."""
         _remove(self._path, self._descriptor)
         os.close(self._descriptor)
 
 
 def record_of(mountpoint: Path) -> MountRecord | None:
-    """The record of the mount that is served there; None if no daemon does."""
+    """The record of the mount that is served there; None if there is none."""
     with closing(DaemonWatch(mountpoint)) as watch:
         return None if watch.wait(timeout_s=0) else last_record(mountpoint)
 
@@ -112,17 +112,17 @@ def last_record(mountpoint: Path) -> MountRecord | None:
 
 
 def records() -> list[MountRecord]:
-    """Of all mounts of this user that are served now."""
+    """The records of all mounts of this user that are served now."""
     known = map(_read, sorted(runtime_directory().glob("*.json")))
     served = (record_of(Path(record.mountpoint)) for record in known if record is not None)
     return [record for record in served if record is not None]
 
 
 def is_detached(record: MountRecord) -> bool:
-    """Whether a mount is served on, but not at its mountpoint any more, in its own namespace.
+    """Whether a mount is still served, but no longer at its mountpoint in its own namespace.
 
-    It was detached while it was in use, or unmounted while another mount namespace had a copy. Its
-    daemon goes on for those who use it, and the mountpoint is free.
+    It was detached while in use, or unmounted while another mount namespace had a copy. Its daemon
+    keeps serving its users, and the mountpoint is free.
     """
     if not record.device:
         return False  # it is just being mounted
@@ -139,19 +139,19 @@ def is_place_of(mountpoint: Path, lock: int | None) -> bool:
     """Whether a mountpoint is still that of the mount with this lock.
 
     Args:
-        lock: a descriptor of its record; None: its mountpoint is no other mount's.
+        lock: a descriptor of its record; None: no other mount can have the mountpoint.
     """
     return lock is None or _is_at(_path(mountpoint), lock)
 
 
 def restarts_of(mountpoint: Path) -> int:
-    """How many workers of a mount ended before the one that asks; for the worker itself."""
+    """How many workers of a mount ended before the present one, which calls this."""
     record = last_record(mountpoint)
-    return record.restarts if record else 0  # nobody looks after this worker any more
+    return record.restarts if record else 0  # this worker has no supervisor any more
 
 
 class DaemonWatch:
-    """Sees when the daemon that serves a mountpoint now has ended, however it ends."""
+    """Waits for the end of the daemon that serves a mountpoint now, however it ends."""
 
     def __init__(self, mountpoint: Path) -> None:
         self._path = _path(mountpoint)
@@ -161,7 +161,7 @@ class DaemonWatch:
             self._descriptor = None  # there is none
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until it has ended; False if it has not."""
+        """Wait until it has ended; False after the timeout."""
         if self._descriptor is None:
             return True
         deadline = time.monotonic() + timeout_s
@@ -173,21 +173,21 @@ class DaemonWatch:
                 if time.monotonic() >= deadline:
                     return False
                 time.sleep(0.01)
-        _remove(self._path, self._descriptor)  # left behind by a daemon that was killed
+        _remove(self._path, self._descriptor)  # left by a killed daemon
         self.close()
         return True
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
 
 def runtime_directory() -> Path:
-    """Where records are: `/run/lazyfs` for root, below `$XDG_RUNTIME_DIR` for others.
+    """The directory of records: `/run/lazyfs` for root, below `$XDG_RUNTIME_DIR` for others.
 
-    `$LAZYFS_RUNTIME_DIR` names another place, which must be short: sockets are in it.
+    `$LAZYFS_RUNTIME_DIR` names another one. Its path must be short, because it contains sockets.
     """
     if chosen := os.environ.get("LAZYFS_RUNTIME_DIR"):
         return Path(chosen)
@@ -198,13 +198,13 @@ def runtime_directory() -> Path:
 
 
 def check_runtime_directory() -> None:
-    """Make the directory of records if it is missing.
+    """Create the directory of records if it is missing.
 
     Raises:
         MountError: it cannot be made, others can write to it, or its path is too long.
     """
     directory = runtime_directory()
-    socket = control_socket(Path("/"))  # the names of all of them are of one length
+    socket = control_socket(Path("/"))  # all sockets' names have the same length
     too_long = len(os.fsencode(socket)) - LONGEST_SOCKET_PATH
     if too_long > 0:
         raise MountError(
@@ -218,12 +218,12 @@ def check_runtime_directory() -> None:
 
 
 def control_socket(mountpoint: Path) -> Path:
-    """Where the worker that serves a mountpoint can be asked and told (`lazyfs/control/`)."""
+    """The control socket of the worker that serves a mountpoint (`lazyfs/control/`)."""
     return _path(mountpoint).with_suffix(".sock")
 
 
 def default_log_file(mountpoint: Path) -> Path:
-    """Where a background daemon logs when no option says."""
+    """The default log file of a background daemon."""
     name = "-".join(mountpoint.parts[1:]) or "root"
     if os.geteuid() == 0:
         return Path("/var/log/lazyfs") / f"{name}.log"
@@ -232,7 +232,7 @@ def default_log_file(mountpoint: Path) -> Path:
 
 
 def _read(path: Path) -> MountRecord | None:
-    """The record in a file; None if there is none, or one that is just being made."""
+    """The record in a file; None if there is none yet."""
     try:
         return MountRecord(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError):
@@ -241,7 +241,7 @@ def _read(path: Path) -> MountRecord | None:
 
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """Be the only one that takes a mountpoint."""
+    """Hold the lock under which mountpoints are taken."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -251,14 +251,14 @@ def _alone(directory: Path) -> Iterator[None]:
 
 
 def _forget_detached(path: Path) -> None:
-    """Take away the record of a mount that is detached. To be called by one process at a time."""
+    """Remove the record of a detached mount. Only one process may call this at a time."""
     record = _read(path)
     if record is not None and is_detached(record):
         path.unlink(missing_ok=True)
 
 
 def _lock_patiently(path: Path) -> int | None:
-    """`_lock`; whoever only looks whether a daemon runs holds the lock for a moment."""
+    """`_lock`, with retries: a process that checks whether a daemon runs holds it briefly."""
     until_s = time.monotonic() + LOOKING_S
     while (descriptor := _lock(path)) is None and time.monotonic() < until_s:
         time.sleep(0.01)
@@ -266,10 +266,10 @@ def _lock_patiently(path: Path) -> int | None:
 
 
 def _lock(path: Path) -> int | None:
-    """A descriptor of the file at a path, locked; None if another process has it locked.
+    """A locked descriptor of the file at a path; None if another process has the lock.
 
-    Whoever takes the file away does so while it is locked. So it is locked in vain if it was taken
-    away after it was opened: then the file that is there now counts.
+    A process removes the file only while it holds the lock. So the lock is useless if the file was
+    removed after it was opened here: then the file that is there now counts.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -296,7 +296,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def _remove(path: Path, descriptor: int) -> None:
-    """Take away a record, of which this process has the lock, and the socket beside it."""
+    """Remove a record, whose lock this process holds, and its socket."""
     if _is_at(path, descriptor):
         path.with_suffix(".sock").unlink(missing_ok=True)
         path.unlink(missing_ok=True)

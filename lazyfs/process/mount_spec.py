@@ -1,7 +1,7 @@
-"""What a worker is told: what to mount where, how, and with which credentials.
+"""The instructions of a worker: what to mount where, how, and with which credentials.
 
-It travels as JSON in a memory file that is handed on as a descriptor, so that nothing of it stands
-in an argument, in the environment or on a disk. Only the standard library.
+They are passed as JSON in a memory file, as a descriptor, so that nothing of them is in arguments,
+in the environment or on a disk. Uses only the standard library.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class MountSpec:
     Attributes:
         source: `s3://bucket/prefix`.
         mountpoint: an absolute path.
-        options: texts by option name (`lazyfs/options/mount_options.py`).
+        options: text by option name (`lazyfs/options/mount_options.py`).
         credentials: given for this mount; None: botocore finds them.
-        volume: ids of the volumes of a cluster that are served, with commas, for the log.
+        volume: ids of the Kubernetes volumes that are served, separated by commas, for the log.
     """
 
     source: str
@@ -33,12 +33,12 @@ class MountSpec:
     volume: str = ""
 
     def to_descriptor(self) -> int:
-        """A memory file that holds it."""
+        """A memory file that contains it."""
         return memory_file("lazyfs-spec", json.dumps(asdict(self)).encode())
 
     @classmethod
     def from_descriptor(cls, descriptor: int) -> MountSpec:
-        """What `to_descriptor` made, by this version or another."""
+        """Parse the output of `to_descriptor`, of this version or another."""
         fields = json.loads(read_whole(descriptor))
         credentials = fields["credentials"]
         return cls(

@@ -1,9 +1,9 @@
-"""Which processes have a mount, and which of them use it, in whatever mount namespace they are.
+"""Finds the processes that can see a mount, and those that use it, in all mount namespaces.
 
 A container runtime, or `unshare --mount`, copies all mounts of a namespace. An unmount in the
 original namespace does not reach such a copy, and the kernel ends a FUSE session with its last
-mount. All of it is read from `/proc`, without a request to the filesystem itself, whose daemon may
-be down. Processes of others are only visible to root.
+mount. All of this is read from `/proc`, without a request to the filesystem itself, whose daemon
+may be down. Only root sees processes of other users.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lazyfs.fuse.mount_syscalls import MountEntry
 
-# In one message.
+# Users named in one message.
 MOST_NAMED = 5
 
 
@@ -58,7 +58,7 @@ def users_of(device: str) -> list[MountUser]:
                 is_here = namespace == here
                 found.append(MountUser(int(process.name), command, is_here, uses))
         except OSError:
-            continue  # it has ended, or is another user's
+            continue  # it has ended, or belongs to another user
     return found
 
 
@@ -85,9 +85,9 @@ def _uses(process: Path, mount_ids: frozenset[str], device: str) -> bool:
 
 
 def _open_mounts(process: Path) -> Iterator[str]:
-    """The ids of the mounts in which a process has something open (proc(5), fdinfo)."""
+    """The ids of the mounts in which a process has open files (proc(5), fdinfo)."""
     for name in ("cwd", "root"):
-        # O_PATH opens the file of the link without asking its filesystem (open(2)).
+        # O_PATH opens the link's file without a request to its filesystem (open(2)).
         descriptor = os.open(process / name, os.O_PATH | os.O_CLOEXEC)
         try:
             yield _mount_id(Path(f"/proc/self/fdinfo/{descriptor}"))

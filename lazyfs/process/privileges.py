@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 4, 24, 38
 _CAPABILITY_VERSION_3 = 0x20080522
 _CAP_DAC_READ_SEARCH = 2
-# Preferred by the kernel when memory is short are processes with higher values (proc(5)): a load
-# can wait for a daemon, but not go on without it.
+# When memory is short, the kernel prefers to kill processes with higher values (proc(5)): a load
+# can wait for a daemon, but cannot continue without it.
 OOM_SCORE_ADJUSTMENT = -500
 
 # Threads that only wait for work answer by then.
@@ -40,9 +40,9 @@ def leave_no_core_dump() -> None:
 
 
 def protect_from_oom() -> None:
-    """Ask the kernel to end others first when memory is short; needs root.
+    """Ask the kernel to kill other processes first when memory is short; needs root.
 
-    Whoever started this process may have asked for more: kubelet does, for critical pods (-997).
+    The value may be lower already: kubelet sets -997 for critical pods.
     """
     path = Path("/proc/self/oom_score_adj")
     try:

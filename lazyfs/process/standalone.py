@@ -1,9 +1,7 @@
-"""A mount by hand: keeper and supervisor of one mount, in one process.
+"""Keeper and supervisor of one mount, in one process, without the CSI driver.
 
-It is what `lazyfs mount` leaves in the background, and what it is in the foreground; without any
-library that could fail. It understands two signals:
-
-    SIGTERM, SIGINT   save what is not in the cache yet, unmount and end; once more: save no more
+`lazyfs mount` leaves this process in the background, or becomes it in the foreground. It uses only
+the standard library. On SIGTERM and SIGINT it unmounts and ends.
 """
 
 from __future__ import annotations
@@ -34,12 +32,12 @@ def main(
     report_fd: int | None,
     waiting: tuple[StartedWorker, socket.socket],
 ) -> int:
-    """Keep and supervise one mount in this process; the exit code.
+    """Keep and supervise one mount in this process; returns the exit code.
 
     Args:
         spec: what to mount.
-        report_fd: of a pipe to whoever waits for the mount; without it, errors are printed.
-        waiting: a worker for it that was started already, and the keeper's end of its connection.
+        report_fd: a pipe to the command that waits for the mount; without it, errors are printed.
+        waiting: an already started worker for it, and the keeper's end of its connection.
     """
     os.chdir("/")
     configure(

@@ -1,16 +1,16 @@
-"""Has a worker serve a mount, and another one when it dies, until the mount ends.
+"""Runs a worker for a mount, and another one when it dies, until the mount ends.
 
-`Supervisor` looks after one mount, in a process of its own (`standalone.py`) or beside others in
-that of the CSI driver. What happens when a worker ends:
+`Supervisor` supervises one mount, in its own process (`standalone.py`) or together with others in
+the CSI node plugin. When a worker ends, the supervisor reacts:
 
-    the mount was unmounted           all is over
-    it could not be mounted           all is over, with the worker's reason
-    it cannot be resumed (said so)    the old mount is detached, a new one made in its place
-    it was told to end (`upgrade`)    another worker goes on, at once
+    the mount was unmounted           it ends
+    it could not be mounted           it ends, with the worker's reason
+    the worker cannot resume          it detaches the old mount and mounts the source again
+    it was told to end (`upgrade`)    it starts another worker at once
     anything else                     the same, at once, then after growing pauses; it is a death
 
-A mount that was there when a supervisor started is never given up: if its worker cannot go on yet,
-the next one is tried later.
+A mount that existed when a supervisor started is never given up: if its worker cannot resume it
+yet, another one is tried later.
 """
 
 from __future__ import annotations
@@ -66,27 +66,27 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STDERR = 2
-# A worker that is neither ready nor refused by then is given up.
+# A worker that has neither become ready nor failed by then is given up.
 READY_TIMEOUT_S = 120.0
-# Between the death of a worker and the next one. The long pause is for workers that do not even
-# become ready; somebody waits for the others.
+# Pauses between the death of a worker and the next one. The long pause is for workers that do not
+# become ready; otherwise readers are waiting.
 FIRST_PAUSE_S, LONGEST_PAUSE_S, LONGEST_PAUSE_AFTER_READY_S = 0.25, 30.0, 1.0
-# A worker that lived this long did not die of what its predecessor died of.
+# A worker that lived this long did not die for the same reason as its predecessor.
 LONG_LIFE_S = 60.0
 
 
 class Supervisor:
-    """Looks after the worker of one mount. Safe to use from several threads.
+    """Supervises the worker of one mount. Thread-safe.
 
     Args:
         spec: what to mount; it is kept with the session.
-        connect: gives a new connection to the keeper; raises KeeperError when there is none. What
-            is kept is held here as well: a keeper that was replaced is given it again.
-        leash: whether the worker ends with this process; otherwise it serves on alone.
+        connect: returns a new connection to the keeper; raises KeeperError if there is none. The
+            kept descriptors are held here as well, and given to a replaced keeper again.
+        leash: whether the worker ends with this process; otherwise it keeps serving alone.
         on_end: called from another thread when the mount has ended, for whatever reason.
-        on_new_mount: called from another thread when a mount that could not go on was made anew:
-            bind mounts of the old one are dead.
-        first: gives a worker that was started already; called when what it asks for is kept.
+        on_new_mount: called from another thread when a mount that could not be resumed was mounted
+            again: bind mounts of the old one are dead.
+        first: returns an already started worker; called when the keeper has its instructions.
     """
 
     def __init__(
@@ -111,12 +111,12 @@ class Supervisor:
         self._on_new_mount = on_new_mount
         self._first = first
         self._refusal: str | None = None
-        # By who stops, and by the watcher who sees that.
+        # Both the stopping thread and the watcher may unmount.
         self._unmounting = threading.Lock()
         self._stopping = threading.Event()
         self._leaving = threading.Event()
         self._worker: subprocess.Popen[bytes] | None = None
-        # The last worker of which it was seen how it ended.
+        # The last worker whose end was logged and counted.
         self._counted: subprocess.Popen[bytes] | None = None
         self._oom_kills = 0
         self._record: RunningMount | None = None
@@ -132,7 +132,7 @@ class Supervisor:
 
     @property
     def pid(self) -> int | None:
-        """The process that serves the mount now, or served it last."""
+        """The worker that serves the mount now, or served it last."""
         return self._worker.pid if self._worker else None
 
     @property
@@ -142,19 +142,19 @@ class Supervisor:
 
     @property
     def ended(self) -> bool:
-        """Whether the mount that `start` made or took up has ended."""
+        """Whether the mount that `start` made or resumed has ended."""
         return self._watcher is None or not self._watcher.is_alive()
 
     def start(self, timeout_s: float = READY_TIMEOUT_S) -> None:
-        """Mount, or go on with what the keeper has under this name; return when it can be used.
+        """Mount, or resume the mount in the keeper; returns when it can be used.
 
-        What was mounted before is kept in any case: if it cannot be served yet, `trouble` says so
-        and it is tried again.
+        An existing mount is never given up: if it cannot be served yet, `trouble` says so, and a
+        worker is tried again.
 
         Raises:
-            DaemonError: the worker refused; the message and the kind of error are its own.
+            DaemonError: the worker failed; the message and the kind of error are the worker's.
             MountError: it did not become ready, or another daemon serves the mountpoint.
-            KeeperError: the keeper is not there.
+            KeeperError: the keeper does not answer.
         """
         self._record = RunningMount(self._describe())
         former = self._record.former
@@ -163,7 +163,7 @@ class Supervisor:
                 end_former(former.worker, self.name)
             self._fetch_kept()
         except BaseException:
-            self._release()  # what may be mounted stays
+            self._release()  # an existing mount stays
             raise
         try:
             if is_complete(self._kept) and not mount_syscalls.session_ended(self._kept[FUSE]):
@@ -177,13 +177,13 @@ class Supervisor:
             raise
 
     def give_up(self) -> None:
-        """Have `start`, which another thread is in, fail soon."""
+        """Make a `start` in another thread fail soon."""
         self._stopping.set()
         if self._worker is not None:
             self._worker.kill()
 
     def leave(self) -> None:
-        """End the worker and keep the mount, for the supervisor that comes next."""
+        """End the worker and keep the mount for the next supervisor."""
         self._leaving.set()
         self._end_workers()
 
@@ -196,14 +196,14 @@ class Supervisor:
             keeper.drop(self.name)
         self._store_spec()
         if mount_syscalls.clear_stale(self._mountpoint):
-            log.warning("%s: took away a mount whose daemon was gone", self._mountpoint)
+            log.warning("%s: unmounted a mount whose daemon was gone", self._mountpoint)
         self._start_worker(timeout_s)
 
     def replace_credentials(self, credentials: Credentials) -> None:
-        """Use renewed credentials from now on, in this worker and in those after it.
+        """Use renewed credentials from now on, in this worker and later ones.
 
         Raises:
-            LazyfsError: the worker does not take them, or does not answer.
+            LazyfsError: the worker does not accept them, or does not answer.
         """
         if credentials == self._spec.credentials:
             return
@@ -213,10 +213,10 @@ class Supervisor:
             self._client().put("/credentials", asdict(credentials))
 
     def name_volumes(self, volume: str) -> None:
-        """Have the log name these volumes from now on, of this worker and of those after it.
+        """Have the logs of this worker and later ones name these volumes.
 
         Raises:
-            KeeperError: the keeper is not there.
+            KeeperError: the keeper does not answer.
             ControlError: the worker does not answer.
         """
         if volume == self._spec.volume:
@@ -228,26 +228,26 @@ class Supervisor:
             self._client().put("/log", {"volume": volume})
 
     def give_back(self) -> None:
-        """Give a keeper that was replaced what the former one kept. Raises KeeperError."""
+        """Give a replaced keeper the descriptors of the former one. Raises KeeperError."""
         with self._keeper() as keeper, self._kept_lock:
             if FUSE in self._kept and self.name not in keeper.names():
-                log.warning("%s: the keeper was replaced: given its session", self._mountpoint)
+                log.warning("%s: the keeper was replaced: gave it the session", self._mountpoint)
                 keeper.store(self.name, self._kept)
 
     def status(self) -> dict[str, Any]:
-        """What the worker says of itself (`GET /status`). Raises ControlError."""
+        """The worker's status (`GET /status`). Raises ControlError."""
         answer: dict[str, Any] = self._client().get("/status")
         return answer
 
     def _client(self) -> ControlClient:
-        # Asked by the CSI driver only, which has imported it; a mount by hand begins sooner.
+        # Only the CSI driver uses it and has imported it; other mounts start faster without.
         from lazyfs.control.client import ControlClient
 
         return ControlClient(control_socket(self._mountpoint))
 
     @property
     def trouble(self) -> str | None:
-        """What is wrong with the mount, in words; None if nothing is known to be."""
+        """What is wrong with the mount, in words; None if no trouble is known."""
         if not self.alive:
             why = f": {self._refusal}" if self._refusal else ""
             return f"its daemon is down and is being started again{why}"
@@ -264,16 +264,16 @@ class Supervisor:
         self._end_workers()
 
     def _start_worker(self, timeout_s: float) -> None:
-        """Start a worker, and return when the mount can be used.
+        """Start a worker; returns when the mount can be used.
 
         Raises:
-            DaemonError, MountError: it cannot; then the worker has ended.
+            DaemonError, MountError: it cannot be used; the worker has ended.
         """
         started = self._waiting_worker() or self._start_process()
         self._worker = started.process
         self._oom_kills = oom_kills()
         if self._stopping.is_set():
-            self._worker.kill()  # `give_up` was just too early to see it
+            self._worker.kill()  # `give_up` came just before it existed
         try:
             with started.line:
                 self._wait_until_ready(started, time.monotonic() + timeout_s)
@@ -283,7 +283,7 @@ class Supervisor:
         self._fetch_kept()
 
     def _waiting_worker(self) -> StartedWorker | None:
-        """The worker that was started before it was known what to mount, if it still lives."""
+        """The worker that was started early, before it was known what to mount, if it lives."""
         first, self._first = self._first, None
         started = first() if first else None
         if started is not None and started.process.poll() is not None:
@@ -328,8 +328,8 @@ class Supervisor:
 
     def _find_device(self) -> None:
         entry = mount_syscalls.find_mount(self._mountpoint)
-        # Nothing there: it was detached, and is served to those who still use it. Not to be asked
-        # later: another mount may be there by then.
+        # No entry: it was detached, and its users are still served. It must not be looked up later,
+        # because another mount may be there by then.
         self._device = entry.device if entry else None
 
     def _describe(self, worker: int | None = None) -> MountRecord:
@@ -343,7 +343,7 @@ class Supervisor:
             self._watch()
 
     def _watch(self) -> None:
-        """Wait for the end of each worker and do what the module docstring says."""
+        """Wait for the end of each worker and react as the module docstring says."""
         pause_s = 0.0
         while True:
             began = time.monotonic()
@@ -369,29 +369,29 @@ class Supervisor:
             self._on_end()
 
     def _see_end(self, code: int, pause_s: float) -> None:
-        """Tell how a worker ended, and count it if it was a death; once for each worker."""
+        """Log how a worker ended, and count it if it was a death; once for each worker."""
         if self._counted is self._worker:
-            return  # none could be started after it
+            return  # no other worker could be started after it
         self._counted = self._worker
         if was_told_to_end(code):
-            log.info("%s: the worker %s ended as it was told to; another one goes on",
+            log.info("%s: the worker %s ended as it was told to; another one continues",
                      self._mountpoint, self.pid)  # fmt: skip
             return
         self.restarts += 1
-        self._note(self.pid)  # the next worker reads there how often this happened
-        # Whoever kills a worker from outside says nothing about the requests that it had.
+        self._note(self.pid)  # the next worker reads the count there
+        # A kill from outside says nothing about the requests that the worker had.
         if code != -signal.SIGKILL or oom_kills() > self._oom_kills:
             with self._kept_lock:
                 if IN_HAND in self._kept:
                     note_death(self._kept[IN_HAND])
         log.warning(
-            "%s: the worker %s %s; another one goes on%s",
+            "%s: the worker %s %s; another one continues%s",
             self._mountpoint, self.pid, how_it_ended(code),
             f" in {pause_s:g} s" if pause_s else "",
         )  # fmt: skip
 
     def _note(self, worker: int | None) -> None:
-        """Bring the record up to date; the mount goes on where that is not possible."""
+        """Update the record; if that fails, the mount continues."""
         try:
             if self._record is not None:
                 self._record.write(self._describe(worker))
@@ -399,7 +399,7 @@ class Supervisor:
             log.warning("%s: its record cannot be written: %s", self._mountpoint, error)
 
     def _wait_to_end(self, timeout_s: float) -> bool:
-        """Wait for so long, or until this mount is to end here; whether it is."""
+        """Wait for the timeout, or until the mount is told to end; returns whether it is."""
         until = time.monotonic() + timeout_s
         while not self._is_told_to_end():
             if time.monotonic() >= until:
@@ -408,7 +408,7 @@ class Supervisor:
         return True
 
     def _start_another(self) -> bool:
-        """Have the mount served again; whether it is."""
+        """Start another worker for the mount; returns whether it serves."""
         try:
             self.give_back()
             self._store_spec()
@@ -425,7 +425,7 @@ class Supervisor:
             if not isinstance(error, LazyfsError | KeeperError | OSError):
                 report_fault("starting a worker", error)
             elif not (self._is_told_to_end() or self._has_ended()):
-                log.error("%s: the worker could not go on: %s", self._mountpoint, error)
+                log.error("%s: the worker could not resume: %s", self._mountpoint, error)
             self._refusal = str(error)
             return False
         self._refusal = None
@@ -435,14 +435,14 @@ class Supervisor:
         return self._stopping.is_set() or self._leaving.is_set()
 
     def _has_ended(self) -> bool:
-        """Whether the kernel has ended the session, or is just about to."""
+        """Whether the kernel has ended the session, or is about to."""
         return FUSE not in self._kept or mount_syscalls.session_ended(self._kept[FUSE])
 
     def _keeper(self) -> closing[KeeperClient]:
         return closing(KeeperClient(self._connect()))
 
     def _fetch_kept(self) -> None:
-        """Hold what the keeper holds."""
+        """Fetch the kept descriptors from the keeper and hold them."""
         with self._keeper() as keeper:
             kept = keeper.fetch(self.name)
         self._let_go(kept)
@@ -456,8 +456,8 @@ class Supervisor:
     def _store_spec(self) -> None:
         descriptor = self._spec.to_descriptor()
         kept = {SPEC: descriptor}
-        # On a leash the lock is the supervisor's alone: a killed worker, whose threads wait in
-        # the kernel for the next one's answers, would hold it against that one's supervisor.
+        # With a leash only the supervisor holds the lock: a killed worker, whose threads wait in
+        # the kernel for the next worker's answers, would hold it against the next supervisor.
         if self._leash is None and self._record is not None:
             kept |= {LOG: STDERR, LOCK: self._record.descriptor}
         try:
@@ -467,11 +467,11 @@ class Supervisor:
             os.close(descriptor)
 
     def _end_workers(self) -> None:
-        """End the worker, and wait until the watcher has seen that all is over."""
+        """End the worker, and wait until the watcher has ended."""
         deadline = time.monotonic() + END_TIMEOUT_S
         told: subprocess.Popen[bytes] | None = None
         while self._watcher is not None and self._watcher.is_alive():
-            worker = self._worker  # another one than before, if the watcher has just started it
+            worker = self._worker  # may be a new one that the watcher has just started
             if worker is not None and worker.poll() is None:
                 if worker is not told:
                     worker.terminate()
@@ -482,7 +482,7 @@ class Supervisor:
             self._watcher.join(POLL_S * 5)
 
     def _forget_session(self) -> None:
-        """Detach the mount and close our descriptor: those who use it get an error, not a hang."""
+        """Detach the mount and close our descriptor: its users get an error instead of waiting."""
         self._unmount()
         self._abort()
         self._let_go()
@@ -491,9 +491,9 @@ class Supervisor:
         self._store_spec()
 
     def _unmount(self) -> None:
-        """Unmount what we mounted, if that is still what is mounted there.
+        """Unmount our mount, if it is still the one at the mountpoint.
 
-        Whatever comes of it, the session ends with its descriptor.
+        Even if this fails, the session ends with its descriptor.
         """
         with self._unmounting:
             for lazy in (False, True):
@@ -511,8 +511,8 @@ class Supervisor:
         return is_of_type and self._device in (None, entry.device)
 
     def _abort(self) -> None:
-        """Have who still uses the mount get an error, and threads of a killed worker end."""
-        # Once the session has ended, its device number may be that of another mount.
+        """Give remaining users of the mount an error, and end threads of a killed worker."""
+        # After the session has ended, another mount may have its device number.
         if self._device is not None and not self._has_ended():
             mount_syscalls.abort(self._device)
 
@@ -537,10 +537,10 @@ class Supervisor:
 
 
 def end_daemon(record: MountRecord) -> None:
-    """End the daemon of a mount; whoever still uses a copy of the mount gets an error.
+    """End the daemon of a mount; remaining users of copies of the mount get an error.
 
-    Its supervisor ends the kernel's session. Where that was killed, the session ends with the
-    worker, which has the last descriptor of it.
+    The supervisor ends the kernel's session. If the supervisor was killed, the session ends with
+    the worker, which has its last descriptor.
     """
     if record.worker is not None and parent_of(record.worker) != record.supervisor:
         send(record.worker, signal.SIGTERM)
@@ -552,7 +552,7 @@ def replace_worker(record: MountRecord) -> MountRecord:
     """End the worker of a mount, wherever its supervisor runs, and wait for the next one.
 
     Raises:
-        MountError: nobody would start another one, or none became ready.
+        MountError: there is no supervisor to start another one, or none became ready.
     """
     worker = record.worker
     if worker is None or parent_of(worker) != record.supervisor:

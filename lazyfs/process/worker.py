@@ -1,8 +1,8 @@
 """The process that serves one mount: `python -m lazyfs.process.worker`.
 
-It is started by whoever supervises it (`start_worker`), who passes descriptors: of a connection to
-the keeper, which has the mount's spec, if not yet then soon, of one to the supervisor
-(`lazyfs/process/worker_line.py`), and of a leash, a pipe that ends with the supervisor.
+Its supervisor starts it (`start_worker`) and passes descriptors: a connection to the keeper, which
+has the mount's spec now or soon, a connection to the supervisor (`lazyfs/process/worker_line.py`),
+and a leash, a pipe that is closed when the supervisor ends.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from lazyfs.process.worker_process import EXIT_CANNOT_RESUME
 from lazyfs.store.source import Source, resolve
 from lazyfs.store.url import SourceUrl
 
-# For the end of a worker whose supervisor is gone, before its process just ends.
+# Time for an orderly end of a worker whose supervisor is gone, before it exits.
 LAST_STEPS_S = 5.0
 
 
 def main(name: str, keeper_fd: int, line_fd: int, leash_fd: int | None) -> int:
-    """Serve the mount that is kept under `name`; the exit code."""
-    # What a start makes stays: looking through it again and again takes a quarter of the time.
+    """Serve the mount that is kept under `name`; returns the exit code."""
+    # Objects made at the start stay: garbage collection would take a quarter of the time.
     gc.disable()
     os.chdir("/")  # a daemon must not keep a filesystem busy
     privileges.leave_no_core_dump()
     line = SupervisorLine(socket.socket(fileno=line_fd))
-    # First, because a worker is started before it is known what it is to mount.
+    # First, because a worker may be started before it is known what to mount.
     scout = SourceProbe(privileges.drop)
     if leash_fd is not None:
         threading.Thread(target=_end_with, args=[leash_fd], daemon=True).start()
@@ -71,7 +71,7 @@ def main(name: str, keeper_fd: int, line_fd: int, leash_fd: int | None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Order:
-    """What this worker is to do; `descriptor` is of where its spec is written."""
+    """The instructions of this worker; `descriptor` is that of its spec."""
 
     descriptor: int
     spec: MountSpec
@@ -81,10 +81,10 @@ class _Order:
 
 
 def _ask_keeper(keeper: KeeperClient, name: str) -> _Order:
-    """What is to be mounted, as soon as the keeper knows.
+    """What to mount, as soon as the keeper knows it.
 
     Raises:
-        LazyfsError, KeeperError: it cannot be.
+        LazyfsError, KeeperError: it cannot be mounted.
     """
     kept = keeper.fetch(name)
     if LOG in kept:
@@ -104,7 +104,7 @@ def _ask_keeper(keeper: KeeperClient, name: str) -> _Order:
 
 
 def _open(order: _Order, scout: SourceProbe) -> Source:
-    """The source, as the scout found it; where that was killed, it is found here."""
+    """The source, as the probe found it; if the probe was killed, it is found here."""
     region = order.former.beginning.region if order.former else None
     about = (order.url, order.options, order.spec.credentials)
     found = scout.ask(order.descriptor, region) or resolve(*about, region)
@@ -118,7 +118,7 @@ def _ready(line: SupervisorLine) -> None:
 
 
 def _refuse(line: SupervisorLine, error: BaseException) -> int:
-    """Say why this worker cannot begin, or go on; the exit code."""
+    """Report why this worker cannot start or resume; returns the exit code."""
     if isinstance(error, LazyfsError):
         text, code = str(error), error.exit_code
     elif isinstance(error, KeeperError):
@@ -131,7 +131,7 @@ def _refuse(line: SupervisorLine, error: BaseException) -> int:
 
 
 def _end_with(leash: int) -> None:
-    """End soon when the supervisor is gone: its successor has a daemon go on with the mount."""
+    """End soon after the supervisor: the next supervisor starts a worker that resumes the mount."""
     try:
         privileges.drop()
         os.read(leash, 1)

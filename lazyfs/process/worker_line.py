@@ -1,16 +1,15 @@
-"""What a worker and its supervisor say to each other while the worker starts.
+"""The messages between a worker and its supervisor while the worker starts.
 
-A `SOCK_SEQPACKET` socket; each message is one JSON object. The worker says one or more of
+They use a `SOCK_SEQPACKET` socket; each message is one JSON object. The worker sends one or more of
 
-    {"mount": {"source": S, "allow_other": B}}     everything else is fine: mount now
+    {"mount": {"source": S, "allow_other": B}}     everything else is ready: mount now
     {"ready": true, "version": V}                   the mount can be used
     {"error": text, "exit_code": N, "kind": K}      it cannot, and the worker ends
 
-and `mount` is answered with `{"init": HEX}` and a descriptor, or with `{"error": text}`. The
-supervisor mounts, so that whatever becomes of a worker that starts, there is somebody who has the
-descriptor and can take the mount away again.
+The supervisor answers `mount` with `{"init": HEX}` and a descriptor, or with `{"error": text}`. The
+supervisor mounts, so that it has the descriptor and can unmount if the worker dies while it starts.
 
-Only the standard library.
+Uses only the standard library.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from lazyfs.errors import MountError
 from lazyfs.process.worker_process import is_readable
 
 LONGEST_MESSAGE = 1 << 16
-# Of a text in a message, which must fit into one.
+# Maximum length of a text in a message, which must fit into one packet.
 LONGEST_TEXT = 4096
 
 
@@ -33,14 +32,14 @@ class WorkerLine:
     """The supervisor's end.
 
     Args:
-        connection: to the worker; it is closed with this.
+        connection: to the worker; closed with this object.
     """
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
 
     def receive(self, until_s: float) -> dict[str, Any] | None:
-        """The next message; empty if the worker has hung up, None if it says nothing in time.
+        """The next message; empty if the worker has hung up, None after the timeout.
 
         Args:
             until_s: by the monotonic clock.
@@ -54,11 +53,11 @@ class WorkerLine:
         return message if isinstance(message, dict) else {}
 
     def give(self, descriptor: int, init_message: bytes) -> None:
-        """Answer `mount`: it is mounted."""
+        """Answer `mount` with success."""
         self._send({"init": init_message.hex()}, [descriptor])
 
     def refuse(self, error: MountError) -> None:
-        """Answer `mount`: that is not possible."""
+        """Answer `mount` with an error."""
         self._send({"error": str(error)[:LONGEST_TEXT]}, [])
 
     def _send(self, message: dict[str, Any], descriptors: list[int]) -> None:
@@ -77,10 +76,10 @@ class SupervisorLine:
         self._connection = connection
 
     def mount(self, source: str, *, allow_other: bool) -> tuple[int, bytes]:
-        """Have the supervisor mount: the descriptor of `/dev/fuse`, and the kernel's FUSE_INIT.
+        """Have the supervisor mount; returns the descriptor of `/dev/fuse` and FUSE_INIT.
 
         Raises:
-            MountError: that is not possible, or the supervisor is gone.
+            MountError: it is not possible, or the supervisor is gone.
         """
         self.send({"mount": {"source": source, "allow_other": allow_other}})
         try:
@@ -95,15 +94,15 @@ class SupervisorLine:
         return descriptors[0], bytes.fromhex(answer["init"])
 
     def ready(self, version: str) -> None:
-        """The mount can be used; there is nothing more to say."""
+        """Report that the mount can be used; the last message."""
         self.send({"ready": True, "version": version})
         self._connection.close()
 
     def refuse(self, text: str, exit_code: int, kind: str) -> None:
-        """The mount cannot be used, and this worker ends."""
+        """Report that the mount cannot be used; this worker ends."""
         self.send({"error": text[:LONGEST_TEXT], "exit_code": exit_code, "kind": kind})
 
     def send(self, message: dict[str, Any]) -> None:
-        """Say something. A supervisor that was killed hears nothing, and the worker serves on."""
+        """Send a message. Without a supervisor it is lost, and the worker keeps serving."""
         with contextlib.suppress(OSError):
             self._connection.send(json.dumps(message).encode())

@@ -1,6 +1,6 @@
-"""Processes of workers: who serves, who started whom, and when one has really ended.
+"""Processes of workers: starts them, ends them, and waits for their end.
 
-Only the standard library.
+Uses only the standard library.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-# A worker that was told to end, or whose mount ended, gets this long to finish what it does.
+# Time for a worker to finish after it was told to end, or its mount ended.
 END_TIMEOUT_S = 8.0
 POLL_S = 0.1
-# Threads of a process that ends are usually gone by then, or wait for the next worker.
+# By then, threads of an ending process are usually gone, or wait for the next worker.
 LAST_THREADS_S = 0.3
-# Of a worker that says that the mount must be made anew.
+# Exit code of a worker that cannot resume, so that the source must be mounted again.
 EXIT_CANNOT_RESUME = 75
 
 
 class HasFileno(Protocol):
-    """What has a descriptor."""
+    """An object with a descriptor."""
 
     def fileno(self) -> int: ...
 
 
 class StartedWorker(NamedTuple):
-    """A worker that was started, and the connection over which it says how far it is."""
+    """A started worker, and the connection on which it reports its progress."""
 
     process: subprocess.Popen[bytes]
     line: socket.socket
@@ -43,9 +43,9 @@ def start_worker(name: str, connection: socket.socket, leash: int | None = None)
     """Start the process of a worker.
 
     Args:
-        name: under which its mount is kept, which it asks for when it has loaded what it needs.
+        name: the name of its mount in the keeper.
         connection: to the keeper.
-        leash: the descriptor whose end is its end.
+        leash: a pipe's descriptor; the worker ends when the other end is closed.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     passed = [connection.fileno(), theirs.fileno(), *([] if leash is None else [leash])]
@@ -63,7 +63,7 @@ def start_worker(name: str, connection: socket.socket, leash: int | None = None)
 
 
 def child_environment() -> dict[str, str] | None:
-    """The environment of a process that continues the present span; None: that of this one."""
+    """The environment for a process that continues the present span; None: this process's."""
     if "opentelemetry.sdk.trace" not in sys.modules:
         return None
     from lazyfs.observe import tracing
@@ -72,19 +72,20 @@ def child_environment() -> dict[str, str] | None:
 
 
 def read_report(descriptor: int, timeout_s: float) -> dict[str, Any] | None:
-    """What a process that was started says of itself; empty if it ended, None if it says nothing.
+    """The report of a started process; empty if it ended, None after the timeout.
 
     Args:
-        descriptor: of a pipe; it is closed.
+        descriptor: of a pipe; closed here.
     """
     with open(descriptor) as reports:
         return json.loads(reports.read() or "{}") if is_readable(reports, timeout_s) else None
 
 
 def is_readable(descriptor: HasFileno, timeout_s: float) -> bool:
-    """Wait until there is something to read, or the other side has hung up; whether there is.
+    """Wait until there is data to read, or the peer has hung up; False after the timeout.
 
-    By poll(2): select(2) knows no descriptors above 1023, and a node plugin has more.
+    It uses poll(2), because select(2) supports no descriptors above 1023, and a node plugin has
+    more.
     """
     watch = select.poll()
     watch.register(descriptor, select.POLLIN)
@@ -92,10 +93,10 @@ def is_readable(descriptor: HasFileno, timeout_s: float) -> bool:
 
 
 def end_former(worker: int, name: str) -> None:
-    """See that the worker of a supervisor that died serves no more, which its leash should do.
+    """Ensure that the worker of a dead supervisor has ended, as its leash should have done.
 
-    Two workers would share what the kernel asks, and what the former took just before its end
-    would be answered by nobody.
+    Two workers would share the kernel's requests, and those that the former one took just before
+    its end would never be answered.
     """
     began = time.monotonic()
     while serves(worker, name):
@@ -111,7 +112,7 @@ def send(pid: int, number: signal.Signals) -> None:
 
 
 def serves(pid: int, name: str) -> bool:
-    """Whether that process is a worker of the mount of this name, and its first thread lives."""
+    """Whether the process is a worker of the mount of this name, with a live first thread."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
@@ -120,15 +121,15 @@ def serves(pid: int, name: str) -> bool:
 
 
 def wait_for_end(worker: subprocess.Popen[bytes]) -> int:
-    """Wait until a worker serves no more; its exit code.
+    """Wait until a worker no longer serves; returns its exit code.
 
-    A killed process is only gone when all its threads are. One of them may be putting a page into
-    the page cache that is locked for a read, which the worker has not answered and only the next
-    one will. So the end of its first thread, which does the serving, must do.
+    A killed process is only gone when all its threads are. One of them may be pushing a page that
+    is locked for a read that the worker has not answered, and only the next worker will. So this
+    waits only for the end of the first thread, which answers requests.
     """
     while (code := worker.poll()) is None:
         if _status(worker.pid)[:1] == ["Z"]:
-            # Nearly always the other threads end at once, and the code is known then.
+            # Nearly always the other threads end at once, and then the code is known.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return worker.wait(LAST_THREADS_S)
             return -signal.SIGKILL
@@ -137,7 +138,7 @@ def wait_for_end(worker: subprocess.Popen[bytes]) -> int:
 
 
 def end_within(worker: subprocess.Popen[bytes], timeout_s: float) -> int:
-    """Wait for the end of a worker that is ending, and kill it if that takes long; its code."""
+    """Wait for an ending worker, and kill it after the timeout; returns its exit code."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         return worker.wait(timeout_s)
     worker.kill()
@@ -145,18 +146,18 @@ def end_within(worker: subprocess.Popen[bytes], timeout_s: float) -> int:
 
 
 def was_told_to_end(code: int) -> bool:
-    """Whether a worker with this exit code ended because somebody told it to (SIGTERM)."""
+    """Whether a worker with this exit code was told to end (SIGTERM)."""
     return code in (0, -signal.SIGTERM)
 
 
 def oom_kills() -> int:
-    """How many processes of this machine were killed because memory ran out (proc(5), vmstat)."""
+    """How many processes of this machine were killed for lack of memory (proc(5), vmstat)."""
     try:
         for line in Path("/proc/vmstat").read_text().splitlines():
             if line.startswith("oom_kill "):
                 return int(line.split()[1])
     except (OSError, ValueError):
-        pass  # not to be seen here
+        pass  # not visible here
     return 0
 
 
