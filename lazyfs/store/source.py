@@ -310,17 +310,19 @@ class Source:
         raise AssertionError
 
     def _try_to_read(self, pin: Pinned) -> None:
-        """A range of one object: what S3 says of that object is its own affair, and is told."""
+        """Read a range of one object. What S3 says of that object, or of itself, is only logged."""
         try:
             self._first(lambda: self.read_range(pin, 0, 1))
         except ThrottledError as error:
             log.warning("%s", error)
         except SourceError as error:
             refused = error.__cause__
-            about_the_object = isinstance(error, ObjectChangedError) or (
-                isinstance(refused, RefusedError) and refused.refusal.status < 500
+            # A code in the body shows that S3 answered: the way to it is right.
+            said_by_s3 = isinstance(error, ObjectChangedError) or (
+                isinstance(refused, RefusedError)
+                and (refused.refusal.status < 500 or bool(refused.refusal.code))
             )
-            if not about_the_object or isinstance(error, WrongRegionError | NotSupportedError):
+            if not said_by_s3 or isinstance(error, WrongRegionError | NotSupportedError):
                 raise
             log.warning("listed, but not readable: %s", error)
 

@@ -51,7 +51,7 @@ def test_trouble_is_told(mount: Callable[..., Mounted], server: S3) -> None:
     client = ControlClient(socket_of(mounted))
     server.put("control", {"m/file": CONTENT[::-1]})
     assert "Stale" in shell("cat file", mounted.path).stderr
-    assert "s3://control/m/file: 412" in client.get("/status")["trouble"]
+    assert "s3://control/m/file: listed with the ETag" in client.get("/status")["trouble"]
 
 
 def test_only_its_user_may_ask(mount: Callable[..., Mounted]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import pytest
 from mounting import Mounted, lazyfs, shell
 from s3 import S3
 from terminal import Terminal, in_terminal
+from test_control import socket_of
 from test_models import model, settle
 
 pytestmark = pytest.mark.fuse
@@ -129,7 +131,11 @@ def test_changes_outlive_the_worker(mount: Callable[..., Mounted], s3: S3) -> No
         }  # fmt: skip
         assert blocks(s3) == before, "it fetches nothing"
         assert status(mounted)["prefetch"]["activity"] == "paused"  # type: ignore[index]
-    assert "DEBUG" in mounted.log()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(socket_of(mounted)))
+        client.sendall(b"no request\r\n\r\n")
+        client.recv(100)
+    assert "DEBUG control.conversation" in mounted.log()
     assert lazyfs("resume", mounted.path).returncode == 0
     wait_for_all_blocks(s3)
 

@@ -546,7 +546,7 @@ def test_a_range_shows_the_way(serve: Serve, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("status", "code"),
     [(403, "AccessDenied"), (403, "InvalidObjectState"), (400, "KMS.DisabledException"),
-     (404, "NoSuchKey"), (503, "SlowDown"), (403, "")],
+     (404, "NoSuchKey"), (503, "SlowDown"), (500, "InternalError"), (403, "")],
 )  # fmt: skip
 def test_what_s3_says_of_one_object_does_not_refuse_the_mount(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
