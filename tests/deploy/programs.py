@@ -158,6 +158,8 @@ class Driver:
     def _moved(self, name: str, argument: str, env: Mapping[str, str]) -> str:
         if argument.startswith("--http-address="):
             return f"--http-address=127.0.0.1:{self._ports[name]}"
+        if argument.startswith("--cache-reserve="):
+            return "--cache-reserve=0B"  # how full this machine's disk is does not matter here
         moved = argument.replace("$(NODE_NAME)", env.get("NODE_NAME", ""))
         for path, place in PLACES.items():
             # At the beginning of a value, or of one in a list.

@@ -58,7 +58,7 @@ def test_of_one_model_all_that_a_loader_reads(mount: Callable[..., Mounted], s3:
 
 
 def test_of_several_models_the_one_that_is_opened(mount: Callable[..., Mounted], s3: S3) -> None:
-    s3.put("several", model("a/") | model("b/") | {"README.md": b"x"})
+    s3.put("several", model("a/") | model("b/") | {"README.md": b"readme"})
     s3.forget()
     mounted = mount("s3://several", "--block-size=256KiB")
     assert settle(s3) == set()
