@@ -31,6 +31,7 @@ from prometheus_client import Histogram
 
 from csi.errors import code_of, without_ids
 from lazyfs.errors import LazyfsError, OptionError
+from lazyfs.foreign_text import escaped
 from lazyfs.handover.keeper import KeeperError
 from lazyfs.log import within
 from lazyfs.observe import tracing
@@ -175,7 +176,7 @@ class RpcLog(grpc.ServerInterceptor):
                 if code is not StatusCode.OK:
                     self._tracer.mark_failed(span)
         if code is not StatusCode.OK:
-            context.abort(code, without_ids(message))
+            context.abort(code, escaped(without_ids(message)))
         return response
 
     def _span(self, name: str, about: Mapping[str, str]) -> AbstractContextManager[Any]:

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 
+from lazyfs.foreign_text import escaped
+
 # Context of the process, and of the current thread or task.
 _about: dict[str, str] = {}
 _within: ContextVar[tuple[Mapping[str, str], ...]] = ContextVar("_within", default=())
@@ -23,8 +25,9 @@ class TextFormatter(logging.Formatter):
     """`2026-01-31T12:00:00.123Z WARNING source: message [mountpoint=/mnt/a volume=pvc-1]`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = f"{_time(record)} {record.levelname} {_logger_name(record)}: {record.getMessage()}"
-        fields = " ".join(f"{name}={_on_one_line(text)}" for name, text in _fields().items())
+        message = escaped(record.getMessage())
+        line = f"{_time(record)} {record.levelname} {_logger_name(record)}: {message}"
+        fields = " ".join(f"{name}={escaped(text)}" for name, text in _fields().items())
         line += f" [{fields}]" if fields else ""
         return line + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
 
@@ -37,8 +40,8 @@ class JsonFormatter(logging.Formatter):
             "time": _time(record),
             "level": record.levelname.lower(),
             "logger": _logger_name(record),
-            "message": record.getMessage(),
-            **_fields(),
+            "message": escaped(record.getMessage()),
+            **{name: escaped(text) for name, text in _fields().items()},
         }
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
@@ -85,10 +88,6 @@ def _fields() -> dict[str, str]:
     for about in _within.get():
         fields |= about
     return {name: text for name, text in fields.items() if text}
-
-
-def _on_one_line(text: str) -> str:
-    return text if text.isprintable() else repr(text)
 
 
 def _time(record: logging.LogRecord) -> str:

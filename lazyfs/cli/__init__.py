@@ -15,6 +15,7 @@ import click
 
 from lazyfs import __version__
 from lazyfs.errors import LazyfsError, OptionError
+from lazyfs.foreign_text import escaped
 
 # The module of each command.
 COMMANDS = {
@@ -59,7 +60,7 @@ class OneLineErrors(click.Group):
             self._fail(error)
 
     def _fail(self, error: LazyfsError) -> None:
-        click.echo(f"{self.program}: {error}", err=True)
+        click.echo(f"{self.program}: {escaped(str(error))}", err=True)
         sys.exit(error.exit_code)
 
 

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from lazyfs.foreign_text import escaped
 
 # In a pipe no line is cut or wrapped, because programs read it line by line.
 PIPE_WIDTH = 10_000
 
 
+class _SafeConsole(Console):
+    """Shows what is in cells, which others may have written, and does nothing that it says."""
+
+    def render_str(self, text: str, **style: Any) -> Text:
+        """Called for each text that is printed, cells of tables included."""
+        return super().render_str("\n".join(map(escaped, text.split("\n"))), **style)
+
+
 def console() -> Console:
     """Standard output, with colours only in a terminal that has them, and not with `NO_COLOR`."""
     width = None if sys.stdout.isatty() else PIPE_WIDTH
-    return Console(width=width, highlight=False, markup=False, emoji=False)
+    return _SafeConsole(width=width, highlight=False, markup=False, emoji=False)
 
 
 def print_rows(rows: Iterable[tuple[str, str]]) -> None:

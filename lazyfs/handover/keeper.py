@@ -263,12 +263,21 @@ def private_directory(directory: Path) -> None:
         PermissionError: it exists, and others can write to it.
     """
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    status = directory.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+    if not is_private(directory):
         raise PermissionError(
             f"{directory}: is not a directory that only this user can write to; "
             "chmod go-w it, or remove it"
         )
+
+
+def is_private(directory: Path) -> bool:
+    """Whether a path is a directory of this user, and nobody else can write to it."""
+    try:
+        status = directory.lstat()
+    except OSError:
+        return False
+    is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+    return is_ours and not status.st_mode & 0o022
 
 
 def is_trusted(connection: socket.socket) -> bool:

@@ -18,12 +18,13 @@ from pathlib import Path
 
 from lazyfs.errors import MountError
 from lazyfs.fuse.mount_syscalls import find_mount
-from lazyfs.handover.keeper import private_directory
+from lazyfs.handover.keeper import is_private, private_directory
 
 # unix(7): sun_path has 108 bytes, the last of which is zero.
 LONGEST_SOCKET_PATH = 107
 # A lock that is held longer belongs to a daemon.
 LOOKING_S = 0.2
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +194,16 @@ def runtime_directory() -> Path:
         return Path(chosen)
     if os.geteuid() == 0:
         return Path("/run/lazyfs")
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(base, "lazyfs") if base else Path(f"/tmp/lazyfs-{os.geteuid()}")  # noqa: S108
+    if base := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(base, "lazyfs")
+    # Without a login session of its own (su, cron, batch jobs). In /tmp anybody can be there first.
+    session, state = Path(f"/run/user/{os.geteuid()}"), Path("~/.local/state").expanduser()
+    if is_private(session):
+        return session / "lazyfs"
+    if any(is_private(each) for each in (state, state.parent, state.parent.parent)):
+        # A home may be shared by machines, and records are of one boot of one of them.
+        return state / "lazyfs" / _BOOT_ID.read_text()[:8]
+    return Path(f"/tmp/lazyfs-{os.geteuid()}")  # noqa: S108
 
 
 def check_runtime_directory() -> None:
@@ -232,7 +241,9 @@ def default_log_file(mountpoint: Path) -> Path:
 
 
 def _read(path: Path) -> MountRecord | None:
-    """The record in a file; None if there is none yet."""
+    """The record in a file; None if there is none yet, or if others could have written it."""
+    if not is_private(path.parent):
+        return None
     try:
         return MountRecord(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError):

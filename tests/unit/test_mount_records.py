@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -132,3 +134,29 @@ def test_a_path_that_is_too_long_for_sockets(
     ):
         RunningMount(RECORD)
     assert not Path(f"{fits}yyy").exists()
+
+
+def test_what_others_can_write_is_no_record() -> None:
+    directory = mount_records.runtime_directory()
+    directory.mkdir(mode=0o700, exist_ok=True)
+    path = control_socket(MOUNTPOINT).with_suffix(".json")
+    path.write_text(json.dumps(asdict(RECORD)))
+    assert last_record(MOUNTPOINT) == RECORD
+    directory.chmod(0o777)
+    assert last_record(MOUNTPOINT) is None and records() == []
+
+
+def test_without_a_session_records_are_where_nobody_else_can_be_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LAZYFS_RUNTIME_DIR")
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    uid = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: uid or 12345)
+    # The home is another user's.
+    assert uid or str(mount_records.runtime_directory()) == "/tmp/lazyfs-12345"
+    monkeypatch.setattr(mount_records, "is_private", lambda path: path == tmp_path)
+    assert mount_records.runtime_directory().is_relative_to(tmp_path / ".local/state/lazyfs")
+    monkeypatch.setattr(mount_records, "is_private", lambda path: path.is_relative_to("/run/user"))
+    assert mount_records.runtime_directory() == Path(f"/run/user/{os.geteuid()}/lazyfs")
