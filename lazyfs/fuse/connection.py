@@ -1,22 +1,22 @@
-"""The requests of the kernel: reads and interrupts taken here, everything else given to libfuse.
+"""The kernel's requests: handles reads and interrupts here, passes all others to libfuse.
 
-libfuse and pyfuse3 translate names and attributes. Two things they do not let us have, so this
-stands between them and `/dev/fuse`:
+libfuse and pyfuse3 translate names and attributes. Two things they do not provide, so this module
+is between them and `/dev/fuse`:
 
-- *Who waits.* A thread that waits for an answer is deaf to SIGKILL until it is answered
-  (`request_wait_answer` and `fuse_direct_IO` in Linux). The kernel tells of a signal
-  (FUSE_INTERRUPT), and each request names its thread. libfuse keeps both to itself.
-- *Reads.* They are nearly all requests of a load, they carry the bytes, and they are what threads
-  wait for. They are answered straight from a block's memory.
+- *Waiting threads.* A thread that waits for an answer ignores SIGKILL until it gets one
+  (`request_wait_answer` and `fuse_direct_IO` in Linux). The kernel reports signals
+  (FUSE_INTERRUPT), and each request names its thread. libfuse exposes neither.
+- *Reads.* Nearly all requests of a load are reads, and threads wait for them. They are answered
+  directly from a block's memory.
 
-What goes through libfuse is small: a message each way over a socket pair.
+Requests that go through libfuse are small: one message each way over a socket pair.
 
-A request is given up, with EINTR, when the thread that waits for it is being killed: SIGKILL is
-pending then, also for each thread of a process that another deadly signal ends. That is
-looked up in `/proc` for every request that waits long. Another signal must not end a wait: a read
-that fails because of a profiler's timer would mean SIGBUS for a process that has mapped the file.
-A thread that cannot be seen, because it is in a process namespace beyond ours, is let go some
-time after its interrupt, whatever the signal was.
+A request ends with EINTR when the thread that waits for it is being killed: then SIGKILL is
+pending, also for each thread of a process that another fatal signal ends. `/proc` shows this, and
+is checked for every request that waits long. Other signals must not end a wait: a read that fails
+because of a profiler's timer would mean SIGBUS for a process that has mapped the file. A thread
+that is not visible, because it is in a PID namespace beyond ours, is released some time after its
+interrupt, whatever the signal was.
 """
 
 from __future__ import annotations
@@ -50,28 +50,28 @@ _SIZE_AT = _IN_HEADER.size + 16  # of `size` in fuse_read_in
 _READ, _READDIR, _INTERRUPT, _READDIRPLUS = 15, 28, 36, 44
 _UNANSWERED = {2, 42}  # FORGET, BATCH_FORGET
 
-# The kernel wants room for the longest write that was agreed on, 1 MiB, and its header.
+# The kernel requires room for the longest write that was negotiated, 1 MiB, and its header.
 REQUEST_BYTES = (1 << 20) + (64 << 10)
-# Of a directory at once: more than nearly all have, and a message that fits into a socket's buffer.
+# Part of a directory in one answer: enough for nearly all, and fits into a socket's buffer.
 MOST_OF_DIRECTORY = 64 << 10
-# Requests taken before others of our tasks have their turn.
+# Requests taken before other tasks run.
 AT_ONCE = 64
-# A request that waits longer is looked after, so often.
+# Requests that wait longer are checked, and how often.
 LONG_S = 0.5
 LOOK_S = 0.5
-# From its interrupt, how long a thread that cannot be seen waits on.
+# How long a thread that is not visible waits after its interrupt.
 UNSEEN_PATIENCE_S = 3.0
 
 
 @dataclass(slots=True)
 class _Waiting:
-    """A request that was not answered yet.
+    """A request without an answer so far.
 
     Attributes:
-        thread: that waits for it, as our process namespace numbers it; 0: it is not in ours.
+        thread: the waiting thread's id in our PID namespace; 0: it is not in ours.
         since_s: when it was taken.
-        scope: of the task that serves it, if it is a read.
-        interrupted_s: when the kernel first said that the thread has got a signal.
+        scope: the scope of the task that serves it, if it is a read.
+        interrupted_s: when the kernel first reported a signal to the thread.
     """
 
     thread: int
@@ -81,7 +81,7 @@ class _Waiting:
 
 
 class KernelConnection:
-    """Takes what the kernel asks, and sends it answers, for one mount.
+    """Takes the kernel's requests and sends the answers, for one mount.
 
     Args:
         device: a descriptor of `/dev/fuse`.
@@ -101,7 +101,7 @@ class KernelConnection:
         self._waiting: dict[int, _Waiting] = {}
 
     async def run(self) -> None:
-        """Serve until the kernel has ended the session; then have libfuse end."""
+        """Serve until the kernel has ended the session; then end libfuse."""
         os.set_blocking(self._device, False)
         self._libfuse.setblocking(False)
         async with trio.open_nursery() as nursery:
@@ -170,7 +170,7 @@ class KernelConnection:
                 self._answer(unique, 0, data)
 
     async def _pass_answers(self) -> None:
-        """Pass on what libfuse answers."""
+        """Pass libfuse's answers on."""
         while True:
             await trio.lowlevel.wait_readable(self._libfuse)
             try:
@@ -197,7 +197,7 @@ class KernelConnection:
                 log.error("an answer was not taken by the kernel: %s", error)
 
     async def _look_after(self) -> None:
-        """Let go of threads that are being killed."""
+        """Release threads that are being killed."""
         while True:
             await trio.sleep(LOOK_S)
             now_s = trio.current_time()
@@ -217,7 +217,7 @@ class KernelConnection:
 
 
 def is_being_killed(thread: int) -> bool | None:
-    """Whether SIGKILL is pending for a thread (proc(5), `SigPnd`); None: it cannot be seen."""
+    """Whether SIGKILL is pending for a thread (proc(5), `SigPnd`); None: it is not visible."""
     if thread == 0:
         return None
     try:

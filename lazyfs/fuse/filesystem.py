@@ -1,11 +1,10 @@
-"""The kernel's requests, translated. No policy lives here.
+"""Translates the kernel's requests. Contains no policy.
 
-Every request is answered. An exception that nobody foresaw is EIO for that request, and so is a
-request with which workers died (`InHand`).
+Every request is answered. An unexpected exception is EIO for that request, and so is a request on
+which workers died (`InHand`).
 
-Handles carry no state: a handle is the inode number. So another process can go on where this one
-stopped. What a name or an attribute means never changes in a mount, so the kernel may remember all
-of it for as long as it likes.
+Handles carry no state: a handle is the inode number. So another process can continue where this one
+stopped. Names and attributes never change in a mount, so the kernel may cache them for ever.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from lazyfs.options.mount_options import MountOptions
 
 log = logging.getLogger(__name__)
 
-# How long the kernel may remember names and attributes: as good as for ever.
+# How long the kernel may cache names and attributes: practically for ever.
 REMEMBER_S = 30 * 86400.0
 READ_UNIT = 1 << 20
 _KEY, _ETAG, _CACHED = b"user.lazyfs.key", b"user.lazyfs.etag", b"user.lazyfs.cached"
@@ -46,14 +45,14 @@ class Filesystem(pyfuse3.Operations):
     """One mount, as the kernel sees it.
 
     Args:
-        catalog: names to nodes.
-        fetcher: nodes to bytes.
-        options: owner and modes.
-        mounted_ns: what directories show as their time.
-        on_init: called once, when libfuse has taken the kernel's first message.
-        on_open: told of each file that is opened.
+        catalog: maps names to nodes.
+        fetcher: reads the bytes of nodes.
+        options: for owner and modes.
+        mounted_ns: the time of directories.
+        on_init: called once, when libfuse has received the kernel's first message.
+        on_open: called with each opened file.
         recorder: is told of opened and closed files.
-        in_hand: where requests are noted that are not answered yet.
+        in_hand: records requests until they are answered.
     """
 
     supports_dot_lookup = False
@@ -82,7 +81,7 @@ class Filesystem(pyfuse3.Operations):
         self._on_init = on_init
         self._on_open = on_open
         self._recorder = recorder
-        # How often the kernel was given each inode, less how often it forgot it.
+        # How often each inode was given to the kernel, minus how often the kernel forgot it.
         self._lookups: Counter[int] = Counter()
         self.reads = 0
 
@@ -90,7 +89,7 @@ class Filesystem(pyfuse3.Operations):
         self._on_init()
 
     def remember_all(self) -> None:
-        """Take every file as known to the kernel: a former daemon may have told it of each."""
+        """Count every file as known to the kernel: a former worker may have given it each one."""
         for file in self._tree.files():
             self._fetcher.set_known(file, True)
 
@@ -107,7 +106,7 @@ class Filesystem(pyfuse3.Operations):
         children = await self._children(directory)
         node = children.get(name.decode(errors="surrogateescape"))
         if node is None:
-            # Inode 0: "there is none", which the kernel may remember as well.
+            # Inode 0: "no such name", which the kernel may cache as well.
             nothing = EntryAttributes()
             nothing.st_ino = InodeT(0)
             nothing.entry_timeout = REMEMBER_S
@@ -160,7 +159,7 @@ class Filesystem(pyfuse3.Operations):
             except SourceError as error:
                 raise FUSEError(error.errno) from error
             if len(part) != span.stop - span.start:
-                # The kernel would take it for the end of the file, and end who maps it (SIGBUS).
+                # The kernel would take it for the end of the file: SIGBUS for its mappings.
                 log.error("%s at %d: a block is shorter than it should be", file.key, off)
                 raise FUSEError(errno.EIO)
             if len(part) == size:
@@ -208,8 +207,8 @@ class Filesystem(pyfuse3.Operations):
         raise FUSEError(errno.ENODATA)
 
     async def listxattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
-        # How much is cached changes by itself and is no property of the file: a program that copies
-        # what is listed (rsync -X, cp -a, tar) would fail or keep it. It can be read by its name.
+        # The number of cached bytes changes by itself and is no property of the file: programs that
+        # copy listed attributes (rsync -X, cp -a, tar) would fail or copy it. Reads by name work.
         return [_KEY, _ETAG] if isinstance(self._node(inode), File) else [_KEY]
 
     async def _children(self, directory: Directory) -> dict[str, Node]:
@@ -220,7 +219,7 @@ class Filesystem(pyfuse3.Operations):
             raise FUSEError(error.errno) from error
 
     def _known(self, node: Node) -> EntryAttributes:
-        """The attributes of a node that the kernel remembers from this reply on."""
+        """The attributes of a node, which the kernel knows from this reply on."""
         self._lookups[node.inode] += 1
         if isinstance(node, File) and self._lookups[node.inode] == 1:
             self._fetcher.set_known(node, True)
@@ -266,7 +265,7 @@ class Filesystem(pyfuse3.Operations):
 
 
 async def _refuse(*arguments: object) -> None:
-    """The answer to everything that would write."""
+    """The answer to all requests that would write."""
     raise FUSEError(errno.EROFS)
 
 
@@ -288,7 +287,7 @@ for _operation in (
 
 
 def _answered(number: int, name: str) -> None:
-    """Have an operation answer whatever happens, and note meanwhile that it is in hand."""
+    """Make an operation always answer, and record meanwhile that it is in hand."""
     operation = getattr(Filesystem, name)
 
     @functools.wraps(operation)
@@ -297,7 +296,7 @@ def _answered(number: int, name: str) -> None:
         detail = _DETAILS[name](arguments[1]) if name in _DETAILS else 0
         slot = self.in_hand.take(number, inode, detail)
         if slot is None:
-            log.error("%s of inode %d: EIO: workers that were asked for it died", name, inode)
+            log.error("%s of inode %d: EIO: workers died on this request", name, inode)
             raise FUSEError(errno.EIO)
         try:
             return await operation(self, *arguments)
@@ -317,15 +316,15 @@ async def _forget(
     inode_list: Sequence[tuple[InodeT, int]],
     forget: Callable[..., Awaitable[None]] = Filesystem.forget,
 ) -> None:
-    """The one message of the kernel that has no answer."""
+    """The only message of the kernel without an answer."""
     await contained("forget", forget, self, inode_list)
 
 
-# What tells a request from others of the same operation and inode.
+# Distinguishes requests of the same operation and inode.
 _DETAILS: dict[str, Callable[[Any], int]] = {
     "lookup": zlib.crc32, "getxattr": zlib.crc32, "read": int, "readdir": int,
 }  # fmt: skip
-# The numbers are of what is kept with the session, and so they stay.
+# The numbers are kept with the session, so they must not change.
 for _number, _operation in enumerate((
     "lookup", "getattr", "opendir", "readdir", "open", "read", "release", "statfs", "getxattr",
     "listxattr",

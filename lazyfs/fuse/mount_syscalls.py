@@ -1,6 +1,6 @@
 """Mount system calls and what `/proc` says of mounts. Only the standard library.
 
-As root by mount(2); as anyone else through fusermount3, which is setuid root.
+Root mounts with mount(2), other users with fusermount3, which is setuid root.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from lazyfs.errors import MountError
 MS_RDONLY, MS_NOSUID, MS_NODEV = 1, 2, 4
 MNT_DETACH = 2
 FILESYSTEM_TYPE = "fuse.lazyfs"
-# The kernel can ask again for what a dead worker had taken (FUSE_NOTIFY_RESEND) since this one.
+# The first kernel that can resend the requests of a dead worker (FUSE_NOTIFY_RESEND).
 RESEND_SINCE = (6, 9)
 
-# The kernel refuses to be read with less than this (FUSE_MIN_READ_BUFFER).
+# The kernel refuses reads with smaller buffers (FUSE_MIN_READ_BUFFER).
 INIT_BUFFER = 1 << 16
 
-IN_USE = "in use; end what uses it, or detach it with --lazy"
-# A process of the mount's own may have a file open for some milliseconds (`cache/salvage.py`).
+IN_USE = "in use; end the processes that use it, or detach it with --lazy"
+# A helper process of the mount may have a file open for some milliseconds (`pagecache/`).
 BUSY_PATIENCE_S = 0.3
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -53,14 +53,14 @@ def mounts(process: int | None = None) -> list[MountEntry]:
     Raises:
         OSError: there is no such process, or it is another user's.
     """
-    # Names are bytes, and may have what Unicode takes for the end of a line.
+    # Names are bytes, and may contain Unicode line ends.
     path = Path(f"/proc/{process or 'self'}/mountinfo")
     text = path.read_text(errors="surrogateescape")
     return [MountEntry(line) for line in text.split("\n") if line]
 
 
 def find_mount(mountpoint: Path, process: int | None = None) -> MountEntry | None:
-    """What is mounted there last, without touching the filesystem itself.
+    """The topmost mount there, found without access to the filesystem itself.
 
     Raises:
         OSError: as of `mounts`.
@@ -98,10 +98,10 @@ def check_mountpoint(mountpoint: Path) -> None:
 
 
 def mount(source: str, mountpoint: Path, *, allow_other: bool) -> int:
-    """Mount a new FUSE filesystem, read-only; its descriptor of `/dev/fuse`.
+    """Mount a new FUSE filesystem, read-only; returns its descriptor of `/dev/fuse`.
 
     Args:
-        source: what `/proc/mounts` shows as the device.
+        source: shown as the device in `/proc/mounts`.
 
     Raises:
         MountError: it is not possible; the message says why and what to do.
@@ -111,7 +111,7 @@ def mount(source: str, mountpoint: Path, *, allow_other: bool) -> int:
 
 
 def begin_mount(source: str, mountpoint: Path, *, allow_other: bool) -> tuple[int, bytes]:
-    """Mount, and take the kernel's first message: the descriptor, and that message (FUSE_INIT).
+    """Mount, and read the kernel's first message; returns the descriptor and FUSE_INIT.
 
     Raises:
         MountError: it is not possible; then nothing is mounted.
@@ -123,13 +123,13 @@ def begin_mount(source: str, mountpoint: Path, *, allow_other: bool) -> tuple[in
     except OSError as error:
         unmount(mountpoint, lazy=True)
         os.close(descriptor)
-        raise MountError(f"{mountpoint}: the kernel did not begin to talk: {error}") from error
+        raise MountError(f"{mountpoint}: the kernel sent no FUSE_INIT: {error}") from error
 
 
 def session_ended(descriptor: int) -> bool:
-    """Whether the kernel has ended what this descriptor of `/dev/fuse` serves.
+    """Whether the kernel has ended the session of this descriptor of `/dev/fuse`.
 
-    It does that at the unmount, and when the connection is aborted.
+    It does that after an unmount, and when the connection is aborted.
     """
     watch = select.poll()
     watch.register(descriptor, select.POLLIN)
@@ -137,10 +137,10 @@ def session_ended(descriptor: int) -> bool:
 
 
 def abort(device: str) -> None:
-    """Have the kernel end a FUSE connection: who waits for an answer gets an error at once.
+    """Have the kernel end a FUSE connection: waiting processes get an error at once.
 
-    Done where fusectl is mounted, as it is nearly everywhere. Without it the kernel does the same
-    when the last descriptor is closed.
+    This needs fusectl, which is mounted nearly everywhere. Without it the kernel does the same when
+    the last descriptor is closed.
 
     Args:
         device: the mount's device number, `major:minor`.
@@ -150,12 +150,12 @@ def abort(device: str) -> None:
 
 
 def clear_stale(mountpoint: Path) -> bool:
-    """Take away a mount of ours whose daemon is gone; whether there was one.
+    """Unmount a lazyfs mount whose daemon is gone; returns whether there was one.
 
-    It is known by what the kernel answers for it: "transport endpoint is not connected".
+    The kernel's answer shows it: "transport endpoint is not connected".
 
     Raises:
-        MountError: it cannot be taken away.
+        MountError: it cannot be unmounted.
     """
     entry = find_mount(mountpoint)
     if entry is None or entry.filesystem_type != FILESYSTEM_TYPE:
@@ -170,10 +170,10 @@ def clear_stale(mountpoint: Path) -> bool:
 
 
 def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
-    """Unmount, also when the daemon is dead.
+    """Unmount, even if the daemon is dead.
 
     Args:
-        lazy: take it out of the tree even if it is in use; it ends with its last user.
+        lazy: detach it even if it is in use; it ends with its last user.
 
     Raises:
         MountError: it is in use, or not permitted, or not mounted.
@@ -186,7 +186,7 @@ def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
 
 
 def _try_unmount(mountpoint: Path, *, lazy: bool) -> str | None:
-    """Unmount once; None, or why it was not possible."""
+    """Try to unmount once; returns None, or why it is not possible."""
     if os.geteuid() == 0:
         if _libc.umount2(os.fsencode(mountpoint), MNT_DETACH if lazy else 0) == 0:
             return None
@@ -225,9 +225,9 @@ def _mount_as_root(source: str, mountpoint: Path, allow_other: bool) -> int:
 
 
 def _mount_with_helper(source: str, mountpoint: Path, allow_other: bool) -> int:
-    """Let fusermount3, which is setuid root, mount, and receive the descriptor from it.
+    """Mount with fusermount3, which is setuid root, and receive the descriptor from it.
 
-    It sends the descriptor over the socket whose number `_FUSE_COMMFD` holds (libfuse, mount.c).
+    It sends the descriptor over the socket whose number is in `_FUSE_COMMFD` (libfuse, mount.c).
     """
     options = ["ro", "nosuid", "nodev", "default_permissions", "subtype=lazyfs"]
     options += [f"fsname={_escape(source)}", *(["allow_other"] if allow_other else [])]
@@ -248,7 +248,7 @@ def _mount_with_helper(source: str, mountpoint: Path, allow_other: bool) -> int:
 def _helper() -> list[str]:
     path = shutil.which("fusermount3")
     if path is None:
-        raise MountError("fusermount3 is missing, which lets users mount: install package fuse3")
+        raise MountError("fusermount3 is missing, which users need to mount: install package fuse3")
     return [path]
 
 
@@ -274,12 +274,12 @@ def _run_helper(
 
 
 def _escape(text: str) -> str:
-    """For a value in fusermount3's `-o`: commas and backslashes (fuse_opt.h)."""
+    """Escape commas and backslashes in a value for fusermount3's `-o` (fuse_opt.h)."""
     return text.replace("\\", "\\\\").replace(",", "\\,")
 
 
 def _unescape(text: str) -> str:
-    """The octal escapes of mountinfo: space, tab, newline, backslash."""
+    """Decode the octal escapes of mountinfo: space, tab, newline, backslash."""
     for code, letter in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
         text = text.replace(code, letter)
     return text

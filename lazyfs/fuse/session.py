@@ -1,16 +1,16 @@
-"""The conversation with the kernel: begun, handed over, taken up again.
+"""A FUSE session: started, handed over, resumed.
 
-The kernel's side of a mount is a descriptor of `/dev/fuse` and one message, FUSE_INIT, which opens
-the conversation. Both are kept apart from libfuse: the supervisor mounts and reads FUSE_INIT, and
-`negotiate` finds out what libfuse answers to it. The kernel gets that answer from us (`answer`),
-with what libfuse leaves at its default or does not know: limits, and FUSE_ALLOW_IDMAP, without
-which pods with user namespaces cannot have the mount. libfuse itself talks to one end of a socket
-pair (`attach`), and what it answers to FUSE_INIT there goes nowhere.
+A session is a descriptor of `/dev/fuse` and the kernel's first message, FUSE_INIT. libfuse gets
+neither of them directly: the supervisor mounts and reads FUSE_INIT, and `negotiate` finds libfuse's
+answer to it. The worker sends that answer to the kernel (`answer`), with settings that libfuse
+leaves at their defaults or does not support: limits, and FUSE_ALLOW_IDMAP, without which pods with
+user namespaces cannot use the mount. libfuse itself uses one end of a socket pair (`attach`), and
+its answer to FUSE_INIT there is dropped.
 
-So a session can go on in another process, which gets the same descriptor and plays the same
-beginning to its own libfuse. The kernel is beyond that point, and ignores a second answer. It must
-therefore be the same answer, or the two would speak different dialects from then on. What the
-former process had taken and not answered is asked for again (`resend`).
+So another process can resume a session: it gets the same descriptor and replays FUSE_INIT to its
+own libfuse. The kernel ignores a second answer to FUSE_INIT. So it must be the same answer, or
+kernel and worker would speak different protocols from then on. The kernel resends the requests
+that the former process had taken and not answered (`resend`).
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from lazyfs.fuse import mount_syscalls
 from lazyfs.fuse.connection import KernelConnection
 from lazyfs.fuse.filesystem import Filesystem
 
-# linux/fuse.h: struct fuse_out_header with FUSE_NOTIFY_RESEND in the place of an error.
+# linux/fuse.h: struct fuse_out_header with FUSE_NOTIFY_RESEND in place of an error.
 RESEND = struct.pack("<IiQ", 16, 7, 0)
 OPTIONS = {"default_permissions"}
-# linux/fuse.h: where things are in FUSE_INIT and in the answer to it, headers included (struct
+# linux/fuse.h: offsets in FUSE_INIT and in the answer to it, headers included (struct
 # fuse_init_in, fuse_init_out). `congestion_threshold` follows `max_background`.
 ASKED_FLAGS, ASKED_FLAGS2 = 52, 56
 ANSWERED_READ_AHEAD, ANSWERED_FLAGS, ANSWERED_BACKGROUND, ANSWERED_FLAGS2 = 24, 28, 32, 48
 # FUSE_ALLOW_IDMAP is 1 << 40, in the second word.
 INIT_EXT, ALLOW_IDMAP = 1 << 30, 1 << 8
-# They have libfuse move messages by splice(2), which a socket of packets takes no part in
+# With these libfuse moves messages by splice(2), which packet sockets do not support
 # (FUSE_SPLICE_WRITE, _MOVE, _READ).
 SPLICE = 1 << 7 | 1 << 8 | 1 << 9
-# Direct reads of several requests at once (FUSE_ASYNC_DIO). The kernel tells of no signals to the
-# thread that waits for them.
+# Direct reads with several concurrent requests (FUSE_ASYNC_DIO). For these the kernel sends no
+# interrupts for signals to the waiting thread.
 ASYNC_DIRECT = 1 << 15
-# linux/proc_ns.h, PROC_PID_INIT_INO: the process namespace in which all threads can be seen.
+# linux/proc_ns.h, PROC_PID_INIT_INO: the PID namespace in which all threads are visible.
 _FIRST_PROCESSES = "pid:[4026531836]"
-# Reads ahead of a reader, which page faults are too, that the kernel sends at once. At its default
-# of 12, threads that fault at the same time wait for each other, and pushes for them.
+# Background reads (read-ahead, which includes page faults) that the kernel sends at once. With its
+# default of 12, threads that fault at the same time wait for each other, and pushes for them.
 MAX_BACKGROUND = 1024
 
 
@@ -56,7 +56,7 @@ class Session:
 
     Args:
         mountpoint: an absolute path.
-        descriptor: of `/dev/fuse`, mounted there.
+        descriptor: the mount's, of `/dev/fuse`.
         init_message: the kernel's FUSE_INIT.
     """
 
@@ -77,7 +77,7 @@ class Session:
         return mount_syscalls.session_ended(self.descriptor)
 
     async def negotiate(self) -> bytes:
-        """What libfuse, as it is installed now, answers to this session's FUSE_INIT."""
+        """The installed libfuse's answer to this session's FUSE_INIT."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours:
             # libfuse closes its end.
@@ -93,11 +93,11 @@ class Session:
                 pyfuse3.close(unmount=False)
 
     def answer(self, answer: bytes, read_ahead_bytes: int) -> None:
-        """Answer the kernel's FUSE_INIT; without effect if a former worker did.
+        """Answer the kernel's FUSE_INIT; no effect if a former worker did.
 
         Args:
-            answer: what libfuse answers.
-            read_ahead_bytes: the most that the kernel may read ahead in one go.
+            answer: libfuse's answer.
+            read_ahead_bytes: the maximum read-ahead of the kernel.
         """
         message = with_limits(with_idmap(self.init_message, answer), read_ahead_bytes)
         try:
@@ -108,7 +108,7 @@ class Session:
                 raise
 
     def attach(self, operations: Filesystem) -> KernelConnection:
-        """Give libfuse its end, and our operations; the connection that is to be run."""
+        """Give libfuse its socket and our operations; returns the connection to run."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # libfuse closes its end.
         pyfuse3.init(operations, f"/dev/fd/{theirs.detach()}", OPTIONS)
@@ -119,10 +119,10 @@ class Session:
         return KernelConnection(self.descriptor, ours, operations.read)
 
     def resend(self) -> None:
-        """Have the kernel ask again for what the former daemon had taken and not answered.
+        """Have the kernel resend the requests that the former worker had taken and not answered.
 
         Raises:
-            CannotResumeError: this kernel cannot; those who wait would wait for ever.
+            CannotResumeError: this kernel cannot, and waiting readers would wait for ever.
         """
         try:
             os.write(self.descriptor, RESEND)
@@ -131,20 +131,20 @@ class Session:
                 raise
             since = ".".join(map(str, mount_syscalls.RESEND_SINCE))
             raise CannotResumeError(
-                f"{self.mountpoint}: this kernel cannot ask again for what was in flight "
-                f"(it can since Linux {since}): mounting anew"
+                f"{self.mountpoint}: this kernel cannot resend requests in flight "
+                f"(Linux {since} and newer can): mounting again"
             ) from error
 
     def close(self) -> None:
-        """Let go of the descriptor. The mount goes on if somebody else holds it."""
+        """Close the descriptor. The mount continues if another process holds it."""
         os.close(self.descriptor)
 
 
 def with_idmap(question: bytes, answer: bytes) -> bytes:
     """The answer to FUSE_INIT, with FUSE_ALLOW_IDMAP if the kernel offers it (since Linux 6.12).
 
-    A mount can then be shown with other owners (mount_setattr(2), MOUNT_ATTR_IDMAP), as container
-    runtimes do for pods with a user namespace. The kernel maps the owners; it asks for
+    A mount can then have mapped owners (mount_setattr(2), MOUNT_ATTR_IDMAP), as container runtimes
+    set up for pods with a user namespace. The kernel maps the owners; it requires
     `default_permissions`, which all our mounts have.
     """
     flags, flags2 = _words(question, ASKED_FLAGS, ASKED_FLAGS2)
@@ -158,7 +158,7 @@ def with_idmap(question: bytes, answer: bytes) -> bytes:
 
 
 def _words(message: bytes, *offsets: int) -> tuple[int, ...]:
-    """Words of 32 bits; 0 where the message of an older kernel ends before."""
+    """Words of 32 bits; 0 for those that the message of an older kernel lacks."""
     padded = message.ljust(max(offsets) + 4, b"\0")
     return tuple(struct.unpack_from("=I", padded, offset)[0] for offset in offsets)
 

@@ -1,1 +1,1 @@
-"""The kernel's page cache: puts pages there, finds out which are gone, looks names up."""
+"""The kernel's page cache: pushes pages, detects dropped ones, looks names up."""

@@ -1,11 +1,11 @@
-"""Finds out what else the kernel has dropped, when a reader misses what was in the page cache.
+"""Finds further dropped pages, when a reader misses a block that was in the page cache.
 
-Whoever asks for a block that was put into the page cache shows that the kernel has dropped pages,
-and seldom those alone: the model lay there unused for long, or memory is short. The blocks after it
-would be taken for near, and fetched one by one as he comes to each. So it is looked which of them
-are still there, in the order in which a loader reads, and what is not is wished for again. Not the
-same block twice in `AGAIN_S`: where memory is so short that the kernel drops what nobody has read
-yet, fetching it ahead over and over would only cost more.
+A read request for a block that was put into the page cache shows that the kernel has dropped pages,
+and rarely just these: the model was unused for long, or memory is short. The following blocks would
+still count as near, and would be fetched one by one when the reader gets to them. So this module
+checks which of them are still there, in loading order, and has the others prefetched again. It does
+so at most once in `AGAIN_S` for each block: if memory is so short that the kernel drops unread
+pages, repeated prefetching would only cost more.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from lazyfs.objects import File
 
 log = logging.getLogger(__name__)
 
-# So many blocks are looked at at once; if any of them were dropped, as many after them.
+# Blocks that are checked at once; if any of them were dropped, as many after them.
 LOOK_BLOCKS = 512
-# Between two looks; of a slow one, so many times what it took.
+# Pause between two checks; after a slow one, so many times its duration.
 PAUSE_S = 1.0
 PAUSE_SHARE = 20
 AGAIN_S = 300.0
 
 
 class PageWishes(Protocol):
-    """What is needed of the scheduler (`lazyfs/fetch/scheduler.py`)."""
+    """The part of the scheduler that is used here (`lazyfs/fetch/scheduler.py`)."""
 
     @property
     def block_size(self) -> int:
-        """In bytes."""
+        """The block size in bytes."""
 
     async def missed(self) -> BlockId:
         """Wait until a reader misses a block that was in the page cache."""
@@ -48,30 +48,30 @@ class PageWishes(Protocol):
         """The next blocks that should be in the page cache, in loading order."""
 
     def wish_again(self, blocks: Iterable[BlockId]) -> None:
-        """These blocks are not in the page cache any more."""
+        """Record that these blocks are no longer in the page cache."""
 
     def file(self, inode: int) -> File:
         """The file of an inode."""
 
 
 class DroppedPages:
-    """Looks for what was dropped.
+    """Looks for dropped pages.
 
     Args:
-        mountpoint: of the mount.
-        path: of a file, below the mountpoint.
-        fetcher: knows what readers missed and what is taken for near, and is told what is not.
+        mountpoint: the mount's.
+        path: returns the path of a file below the mountpoint.
+        fetcher: knows missed and near blocks, and is told which were dropped.
     """
 
     def __init__(self, mountpoint: Path, path: Callable[[File], str], fetcher: PageWishes) -> None:
         self._mountpoint = mountpoint
         self._path = path
         self._fetcher = fetcher
-        # When each was wished for again.
+        # When each block was last prefetched again.
         self._wished_s: dict[BlockId, float] = {}
 
     async def run(self) -> None:
-        """Look whenever a reader has missed a block, until cancelled."""
+        """Check whenever a reader has missed a block, until cancelled."""
         while True:
             missed = await self._fetcher.missed()
             began_s = trio.current_time()
@@ -92,7 +92,7 @@ class DroppedPages:
         self._fetcher.wish_again(late)
 
     async def _dropped(self, blocks: Sequence[BlockId]) -> list[BlockId]:
-        """Which of these blocks are not in the page cache as a whole."""
+        """The blocks of these that are not completely in the page cache."""
         if not blocks:
             return []
         of_files = [(self._fetcher.file(i), list(group)) for i, group in groupby(blocks, _inode)]

@@ -1,7 +1,7 @@
-"""Which pages of a mount are in the page cache, and what of it the kernel has dropped.
+"""Finds pages of a mount that the kernel has dropped from the page cache.
 
-A worker must not look at its own mount, so a process of its own does: this module, with nothing but
-the standard library, so that it begins quickly. It asks mincore(2), which fetches nothing.
+A worker must not access its own mount, so a helper process runs this module, which uses only the
+standard library to start quickly. It calls mincore(2), which fetches nothing.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 def open_known(path: Path, inode: int) -> int | None:
-    """A descriptor of a file, if it is that inode and the kernel tells what of it is there.
+    """A descriptor of a file, if it has that inode and mincore(2) tells the truth about it.
 
-    To others than its owner it does not: it says that everything is (mincore(2)).
+    To users other than its owner the kernel reports all pages as present.
 
     Raises:
         OSError: it cannot be opened.
@@ -43,7 +43,7 @@ def open_known(path: Path, inode: int) -> int | None:
 
 
 def all_resident(descriptor: int, offset: int, length: int) -> bool:
-    """Whether all pages of a part of a file are there.
+    """Whether all pages of a part of a file are in the page cache.
 
     Raises:
         OSError: it cannot be mapped.
@@ -65,10 +65,10 @@ def all_resident(descriptor: int, offset: int, length: int) -> bool:
 
 
 def dropped(path: Path, inode: int, parts: Iterable[tuple[int, int]]) -> list[int]:
-    """Which parts of a file are not there as a whole, by their position; none if nobody can tell.
+    """The indices of the parts that are not completely in the page cache; none if not known.
 
     Args:
-        parts: offset and length of each.
+        parts: offset and length of each part.
     """
     try:
         descriptor = open_known(path, inode)
@@ -83,7 +83,7 @@ def dropped(path: Path, inode: int, parts: Iterable[tuple[int, int]]) -> list[in
 
 
 def main(wanted: Mapping[str, Any]) -> None:
-    """The process: parts of files on standard input, the dropped ones on standard output."""
+    """Run the process: parts of files on standard input, dropped ones on standard output."""
     below = Path(wanted["mountpoint"])
     found = [dropped(below / path, inode, parts) for path, inode, parts in wanted["files"]]
     print(json.dumps(found))

@@ -1,8 +1,8 @@
 """The kernel's page cache as the tier nearest to the reader.
 
-Blocks are put there before anyone asks (FUSE_NOTIFY_STORE), so that a process that maps
-the file finds its pages and no request is made at all. The pages are clean and charged to the
-daemon's memory cgroup: the kernel may drop them at any time, and then the read comes as a request.
+Blocks are put there before they are requested (FUSE_NOTIFY_STORE), so that a process that maps the
+file finds its pages without any request. The pages are clean and charged to the worker's memory
+cgroup: the kernel may drop them at any time, and then it sends a read request.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 log = logging.getLogger(__name__)
 
-# Larger stores gain nothing, smaller ones cost: 128 KiB pieces are three times as slow.
+# Larger stores are not faster, smaller ones are slower: 128 KiB pieces take three times as long.
 PIECE = 1 << 20
-# A model that takes no more than this share of the free memory may lie in the page cache whole.
+# A model up to this share of the free memory may be in the page cache as a whole.
 SHARE_FOR_ALL = 0.8
-# Of a larger one, so much may lie there that nobody has read yet.
+# For a larger model, the share of the free memory that unread pages may take.
 SHARE_AHEAD = 0.3
 BUDGET_AGE_S = 1.0
 
@@ -36,7 +36,7 @@ _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 class _MemoryFiles(NamedTuple):
-    """Where a cgroup tells of its memory: names of files, and a field of `memory.stat`."""
+    """The memory files of a cgroup, and a field of `memory.stat`."""
 
     limit: str
     used: str
@@ -54,8 +54,8 @@ class PageCache:
         setting: `auto`, `off`, or bytes.
 
     Attributes:
-        device: a descriptor of `/dev/fuse` that is never closed, from when libfuse has begun.
-            Before that nothing is pushed.
+        device: a descriptor of `/dev/fuse` that is never closed; None until libfuse has started.
+            Until then nothing is pushed.
     """
 
     def __init__(self, setting: int | str) -> None:
@@ -71,24 +71,23 @@ class PageCache:
 
     @property
     def busy(self) -> bool:
-        """Whether a push is under way."""
+        """Whether a push is in progress."""
         return self._pushing > 0
 
     def stop(self) -> None:
-        """Push no more; what is under way ends soon, as long as reads are answered."""
+        """Stop pushing; pushes in progress end soon, as long as reads are answered."""
         self._stopped = True
 
     def budget(self, planned_bytes: Callable[[], int], unused_bytes: int) -> int:
-        """How many bytes may lie in the page cache that nobody has read yet.
+        """How many unread bytes may be in the page cache.
 
-        Where everything fits that a load will read, the kernel drops nothing, and it may all lie
-        there. Otherwise the kernel makes room, and it passes over pages that were read once before
-        it takes those that nobody has read: what is pushed must be read before it has gone through
-        half of its list.
+        If everything that a load reads fits, the kernel drops nothing, and all of it may be there.
+        Otherwise the kernel must reclaim pages, and it spares pages that were read once longer than
+        unread ones: pushed pages must be read before it has gone through half of its list.
 
         Args:
-            planned_bytes: tells how much readers have or will read.
-            unused_bytes: memory that the daemon may still take for itself.
+            planned_bytes: returns how many bytes readers read or will read.
+            unused_bytes: memory that the worker may still use for itself.
         """
         if not self.supported or self.device is None:
             return 0
@@ -103,12 +102,12 @@ class PageCache:
         return self._budget
 
     def push(self, inode: int, offset: int, data: memoryview) -> bool:
-        """Store a block; blocks while one of its pages is locked by a read that waits for a reply.
+        """Store a block; waits while one of its pages is locked by a read that waits for a reply.
 
-        Called from worker threads, never from the one that replies.
+        Called from worker threads, never from the thread that replies.
 
         Returns:
-            False if the kernel does not know the inode (any more), or there is no mount (any more).
+            False if the kernel does not know the inode, or the mount has ended.
         """
         for start in range(0, len(data), PIECE):
             if not self._push_piece(inode, offset + start, data[start : start + PIECE]):
@@ -125,9 +124,11 @@ class PageCache:
         except OSError as error:
             if error.errno == errno.ENOSYS:
                 self.supported = False
-                log.info("this kernel takes no pages ahead of reads; mapped reads are slower")
+                log.info("this kernel accepts no pages ahead of reads; mapped reads are slower")
             elif error.errno not in (errno.ENOENT, errno.ENODEV, errno.EINTR, errno.EBADF):
-                log.warning("putting pages of inode %d into the cache failed: %s", inode, error)
+                log.warning(
+                    "pages of inode %d could not be put into the page cache: %s", inode, error
+                )
             return False
         finally:
             with self._lock:
@@ -137,7 +138,7 @@ class PageCache:
 
 
 def _store_header(inode: int, offset: int, size: int) -> bytes:
-    """What comes before `size` bytes that the kernel is to store."""
+    """The header before `size` bytes that the kernel is to store."""
     return _STORE.pack(_STORE.size + size, _NOTIFY_STORE, 0, inode, offset, size, 0)
 
 
@@ -159,7 +160,7 @@ def _machine_free() -> int:
 
 
 def _own_cgroups() -> list[tuple[Path, _MemoryFiles]]:
-    """This process's cgroups and those above them, as far as they can be seen."""
+    """This process's cgroups and those above them, as far as they are visible."""
     groups = []
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
@@ -170,7 +171,7 @@ def _own_cgroups() -> list[tuple[Path, _MemoryFiles]]:
         else:
             continue
         group = root / path.lstrip("/")
-        # In a container the path may be the host's, and the root what limits us.
+        # In a container the path may be the host's, and the root has our limit.
         groups += [(group, files)]
         groups += [(above, files) for above in group.parents if above.is_relative_to(root)]
     return groups
@@ -180,11 +181,11 @@ def _number(path: Path) -> int | None:
     try:
         return int(path.read_text())
     except (OSError, ValueError):
-        return None  # not limited ("max"), or not to be seen
+        return None  # not limited ("max"), or not visible
 
 
 def _reclaimable(group: Path, field: str) -> int:
-    """Page cache of the cgroup that nobody used lately, in bytes."""
+    """Bytes of the cgroup's page cache that were not used lately."""
     try:
         lines = (group / "memory.stat").read_text().splitlines()
     except OSError:
@@ -195,9 +196,9 @@ def _reclaimable(group: Path, field: str) -> int:
 def set_read_ahead(device: str, read_ahead_bytes: int) -> None:
     """Set the read-ahead of a mount, which needs root and a writable `/sys`.
 
-    At the default of 128 KiB every page fault asks for little, and mapped reads run at a third of
-    the speed. Where it is not permitted the mount works, slower. The kernel must have been given
-    an answer to FUSE_INIT that allows as much: it takes the lesser of both (`process_init_reply`).
+    With the default of 128 KiB page faults request little, and mapped reads run at a third of the
+    speed. Without permission to set it the mount works, but slower. The answer to FUSE_INIT must
+    allow as much: the kernel uses the lesser of both (`process_init_reply`).
 
     Args:
         device: the mount's device number, `major:minor`.

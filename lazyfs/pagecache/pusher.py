@@ -2,15 +2,15 @@
 
 A push waits in the kernel for every page in its way that is locked, and a page is locked from the
 moment when a read of it is *queued* until that read is answered (`fuse_notify_store`,
-`fuse_readahead` in Linux). The kernel sends only so many reads at a time, so a push may wait for
-a read that is sent only when reads of other blocks are answered. Hence this rule, without which
-they would wait for each other in a circle:
+`fuse_readahead` in Linux). The kernel sends only a limited number of reads at a time, so a
+push may wait for a read that is sent only when reads of other blocks are answered. Hence this rule,
+without which they would deadlock:
 
     An answer never waits for a push. A push may wait for answers.
 
 So all pushes together hold at most a fixed part of the memory (`most_blocks`) and of the threads;
-everything else is there for demand. A block beyond that is not pushed, or later. A push that is
-stuck does not keep its bytes from readers: the block is held, and reads of it are answered.
+everything else is for demand. Blocks beyond that are pushed later or not at all. A stuck push does
+not hide its bytes from readers: the block stays in memory, and reads of it are answered.
 """
 
 from __future__ import annotations
@@ -29,42 +29,42 @@ from lazyfs.faults import contained, keep_running
 from lazyfs.observe.recorder import Recorder
 from lazyfs.pagecache.page_cache import PageCache
 
-# Blocks that are pushed at once ahead of readers.
+# Blocks that are pushed concurrently ahead of readers.
 PUSHERS = 2
-# Of the blocks that memory has room for, what pushes may hold: at most a third, and never more than
-# keep the page cache supplied. The other two thirds are for demand and for writing.
+# The share of the blocks in memory that pushes may hold, and the most that they need to keep the
+# page cache supplied. The other two thirds are for demand and for writing.
 SHARE = 1 / 3
 MOST_BLOCKS = 8
-# Readers are not kept waiting longer than this for the rest of their block to be pushed.
+# Readers wait at most so long for the rest of their block to be pushed.
 LONGEST_PUSH_S = 0.05
 
 
 class PagePolicy(Protocol):
-    """What the prefetch policy says of the page cache."""
+    """The prefetch policy's decisions about the page cache."""
 
     @property
     def near_ahead_bytes(self) -> int:
-        """About how much lies in the page cache that was not read yet."""
+        """Roughly how many unread bytes are in the page cache."""
 
     def takes_pages(self, block: BlockId) -> bool:
         """Whether a block can and should be put into the page cache."""
 
 
 class BlockPusher:
-    """All that one mount pushes.
+    """Pushes the blocks of one mount.
 
     Args:
-        page_cache: where to.
-        blocks: knows where blocks are, and is told.
-        policy: says which blocks belong into the page cache.
-        memory: whose unused rest the page cache must leave free.
-        block_size: of the mount.
+        page_cache: the page cache.
+        blocks: knows where blocks are, and is told of pushed ones.
+        policy: decides which blocks belong into the page cache.
+        memory: the page cache must leave room for its unused part.
+        block_size: the mount's.
         run: runs a blocking call in a worker thread.
-        recorder: is told of what was pushed.
-        on_change: called when something else may be started.
+        recorder: is told of pushed blocks.
+        on_change: called when another job may be started.
 
     Attributes:
-        most_blocks: that may be pushed or wait for it at once.
+        most_blocks: how many blocks may be pushed or wait for it at once.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class BlockPusher:
         self._nursery: trio.Nursery | None = None
 
     def start(self, nursery: trio.Nursery) -> None:
-        """Push in tasks of this nursery, which is that of all who ask for it."""
+        """Push in tasks of this nursery."""
         self._nursery = nursery
         for _ in range(PUSHERS):
             nursery.start_soon(keep_running, "pushing blocks", self._push_forever)
@@ -113,7 +113,7 @@ class BlockPusher:
         return self.has_room and length <= self.allowance and self._policy.takes_pages(block)
 
     def put(self, block: BlockId, held: Held) -> None:
-        """Push a block as soon as one before it is done; it is used until then.
+        """Queue a block to be pushed; it counts as in use until then.
 
         There must be room (`has_room`).
         """
@@ -122,18 +122,18 @@ class BlockPusher:
         self._queue.put(block, held)
 
     def withdraw(self, block: BlockId, held: Held) -> bool:
-        """Do not push a block that still waits for it; whether it did."""
+        """Remove a block from the queue; returns whether it was queued."""
         waited = self._queue.discard(block)
         if waited:
             self._let_go(held)
         return waited
 
     async def push_around(self, block: BlockId, held: Held, waiting: Sequence[Span]) -> None:
-        """Push what nobody waits for, so that whoever is answered then finds the rest in place.
+        """Push the parts that no reader waits for, so that readers find the rest in place.
 
-        Without this he would ask for it piece by piece while it is being pushed. What is waited
-        for is left out: its pages are locked until the answer. The kernel may lock pages beyond
-        a request's range, so this ends after a while whatever happens. There must be room
+        Without this they would request the rest piece by piece while it is being pushed. Parts that
+        readers wait for are left out: their pages are locked until the answer. The kernel may lock
+        pages beyond a request's range, so this ends after a time limit. There must be room
         (`has_room`).
         """
         assert self._nursery is not None
@@ -157,7 +157,7 @@ class BlockPusher:
     async def _push(
         self, block: BlockId, held: Held, spans: Sequence[Span], pushed: trio.Event | None = None
     ) -> None:
-        """Put parts of a held block, which has a user for this, into the page cache."""
+        """Put parts of a block in memory, which counts a user for this, into the page cache."""
         began_s = self._recorder.clock()
         offset = block.number * self._block_size
         try:

@@ -1,7 +1,7 @@
-"""Lets the kernel look up the files of a plan, so that blocks can be put into its page cache.
+"""Makes the kernel look up the files of a plan, so that blocks can be put into its page cache.
 
-A process of its own does that: one that serves a mount must not walk it, or the two wait for each
-other when it is killed.
+A helper process does that: the worker must not walk its own mount, or it would wait for itself when
+it is killed.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _LOOK_UP = (
     "for directory in sys.argv[1:]:\n"
     "    for name in os.listdir(directory): os.lstat(os.path.join(directory, name))\n"
 )
-# Of a plan, so that its directories fit on a command line (execve(2)).
+# Directories of a plan, so that they fit on a command line (execve(2)).
 MOST_DIRECTORIES = 1000
 
 
 class Walker:
-    """Looks at each directory of a plan once.
+    """Looks up each directory of a plan once.
 
     Args:
-        path: of a file, below the mountpoint.
-        nursery: of those who look.
+        path: returns the path of a file below the mountpoint.
+        nursery: runs the helper processes.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Walker:
         self._seen: set[int] = set()
 
     def look_up(self, files: Sequence[File]) -> None:
-        """Let the kernel know these files soon. Never blocks."""
+        """Have the kernel look up these files soon. Never blocks."""
         new = {file.parent: file for file in files if file.parent not in self._seen}
         if new:
             self._seen.update(new)
@@ -63,4 +63,7 @@ async def _look_at(directories: Sequence[str]) -> None:
         with contextlib.suppress(subprocess.CalledProcessError):  # the mount has ended
             await run_helper([sys.executable, "-I", "-S", "-c", _LOOK_UP, *directories])
     except OSError as error:
-        log.warning("what is fetched ahead waits for readers to open it: no process: %s", error)
+        log.warning(
+            "files cannot be looked up ahead, so blocks are pushed after readers open them: %s",
+            error,
+        )
