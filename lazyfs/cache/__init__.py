@@ -1,11 +1,11 @@
 """The node's cache: blocks on disk, shared by every mount that names the same directories.
 
-A block is named by what it is (`Content`, and its number), so a replaced object is never served
-from the cache and all mounts of one model share one copy. A mount gets at a block only by an object
-that its own credentials have listed, with that ETag.
+A block is identified by its content (`Content`) and its number, so a replaced object is never
+served from the cache, and all mounts of one model share one copy. A mount gets a block only
+for an object that its own credentials have listed with that ETag.
 
-`BlockCache` is what a mount sees; `CacheDirectory` (`directory.py`) does the work, one for each
-directory. All calls block: they are made from worker threads.
+Mounts use `BlockCache`; `CacheDirectory` (`directory.py`) does the work, one for each directory.
+All calls block: they are made from worker threads.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 
-# How often whoever uses a cache calls `BlockCache.care`.
+# How often users of a cache call `BlockCache.care`.
 CARE_S = 10.0
 
 
 class Claim(Enum):
-    """Who is to fetch a block that is not in the cache."""
+    """Which process fetches a block that is not in the cache."""
 
     OURS = "ours"
     THEIRS = "theirs"
@@ -47,11 +47,11 @@ class BlockCache:
     """The cache as one mount uses it.
 
     Args:
-        directories: each block is in one of them; made if they are missing.
-        limits: of each directory.
-        endpoint: of the mount's objects; may be given when it was opened already.
-        bucket: of the mount's objects.
-        block_size: of the mount, in bytes.
+        directories: each block is in one of them; created if they are missing.
+        limits: those of each directory.
+        endpoint: that of the mount's objects; may be set after the cache was opened.
+        bucket: that of the mount's objects.
+        block_size: the mount's, in bytes.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class BlockCache:
         return cls(directories, limits, endpoint, bucket, options.block_size)
 
     def description(self) -> dict[str, Any]:
-        """What another process needs to use the same cache; as JSON can say it."""
+        """The values with which another process can use the same cache, for JSON."""
         return {
             "directories": [str(directory.path) for directory in self.directories],
             "limits": asdict(self._limits),
@@ -97,10 +97,10 @@ class BlockCache:
         return cls(directories, limits, **of_mount)
 
     def open(self) -> None:
-        """Open all directories. Otherwise they are opened when they are used first.
+        """Open all directories. Otherwise they are opened at first use.
 
         Raises:
-            CacheError: one cannot be made, written, or trusted.
+            CacheError: a directory cannot be made, written, or trusted.
         """
         for directory in self.directories:
             check_directory(directory.path)
@@ -128,9 +128,9 @@ class BlockCache:
         return self._home(content, number).holds(content, number)
 
     def load_or_claim(self, file: File, number: int) -> memoryview | Claim:
-        """A block's bytes; or who is to fetch it.
+        """A block's bytes, or which process fetches it.
 
-        If it is ours, `put` or `release` must follow.
+        If this one does, `put` or `release` must follow.
         """
         content = self._content(file)
         home = self._home(content, number)
@@ -140,7 +140,7 @@ class BlockCache:
         if not home.claim(content, number):
             return Claim.THEIRS
         if home.holds(content, number):
-            # Whoever had claimed it has stored it, between our look and our claim.
+            # Another process stored it between our look and our claim.
             data = home.load(content, number)
             if data is not None:
                 home.release(content, number)
@@ -158,11 +158,11 @@ class BlockCache:
             directory.drop(self._content(file))
 
     def put(self, file: File, number: int, data: Buffer) -> bool:
-        """Keep a block, and give up the claim to it; False if there is no room or no disk."""
+        """Store a block and release its claim; False if there is no room or the disk fails."""
         return self.put_all([(file, number, data)])[0]
 
     def put_all(self, blocks: Sequence[tuple[File, int, Buffer]]) -> list[bool]:
-        """Keep blocks: file, number and bytes of each. Which of them are kept; see `put`."""
+        """Store blocks: file, number and bytes of each. Returns which were stored; see `put`."""
         kept = [False] * len(blocks)
         of_homes: defaultdict[CacheDirectory, list[int]] = defaultdict(list)
         contents = [self._content(file) for file, _, _ in blocks]
@@ -179,12 +179,12 @@ class BlockCache:
         return kept
 
     def release(self, file: File, number: int) -> None:
-        """Give up the claim to a block that is not going to be stored. Does not block."""
+        """Release the claim to a block that will not be stored. Does not block."""
         content = self._content(file)
         self._home(content, number).release(content, number)
 
     def is_claimed(self, file: File, number: int) -> bool:
-        """Whether another process brings a block. Does not block."""
+        """Whether another process fetches a block. Does not block."""
         content = self._content(file)
         return self._home(content, number).is_claimed(content, number)
 
@@ -198,7 +198,7 @@ class BlockCache:
         return any(directory.others_wait() for directory in self.directories)
 
     def announce(self, files: Iterable[File]) -> None:
-        """Say that the blocks of these files will be needed, in this order."""
+        """Announce that the blocks of these files will be needed, in this order."""
         contents = [self._content(file) for file in files]
         for directory in self.directories:
             directory.announce(contents)
@@ -210,7 +210,7 @@ class BlockCache:
             directory.set_loading(content)
 
     def give_up(self, file: File, numbers: Iterable[int]) -> bool:
-        """Say that blocks are not needed any more in this load; False if others may need them."""
+        """Mark blocks as no longer needed in this load; False if others may need them."""
         content = self._content(file)
         given_up = [
             directory.give_up(content, here)
@@ -220,10 +220,10 @@ class BlockCache:
         return all(given_up)
 
     def care(self, plan: Iterable[File]) -> None:
-        """What is to be done every ten seconds or so, and at the end.
+        """Do maintenance, about every ten seconds and at the end.
 
         Args:
-            plan: the files that a load will need, in this order.
+            plan: the files that a load will need, in order.
         """
         contents = [self._content(file) for file in plan]
         for directory in self.directories:
@@ -238,7 +238,7 @@ class BlockCache:
         return content
 
     def _home(self, content: Content, number: int) -> CacheDirectory:
-        """Where a block belongs: with one directory more or less, few blocks move."""
+        """The directory of a block: if one is added or removed, few blocks move."""
         if len(self.directories) == 1:
             return self.directories[0]
 
@@ -257,7 +257,7 @@ def directories_of(options: MountOptions) -> tuple[Path, ...]:
 
 
 def check_directory(directory: Path) -> None:
-    """Make the directory if need be, and refuse one that others could write into.
+    """Make the directory if necessary, and refuse one that others can write to.
 
     Raises:
         CacheError: it cannot be made, written, or trusted.
@@ -281,7 +281,7 @@ def check_directory(directory: Path) -> None:
 
 
 def default_directory() -> Path:
-    """Where the cache is when no option says: for root, and for a person."""
+    """The default cache directory, for root and for other users."""
     if os.geteuid() == 0:
         return Path("/var/cache/lazyfs")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

@@ -1,14 +1,14 @@
-"""Writes blocks to the disk as they come, behind the back of readers: no reader waits for it.
+"""Writes blocks to the disk as they arrive; no reader waits for a write.
 
-What came over a link is paid for, and memory and page cache lose it sooner or later. So every block
-that was fetched is queued for the disk as soon as it is there, and stays in memory until it is
-written. A disk that is as fast as the link costs a load nothing but processor time: 0.2 s a GiB.
+Fetched bytes cost money and time, and memory and page cache lose them sooner or later. So every
+fetched block is queued for the disk as soon as it arrives, and stays in memory until it is written.
+With a disk as fast as the link this costs a load only processor time: 0.2 s per GiB.
 
-A disk that is slower must not slow readers down. The queue may fill `SHARE` of the memory. Beyond
-that, while a reader waits, what comes is *skipped*: readers get it, the disk does not, unless it is
-still in memory when the queue is shorter again. Otherwise a later mount fetches it again. More may
-wait for the disk while another daemon of this node waits for it. While no reader waits here nothing
-is skipped: memory fills up, and the prefetch keeps pace with the disk.
+A slower disk must not slow readers down. The queue may fill `SHARE` of the memory. Beyond that,
+while a reader waits, new blocks are *skipped*: readers get them, the disk does not, unless they are
+still in memory when the queue is shorter again. Otherwise a later mount fetches them again. The
+queue may be longer while another daemon of this node waits for blocks. While no reader waits here
+nothing is skipped: memory fills up, and prefetching keeps pace with the disk.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from lazyfs.cache import BlockCache
 from lazyfs.faults import keep_running, report_fault
 from lazyfs.observe.recorder import Recorder
 
-# Between two steps each of them waits for the interpreter's lock, for which all threads of a load
-# contend: two writers got 320 MB/s out of a disk of 1.3 GB/s.
+# Between two steps each writer waits for the interpreter's lock, for which all threads of a load
+# contend: two writers reached 320 MB/s on a disk of 1.3 GB/s.
 WRITERS = 8
-# Of the memory limit: what may wait for the disk while a reader waits for S3.
+# Share of the memory limit that may wait for the disk while a reader waits for S3.
 SHARE = 1 / 4
-# The same, while another daemon waits for blocks of this one. Demand needs the rest, and pushes.
+# The same, while another daemon waits for blocks of this one. Demand and pushes need the rest.
 SHARE_FOR_OTHERS = 1 / 2
-# Of the memory limit: what a writer takes at once, to change the index once for all of it.
+# Share of the memory limit that a writer takes at once, to change the index only once for it.
 BATCH_SHARE = 1 / 16
 MOST_AT_ONCE = 32
 
 
 class BlockWriter:
-    """All that one mount writes to its cache.
+    """Writes the blocks of one mount to its cache.
 
     Args:
-        cache: where to.
-        memory_limit: of the mount, in bytes.
+        cache: the cache.
+        memory_limit: the mount's, in bytes.
         run: runs a blocking call in a worker thread.
-        recorder: is told of what was written.
-        on_written: told of a block that need not be kept for the disk now, and whether it is there.
-        held: gives a block, if it is still in memory.
+        recorder: is told of written blocks.
+        on_written: called with a block that the disk no longer needs, and whether it was stored.
+        held: returns a block, if it is still in memory.
     """
 
     def __init__(
@@ -66,19 +66,19 @@ class BlockWriter:
         self._on_written = on_written
         self._held = held
         self._queue = BlockQueue()
-        # Of blocks that wait or are being written.
+        # Bytes of blocks that wait or are being written.
         self._bytes = 0
-        # What the cache had no room for, though nobody has read it yet.
+        # Unread blocks for which the cache had no room.
         self._refused: list[BlockId] = []
-        # Blocks that may still be in memory, and how many are not.
+        # Skipped blocks that may still be in memory, and the number of those that are not.
         self._skipped: deque[BlockId] = deque()
         self._lost_blocks = 0
 
     def put(self, block: BlockId, held: Held, *, reader_waits: bool = False) -> None:
-        """Write a block, which is used until then; or skip it, see above.
+        """Queue a block for writing, in use until then; or skip it, see above.
 
         Args:
-            reader_waits: some reader waits for S3.
+            reader_waits: a reader waits for S3.
         """
         if reader_waits and self._bytes + len(held.data) > self._most_bytes():
             self._cache.release(held.file, block.number)
@@ -89,7 +89,7 @@ class BlockWriter:
         self._queue.put(block, held)
 
     def _most_bytes(self) -> int:
-        """What may wait for the disk while a reader waits."""
+        """The most bytes that may wait for the disk while a reader waits."""
         share = SHARE_FOR_OTHERS if self._cache.others_wait() else SHARE
         return int(self._memory_limit * share)
 
@@ -99,7 +99,7 @@ class BlockWriter:
         return self._lost_blocks + len(self._skipped)
 
     def _catch_up(self) -> None:
-        """Queue what was skipped and is still in memory, as far as the queue may be filled."""
+        """Queue skipped blocks that are still in memory, as far as the queue has room."""
         while self._skipped:
             block = self._skipped[0]
             held = self._held(block)
@@ -113,24 +113,24 @@ class BlockWriter:
 
     @property
     def has_refused(self) -> bool:
-        """Whether the cache had no room for blocks that are still to be read."""
+        """Whether the cache had no room for blocks that are not read yet."""
         return bool(self._refused)
 
     def retry(self, kept: Callable[[BlockId], Held | None]) -> None:
-        """Write what the cache had no room for, as far as it is still kept for a reader."""
+        """Write blocks for which the cache had no room, if they are still kept for a reader."""
         refused, self._refused = self._refused, []
         for block in refused:
             if (held := kept(block)) is not None:
                 self.put(block, held)
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Write until cancelled."""
         async with trio.open_nursery() as nursery:
             for _ in range(WRITERS):
                 nursery.start_soon(keep_running, "writing blocks", self._write_forever)
 
     async def finish(self) -> None:
-        """Until all is written."""
+        """Wait until all blocks are written."""
         while self._bytes:
             await trio.sleep(0.01)
 
@@ -140,7 +140,7 @@ class BlockWriter:
             await self._write(self._batch())
 
     def _batch(self) -> list[tuple[BlockId, Held]]:
-        """What is to be written next: one block at least."""
+        """The next blocks to write, at least one."""
         batch = [self._queue.take()]
         size = len(batch[0][1].data)
         while len(self._queue) and len(batch) < MOST_AT_ONCE:
@@ -157,7 +157,7 @@ class BlockWriter:
             stored = await self._run(self._cache.put_all, blocks)
         except Exception as error:
             report_fault("writing blocks", error)
-            stored = [False] * len(batch)  # so that memory lets go of them
+            stored = [False] * len(batch)  # so that memory can drop them
         for (block, held), is_stored in zip(batch, stored, strict=True):
             held.on_disk = is_stored
             held.users -= 1

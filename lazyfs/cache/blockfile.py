@@ -1,7 +1,7 @@
-"""What a block's file holds, and whether it can be believed. Pure.
+"""The format of a block's file, and its checks. Pure.
 
-A file describes itself, so that nothing is served because an index says so, and an index that was
-lost can be made anew from the files:
+A file describes itself, so that nothing is served just because the index says so, and a lost index
+can be rebuilt from the files:
 
     the bytes of the block
     zeros up to a multiple of 4096, so that the rest can be read directly as well
@@ -33,14 +33,14 @@ _RELEASE_GIL = 1
 
 
 class DamagedBlockError(Exception):
-    """A file is not what was stored; the message says what is wrong with it."""
+    """A file differs from what was stored; the message says how."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """What blocks are blocks of: one version of one object, cut in one way.
+    """One version of one object, divided into blocks of one size.
 
-    Two mounts that would fetch the same bytes have equal contents; a replaced object has another.
+    Mounts that would fetch the same bytes have equal contents; a replaced object has another one.
     """
 
     endpoint: str
@@ -52,17 +52,17 @@ class Content:
 
     @cached_property
     def identity(self) -> bytes:
-        """The same as JSON, which is the same text for equal contents."""
+        """The content as JSON; equal contents give equal text."""
         return json.dumps(asdict(self), sort_keys=True, ensure_ascii=False).encode()
 
     @cached_property
     def digest(self) -> str:
-        """A name for it: 32 hexadecimal digits."""
+        """The content's name: 32 hexadecimal digits."""
         return hashlib.blake2b(self.identity, digest_size=16).hexdigest()
 
     @classmethod
     def from_identity(cls, identity: bytes) -> Content:
-        """Raises ValueError when it is not what `identity` gives."""
+        """Parse the output of `identity`. Raises ValueError."""
         try:
             content = cls(**json.loads(identity))
         except TypeError as error:
@@ -73,32 +73,32 @@ class Content:
 
     @property
     def block_count(self) -> int:
-        """How many blocks it has."""
+        """The number of its blocks."""
         return block_count(self.size_bytes, self.block_size)
 
     def length(self, number: int) -> int:
-        """How long a block of it is."""
+        """The length of a block in bytes."""
         return block_length(self.size_bytes, self.block_size, number)
 
     @property
     def tail_length(self) -> int:
-        """How long the part of a file is that follows the padded block."""
+        """The length of the part of a file after the padded block."""
         return len(self.identity) + _FOOTER.size
 
     def file_length(self, number: int) -> int:
-        """How long the file of a block is."""
+        """The length of a block's file."""
         return align(self.length(number)) + self.tail_length
 
 
 def checksum(data: Buffer) -> int:
     """CRC-32C, without the interpreter's lock."""
-    from crc32c import crc32c  # brings argparse, and a mount can be ready without it
+    from crc32c import crc32c  # imports argparse, which a mount does not need to be ready
 
     return crc32c(data, 0, _RELEASE_GIL)
 
 
 def make_tail(content: Content, number: int, data: Buffer) -> bytes:
-    """What is to be stored behind a block."""
+    """The tail to store after a block."""
     length = memoryview(data).nbytes
     footer = _FOOTER.pack(MAGIC, number, length, len(content.identity), checksum(data), 0)
     tail = content.identity + footer[: -_CRC.size]
@@ -106,7 +106,7 @@ def make_tail(content: Content, number: int, data: Buffer) -> bytes:
 
 
 def check(content: Content, number: int, data: memoryview, tail: Buffer) -> None:
-    """See that a block's bytes and tail are what was stored for it.
+    """Check that a block's bytes and tail are those that were stored.
 
     Raises:
         DamagedBlockError: they are not.
@@ -119,7 +119,7 @@ def check(content: Content, number: int, data: memoryview, tail: Buffer) -> None
 
 
 def parse_tail(tail: Buffer) -> tuple[Content, int, int]:
-    """Whose block a file holds, which one, and the CRC-32C that its bytes must have.
+    """The content and number of a file's block, and the CRC-32C that its bytes must have.
 
     Args:
         tail: the end of the file, from the JSON on or from before it.

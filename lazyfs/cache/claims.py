@@ -1,13 +1,13 @@
-"""Who fetches a block: one process, while the others wait for it to appear on disk.
+"""Claims: one process fetches a block, and the others wait for it to appear on disk.
 
-A claim is a lock on one byte of a file, at a place that follows from the block's key (open file
+A claim is a lock on one byte of a file, at an offset that follows from the block's key (open file
 description locks, fcntl(2)). It costs a system call, is never written to a disk, and ends with its
-process, however that ends. What a claim cannot know is whether its holder gets anywhere: who
-waits does so for a limited time, the lease, and then fetches for himself.
+process, however that ends. A claim cannot show whether its holder makes progress: others wait for a
+limited time, the lease, and then fetch the block themselves.
 
-Those who wait hold a shared lock on a byte of another file, so that a holder who could put off
-writing to the disk sees that somebody wants it soon. Those who load a content hold one on a byte of
-a third, so that nobody takes away what one of them has read and another has not.
+Waiting processes hold a shared lock on a byte of a second file, so that a holder sees that others
+need the block on disk soon. Processes that load a content hold one on a byte of a third file, so
+that blocks which one of them has read stay for the others.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ NAMES = ("claims", "waiting", "loading")
 
 
 class Claims:
-    """The claims of one directory, as one process has them.
+    """One process's claims in one directory.
 
     Args:
-        directory: of the three files, which are made.
+        directory: that of the three files, which are created.
 
     Raises:
-        OSError: they cannot be made.
+        OSError: they cannot be created.
     """
 
     def __init__(self, directory: Path) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        # File objects: closed when the last thread has let go of them, never under a call.
+        # File objects: closed when the last thread has released them, never during a call.
         self._claims, self._waiting, self._loading = (
             FileIO(os.open(directory / name, flags, 0o600), "r+") for name in NAMES
         )
@@ -48,23 +48,23 @@ class Claims:
         self._others_wait = False
 
     def claim(self, key: str) -> bool:
-        """Take a block, unless another process has it."""
+        """Claim a block, unless another process has it."""
         return self._lock(self._claims, fcntl.F_WRLCK, _place(key))
 
     def release(self, key: str) -> None:
-        """Give a block back; without effect on what is not ours."""
+        """Release a claim; no effect on other processes' claims."""
         self._lock(self._claims, fcntl.F_UNLCK, _place(key))
 
     def is_taken(self, key: str) -> bool:
-        """Whether another process has a block now."""
+        """Whether another process has claimed a block."""
         return self._is_locked(self._claims, _place(key), 1)
 
     def set_waiting(self, key: str, waiting: bool) -> None:
-        """Let the others see whether this process waits for a block."""
+        """Show other processes whether this one waits for a block."""
         self._lock(self._waiting, fcntl.F_RDLCK if waiting else fcntl.F_UNLCK, _place(key))
 
     def others_wait(self) -> bool:
-        """Whether another process waits for a block, of whoever has it, or did a moment ago."""
+        """Whether another process waits for any claimed block, or did a moment ago."""
         now_s = time.monotonic()
         if now_s - self._looked_at_s >= LOOK_S:
             self._looked_at_s = now_s
@@ -72,7 +72,7 @@ class Claims:
         return self._others_wait
 
     def set_loading(self, content: str) -> None:
-        """Let the others see, from now on, that this process loads a content."""
+        """Show other processes from now on that this one loads a content."""
         self._lock(self._loading, fcntl.F_RDLCK, _place(content))
 
     def others_load(self, content: str) -> bool:
@@ -86,7 +86,7 @@ class Claims:
         except BlockingIOError:
             return False
         except OSError:
-            # A filesystem without locks (ENOLCK, EINVAL): every process fetches for itself.
+            # A filesystem without locks (ENOLCK, EINVAL): each process fetches its own blocks.
             return True
         return True
 

@@ -1,11 +1,11 @@
-"""Whole files read and written past the kernel's page cache.
+"""Reads and writes whole files past the kernel's page cache.
 
-The page cache is to hold the files of the mount, not a second copy of each block in the cache
-directory; and a direct write costs a fortieth of the processor time of a buffered one, because no
-page is allocated, copied to and written back later (`docs/ARCHITECTURE.md`, measured). Where a
-filesystem has no direct I/O, ordinary reads and writes do the same, slower.
+The page cache is for the files of the mount, not for a second copy of each block in the cache
+directory. And a direct write costs a fortieth of the processor time of a buffered one, because no
+page is allocated, filled and written back later (`docs/ARCHITECTURE.md`, measured). On filesystems
+without direct I/O, ordinary reads and writes do the same, slower.
 
-Direct I/O wants memory and lengths in multiples of the device's block: blocks lie in `buffers.py`.
+Direct I/O needs memory and lengths in multiples of the device's block size, as `buffers.py` gives.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def read_file(path: Path, length: int, tail_length: int) -> tuple[memoryview, me
     try:
         if os.fstat(descriptor).st_size != size:
             return None
-        # Not with RWF_NOWAIT first: for what is not there that reads ahead, for nothing.
+        # Not with RWF_NOWAIT first: on a miss that reads ahead for nothing.
         data, tail = take_buffer(align(length)), take_buffer(align(tail_length))
         done = os.preadv(descriptor, [data, tail], 0)
         return (data[:length], tail[:tail_length]) if done >= size else None
@@ -48,7 +48,7 @@ def write_file(path: Path, data: memoryview, tail: bytes) -> None:
     """
     if not is_aligned(data):
         data = _copy(data)
-    # What does not fill a block of the device goes with the tail.
+    # The rest that does not fill a block of the device is written with the tail.
     body = len(data) - len(data) % ALIGNMENT
     end = bytes(data[body:]).ljust(align(len(data)) - body, b"\0") + tail
     descriptor = _open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
@@ -67,7 +67,7 @@ def _write_all(descriptor: int, body: memoryview, end: memoryview) -> None:
 
 
 def _open(path: Path, flags: int) -> int:
-    """A descriptor that passes by the page cache, where the filesystem can do that."""
+    """A descriptor for direct I/O, if the filesystem supports it."""
     flags |= os.O_CLOEXEC
     try:
         return os.open(path, flags | os.O_DIRECT, 0o600)
@@ -75,7 +75,7 @@ def _open(path: Path, flags: int) -> int:
         if error.errno != errno.EINVAL:
             raise
         if flags & os.O_EXCL:
-            path.unlink(missing_ok=True)  # it was made nevertheless
+            path.unlink(missing_ok=True)  # it was created nevertheless
         return os.open(path, flags, 0o600)
 
 

@@ -1,23 +1,22 @@
-"""One cache directory: block files, their index, who fetches what, and what may stay.
+"""One cache directory: block files, their index, claims, and eviction.
 
     cache.db          the index (`index.py`), and its -wal and -shm
     00/ ... ff/       block files (`blockfile.py`) under random names
     claims, waiting, loading   locked, never written (`claims.py`)
-    care              locked by who goes through the directory; its time says when that was last
-    opening           locked by who opens the index, makes it, or takes a damaged one away
+    care              locked by the process that sweeps the directory; its time is the last sweep
+    opening           locked by the process that opens, makes or deletes the index
 
-Any number of processes use a directory at once, any of them may be killed at any instant, and
-anybody may take files away or change them: what is read is checked, and what does not fit is
-dropped. Nothing here raises once the directory was opened: a disk that fails is left alone for a
-while (it *rests*), and the mount goes on without it.
+Any number of processes use a directory at once, any of them may be killed at any time, and other
+programs may delete or change files: every block is checked when it is read, and damaged ones are
+dropped. Nothing here raises after the directory was opened: a failing disk is left alone for a
+while (it *rests*), and the mount continues without it.
 
-What may leave. Blocks leave in the order of when they were last used, or last *announced*: a mount
-says of the blocks it has in its plan that it will need them, the first ones last, so that these
-are the last to leave. And a block does not make room for another one of the same load: what was
-used or announced since the load began stays (for an hour at most), and the new block is *declined*.
-So a cache that is smaller than a model keeps a part of it, instead of forgetting each block just
-before it is needed again. What may make room for what comes later in the same load are blocks that
-it *gave up*: its readers have had them, and no other process loads the content.
+Eviction. Blocks are evicted in the order of their last use, or last *announcement*: a mount
+announces the blocks in its plan, the first ones last, so that these are evicted last. But a block
+is not evicted for another one of the same load: blocks used or announced since the load began stay
+(for an hour at most), and the new block is *declined*. So a cache smaller than a model keeps a part
+of it, instead of evicting each block just before it is needed again. The exception are blocks that
+the load *gave up*: its readers have read them, and no other process loads the content.
 
 All calls block: they are made from worker threads.
 """
@@ -64,29 +63,29 @@ _FOLDER = re.compile("[0-9a-f]{2}")
 
 # How long a full or failing disk is left alone before it is tried again.
 REST_S = 30.0
-# A load has ended when nothing was asked of the cache for so long.
+# A load has ended when the cache was not used for so long.
 IDLE_S = 120.0
-# What was used in this time stays, whoever wants room; and what was used in the longer one stays
-# for the load that used it.
+# Blocks used within the shorter time are never evicted; those used within the longer one are not
+# evicted for the load that used them.
 SHORTEST_STAY_S, LONGEST_STAY_S = 45.0, 3600.0
-# During a load the blocks in the plan are announced again after this time.
+# During a load the blocks in the plan are announced again this often.
 ANNOUNCE_S = 20.0
-# When a block was declined, the next ones are as well, for this time.
+# After a block was declined, the next ones are too, for this time.
 DECLINE_S = 1.0
-# How often files without a row, and rows without a file, are looked for.
+# How often files without a row and rows without a file are removed.
 SWEEP_S = 3600.0
-# Of very many damaged blocks only the first are named in the log.
+# The log names at most so many damaged blocks.
 DAMAGED_SHOWN = 10
 
 CARE, OPENING = "care", "opening"
 _FILENAME = re.compile("[0-9a-f]{2}/[0-9a-f]{30}")
-# Of which content it is, its number, and its bytes.
+# Content, block number, bytes.
 Block = tuple[Content, int, memoryview]
 T = TypeVar("T")
 
 
 class Side(Enum):
-    """What of a directory can fail while the other goes on: a full disk can be read."""
+    """The sides of a directory, which fail separately: a full disk can be read."""
 
     READING = "read"
     WRITING = "written"
@@ -94,7 +93,7 @@ class Side(Enum):
 
 @dataclass
 class CacheCounters:
-    """What happened since the directory was opened, in blocks."""
+    """Counts since the directory was opened, in blocks."""
 
     hits: int = 0
     misses: int = 0
@@ -109,15 +108,15 @@ class CacheDirectory:
     """A directory of cached blocks.
 
     Args:
-        path: made if it is missing.
-        limits: how much it may hold.
+        path: created if it is missing.
+        limits: its size limits.
     """
 
     def __init__(self, path: Path, limits: Limits) -> None:
         self.path = path
         self.limits = limits
         self.counters = CacheCounters()
-        # Bytes that it holds and that it may hold, as `care` found them last.
+        # Its present and maximum size in bytes, as `care` found them last.
         self.filling = (0, 0)
         self._opening = threading.Lock()
         self._index: BlockIndex | None = None
@@ -131,10 +130,10 @@ class CacheDirectory:
         self._announced = self._declined = float("-inf")
 
     def open(self) -> None:
-        """Open what is there, or make it; else the first use does.
+        """Open or create the directory; otherwise the first use does.
 
         Raises:
-            OSError: it cannot be made, or not be written.
+            OSError: it cannot be created or written.
             IndexFailedError: its index does not work.
         """
         try:
@@ -144,7 +143,7 @@ class CacheDirectory:
             self._current_index()
 
     def present(self, content: Content) -> list[int]:
-        """Which blocks of a content are here."""
+        """The blocks of a content that are here."""
         return self._attempt(Side.READING, lambda index: index.numbers(content.digest), [])
 
     def holds(self, content: Content, number: int) -> bool:
@@ -153,10 +152,10 @@ class CacheDirectory:
         return self._attempt(Side.READING, lambda index: index.filename(key) is not None, False)
 
     def load(self, content: Content, number: int) -> memoryview | None:
-        """A block's bytes, checked, or None if they are not here.
+        """A block's checked bytes, or None if they are not here.
 
-        What the kernel still has of the block's file is copied; the rest is read past the page
-        cache, which is to hold the mounted file and not a second copy of it.
+        Parts of the block's file in the page cache are copied; the rest is read past the page
+        cache, which should have the mounted file and not a second copy of it.
         """
         self._asked()
         key = _key(content, number)
@@ -170,19 +169,19 @@ class CacheDirectory:
         return data
 
     def verify(self, content: Content, number: int) -> bool:
-        """Read a block and check it; one that is damaged is dropped. True if it is not here."""
+        """Read a block and check it; a damaged one is dropped. True if it is not here."""
         damaged = self.counters.damaged
         self._attempt(Side.READING, lambda index: self._read(index, content, number), None)
         return self.counters.damaged == damaged
 
     def put(self, content: Content, number: int, data: Buffer) -> bool:
-        """Keep a block, if there is room for it and the disk takes it."""
+        """Store a block, if there is room and the disk works."""
         return self.put_all([(content, number, memoryview(data))])[0]
 
     def put_all(self, blocks: Sequence[Block]) -> list[bool]:
-        """Keep blocks, as far as there is room for them and the disk takes them; which were kept.
+        """Store blocks, as far as there is room and the disk works; returns which were stored.
 
-        The index is changed twice, however many blocks there are.
+        The index is changed twice, for any number of blocks.
         """
         self._asked()
         kept = [False] * len(blocks)
@@ -196,19 +195,19 @@ class CacheDirectory:
         return kept
 
     def drop(self, content: Content) -> None:
-        """Forget all blocks of a content."""
+        """Remove all blocks of a content."""
         self._attempt(
             Side.WRITING, lambda index: self._remove(index.forget(content.digest)), None
         )  # fmt: skip
 
     def drop_older(self, used_before_s: float) -> int:
-        """Forget blocks that were last used before a time (since the epoch); how many."""
+        """Remove blocks that were last used before a time (since the epoch); returns how many."""
         return self._attempt(
             Side.WRITING, lambda index: self._evict(index.forget_older(used_before_s)), 0
         )  # fmt: skip
 
     def shrink(self, size_bytes: int) -> int:
-        """Forget the least recently used blocks until so much is left at most; how many."""
+        """Remove the least recently used blocks down to a size; returns how many."""
 
         def shrink(index: BlockIndex) -> int:
             excess = index.used_bytes() - size_bytes
@@ -217,15 +216,15 @@ class CacheDirectory:
         return self._attempt(Side.WRITING, shrink, 0)
 
     def stored(self) -> list[Stored]:
-        """Of which contents there are blocks, and how many."""
+        """The contents with blocks here, and how many."""
         return self._attempt(Side.READING, lambda index: index.contents(), [])
 
     def hits_and_misses(self) -> tuple[int, int]:
-        """How often blocks were found and not found, by all mounts since the index was made."""
+        """The numbers of hits and misses of all mounts since the index was made."""
         return self._attempt(Side.READING, lambda index: index.hits_and_misses(), (0, 0))
 
     def space(self) -> dict[str, int]:
-        """What is used, and may be; of the disk, what is free and is left to others."""
+        """The used and maximum size, and the free and reserved space of the disk."""
         used, disk = self.used_bytes(), os.statvfs(self.path)
         return {
             "used_bytes": used,
@@ -235,24 +234,24 @@ class CacheDirectory:
         }
 
     def used_bytes(self) -> int:
-        """Bytes of all block files."""
+        """The size of all blocks in bytes."""
         return self._attempt(Side.READING, lambda index: index.used_bytes(), 0)
 
     def claim(self, content: Content, number: int) -> bool:
-        """Whether this process is to fetch a block, because no other one does.
+        """Claim a block; False if another process fetches it.
 
-        With a full or failing disk everybody fetches for himself.
+        With a full or failing disk each process fetches its own blocks.
         """
         useless = any(map(self._is_resting, Side)) or self._is_declining()
         return useless or self._claims is None or self._claims.claim(_key(content, number))
 
     def release(self, content: Content, number: int) -> None:
-        """Let others have a block that was claimed."""
+        """Release the claim to a block."""
         if self._claims is not None:
             self._claims.release(_key(content, number))
 
     def is_claimed(self, content: Content, number: int) -> bool:
-        """Whether another process brings a block."""
+        """Whether another process fetches a block."""
         return self._claims is not None and self._claims.is_taken(_key(content, number))
 
     def set_waiting(self, content: Content, number: int, waiting: bool) -> None:
@@ -265,7 +264,7 @@ class CacheDirectory:
         return self._claims is not None and self._claims.others_wait()
 
     def announce(self, plan: Sequence[Content]) -> None:
-        """Say that blocks of these contents will be needed, in this order."""
+        """Announce that blocks of these contents will be needed, in this order."""
         self._asked()
         self._attempt(Side.WRITING, lambda index: self._announce(index, plan), None)
 
@@ -275,7 +274,7 @@ class CacheDirectory:
             self._claims.set_loading(content.digest)
 
     def give_up(self, content: Content, numbers: Sequence[int]) -> bool:
-        """Say that blocks are not needed any more in this load, so that others may have their room.
+        """Mark blocks as no longer needed in this load, so that they may be evicted for it.
 
         Returns:
             False if another process loads the content and may need them.
@@ -289,20 +288,20 @@ class CacheDirectory:
         return True
 
     def care(self, plan: Sequence[Content]) -> None:
-        """What is to be done now and then (every ten seconds or so, and at the end).
+        """Do maintenance, about every ten seconds and at the end.
 
         Args:
-            plan: the contents that a load will need, in this order.
+            plan: the contents that a load will need, in order.
         """
         self._attempt(Side.WRITING, lambda index: self._care(index, plan), None)
 
     def sweep(self, index: BlockIndex) -> None:
-        """Remove files that no row names and rows whose file is gone.
+        """Remove files without a row and rows without a file.
 
-        If the index was lost, files become its rows again.
+        If the index was lost, rows are made again from the files.
         """
         files = [name for folder in self._folders() for name in self._files(folder)]
-        # Rows after files: a file of that time has its row since before it was made.
+        # Rows after files: a file that was listed had its row before it existed.
         rows = {row.filename: row for row in index.rows()}
         for filename in files:
             if filename not in rows:
@@ -365,7 +364,7 @@ class CacheDirectory:
                 raise DamagedBlockError("has a wrong length")
             check(content, number, *found)
         except FileNotFoundError:
-            index.discard(key, filename)  # evicted meanwhile, or taken away
+            index.discard(key, filename)  # evicted meanwhile, or deleted
             return None
         except DamagedBlockError as error:
             self.counters.damaged += 1
@@ -377,10 +376,10 @@ class CacheDirectory:
         return found[0]
 
     def _write(self, index: BlockIndex, blocks: Sequence[Block], kept: list[bool]) -> int:
-        """Write blocks that are not here yet; how many are left out though nothing failed.
+        """Write blocks that are not here yet; returns how many were declined.
 
         Args:
-            kept: is set for each block that is here, also when this raises.
+            kept: set for each block that is here, also when this raises.
         """
         entries = [
             Entry(_key(c, n), _new_name(), c.file_length(n), c.identity.decode())
@@ -409,7 +408,7 @@ class CacheDirectory:
         self, index: BlockIndex, entries: Sequence[Entry], entered: Sequence[Entered],
         written: Sequence[int], kept: list[bool],
     ) -> None:  # fmt: skip
-        """Have the index say which files were written, and remove the others."""
+        """Mark written files in the index, and remove the others."""
         completed = index.complete([entries[at] for at in written])
         for at, is_complete in zip(written, completed, strict=True):
             kept[at] = is_complete
@@ -417,12 +416,12 @@ class CacheDirectory:
             if state is Entered.KNOWN:
                 kept[at] = True
             elif state is Entered.NEW and not kept[at]:
-                # It could not be written, or the index was made anew, or somebody was faster.
+                # It was not written, or the index was made again, or another process was faster.
                 self._remove([entries[at].filename])
                 index.discard(entries[at].key, entries[at].filename)
 
     def _adopt(self, index: BlockIndex, filename: str) -> bool:
-        """Enter a file into an index that was made anew; False if it is not worth it."""
+        """Enter a file into a new index; False if it is not worth it."""
         try:
             with open(self._path(filename), "rb") as file:
                 status = os.fstat(file.fileno())
@@ -449,11 +448,11 @@ class CacheDirectory:
         return len(filenames)
 
     def _folders(self) -> list[str]:
-        """Where block files are: `FOLDERS`, and others if an earlier version has made the cache."""
+        """The folders of block files: `FOLDERS`, and others in caches of earlier versions."""
         return [path.name for path in self.path.iterdir() if _FOLDER.fullmatch(path.name)]
 
     def _files(self, folder: str) -> list[str]:
-        """The block files of a folder; what others may have put there is not touched."""
+        """The block files of a folder; other files are not touched."""
         names = (f"{folder}/{path.name}" for path in Path(self.path, folder).iterdir())
         return [name for name in names if _FILENAME.fullmatch(name)]
 
@@ -463,7 +462,7 @@ class CacheDirectory:
                 self._path(filename).unlink()
 
     def _path(self, filename: str) -> Path:
-        """Where a block's file is. Raises IndexCorruptError when the name is not one of ours."""
+        """The path of a block's file. Raises IndexCorruptError if the name is not one of ours."""
         if not _FILENAME.fullmatch(filename):
             raise IndexCorruptError(f"its index names files that nobody wrote: {filename!r}")
         return self.path / filename
@@ -475,17 +474,17 @@ class CacheDirectory:
         self._last_asked = now
 
     def _may_leave_before(self) -> float:
-        """Blocks that were used before this time, in seconds since the epoch, may make room."""
+        """Blocks used before this time (seconds since the epoch) may be evicted."""
         load_s = time.monotonic() - self._load_began
         if self._announced < self._load_began:
-            load_s = LONGEST_STAY_S  # what the load needs is not known yet
+            load_s = LONGEST_STAY_S  # the needs of the load are not known yet
         return time.time() - min(max(load_s, SHORTEST_STAY_S), LONGEST_STAY_S)
 
     def _is_declining(self) -> bool:
         return time.monotonic() < self._declined + DECLINE_S
 
     def _attempt(self, side: Side, action: Callable[[BlockIndex], T], otherwise: T) -> T:
-        """Do something with the directory; what goes wrong is logged, and it rests then."""
+        """Run an operation on the directory; errors are logged, and then the directory rests."""
         if self._is_resting(side):
             return otherwise
         try:
@@ -504,7 +503,7 @@ class CacheDirectory:
     def _rest(self, side: Side, error: Exception) -> None:
         if side not in self._rests_until:
             log.warning(
-                "cache directory %s cannot be %s: %s; going on without it, and trying again "
+                "cache directory %s cannot be %s: %s; continuing without it, and trying again "
                 "every %.0f s", self.path, side.value, error, REST_S,
             )  # fmt: skip
         self._rests_until[side] = time.monotonic() + REST_S
@@ -513,7 +512,7 @@ class CacheDirectory:
         return time.monotonic() < self._rests_until.get(side, 0.0)
 
     def _current_index(self) -> BlockIndex:
-        """The index that is in the directory now; somebody may have replaced it, or all of it."""
+        """The present index of the directory; the index or the directory may have been replaced."""
         index = self._index
         if index is None or not index.is_current:
             with self._opening:
@@ -535,11 +534,11 @@ class CacheDirectory:
             return BlockIndex(self.path)
 
     def _replace_index(self, error: IndexCorruptError) -> None:
-        """Take a damaged index away, unless another process has done so."""
+        """Delete a damaged index, unless another process has done so."""
         with self._opening, self._exclusively(OPENING, wait=True):
             if self._index is None or self._index.is_current:
                 log.warning(
-                    "cache directory %s: %s; making it anew from the files", self.path, error
+                    "cache directory %s: %s; rebuilding it from the files", self.path, error
                 )
                 remove_index(self.path)
                 self._has_index_anew = True
@@ -547,7 +546,7 @@ class CacheDirectory:
 
     @contextmanager
     def _exclusively(self, name: str, *, wait: bool) -> Iterator[int | None]:
-        """Alone among all processes; None if another one is and `wait` is false."""
+        """A lock among all processes; None if another one has it and `wait` is false."""
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         care: int | None
         with open(os.open(self.path / name, flags, 0o600), "rb") as file:
@@ -573,5 +572,5 @@ def _new_name() -> str:
 
 
 def _is_older(descriptor: int, age_s: float) -> bool:
-    """Whether a file was not changed for so long; one from the future counts as old."""
+    """Whether a file was not changed for this long; times in the future count as old."""
     return not 0 <= time.time() - os.fstat(descriptor).st_mtime < age_s

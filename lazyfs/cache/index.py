@@ -1,11 +1,11 @@
-"""Which blocks are in a cache directory: a table in SQLite, kept by diskcache, for many processes.
+"""The index of a cache directory: an SQLite table, managed by diskcache, for many processes.
 
-diskcache brings the database: its schema, a connection for each thread, transactions, counts that
-are kept by triggers. What is asked of the table is ours, because a cache of models forgets by other
-rules than a cache of values: a read writes nothing here, and what is used is told in batches.
+diskcache provides the database: schema, a connection for each thread, transactions, counts kept by
+triggers. The queries are ours, because a cache of models evicts by other rules than a cache of
+values: a read writes nothing here, and uses are recorded in batches.
 
-A block's row is there before its file and until after it: `PENDING` while it is written. So the
-space of files that are being written is counted, and a file without a row is nobody's.
+A block's row exists before its file and until after it: `PENDING` while it is written. So the space
+of files that are being written counts, and a file without a row is an orphan.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from diskcache.core import DBNAME, MODE_BINARY, MODE_NONE
 
 INDEX_NAME: str = DBNAME
 READY, PENDING = MODE_BINARY, MODE_NONE
-# Blocks are spread over these directories. To make many of them takes longer than the database.
+# Blocks are spread over these directories. Making many of them takes longer than the database.
 FOLDERS = tuple(f"{number:x}0" for number in range(16))
-# A process that is stopped in the middle of a transaction keeps others waiting for this long.
+# A process that is stopped in a transaction makes others wait for at most this long.
 LOCK_TIMEOUT_S = 5.0
 # Files beside the database that belong to it (https://sqlite.org/wal.html).
 _COMPANIONS = ("", "-wal", "-shm")
@@ -38,7 +38,7 @@ class IndexFailedError(Exception):
 
 
 class IndexCorruptError(IndexFailedError):
-    """The database is not one; it must be made anew."""
+    """The database is damaged and must be made again."""
 
 
 class Row(NamedTuple):
@@ -52,7 +52,7 @@ class Row(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A block that is to be written; `tag` is the identity of its content."""
+    """A block to write; `tag` is the identity of its content."""
 
     key: str
     filename: str
@@ -61,7 +61,7 @@ class Entry(NamedTuple):
 
 
 class Entered(Enum):
-    """What became of a block that was to be entered: NEW is to be written, KNOWN is there."""
+    """The result of entering a block: NEW must be written, KNOWN exists."""
 
     NEW = "new"
     KNOWN = "known"
@@ -115,7 +115,7 @@ def _index_errors() -> Iterator[None]:
     try:
         yield
     except diskcache.Timeout as error:
-        # diskcache makes one of every failure to begin a transaction.
+        # diskcache raises it for every failure to begin a transaction.
         cause = error.__context__
         if isinstance(cause, sqlite3.Error):
             raise _from_sqlite(cause) from None
@@ -149,10 +149,10 @@ class BlockIndex(diskcache.Cache):  # type: ignore[misc]
             str(directory),
             timeout=LOCK_TIMEOUT_S,
             disk=_NoValues,
-            eviction_policy="least-recently-used",  # has the table indexed by access_time
+            eviction_policy="least-recently-used",  # so that the table is indexed by access_time
             cull_limit=0,
             statistics=0,
-            # SQLite's own cache and memory map would count against the daemon's memory.
+            # SQLite's own cache and memory map would count as the worker's memory.
             sqlite_cache_size=256,
             sqlite_mmap_size=0,
         )
@@ -186,7 +186,7 @@ class BlockIndex(diskcache.Cache):  # type: ignore[misc]
 
     @_asks
     def used_bytes(self) -> int:
-        """Sum of all blocks, those that are being written included."""
+        """The size of all blocks in bytes, including those being written."""
         return self._used()
 
     def _used(self) -> int:
@@ -196,14 +196,14 @@ class BlockIndex(diskcache.Cache):  # type: ignore[misc]
     def reserve(
         self, entries: Sequence[Entry], now_s: float, allowed_bytes: int, before_s: float
     ) -> tuple[list[Entered], list[str]]:
-        """Enter blocks that are about to be written, as far as there is room or it can be made.
+        """Enter blocks before they are written, as far as there is room or it can be made.
 
         Args:
-            allowed_bytes: that all blocks may have.
-            before_s: blocks that were used at this time or later must not leave for them.
+            allowed_bytes: the maximum size of all blocks.
+            before_s: blocks that were used at this time or later are not evicted for them.
 
         Returns:
-            What became of each, and the files that left and are to be removed.
+            The result for each block, and the files of evicted blocks, to be removed.
         """
         entered, left = [], []
         with self._transact():
@@ -237,7 +237,7 @@ class BlockIndex(diskcache.Cache):  # type: ignore[misc]
 
     @_asks
     def complete(self, entries: Sequence[Entry]) -> list[bool]:
-        """The files of blocks are written; False for those whose rows are gone meanwhile."""
+        """Mark blocks as written; False for those whose rows are gone meanwhile."""
         with self._transact() as (sql, _):
             return [
                 sql(
@@ -250,13 +250,13 @@ class BlockIndex(diskcache.Cache):  # type: ignore[misc]
 
     @_asks
     def discard(self, key: str, filename: str) -> None:
-        """Forget a block, if that is still its file."""
+        """Remove a block, if that is still its file."""
         with self._transact() as (sql, _):
             sql("DELETE FROM Cache WHERE key = ? AND raw = 1 AND filename = ?", (key, filename))
 
     @_asks
     def forget(self, content: str) -> list[str]:
-        """Forget all blocks of a content that are ready; the files that are to be removed."""
+        """Remove all ready blocks of a content; returns the files to delete."""
         with self._transact() as (sql, _):
             victims = sql(
                 "SELECT rowid, filename FROM Cache"
@@ -267,7 +267,7 @@ class BlockIndex(diskcache.Cache):  # type: ignore[misc]
 
     @_asks
     def forget_older(self, used_before_s: float) -> list[str]:
-        """Forget blocks that were last used before a time; the files that are to be removed."""
+        """Remove blocks that were last used before a time; returns the files to delete."""
         with self._transact() as (sql, _):
             victims = sql(
                 "SELECT rowid, filename FROM Cache WHERE access_time < ? AND mode = ?",
@@ -277,14 +277,14 @@ class BlockIndex(diskcache.Cache):  # type: ignore[misc]
 
     @_asks
     def shrink(self, excess_bytes: int, now_s: float) -> list[str]:
-        """Forget blocks of at least so many bytes; the files that are to be removed."""
+        """Remove blocks of at least this size in total; returns the files to delete."""
         with self._transact():
             victims = self._victims(excess_bytes, now_s, float("inf"), all_or_nothing=False)
             return self._forget(victims or [])
 
     @_asks
     def touch(self, uses: Iterable[tuple[float, str]]) -> None:
-        """Blocks were used, or will be: pairs of time and key."""
+        """Record uses of blocks, past or future: pairs of time and key."""
         with self._transact():
             self._con.executemany(
                 "UPDATE Cache SET access_time = ? WHERE key = ? AND raw = 1", uses
@@ -292,14 +292,14 @@ class BlockIndex(diskcache.Cache):  # type: ignore[misc]
 
     @_asks
     def add_counts(self, hits: int, misses: int) -> None:
-        """Add to how often blocks were found and not found."""
+        """Add to the numbers of hits and misses."""
         with self._transact() as (sql, _):
             for name, more in (("hits", hits), ("misses", misses)):
                 sql("UPDATE Settings SET value = value + ? WHERE key = ?", (more, name))
 
     @_asks
     def hits_and_misses(self) -> tuple[int, int]:
-        """How often blocks were found and not found, since the index was made."""
+        """The numbers of hits and misses since the index was made."""
         rows = dict(self._sql("SELECT key, value FROM Settings WHERE key IN ('hits', 'misses')"))
         return rows["hits"], rows["misses"]
 
@@ -315,7 +315,7 @@ class BlockIndex(diskcache.Cache):  # type: ignore[misc]
 
     @_asks
     def contents(self) -> list[Stored]:
-        """Of which contents there are blocks."""
+        """The contents with ready blocks."""
         rows = self._sql(
             "SELECT tag, COUNT(*), MAX(CAST(substr(key, instr(key, ':') + 1) AS INTEGER)),"
             " MIN(store_time), MAX(access_time) FROM Cache WHERE mode = ? GROUP BY tag",
@@ -326,9 +326,9 @@ class BlockIndex(diskcache.Cache):  # type: ignore[misc]
     def _victims(
         self, missing_bytes: int, now_s: float, before_s: float, *, all_or_nothing: bool = True
     ) -> list[tuple[int, str]] | None:
-        """The least recently used blocks that make so much room; None if there are not enough.
+        """The least recently used blocks that free this much; None if there are not enough.
 
-        A block that was used in the future is from before the clock was set back.
+        A block with a use in the future was used before the clock was set back.
         """
         victims = []
         for rowid, filename, size in self._sql(
@@ -348,6 +348,6 @@ class BlockIndex(diskcache.Cache):  # type: ignore[misc]
 
 
 def remove_index(directory: Path) -> None:
-    """Take the database away, so that a new one can be made. Raises OSError."""
+    """Delete the database, so that a new one can be made. Raises OSError."""
     for companion in _COMPANIONS:
         Path(directory, INDEX_NAME + companion).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What is in a cache, for people: which objects, how much of each, since when."""
+"""Lists the content of a cache: which objects, how much of each, since when."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lazyfs.cache.directory import CacheDirectory
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What there is of an object, or of the objects of one S3 directory. Times are seconds since
+    """The cached part of an object, or of the objects of one S3 directory. Times are seconds since
     the epoch.
 
     Attributes:
         name: `s3://bucket/key`, or the same of the directory, which ends in a slash.
-        endpoint: of the service that has it.
-        files: how many objects have blocks here.
-        size_bytes: of those objects.
-        cached_bytes: of them here.
-        stored_s: when the first block came.
-        used_s: when a block was used, or announced as needed, last.
+        endpoint: the service that has it.
+        files: the number of objects with cached blocks.
+        size_bytes: the size of these objects.
+        cached_bytes: how much of them is cached.
+        stored_s: when the first block was stored.
+        used_s: when a block was last used, or announced as needed.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Entry:
 
 
 def objects(directories: Iterable[CacheDirectory]) -> list[Entry]:
-    """All objects of which something is here, by name; each version of an object is one."""
+    """All objects with cached blocks, by name; each version of an object is an entry."""
     by_content = defaultdict(list)
     for directory in directories:
         for stored in directory.stored():

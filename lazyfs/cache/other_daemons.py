@@ -1,8 +1,8 @@
-"""Blocks that other daemons of this node bring, which share the cache with this one.
+"""Blocks that other daemons of this node fetch into the shared cache.
 
-Whoever fetches a block has claimed it. Another daemon that wants it ahead of readers leaves it to
-him, and looks from time to time whether it has come. A reader is not kept waiting for long: when
-the lease is over, his daemon fetches for itself.
+A daemon claims a block before it fetches it. Another daemon that wants to prefetch the block leaves
+it to the first one, and checks from time to time whether it has arrived. A reader waits only for
+the lease: then its daemon fetches the block itself.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from lazyfs.blocks import BlockId
 from lazyfs.cache import BlockCache
 from lazyfs.objects import File
 
-# How long a block is left to another daemon that claimed it, and how often it is looked for.
+# How long a block is left to the daemon that claimed it, and how often the disk is checked.
 LEASE_S = 10.0
 LOOK_S = 0.02
 
 
 class OtherDaemons:
-    """What is left to others, and until when.
+    """The blocks that are left to other daemons, and until when.
 
     Args:
-        cache: where they put it.
+        cache: the shared cache.
         run: runs a blocking call in a worker thread.
-        on_found: told of a block that need not be waited for any more, and whether it came.
+        on_found: called with a block that is no longer left to others, and whether it arrived.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class OtherDaemons:
         self._lease_over: set[BlockId] = set()
 
     def leave(self, file: File, block: BlockId, lease_until: float) -> None:
-        """Another daemon brings this block."""
+        """Leave a block to another daemon, which fetches it."""
         self._left[block] = file, lease_until
         self._cache.set_waiting(file, block.number, True)
         self._news.set()
 
     def take_back(self, file: File, block: BlockId) -> float:
-        """A block is wanted now that may have been left to another; until when he may have it."""
+        """Take back a block that a reader needs now; returns until when another may fetch it."""
         now_s = trio.current_time()
         lease_until = now_s if block in self._lease_over else now_s + LEASE_S
         self._lease_over.discard(block)
@@ -59,7 +59,7 @@ class OtherDaemons:
         return lease_until
 
     async def wait_for(self, file: File, number: int, lease_until: float) -> None:
-        """Until another daemon gives up its claim to a block, having stored it or not."""
+        """Wait until another daemon releases its claim to a block, whether it stored it or not."""
         self._cache.set_waiting(file, number, True)
         with trio.move_on_at(lease_until):
             while self._cache.is_claimed(file, number):
@@ -67,14 +67,14 @@ class OtherDaemons:
         self._cache.set_waiting(file, number, False)
 
     async def follow(self) -> None:
-        """See when blocks that were left to others have come, or are not going to; for ever."""
+        """Check, for ever, whether blocks left to others have arrived, or never will."""
         while True:
             await self._news.wait()
             await trio.sleep(LOOK_S)
             for block, file, lease_until in self._ended():
                 there = await self._run(self._cache.holds, file, block.number)
                 if self._left.pop(block, None) is None:
-                    continue  # a reader asked for it meanwhile
+                    continue  # a reader requested it meanwhile
                 self._cache.set_waiting(file, block.number, False)
                 if not there and trio.current_time() >= lease_until:
                     self._lease_over.add(block)
@@ -83,7 +83,7 @@ class OtherDaemons:
                 self._news = trio.Event()
 
     def _ended(self) -> Iterator[tuple[BlockId, File, float]]:
-        """Blocks that nobody brings any more, or for too long already."""
+        """Blocks that no daemon fetches any more, or one for too long."""
         for block, (file, lease_until) in list(self._left.items()):
             over = trio.current_time() >= lease_until
             if over or not self._cache.is_claimed(file, block.number):

@@ -1,4 +1,4 @@
-"""How much a cache directory may hold. Pure."""
+"""The size limits of a cache directory. Pure."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one directory.
+    """The limits of one directory.
 
     Attributes:
-        size: most bytes of blocks, or a share (float) of what is free or already the cache's.
-        reserve: free bytes of the filesystem that are left to others, or a share of the whole.
+        size: maximum bytes of blocks, or a share (float) of the space that is free or used by the
+            cache.
+        reserve: bytes of the filesystem that stay free, or a share of its size.
     """
 
     size: int | float
     reserve: int | float = 0
 
     def allowed_bytes(self, disk: os.statvfs_result, used_bytes: int) -> int:
-        """Most bytes that the cache may hold now.
+        """The maximum size of the cache now, in bytes.
 
         Args:
-            disk: the filesystem as it is.
-            used_bytes: what the cache holds of it.
+            disk: the filesystem's present usage.
+            used_bytes: the present size of the cache.
         """
         free = disk.f_bavail * disk.f_frsize
         size = _part(self.size, free + used_bytes)
         return max(0, min(size, used_bytes + free - self.reserve_bytes(disk)))
 
     def reserve_bytes(self, disk: os.statvfs_result) -> int:
-        """The free space that is left to others."""
+        """The space that stays free, in bytes."""
         return _part(self.reserve, disk.f_blocks * disk.f_frsize)
 
 
