@@ -273,7 +273,7 @@ def check_directory(directory: Path) -> None:
         raise CacheError(
             f"--cache-dir: {directory}: not writable; name another directory or 'none'"
         )
-    if status.st_uid not in (os.geteuid(), 0) or status.st_mode & stat.S_IWOTH:
+    if status.st_uid not in (os.geteuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise CacheError(
             f"--cache-dir: {directory}: other users could put bytes into it; "
             f"chown it to this user and chmod go-w"

@@ -531,6 +531,9 @@ class CacheDirectory:
             if not file.exists() or not file.stat().st_size:
                 remove_index(self.path)
                 self._has_index_anew = True
+            # SQLite gives its other files the mode of this one.
+            with open(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "rb") as index:
+                os.fchmod(index.fileno(), 0o600)
             return BlockIndex(self.path)
 
     def _replace_index(self, error: IndexCorruptError) -> None:

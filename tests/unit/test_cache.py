@@ -366,13 +366,27 @@ def test_several_directories_share_the_blocks(
     }
 
 
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o755 | 0o002])
 def test_untrusted_directories_are_refused(
-    open_cache: Callable[..., BlockCache], tmp_path: Path
+    open_cache: Callable[..., BlockCache], tmp_path: Path, mode: int
 ) -> None:
-    (tmp_path / "cache").mkdir(mode=0o777)
-    (tmp_path / "cache").chmod(0o777)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(mode)
     with pytest.raises(CacheError, match="chmod go-w"):
         open_cache()
+
+
+def test_only_its_user_reads_what_is_in_it(
+    open_cache: Callable[..., BlockCache], tmp_path: Path
+) -> None:
+    directory = tmp_path / "cache"
+    directory.mkdir(mode=0o755)
+    (directory / "cache.db").touch(mode=0o644)  # as a former version made it
+    cache = open_cache()
+    fill(cache, file(blocks=2), range(2))
+    files = [each for each in directory.rglob("*") if each.is_file()]
+    assert {"cache.db", "cache.db-wal"} <= {each.name for each in files}
+    assert {each.name for each in files if each.stat().st_mode & 0o077} == set()
 
 
 def test_a_pickle_in_the_index_is_not_read(
