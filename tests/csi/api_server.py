@@ -1,4 +1,4 @@
-"""A small API server of Kubernetes: objects by path, over real HTTP."""
+"""A small Kubernetes API server: objects by path, over real HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What kubelet does around the calls of a driver, played from its sources.
+"""Imitates what kubelet does around the calls of a driver, after its sources.
 
 The functions are named after those of Kubernetes 1.36 that they follow, in `pkg/volume/csi`,
 `pkg/volume/util` and `k8s.io/mount-utils`.

@@ -1,4 +1,4 @@
-"""A node of a cluster for tests: keeper, node plugin, and what kubelet does with them."""
+"""A cluster node for tests: keeper, node plugin, and kubelet's part."""
 
 from __future__ import annotations
 

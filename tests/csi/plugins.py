@@ -1,4 +1,4 @@
-"""Plugins of the driver for tests: processes, as a cluster starts them."""
+"""Plugins of the driver for tests, as the processes that a cluster starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lazyfs-csi` refuses what cannot work, in one line, before it does anything."""
+"""`lazyfs-csi` refuses invalid options with one line, before it does anything."""
 
 from __future__ import annotations
 

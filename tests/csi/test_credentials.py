@@ -1,4 +1,4 @@
-"""Each way in which a volume gets its credentials, against an S3 and an STS that check them."""
+"""All sources of a volume's credentials, with an S3 and an STS that check them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the driver asks of the Kubernetes API, over real HTTP."""
+"""The driver's requests to the Kubernetes API, over real HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bind mounts as the node sees them: the plugin's container has a mount namespace of its own."""
+"""Bind mounts as the node sees them: the plugin's container has its own mount namespace."""
 
 from __future__ import annotations
 

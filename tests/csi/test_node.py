@@ -1,4 +1,4 @@
-"""The Node service over gRPC, with real mounts: volumes come to pods and go again."""
+"""The Node service over gRPC, with real mounts: volumes of pods are mounted and unmounted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the log of a node plugin and its mounts says it is about."""
+"""Log lines of a node plugin and its mounts name their volumes and calls."""
 
 from __future__ import annotations
 

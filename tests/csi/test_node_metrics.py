@@ -1,4 +1,4 @@
-"""What Prometheus scrapes from a node plugin."""
+"""The metrics that Prometheus scrapes from a node plugin."""
 
 from __future__ import annotations
 

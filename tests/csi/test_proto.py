@@ -1,4 +1,4 @@
-"""Our `proto/*.proto` are, on the wire, those of CSI and of kubelet."""
+"""Our `proto/*.proto` match those of CSI and kubelet on the wire."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The node plugin registers itself with kubelet: real sockets, a played kubelet."""
+"""The node plugin registers itself with an imitated kubelet, over real sockets."""
 
 from __future__ import annotations
 

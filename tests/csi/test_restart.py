@@ -1,4 +1,4 @@
-"""The node plugin is killed and started again, while pods read."""
+"""The node plugin is killed and restarted while pods read."""
 
 from __future__ import annotations
 

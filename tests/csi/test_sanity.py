@@ -1,4 +1,4 @@
-"""csi-sanity, the cluster's own check of a driver, against real plugins, mounts and an S3."""
+"""csi-sanity, the conformance test for CSI drivers, with real plugins, mounts and an S3."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""S3 gives no answer while a volume is to be mounted: calls, events and pods that are deleted."""
+"""S3 does not answer while a volume is being mounted: calls, events and deleted pods."""
 
 from __future__ import annotations
 

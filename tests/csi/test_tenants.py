@@ -1,4 +1,4 @@
-"""Pod authors who try what is not theirs."""
+"""Pod authors cannot reach what belongs to others."""
 
 from __future__ import annotations
 

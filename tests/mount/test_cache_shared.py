@@ -1,4 +1,4 @@
-"""The cache as mounts and commands use it: shared, filled ahead, looked at, and broken."""
+"""The cache with mounts and commands: shared, warmed, listed and damaged."""
 
 from __future__ import annotations
 

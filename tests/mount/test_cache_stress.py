@@ -1,6 +1,6 @@
-"""Everything at once on one small cache: mounts, `warm`, kills, damage, a full disk; no wrong byte.
+"""Stress for one small cache: mounts, `warm`, kills, damage and a full disk give no wrong byte.
 
-Longer by hand, or once more as it was:
+For a longer run, or to repeat a run:
 
     LAZYFS_STRESS_S=600 LAZYFS_SEED=17 pytest tests/mount/test_cache_stress.py -s
 """

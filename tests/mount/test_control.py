@@ -1,4 +1,4 @@
-"""The control socket of a worker, over real mounts."""
+"""The control socket of a worker, with real mounts."""
 
 from __future__ import annotations
 

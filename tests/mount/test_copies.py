@@ -1,4 +1,4 @@
-"""Mounts of which another mount namespace has a copy, as container runtimes make them."""
+"""Mounts with a copy in another mount namespace, as container runtimes make them."""
 
 from __future__ import annotations
 

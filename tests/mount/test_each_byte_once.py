@@ -1,4 +1,4 @@
-"""What has left S3 once is not asked for again, whatever the kernel and loaders drop."""
+"""Each byte is fetched from S3 once, whatever the kernel and loaders drop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernel is told of reads at once and ahead holds, also after a worker died."""
+"""The kernel keeps the limits of concurrent reads and read-ahead, also after a worker died."""
 
 from __future__ import annotations
 

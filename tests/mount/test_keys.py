@@ -1,4 +1,4 @@
-"""Keys that no path can name, or only just."""
+"""Keys that no path can name, and keys at the limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Readers that are killed while S3 is silent are gone at once, whatever they wait for."""
+"""Readers that are killed while S3 is silent end at once, whatever they wait for."""
 
 from __future__ import annotations
 

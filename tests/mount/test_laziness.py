@@ -1,4 +1,4 @@
-"""What is fetched, and how often: counted at the server."""
+"""What is fetched, and how often, counted at the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mounts come and go without a trace."""
+"""Mounts start and end without leaving anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hundreds of threads fault at once, in no order, with little memory: it ends, and fits."""
+"""Hundreds of threads fault at once in random order: a mount with little memory serves them."""
 
 from __future__ import annotations
 

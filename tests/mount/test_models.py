@@ -1,4 +1,4 @@
-"""What is prefetched of which model, counted at the server."""
+"""Which files of which models are prefetched, counted at the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics as they are scraped, compared with what the S3 server saw."""
+"""Scraped metrics, compared with what the S3 server saw."""
 
 from __future__ import annotations
 

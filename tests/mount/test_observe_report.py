@@ -1,4 +1,4 @@
-"""`lazyfs report`: loads that were limited by something, and whether the verdict names it."""
+"""`lazyfs report` names what limited a load."""
 
 from __future__ import annotations
 

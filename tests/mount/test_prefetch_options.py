@@ -1,4 +1,4 @@
-"""What a user gets from the options of prefetching, counted at the server."""
+"""The effect of the prefetch options, counted at the server."""
 
 from __future__ import annotations
 

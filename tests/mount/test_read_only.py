@@ -1,4 +1,4 @@
-"""Nothing can be written, whoever tries."""
+"""Nothing can be written, by any user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that can be wrong at mount: one line that says what and what to do, nothing left."""
+"""Errors at mount: one line says what is wrong and what to do, and nothing is left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker that follows another knows what that one put into the page cache."""
+"""A new worker knows which blocks its predecessor put into the page cache."""
 
 from __future__ import annotations
 

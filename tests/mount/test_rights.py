@@ -1,4 +1,4 @@
-"""What the processes of a mount may do, and what a crash of them tells."""
+"""The privileges of a mount's processes, and what a crash reveals."""
 
 from __future__ import annotations
 

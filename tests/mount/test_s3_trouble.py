@@ -1,4 +1,4 @@
-"""S3 has a bad day while the mount is read."""
+"""Readers while S3 fails in many ways."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A mount's life on S3 servers that others wrote: the same few things on each of them."""
+"""The same tests of a mount on several S3 servers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A minute of everything at once; `make soak SECONDS=3600` is an hour of it."""
+"""One minute of the soak test; `make soak SECONDS=3600` runs an hour."""
 
 from __future__ import annotations
 

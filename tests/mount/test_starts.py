@@ -1,4 +1,4 @@
-"""Starts that fail leave nothing, and no request ends one worker after another."""
+"""Failed starts leave nothing, and no request ends one worker after another."""
 
 from __future__ import annotations
 

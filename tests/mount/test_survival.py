@@ -1,4 +1,4 @@
-"""A mount goes on when its daemon does not."""
+"""A mount survives its worker."""
 
 from __future__ import annotations
 

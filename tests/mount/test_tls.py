@@ -1,4 +1,4 @@
-"""A private endpoint with a certificate of its own."""
+"""A private endpoint with its own certificate."""
 
 from __future__ import annotations
 

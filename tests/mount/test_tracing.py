@@ -1,4 +1,4 @@
-"""Traces of mounts, as a collector of OpenTelemetry gets them."""
+"""Traces of mounts, as an OpenTelemetry collector receives them."""
 
 from __future__ import annotations
 
