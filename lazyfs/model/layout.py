@@ -56,7 +56,7 @@ from lazyfs.model.filenames import (
     stem_of,
     suffix_of,
 )
-from lazyfs.model.shard_index import INDEX_SUFFIX, named_shards
+from lazyfs.model.shard_index import INDEX_SUFFIX, MAX_INDEX_BYTES, named_shards
 from lazyfs.options.option_types import matches
 
 PIPELINE_INDEX = "model_index.json"
@@ -275,17 +275,25 @@ class _Directory:
         return sorted({*kept, *like})
 
     def _index_paths(self, shards: list[str]) -> tuple[str, ...]:
-        """The indexes of the shards that are read, without that of Mistral's second copy."""
+        """The indexes of the shards that are read, without that of Mistral's second copy.
+
+        A file that is too large for an index is never fetched whole.
+        """
         second = all(is_consolidated(name) for name in shards)
-        return tuple(
-            sorted(
-                file.path
-                for file in self.others
-                if file.path.endswith(INDEX_SUFFIX)
-                and dirname(file.path) == self.path
-                and is_consolidated(basename(file.path)) == second
-            )
+        found = [
+            file
+            for file in self.others
+            if file.path.endswith(INDEX_SUFFIX)
+            and dirname(file.path) == self.path
+            and is_consolidated(basename(file.path)) == second
+        ]
+        self._warnings += (
+            f"{file.path} is ignored: it has {file.size_bytes} bytes, the limit is "
+            f"{MAX_INDEX_BYTES}; shards are read in the order of their names"
+            for file in found
+            if file.size_bytes > MAX_INDEX_BYTES
         )
+        return tuple(sorted(file.path for file in found if file.size_bytes <= MAX_INDEX_BYTES))
 
     def _safetensors(
         self, names: list[str], index_paths: Iterable[str], indexes: Mapping[str, bytes]

@@ -142,6 +142,15 @@ def test_consolidated_shards_alone_are_the_model() -> None:
     assert only(name, INDEX, "consolidated.safetensors", "x.safetensors").index_paths == (INDEX,)
 
 
+def test_a_file_too_large_for_an_index_is_not_asked_for() -> None:
+    sizes = {"1.safetensors": 9, INDEX: MAX_INDEX_BYTES + 1}
+    (layout,) = layouts([ModelFile(name, size) for name, size in sizes.items()])
+    assert (layout.index_paths, layout.shards) == ((), ("1.safetensors",))
+    assert f"{INDEX} is ignored: it has {MAX_INDEX_BYTES + 1} bytes" in layout.warnings[0]
+    (layout,) = layouts([ModelFile(name, min(size, 99)) for name, size in sizes.items()])
+    assert layout.index_paths == (INDEX,)
+
+
 def test_small_files_are_in_the_order_in_which_they_are_read() -> None:
     wanted = (
         "config.json",
