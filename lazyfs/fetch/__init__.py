@@ -1,1 +1,1 @@
-"""Brings blocks: which are asked for, where each comes from, one request, shard headers."""
+"""Fetches blocks: scheduling, the source of each block, single requests, shard headers."""

@@ -1,8 +1,8 @@
-"""Where the bytes of a block come from: the disk, another daemon of this node, or S3.
+"""Gets the bytes of a block: from the disk, another daemon of this node, or S3.
 
-A block that is not on disk is claimed there before it is fetched, so that of all daemons on a node
-one fetches it. What another daemon has claimed is waited for, if a reader needs it, and else left
-to it until it is there; for `LEASE_S` at most.
+A block that is not on disk is claimed there before it is fetched, so that only one daemon of a node
+fetches it. If another daemon has claimed a block, a demand job waits for it, and a prefetch leaves
+it to that daemon, for at most `LEASE_S`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Job:
     """A block that is being brought, or is to be.
 
     Attributes:
-        waiting: what readers wait for; empty: a prefetch.
+        waiting: the spans that readers wait for; empty: a prefetch.
         lease_until: how long it is left to another daemon that has claimed it.
     """
 
@@ -90,7 +90,7 @@ class Obtainer:
         None: another daemon brings it, and nobody waits for it here.
 
         Raises:
-            SourceError: they cannot be had.
+            SourceError: they cannot be read.
         """
         if self._cache and self._elsewhere:
             found = await self._look_on_disk(self._cache, self._elsewhere, job)

@@ -1,7 +1,7 @@
-"""One block from S3: not too many at once, not too fast, asked twice when slow, and patiently.
+"""Requests one block from S3: with limits on concurrency and rate, hedging, and retries.
 
 Each attempt is one ranged GET in a worker thread. An attempt whose answer is no longer wanted is
-ended by breaking its connection; its memory is counted until its thread has noticed.
+ended by closing its connection; its memory counts until its thread has ended.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _Answer = memoryview | SourceError
 HEDGES = 4
 # A request that so many later ones have overtaken is slower than the link.
 OVERTAKEN = 4
-# A prefetch is given up after this time; a reader who needs the block tries on his own account.
+# A prefetch is given up after this time; a reader that needs the block starts a request of its own.
 PREFETCH_PATIENCE_S = 20.0
 
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """A range that is wanted, and the attempts at it that are under way.
+    """A requested range and its running attempts.
 
     Attributes:
         began_s: when it was made.
@@ -90,12 +90,12 @@ class BlockGetter:
         self._hedges_running = 0
         # Those of which no second attempt was made.
         self._first_attempts: set[_Request] = set()
-        # What S3 said last of each object that it does not give.
+        # S3's last error for each object that cannot be read.
         self.troubles: dict[str, str] = {}
 
     @property
     def limit(self) -> int:
-        """How many blocks should be asked for at once now."""
+        """How many blocks to request concurrently now."""
         return self._concurrency.limit
 
     def tune(self, options: MountOptions) -> None:
@@ -184,9 +184,9 @@ class BlockGetter:
     ) -> _Answer | None:
         """The answer to the first attempt; None: it is time for a second one.
 
-        Slow is not enough for that: over a slow link each request takes long, and every second one
-        takes the link from the others. So either nothing comes any more, or others that were made
-        later have overtaken it.
+        Being slow is not enough: over a slow link each request takes long, and every second attempt
+        takes bandwidth from the others. So either no more bytes arrive, or later requests have
+        overtaken it.
         """
         came: int | None = None
         self._first_attempts.add(request)
@@ -244,7 +244,7 @@ class BlockGetter:
             return False
         if not self._memory.make_room(request.length, urgent=False):
             return False
-        log.debug("%s at %d is slow: asking again", request.file.key, request.start)
+        log.debug("%s at %d is slow: sending a second request", request.file.key, request.start)
         self._memory.reserve(request.length)
         self._hedges_running += 1
         self._recorder.hedges += 1

@@ -1,17 +1,16 @@
-"""Brings blocks: from memory, from disk, from S3, each once however many wait for it.
+"""Gets blocks from memory, disk or S3, each once, however many readers wait for it.
 
-The life of a block. A reader or the prefetcher asks for it: a *job* starts, or the job that runs
-already is joined. The job takes a slot and room in the memory budget, and one worker thread brings
-the bytes, from the cache directory or by one ranged GET (`blocks/obtainer.py`). Now the block is
-*held*: what nobody waits for is pushed into the page cache, then its waiters are answered, so that
-they find the rest in place; a task of its own writes it to the disk, which no reader waits for.
-After that it stays in memory until its room is needed.
+The life of a block. A reader or the prefetcher requests it: a *job* starts, or the request joins a
+running job. The job takes a slot and room in the memory budget, and one worker thread gets the
+bytes, from the cache directory or with one ranged GET (`fetch/obtainer.py`). Now the block is
+*held* in memory: the parts that no reader waits for are pushed into the page cache, and then the
+readers are answered, so that they find the rest in place. Another task writes the block to the
+disk; no reader waits for that. Afterwards it stays in memory until its room is needed.
 
 All decisions are made in the trio thread, so nothing here needs a lock; worker threads only move
-bytes. Demand overtakes prefetch for slots and for room. What can be brought again is given up for
-demand: blocks nobody uses, the last ones first that were fetched ahead. A block that is
-being pushed or waits for the disk cannot be taken, but those are few (`pusher.py`,
-`block_writer.py`).
+bytes. Demand has priority over prefetching for slots and for room. Blocks that can be fetched again
+are dropped for demand: unused ones, the last prefetched ones first. A block that is being pushed or
+waits for the disk cannot be dropped, but these are few (`pusher.py`, `block_writer.py`).
 """
 
 from __future__ import annotations
@@ -54,13 +53,13 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Blocks that are read from the disk at once, ahead of readers.
+# Blocks that are read from the disk concurrently, ahead of readers.
 LOADERS = 3
 # Requests of waiting readers that may be in flight beyond the adaptive limit.
 URGENT_EXTRA = 8
-# How often connections that nobody uses are closed.
+# How often idle connections are closed.
 IDLE_S = 30.0
-# After a fault nothing is fetched ahead for so long; what readers ask for is.
+# After a fault nothing is prefetched for so long; demand continues.
 AHEAD_REST_S = 30.0
 
 
@@ -68,12 +67,12 @@ class BlockFetcher:
     """All blocks of one mount.
 
     Args:
-        source: where blocks come from.
+        source: the object store.
         cache: the disk, or None.
-        page_cache: where they go ahead of readers.
-        prefetcher: what to bring next.
+        page_cache: the page cache, filled ahead of readers.
+        prefetcher: decides which block is next.
         options: limits.
-        recorder: is told what happens.
+        recorder: is told of events.
     """
 
     def __init__(
@@ -187,7 +186,7 @@ class BlockFetcher:
         self.pump()
 
     async def finish_writing(self) -> None:
-        """Write what waits for the disk, so that the next mount finds it."""
+        """Write the blocks that wait for the disk, so that the next mount finds them."""
         if self._cache and self._writer:
             await self._writer.finish()
             await self._thread(self._cache.care, self._plan())
@@ -238,7 +237,7 @@ class BlockFetcher:
 
     @property
     def in_flight(self) -> int:
-        """How many blocks are being brought now."""
+        """How many jobs are running."""
         return self._fetching + self._loading
 
     @property
@@ -248,7 +247,7 @@ class BlockFetcher:
 
     @property
     def trouble(self) -> str | None:
-        """What is wrong with S3, in words; None if it gave all that was asked for."""
+        """What is wrong with S3, in words; None if all requests succeeded."""
         troubles = list(self._getter.troubles.values())
         if not troubles:
             return None
@@ -262,7 +261,7 @@ class BlockFetcher:
             self._map.add_file(file.inode, file.size_bytes)
 
     async def scan(self, files: Sequence[File]) -> None:
-        """Find which blocks of files are on disk already, so that they are not fetched ahead."""
+        """Find which blocks of files are on disk already, so that they are not prefetched."""
         for file in files:
             self.add_file(file)
         if self._cache is None:
@@ -284,7 +283,7 @@ class BlockFetcher:
                     self._map.moved(block, Place.LOCAL)
 
     def was_read(self, file: File, offset: int, size: int) -> None:
-        """A reader asked for `size` bytes at `offset` of a file."""
+        """Handle a reader's request for `size` bytes at `offset` of a file."""
         self.add_file(file)
         try:
             self._reader_moved |= self._prefetcher.was_read(file.inode, offset, size)
@@ -300,7 +299,7 @@ class BlockFetcher:
         self.pump()
 
     async def cached_bytes(self, file: File) -> int:
-        """How much of a file is on disk."""
+        """How many bytes of a file are on disk."""
         if self._cache is None:
             return 0
         numbers = await self._thread(self._cache.present, file)
@@ -319,7 +318,7 @@ class BlockFetcher:
         None: it is too long, see `LONGEST_HEADER`.
 
         Raises:
-            SourceError: it cannot be had.
+            SourceError: it cannot be read.
             MalformedHeaderError: its length is not valid.
         """
         self.add_file(file)
@@ -349,13 +348,13 @@ class BlockFetcher:
         return BlockId(file.inode, 0) in self._jobs
 
     async def read(self, file: File, span: Span, *, reader: bool = True) -> memoryview:
-        """The bytes of a part of a block, brought if need be.
+        """The bytes of a part of a block, fetched if necessary.
 
         Args:
             reader: it is for a reader, not for our own planning.
 
         Raises:
-            SourceError: they cannot be had, or not within `--io-timeout`.
+            SourceError: they cannot be read within `--io-timeout`.
         """
         self.add_file(file)
         began_s = self._recorder.clock()
@@ -376,7 +375,7 @@ class BlockFetcher:
                 await self._pusher.push_around(block, held, [span])
             finally:
                 held.users -= 1
-        data = held.data[span.start : span.stop]  # from here on the block may be let go
+        data = held.data[span.start : span.stop]  # from here on the block may be dropped
         if reader and held.unread:
             held.was_read(span)
             if not held.unread or self._reader_moved:
@@ -423,7 +422,7 @@ class BlockFetcher:
             del self._jobs[job.block]
 
     def pause(self, paused: bool) -> None:
-        """Fetch nothing ahead any more, or again; what readers ask for is always fetched."""
+        """Pause or resume prefetching; demand always continues."""
         self._paused = paused
         self.pump()
 
@@ -433,7 +432,7 @@ class BlockFetcher:
         self.pump()
 
     def pump(self) -> None:
-        """Start whatever may start now. Called after everything that could make a difference."""
+        """Start all jobs that may start now. Called after every change that may allow one."""
         if self._nursery is None or self._nursery.cancel_scope.cancel_called:
             return  # not begun, or ended: threads may come back after that
         self._reader_moved = False
@@ -450,7 +449,7 @@ class BlockFetcher:
                 self._ahead_rests_until_s = trio.current_time() + AHEAD_REST_S
 
     def _work_ahead(self, nursery: trio.Nursery) -> None:
-        """Start what no reader waits for, as far as there is room."""
+        """Start prefetch jobs, as far as there is room."""
         self._push_ahead(from_disk=not self._urgent and not self._paused)
         if self._window:
             self._window.slide(nursery)
@@ -521,7 +520,7 @@ class BlockFetcher:
         self._nursery.start_soon(contained, "bringing a block", self._bring, job, from_disk)
 
     async def _bring(self, job: Job, from_disk: bool) -> None:
-        """One job, from its start until its waiters are answered, whatever happens."""
+        """Run one job, from its start until its waiters are answered, whatever happens."""
         try:
             try:
                 await self._obtain(job)

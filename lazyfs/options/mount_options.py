@@ -219,9 +219,9 @@ class MountOptions:
     access_check: float = _option(
         Duration(0, 86400),
         "Cache",
-        "How long it counts that S3 gave a part of an object to this mount. After that, and before "
-        "the first time, one byte is requested before blocks of the object come from the cache, "
-        "which others may have filled. 0s: they are not checked.",
+        "How long a successful read from S3 lets this mount use cached blocks of an object. Before "
+        "the first read and after that time one byte is requested first, because other mounts may "
+        "have filled the cache. 0s: no check.",
         "10m",
     )
     block_size: int = _option(
