@@ -1,16 +1,15 @@
-"""Looks at what was listed and tells the prefetcher what a loader will want.
+"""Reads the listing and tells the prefetcher what a loader will read.
 
-Runs beside the mount from its first moment: nothing waits for it, and where it fails only
-prefetching is lost. Which models are prefetched:
+It runs beside the mount from the start: nothing waits for it, and if it fails only prefetching is
+lost. Which models are prefetched:
 
 - the one model below the prefix, or the model or pipeline at its root, from the moment of mount;
-- of several models, and with `--prefetch-on open`, each from when one of its files is opened;
-- where a reader takes other weights of a model than was expected (`consolidated*`, another format),
-  those.
+- one of several models, or any model with `--prefetch-on open`, when one of its files is opened;
+- other weights of a model than expected (`consolidated*`, another format), if a reader reads them.
 
-The tensors of a shard are read from its header (`lazyfs/fetch/shard_headers.py`), of the first
-shards as soon as that comes, of others when they are opened: so thousands of shards cost no
-memory and no time for tensors that nobody reads soon.
+The tensors of a shard are read from its header (`lazyfs/fetch/shard_headers.py`), for the
+first shards as soon as it arrives, for others when they are opened: so thousands of shards cost no
+memory and no time for tensors that are not read soon.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ T = TypeVar("T")
 # Of so many shards, the first ones and those after one that was opened, it is found out what
 # tensors they have before they are opened.
 TABLES_AHEAD = 16
-# Headers that are parsed at once: that holds the interpreter's lock.
+# Headers that are parsed concurrently: parsing holds the interpreter's lock.
 LEARNERS = 2
 
 
@@ -110,7 +109,7 @@ async def _aside(work: Callable[[], T]) -> T:
 
 
 class BlockSource(Protocol):
-    """What the planner needs of the scheduler (`lazyfs/fetch/scheduler.py`)."""
+    """The part of the scheduler that the planner uses (`lazyfs/fetch/scheduler.py`)."""
 
     @property
     def block_size(self) -> int:
@@ -142,15 +141,15 @@ class Planner:
     """Plans one mount.
 
     Args:
-        catalog: what there is.
-        fetcher: reads indexes and headers, and knows what is on disk.
-        prefetcher: is told, and tells what was read.
+        catalog: the listed files.
+        fetcher: reads indexes and headers, and knows the blocks on disk.
+        prefetcher: gets the plan, and knows which files were read.
         recorder: is told when there is a plan.
-        options: what is wanted, and when.
+        options: what to prefetch, and when.
 
     Attributes:
         planned: there is a plan.
-        on_wanted: told of files that became part of the plan.
+        on_wanted: called with files that became part of the plan.
     """
 
     def __init__(
@@ -188,7 +187,7 @@ class Planner:
         prefetcher.on_head = self._has_come
 
     def opened(self, file: File) -> None:
-        """A file was opened. Never blocks."""
+        """Record that a file was opened. Never blocks."""
         if file.inode not in self._opened:
             self._opened.add(file.inode)
             self._send.send_nowait(file)
@@ -205,7 +204,7 @@ class Planner:
             self._send.send_nowait(file)
 
     async def run(self) -> None:
-        """Plan what is listed at mount, and go on as files are opened."""
+        """Plan the files listed at mount, and plan again as files are opened."""
         try:
             await self._catalog.children(self._catalog.tree.root)
         except SourceError as error:
@@ -301,7 +300,7 @@ class Planner:
     async def _sort_out(
         self, survey: _Survey, read: Sequence[str], indexes: Mapping[str, bytes]
     ) -> _SortedOut:
-        """The models there are; those found for the last plan, if nothing was read since."""
+        """The models in the listing; those of the last plan, if no file was read since."""
         if not indexes and self._found is not None and self._found.read == read:
             return self._found
         include = self._options.include
@@ -315,7 +314,7 @@ class Planner:
         return {self._catalog.tree.path(node) for node in nodes if isinstance(node, File)}
 
     def _read_of(self, survey: _Survey) -> list[str]:
-        """Which weights were read."""
+        """The weights that were read."""
         return [
             path
             for path in survey.weights
@@ -369,7 +368,7 @@ class Planner:
         return table.tensors
 
     async def _content(self, file: File) -> bytes | None:
-        """The bytes of a file; None if they cannot be had."""
+        """The bytes of a file; None if they cannot be read."""
         size, block_size = file.size_bytes, self._fetcher.block_size
         parts = []
         for span in spans(0, size, size, block_size):
