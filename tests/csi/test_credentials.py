@@ -157,6 +157,7 @@ def test_a_publish_secret_is_enough_and_is_renewed(node: TestNode, s3: S3) -> No
 
 def test_the_nodes_role_and_none(make_node: Callable[..., TestNode], s3: S3) -> None:
     node = make_node(AWS_ACCESS_KEY_ID="of-the-node", AWS_SECRET_ACCESS_KEY="secret")
+    s3.client.put_object_acl(Bucket="guarded", Key="m/sub/file", ACL="public-read")
     s3.let_in("of-the-node")
     context = node.context("s3://guarded/m")
     node.stage("vol", context, secrets={})

@@ -232,7 +232,7 @@ def test_connections_that_fall_silent_together_cost_one_time_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All connections of the first requests are silent from then on; new ones are answered."""
-    monkeypatch.setattr(transport, "SILENCE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(transport, "SILENCE_TIMEOUT_S", 4.0)
     kept = 20
     together = threading.Barrier(kept)
     over = threading.Event()
