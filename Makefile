@@ -18,6 +18,7 @@ lint: setup
 # Most of a test is waiting, so more run at once than there are processors.
 JOBS ?= $(shell expr 2 \* $$(nproc))
 test: lint
+	@./.ci/s3-servers
 	@.venv/bin/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 # Mutation tests of the unit tests: make mutants ROOM=blocks. Minutes to an hour for each room.
@@ -36,7 +37,7 @@ lock:
 	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
 	    --no-annotate --no-header -U -q -o constraints.txt
 
-# A mount's life on S3 servers that others wrote, which are brought first: see docs/S3.md.
+# A mount's life on S3 servers that others wrote, alone: see docs/S3.md.
 .PHONY: s3-matrix
 s3-matrix: setup
 	@./.ci/s3-servers

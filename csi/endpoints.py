@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from lazyfs.errors import OptionError
-from lazyfs.store.resolved import is_of_aws
+from lazyfs.store.resolved_source import is_of_aws
 
 AWS, ANY = "aws", "any"
 _PORTS = {"http": 80, "https": 443}

@@ -31,7 +31,7 @@ from prometheus_client import Histogram
 
 from csi.errors import code_of, without_ids
 from lazyfs.errors import LazyfsError, OptionError
-from lazyfs.foreign_text import escaped
+from lazyfs.escaping import escaped
 from lazyfs.handover.keeper import KeeperError
 from lazyfs.log import within
 from lazyfs.observe import tracing

@@ -16,7 +16,7 @@ from lazyfs.process.mount_spec import MountSpec
 from lazyfs.store.credentials import Credentials
 from lazyfs.store.objects import Page, Tokens
 from lazyfs.store.protocol import Store
-from lazyfs.store.source import Source
+from lazyfs.store.s3_source import Source
 from lazyfs.store.url import SourceUrl
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 
-from lazyfs.foreign_text import escaped
+from lazyfs.escaping import escaped
 
 # Context of the process, and of the current thread or task.
 _about: dict[str, str] = {}

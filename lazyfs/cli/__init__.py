@@ -15,7 +15,7 @@ import click
 
 from lazyfs import __version__
 from lazyfs.errors import LazyfsError, OptionError
-from lazyfs.foreign_text import escaped
+from lazyfs.escaping import escaped
 
 # The module of each command.
 COMMANDS = {

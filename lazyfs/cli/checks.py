@@ -27,7 +27,7 @@ from lazyfs.objects import ListedObject
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.options.option_types import GIB, MIB, format_duration, format_size
 from lazyfs.pagecache.page_cache import free_memory
-from lazyfs.store.source import Source
+from lazyfs.store.s3_source import Source
 from lazyfs.store.url import SourceUrl
 
 T = TypeVar("T")

@@ -28,7 +28,7 @@ from lazyfs.options.option_types import compile_pattern, format_size
 from lazyfs.process.mount_records import control_socket
 from lazyfs.store.objects import Tokens
 from lazyfs.store.protocol import Store
-from lazyfs.store.source import Source
+from lazyfs.store.s3_source import Source
 from lazyfs.store.url import SourceUrl, is_url
 
 FILES_NAMED = 12

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lazyfs.foreign_text import escaped
+from lazyfs.escaping import escaped
 
 # In a pipe no line is cut or wrapped, because programs read it line by line.
 PIPE_WIDTH = 10_000

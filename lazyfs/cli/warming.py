@@ -26,7 +26,7 @@ from lazyfs.options.mount_options import MountOptions
 from lazyfs.options.option_types import format_size
 from lazyfs.process import descriptors
 from lazyfs.process.mount_records import control_socket
-from lazyfs.store.source import Source
+from lazyfs.store.s3_source import Source
 from lazyfs.store.url import SourceUrl, is_url
 
 POLL_S = 0.2

@@ -26,7 +26,7 @@ from lazyfs.blocks import spans
 from lazyfs.errors import SourceError
 from lazyfs.faults import contained, report_fault
 from lazyfs.fetch.scheduler import BlockFetcher
-from lazyfs.handover.in_hand import InHand
+from lazyfs.handover.pending_requests import InHand
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.tree import NAME_MAX_BYTES, ROOT_INODE, Directory, Node
 from lazyfs.objects import File

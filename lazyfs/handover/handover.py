@@ -5,7 +5,7 @@
     listing   the listings so far (`lazyfs/namespace/listing_log.py`)
     carried   changes at run time (`lazyfs/handover/runtime_changes.py`)
     near      blocks in the page cache (`lazyfs/pagecache/page_map.py`)
-    in_hand   requests that were taken and not answered (`lazyfs/handover/in_hand.py`)
+    in_hand   requests that were taken and not answered (`lazyfs/handover/pending_requests.py`)
 
 The supervisor also keeps `spec` (`lazyfs/process/mount_spec.py`). For mounts without the CSI driver
 it keeps two descriptors that a worker holds as long as it lives: `log`, and `lock`, which shows

@@ -36,8 +36,8 @@ from lazyfs.fetch.scheduler import BlockFetcher
 from lazyfs.fuse.filesystem import Filesystem
 from lazyfs.fuse.session import Session
 from lazyfs.handover.handover import Beginning, Handover, new_carried, new_in_hand, new_near
-from lazyfs.handover.in_hand import InHand
 from lazyfs.handover.keeper import KeeperClient
+from lazyfs.handover.pending_requests import InHand
 from lazyfs.handover.runtime_changes import RuntimeChanges
 from lazyfs.log import now_about
 from lazyfs.namespace.catalog import Catalog
@@ -57,7 +57,7 @@ from lazyfs.process import privileges
 from lazyfs.process.mount_records import control_socket, is_place_of, restarts_of
 from lazyfs.process.worker_line import SupervisorLine
 from lazyfs.store.credentials import Credentials, credentials_from
-from lazyfs.store.source import Source
+from lazyfs.store.s3_source import Source
 from lazyfs.store.url import SourceUrl
 
 log = logging.getLogger(__name__)

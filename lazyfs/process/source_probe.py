@@ -2,7 +2,7 @@
 
 botocore takes as long to load, and to make a client, as everything else that a worker loads. So the
 two are done side by side, and the worker loads botocore itself only if it has to list, or when its
-keys run out (`lazyfs/store/source.py`).
+keys run out (`lazyfs/store/s3_source.py`).
 
 The scout is forked from the worker. It is asked once, with the spec of the mount, by a message
 whose text is the region of the bucket, if it is known, and answers with JSON: `found`, or `error`
@@ -26,8 +26,8 @@ from lazyfs import errors, log
 from lazyfs.errors import LazyfsError
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.process.mount_spec import MountSpec
-from lazyfs.store.resolved import ResolvedSource
-from lazyfs.store.source import resolve
+from lazyfs.store.resolved_source import ResolvedSource
+from lazyfs.store.s3_source import resolve
 from lazyfs.store.url import SourceUrl
 
 STDERR = 2

@@ -32,8 +32,8 @@ from lazyfs.errors import DaemonError, LazyfsError, MountError
 from lazyfs.faults import report_fault, start_watching
 from lazyfs.fuse import mount_syscalls
 from lazyfs.handover.handover import FUSE, IN_HAND, LOCK, LOG, SPEC, is_complete
-from lazyfs.handover.in_hand import note_death
 from lazyfs.handover.keeper import KeeperClient, KeeperError
+from lazyfs.handover.pending_requests import note_death
 from lazyfs.log import within
 from lazyfs.process.mount_records import (
     MountRecord,

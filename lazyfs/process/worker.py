@@ -30,7 +30,7 @@ from lazyfs.process.mount_spec import MountSpec
 from lazyfs.process.source_probe import SourceProbe
 from lazyfs.process.worker_line import SupervisorLine
 from lazyfs.process.worker_process import EXIT_CANNOT_RESUME
-from lazyfs.store.source import Source, resolve
+from lazyfs.store.s3_source import Source, resolve
 from lazyfs.store.url import SourceUrl
 
 # Time for an orderly end of a worker whose supervisor is gone, before it exits.

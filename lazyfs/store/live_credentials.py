@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from lazyfs.errors import CredentialsExpiredError, SourceError
-from lazyfs.store.resolved import TimedCredentials
+from lazyfs.store.resolved_source import TimedCredentials
 from lazyfs.store.signing import SigningCredentials
 
 log = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from lazyfs.errors import BadRequestError, BadResponseError, NotSupportedError, SourceError
 from lazyfs.store import listing
 from lazyfs.store.cancel import Cancel
-from lazyfs.store.client import MOST_TEXT, Client, Request, refuse
 from lazyfs.store.http import Answer
 from lazyfs.store.objects import Page
 from lazyfs.store.refusals import Refusal
+from lazyfs.store.signed_client import MOST_TEXT, Client, Request, refuse
 from lazyfs.store.signing import canonical_query
 from lazyfs.store.url import SourceUrl
 

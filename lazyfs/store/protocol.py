@@ -1,7 +1,7 @@
 """What the rest of lazyfs asks of a store of objects.
 
-S3 is one (`source.py`); the tests have another one in memory (`tests/memory_store.py`). One more is
-one more file with this class. All calls block, and are made from any number of worker threads.
+S3 is one (`s3_source.py`); the tests have another one in memory (`tests/memory_store.py`). A new
+store is one more file with this class. All calls block, and are made from any number of threads.
 Whatever goes wrong is a `SourceError`, which knows what a reader gets and whether waiting may help;
 its message names the object.
 """

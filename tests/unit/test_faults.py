@@ -21,13 +21,13 @@ from lazyfs.errors import SourceError
 from lazyfs.faults import FaultLog, contained, keep_running, start_watching, the_error
 from lazyfs.fetch.scheduler import BlockFetcher
 from lazyfs.fuse.filesystem import Filesystem
-from lazyfs.handover.in_hand import InHand
+from lazyfs.handover.pending_requests import InHand
 from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.pagecache.page_cache import PageCache
 from lazyfs.prefetch.prefetcher import Prefetcher
-from lazyfs.store.source import SourceUrl
+from lazyfs.store.s3_source import SourceUrl
 
 
 def _fail(message: str) -> None:

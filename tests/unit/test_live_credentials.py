@@ -9,7 +9,7 @@ import pytest
 from lazyfs.errors import AccessDeniedError, CredentialsExpiredError, SourceError
 from lazyfs.store import live_credentials
 from lazyfs.store.live_credentials import LiveCredentials
-from lazyfs.store.resolved import TimedCredentials
+from lazyfs.store.resolved_source import TimedCredentials
 from lazyfs.store.signing import SigningCredentials
 
 A, B, C, D = (SigningCredentials(f"id-{name}", "s") for name in "abcd")

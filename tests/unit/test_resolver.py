@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lazyfs.errors import AccessDeniedError, OptionError
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store.boto.resolver import Resolver
-from lazyfs.store.resolved import Place
+from lazyfs.store.resolved_source import Place
 from lazyfs.store.url import SourceUrl
 
 AP = "arn:aws:s3:eu-west-1:123456789012:accesspoint/models"

@@ -18,15 +18,16 @@ from lazyfs import errors
 from lazyfs.errors import BadRequestError, SourceError
 from lazyfs.objects import ListedObject
 from lazyfs.options.mount_options import MountOptions
-from lazyfs.store import client, listing
 from lazyfs.store import http as transport
-from lazyfs.store import source as sources
+from lazyfs.store import listing
+from lazyfs.store import s3_source as sources
+from lazyfs.store import signed_client as client
 from lazyfs.store.credentials import StaticCredentials, WebIdentity
 from lazyfs.store.http import Proxy
 from lazyfs.store.objects import Hidden, Page
-from lazyfs.store.resolved import Place, ResolvedSource, TimedCredentials
+from lazyfs.store.resolved_source import Place, ResolvedSource, TimedCredentials
+from lazyfs.store.s3_source import Source
 from lazyfs.store.signing import SigningCredentials
-from lazyfs.store.source import Source
 from lazyfs.store.url import SourceUrl
 
 PROXY = Proxy("proxy", 80, {"a": "b"})

@@ -17,7 +17,7 @@ from lazyfs.namespace.tree import Directory, Tree
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store.protocol import Store
-from lazyfs.store.source import Source
+from lazyfs.store.s3_source import Source
 
 OBJECTS = {"config.json": b"{}", "a/w.safetensors": bytes(300_000), "a/b/c": b"x", "z/last": b"y"}
 

@@ -37,7 +37,7 @@ from lazyfs.store.boto.session import new_session
 from lazyfs.store.credentials import Credentials
 from lazyfs.store.http import Proxy, tls_context
 from lazyfs.store.refusals import classify, hint_for, printable
-from lazyfs.store.resolved import Place, TimedCredentials
+from lazyfs.store.resolved_source import Place, TimedCredentials
 from lazyfs.store.signing import SigningCredentials
 from lazyfs.store.url import SourceUrl
 

@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from lazyfs.cli.tables import print_rows
-from lazyfs.foreign_text import escaped
+from lazyfs.escaping import escaped
 from lazyfs.log import JsonFormatter, TextFormatter, within
 
 EVIL = "a\x1b]0;owned\x07\n2026-01-01 INFO all is well\x9b2J\u202egpj\u2028\r\udc80"

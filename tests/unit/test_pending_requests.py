@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lazyfs.handover.in_hand import SLOTS, InHand, Request, note_death
+from lazyfs.handover.pending_requests import SLOTS, InHand, Request, note_death
 
 READ, LOOKUP = 5, 0
 

@@ -30,7 +30,6 @@ from lazyfs.errors import (
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store import entity_tag, ranges
 from lazyfs.store.cancel import Cancel
-from lazyfs.store.client import Client, RefusedError, Request, refuse
 from lazyfs.store.credentials import Credentials, StaticCredentials, WebIdentity
 from lazyfs.store.http import (
     Answer,
@@ -39,7 +38,8 @@ from lazyfs.store.live_credentials import LiveCredentials
 from lazyfs.store.objects import Page, Pinned
 from lazyfs.store.pages import Lister
 from lazyfs.store.refusals import Refusal
-from lazyfs.store.resolved import Place, ResolvedSource, TimedCredentials
+from lazyfs.store.resolved_source import Place, ResolvedSource, TimedCredentials
+from lazyfs.store.signed_client import Client, RefusedError, Request, refuse
 from lazyfs.store.signing import SigningCredentials, canonical_query
 from lazyfs.store.url import SourceUrl
 

@@ -37,7 +37,7 @@ from lazyfs.store.http import (
 )
 from lazyfs.store.live_credentials import LiveCredentials
 from lazyfs.store.refusals import Refusal, printable
-from lazyfs.store.resolved import Place
+from lazyfs.store.resolved_source import Place
 from lazyfs.store.signing import Signer, SigningCredentials
 
 T = TypeVar("T")
