@@ -112,7 +112,9 @@ def test_to_open_a_shard_and_read_its_header_asks_s3_for_nothing(
     shard = save({"w": np.zeros(1 << 20, "float32")})
     names = [f"model-{n:05}-of-00020.safetensors" for n in range(1, 21)]
     s3.put("headers", dict.fromkeys(names, shard))
-    mounted = mount("s3://headers", "--block-size=1MiB", "--prefetch=headers")
+    mounted = mount(
+        "s3://headers", "--block-size=1MiB", "--prefetch=headers", "--wait=headers"
+    )  # fmt: skip
     settle(s3)
     s3.forget()
     code = """

@@ -64,7 +64,7 @@ def test_a_request_that_ends_workers(
         if number == signal.SIGSEGV:
             _, complaint = reader.communicate(timeout=30)
             assert "Input/output error" in complaint
-            assert "workers that were asked for it died" in mounted.log()
+            assert "workers died on this request" in mounted.log()
         else:
             assert reader.poll() is None, "it waits"
         assert shell("cat file", mounted.path).stdout == "content"
