@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from tenant import Tenant, by_claim, claim, inline, pod, storage_class
 
 # With a grace period of 2 s.
 GONE_WITHIN_S = 10
+COUNT = itertools.count(1)
 
 
 class Link:
@@ -46,6 +48,14 @@ def link(request: pytest.FixtureRequest, tenant: Tenant) -> Iterator[Link]:
     made.mend()
 
 
+@pytest.fixture
+def uncached(tenant: Tenant) -> str:
+    """A model that no scenario has read: the node's cache would serve it without S3."""
+    prefix = f"uncached-{next(COUNT)}/"
+    tenant.cluster.s3.put_model("models", prefix, shards=4, shard_mib=48)
+    return f"s3://models/{prefix}"
+
+
 def delete_in_time(tenant: Tenant, name: str) -> None:
     started = time.monotonic()
     tenant.delete("pod", name, within_s=60)
@@ -57,8 +67,8 @@ def delete_in_time(tenant: Tenant, name: str) -> None:
 LAZY = {"prefetch": "off"}
 
 
-def test_pod_that_reads_is_deleted(tenant: Tenant, link: Link) -> None:
-    volume = inline("s3://models/big/", bandwidthLimit="4MB")
+def test_pod_that_reads_is_deleted(tenant: Tenant, link: Link, uncached: str) -> None:
+    volume = inline(uncached, bandwidthLimit="4MB")
     tenant.apply(
         pod("reader", volume, "sh", "-c", "echo reading; cat /model/*.safetensors > /dev/null")
     )
@@ -130,10 +140,10 @@ def test_pod_that_is_not_mounted_yet_is_deleted(tenant: Tenant, link: Link) -> N
 
 
 def test_pod_that_waits_for_its_model_is_deleted(
-    tenant: Tenant, driver: Driver, link: Link
+    tenant: Tenant, driver: Driver, link: Link, uncached: str
 ) -> None:
     """With `waitFor: model`, when S3 goes away on the way."""
-    volume = inline("s3://models/big/", bandwidthLimit="8MB", waitFor="model")
+    volume = inline(uncached, bandwidthLimit="8MB", waitFor="model")
     tenant.apply(pod("reader", volume))
     eventually(driver.workers, 60, "no worker")
     link.cut()
@@ -160,9 +170,9 @@ def test_node_is_drained(tenant: Tenant, driver: Driver, link: Link) -> None:
         tenant.cluster.kubectl("uncordon", "node1")
 
 
-def test_pod_reads_on_when_s3_is_back(tenant: Tenant, link: Link) -> None:
+def test_pod_reads_on_when_s3_is_back(tenant: Tenant, link: Link, uncached: str) -> None:
     """It waited, and saw no error."""
-    tenant.apply(pod("reader", inline("s3://models/big/", bandwidthLimit="30MB")))
+    tenant.apply(pod("reader", inline(uncached, bandwidthLimit="30MB")))
     eventually(lambda: tenant.phase("reader") == "Running", 60, lambda: tenant.describe("reader"))
     link.cut()
     with pytest.raises(AssertionError):

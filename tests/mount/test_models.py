@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from mounting import Mounted, python, shell
+from mounting import Mounted, lazyfs, python, shell
 from s3 import S3
 from safetensors.numpy import save
 
@@ -112,9 +112,11 @@ def test_to_open_a_shard_and_read_its_header_asks_s3_for_nothing(
     shard = save({"w": np.zeros(1 << 20, "float32")})
     names = [f"model-{n:05}-of-00020.safetensors" for n in range(1, 21)]
     s3.put("headers", dict.fromkeys(names, shard))
-    mounted = mount(
-        "s3://headers", "--block-size=1MiB", "--prefetch=headers", "--wait=headers"
-    )  # fmt: skip
+    mounted = mount("s3://headers", "--block-size=1MiB", "--prefetch=headers")
+    deadline = time.monotonic() + 60
+    while not json.loads(lazyfs("status", mounted.path, "--json").stdout)["ready"]["headers"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     settle(s3)
     s3.forget()
     code = """
