@@ -114,10 +114,6 @@ class BlockMap:
         """A file was opened; `direct`: with O_DIRECT, which bypasses the page cache."""
         self.files[inode].reads_pages = not direct
 
-    def reads_pages(self, inode: int) -> bool:
-        """Whether the file is open to a reader that uses the page cache."""
-        return self.files[inode].reads_pages is True
-
     def progress(self) -> tuple[int, int]:
         """Wanted bytes of the files in the loading order, and how many of them are or were here.
 
