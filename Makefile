@@ -19,7 +19,7 @@ lint: setup
 JOBS ?= $(shell expr 2 \* $$(nproc))
 test: lint
 	@./.ci/s3-servers
-	@.venv/bin/python -m pytest --numprocesses $(JOBS) --dist worksteal
+	@./.ci/tests $(JOBS)
 
 # Mutation tests of the unit tests: make mutants ROOM=blocks. Minutes to an hour for each room.
 .PHONY: mutants

@@ -357,9 +357,9 @@ def test_several_directories_share_the_blocks(
     cache, one = open_cache("a", "b", "c"), file(blocks=60)
     assert all(fill(cache, one, range(60)))
     assert cache.present(one) == list(range(60))
-    assert all(len(block_files(tmp_path / name)) > 8 for name in "abc")
+    assert all(len(block_files(tmp_path / name)) > 1 for name in "abc")  # 20 by chance
     fewer = open_cache("c", "a")
-    assert sum(load(fewer, one, number) == body(one, number) for number in range(60)) > 30
+    assert sum(load(fewer, one, number) == body(one, number) for number in range(60)) > 20
     shutil.rmtree(tmp_path / "b")
     assert {load(cache, one, number) for number in cache.present(one)} <= {
         body(one, number) for number in range(60)
