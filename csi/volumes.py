@@ -50,6 +50,7 @@ OF_THE_NODE = frozenset(
         "cache-size",
         "cache-reserve",
         "access-check",
+        "fleet-cache",
         "log-format",
         "log-file",
         "metrics-address",
@@ -167,7 +168,8 @@ class Rules:
         option = _BY_CAMEL_CASE.get(key)
         if option is None:
             raise InvalidArgumentError(_unknown(what, key))
-        if option.name not in self.allowed:
+        # A volume may do without the fleet's cache, but not name another one.
+        if option.name not in self.allowed and (option.name, value) != ("fleet-cache", "off"):
             raise InvalidArgumentError(
                 f"{what} {key}: {option.kind.shown(value)} is not allowed: volumes may not set "
                 f"{key} here; "

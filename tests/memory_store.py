@@ -8,6 +8,7 @@ from lazyfs.errors import ObjectChangedError, ObjectGoneError
 from lazyfs.objects import ListedObject
 from lazyfs.store.cancel import Cancel, CancelledError
 from lazyfs.store.checksum import ObjectSum
+from lazyfs.store.fleet_cache import FleetCache
 from lazyfs.store.objects import Page, Pinned
 from lazyfs.store.url import SourceUrl
 
@@ -62,6 +63,11 @@ class MemoryStore:
         self._check(pin)
         self.asked.append((pin.key, start, length))
         return memoryview(self.objects[pin.key])[start : start + length]
+
+    def read_cached(
+        self, cache: FleetCache, pin: Pinned, start: int, length: int, cancel: Cancel
+    ) -> memoryview | None:
+        return None
 
     def checksum(self, pin: Pinned) -> ObjectSum | None:
         self._check(pin)

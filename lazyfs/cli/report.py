@@ -23,6 +23,7 @@ from lazyfs.process.mount_records import control_socket
 _DETAILS: dict[int, type[Cause] | type[Activity] | type[Purpose]] = {
     EventKind.FETCHED: Purpose,
     EventKind.LOADED: Purpose,
+    EventKind.SHARED: Purpose,
     EventKind.FAILED: Cause,
     EventKind.WAITED: Cause,
     EventKind.RETRIED: Cause,

@@ -77,6 +77,7 @@ def rows(status: Status) -> list[tuple[str, str]]:
             f"{format_size(status['fetched_bytes'])} from S3 in {status['fetched_blocks']} blocks, "
             f"{format_size(status['from_disk_bytes'])} from disk",
         ),
+        *_fleet(status),
         (
             "cached",
             f"{format_size(status['to_disk_bytes'])} written to disk, "
@@ -95,6 +96,23 @@ def rows(status: Status) -> list[tuple[str, str]]:
         ("last error", status["last_error"] or "none"),
         *_waiting(status),
     ]
+
+
+def _fleet(status: Status) -> list[tuple[str, str]]:
+    fleet = status.get("fleet")  # of a worker of an older version there is none
+    if fleet is None:
+        return []
+    failed = {name: count for name, count in fleet["requests"].items() if name != "served"}
+    text = (
+        f"{format_size(status['from_fleet_bytes'])} from {fleet['url']} in "
+        f"{status['from_fleet_blocks']} blocks"
+    )
+    if fleet["trouble"]:
+        text += f"; resting: {fleet['trouble']}"
+    if failed:
+        counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in failed.items())
+        text += f" (requests that S3 answered in its place: {counts})"
+    return [("fleet", text)]
 
 
 def _passed_over(size_bytes: int) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from lazyfs import __version__
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.control.status import Status, resident_bytes
 from lazyfs.faults import FAULTS
+from lazyfs.fetch.fleet import State
 from lazyfs.observe.events import Activity, Purpose
 from lazyfs.observe.metrics import Values, histogram_value
 from lazyfs.observe.recorder import Tier
@@ -21,6 +22,7 @@ def measure(status: Status) -> Values:
         **_mount(status),
         **_model(status),
         **_s3(status),
+        **_fleet(status),
         **_blocks(status),
         **_readers(status),
         **_cache(status),
@@ -86,10 +88,24 @@ def _s3(status: Status) -> Values:
     }
 
 
+def _fleet(status: Status) -> Values:
+    fleet = status.fetcher.fleet
+    if fleet is None:
+        return {}
+    return {
+        "lazyfs_fleet_up": [({}, int(fleet.state is State.USED))],
+        "lazyfs_fleet_requests_total": [
+            ({"result": result}, count) for result, count in fleet.results.items()
+        ],
+        "lazyfs_fleet_received_bytes_total": [({}, status.recorder.fleet_received_bytes)],
+    }
+
+
 def _blocks(status: Status) -> Values:
     recorder = status.recorder
     sources = (
         ("s3", recorder.fetched_bytes, recorder.fetched_blocks),
+        ("fleet", recorder.shared_bytes, recorder.shared_blocks),
         ("disk", recorder.loaded_bytes, recorder.loaded_blocks),
     )
     labels = [

@@ -108,12 +108,15 @@ class Status:
         recorder, fetcher = self.recorder, self.fetcher
         return {
             "rate_bytes_per_s": round(recorder.rate()),
-            "requests_in_flight": recorder.in_flight["get"],
+            "requests_in_flight": recorder.in_flight["get"] + recorder.in_flight["fleet"],
             "requests_limit": fetcher.requests_limit,
             "in_flight": fetcher.in_flight,
             "fetched_bytes": recorder.fetched_bytes.total(),
             "fetched_blocks": recorder.fetched_blocks.total(),
             "fetched_on_demand_bytes": recorder.fetched_bytes[Purpose.DEMAND],
+            "from_fleet_bytes": recorder.shared_bytes.total(),
+            "from_fleet_blocks": recorder.shared_blocks.total(),
+            "fleet": self._fleet(),
             "from_disk_bytes": recorder.loaded_bytes.total(),
             "to_disk_bytes": recorder.written_bytes,
             "shed_blocks": fetcher.shed_blocks,
@@ -122,6 +125,17 @@ class Status:
             "memory_bytes": fetcher.memory_bytes,
             "memory_limit_bytes": self.options.memory_limit,
             "resident_bytes": resident_bytes(),
+        }
+
+    def _fleet(self) -> dict[str, Any] | None:
+        fleet = self.fetcher.fleet
+        if fleet is None:
+            return None
+        return {
+            "url": fleet.cache.url,
+            "state": fleet.state.value,
+            "trouble": fleet.trouble,
+            "requests": dict(fleet.results),
         }
 
     def _cache(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Gets the bytes of a block: from the disk, another daemon of this node, or S3.
+"""Gets the bytes of a block: from the disk, another daemon of this node, the fleet's cache, or S3.
 
 A block that is not on disk is claimed there before it is fetched, so that only one daemon of a node
 fetches it. If another daemon has claimed a block, a demand job waits for it, and a prefetch leaves
@@ -48,7 +48,7 @@ class Obtainer:
     """Gets the blocks of one mount from wherever they are.
 
     Args:
-        getter: gets them from S3.
+        getter: gets them from the fleet's cache or S3.
         memory: where parts of blocks reserve room.
         recorder: is told of parts; of blocks by whoever wanted them.
         cache: the disk, or None.
@@ -101,7 +101,7 @@ class Obtainer:
                 await self._access.check(job.file, lambda: self.get_a_byte(job.file, job))
                 return found, Tier.DISK
         try:
-            data = await self._getter.get(
+            return await self._getter.get(
                 job.file,
                 job.block.number * self._block_size,
                 job.length,
@@ -112,7 +112,6 @@ class Obtainer:
             if self._cache is not None:
                 self._cache.release(job.file, job.block.number)
             raise
-        return data, Tier.S3
 
     async def get_a_byte(self, file: File, job: Job | None = None) -> None:
         """Have S3 show that the mount may read an object, which is not empty. Raises SourceError.

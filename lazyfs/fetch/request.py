@@ -1,7 +1,8 @@
 """Requests one block from S3: with limits on concurrency and rate, hedging, and retries.
 
-Each attempt is one ranged GET in a worker thread. An attempt whose answer is no longer wanted is
-ended by closing its connection; its memory counts until its thread has ended.
+Each attempt is one ranged GET in a worker thread, of the fleet's cache first where there is one
+(`fleet.py`). An attempt whose answer is no longer wanted is ended by closing its connection; its
+memory counts until its thread has ended.
 """
 
 from __future__ import annotations
@@ -10,23 +11,28 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import trio
 
 from lazyfs.blocks.memory import BlockMemory
 from lazyfs.errors import SourceError, ThrottledError, UnavailableError
 from lazyfs.fetch.concurrency import Concurrency, HedgeTimer, Pacer
+from lazyfs.fetch.fleet import FAR_OVERTAKEN, LATE_S, Fleet
 from lazyfs.fetch.threads import in_bulk
 from lazyfs.objects import File
-from lazyfs.observe.recorder import Recorder
+from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store.cancel import Cancel, CancelledError
+from lazyfs.store.fleet_cache import FleetCache, FleetCacheError, Trouble
 from lazyfs.store.protocol import Store
+from lazyfs.store.refusals import Refusal
 from lazyfs.store.retry import patiently
 
 log = logging.getLogger(__name__)
 
-_Answer = memoryview | SourceError
+# Of a request, how often the fleet's cache is asked before S3 is, if S3 had trouble behind it.
+MOST_ASKED_OF_CACHE = 3
 
 # Second attempts under way at once; when more are slow, it is the link.
 HEDGES = 4
@@ -36,6 +42,39 @@ OVERTAKEN = 4
 PREFETCH_PATIENCE_S = 20.0
 
 
+class Got(NamedTuple):
+    """Bytes, and where they came from: S3 or the fleet's cache."""
+
+    data: memoryview
+    tier: Tier
+
+
+_Answer = Got | SourceError
+
+
+@dataclass(slots=True, eq=False)
+class _Attempt:
+    """A GET, in a thread.
+
+    Attributes:
+        cache: that is asked; None: S3.
+        trouble: why the cache did not give it.
+    """
+
+    operation: str
+    began_s: float
+    cache: FleetCache | None
+    cancel: Cancel = field(default_factory=Cancel)
+    trouble: FleetCacheError | None = None
+
+    @property
+    def s3_refusal(self) -> Refusal | None:
+        """What S3 said to the cache, which is no answer of the cache's own."""
+        if self.trouble and self.trouble.trouble is Trouble.S3_TROUBLE:
+            return self.trouble.refusal
+        return None
+
+
 @dataclass(slots=True, eq=False)
 class _Request:
     """A requested range and its running attempts.
@@ -43,6 +82,7 @@ class _Request:
     Attributes:
         began_s: when it was made.
         overtaken: by how many that were made well after it and are no shorter.
+        is_elsewhere: the fleet's cache has it.
     """
 
     file: File
@@ -52,6 +92,7 @@ class _Request:
     overtaken: int = 0
     under_way: list[Cancel] = field(default_factory=list)
     hedged: bool = False
+    is_elsewhere: bool = False
 
 
 class BlockGetter:
@@ -88,6 +129,9 @@ class BlockGetter:
         self._pacer = Pacer(options.bandwidth_limit)
         self._block_size = options.block_size
         self._hedges_running = 0
+        self.fleet: Fleet | None = None
+        if options.fleet_cache:
+            self.fleet = Fleet(FleetCache(options.fleet_cache))
         # Those of which no second attempt was made.
         self._first_attempts: set[_Request] = set()
         # S3's last error for each object that cannot be read.
@@ -112,8 +156,10 @@ class BlockGetter:
         patience_s: Callable[[], float],
         saturated: Callable[[], bool],
         is_block: bool = True,
-    ) -> memoryview:
+    ) -> Got:
         """`length` bytes of a file from `start`.
+
+        A single byte is a question to S3 whether the file may be read, which no cache answers.
 
         Args:
             patience_s: how long to go on after transient errors; asked anew each time.
@@ -124,18 +170,27 @@ class BlockGetter:
             SourceError: they cannot be had, or not in that time.
         """
 
-        async def attempt() -> memoryview:
+        asked_of_cache = 0 if length > 1 else MOST_ASKED_OF_CACHE
+
+        async def attempt() -> Got:
+            nonlocal asked_of_cache
             await trio.sleep(self._pacer.delay_s(trio.current_time(), length))
             began_s = trio.current_time()
             request = _Request(file, start, length, began_s)
-            data = await self._first_answer(request)
+            if self.fleet and asked_of_cache < MOST_ASKED_OF_CACHE:
+                request.is_elsewhere = await self.fleet.may_be_asked()
+                asked_of_cache += request.is_elsewhere
+            got = await self._first_answer(request)
             now_s = trio.current_time()
+            is_last = length > 1 and asked_of_cache == MOST_ASKED_OF_CACHE
+            if self.fleet and is_last and got.tier is Tier.S3:
+                self.fleet.outdone()
             self.troubles.pop(file.key, None)
             self._on_answer(file)
             if is_block:
                 self._timer.answered(now_s - began_s)
                 self._concurrency.answered(now_s, length, saturated=saturated())
-            return data
+            return got
 
         what = self._source.name(file.key)
 
@@ -151,7 +206,7 @@ class BlockGetter:
             self.troubles[file.key] = str(error)
             raise
 
-    async def _first_answer(self, request: _Request) -> memoryview:
+    async def _first_answer(self, request: _Request) -> Got:
         """The answer to one GET, or to a second one if the first is much slower than usual.
 
         Raises:
@@ -167,7 +222,7 @@ class BlockGetter:
                 if answer is None:
                     nursery.start_soon(self._attempt, request, send)
                     unanswered = 2
-                while unanswered and not isinstance(answer, memoryview):
+                while unanswered and not isinstance(answer, Got):
                     answer = await receive.receive()
                     unanswered -= 1
                 nursery.cancel_scope.cancel()
@@ -212,25 +267,40 @@ class BlockGetter:
             other.overtaken += other.began_s <= before_s and other.length <= request.length
 
     async def _attempt(self, request: _Request, answers: trio.MemorySendChannel[_Answer]) -> None:
-        cancel = Cancel()
-        request.under_way.append(cancel)
-        began_s = self._recorder.asked("get")
+        cache = None
+        if self.fleet and request.is_elsewhere and not request.hedged:
+            cache = self.fleet.cache
+        operation = "fleet" if cache else "get"
+        attempt = _Attempt(operation, self._recorder.asked(operation), cache)
+        request.under_way.append(attempt.cancel)
         token = trio.lowlevel.current_trio_token()
 
         def get() -> _Answer:
             size = 0
             wanted = request.file, request.start, request.length
             try:
-                data = self._source.read_range(*wanted, cancel)
+                if cache is not None:
+                    try:
+                        data = self._ask_cache(cache, request, attempt.cancel, token)
+                    except FleetCacheError as error:
+                        attempt.trouble = error
+                        data = None
+                    if data is not None:
+                        size = request.length
+                        return Got(data, Tier.FLEET)
+                    if refusal := attempt.s3_refusal:
+                        return refusal.error(self._source.name(request.file.key))
+                    token.run_sync_soon(self._turns_to_s3, request, attempt)
+                data = self._source.read_range(*wanted, attempt.cancel)
                 size = request.length
-                return data
+                return Got(data, Tier.S3)
             except SourceError as error:
                 return error
             except CancelledError:
                 return UnavailableError("not wanted any more")
             finally:
                 with contextlib.suppress(trio.RunFinishedError):  # the mount has ended
-                    token.run_sync_soon(self._ended, request, cancel, began_s, size)
+                    token.run_sync_soon(self._ended, request, attempt, size)
 
         answers.send_nowait(
             await trio.to_thread.run_sync(
@@ -238,9 +308,39 @@ class BlockGetter:
             )
         )
 
+    def _ask_cache(
+        self,
+        cache: FleetCache,
+        request: _Request,
+        cancel: Cancel,
+        token: trio.lowlevel.TrioToken,
+    ) -> memoryview | None:
+        """Ask the fleet's cache, and again if the answer is cut off: one of its machines may have
+        died, in whose place another one answers now. None: it is not to be asked for this file.
+
+        Raises:
+            FleetCacheError: it did not give it.
+            SourceError: no credentials.
+        """
+        wanted = request.file, request.start, request.length
+        try:
+            return self._source.read_cached(cache, *wanted, cancel)
+        except FleetCacheError as error:
+            if error.trouble is not Trouble.CUT_OFF:
+                raise
+            assert self.fleet
+            token.run_sync_soon(self.fleet.was_cut_off)
+            return self._source.read_cached(cache, *wanted, cancel)
+
     def _may_hedge(self, request: _Request) -> bool:
         """Reserve room for a second attempt, unless many are under way already."""
         if self._hedges_running >= HEDGES:
+            return False
+        if request.is_elsewhere and (
+            self._hedges_running
+            or request.overtaken < FAR_OVERTAKEN
+            or trio.current_time() < request.began_s + LATE_S
+        ):
             return False
         if not self._memory.make_room(request.length, urgent=False):
             return False
@@ -251,11 +351,28 @@ class BlockGetter:
         request.hedged = True
         return True
 
-    def _ended(self, request: _Request, cancel: Cancel, began_s: float, size: int) -> None:
+    def _turns_to_s3(self, request: _Request, attempt: _Attempt) -> None:
+        """The cache of the fleet did not give it; S3 is asked."""
+        self._recorder.answered(
+            attempt.operation, attempt.began_s, key=request.file.key, failed=bool(attempt.trouble)
+        )
+        attempt.operation, attempt.began_s = "get", self._recorder.asked("get")
+        request.is_elsewhere = False
+
+    def _ended(self, request: _Request, attempt: _Attempt, size: int) -> None:
         """The thread of an attempt came back, wanted or not."""
-        failed = not size and not cancel.called
-        self._recorder.answered("get", began_s, size, key=request.file.key, failed=failed)
-        request.under_way.remove(cancel)
+        failed = not size and not attempt.cancel.called
+        self._recorder.answered(
+            attempt.operation, attempt.began_s, size, key=request.file.key, failed=failed
+        )
+        if attempt.cache is not None and self.fleet:
+            if attempt.trouble:
+                self.fleet.failed(attempt.trouble, s3_gave=size > 0)
+            elif attempt.operation == "fleet" and size:
+                self.fleet.gave()
+            else:
+                self.fleet.let_go()
+        request.under_way.remove(attempt.cancel)
         if request.hedged and not request.under_way:
             self._hedges_running -= 1
             self._memory.release(request.length)

@@ -32,6 +32,7 @@ from lazyfs.cache.other_daemons import OtherDaemons
 from lazyfs.errors import FaultError, SourceError
 from lazyfs.faults import contained, keep_running, report_fault
 from lazyfs.fetch.disk_window import DiskWindow
+from lazyfs.fetch.fleet import Fleet
 from lazyfs.fetch.obtainer import Job, Obtainer
 from lazyfs.fetch.read_access import ReadAccess
 from lazyfs.fetch.request import BlockGetter
@@ -244,6 +245,11 @@ class BlockFetcher:
     def requests_limit(self) -> int:
         """How many requests should be in flight now."""
         return self._getter.limit
+
+    @property
+    def fleet(self) -> Fleet | None:
+        """What is known of the fleet's cache; None: there is none."""
+        return self._getter.fleet
 
     @property
     def trouble(self) -> str | None:
@@ -575,6 +581,8 @@ class BlockFetcher:
         while True:
             await trio.sleep(IDLE_S)
             await self._thread(self._source.close_idle)
+            if self.fleet:
+                await self._thread(self.fleet.cache.close_idle)
 
     async def _care_for_cache(self, cache: BlockCache) -> None:
         while True:
@@ -600,7 +608,7 @@ class BlockFetcher:
         self._memory.hold(job.block, held)
         job.held = held
         self._map.moved(job.block, Place.LOCAL)
-        if job.tier is Tier.S3 and self._writer:
+        if job.tier is not Tier.DISK and self._writer:
             reader_waits = any(job.waiting for job in self._jobs.values())
             self._writer.put(job.block, held, reader_waits=reader_waits)
 

@@ -28,7 +28,7 @@ from lazyfs.model.safetensors import (
 )
 from lazyfs.objects import File
 from lazyfs.observe.events import Purpose
-from lazyfs.observe.recorder import Recorder
+from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.pagecache.page_cache import PageCache
 from lazyfs.prefetch.prefetcher import Prefetcher
 
@@ -139,7 +139,7 @@ class ShardHeaders:
         end = min(file.size_bytes, -(-length // HEAD_BYTES) * HEAD_BYTES)
         self.used_bytes += end - len(have)
         try:
-            rest = await self._getter.get(
+            rest, tier = await self._getter.get(
                 file, len(have), end - len(have),
                 patience_s=lambda: PREFETCH_PATIENCE_S, saturated=lambda: False, is_block=False,
             )  # fmt: skip
@@ -148,7 +148,9 @@ class ShardHeaders:
             raise
         finally:
             self.used_bytes -= end - len(have)
-        self._recorder.fetched_bytes[Purpose.AHEAD] += len(rest)
+        recorder = self._recorder
+        arrived = recorder.shared_bytes if tier is Tier.FLEET else recorder.fetched_bytes
+        arrived[Purpose.AHEAD] += len(rest)
         data = memoryview(bytes(have) + bytes(rest)) if have else rest
         self._keep(file, data)
         return data

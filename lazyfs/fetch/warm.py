@@ -235,13 +235,14 @@ class Warmer:
         self.progress.done_bytes += self._length(file, block.number)
 
     async def _get(self, file: File, number: int) -> memoryview:
-        return await self._getter.get(
+        got = await self._getter.get(
             file,
             number * self._block_size,
             self._length(file, number),
             patience_s=lambda: self._io_timeout,
             saturated=lambda: self._under_way >= self._getter.limit,
         )
+        return got.data
 
     async def _verify(self) -> int:
         """Read everything back; how many blocks were damaged, and are gone now."""

@@ -30,7 +30,8 @@ BINS = 200
 FILES_NAMED = 16
 NAME_LONGEST = 20
 
-TIER_COLOUR = {Tier.S3: "#4a86c5", Tier.DISK: "#8a6bb0"}
+TIER_COLOUR = {Tier.S3: "#4a86c5", Tier.FLEET: "#3f9b94", Tier.DISK: "#8a6bb0"}
+TIER_NAME = {Tier.S3: "from S3", Tier.FLEET: "from the fleet", Tier.DISK: "from disk"}
 PUSHED, READ, INK, FAINT = "#e39a2d", "#14693c", "#222", "#d9d9d9"
 CAUSE_COLOUR = {
     Cause.NETWORK: "#4a86c5",
@@ -64,6 +65,8 @@ class Chart:
         for file in used:
             self._starts[file] = self._total
             self._total += load.recording.files[file][1]
+        shared = (Tier.FLEET,) if load.bytes_from(Tier.FLEET) else ()
+        self._tiers = (Tier.S3, *shared, Tier.DISK)
         self._block_size = int(load.recording.about["options"]["block_size"])
 
     def svg(self, *, alone: bool) -> str:
@@ -92,24 +95,29 @@ class Chart:
         return LEFT + min(1.0, max(0.0, share)) * (WIDTH - LEFT - RIGHT)
 
     def _rate(self) -> Iterator[str]:
-        """Bytes per second: disk below, S3 stacked on it."""
+        """Bytes per second: disk below, the fleet and S3 stacked on it."""
         load, bottom = self._load, RATE_TOP + RATE_HEIGHT
         end_s = self._begin_s + self._span_s
-        disk, s3 = (load.rates(tier, self._begin_s, end_s, BINS) for tier in (Tier.DISK, Tier.S3))
-        both = [sum(pair) for pair in zip(disk, s3, strict=True)]
+        stacked: dict[Tier, list[float]] = {}
+        total = [0.0] * BINS
+        for tier in reversed(self._tiers):
+            rates = load.rates(tier, self._begin_s, end_s, BINS)
+            total = [sum(pair) for pair in zip(total, rates, strict=True)]
+            stacked[tier] = total
         best = load.best_rate()
-        top = max([*both, best, 1.0]) * 1.08
+        top = max([*total, best, 1.0]) * 1.08
 
         def y(rate: float) -> float:
             return bottom - rate / top * RATE_HEIGHT
 
-        yield _text(LEFT, RATE_TOP - 8, "rate: from S3, from disk", weight="bold")
+        title = ", ".join(TIER_NAME[tier] for tier in self._tiers)
+        yield _text(LEFT, RATE_TOP - 8, f"rate: {title}", weight="bold")
         for step in _steps(top, unit=1 << 10 * max(0, (int(top).bit_length() - 3) // 10)):
             yield _line(LEFT, y(step), WIDTH - RIGHT, y(step), FAINT)
             yield _text(
                 LEFT - 6, y(step) + 4, f"{format_size(step)}/s", anchor="end", colour="#555"
             )
-        for rates, tier in ((both, Tier.S3), (disk, Tier.DISK)):
+        for tier, rates in reversed(stacked.items()):
             if any(rates):
                 points = [f"{LEFT},{bottom}"]
                 width = (WIDTH - LEFT - RIGHT) / BINS
@@ -156,7 +164,7 @@ class Chart:
             x = self._x(load.start_s)
             yield _line(x, WAIT_TOP - 8, x, AXIS_TOP, "#888", dash="2 3")
             yield _text(x + 4, WAIT_TOP - 6, "first open", colour="#666")
-        for tier in (Tier.DISK, Tier.S3):
+        for tier in reversed(self._tiers):
             lives = [life for life in load.lives if life.tier is tier]
             yield from self._bars(lives, TIER_COLOUR[tier])
         yield from self._marks(lambda life: life.pushed_s, PUSHED)
@@ -216,7 +224,7 @@ class Chart:
             yield _line(x, AXIS_TOP, x, AXIS_TOP + 5, INK)
             yield _text(x, AXIS_TOP + 19, f"{step:g} s", anchor="middle")
         yield _line(LEFT, AXIS_TOP, WIDTH - RIGHT, AXIS_TOP, INK)
-        legend = [("from S3", TIER_COLOUR[Tier.S3]), ("from disk", TIER_COLOUR[Tier.DISK]),
+        legend = [*((TIER_NAME[tier], TIER_COLOUR[tier]) for tier in self._tiers),
                   ("into the page cache", PUSHED), ("read through the daemon", READ)]  # fmt: skip
         yield from _legend(AXIS_TOP + 42, "blocks:", legend)
         causes = sorted({stall.cause for stall in self._load.stalls})

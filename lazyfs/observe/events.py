@@ -30,6 +30,11 @@ class EventKind(IntEnum):
     PREFETCH = 10  # prefetching changed its activity; detail: activity
     PLANNED = 12  # the loading order is known; size: of the model
     RESUMED = 13  # this worker took the mount over from another
+    SHARED = 14  # a block arrived from the fleet's cache; the rest as of FETCHED
+
+
+# A block arrived.
+ARRIVALS = (EventKind.FETCHED, EventKind.LOADED, EventKind.SHARED)
 
 
 class Purpose(IntEnum):

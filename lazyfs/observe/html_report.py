@@ -56,12 +56,13 @@ def html_report(load: Load, verdict: Verdict) -> str:
 def figures(load: Load) -> list[tuple[str, str]]:
     """The figures of a load, each with its name."""
     duration_s = load.duration_s
-    total = load.bytes_from(Tier.S3) + load.bytes_from(Tier.DISK)
+    total = sum(life.size for life in load.lives)
     span_s = max(load.last_s - load.begin_s, 1e-9)
     rows = [
         ("reading took", format_duration(duration_s) + ("" if load.is_over else ", so far")),
         ("readers waited", format_duration(sum(load.stalled_s.values()))),
         ("from S3", format_size(load.bytes_from(Tier.S3))),
+        ("from the fleet's cache", format_size(load.bytes_from(Tier.FLEET))),
         ("from disk", format_size(load.bytes_from(Tier.DISK))),
         ("average rate", f"{format_size(total / span_s)}/s over {format_duration(span_s)}"),
         ("best rate over a second", f"{format_size(load.best_rate())}/s"),

@@ -18,6 +18,9 @@ from lazyfs.observe.recorder import Tier
 
 # The best rate is the highest average over this time.
 BEST_OVER_S = 1.0
+ARRIVED_FROM = {
+    EventKind.FETCHED: Tier.S3, EventKind.SHARED: Tier.FLEET, EventKind.LOADED: Tier.DISK,
+}  # fmt: skip
 READING = (EventKind.OPENED, EventKind.READ, EventKind.WAITED)
 
 
@@ -86,7 +89,7 @@ class Load:
         is_over: all files are closed.
         stalled_s: seconds in which at least one reader waited, by cause.
         activity_s: seconds that prefetching spent on each activity during the load.
-        refetched_bytes: bytes of blocks that were fetched from S3 more than once.
+        refetched_bytes: bytes of blocks that were fetched over the network more than once.
     """
 
     recording: Recording
@@ -108,13 +111,13 @@ class Load:
         open_files = 0
         for event in recording.events:
             kind, key = event.kind, (event.file, event.block)
-            if kind in (EventKind.FETCHED, EventKind.LOADED):
-                tier = Tier.S3 if kind == EventKind.FETCHED else Tier.DISK
+            if kind in ARRIVED_FROM:
+                tier = ARRIVED_FROM[EventKind(kind)]
                 life = BlockLife(
                     event.file, event.block, event.size, max(0.0, event.at_s - event.seconds),
                     event.at_s, tier, Purpose(event.detail),
                 )  # fmt: skip
-                if tier is Tier.S3 and key in latest and latest[key].tier is Tier.S3:
+                if tier is not Tier.DISK and key in latest and latest[key].tier is not Tier.DISK:
                     load.refetched_bytes += event.size
                 latest[key] = life
                 load.lives.append(life)
@@ -179,7 +182,7 @@ class Load:
         return [size / width if width > 0 else 0.0 for size in sums]
 
     def best_rate(self) -> float:
-        """The best rate of S3 and disk together, over a second (or the whole load, if shorter)."""
+        """The best rate of all sources together, over a second (or the load, if shorter)."""
         span_s = self.last_s - self.begin_s
         if span_s <= 0:
             return 0.0

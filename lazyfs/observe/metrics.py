@@ -86,7 +86,8 @@ METRICS = (
     # S3
     Metric(
         "lazyfs_s3_request_duration_seconds", "histogram", "Duration of requests to S3, including "
-        "failed and superseded ones.", ("operation",),
+        "failed and superseded ones, and of those to the fleet's cache (operation "
+        "fleet).", ("operation",),
     ),
     Metric(
         "lazyfs_s3_request_failures_total", "counter", "Requests to S3 that "
@@ -107,14 +108,27 @@ METRICS = (
         "lazyfs_s3_second_requests_total", "counter", "Second requests sent because the first was "
         "slow (hedges).",
     ),
-    # Blocks
+    # The fleet's cache
     Metric(
-        "lazyfs_block_bytes_total", "counter", "Bytes of blocks obtained, by source (s3, disk) and "
-        "purpose (ahead, demand).", ("source", "purpose"),
+        "lazyfs_fleet_up", "gauge", "1 while the fleet's cache is asked before S3, 0 while it "
+        "rests because of trouble. Only with --fleet-cache.",
     ),
     Metric(
-        "lazyfs_blocks_total", "counter", "Blocks obtained, by source (s3, disk) and purpose "
-        "(ahead, demand).", ("source", "purpose"),
+        "lazyfs_fleet_requests_total", "counter", "Requests to the fleet's cache, by result "
+        "(served, away, cut_off, silent, failed, s3_trouble, refused, wrong).", ("result",),
+    ),
+    Metric(
+        "lazyfs_fleet_received_bytes_total", "counter", "Bytes of objects received from the "
+        "fleet's cache.",
+    ),
+    # Blocks
+    Metric(
+        "lazyfs_block_bytes_total", "counter", "Bytes of blocks obtained, by source (s3, fleet, "
+        "disk) and purpose (ahead, demand).", ("source", "purpose"),
+    ),
+    Metric(
+        "lazyfs_blocks_total", "counter", "Blocks obtained, by source (s3, fleet, disk) and "
+        "purpose (ahead, demand).", ("source", "purpose"),
     ),
     Metric(
         "lazyfs_block_failures_total", "counter", "Blocks that could not be obtained, by "
@@ -136,7 +150,7 @@ METRICS = (
     # Readers
     Metric(
         "lazyfs_read_duration_seconds", "histogram", "Duration of reads that reached the worker, "
-        "by where the bytes were (memory, disk, s3). Reads from the page cache do not reach "
+        "by where the bytes were (memory, disk, fleet, s3). Reads from the page cache do not reach "
         "it.", ("tier",),
     ),
     Metric(

@@ -16,7 +16,7 @@ from enum import StrEnum
 from lazyfs.blocks import BlockId, Span
 from lazyfs.errors import CredentialsExpiredError, SourceError, ThrottledError
 from lazyfs.objects import File
-from lazyfs.observe.events import Activity, Cause, EventKind, EventRing, Purpose
+from lazyfs.observe.events import ARRIVALS, Activity, Cause, EventKind, EventRing, Purpose
 from lazyfs.observe.histogram import Histogram
 
 # A shorter wait is counted, but not kept as an event.
@@ -33,6 +33,7 @@ class Tier(StrEnum):
 
     MEMORY = "memory"
     DISK = "disk"
+    FLEET = "fleet"
     S3 = "s3"
 
 
@@ -83,6 +84,8 @@ class Recorder:
 
         self.fetched_bytes: Counter[Purpose] = Counter()
         self.fetched_blocks: Counter[Purpose] = Counter()
+        self.shared_bytes: Counter[Purpose] = Counter()
+        self.shared_blocks: Counter[Purpose] = Counter()
         self.loaded_bytes: Counter[Purpose] = Counter()
         self.loaded_blocks: Counter[Purpose] = Counter()
         self.read_bytes: Counter[Tier] = Counter()
@@ -91,6 +94,7 @@ class Recorder:
         self.in_flight: Counter[str] = Counter()
         self.failed_requests: Counter[str] = Counter()
         self.received_bytes = 0
+        self.fleet_received_bytes = 0
         self.retries: Counter[Cause] = Counter()
         self.hedges = 0
         self.hidden_objects = 0
@@ -225,13 +229,18 @@ class Recorder:
         """A block whose fetch started at `began_s` has arrived."""
         now_s = self._now_s()
         if tier is Tier.DISK:
+            kind = EventKind.LOADED
             self.loaded_bytes[purpose] += size
             self.loaded_blocks[purpose] += 1
+        elif tier is Tier.FLEET:
+            kind = EventKind.SHARED
+            self.shared_bytes[purpose] += size
+            self.shared_blocks[purpose] += 1
         else:
+            kind = EventKind.FETCHED
             self.fetched_bytes[purpose] += size
             self.fetched_blocks[purpose] += 1
         _mark(self._landed, file.inode, block.number)
-        kind = EventKind.LOADED if tier is Tier.DISK else EventKind.FETCHED
         at_s = now_s - self._began_s
         self.events.add(
             at_s, kind, purpose, self._number(file), block.number, size, now_s - began_s
@@ -266,7 +275,8 @@ class Recorder:
     # Requests to S3
 
     def asked(self, operation: str) -> float:
-        """A request to S3 starts; returns the time, for `answered`."""
+        """A request to S3, or to the cache of the fleet (`fleet`), starts; returns the time, for
+        `answered`."""
         self.in_flight[operation] += 1
         return self._now_s()
 
@@ -276,7 +286,10 @@ class Recorder:
         """A request for a key or prefix has ended: answered, failed or cancelled."""
         self.in_flight[operation] -= 1
         self.requests[operation].observe(self._now_s() - began_s)
-        self.received_bytes += size
+        if operation == "fleet":
+            self.fleet_received_bytes += size
+        else:
+            self.received_bytes += size
         self.failed_requests[operation] += failed
 
     def listing_retried(self, error: SourceError) -> None:
@@ -298,14 +311,14 @@ class Recorder:
         return cause
 
     def rate(self) -> float:
-        """Bytes per second from S3 and disk, over the last `RATE_WINDOW_S`."""
+        """Bytes per second from S3, the fleet and disk, over the last `RATE_WINDOW_S`."""
         now_s = self.uptime_s
         window_s = max(0.1, min(RATE_WINDOW_S, now_s))
         size = 0.0
         for event in self.events.newest_first():
             if event.at_s < now_s - window_s:
                 break
-            if event.kind in (EventKind.FETCHED, EventKind.LOADED):
+            if event.kind in ARRIVALS:
                 # Only part of a block that took longer than the window arrived within it.
                 within_s = event.at_s - (now_s - window_s)
                 size += event.size * min(1.0, within_s / max(event.seconds, 1e-3))

@@ -180,9 +180,11 @@ def _facts(load: Load) -> tuple[str, ...]:
     assert load.start_s is not None
     before = sum(life.size for life in load.lives if life.landed_s <= load.start_s)
     total = sum(life.size for life in load.lives)
+    shared = load.bytes_from(Tier.FLEET)
     facts = [
-        f"{format_size(load.bytes_from(Tier.S3))} came from S3 and "
-        f"{format_size(load.bytes_from(Tier.DISK))} from disk."
+        f"{format_size(load.bytes_from(Tier.S3))} came from S3"
+        + (f", {format_size(shared)} from the fleet's cache" if shared else "")
+        + f" and {format_size(load.bytes_from(Tier.DISK))} from disk."
     ]
     if before:
         facts.append(

@@ -29,6 +29,7 @@ from lazyfs.options.option_types import (
     Mode,
     OptionType,
     Pattern,
+    PlainServer,
     Share,
     Size,
     Text,
@@ -223,6 +224,13 @@ class MountOptions:
         "the first read and after that time one byte is requested first, because other mounts may "
         "have filled the cache. 0s: no check.",
         "10m",
+    )
+    fleet_cache: str | None = _option(
+        PlainServer(),
+        "Cache",
+        "Cache of the fleet (docs/SCALE.md): blocks are asked of it before S3, with S3's Host and "
+        "signature. What it does not give comes from S3. off: none.",
+        "off",
     )
     block_size: int = _option(
         Size(256 * KIB, 64 * MIB, power_of_two=True),

@@ -292,6 +292,25 @@ class Url(OptionType):
         return repr(re.sub(r"//.*@", "//***@", text))
 
 
+class PlainServer(Url):
+    """`http://HOST:PORT`, or `off`."""
+
+    metavar = "URL|off"
+
+    @property
+    def allowed(self) -> str:
+        return "off, or http://HOST:PORT"
+
+    def parse(self, text: str) -> str | None:  # type: ignore[override]
+        """The URL; None: off."""
+        if text == "off":
+            return None
+        url = super().parse(text)
+        if not re.fullmatch(r"http://[^/?#]+:\d+", url):
+            raise ValueError(text)
+        return url
+
+
 class Address(OptionType):
     """An address to listen on: a host, or none for all addresses, and a port."""
 

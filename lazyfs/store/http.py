@@ -153,6 +153,8 @@ class Transport:
         proxy: that leads there, or None.
         may_connect: is asked about each address of the server before any is connected to; raises
             what is to be raised if it may not be.
+        timeouts_s: how long it is waited for a connection, and for more of an answer; None: as
+            long as for S3.
     """
 
     def __init__(
@@ -161,8 +163,10 @@ class Transport:
         tls: ssl.SSLContext | None = None,
         proxy: Proxy | None = None,
         may_connect: Callable[[str], None] = lambda address: None,
+        timeouts_s: tuple[float, float] | None = None,
     ) -> None:
         self._url = urlsplit(server)
+        self._timeouts_s = timeouts_s
         self._tls = tls
         self._proxy = proxy
         self._may_connect = may_connect
@@ -215,6 +219,12 @@ class Transport:
                 self._idle.append(_Idle(connection, time.monotonic()))
         return handled
 
+    def connect_ahead(self) -> None:
+        """Make a connection for the next request. Raises OSError, and what `may_connect` does."""
+        connection = self._connect()
+        with self._lock:
+            self._idle.append(_Idle(connection, time.monotonic()))
+
     def close_idle(self, longer_than_s: float = MOST_IDLE_S) -> None:
         """Close the connections that nobody used for so long."""
         self._close_idle_since(time.monotonic() - longer_than_s)
@@ -252,23 +262,24 @@ class Transport:
         host, port = self._url.hostname or "", self._url.port
         if self._proxy:
             host, port = self._proxy.host, self._proxy.port
+        to_connect_s, silence_s = self._timeouts_s or (CONNECT_TIMEOUT_S, SILENCE_TIMEOUT_S)
         connection: http.client.HTTPConnection
         if self._url.scheme == "https":
             connection = http.client.HTTPSConnection(
-                host, port, timeout=CONNECT_TIMEOUT_S, context=self._tls
+                host, port, timeout=to_connect_s, context=self._tls
             )
             if self._proxy:
                 beyond = self._url.hostname or ""
                 connection.set_tunnel(beyond, self._url.port or 443, dict(self._proxy.headers))
         else:
-            connection = http.client.HTTPConnection(host, port, timeout=CONNECT_TIMEOUT_S)
+            connection = http.client.HTTPConnection(host, port, timeout=to_connect_s)
         connection.response_class = _Response
         # How http.client makes its socket; its own way would look the name up once more.
         connection._create_connection = self._dial  # type: ignore[attr-defined]
         with _closed_on_error(connection):
             connection.connect()
             self.address = connection.sock.getpeername()[0]
-            connection.sock.settimeout(SILENCE_TIMEOUT_S)
+            connection.sock.settimeout(silence_s)
         return connection
 
     def _dial(

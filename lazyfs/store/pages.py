@@ -11,8 +11,8 @@ from lazyfs.store import listing
 from lazyfs.store.cancel import Cancel
 from lazyfs.store.http import Answer
 from lazyfs.store.objects import Page
-from lazyfs.store.refusals import Refusal
-from lazyfs.store.signed_client import MOST_TEXT, Client, Request, refuse
+from lazyfs.store.refusals import MOST_TEXT, Refusal
+from lazyfs.store.signed_client import Client, Request, refuse
 from lazyfs.store.signing import canonical_query
 from lazyfs.store.url import SourceUrl
 

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from lazyfs.store.cancel import Cancel
 from lazyfs.store.checksum import ObjectSum
+from lazyfs.store.fleet_cache import FleetCache
 from lazyfs.store.objects import Page, Pinned
 from lazyfs.store.url import SourceUrl
 
@@ -51,6 +52,19 @@ class Store(Protocol):
         Raises:
             CancelledError: by `cancel`, from another thread.
             ObjectChangedError, ObjectGoneError: the object is no longer what was listed.
+            SourceError: any other failure.
+        """
+
+    def read_cached(
+        self, cache: FleetCache, pin: Pinned, start: int, length: int, cancel: Cancel
+    ) -> memoryview | None:
+        """As `read_range`, asked of the cache of a fleet, which passes it on to the store.
+
+        None: the cache is not to be asked for this object.
+
+        Raises:
+            CancelledError: by `cancel`.
+            FleetCacheError: the cache did not give the range of that version.
             SourceError: any other failure.
         """
 

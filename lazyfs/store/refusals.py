@@ -32,6 +32,8 @@ from lazyfs.errors import (
 )
 
 LONGEST_MESSAGE = 300
+# Of the text that comes with a refusal, how much is read.
+MOST_TEXT = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from lazyfs.options.mount_options import MountOptions
 from lazyfs.store import entity_tag, ranges
 from lazyfs.store.cancel import Cancel
 from lazyfs.store.credentials import Credentials, StaticCredentials, WebIdentity
+from lazyfs.store.fleet_cache import FleetCache
 from lazyfs.store.http import (
     Answer,
 )
@@ -234,25 +235,8 @@ class Source:
             SourceError: any other failure.
         """
         what = self.url.name(pin.key)
-        headers = {"Range": f"bytes={start}-{start + length - 1}", "Accept-Encoding": _AS_STORED}
-        path = self._client.place.path + quote(pin.key, safe="/~")
-        matched = self._sends_if_match and entity_tag.is_strong(pin.etag)
-
-        def handle(answer: Answer, elsewhere: bool) -> memoryview:
-            if answer.status not in (200, 206):
-                refuse(answer)
-            before = ranges.check(
-                answer.status, answer.headers, answer.length, pin, start, length,
-                elsewhere=elsewhere,
-            )  # fmt: skip
-            if answer.status == 200:
-                self._client.note("answers a range with 200 in the place of 206")
-            answer.body.skip(before)
-            data = answer.body.read(length)
-            if answer.status == 206 and not answer.body.is_at_end:
-                raise ranges.OtherRangeError("got more bytes than were asked for")
-            return data
-
+        path, headers, handle = self._range(pin, start, length)
+        matched = self._matches(pin)
         cancel = cancel or Cancel()
         if not matched:
             return self._client.ask(Request("GET", path, "", headers), handle, what, cancel)
@@ -269,6 +253,51 @@ class Source:
                 "%s: the service takes no If-Match (%s); its answers are compared", what, error
             )
             return answer
+
+    def read_cached(
+        self, cache: FleetCache, pin: Pinned, start: int, length: int, cancel: Cancel
+    ) -> memoryview | None:
+        """As `read_range`, of the cache of a fleet.
+
+        None: it is not to be asked, because nothing tells it which version is wanted.
+
+        Raises:
+            CancelledError: by `cancel`.
+            FleetCacheError: it did not give the range of that version.
+            SourceError: no credentials.
+        """
+        if not self._matches(pin):
+            return None
+        path, headers, handle = self._range(pin, start, length)
+        request = Request("GET", path, "", {**headers, "If-Match": pin.etag})
+        return self._client.ask_cache(cache, request, handle, cancel)
+
+    def _matches(self, pin: Pinned) -> bool:
+        """Whether a request says which version of an object is wanted."""
+        return self._sends_if_match and entity_tag.is_strong(pin.etag)
+
+    def _range(
+        self, pin: Pinned, start: int, length: int
+    ) -> tuple[str, dict[str, str], Callable[[Answer, bool], memoryview]]:
+        """Path and headers of the request for a range, and what takes the answer."""
+
+        def handle(answer: Answer, elsewhere: bool) -> memoryview:
+            if answer.status not in (200, 206):
+                refuse(answer)
+            before = ranges.check(
+                answer.status, answer.headers, answer.length, pin, start, length,
+                elsewhere=elsewhere,
+            )  # fmt: skip
+            if answer.status == 200:
+                self._client.note("answers a range with 200 in the place of 206")
+            answer.body.skip(before)
+            data = answer.body.read(length)
+            if answer.status == 206 and not answer.body.is_at_end:
+                raise ranges.OtherRangeError("got more bytes than were asked for")
+            return data
+
+        headers = {"Range": f"bytes={start}-{start + length - 1}", "Accept-Encoding": _AS_STORED}
+        return self._client.place.path + quote(pin.key, safe="/~"), headers, handle
 
     def checksum(self, pin: Pinned) -> ObjectSum | None:
         """The checksum of a whole object, to be compared; None if S3 keeps none that can be.

@@ -25,6 +25,7 @@ from lazyfs.errors import (
 )
 from lazyfs.store import ranges
 from lazyfs.store.cancel import Cancel
+from lazyfs.store.fleet_cache import FleetCache
 from lazyfs.store.http import (
     SILENCE_TIMEOUT_S,
     Answer,
@@ -36,15 +37,13 @@ from lazyfs.store.http import (
     tls_context,
 )
 from lazyfs.store.live_credentials import LiveCredentials
-from lazyfs.store.refusals import Refusal, printable
+from lazyfs.store.refusals import MOST_TEXT, Refusal, printable
 from lazyfs.store.resolved_source import Place
 from lazyfs.store.signing import Signer, SigningCredentials
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-# Of the text that comes with a refusal, how much is read.
-MOST_TEXT = 64 << 10
 MOST_REDIRECTS = 5
 # Servers that redirects led to, whose connections are kept.
 MOST_SERVERS = 16
@@ -184,6 +183,30 @@ class Client:
         if self._credentials and credentials:
             self._credentials.worked(credentials)
         return answer
+
+    def ask_cache(
+        self,
+        cache: FleetCache,
+        request: Request,
+        handle: Callable[[Answer, bool], T],
+        cancel: Cancel,
+    ) -> T:
+        """Make a request of S3 of a cache that stands before it.
+
+        Raises:
+            FleetCacheError: it did not give what was asked for.
+            SourceError: no credentials.
+        """
+        credentials = self._credentials.current() if self._credentials else None
+        _, signer = self._server(self.place.server)
+        headers = {**request.headers, "User-Agent": _AGENT, "Host": signer.host}
+        signed = {"x-amz-request-payer": "requester"} if self._requester_pays else {}
+        headers |= signed
+        if credentials is not None:
+            headers |= signer.headers(
+                request.method, request.path, request.query, signed, credentials
+            )
+        return cache.ask(request.target, headers, lambda answer: handle(answer, False), cancel)
 
     def be_vague(self, what: str, error: Exception) -> None:
         """Where somebody else than the administrator chose the server, do not say what is there.

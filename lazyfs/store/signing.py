@@ -45,6 +45,9 @@ class Signer:
         server: `https://HOST[:PORT]`, or of http.
         region: that it belongs to.
         service: such as `s3`.
+
+    Attributes:
+        host: that is signed.
     """
 
     def __init__(self, server: str, region: str, service: str = "s3") -> None:
@@ -53,7 +56,7 @@ class Signer:
         # As clients send it: without a port that goes without saying.
         host = url.hostname or ""
         host = f"[{host}]" if ":" in host else host
-        self._host = host if url.port in (None, usual) else f"{host}:{url.port}"
+        self.host = host if url.port in (None, usual) else f"{host}:{url.port}"
         self._scope = (region, service, "aws4_request")
         self._derived: tuple[tuple[str, str], bytes] | None = None
         self._kept: OrderedDict[tuple[object, ...], tuple[float, dict[str, str]]] = OrderedDict()
@@ -101,7 +104,7 @@ class Signer:
         added = {"X-Amz-Date": time_stamp, "X-Amz-Content-SHA256": _NO_BODY}
         if credentials.session_token:
             added["X-Amz-Security-Token"] = credentials.session_token
-        signed = {"host": self._host} | {
+        signed = {"host": self.host} | {
             name.lower(): " ".join(value.split())
             for name, value in (*headers.items(), *added.items())
         }

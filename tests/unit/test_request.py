@@ -65,7 +65,7 @@ def get(source: Source, patience_s: Callable[[], float] = lambda: 60.0) -> Answe
         recorder = Recorder()
         getter = BlockGetter(source, memory, MountOptions(), threads, lambda: None, recorder)  # type: ignore[arg-type]
         with trio.fail_after(20):
-            came = await getter.get(FILE, 0, 4, patience_s=patience_s, saturated=lambda: True)
+            came, _ = await getter.get(FILE, 0, 4, patience_s=patience_s, saturated=lambda: True)
         return bytes(came), getter, memory, recorder
 
     return trio.run(run)

@@ -125,6 +125,17 @@ def test_wrong_mount_flags_are_refused(flags: list[str], said: str) -> None:
     assert said in str(caught.value)
 
 
+def test_the_fleet_cache_is_the_node_s() -> None:
+    """A volume may do without it, and not be sent elsewhere."""
+    rules = Rules(defaults={"fleet-cache": "http://10.0.0.1:8780"})
+    assert rules.volume(SOURCE).mount_options.fleet_cache == "http://10.0.0.1:8780"
+    assert rules.volume({**SOURCE, "fleetCache": "off"}).mount_options.fleet_cache is None
+    assert rules.volume(SOURCE, ["fleetCache=off"]).mount_options.fleet_cache is None
+    for other in ("http://10.0.0.2:8780", "http://10.0.0.1:8780", "", "OFF"):
+        with pytest.raises(InvalidArgumentError, match="may not set fleetCache"):
+            rules.volume({**SOURCE, "fleetCache": other})
+
+
 def test_an_administrator_decides() -> None:
     rules = Rules(options_of("memoryLimit, cacheDir"), max_memory_limit=GIB)
     assert rules.volume({**SOURCE, "cacheDir": "/nvme"}).options == {"cache-dir": "/nvme"}

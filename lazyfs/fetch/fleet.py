@@ -1,0 +1,150 @@
+"""Whether a mount asks the cache of its fleet, or S3 itself.
+
+The cache (`store/fleet_cache.py`) is asked first, for blocks and headers, while it serves. What it
+does not give, S3 is asked for in the same attempt, so a reader never sees its trouble. If S3 then
+gives what the cache did not, or there is no connection, the cache *rests*: nothing goes there for
+`REST_S`. Then one request is made of it as a trial, and the others go on to S3 until that one
+succeeds.
+
+The cache makes one request of S3 for all nodes that want the same range. To ask it twice because an
+answer is late would only reach the same place, and to ask S3 would have the range sent once more
+for each node. So no second request is made of what the cache was asked for, but for one at a time
+that many others have overtaken: a part of the cache on a slow machine must not stop a load.
+
+The state is kept in the trio thread, like all decisions of this room.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import Counter
+from enum import StrEnum
+
+import trio
+
+from lazyfs.faults import contained
+from lazyfs.store.fleet_cache import FleetCache, FleetCacheError, Trouble
+
+log = logging.getLogger(__name__)
+
+REST_S = 30.0
+# For how long the first requests of a mount wait to hear whether the cache can be connected to.
+FIRST_WORD_S = 0.25
+# Of what is asked twice in vain because the answer ended early, how much in a row is too much.
+MOST_CUT_OFF = 3
+# A trial that says nothing for so long will not.
+TRIAL_S = 60.0
+# A request that so many others have overtaken, and that has taken so long, is made of S3 as well.
+FAR_OVERTAKEN = 16
+LATE_S = 10.0
+
+
+class State(StrEnum):
+    """Whether the cache is asked."""
+
+    UNKNOWN = "unknown"  # not connected yet
+    USED = "used"
+    RESTING = "resting"
+    ON_TRIAL = "on_trial"  # the rest is over; one request is made, or may be
+
+
+class Fleet:
+    """What a mount knows of the cache of its fleet; to be made in the trio thread.
+
+    Args:
+        cache: connections to it.
+
+    Attributes:
+        trouble: why it rests, in words.
+        results: how many requests ended how: `served`, or a `Trouble`.
+    """
+
+    def __init__(self, cache: FleetCache) -> None:
+        self.cache = cache
+        self.state = State.UNKNOWN
+        self.trouble: str | None = None
+        self.results: Counter[str] = Counter()
+        self._heard = trio.Event()
+        self._waits_until_s = trio.current_time() + FIRST_WORD_S
+        self._rests_until_s = 0.0
+        self._trial_until_s = 0.0
+        self._cut_off = 0
+        self._told = False
+        trio.lowlevel.spawn_system_task(
+            contained, "connecting to the cache of the fleet", self._connect
+        )
+
+    async def may_be_asked(self) -> bool:
+        """Whether a request is to be made of it now; if so, `gave` or `failed` must follow."""
+        if self.state is State.UNKNOWN:
+            with trio.move_on_at(self._waits_until_s):
+                await self._heard.wait()
+        now_s = trio.current_time()
+        if self.state is State.RESTING and now_s >= self._rests_until_s:
+            self.state = State.ON_TRIAL
+        if self.state is State.ON_TRIAL and now_s >= self._trial_until_s:
+            self._trial_until_s = now_s + TRIAL_S
+            return True
+        return self.state is State.USED
+
+    def gave(self) -> None:
+        """It gave what was asked for."""
+        self.results["served"] += 1
+        self._cut_off = 0
+        self._trial_until_s = 0.0
+        # What was asked before the trouble may be answered after it.
+        if self.state is State.ON_TRIAL:
+            self.state, self.trouble = State.USED, None
+            log.info("the fleet cache %s serves again", self.cache.url)
+
+    def failed(self, error: FleetCacheError, *, s3_gave: bool) -> None:
+        """It did not give what was asked for.
+
+        Args:
+            s3_gave: S3 did.
+        """
+        self.results[error.trouble.value] += 1
+        self._trial_until_s = 0.0
+        if error.trouble is Trouble.CUT_OFF:
+            self._cut_off += 1
+        is_gone = error.trouble is Trouble.AWAY or self._cut_off >= MOST_CUT_OFF
+        if is_gone or (s3_gave and error.trouble is not Trouble.CUT_OFF):
+            self._rest(str(error))
+
+    def outdone(self) -> None:
+        """S3 gave what the cache has said several times that S3 has trouble with."""
+        self._rest("it passes on trouble that S3 does not have")
+
+    def was_cut_off(self) -> None:
+        """An answer of it ended early; it is asked again."""
+        self.results[Trouble.CUT_OFF.value] += 1
+
+    def let_go(self) -> None:
+        """What was asked of it is not wanted any more."""
+        self._trial_until_s = 0.0
+
+    def _rest(self, trouble: str) -> None:
+        # Nodes that saw the same trouble do not come back together.
+        self._rests_until_s = trio.current_time() + REST_S * random.uniform(1, 1.2)  # noqa: S311
+        self._cut_off = 0
+        if self.state is not State.RESTING:
+            level = logging.DEBUG if self._told else logging.WARNING
+            self._told = True
+            log.log(
+                level, "the fleet cache %s: %s: asking S3 itself, and the cache again in %.0f s",
+                self.cache.url, trouble, REST_S,
+            )  # fmt: skip
+        self.state, self.trouble = State.RESTING, trouble
+
+    async def _connect(self) -> None:
+        try:
+            await trio.to_thread.run_sync(self.cache.connect, abandon_on_cancel=True)
+        except FleetCacheError as error:
+            if self.state is State.UNKNOWN:
+                self.results[error.trouble.value] += 1
+                self._rest(str(error))
+        else:
+            if self.state is State.UNKNOWN:
+                self.state = State.USED
+        self._heard.set()

@@ -1,0 +1,133 @@
+"""The cache of a fleet: a proxy on the way to S3 that many nodes share (`--fleet-cache`).
+
+It is asked for the ranges of objects with the very requests that S3 would get, signature and `Host`
+unchanged, so that it can have S3 say who may read what, and needs no keys. What it answers is
+checked as an answer of S3 is. Whatever is wrong with it, S3 can be asked in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from http.client import HTTPConnection
+from typing import TypeVar
+
+from lazyfs.store import ranges
+from lazyfs.store.cancel import Cancel
+from lazyfs.store.http import Answer, BadAddressError, Transport
+from lazyfs.store.refusals import MOST_TEXT, Refusal
+
+T = TypeVar("T")
+
+# It is on this machine, or next to it.
+CONNECT_TIMEOUT_S = 2.0
+# Another node may be bringing what is asked for, over a slow link, before we get the first byte.
+SILENCE_TIMEOUT_S = 30.0
+
+
+class Trouble(StrEnum):
+    """What was wrong with an answer of the cache, as metrics name it."""
+
+    AWAY = "away"  # there is no connection to be had
+    CUT_OFF = "cut_off"  # the answer ended too early
+    SILENT = "silent"  # no byte came for `SILENCE_TIMEOUT_S`
+    FAILED = "failed"  # 5xx that is not S3's
+    S3_TROUBLE = "s3_trouble"  # 5xx of S3, passed on
+    REFUSED = "refused"  # 4xx
+    WRONG = "wrong"  # another range, another version, another size, or no range at all
+
+
+class FleetCacheError(Exception):
+    """The cache did not give what was asked for; the message says why.
+
+    Attributes:
+        refusal: what it answered, if it answered.
+    """
+
+    def __init__(self, trouble: Trouble, message: str, refusal: Refusal | None = None) -> None:
+        super().__init__(message)
+        self.trouble = trouble
+        self.refusal = refusal
+
+
+class _AwayError(Exception):
+    """No connection could be made."""
+
+
+class _Connections(Transport):
+    def _connect(self) -> HTTPConnection:
+        try:
+            return super()._connect()
+        except OSError as error:
+            raise _AwayError(error.strerror or str(error)) from error
+
+
+class FleetCache:
+    """Connections to the cache of a fleet. All calls block.
+
+    Args:
+        url: `http://HOST:PORT`.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._connections = _Connections(url, timeouts_s=(CONNECT_TIMEOUT_S, SILENCE_TIMEOUT_S))
+
+    def connect(self) -> None:
+        """Find out whether it can be connected to. Raises FleetCacheError."""
+        try:
+            self._connections.connect_ahead()
+        except _AwayError as error:
+            raise FleetCacheError(Trouble.AWAY, f"no connection ({error})") from error
+
+    def ask(
+        self,
+        target: str,
+        headers: Mapping[str, str],
+        handle: Callable[[Answer], T],
+        cancel: Cancel,
+    ) -> T:
+        """Ask it for a range of an object.
+
+        Args:
+            headers: as for S3, `Host` among them.
+            handle: takes the answer if it is one of 2xx; raises as `ranges.check` does.
+
+        Raises:
+            CancelledError: by `cancel`.
+            FleetCacheError: it did not give the range.
+        """
+
+        def take(answer: Answer) -> T:
+            if answer.status >= 300 or answer.status < 200:
+                raise _refusal(answer)
+            return handle(answer)
+
+        try:
+            return self._connections.exchange("GET", target, headers, take, cancel)
+        except _AwayError as error:
+            raise FleetCacheError(Trouble.AWAY, f"no connection ({error})") from error
+        except (ranges.ChangedError, ranges.OtherRangeError, ranges.IgnoresRangeError) as error:
+            raise FleetCacheError(Trouble.WRONG, str(error)) from error
+        except BadAddressError as error:
+            raise FleetCacheError(Trouble.AWAY, str(error)) from error
+        except TimeoutError as error:
+            silence = f"silent for {SILENCE_TIMEOUT_S:g} s"
+            raise FleetCacheError(Trouble.SILENT, silence) from error
+        except OSError as error:
+            words = error.strerror or str(error) or type(error).__name__
+            raise FleetCacheError(Trouble.CUT_OFF, f"cut off ({words})") from error
+
+    def close_idle(self) -> None:
+        """Close connections that nobody has used for a while."""
+        self._connections.close_idle()
+
+
+def _refusal(answer: Answer) -> FleetCacheError:
+    refusal = Refusal.of(answer.status, answer.headers, answer.body.read_all(MOST_TEXT))
+    said = f"answered {answer.status} {refusal.code}".strip()
+    if answer.status < 500:
+        trouble = Trouble.REFUSED
+    else:
+        trouble = Trouble.S3_TROUBLE if refusal.code else Trouble.FAILED
+    return FleetCacheError(trouble, said, refusal)

@@ -1,0 +1,389 @@
+"""The cache of a fleet as a mount sees it: asked first, checked, passed by while it has trouble."""
+
+from __future__ import annotations
+
+import http.server
+import logging
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from ports import free_port
+
+from lazyfs.blocks.block_map import BlockMap
+from lazyfs.blocks.memory import BlockMemory
+from lazyfs.errors import AccessDeniedError, ObjectChangedError, OptionError, SourceError
+from lazyfs.fetch.fleet import REST_S, State
+from lazyfs.fetch.request import BlockGetter
+from lazyfs.objects import File
+from lazyfs.observe.recorder import Recorder, Tier
+from lazyfs.options.mount_options import MountOptions
+from lazyfs.store import fleet_cache
+from lazyfs.store.resolved_source import Place, ResolvedSource, TimedCredentials
+from lazyfs.store.s3_source import Source
+from lazyfs.store.signing import SigningCredentials
+from lazyfs.store.url import SourceUrl
+
+DATA = bytes(range(256)) * 64
+FILE = File(2, 1, "w", "m/w", len(DATA), '"v1"', 0)
+Answer = Callable[[Any], None]
+
+
+class Server:
+    """An HTTP server that answers as it is told, and remembers what it was asked."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        self.headers: list[dict[str, str]] = []
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                server.headers.append({k.lower(): v for k, v in self.headers.items()})
+                server.answer(self)
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.port: int = self.http.server_address[1]
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    @property
+    def asked(self) -> int:
+        return len(self.headers)
+
+    def stop(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+
+def reply(handler: Any, status: int, body: bytes, **headers: str) -> None:
+    handler.send_response(status)
+    for name, value in ({"Content-Length": str(len(body))} | headers).items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def part(data: bytes = DATA, etag: str = '"v1"', shift: int = 0, size: int = len(DATA)) -> Answer:
+    """Answers ranges of `data`, in one way or another wrongly."""
+
+    def answer(handler: Any) -> None:
+        first, last = map(int, handler.headers["Range"].removeprefix("bytes=").split("-"))
+        first, last = first + shift, last + shift
+        told = f"bytes {first}-{last}/{size}"
+        reply(handler, 206, data[first : last + 1], ETag=etag, Content_Range=told)
+
+    return answer
+
+
+def refusal(status: int, code: str = "") -> Answer:
+    body = f"<Error><Code>{code}</Code></Error>".encode() if code else b"<html></html>"
+    return lambda handler: reply(handler, status, body)
+
+
+def cut_off(handler: Any) -> None:
+    handler.send_response(206)
+    handler.send_header("Content-Length", "1000")
+    handler.send_header("Content-Range", f"bytes 0-999/{len(DATA)}")
+    handler.send_header("ETag", '"v1"')
+    handler.end_headers()
+    handler.wfile.write(DATA[:500])
+    handler.close_connection = True
+
+
+def hang_up(handler: Any) -> None:
+    handler.connection.shutdown(socket.SHUT_RDWR)
+    handler.close_connection = True
+
+
+@contextmanager
+def servers(*answers: Answer) -> Iterator[list[Server]]:
+    with ExitStack() as stack:
+        made = [Server(answer) for answer in answers]
+        for each in made:
+            stack.callback(each.stop)
+        yield made
+
+
+class Mount:
+    """What asks for blocks."""
+
+    def __init__(self, s3: Server, url: str) -> None:
+        options = MountOptions(fleet_cache=url)
+        place = Place("eu-west-1", "s3", f"http://127.0.0.1:{s3.port}", "/bucket/", "", None)
+        timed = TimedCredentials(SigningCredentials("AKID", "secret", "token"))
+        source = Source(
+            SourceUrl("bucket", "m/"), options, resolved=ResolvedSource(place, timed, None)
+        )
+        self.recorder = Recorder()
+        memory = BlockMemory(1 << 30, 1000, BlockMap(1000), lambda: 1)
+        self.getter = BlockGetter(
+            source, memory, options, trio.CapacityLimiter(40), lambda: None, self.recorder
+        )
+        assert self.getter.fleet
+        self.fleet = self.getter.fleet
+
+    async def get(self, start: int = 0, length: int = 1000) -> Tier:
+        """Where a range came from; its bytes are right."""
+        got = await self.getter.get(
+            FILE, start, length, patience_s=lambda: 30.0, saturated=lambda: False
+        )
+        assert bytes(got.data) == DATA[start : start + length]
+        # What the thread has to tell comes with it, or just after.
+        await trio.testing.wait_all_tasks_blocked()
+        return got.tier
+
+
+Scenario = Callable[[Mount], Awaitable[None]]
+
+
+def run(s3: Server, url: str, scenario: Scenario) -> Mount:
+    made: list[Mount] = []
+
+    async def main() -> None:
+        made.append(Mount(s3, url))
+        with trio.fail_after(60):
+            await scenario(made[0])
+
+    trio.run(main)
+    return made[0]
+
+
+async def one(mount: Mount) -> None:
+    await mount.get()
+
+
+def url(server: Server) -> str:
+    return f"http://127.0.0.1:{server.port}"
+
+
+def test_the_cache_gets_the_request_of_s3() -> None:
+    with servers(part(), part()) as (s3, cache):
+
+        async def first(mount: Mount) -> None:
+            assert await mount.get(256) is Tier.FLEET
+
+        mount = run(s3, url(cache), first)
+        asked = cache.headers[0]
+        assert asked["host"] == f"127.0.0.1:{s3.port}"
+        assert (asked["range"], asked["if-match"]) == ("bytes=256-1255", '"v1"')
+        assert "Credential=AKID" in asked["authorization"]
+        assert asked["x-amz-security-token"] == "token"
+        assert s3.asked == 0
+        assert mount.fleet.results == {"served": 1}
+        assert (mount.recorder.fleet_received_bytes, mount.recorder.received_bytes) == (1000, 0)
+
+
+def test_one_byte_is_asked_of_s3_alone() -> None:
+    """It is how a mount finds out what it may read now."""
+    with servers(part(), part()) as (s3, cache):
+
+        async def look(mount: Mount) -> None:
+            assert await mount.get(0, 1) is Tier.S3
+
+        run(s3, url(cache), look)
+        assert (s3.asked, cache.asked) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "trouble"),
+    [
+        (refusal(403), "refused"),
+        (refusal(412, "PreconditionFailed"), "refused"),
+        (refusal(302), "refused"),
+        (refusal(500), "failed"),
+        (refusal(502), "failed"),
+        (part(etag='"v2"'), "wrong"),
+        (part(shift=1), "wrong"),
+        (part(size=len(DATA) + 1), "wrong"),
+        (lambda handler: reply(handler, 206, DATA[:1000], ETag='"v1"'), "wrong"),
+        (cut_off, "cut_off"),
+        (hang_up, "cut_off"),
+    ],
+)
+def test_what_the_cache_does_not_give_comes_from_s3(answer: Answer, trouble: str) -> None:
+    with servers(part(), answer) as (s3, cache):
+
+        async def two(mount: Mount) -> None:
+            assert await mount.get() is Tier.S3
+            assert await mount.get(1000) is Tier.S3
+
+        mount = run(s3, url(cache), two)
+        assert s3.asked == 2
+        assert mount.fleet.results[trouble] >= 1
+        assert not mount.recorder.retries, "a reader notices nothing"
+        if trouble != "cut_off":
+            assert cache.asked == 1, "it rests"
+            assert mount.fleet.state is State.RESTING and mount.fleet.trouble
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "error"),
+    [(403, "AccessDenied", AccessDeniedError), (412, "PreconditionFailed", ObjectChangedError)],
+)
+def test_a_refusal_that_s3_confirms_is_no_trouble_of_the_cache(
+    status: int, code: str, error: type[SourceError]
+) -> None:
+    with servers(refusal(status, code), refusal(status)) as (s3, cache):
+
+        async def refused(mount: Mount) -> None:
+            with pytest.raises(error):
+                await mount.get()
+            await trio.testing.wait_all_tasks_blocked()
+            assert mount.fleet.state is State.USED
+
+        run(s3, url(cache), refused)
+
+
+def test_an_answer_that_was_cut_off_is_asked_for_again() -> None:
+    with servers(part(), cut_off) as (s3, cache):
+
+        def once(handler: Any) -> None:
+            cache.answer = part()
+            cut_off(handler)
+
+        cache.answer = once
+
+        async def again(mount: Mount) -> None:
+            assert await mount.get() is Tier.FLEET
+
+        mount = run(s3, url(cache), again)
+        assert (s3.asked, cache.asked) == (0, 2)
+        assert mount.fleet.results == {"cut_off": 1, "served": 1}
+
+
+def test_trouble_of_s3_behind_the_cache_is_waited_for() -> None:
+    """Otherwise each node of a fleet would go to an S3 that asks for fewer requests."""
+    with servers(part(), part()) as (s3, cache):
+
+        def once(handler: Any) -> None:
+            cache.answer = part()
+            refusal(503, "SlowDown")(handler)
+
+        cache.answer = once
+
+        async def patient(mount: Mount) -> None:
+            assert await mount.get() is Tier.FLEET
+            assert mount.fleet.state is State.USED
+
+        mount = run(s3, url(cache), patient)
+        assert (s3.asked, cache.asked) == (0, 2)
+        assert mount.recorder.retries.total() == 1
+
+
+def test_trouble_that_s3_does_not_have_is_the_cache_s_own() -> None:
+    with servers(part(), refusal(503, "SlowDown")) as (s3, cache):
+
+        async def outdone(mount: Mount) -> None:
+            assert await mount.get() is Tier.S3
+            assert mount.fleet.state is State.RESTING
+
+        run(s3, url(cache), outdone)
+
+
+def test_a_cache_that_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
+    with servers(part()) as (s3,):
+
+        async def many(mount: Mount) -> None:
+            for start in range(0, 5000, 1000):
+                assert await mount.get(start) is Tier.S3
+
+        with caplog.at_level(logging.INFO, "lazyfs"):
+            mount = run(s3, f"http://127.0.0.1:{free_port()}", many)
+        assert mount.fleet.results == {"away": 1}
+        assert len([each for each in caplog.records if "fleet cache" in each.message]) == 1
+
+
+def test_a_cache_that_does_not_accept_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its queue of connections is full: the kernel answers nothing more."""
+    monkeypatch.setattr(fleet_cache, "CONNECT_TIMEOUT_S", 30.0)
+    with servers(part()) as (s3,), socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        queued = [socket.socket() for _ in range(4)]
+        for each in queued:
+            each.setblocking(False)
+            each.connect_ex(deaf.getsockname())
+
+        async def many(mount: Mount) -> None:
+            for start in range(0, 3000, 1000):
+                assert await mount.get(start) is Tier.S3
+            assert mount.fleet.state is State.UNKNOWN
+
+        run(s3, f"http://127.0.0.1:{deaf.getsockname()[1]}", many)
+        for each in queued:
+            each.close()
+
+
+def test_a_silent_cache_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_cache, "SILENCE_TIMEOUT_S", 0.3)
+    hold = threading.Event()
+    with servers(part(), lambda _: hold.wait(30)) as (s3, cache):
+
+        async def one(mount: Mount) -> None:
+            assert await mount.get() is Tier.S3
+
+        mount = run(s3, url(cache), one)
+        hold.set()
+        assert mount.fleet.results == {"silent": 1}
+
+
+def test_after_its_rest_one_request_tries() -> None:
+    with servers(part(), refusal(500)) as (s3, cache):
+
+        async def rest(mount: Mount) -> None:
+            assert await mount.get() is Tier.S3
+            mount.fleet._rests_until_s = trio.current_time()  # REST_S later
+            assert await mount.fleet.may_be_asked(), "the trial"
+            assert not await mount.fleet.may_be_asked(), "and no other"
+            mount.fleet.let_go()
+            cache.answer = part()
+            assert await mount.get() is Tier.FLEET
+            assert mount.fleet.state is State.USED and mount.fleet.trouble is None
+
+        run(s3, url(cache), rest)
+        assert REST_S == 30
+
+
+def test_what_the_cache_has_is_not_asked_for_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However late it is: another request of each node would reach S3."""
+    monkeypatch.setattr("lazyfs.fetch.concurrency.HedgeTimer.delay_s", 0.05)
+    hold = threading.Event()
+
+    def slow(handler: Any) -> None:
+        hold.wait(30)
+        part()(handler)
+
+    with servers(part(), slow) as (s3, cache):
+
+        async def waits(mount: Mount) -> None:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(mount.get)
+                await trio.sleep(1)  # twenty times what makes a request late
+                hold.set()
+            assert mount.recorder.hedges == 0
+
+        run(s3, url(cache), waits)
+        assert (s3.asked, cache.asked) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "text", ["https://a:1", "http://a", "http://a:1/x", "http://u@a:1", "a:1", "http://a:x", ""]
+)
+def test_other_addresses_are_refused(text: str) -> None:
+    with pytest.raises(OptionError, match="http://HOST:PORT"):
+        MountOptions.parse(("--{name}", {"fleet-cache": text}))
+
+
+def test_off_is_none() -> None:
+    options = MountOptions.parse(("--{name}", {"fleet-cache": "off"}))
+    assert options.fleet_cache is None
