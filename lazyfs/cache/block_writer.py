@@ -14,7 +14,7 @@ nothing is skipped: memory fills up, and prefetching keeps pace with the disk.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -24,6 +24,7 @@ from lazyfs.blocks.queue import BlockQueue
 from lazyfs.cache import BlockCache
 from lazyfs.faults import keep_running, report_fault
 from lazyfs.observe.recorder import Recorder
+from lazyfs.threads import Threads
 
 # Between two steps each writer waits for the interpreter's lock, for which all threads of a load
 # contend: two writers reached 320 MB/s on a disk of 1.3 GB/s.
@@ -43,7 +44,7 @@ class BlockWriter:
     Args:
         cache: the cache.
         memory_limit: the mount's, in bytes.
-        run: runs a blocking call in a worker thread.
+        threads: run the writes.
         recorder: is told of written blocks.
         on_written: called with a block that the disk no longer needs, and whether it was stored.
         held: returns a block, if it is still in memory.
@@ -53,7 +54,7 @@ class BlockWriter:
         self,
         cache: BlockCache,
         memory_limit: int,
-        run: Callable[..., Awaitable[list[bool]]],
+        threads: Threads,
         recorder: Recorder,
         on_written: Callable[[BlockId, bool], None],
         held: Callable[[BlockId], Held | None],
@@ -61,7 +62,7 @@ class BlockWriter:
         self._cache = cache
         self._memory_limit = memory_limit
         self._batch_bytes = int(memory_limit * BATCH_SHARE)
-        self._run = run
+        self._threads = threads
         self._recorder = recorder
         self._on_written = on_written
         self._held = held
@@ -154,7 +155,7 @@ class BlockWriter:
     async def _write(self, batch: Sequence[tuple[BlockId, Held]]) -> None:
         blocks = [(held.file, block.number, held.data) for block, held in batch]
         try:
-            stored = await self._run(self._cache.put_all, blocks)
+            stored = await self._threads.run(self._cache.put_all, blocks)
         except Exception as error:
             report_fault("writing blocks", error)
             stored = [False] * len(batch)  # so that memory can drop them

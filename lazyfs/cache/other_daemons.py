@@ -7,13 +7,14 @@ the lease: then its daemon fetches the block itself.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import trio
 
 from lazyfs.blocks import BlockId
 from lazyfs.cache import BlockCache
 from lazyfs.objects import File
+from lazyfs.threads import Threads
 
 # How long a block is left to the daemon that claimed it, and how often the disk is checked.
 LEASE_S = 10.0
@@ -25,18 +26,18 @@ class OtherDaemons:
 
     Args:
         cache: the shared cache.
-        run: runs a blocking call in a worker thread.
+        threads: run the calls that block.
         on_found: called with a block that is no longer left to others, and whether it arrived.
     """
 
     def __init__(
         self,
         cache: BlockCache,
-        run: Callable[..., Awaitable[bool]],
+        threads: Threads,
         on_found: Callable[[BlockId, bool], None],
     ) -> None:
         self._cache = cache
-        self._run = run
+        self._threads = threads
         self._on_found = on_found
         self._left: dict[BlockId, tuple[File, float]] = {}
         self._news = trio.Event()
@@ -72,7 +73,7 @@ class OtherDaemons:
             await self._news.wait()
             await trio.sleep(LOOK_S)
             for block, file, lease_until in self._ended():
-                there = await self._run(self._cache.holds, file, block.number)
+                there = await self._threads.run(self._cache.holds, file, block.number)
                 if self._left.pop(block, None) is None:
                     continue  # a reader requested it meanwhile
                 self._cache.set_waiting(file, block.number, False)

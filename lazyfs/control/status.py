@@ -14,7 +14,7 @@ from typing import Any
 
 from lazyfs import __version__
 from lazyfs.cache import BlockCache
-from lazyfs.fetch.scheduler import BlockFetcher
+from lazyfs.fetch.fetcher import BlockFetcher
 from lazyfs.fuse.filesystem import Filesystem
 from lazyfs.handover.runtime_changes import RuntimeChanges
 from lazyfs.namespace.catalog import Catalog

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from itertools import groupby
 
 import trio
@@ -15,6 +15,7 @@ from lazyfs.cache.block_writer import BlockWriter
 from lazyfs.faults import contained
 from lazyfs.objects import File
 from lazyfs.prefetch.prefetcher import Prefetcher
+from lazyfs.threads import Threads
 
 # So many blocks of the disk make room for others at once.
 SLIDE_BLOCKS = 8
@@ -29,7 +30,7 @@ class DiskWindow:
         prefetcher: knows what all readers have had.
         memory: of the mount.
         files: of the mount, by their inodes.
-        run: runs a blocking call in a worker thread.
+        threads: run the calls that block.
     """
 
     def __init__(
@@ -39,14 +40,14 @@ class DiskWindow:
         prefetcher: Prefetcher,
         memory: BlockMemory,
         files: Mapping[int, File],
-        run: Callable[..., Awaitable[bool]],
+        threads: Threads,
     ) -> None:
         self._cache = cache
         self._writer = writer
         self._prefetcher = prefetcher
         self._memory = memory
         self._files = files
-        self._run = run
+        self._threads = threads
         self._sliding = False
 
     def slide(self, nursery: trio.Nursery) -> None:
@@ -61,7 +62,7 @@ class DiskWindow:
     async def _exchange(self, spent: list[BlockId]) -> None:
         for inode, blocks in groupby(spent, lambda block: block.inode):
             numbers = [block.number for block in blocks]
-            if await self._run(self._cache.give_up, self._files[inode], numbers):
+            if await self._threads.run(self._cache.give_up, self._files[inode], numbers):
                 for block in (BlockId(inode, number) for number in numbers):
                     held = self._memory.get(block)
                     if held is not None:

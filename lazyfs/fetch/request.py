@@ -19,7 +19,6 @@ from lazyfs.blocks.memory import BlockMemory
 from lazyfs.errors import SourceError, ThrottledError, UnavailableError
 from lazyfs.fetch.concurrency import Concurrency, HedgeTimer, Pacer
 from lazyfs.fetch.fleet import FAR_OVERTAKEN, LATE_S, Fleet
-from lazyfs.fetch.threads import in_bulk
 from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.options.mount_options import MountOptions
@@ -28,6 +27,7 @@ from lazyfs.store.fleet_cache import FleetCache, FleetCacheError, Trouble
 from lazyfs.store.protocol import Store
 from lazyfs.store.refusals import Refusal
 from lazyfs.store.retry import patiently
+from lazyfs.threads import Threads
 
 log = logging.getLogger(__name__)
 
@@ -102,10 +102,9 @@ class BlockGetter:
         source: where from.
         memory: where second attempts reserve room.
         options: limits of concurrency and bandwidth.
-        threads: limits the worker threads.
+        threads: run the requests.
         room_made: called when an attempt that nobody waits for has given back its room.
         recorder: is told of requests and retries.
-        on_answer: told of each file of which S3 gave bytes.
     """
 
     def __init__(
@@ -113,13 +112,11 @@ class BlockGetter:
         source: Store,
         memory: BlockMemory,
         options: MountOptions,
-        threads: trio.CapacityLimiter,
+        threads: Threads,
         room_made: Callable[[], None],
         recorder: Recorder,
-        on_answer: Callable[[File], None] = lambda file: None,
     ) -> None:
         self._recorder = recorder
-        self._on_answer = on_answer
         self._room_made = room_made
         self._source = source
         self._memory = memory
@@ -141,6 +138,14 @@ class BlockGetter:
     def limit(self) -> int:
         """How many blocks to request concurrently now."""
         return self._concurrency.limit
+
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong with S3, in words; None if all requests succeeded."""
+        if not self.troubles:
+            return None
+        more = f" (and {len(self.troubles) - 1} more objects)" if len(self.troubles) > 1 else ""
+        return list(self.troubles.values())[-1] + more
 
     def tune(self, options: MountOptions) -> None:
         """Use other limits of requests and bandwidth from now on."""
@@ -186,7 +191,6 @@ class BlockGetter:
             if self.fleet and is_last and got.tier is Tier.S3:
                 self.fleet.outdone()
             self.troubles.pop(file.key, None)
-            self._on_answer(file)
             if is_block:
                 self._timer.answered(now_s - began_s)
                 self._concurrency.answered(now_s, length, saturated=saturated())
@@ -302,11 +306,7 @@ class BlockGetter:
                 with contextlib.suppress(trio.RunFinishedError):  # the mount has ended
                     token.run_sync_soon(self._ended, request, attempt, size)
 
-        answers.send_nowait(
-            await trio.to_thread.run_sync(
-                in_bulk, get, abandon_on_cancel=True, limiter=self._threads
-            )
-        )
+        answers.send_nowait(await self._threads.run(get))
 
     def _ask_cache(
         self,

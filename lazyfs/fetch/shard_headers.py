@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import trio
 
 from lazyfs.errors import SourceError
 from lazyfs.faults import contained
-from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter
+from lazyfs.fetch.request import PREFETCH_PATIENCE_S
+from lazyfs.fetch.tiers import OriginTier
 from lazyfs.model.safetensors import (
     HEAD_BYTES,
     LENGTH_BYTES,
@@ -31,6 +32,7 @@ from lazyfs.observe.events import Purpose
 from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.pagecache.page_cache import PageCache
 from lazyfs.prefetch.prefetcher import Prefetcher
+from lazyfs.threads import Threads
 
 log = logging.getLogger(__name__)
 
@@ -62,11 +64,11 @@ class ShardHeaders:
     """All heads of one mount.
 
     Args:
-        getter: gets them.
+        origin: has them.
         limit_bytes: of memory, how much they may take.
         page_cache: where they go.
         prefetcher: says which are wanted, and is told what came.
-        run: runs a blocking call in a worker thread.
+        threads: run the pushes.
         recorder: is told what was fetched.
 
     Attributes:
@@ -75,18 +77,18 @@ class ShardHeaders:
 
     def __init__(
         self,
-        getter: BlockGetter,
+        origin: OriginTier,
         limit_bytes: int,
         page_cache: PageCache,
         prefetcher: Prefetcher,
-        run: Callable[..., Awaitable[bool]],
+        threads: Threads,
         recorder: Recorder,
     ) -> None:
-        self._getter = getter
+        self._origin = origin
         self._limit_bytes = limit_bytes
         self._page_cache = page_cache
         self._prefetcher = prefetcher
-        self._run = run
+        self._threads = threads
         self._recorder = recorder
         self._heads: OrderedDict[int, _Head] = OrderedDict()
         self._pushers = trio.Semaphore(PUSHERS)
@@ -98,7 +100,7 @@ class ShardHeaders:
         head = self._heads.get(inode)
         return head.data if head else memoryview(b"")
 
-    def pump(self, nursery: trio.Nursery, files: dict[int, File]) -> None:
+    def pump(self, nursery: trio.Nursery, files: Mapping[int, File]) -> None:
         """Ask for what is wanted, as far as there is room."""
         while self._coming < AT_ONCE and self._make_room(HEAD_BYTES):
             inode = self._prefetcher.next_head()
@@ -139,10 +141,9 @@ class ShardHeaders:
         end = min(file.size_bytes, -(-length // HEAD_BYTES) * HEAD_BYTES)
         self.used_bytes += end - len(have)
         try:
-            rest, tier = await self._getter.get(
-                file, len(have), end - len(have),
-                patience_s=lambda: PREFETCH_PATIENCE_S, saturated=lambda: False, is_block=False,
-            )  # fmt: skip
+            rest, tier = await self._origin.get_part(
+                file, len(have), end - len(have), lambda: PREFETCH_PATIENCE_S
+            )
         except SourceError as error:
             log.warning("the header of %s cannot be had: %s", file.key, error)
             raise
@@ -155,7 +156,7 @@ class ShardHeaders:
         self._keep(file, data)
         return data
 
-    async def _bring(self, nursery: trio.Nursery, files: dict[int, File], file: File) -> None:
+    async def _bring(self, nursery: trio.Nursery, files: Mapping[int, File], file: File) -> None:
         try:
             await self.header(file)
         except (SourceError, MalformedHeaderError) as error:
@@ -172,7 +173,9 @@ class ShardHeaders:
     async def _push(self, head: _Head) -> None:
         if self._page_cache.supported:
             async with self._pushers:
-                head.pushed = await self._run(self._page_cache.push, head.file.inode, 0, head.data)
+                head.pushed = await self._threads.run(
+                    self._page_cache.push, head.file.inode, 0, head.data
+                )
 
     def _keep(self, file: File, data: memoryview) -> None:
         former = self._heads.pop(file.inode, None)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 import trio
 
@@ -31,10 +29,9 @@ from lazyfs.options.option_types import format_size, matches
 from lazyfs.store import checksum
 from lazyfs.store.checksum import ObjectSum
 from lazyfs.store.protocol import Store
+from lazyfs.threads import Threads
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 # How often it is looked for what another process claimed.
 LOOK_S = 0.05
@@ -82,7 +79,7 @@ class Warmer:
         memory = BlockMemory(
             options.memory_limit, options.block_size, BlockMap(options.block_size), lambda: 1
         )
-        self._threads = trio.CapacityLimiter(2 * options.max_concurrency + 16)
+        self._threads = Threads(options.max_concurrency)
         self._getter = BlockGetter(
             source, memory, options, self._threads, _nothing, Recorder("off")
         )
@@ -123,7 +120,7 @@ class Warmer:
                 if not verify or not await self._verify():
                     break
             nursery.cancel_scope.cancel()
-        await self._thread(self._cache.care, self._plan)
+        await self._threads.run(self._cache.care, self._plan)
         await self._see_what_is_there()
         missing = self.progress.total_bytes - self.progress.done_bytes
         if missing or self.progress.problems:
@@ -168,16 +165,16 @@ class Warmer:
         """A whole file, small enough for memory: an index."""
         parts = []
         for number in range(block_count(file.size_bytes, self._block_size)):
-            found = await self._thread(self._cache.load_or_claim, file, number)
+            found = await self._threads.run(self._cache.load_or_claim, file, number)
             if isinstance(found, Claim):
                 found = await self._get(file, number)
-                await self._thread(self._cache.put, file, number, found)
+                await self._threads.run(self._cache.put, file, number, found)
             parts.append(bytes(found))
         return b"".join(parts)
 
     async def _fill(self) -> None:
         self._has_no_room = False
-        await self._thread(self._cache.announce, self._plan)
+        await self._threads.run(self._cache.announce, self._plan)
         missing = await self._see_what_is_there()
         self._queue = deque(missing)
         async with trio.open_nursery() as nursery:
@@ -196,7 +193,7 @@ class Warmer:
         self.progress.done_bytes = 0
         for file in self._plan:
             self._files[file.inode] = file
-            there = set(await self._thread(self._cache.present, file))
+            there = set(await self._threads.run(self._cache.present, file))
             for number in range(block_count(file.size_bytes, self._block_size)):
                 if number in there:
                     self.progress.done_bytes += self._length(file, number)
@@ -219,8 +216,8 @@ class Warmer:
             self._ended.set()
 
     async def _bring_one(self, file: File, block: BlockId) -> None:
-        if not await self._thread(self._cache.holds, file, block.number):
-            found = await self._thread(self._cache.load_or_claim, file, block.number)
+        if not await self._threads.run(self._cache.holds, file, block.number):
+            found = await self._threads.run(self._cache.load_or_claim, file, block.number)
             lease_until = self._leases.setdefault(block, trio.current_time() + LEASE_S)
             if found is Claim.THEIRS and trio.current_time() < lease_until:
                 await trio.sleep(LOOK_S)
@@ -229,7 +226,7 @@ class Warmer:
             if isinstance(found, Claim):
                 data = await self._get(file, block.number)
                 self.progress.fetched_bytes += len(data)
-                if not await self._thread(self._cache.put, file, block.number, data):
+                if not await self._threads.run(self._cache.put, file, block.number, data):
                     self._has_no_room = True
                     return
         self.progress.done_bytes += self._length(file, block.number)
@@ -258,25 +255,25 @@ class Warmer:
         damaged = 0
         whole: ObjectSum | None = None
         try:
-            whole = await self._thread(self._source.checksum, file)
+            whole = await self._threads.run(self._source.checksum, file)
         except (ObjectChangedError, ObjectGoneError) as error:
             self.progress.problems.append(str(error))
             return 0
         except SourceError as error:  # reading needs no HEAD, which a policy may deny
             self.progress.problems.append(f"not compared with a checksum of S3: {error}")
         for number in range(block_count(file.size_bytes, self._block_size)):
-            data = await self._thread(self._cache.load, file, number)
+            data = await self._threads.run(self._cache.load, file, number)
             if data is None:
                 damaged += 1
                 continue
             self.progress.verified_bytes += len(data)
             if whole is not None and not damaged:
-                await self._thread(whole.update, data)
+                await self._threads.run(whole.update, data)
         if whole is not None and not damaged:
             if whole.matches:
                 self.progress.compared_files += 1
             else:
-                await self._thread(self._cache.drop, file)
+                await self._threads.run(self._cache.drop, file)
                 self.progress.problems.append(
                     f"{self._source.name(file.key)}: what was fetched has not the "
                     f"{whole.kind} checksum that S3 keeps of it; dropped from the cache"
@@ -299,15 +296,10 @@ class Warmer:
     async def _care(self) -> None:
         while True:
             await trio.sleep(CARE_S)
-            await self._thread(self._cache.care, self._plan)
+            await self._threads.run(self._cache.care, self._plan)
 
     def _length(self, file: File, number: int) -> int:
         return block_length(file.size_bytes, self._block_size, number)
-
-    async def _thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        return await trio.to_thread.run_sync(
-            function, *arguments, abandon_on_cancel=True, limiter=self._threads
-        )
 
 
 def _nothing() -> None:

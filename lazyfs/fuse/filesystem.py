@@ -25,7 +25,7 @@ from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FUSEError, InodeT, S
 from lazyfs.blocks import spans
 from lazyfs.errors import SourceError
 from lazyfs.faults import contained, report_fault
-from lazyfs.fetch.scheduler import BlockFetcher
+from lazyfs.fetch.fetcher import BlockFetcher
 from lazyfs.handover.pending_requests import InHand
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.tree import NAME_MAX_BYTES, ROOT_INODE, Directory, Node

@@ -28,21 +28,22 @@ log = logging.getLogger(__name__)
 
 # Blocks that are checked at once; if any of them were dropped, as many after them.
 LOOK_BLOCKS = 512
-# Pause between two checks; after a slow one, so many times its duration.
+# Pause between two checks; after a slow one, this many times its duration, up to a limit.
 PAUSE_S = 1.0
 PAUSE_SHARE = 20
+LONGEST_PAUSE_S = 10.0
 AGAIN_S = 300.0
 
 
 class PageWishes(Protocol):
-    """The part of the scheduler that is used here (`lazyfs/fetch/scheduler.py`)."""
+    """The part of `BlockFetcher` that is used here (`lazyfs/fetch/fetcher.py`)."""
 
     @property
     def block_size(self) -> int:
         """The block size in bytes."""
 
     async def missed(self) -> BlockId:
-        """Wait until a reader misses a block that was in the page cache."""
+        """A block that was in the page cache and that a reader missed since the last call."""
 
     def near_after(self, block: BlockId, count: int) -> list[BlockId]:
         """The next blocks that should be in the page cache, in loading order."""
@@ -82,7 +83,7 @@ class DroppedPages:
                 self._wish_again(gone)
                 after = blocks[-1] if gone and len(blocks) == LOOK_BLOCKS else None
             took_s = trio.current_time() - began_s
-            await trio.sleep(max(PAUSE_S, PAUSE_SHARE * took_s))
+            await trio.sleep(min(max(PAUSE_S, PAUSE_SHARE * took_s), LONGEST_PAUSE_S))
 
     def _wish_again(self, blocks: Sequence[BlockId]) -> None:
         now_s = trio.current_time()

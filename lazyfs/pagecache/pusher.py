@@ -15,7 +15,7 @@ not hide its bytes from readers: the block stays in memory, and reads of it are 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import trio
@@ -28,6 +28,7 @@ from lazyfs.blocks.queue import BlockQueue
 from lazyfs.faults import contained, keep_running
 from lazyfs.observe.recorder import Recorder
 from lazyfs.pagecache.page_cache import PageCache
+from lazyfs.threads import Threads
 
 # Blocks that are pushed concurrently ahead of readers.
 PUSHERS = 2
@@ -59,7 +60,7 @@ class BlockPusher:
         policy: decides which blocks belong into the page cache.
         memory: the page cache must leave room for its unused part.
         block_size: the mount's.
-        run: runs a blocking call in a worker thread.
+        threads: run the pushes.
         recorder: is told of pushed blocks.
         on_change: called when another job may be started.
 
@@ -74,7 +75,7 @@ class BlockPusher:
         policy: PagePolicy,
         memory: BlockMemory,
         block_size: int,
-        run: Callable[..., Awaitable[bool]],
+        threads: Threads,
         recorder: Recorder,
         on_change: Callable[[], None],
     ) -> None:
@@ -83,7 +84,7 @@ class BlockPusher:
         self._policy = policy
         self._memory = memory
         self._block_size = block_size
-        self._run = run
+        self._threads = threads
         self._recorder = recorder
         self._on_change = on_change
         self.most_blocks = max(1, min(MOST_BLOCKS, int(memory.most_blocks * SHARE)))
@@ -107,6 +108,11 @@ class BlockPusher:
     def has_room(self) -> bool:
         """Whether one more block may be pushed, or wait for it."""
         return self._blocks < self.most_blocks
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the page cache takes blocks at all, and one more may be pushed."""
+        return self._page_cache.supported and self.has_room
 
     def takes(self, block: BlockId, length: int) -> bool:
         """Whether a block of that length may be put into the page cache now."""
@@ -164,7 +170,7 @@ class BlockPusher:
             for span in spans:
                 data = held.data[span.start : span.stop]
                 at = offset + span.start
-                if not await self._run(self._page_cache.push, block.inode, at, data):
+                if not await self._threads.run(self._page_cache.push, block.inode, at, data):
                     self._map.set_known(block.inode, False)
                     self._map.moved(block, Place.LOCAL)
                     break

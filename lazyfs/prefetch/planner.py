@@ -109,7 +109,7 @@ async def _aside(work: Callable[[], T]) -> T:
 
 
 class BlockSource(Protocol):
-    """The part of the scheduler that the planner uses (`lazyfs/fetch/scheduler.py`)."""
+    """The part of `BlockFetcher` that the planner uses (`lazyfs/fetch/fetcher.py`)."""
 
     @property
     def block_size(self) -> int:

@@ -32,7 +32,7 @@ from lazyfs.control.tunables import pause, tune, with_former_changes
 from lazyfs.control.warming import Warming
 from lazyfs.errors import CannotResumeError, MountError
 from lazyfs.faults import keep_running
-from lazyfs.fetch.scheduler import BlockFetcher
+from lazyfs.fetch.fetcher import BlockFetcher
 from lazyfs.fuse.filesystem import Filesystem
 from lazyfs.fuse.session import Session
 from lazyfs.handover.handover import Beginning, Handover, new_carried, new_in_hand, new_near

@@ -15,7 +15,7 @@ import trio.testing
 from lazyfs.blocks import Span, block_length, spans
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.cache import BlockCache
-from lazyfs.fetch.scheduler import BlockFetcher
+from lazyfs.fetch.fetcher import BlockFetcher
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.tree import Directory, Node, Tree
 from lazyfs.objects import File, ListedObject

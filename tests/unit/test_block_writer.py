@@ -16,6 +16,7 @@ from lazyfs.cache import BlockCache, block_writer
 from lazyfs.cache.block_writer import WRITERS, BlockWriter
 from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder
+from lazyfs.threads import Threads
 
 FILE = File(2, 1, "f", "f", 1000, "e", 0)
 LIMIT = 128  # bytes of memory: 32 of them for the queue, 8 for a batch
@@ -51,11 +52,12 @@ class Desk:
         self.written: dict[int, bool] = {}
         self.memory: dict[BlockId, Held] = {}
         self.writer = BlockWriter(
-            cast(BlockCache, self.disk), LIMIT, self._run, self.recorder,
+            cast(BlockCache, self.disk), LIMIT, cast(Threads, self), self.recorder,
             lambda block, stored: self.written.update({block.number: stored}), self.memory.get,
         )  # fmt: skip
 
-    async def _run(self, function: Callable[..., list[bool]], blocks: object) -> list[bool]:
+    async def run(self, function: Callable[..., list[bool]], blocks: object) -> list[bool]:
+        """In the place of `Threads.run`."""
         await self.disk.ready.acquire()
         return function(blocks)
 

@@ -19,7 +19,7 @@ from lazyfs.blocks import Span
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.errors import SourceError
 from lazyfs.faults import FaultLog, contained, keep_running, start_watching, the_error
-from lazyfs.fetch.scheduler import BlockFetcher
+from lazyfs.fetch.fetcher import BlockFetcher
 from lazyfs.fuse.filesystem import Filesystem
 from lazyfs.handover.pending_requests import InHand
 from lazyfs.objects import File

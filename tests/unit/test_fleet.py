@@ -28,6 +28,7 @@ from lazyfs.store.resolved_source import Place, ResolvedSource, TimedCredentials
 from lazyfs.store.s3_source import Source
 from lazyfs.store.signing import SigningCredentials
 from lazyfs.store.url import SourceUrl
+from lazyfs.threads import Threads
 
 DATA = bytes(range(256)) * 64
 FILE = File(2, 1, "w", "m/w", len(DATA), '"v1"', 0)
@@ -126,9 +127,7 @@ class Mount:
         )
         self.recorder = Recorder()
         memory = BlockMemory(1 << 30, 1000, BlockMap(1000), lambda: 1)
-        self.getter = BlockGetter(
-            source, memory, options, trio.CapacityLimiter(40), lambda: None, self.recorder
-        )
+        self.getter = BlockGetter(source, memory, options, Threads(40), lambda: None, self.recorder)
         assert self.getter.fleet
         self.fleet = self.getter.fleet
 

@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from lazyfs.blocks.block_map import BlockMap
-from lazyfs.fetch.scheduler import BlockFetcher
+from lazyfs.fetch.fetcher import BlockFetcher
 from lazyfs.model.layout import SMALL_COUNT
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.listing_log import ListingLog

@@ -11,7 +11,7 @@ from simulated.cases import CASES
 from simulated.load import simulate
 from simulated.machine import Link, Machine
 
-from lazyfs.fetch.scheduler import BlockFetcher
+from lazyfs.fetch.fetcher import BlockFetcher
 from lazyfs.options.mount_options import MountOptions
 
 

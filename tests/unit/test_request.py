@@ -20,6 +20,7 @@ from lazyfs.observe.events import Cause
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store.cancel import Cancel
+from lazyfs.threads import Threads
 
 FILE = File(2, 1, "f", "f", 100, "e", 0)
 LIMIT = 1000
@@ -61,7 +62,7 @@ def failing(error: SourceError) -> Callable[[], memoryview]:
 def get(source: Source, patience_s: Callable[[], float] = lambda: 60.0) -> Answer:
     async def run() -> Answer:
         memory = BlockMemory(LIMIT, 10, BlockMap(10), lambda: 1)
-        threads = trio.CapacityLimiter(10)
+        threads = Threads(10)
         recorder = Recorder()
         getter = BlockGetter(source, memory, MountOptions(), threads, lambda: None, recorder)  # type: ignore[arg-type]
         with trio.fail_after(20):
@@ -138,7 +139,7 @@ def test_a_request_that_later_ones_overtake_is_asked_a_second_time(
 
     async def run() -> Recorder:
         memory = BlockMemory(LIMIT, 10, BlockMap(10), lambda: 1)
-        threads, recorder = trio.CapacityLimiter(20), Recorder()
+        threads, recorder = Threads(10), Recorder()
         getter = BlockGetter(source, memory, MountOptions(), threads, lambda: None, recorder)  # type: ignore[arg-type]
 
         async def one(length: int = 4) -> None:

@@ -13,7 +13,8 @@ from lazyfs.blocks import Span
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.cache import BlockCache, Claim
 from lazyfs.errors import AccessDeniedError, SourceError
-from lazyfs.fetch.scheduler import URGENT_EXTRA, BlockFetcher
+from lazyfs.fetch.fetcher import BlockFetcher
+from lazyfs.fetch.scheduler import URGENT_EXTRA
 from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions

@@ -1,0 +1,409 @@
+"""What the other rooms ask of the blocks of a mount.
+
+A reader's bytes come from memory at once, or from a job that may already run. `scheduler.py`
+decides which job starts next, `jobs.py` runs jobs, and `tiers.py` gets the bytes. Each block is
+fetched once, however many readers wait for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+import trio
+
+from lazyfs.blocks import BlockId, Span, block_length
+from lazyfs.blocks.file_blocks import AWAY, PAGES, Place
+from lazyfs.blocks.memory import BlockMemory, Held
+from lazyfs.cache import BlockCache
+from lazyfs.cache.block_writer import BlockWriter
+from lazyfs.cache.other_daemons import OtherDaemons
+from lazyfs.faults import keep_running, report_fault
+from lazyfs.fetch.disk_tier import DiskTier
+from lazyfs.fetch.disk_window import DiskWindow
+from lazyfs.fetch.fleet import Fleet
+from lazyfs.fetch.jobs import Jobs
+from lazyfs.fetch.request import BlockGetter
+from lazyfs.fetch.scheduler import Scheduler
+from lazyfs.fetch.shard_headers import ShardHeaders, heads_limit
+from lazyfs.fetch.tiers import OriginTier, Tiers
+from lazyfs.model.safetensors import LENGTH_BYTES, has_head, header_size
+from lazyfs.namespace.tree import Tree
+from lazyfs.objects import File
+from lazyfs.observe.recorder import Recorder, Tier
+from lazyfs.options.mount_options import MountOptions
+from lazyfs.pagecache.page_cache import PageCache
+from lazyfs.pagecache.page_map import PageMap
+from lazyfs.pagecache.pusher import BlockPusher
+from lazyfs.prefetch.prefetcher import Prefetcher
+from lazyfs.store.protocol import Store
+from lazyfs.threads import Threads
+
+# How often idle connections are closed.
+IDLE_S = 30.0
+
+
+class BlockFetcher:
+    """All blocks of one mount. Here its parts are made, so that each gets only what it needs.
+
+    Args:
+        source: the object store.
+        cache: the disk, or None.
+        page_cache: the page cache, filled ahead of readers.
+        prefetcher: decides which block is next.
+        options: limits.
+        recorder: is told of events.
+    """
+
+    def __init__(
+        self,
+        source: Store,
+        cache: BlockCache | None,
+        page_cache: PageCache,
+        prefetcher: Prefetcher,
+        options: MountOptions,
+        recorder: Recorder,
+    ) -> None:
+        self._source = source
+        self._recorder = recorder
+        self._prefetcher = prefetcher
+        self._map = prefetcher.blocks
+        self._block_size = options.block_size
+        self._files: dict[int, File] = {}
+        # The first block of the page cache that a reader missed since `missed` returned.
+        self._missed: BlockId | None = None
+        self._miss = trio.Event()
+        # Since the last `pump`: more may be wanted now, or pushed into the page cache.
+        self._reader_moved = False
+        self._nursery: trio.Nursery | None = None
+        self._threads = Threads(options.max_concurrency)
+        for_heads = heads_limit(options.memory_limit, options.block_size)
+        for_blocks = options.memory_limit - for_heads
+        self._memory = BlockMemory(
+            for_blocks, options.block_size, self._map, lambda: prefetcher.readers
+        )
+        self._map.is_held = lambda block: self._memory.peek(block) is not None
+        self._getter = BlockGetter(
+            source, self._memory, options, self._threads, self.pump, recorder
+        )
+        self._origin = OriginTier(
+            self._getter, options.access_check, options.block_size, options.io_timeout,
+            lambda: self._scheduler.is_saturated,
+        )  # fmt: skip
+        self._heads = ShardHeaders(
+            self._origin, for_heads, page_cache, prefetcher, self._threads, recorder
+        )
+        self._pusher = BlockPusher(
+            page_cache, self._map, prefetcher, self._memory, options.block_size, self._threads,
+            recorder, self.pump,
+        )  # fmt: skip
+        self._disk: DiskTier | None = None
+        self._writer: BlockWriter | None = None
+        window = None
+        if cache is not None:
+            self._writer = BlockWriter(
+                cache, options.memory_limit, self._threads, recorder, self._written,
+                self._memory.peek,
+            )  # fmt: skip
+            others = OtherDaemons(cache, self._threads, self._found)
+            self._disk = DiskTier(cache, self._writer, others, self._origin, self._threads)
+            window = DiskWindow(
+                cache, self._writer, prefetcher, self._memory, self._files, self._threads
+            )
+        tiers = Tiers([self._disk] if self._disk else [], self._origin)
+        self._jobs = Jobs(tiers, self._memory, self._map, self._pusher, recorder, self.pump)
+        self._scheduler = Scheduler(
+            self._files, self._jobs, self._memory, prefetcher, self._pusher, self._getter,
+            self._heads, window, options.block_size, recorder,
+        )  # fmt: skip
+
+    def carry(self, near: PageMap, tree: Tree) -> None:
+        """Continue with what former workers put into the page cache, and note what is put there.
+
+        Args:
+            near: what former workers noted, and where it is noted.
+            tree: as it was restored.
+        """
+        for file, block, place in near.read(tree):
+            self.add_file(file)
+            self._map.moved(block, place)
+            self._origin.shown(file)  # to a former worker, which put it into the page cache
+
+        def note(block: BlockId, before: Place, now: Place) -> None:
+            if now != before and (now in PAGES or before in PAGES):
+                near.write(self._files[block.inode], block.number, now)
+
+        self._map.on_move.append(note)
+
+    def start(self, nursery: trio.Nursery) -> None:
+        """Serve in the tasks of a nursery until it is cancelled.
+
+        Args:
+            nursery: of all that asks for blocks. A nursery of its own could end before them, when
+                all are cancelled, and take no more tasks while they are still at their last steps.
+        """
+        self._nursery = nursery
+        self._pusher.start(nursery)
+        nursery.start_soon(keep_running, "closing idle connections", self._close_idle)
+        if self._disk:
+            self._disk.start(nursery, self._plan)
+        self._scheduler.begin(nursery)
+
+    async def finish_writing(self) -> None:
+        """Write the blocks that wait for the disk, so that the next mount finds them."""
+        if self._disk:
+            await self._disk.finish(self._plan())
+
+    def pump(self) -> None:
+        """Start all jobs that may start now. Called after every change that may allow one."""
+        self._reader_moved = False
+        self._scheduler.pump()
+
+    def pause(self, paused: bool) -> None:
+        """Pause or resume prefetching; demand always continues."""
+        self._scheduler.paused = paused
+        self.pump()
+
+    def tune(self, options: MountOptions) -> None:
+        """Use other limits of requests and bandwidth from now on."""
+        self._getter.tune(options)
+        self.pump()
+
+    # What readers do.
+
+    def add_file(self, file: File) -> None:
+        """Add a file of the mount. Adding it again changes nothing."""
+        if file.inode not in self._files:
+            self._files[file.inode] = file
+            self._map.add_file(file.inode, file.size_bytes)
+
+    def set_known(self, file: File, known: bool) -> None:
+        """The kernel looked a file up, or forgot it."""
+        self.add_file(file)
+        self._map.set_known(file.inode, known)
+        if known and self._nursery:
+            self._heads.set_known(self._nursery, file.inode)
+        self.pump()
+
+    def opened(self, file: File, *, direct: bool) -> None:
+        """A file was opened; `direct`: with O_DIRECT, which bypasses the page cache."""
+        self.add_file(file)
+        if self._disk:
+            self._disk.opened(file)
+        self._map.opened(file.inode, direct=direct)
+
+    def was_read(self, file: File, offset: int, size: int) -> None:
+        """Handle a reader's request for `size` bytes at `offset` of a file."""
+        self.add_file(file)
+        try:
+            self._reader_moved |= self._prefetcher.was_read(file.inode, offset, size)
+        except Exception as error:
+            report_fault("following a reader", error)  # which is answered all the same
+
+    async def read(self, file: File, span: Span, *, reader: bool = True) -> memoryview:
+        """The bytes of a part of a block, fetched if necessary.
+
+        Args:
+            reader: it is for a reader, not for our own planning.
+
+        Raises:
+            SourceError: they cannot be read within `--io-timeout`.
+        """
+        self.add_file(file)
+        began_s = self._recorder.clock()
+        block = BlockId(file.inode, span.number)
+        held = self._memory.get(block)
+        tier = Tier.MEMORY
+        head = self._heads.get(file.inode)
+        if held is None and span.number == 0 and span.stop <= len(head):
+            if reader:
+                self._recorder.read(file, span, tier, began_s)
+            return head[span.start : span.stop]
+        if held is None:
+            held, tier = await self._wait_for(file, span, reader)
+            held.users -= 1
+        elif self._pusher.withdraw(block, held):
+            held.users += 1
+            try:
+                await self._pusher.push_around(block, held, [span])
+            finally:
+                held.users -= 1
+        data = held.data[span.start : span.stop]  # from here on the block may be dropped
+        if reader and held.unread:
+            held.was_read(span)
+            if not held.unread or self._reader_moved:
+                self.pump()  # its room can be used, or more can be put into the page cache
+        if reader:
+            self._recorder.read(file, span, tier, began_s)
+        return data
+
+    async def _wait_for(self, file: File, span: Span, reader: bool) -> tuple[Held, Tier]:
+        """Wait for a block. Returns it, and where it came from; its `users` count the waiter."""
+        block = BlockId(file.inode, span.number)
+        wait = self._recorder.begin_wait(file, span, coming=block in self._jobs) if reader else None
+        # While blocks are on their way, the reader may have asked just before this one came.
+        is_sure = reader and not self.in_flight
+        if is_sure and self._missed is None and self._map.is_missed(block):
+            self._missed = block
+            self._miss.set()
+        job = self._scheduler.demand(block, span)
+        try:
+            self.pump()
+            await job.done.wait()
+        except trio.Cancelled:
+            self._scheduler.leave(job, span)
+            raise
+        finally:
+            if wait is not None:
+                self._recorder.end_wait(wait, job.tier)
+        if job.error is not None:
+            raise job.error
+        assert job.held is not None  # it is left to another daemon only while no reader waits
+        return job.held, job.tier
+
+    # Headers of shards.
+
+    async def header(self, file: File) -> memoryview | None:
+        """The header of a safetensors file; without fetching a block for it if it has many.
+
+        None: it is too long, see `LONGEST_HEADER`.
+
+        Raises:
+            SourceError: it cannot be read.
+            MalformedHeaderError: its length is not valid.
+        """
+        self.add_file(file)
+        if self._has_first(file) or not has_head(file):
+            whole = block_length(file.size_bytes, self._block_size, 0)
+            data = await self.read(file, Span(0, 0, min(LENGTH_BYTES, whole)), reader=False)
+            length = header_size(data, file.size_bytes)
+            if length <= whole:
+                return await self.read(file, Span(0, 0, length), reader=False)
+        return await self._heads.header(file)
+
+    def has_header(self, file: File) -> bool:
+        """Whether the header of a file is on this machine."""
+        return bool(self._heads.get(file.inode)) or self._has_first(file)
+
+    def _has_first(self, file: File) -> bool:
+        first = BlockId(file.inode, 0)
+        is_local = self._map.place(first) == Place.LOCAL
+        return is_local or self._map.is_stored(first) or self._memory.get(first) is not None
+
+    def head(self, file: File) -> memoryview:
+        """As much of the beginning of a file as was fetched for its header and is in memory."""
+        return self._heads.get(file.inode)
+
+    def is_coming(self, file: File) -> bool:
+        """Whether the first block of a file is on its way."""
+        return BlockId(file.inode, 0) in self._jobs
+
+    # What is on the disk and in the page cache.
+
+    async def scan(self, files: Sequence[File]) -> None:
+        """Find which blocks of files are on disk already, so that they are not prefetched."""
+        for file in files:
+            self.add_file(file)
+        if self._disk is None:
+            return
+        for file, numbers in await self._disk.present(files):
+            for number in numbers:
+                block = BlockId(file.inode, number)
+                self._map.stored(block)
+                if self._map.place(block) in AWAY - {Place.COMING} | {Place.USED}:
+                    self._map.moved(block, Place.LOCAL)
+
+    async def cached_bytes(self, file: File) -> int:
+        """How many bytes of a file are on disk."""
+        numbers = await self._disk.numbers(file) if self._disk else []
+        return sum(block_length(file.size_bytes, self._block_size, number) for number in numbers)
+
+    async def missed(self) -> BlockId:
+        """A block that was in the page cache and that a reader missed since the last call.
+
+        Waits for one if there was none.
+        """
+        await self._miss.wait()
+        missed, self._missed = self._missed, None
+        self._miss = trio.Event()
+        assert missed is not None
+        return missed
+
+    def near_after(self, block: BlockId, count: int) -> list[BlockId]:
+        """The next blocks after one, at most `count`, that should be in the page cache."""
+        return list(islice(self._map.near_after(block), count))
+
+    def wish_again(self, blocks: Iterable[BlockId]) -> None:
+        """Blocks have left the page cache: they are on the disk, or only in S3."""
+        for block in blocks:
+            if self._map.place(block) == Place.NEAR:
+                is_stored = self._map.is_stored(block)
+                self._map.moved(block, Place.LOCAL if is_stored else Place.ABSENT)
+        self.pump()
+
+    def _written(self, block: BlockId, stored: bool) -> None:
+        """The disk needs a block no longer; `stored`: it is there."""
+        if stored:
+            self._map.stored(block)
+        self.pump()
+
+    def _found(self, block: BlockId, there: bool) -> None:
+        """Another daemon stored a block that was left to it, or never will."""
+        self._map.moved(block, Place.LOCAL if there else Place.ABSENT)
+        self.pump()
+
+    # Figures.
+
+    @property
+    def block_size(self) -> int:
+        """Bytes of a block."""
+        return self._block_size
+
+    def file(self, inode: int) -> File:
+        """A file that was added."""
+        return self._files[inode]
+
+    @property
+    def in_flight(self) -> int:
+        """How many jobs are running."""
+        return self._jobs.fetching + self._jobs.loading
+
+    @property
+    def requests_limit(self) -> int:
+        """How many requests should be in flight now."""
+        return self._getter.limit
+
+    @property
+    def fleet(self) -> Fleet | None:
+        """The state of the fleet's cache, if there is one."""
+        return self._getter.fleet
+
+    @property
+    def memory_bytes(self) -> int:
+        """Blocks and heads in memory and on their way there."""
+        return self._memory.used_bytes + self._heads.used_bytes
+
+    @property
+    def dropped_bytes(self) -> int:
+        """Bytes that were fetched and dropped before a reader had them."""
+        return self._memory.dropped_bytes
+
+    @property
+    def shed_blocks(self) -> int:
+        """How many blocks were not written because the disk was slow (see `BlockWriter`)."""
+        return self._writer.skipped_blocks if self._writer else 0
+
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong with S3, in words; None if all requests succeeded."""
+        return self._getter.trouble
+
+    def _plan(self) -> list[File]:
+        return [self._files[inode] for inode in self._map.order]
+
+    async def _close_idle(self) -> None:
+        while True:
+            await trio.sleep(IDLE_S)
+            await self._threads.run(self._source.close_idle)
+            if self.fleet:
+                await self._threads.run(self.fleet.cache.close_idle)

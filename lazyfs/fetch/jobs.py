@@ -1,0 +1,162 @@
+"""Running jobs: one block each, from its start until its readers are answered.
+
+A job reserves memory, gets the bytes from a tier in a thread (`tiers.py`), and *holds* the block in
+memory. Then the parts that no reader waits for are pushed into the page cache, and after that the
+readers are answered, so that they find the rest in place. Tiers above the one that had the block
+are given it; no reader waits for that. Afterwards the block stays in memory until its room is
+needed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from lazyfs.blocks import BlockId
+from lazyfs.blocks.block_map import BlockMap
+from lazyfs.blocks.file_blocks import Place
+from lazyfs.blocks.memory import BlockMemory, Held, all_unread
+from lazyfs.errors import FaultError, SourceError
+from lazyfs.faults import contained, report_fault
+from lazyfs.fetch.tiers import Job, Tiers
+from lazyfs.objects import File
+from lazyfs.observe.events import Purpose
+from lazyfs.observe.recorder import Recorder, Tier
+from lazyfs.pagecache.pusher import BlockPusher
+
+log = logging.getLogger(__name__)
+
+
+class Jobs:
+    """The jobs of one mount, at most one for each block.
+
+    Args:
+        tiers: have the blocks.
+        memory: holds them.
+        blocks: is told where they are.
+        pusher: pushes them into the page cache.
+        recorder: is told of each block.
+        on_end: called after a job.
+
+    Attributes:
+        fetching: how many started jobs ask all tiers.
+        loading: how many started jobs load a block from the disk ahead of readers.
+    """
+
+    def __init__(
+        self,
+        tiers: Tiers,
+        memory: BlockMemory,
+        blocks: BlockMap,
+        pusher: BlockPusher,
+        recorder: Recorder,
+        on_end: Callable[[], None],
+    ) -> None:
+        self._tiers = tiers
+        self._memory = memory
+        self._map = blocks
+        self._pusher = pusher
+        self._recorder = recorder
+        self._on_end = on_end
+        self._jobs: dict[BlockId, Job] = {}
+        self.fetching = 0
+        self.loading = 0
+
+    def __contains__(self, block: BlockId) -> bool:
+        return block in self._jobs
+
+    def get(self, block: BlockId) -> Job | None:
+        """The job of a block, if there is one."""
+        return self._jobs.get(block)
+
+    @property
+    def demanded(self) -> int:
+        """How many started jobs have readers that wait for them."""
+        return sum(job.started and bool(job.waiting) for job in self._jobs.values())
+
+    def new(self, file: File, block: BlockId, length: int) -> Job:
+        """A job that may be started later."""
+        job = self._jobs[block] = Job(file, block, length)
+        return job
+
+    def forget(self, job: Job) -> None:
+        """A job is not started, because its readers went away."""
+        del self._jobs[job.block]
+
+    def start(self, nursery: trio.Nursery, job: Job, *, from_disk: bool = False) -> None:
+        """Run a job in a task of a nursery. There must be room in memory.
+
+        Args:
+            from_disk: the block is loaded from the disk ahead of readers.
+        """
+        job.started = True
+        self._tiers.begin(job)
+        self._memory.reserve(job.length)
+        is_here = from_disk or self._map.is_stored(job.block)
+        self._map.moved(job.block, Place.LOADING if is_here else Place.COMING)
+        if from_disk:
+            self.loading += 1
+        else:
+            self.fetching += 1
+        nursery.start_soon(contained, "bringing a block", self._run, job, from_disk)
+
+    async def _run(self, job: Job, from_disk: bool) -> None:
+        """Run one job until its readers are answered, whatever happens."""
+        try:
+            try:
+                await self._obtain(job)
+            finally:
+                if from_disk:
+                    self.loading -= 1
+                else:
+                    self.fetching -= 1
+                del self._jobs[job.block]
+            if job.held and job.waiting and self._pusher.takes(job.block, job.length):
+                await self._pusher.push_around(job.block, job.held, job.waiting)
+        finally:
+            job.done.set()
+        self._on_end()
+
+    async def _obtain(self, job: Job) -> None:
+        """Get the block of a job, and hold it."""
+        began_s = self._recorder.begun(job.block)
+        try:
+            data = await self._tiers.get(job)
+        except SourceError as error:
+            self._fail(job, error)
+            return
+        except Exception as error:
+            report_fault("bringing a block", error)
+            self._fail(job, FaultError(f"{job.file.key}: a fault of lazyfs; its log has more"))
+            return
+        if data is None:
+            self._memory.release(job.length)
+            return
+        purpose = Purpose.DEMAND if job.waiting else Purpose.AHEAD
+        self._recorder.landed(job.file, job.block, job.length, job.tier, purpose, began_s)
+        self._hold(job, data)
+
+    def _hold(self, job: Job, data: memoryview) -> None:
+        """Hold a block in memory, and give it to the tiers above the one that had it."""
+        job.held = Held(
+            job.file,
+            data,
+            users=len(job.waiting),
+            unread=all_unread(job.length),
+            demanded=bool(job.waiting),
+            on_disk=job.tier is Tier.DISK,
+        )
+        self._memory.hold(job.block, job.held)
+        self._map.moved(job.block, Place.LOCAL)
+        reader_waits = any(job.waiting for job in self._jobs.values())
+        self._tiers.put(job, job.held, reader_waits=reader_waits)
+
+    def _fail(self, job: Job, error: SourceError) -> None:
+        self._memory.release(job.length)
+        self._map.failed(job.block)
+        self._recorder.failed(job.file, job.block, error)
+        level = logging.ERROR if job.waiting else logging.WARNING
+        log.log(level, "block %d of %s: %s", job.block.number, job.file.key, error)
+        job.error = error

@@ -1,0 +1,193 @@
+"""Where the bytes of a block come from: the tiers below memory, asked in turn.
+
+A *tier* is a place that may have a block: the disk (`disk_tier.py`), then the origin. All but the
+last are caches with the same few methods (`CacheTier`). The origin has every block or says why not:
+it is S3, or the fleet's cache in front of it. To add a tier, write a class with these methods, and
+name it in `BlockFetcher.__init__`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import trio
+
+from lazyfs.blocks import BlockId, Span
+from lazyfs.blocks.memory import Held
+from lazyfs.cache import Claim
+from lazyfs.errors import SourceError
+from lazyfs.fetch.read_access import ReadAccess
+from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter, Got
+from lazyfs.objects import File
+from lazyfs.observe.recorder import Tier
+
+
+@dataclass(slots=True)
+class Job:
+    """A block to get.
+
+    Attributes:
+        waiting: the spans that readers wait for; empty: a prefetch.
+        lease_until: how long it is left to another daemon that has claimed it.
+        tier: where it came from.
+    """
+
+    file: File
+    block: BlockId
+    length: int
+    waiting: list[Span] = field(default_factory=list)
+    started: bool = False
+    lease_until: float = 0.0
+    done: trio.Event = field(default_factory=trio.Event)
+    held: Held | None = None
+    tier: Tier = Tier.S3
+    error: SourceError | None = None
+
+
+class CacheTier(Protocol):
+    """A tier that may have a block, or may be given it."""
+
+    @property
+    def kind(self) -> Tier:
+        """What it is called in events and metrics."""
+
+    def begin(self, job: Job) -> None:
+        """A job starts. Does not block."""
+
+    async def get(self, job: Job) -> memoryview | Claim:
+        """The bytes of a block.
+
+        Returns:
+            `Claim.OURS` if the block is not here: the next tier is asked.
+            `Claim.THEIRS` if another daemon brings it, and no reader waits for it here.
+
+        Raises:
+            SourceError: the mount may not read the object.
+        """
+
+    def put(self, block: BlockId, held: Held, *, reader_waits: bool) -> None:
+        """Take a block that came from a tier below. Does not block.
+
+        Args:
+            reader_waits: a reader waits for some block.
+        """
+
+    def give_up(self, job: Job) -> None:
+        """Nobody could get a block that was not here. Does not block."""
+
+
+class OriginTier:
+    """The last tier: S3, directly or through the fleet's cache (`request.py`).
+
+    Args:
+        getter: makes the requests.
+        access_check_s: how long S3's permission to read an object counts; 0: it is not asked for.
+        block_size: the mount's, in bytes.
+        io_timeout_s: how long readers wait for S3.
+        saturated: whether as many requests are in flight as S3 answers at once.
+    """
+
+    def __init__(
+        self,
+        getter: BlockGetter,
+        access_check_s: float,
+        block_size: int,
+        io_timeout_s: float,
+        saturated: Callable[[], bool],
+    ) -> None:
+        self._getter = getter
+        self._access = ReadAccess(access_check_s)
+        self._block_size = block_size
+        self._io_timeout_s = io_timeout_s
+        self._saturated = saturated
+
+    async def get(self, job: Job) -> Got:
+        """The bytes of a block. Raises SourceError."""
+        got = await self._getter.get(
+            job.file,
+            job.block.number * self._block_size,
+            job.length,
+            patience_s=self._patience_of(job),
+            saturated=self._saturated,
+        )
+        self._access.shown(job.file)
+        return got
+
+    async def get_part(
+        self, file: File, start: int, length: int, patience_s: Callable[[], float]
+    ) -> Got:
+        """`length` bytes of a file from `start`; fewer than a block. Raises SourceError."""
+        got = await self._getter.get(
+            file, start, length, patience_s=patience_s, saturated=lambda: False, is_block=False
+        )
+        self._access.shown(file)
+        return got
+
+    async def check_access(self, job: Job) -> None:
+        """Return when S3 has shown that the mount may read the object. Raises SourceError."""
+        patience_s = self._patience_of(job)
+        await self._access.check(job.file, lambda: self.get_part(job.file, 0, 1, patience_s))
+
+    async def check_access_ahead(self, files: Iterable[File]) -> None:
+        """Ask S3 about files, none of them empty, before a reader needs them."""
+        await self._access.check_ahead(
+            files, lambda file: self.get_part(file, 0, 1, lambda: PREFETCH_PATIENCE_S)
+        )
+
+    def shown(self, file: File) -> None:
+        """S3 gave bytes of a file to this mount, or to its former worker."""
+        self._access.shown(file)
+
+    def _patience_of(self, job: Job) -> Callable[[], float]:
+        """How long to retry; longer as soon as a reader waits."""
+        return lambda: self._io_timeout_s if job.waiting else PREFETCH_PATIENCE_S
+
+
+class Tiers:
+    """All tiers of one mount.
+
+    Args:
+        caches: asked in this order.
+        origin: asked last.
+    """
+
+    def __init__(self, caches: Sequence[CacheTier], origin: OriginTier) -> None:
+        self._caches = caches
+        self._origin = origin
+
+    def begin(self, job: Job) -> None:
+        """A job starts."""
+        for cache in self._caches:
+            cache.begin(job)
+
+    async def get(self, job: Job) -> memoryview | None:
+        """The bytes of a block; `job.tier` says where they came from.
+
+        None: another daemon brings it, and no reader waits for it here.
+
+        Raises:
+            SourceError: no tier can give it to this mount.
+        """
+        try:
+            for cache in self._caches:
+                found = await cache.get(job)
+                if found is Claim.THEIRS:
+                    return None
+                if isinstance(found, memoryview):
+                    job.tier = cache.kind
+                    return found
+            data, job.tier = await self._origin.get(job)
+        except SourceError:
+            for cache in self._caches:
+                cache.give_up(job)
+            raise
+        return data
+
+    def put(self, job: Job, held: Held, *, reader_waits: bool) -> None:
+        """Give a block to the tiers above the one that it came from."""
+        for cache in self._caches:
+            if cache.kind is job.tier:
+                return
+            cache.put(job.block, held, reader_waits=reader_waits)
