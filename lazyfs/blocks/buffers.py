@@ -6,6 +6,9 @@ was dropped before.
 
 Reused memory costs no page faults and no zeroing by the kernel, and it is in huge pages if the
 kernel has them. At most `MOST_IDLE_BYTES` of unused buffers are kept for each size.
+
+Where other processes move the bytes (`movers/`), buffers for blocks are taken from an arena, which
+they map too (`share`).
 """
 
 from __future__ import annotations
@@ -17,10 +20,34 @@ import mmap
 from collections import deque
 from typing import ClassVar
 
+from lazyfs.blocks.arena import Arena, Slot
+
 # Direct I/O needs memory aligned to the device's blocks; no device has larger ones.
 ALIGNMENT = 4096
 HUGE_PAGE = 2 << 20
 MOST_IDLE_BYTES = 64 << 20
+# Smaller buffers are not worth another process.
+LEAST_SHARED = 1 << 20
+
+_arena: Arena | None = None
+
+
+def share(arena: Arena | None) -> None:
+    """Take buffers of `LEAST_SHARED` bytes or more from an arena from now on."""
+    global _arena
+    _arena = arena
+    _lease_type.cache_clear()  # idle memory is elsewhere
+
+
+def shared_offset(buffer: memoryview) -> int | None:
+    """Where in the arena's file a view begins; None if it is not in it, or cannot be written to."""
+    lease = buffer.obj
+    if not isinstance(lease, _Lease) or buffer.readonly or not buffer:
+        return None
+    if not isinstance(lease.memory, Slot) or lease.memory.arena is not _arena:
+        return None
+    first = ctypes.addressof(ctypes.c_ubyte.from_buffer(buffer))
+    return lease.memory.offset + first - ctypes.addressof(lease)
 
 
 def align(size: int) -> int:
@@ -59,6 +86,7 @@ class _Lease(ctypes.Array[ctypes.c_ubyte]):
     _type_ = ctypes.c_ubyte
     _length_ = 0
     idle: ClassVar[deque[mmap.mmap]]
+    most_idle: ClassVar[int]
     memory: mmap.mmap
 
     @classmethod
@@ -66,21 +94,32 @@ class _Lease(ctypes.Array[ctypes.c_ubyte]):
         try:
             memory = cls.idle.pop()
         except IndexError:
-            memory = mmap.mmap(-1, cls._length_, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            with contextlib.suppress(OSError):  # a kernel without huge pages
-                memory.madvise(mmap.MADV_HUGEPAGE)
+            memory = _new_memory(cls._length_)
         lease = cls.from_buffer(memory)
         lease.memory = memory
         return memoryview(lease).cast("B")
 
     def __del__(self) -> None:
-        self.idle.append(self.memory)  # the oldest is freed when there are many
+        if len(self.idle) < self.most_idle:
+            self.idle.append(self.memory)
+        elif isinstance(self.memory, Slot):
+            self.memory.arena.give_back(self.memory)
+
+
+def _new_memory(size: int) -> mmap.mmap:
+    if _arena is not None and size >= LEAST_SHARED:
+        return _arena.take(size)
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 @functools.cache
 def _lease_type(room: int) -> type[_Lease]:
     class Lease(_Lease):
         _length_ = room
-        idle: ClassVar[deque[mmap.mmap]] = deque(maxlen=max(1, MOST_IDLE_BYTES // room))
+        idle: ClassVar[deque[mmap.mmap]] = deque()
+        most_idle = max(1, MOST_IDLE_BYTES // room)
 
     return Lease

@@ -25,6 +25,7 @@ from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.index import IndexFailedError
 from lazyfs.cache.space import Limits
 from lazyfs.errors import CacheError
+from lazyfs.movers.pool import Movers
 from lazyfs.objects import File
 from lazyfs.options.mount_options import MountOptions
 
@@ -95,6 +96,11 @@ class BlockCache:
         limits = Limits(**description["limits"])
         of_mount = {key: description[key] for key in ("endpoint", "bucket", "block_size")}
         return cls(directories, limits, **of_mount)
+
+    def use(self, movers: Movers) -> None:
+        """Have movers read and write blocks from now on."""
+        for directory in self.directories:
+            directory.movers = movers
 
     def open(self) -> None:
         """Open all directories. Otherwise they are opened at first use.

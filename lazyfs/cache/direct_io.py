@@ -17,21 +17,24 @@ from pathlib import Path
 from lazyfs.blocks.buffers import ALIGNMENT, align, is_aligned, take_buffer
 
 
-def read_file(path: Path, length: int, tail_length: int) -> tuple[memoryview, memoryview] | None:
-    """A file of `write_file`: its data and tail, or None if it is not exactly that long.
+def read_file(path: Path, data: memoryview, tail_length: int) -> memoryview | None:
+    """Read a file of `write_file`. Returns its tail, or None if it is not exactly that long.
+
+    Args:
+        data: for the data, with the zeros that align it.
 
     Raises:
         OSError: the file cannot be opened or read.
     """
-    size = align(length) + tail_length
+    size = len(data) + tail_length
     descriptor = _open(path, os.O_RDONLY)
     try:
         if os.fstat(descriptor).st_size != size:
             return None
         # Not with RWF_NOWAIT first: on a miss that reads ahead for nothing.
-        data, tail = take_buffer(align(length)), take_buffer(align(tail_length))
+        tail = take_buffer(align(tail_length))
         done = os.preadv(descriptor, [data, tail], 0)
-        return (data[:length], tail[:tail_length]) if done >= size else None
+        return tail[:tail_length] if done >= size else None
     finally:
         os.close(descriptor)
 

@@ -38,9 +38,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from lazyfs.blocks.buffers import ALIGNMENT
-from lazyfs.cache.blockfile import Content, DamagedBlockError, check, make_tail, parse_tail
+from lazyfs.cache.block_io import read_block, write_block
+from lazyfs.cache.blockfile import Content, DamagedBlockError, parse_tail
 from lazyfs.cache.claims import Claims
-from lazyfs.cache.direct_io import read_file, write_file
 from lazyfs.cache.index import (
     FOLDERS,
     INDEX_NAME,
@@ -53,6 +53,7 @@ from lazyfs.cache.index import (
     remove_index,
 )
 from lazyfs.cache.space import Limits
+from lazyfs.movers.pool import Movers
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -110,7 +111,12 @@ class CacheDirectory:
     Args:
         path: created if it is missing.
         limits: its size limits.
+
+    Attributes:
+        movers: read and write files of blocks, where there are any.
     """
+
+    movers: Movers | None = None
 
     def __init__(self, path: Path, limits: Limits) -> None:
         self.path = path
@@ -357,12 +363,7 @@ class CacheDirectory:
         if filename is None:
             return None
         try:
-            found = read_file(
-                self._path(filename), content.length(number), content.tail_length
-            )  # fmt: skip
-            if found is None:
-                raise DamagedBlockError("has a wrong length")
-            check(content, number, *found)
+            return read_block(self._path(filename), content, number, self.movers)
         except FileNotFoundError:
             index.discard(key, filename)  # evicted meanwhile, or deleted
             return None
@@ -373,7 +374,6 @@ class CacheDirectory:
             index.discard(key, filename)
             self._remove([filename])
             return None
-        return found[0]
 
     def _write(self, index: BlockIndex, blocks: Sequence[Block], kept: list[bool]) -> int:
         """Write blocks that are not here yet; returns how many were declined.
@@ -392,7 +392,7 @@ class CacheDirectory:
         try:
             for at in (at for at, state in enumerate(entered) if state is Entered.NEW):
                 content, number, data = blocks[at]
-                write_file(self._path(entries[at].filename), data, make_tail(content, number, data))
+                write_block(self._path(entries[at].filename), content, number, data, self.movers)
                 written.append(at)
         except OSError:
             self._enter(index, entries, entered, written, kept)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+from lazyfs.blocks.buffers import take_buffer
 from lazyfs.cache import check_directory, default_directory
 from lazyfs.cache.direct_io import read_file, write_file
 from lazyfs.errors import LazyfsError
@@ -215,7 +216,7 @@ def _disk_rates(directory: Path) -> tuple[float, float]:
         began = time.perf_counter()
         write_file(path, memoryview(os.urandom(MIB) * (TEST_BYTES // MIB)), b"doctor")
         written = time.perf_counter()
-        read_file(path, TEST_BYTES, len(b"doctor"))
+        read_file(path, take_buffer(TEST_BYTES), len(b"doctor"))
         ended = time.perf_counter()
     finally:
         path.unlink(missing_ok=True)

@@ -286,6 +286,14 @@ class MountOptions:
         "Maximum number of ranged GETs in flight. The actual number adapts to the throughput.",
         "64",
     )
+    movers: int | str = _option(
+        Count(0, 64, words=("auto",)),
+        "Reading",
+        "Number of processes that move bytes during a load: receiving, decrypting, checksums, disk "
+        "and page cache. auto: none on less than 4 processors, else one for two processors, at "
+        "most 8. They start with a load and end 30 seconds after it.",
+        "auto",
+    )
     bandwidth_limit: int | str = _option(
         Size(64 * KIB, 1 << 40, words=("off",)),
         "Reading",

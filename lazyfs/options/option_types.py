@@ -162,18 +162,22 @@ class Duration(OptionType):
 
 @dataclass(frozen=True)
 class Count(OptionType):
-    """A whole number."""
+    """A whole number. `words` are allowed values that are no numbers, such as `auto`."""
 
     metavar = "N"
 
     minimum: int
     maximum: int
+    words: tuple[str, ...] = ()
 
     @property
     def allowed(self) -> str:
-        return f"a whole number from {self.minimum} to {self.maximum}"
+        words = "".join(f"{word}, or " for word in self.words)
+        return f"{words}a whole number from {self.minimum} to {self.maximum}"
 
-    def parse(self, text: str) -> int:
+    def parse(self, text: str) -> int | str:
+        if text.lower() in self.words:
+            return text.lower()
         number = int(text)
         if not self.minimum <= number <= self.maximum:
             raise ValueError(text)

@@ -17,7 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from lazyfs.movers.context import lent
+from lazyfs.movers.pool import MoverFaultError, MoverLostError, Movers
+
 log = logging.getLogger(__name__)
+
+# What movers know the device by.
+DEVICE = "fuse"
 
 # Larger stores are not faster, smaller ones are slower: 128 KiB pieces take three times as long.
 PIECE = 1 << 20
@@ -56,10 +62,12 @@ class PageCache:
     Attributes:
         device: a descriptor of `/dev/fuse` that is never closed; None until libfuse has started.
             Until then nothing is pushed.
+        movers: store blocks, where there are any; they are lent the device (`DEVICE`).
     """
 
     def __init__(self, setting: int | str) -> None:
         self.device: int | None = None
+        self.movers: Movers | None = None
         self._setting = setting
         self._budget = 0
         self._read_at_s = -BUDGET_AGE_S
@@ -109,18 +117,34 @@ class PageCache:
         Returns:
             False if the kernel does not know the inode, or the mount has ended.
         """
-        for start in range(0, len(data), PIECE):
-            if not self._push_piece(inode, offset + start, data[start : start + PIECE]):
-                return False
-        return True
+        if self.movers is None or len(data) <= PIECE:
+            return self._push(inode, offset, data, self._store)
+        return self._push(inode, offset, data, self._store_elsewhere)
 
-    def _push_piece(self, inode: int, offset: int, piece: memoryview) -> bool:
+    def _store(self, inode: int, offset: int, data: memoryview) -> None:
+        assert self.device is not None
+        for start in range(0, len(data), PIECE):
+            if self._stopped:
+                raise InterruptedError(errno.EINTR, "the mount ends")
+            store(self.device, inode, offset + start, data[start : start + PIECE])
+
+    def _store_elsewhere(self, inode: int, offset: int, data: memoryview) -> None:
+        assert self.movers is not None
+        try:
+            self.movers.call(store_pieces, inode, offset, buffer=data)
+        except (MoverLostError, MoverFaultError):
+            self._store(inode, offset, data)
+
+    def _push(
+        self, inode: int, offset: int, data: memoryview,
+        store: Callable[[int, int, memoryview], None],
+    ) -> bool:  # fmt: skip
         with self._lock:
             if self._stopped or self.device is None:
                 return False
             self._pushing += 1
         try:
-            os.writev(self.device, [_store_header(inode, offset, len(piece)), piece])
+            store(inode, offset, data)
         except OSError as error:
             if error.errno == errno.ENOSYS:
                 self.supported = False
@@ -133,8 +157,20 @@ class PageCache:
         finally:
             with self._lock:
                 self._pushing -= 1
-        self.pushed_bytes += len(piece)
+        self.pushed_bytes += len(data)
         return True
+
+
+def store(device: int, inode: int, offset: int, piece: memoryview) -> None:
+    """Have the kernel store a part of a file. Raises OSError."""
+    os.writev(device, [_store_header(inode, offset, len(piece)), piece])
+
+
+def store_pieces(inode: int, offset: int, data: memoryview) -> None:
+    """Have the kernel store a part of a file, in a mover. Raises OSError."""
+    device = lent(DEVICE)
+    for start in range(0, len(data), PIECE):
+        store(device, inode, offset + start, data[start : start + PIECE])
 
 
 def _store_header(inode: int, offset: int, size: int) -> bytes:

@@ -40,6 +40,7 @@ from lazyfs.handover.keeper import KeeperClient
 from lazyfs.handover.pending_requests import InHand
 from lazyfs.handover.runtime_changes import RuntimeChanges
 from lazyfs.log import now_about
+from lazyfs.movers.pool import MOST_IDLE_S, Movers, default_count
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.listing_log import ListingLog
 from lazyfs.objects import File
@@ -48,7 +49,7 @@ from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import PLANNED, MountOptions
 from lazyfs.options.option_types import compile_pattern, format_size
 from lazyfs.pagecache.dropped_pages import DroppedPages
-from lazyfs.pagecache.page_cache import PageCache, set_read_ahead
+from lazyfs.pagecache.page_cache import DEVICE, PageCache, set_read_ahead
 from lazyfs.pagecache.page_map import PageMap
 from lazyfs.pagecache.walker import Walker
 from lazyfs.prefetch.planner import Planner
@@ -148,6 +149,12 @@ async def _serve(
         await catalog.open()
     prefetcher = _prefetcher(options)
     page_cache = PageCache(options.page_cache)
+    movers = Movers(default_count() if options.movers == "auto" else int(options.movers))
+    if movers.count:
+        source.use(movers)
+        page_cache.movers = movers
+        if cache:
+            cache.use(movers)
     fetcher = BlockFetcher(source, cache, page_cache, prefetcher, options, recorder)
     fetcher.pause(carried.paused)
     near = PageMap(former.near if former else new_near(), options.block_size)
@@ -187,6 +194,7 @@ async def _serve(
 
     def begin() -> None:
         page_cache.device = os.dup(session.descriptor)
+        movers.lend(DEVICE, page_cache.device)
         fetcher.pump()
 
     filesystem = Filesystem(
@@ -204,6 +212,8 @@ async def _serve(
             nursery.start_soon(_end_on_signal, nursery.cancel_scope, page_cache, fetcher)
             nursery.start_soon(_end_with_session, session, nursery.cancel_scope)
             fetcher.start(nursery)
+            if movers.count:
+                nursery.start_soon(keep_running, "ending idle movers", _end_idle, movers)
             routes: dict[tuple[str, str], Route] = {}
             if page_cache.supported and options.prefetch != "off":
                 missing = DroppedPages(mount.mountpoint, catalog.tree.path, fetcher)
@@ -243,6 +253,7 @@ async def _serve(
                 await fetcher.finish_writing()
             nursery.cancel_scope.cancel()
     finally:
+        movers.close()
         session.close()
         _log_summary(mount, filesystem, fetcher, page_cache, recorder)
 
@@ -319,6 +330,12 @@ async def _end_with_session(session: Session, scope: trio.CancelScope) -> None:
         await trio.sleep(SESSION_CHECK_S)
     await trio.sleep(LAST_REPLIES_S)
     scope.cancel()
+
+
+async def _end_idle(movers: Movers) -> None:
+    while True:
+        await trio.sleep(MOST_IDLE_S / 2)
+        movers.close_idle()
 
 
 def _prefetcher(options: MountOptions) -> Prefetcher:

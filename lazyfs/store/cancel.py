@@ -33,6 +33,14 @@ class Cancel:
                     # Of TLS, too, only the connection: its state is the other thread's.
                     socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
+    def use(self, connection: socket.socket | None) -> None:
+        """Another process waits for this connection from now on; None: for no one any more."""
+        with self._lock:
+            self._socket = connection
+            if self.called and connection is not None:
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
     def received_bytes(self) -> int | None:
         """What came over the connection of the request since it was made; grows as bytes come.
 

@@ -18,10 +18,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from lazyfs.blocks.buffers import take_buffer
 from lazyfs.errors import OptionError
 from lazyfs.store.cancel import Cancel
 
@@ -59,8 +58,25 @@ class Proxy:
     headers: Mapping[str, str] = field(repr=False)
 
 
-class Body:
-    """The body of an answer, while it comes. For one thread at a time.
+class Body(Protocol):
+    """The body of an answer. For one thread at a time."""
+
+    def read_into(self, into: memoryview) -> None:
+        """Fill a buffer. Raises OSError if less comes."""
+
+    def read_all(self, most: int) -> bytes:
+        """All that is left, but no more than `most` bytes. Raises OSError."""
+
+    def skip(self, count: int) -> None:
+        """Throw bytes away. Raises OSError if less comes."""
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether all was taken; a body in chunks does not say its length before."""
+
+
+class _ComingBody:
+    """A body while it comes.
 
     Args:
         answer: whose head was read.
@@ -69,14 +85,7 @@ class Body:
     def __init__(self, answer: http.client.HTTPResponse) -> None:
         self._answer = answer
 
-    def read(self, length: int) -> memoryview:
-        """So many bytes, in a buffer of `take_buffer`. Raises as `read_into` does."""
-        into = take_buffer(length)
-        self.read_into(into)
-        return into
-
     def read_into(self, into: memoryview) -> None:
-        """Fill a buffer. Raises OSError if less comes."""
         done = 0
         while done < len(into):
             try:
@@ -88,14 +97,12 @@ class Body:
             done += count
 
     def read_all(self, most: int) -> bytes:
-        """All that is left, but no more than `most` bytes. Raises OSError."""
         try:
             return self._answer.read(most)
         except http.client.HTTPException as error:
             raise CutOffError(_told(error)) from error
 
     def skip(self, count: int) -> None:
-        """Throw bytes away. Raises OSError if less comes."""
         into = memoryview(bytearray(min(count, PIECE)))
         while count:
             taken = into[: min(count, PIECE)]
@@ -104,7 +111,6 @@ class Body:
 
     @property
     def is_at_end(self) -> bool:
-        """Whether all was taken; a body in chunks does not say its length before."""
         return not self.read_all(1)
 
 
@@ -205,7 +211,7 @@ class Transport:
                 told: dict[str, str] = {}
                 for name, value in response.getheaders():
                     told.setdefault(name.lower(), value)
-                body = Body(response)
+                body = _ComingBody(response)
                 handled = handle(Answer(response.status, told, response.length, body))
                 is_over = body.is_at_end
         except TimeoutError:

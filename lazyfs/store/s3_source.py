@@ -15,10 +15,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
+from lazyfs.blocks.buffers import take_buffer
 from lazyfs.errors import (
     BadRequestError,
     NotSupportedError,
@@ -27,6 +28,7 @@ from lazyfs.errors import (
     ThrottledError,
     WrongRegionError,
 )
+from lazyfs.movers.pool import Movers
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store import entity_tag, ranges
 from lazyfs.store.cancel import Cancel
@@ -122,7 +124,12 @@ class Source:
             self._fetch_credentials, resolved.credentials, had=goes_on
         )
         self._sends_if_match = True
+        self._movers: Movers | None = None
         self._set_place(resolved.place)
+
+    def use(self, movers: Movers) -> None:
+        """Have movers receive ranges from now on."""
+        self._movers = self._client.movers = movers
 
     @property
     def region(self) -> str:
@@ -235,19 +242,21 @@ class Source:
             SourceError: any other failure.
         """
         what = self.url.name(pin.key)
-        path, headers, handle = self._range(pin, start, length)
+        into = take_buffer(length)
+        path, headers, handle = self._range(pin, start, into)
         matched = self._matches(pin)
         cancel = cancel or Cancel()
+        plain = Request("GET", path, "", headers, into)
         if not matched:
-            return self._client.ask(Request("GET", path, "", headers), handle, what, cancel)
-        request = Request("GET", path, "", {**headers, "If-Match": pin.etag})
+            return self._client.ask(plain, handle, what, cancel)
+        request = replace(plain, headers={**headers, "If-Match": pin.etag})
         try:
             return self._client.ask(request, handle, what, cancel)
         except (ObjectChangedError, BadRequestError) as error:
             if not isinstance(error.__cause__, RefusedError):
                 raise
             # Was it refused for the object, or for the condition, which not every service knows?
-            answer = self._client.ask(Request("GET", path, "", headers), handle, what, cancel)
+            answer = self._client.ask(plain, handle, what, cancel)
             self._sends_if_match = False
             log.warning(
                 "%s: the service takes no If-Match (%s); its answers are compared", what, error
@@ -268,7 +277,7 @@ class Source:
         """
         if not self._matches(pin):
             return None
-        path, headers, handle = self._range(pin, start, length)
+        path, headers, handle = self._range(pin, start, take_buffer(length))
         request = Request("GET", path, "", {**headers, "If-Match": pin.etag})
         return self._client.ask_cache(cache, request, handle, cancel)
 
@@ -277,9 +286,10 @@ class Source:
         return self._sends_if_match and entity_tag.is_strong(pin.etag)
 
     def _range(
-        self, pin: Pinned, start: int, length: int
+        self, pin: Pinned, start: int, into: memoryview
     ) -> tuple[str, dict[str, str], Callable[[Answer, bool], memoryview]]:
-        """Path and headers of the request for a range, and what takes the answer."""
+        """Path and headers of the request for a range, and what takes the answer into a buffer."""
+        length = len(into)
 
         def handle(answer: Answer, elsewhere: bool) -> memoryview:
             if answer.status not in (200, 206):
@@ -291,10 +301,10 @@ class Source:
             if answer.status == 200:
                 self._client.note("answers a range with 200 in the place of 206")
             answer.body.skip(before)
-            data = answer.body.read(length)
+            answer.body.read_into(into)
             if answer.status == 206 and not answer.body.is_at_end:
                 raise ranges.OtherRangeError("got more bytes than were asked for")
-            return data
+            return into
 
         headers = {"Range": f"bytes={start}-{start + length - 1}", "Accept-Encoding": _AS_STORED}
         return self._client.place.path + quote(pin.key, safe="/~"), headers, handle
@@ -380,6 +390,7 @@ class Source:
             credentials,
             requester_pays=self._options.requester_pays,
             refuse_local=self._options.refuse_local,
+            movers=self._movers,
         )
         self._lister = Lister(self.url, self._client)
 

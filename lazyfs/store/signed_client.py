@@ -5,6 +5,7 @@ What comes back is a value, or a `SourceError` whose message names what was aske
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import ssl
@@ -23,7 +24,8 @@ from lazyfs.errors import (
     UnavailableError,
     UntrustedError,
 )
-from lazyfs.store import ranges
+from lazyfs.movers.pool import MoverFaultError, MoverLostError, Movers
+from lazyfs.store import moved, ranges
 from lazyfs.store.cancel import Cancel
 from lazyfs.store.fleet_cache import FleetCache
 from lazyfs.store.http import (
@@ -37,6 +39,7 @@ from lazyfs.store.http import (
     tls_context,
 )
 from lazyfs.store.live_credentials import LiveCredentials
+from lazyfs.store.moved import NotMovedError
 from lazyfs.store.refusals import MOST_TEXT, Refusal, printable
 from lazyfs.store.resolved_source import Place
 from lazyfs.store.signing import Signer, SigningCredentials
@@ -77,12 +80,14 @@ class Request:
     Attributes:
         path: encoded.
         headers: that are not signed.
+        into: for the body, if it has exactly this length: then a mover may receive it.
     """
 
     method: str
     path: str
     query: str
     headers: Mapping[str, str]
+    into: memoryview | None = None
 
     @property
     def target(self) -> str:
@@ -99,6 +104,9 @@ class Client:
         requester_pays: requests say that whoever makes them pays.
         refuse_local: somebody else than the administrator chose the server: addresses of this
             machine are not asked, and errors do not say what is there.
+
+    Attributes:
+        movers: receive bodies, where there are any.
     """
 
     def __init__(
@@ -109,7 +117,9 @@ class Client:
         *,
         requester_pays: bool = False,
         refuse_local: bool = False,
+        movers: Movers | None = None,
     ) -> None:
+        self.movers = movers
         self._what = what
         self.place = place
         self._credentials = credentials
@@ -239,14 +249,20 @@ class Client:
                     headers |= signer.headers(
                         request.method, request.path, request.query, signed, credentials
                     )
+            handle_here = lambda answer, elsewhere=elsewhere: _unless_redirected(  # noqa: E731
+                answer, lambda answer: handle(answer, elsewhere)
+            )
             try:
+                if self.movers and request.into is not None and self._is_moved(server):
+                    with contextlib.suppress(NotMovedError, MoverLostError, MoverFaultError):
+                        return moved.exchange(
+                            self.movers, server, self.place.authorities, self._refuse_local,
+                            request.method, request.target, headers, handle_here, cancel,
+                            request.into,
+                        )  # fmt: skip
                 return transport.exchange(
-                    request.method, request.target, headers,
-                    lambda answer, elsewhere=elsewhere: _unless_redirected(  # type: ignore[misc]
-                        answer, lambda answer: handle(answer, elsewhere)
-                    ),
-                    cancel,
-                )  # fmt: skip
+                    request.method, request.target, headers, handle_here, cancel
+                )
             except _RedirectedError as error:
                 refusal = error.refusal
                 server, request, elsewhere = self._redirected(
@@ -254,6 +270,10 @@ class Client:
                 )
         assert refusal is not None
         raise BadRedirectError(f"redirected more than {MOST_REDIRECTS} times")
+
+    def _is_moved(self, server: str) -> bool:
+        """Whether a mover may ask that server: the endpoint, without a proxy."""
+        return server == self.place.server and not self.place.proxy
 
     def _redirected(
         self, server: str, request: Request, location: str, elsewhere: bool

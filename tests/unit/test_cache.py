@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lazyfs.cache import BlockCache, Claim
-from lazyfs.cache import directory as directory_module
+from lazyfs.cache import BlockCache, Claim, block_io
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.space import Limits
 from lazyfs.errors import CacheError
@@ -324,7 +323,7 @@ def test_a_writer_that_was_killed_leaves_nothing(
     cache, one = open_cache(), file()
     cache.care([])
     with monkeypatch.context() as patch:
-        patch.setattr(directory_module, "write_file", half)
+        patch.setattr(block_io, "write_file", half)
         for number in range(2):
             with pytest.raises(KilledError):
                 cache.put(one, number, body(one, number))

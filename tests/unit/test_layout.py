@@ -17,8 +17,8 @@ PACKAGE = "lazyfs"
 # The bottom: errors, logging, objects, memory files and helper processes, which any room may use.
 FOUNDATION = "."
 ROOMS = (
-    FOUNDATION, "options", "model", "blocks", "observe", "store", "namespace", "pagecache",
-    "cache", "prefetch", "fetch", "handover", "fuse", "control", "process", "cli",
+    FOUNDATION, "options", "model", "blocks", "movers", "observe", "store", "namespace",
+    "pagecache", "cache", "prefetch", "fetch", "handover", "fuse", "control", "process", "cli",
 )  # fmt: skip
 # Pure rooms and modules: plain values in, plain values out.
 PURE = (

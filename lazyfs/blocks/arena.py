@@ -1,0 +1,65 @@
+"""Memory for buffers that other processes map as well: one unnamed file, in slots.
+
+Slots are private memory until another process is given the file. A slot that is given back keeps
+its place in the file, and loses its memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import threading
+from collections import defaultdict, deque
+
+
+class Slot(mmap.mmap):
+    """A part of the file, mapped.
+
+    Attributes:
+        arena: whose file it is.
+        offset: where in the file it begins, in bytes.
+    """
+
+    arena: Arena
+    offset: int
+
+
+class Arena:
+    """A file of memory that grows as slots are taken, and never shrinks.
+
+    Raises:
+        OSError: the kernel gives none.
+    """
+
+    def __init__(self) -> None:
+        self.descriptor = os.memfd_create("lazyfs-blocks", os.MFD_CLOEXEC)
+        self._size = 0
+        self._growing = threading.Lock()
+        # By size. Changed without a lock: slots are given back by whoever lets go of the last view.
+        self._free: defaultdict[int, deque[int]] = defaultdict(deque)
+
+    def take(self, size: int) -> Slot:
+        """A slot of `size` bytes, a multiple of the size of a page.
+
+        Raises:
+            OSError: out of memory, or out of address space.
+        """
+        try:
+            offset = self._free[size].popleft()
+        except IndexError:
+            with self._growing:
+                offset = self._size
+                os.ftruncate(self.descriptor, offset + size)
+                self._size += size
+        slot = Slot(self.descriptor, size, mmap.MAP_SHARED, offset=offset)
+        slot.arena, slot.offset = self, offset
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            slot.madvise(mmap.MADV_HUGEPAGE)
+        return slot
+
+    def give_back(self, slot: Slot) -> None:
+        """Free the memory of a slot; nobody uses it any more."""
+        with contextlib.suppress(OSError):
+            slot.madvise(mmap.MADV_REMOVE)
+        self._free[len(slot)].append(slot.offset)

@@ -1,0 +1,1 @@
+"""Processes that move bytes, beside the worker that answers the kernel."""

@@ -1,0 +1,336 @@
+"""Calls functions in other processes, on buffers that both sides map.
+
+A worker answers the kernel, and one interpreter moves 1.5 to 6 GB/s at most, on any number of
+processors. So a worker on a large machine leaves receiving, decryption, checksums, and calls that
+store pages or write blocks to *movers*: processes with an interpreter of their own each. They are
+told where in the arena (`blocks/arena.py`) the bytes are or belong; bytes never cross a socket.
+
+A *line* is a socket between a thread here and a thread there, which runs one call at a time. So a
+call looks like any other that blocks, and a call that is stuck holds up no other. What movers do is
+no secret of theirs: each function can be called here as well, and is, where there are no movers.
+
+Movers start with the first call and end when none was made for a while. One that dies costs the
+calls that it was making (`MoverLostError`); the next call starts another one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from lazyfs.blocks import buffers
+from lazyfs.blocks.arena import Arena
+
+log = logging.getLogger(__name__)
+
+# Movers end when nothing was moved for so long.
+MOST_IDLE_S = 30.0
+# After one died, the pause before another is started: it grows while they keep dying.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+# The longest message: a function's name and arguments, or its result.
+MOST_BYTES = 192 << 10
+# Two movers pay only where a third processor answers the kernel and a fourth is the reader's.
+LEAST_PROCESSORS = 4
+# One moves 1 to 3 GB/s.
+MOST_MOVERS = 8
+
+
+# What a call raises in the place of its own error: the first that it is one of.
+OS_ERRORS = (TimeoutError, ConnectionError, FileNotFoundError, OSError)
+
+
+class MoverLostError(Exception):
+    """There is no mover, or it ended; what the call did is not known."""
+
+
+class Wire(Protocol):
+    """Whatever can end a call that waits for a server (`store/cancel.py`)."""
+
+    def use(self, connection: socket.socket | None) -> None:
+        """The call waits for this connection now; it is ended at once if that was asked for."""
+
+
+def default_count() -> int:
+    """How many movers suit this machine, as far as this process may use it."""
+    processors = usable_processors()
+    return 0 if processors < LEAST_PROCESSORS else min(MOST_MOVERS, processors // 2)
+
+
+def usable_processors() -> int:
+    """Whole processors that this process may keep busy: by affinity, and by its cgroup's quota."""
+    count = float(len(os.sched_getaffinity(0)))
+    with contextlib.suppress(OSError, ValueError):  # version 2
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        count = min(count, int(quota) / int(period))
+    with contextlib.suppress(OSError, ValueError):  # version 1
+        with open("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") as file:
+            quota_us = int(file.read())
+        with open("/sys/fs/cgroup/cpu/cpu.cfs_period_us") as file:
+            period_us = int(file.read())
+        if quota_us > 0:
+            count = min(count, quota_us / period_us)
+    return max(1, int(count))
+
+
+@dataclass(slots=True, eq=False)
+class _Line:
+    """To one thread of a mover. `wire`: what that thread waits for, if it told."""
+
+    mover: _Mover
+    channel: socket.socket
+    wire: socket.socket | None = None
+
+    def close(self) -> None:
+        self.channel.close()
+        if self.wire is not None:
+            self.wire.close()
+
+
+@dataclass(slots=True, eq=False)
+class _Mover:
+    process: subprocess.Popen[bytes]
+    control: socket.socket
+    idle: list[_Line] = field(default_factory=list)
+    busy: int = 0
+
+
+class Movers:
+    """The movers of one worker. Its calls are made from any thread.
+
+    Args:
+        count: how many processes; 0: every call raises MoverLostError at once.
+
+    Raises:
+        OSError: there is no memory to share.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._movers: list[_Mover] = []
+        self._starting = 0
+        self._ended = False
+        self._used_s = 0.0
+        self._pause_s = 0.0
+        self._not_before_s = 0.0
+        self.calls = 0
+        self.lost = 0
+        if count:
+            self._arena = Arena()
+            buffers.share(self._arena)
+
+    @property
+    def running(self) -> int:
+        """How many processes there are now."""
+        return len(self._movers)
+
+    def lend(self, name: str, descriptor: int) -> None:
+        """Have movers that are started from now on inherit a descriptor; see `context.lent`."""
+        self._descriptors[name] = descriptor
+
+    def call(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        buffer: memoryview,
+        wire: Wire | None = None,
+    ) -> Any:
+        """Call a function of a module in a mover, with a part of its memory as the last argument.
+
+        Args:
+            function: found there by its name.
+            arguments, returned value: whatever JSON has.
+            buffer: a view of a buffer of `take_buffer`, in use until this returns or raises.
+            wire: is told what the call waits for (`context.tell_wire`).
+
+        Raises:
+            MoverLostError: no mover, not yet or not any more, or the buffer is not shared.
+            OSError: as the function raised it: one of `OS_ERRORS`.
+            MoverFaultError: another exception of the function.
+        """
+        offset = buffers.shared_offset(buffer)
+        if not self.count or offset is None:
+            raise MoverLostError("not shared")
+        line = self._take()
+        self.calls += 1
+        try:
+            told = _exchange(line, function, arguments, offset, len(buffer), wire)
+        except OSError as error:
+            self._lose(line)
+            raise MoverLostError(str(error)) from error
+        except BaseException:
+            self._lose(line)
+            raise
+        self._give_back(line)
+        if "errno" in told:
+            raise OS_ERRORS[told["kind"]](told["errno"], told["text"])
+        if "fault" in told:
+            raise MoverFaultError(told["fault"])
+        return told["value"]
+
+    def close_idle(self) -> None:
+        """End the movers when they were not used for a while."""
+        with self._lock:
+            if self._movers and time.monotonic() - self._used_s > MOST_IDLE_S:
+                movers, self._movers = self._movers, []
+            else:
+                return
+        for mover in movers:
+            _end(mover)
+
+    def close(self) -> None:
+        """End them for good; calls in progress are lost."""
+        with self._lock:
+            self._ended = True
+            movers, self._movers = self._movers, []
+        for mover in movers:
+            _end(mover)
+
+    def _take(self) -> _Line:
+        with self._lock:
+            self._used_s = time.monotonic()
+            if not self._ended and len(self._movers) + self._starting < self.count:
+                self._start_another()
+            for mover in sorted(self._movers, key=lambda each: each.busy):
+                mover.busy += 1
+                if mover.idle:
+                    return mover.idle.pop()
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                try:
+                    with theirs:
+                        socket.send_fds(mover.control, [b"line"], [theirs.fileno()])
+                except OSError:  # it has ended, which whoever waits for it notices
+                    ours.close()
+                    mover.busy -= 1
+                    continue
+                return _Line(mover, ours)
+        raise MoverLostError("none is running")
+
+    def _give_back(self, line: _Line) -> None:
+        with self._lock:
+            line.mover.busy -= 1
+            if line.mover in self._movers:
+                line.mover.idle.append(line)
+                self._pause_s = 0.0
+                return
+        line.close()
+
+    def _lose(self, line: _Line) -> None:
+        """A call did not end as calls do: its mover is of no use any more."""
+        line.close()
+        with self._lock:
+            line.mover.busy -= 1
+            self.lost += 1
+            if line.mover not in self._movers:
+                return
+            self._movers.remove(line.mover)
+            self._rest()
+        _end(line.mover)
+        log.warning(
+            "a process that moves bytes ended unexpectedly (exit code %s); another one is started",
+            line.mover.process.poll(),
+        )
+
+    def _rest(self) -> None:
+        self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LONGEST_PAUSE_S)
+        self._not_before_s = time.monotonic() + self._pause_s
+
+    def _start_another(self) -> None:
+        """Have a thread start one, which takes a tenth of a second."""
+        if time.monotonic() < self._not_before_s:
+            return
+        self._starting += 1
+        threading.Thread(target=self._start, name="starting a mover", daemon=True).start()
+
+    def _start(self) -> None:
+        mover = None
+        try:
+            mover = _started(self._arena.descriptor, self._descriptors)
+        except (OSError, EOFError) as error:
+            log.warning("no process to move bytes could be started: %s", error)
+        with self._lock:
+            self._starting -= 1
+            if mover is None:
+                self._rest()
+                return
+            if not self._ended:
+                self._movers.append(mover)
+                return
+        _end(mover)
+
+
+class MoverFaultError(Exception):
+    """A function raised what it should not; the message has its last lines."""
+
+
+def _started(arena: int, lent: Mapping[str, int]) -> _Mover:
+    """A mover that is ready. Raises OSError, EOFError."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        with theirs:
+            # At their numbers, which are named in the arguments.
+            passed = {"control": theirs.fileno(), "arena": arena, **lent}
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "lazyfs.movers.process", json.dumps(passed)],
+                pass_fds=list(passed.values()),
+                stdin=subprocess.DEVNULL,
+                cwd="/",
+            )
+        if not ours.recv(16):
+            raise EOFError(f"it ended at once, with exit code {process.wait()}")
+    except BaseException:
+        ours.close()
+        raise
+    return _Mover(process, ours)
+
+
+def _end(mover: _Mover) -> None:
+    """End a process that may be waiting in the kernel, without waiting for it."""
+    for line in mover.idle:
+        line.close()
+    mover.control.close()
+    mover.process.kill()
+    threading.Thread(target=mover.process.wait, name="end of a mover", daemon=True).start()
+
+
+def _exchange(
+    line: _Line,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    offset: int,
+    length: int,
+    wire: Wire | None,
+) -> dict[str, Any]:
+    """Have a line's thread make one call; what it told. Raises OSError: the line is cut."""
+    asked = [f"{function.__module__}:{function.__qualname__}", arguments, offset, length]
+    line.channel.send(json.dumps(asked).encode())
+    if wire is not None:
+        wire.use(line.wire)
+    try:
+        while True:
+            message, descriptors, _, _ = socket.recv_fds(line.channel, MOST_BYTES, 1)
+            if not message:
+                raise ConnectionResetError("it ended")
+            if not descriptors:
+                told: dict[str, Any] = json.loads(message)
+                return told
+            former, line.wire = line.wire, socket.socket(fileno=descriptors[0])
+            if wire is not None:
+                wire.use(line.wire)
+            if former is not None:
+                former.close()
+    finally:
+        if wire is not None:
+            wire.use(None)

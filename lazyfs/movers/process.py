@@ -1,0 +1,95 @@
+"""A mover: runs functions on the memory that it shares with its worker. See `pool.py`.
+
+It is started with the numbers of its descriptors, and ends when its worker closes the control
+socket or ends. (PR_SET_PDEATHSIG would look at the thread that started it.)
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import mmap
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from lazyfs.movers import context
+from lazyfs.movers.pool import MOST_BYTES, OS_ERRORS
+
+# As for the threads of a worker that move bytes: what decides comes first (`fetch/threads.py`).
+NICER = 5
+
+
+class _Memory:
+    """The worker's arena, as far as it reaches."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._lock = threading.Lock()
+        self._view = memoryview(b"")
+
+    def part(self, offset: int, length: int) -> memoryview:
+        with self._lock:
+            if offset + length > len(self._view):
+                # The former mapping stays as long as there are views of it.
+                size = os.fstat(self._descriptor).st_size
+                self._view = memoryview(mmap.mmap(self._descriptor, size, mmap.MAP_SHARED))
+            return self._view[offset : offset + length]
+
+
+def main() -> None:
+    """Serve lines until the worker closes the control socket."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's is for the worker
+    lent = context.descriptors
+    lent.update(json.loads(sys.argv[1]))
+    for descriptor in lent.values():
+        os.set_inheritable(descriptor, False)
+    os.nice(NICER)
+    control = socket.socket(fileno=lent["control"])
+    memory = _Memory(lent["arena"])
+    control.send(b"ready")
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(control, 16, 1)
+        if not message:
+            os._exit(0)  # threads may be waiting in the kernel
+        line = socket.socket(fileno=descriptors[0])
+        threading.Thread(target=_serve, args=[line, memory], daemon=True).start()
+
+
+def _serve(line: socket.socket, memory: _Memory) -> None:
+    context.serve(line)
+    with line:
+        while message := line.recv(MOST_BYTES):
+            name, arguments, offset, length = json.loads(message)
+            answer = _answer(name, arguments, memory, offset, length)
+            try:
+                line.send(json.dumps(answer).encode())
+            except OSError:
+                return  # the worker has ended
+
+
+def _answer(
+    name: str, arguments: list[Any], memory: _Memory, offset: int, length: int
+) -> dict[str, Any]:
+    try:
+        return {"value": _function(name)(*arguments, memory.part(offset, length))}
+    except OSError as error:
+        kind = next(i for i, each in enumerate(OS_ERRORS) if isinstance(error, each))
+        return {"kind": kind, "errno": error.errno or 0, "text": error.strerror or str(error)}
+    except Exception:
+        return {"fault": traceback.format_exc(limit=-5)[-4000:]}
+
+
+def _function(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""A request whose body a mover receives, into memory that it shares with this process.
+
+The mover sends what it is told and receives; what the answer means is decided here, by whoever
+handles answers: a head is the same wherever it was read.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from lazyfs.movers.context import tell_wire
+from lazyfs.movers.pool import Movers
+from lazyfs.store.cancel import Cancel, CancelledError
+from lazyfs.store.http import (
+    Answer,
+    BadAddressError,
+    Body,
+    CutOffError,
+    Transport,
+    must_be_elsewhere,
+    tls_context,
+)
+from lazyfs.store.refusals import MOST_TEXT
+
+T = TypeVar("T")
+
+# Of the head of an answer, in characters. Others are read here.
+MOST_HEADERS = 16 << 10
+
+_transports = threading.local()
+
+
+class NotMovedError(Exception):
+    """The request is to be made here: its answer is of no kind that a mover handles."""
+
+
+class _MovedBody:
+    """A body that a mover has received.
+
+    Args:
+        into: that it filled; None: it is no more than a text.
+        has_more: more followed.
+    """
+
+    def __init__(self, into: memoryview | None, text: bytes, has_more: bool) -> None:
+        self._into = into
+        self._text = text
+        self.is_at_end = not has_more
+
+    def read_into(self, into: memoryview) -> None:
+        if self._into is None or into.obj is not self._into.obj or len(into) != len(self._into):
+            raise CutOffError("the body is not what was asked for")
+
+    def read_all(self, most: int) -> bytes:
+        text, self._text = self._text[:most], self._text[most:]
+        return text
+
+    def skip(self, count: int) -> None:
+        if count:
+            raise CutOffError("the body is not what was asked for")
+
+
+def exchange(
+    movers: Movers,
+    server: str,
+    authorities: str,
+    refuse_local: bool,
+    method: str,
+    target: str,
+    headers: Mapping[str, str],
+    handle: Callable[[Answer], T],
+    cancel: Cancel,
+    into: memoryview,
+) -> T:
+    """As `Transport.exchange`, of a server that is reached without a proxy.
+
+    Args:
+        authorities: a file of certificates that are trusted.
+        refuse_local: addresses of this machine are not asked.
+        into: for the body, if it has exactly this length. A view of a buffer of `take_buffer`.
+
+    Raises:
+        NotMovedError, MoverLostError, MoverFaultError: the request is to be made here.
+        CancelledError, OSError: as `Transport.exchange`.
+    """
+    try:
+        told = movers.call(
+            receive, server, authorities, refuse_local, method, target, dict(headers),
+            buffer=into, wire=cancel,
+        )  # fmt: skip
+    except (TimeoutError, ConnectionError):
+        if cancel.called:
+            raise CancelledError from None
+        raise
+    except OSError as error:
+        # The library's own class tells more, a refused certificate for example.
+        raise NotMovedError from error
+    if cancel.called:
+        raise CancelledError
+    if told is None:
+        raise NotMovedError
+    filled = into if told["filled"] else None
+    body: Body = _MovedBody(filled, base64.b64decode(told["text"]), told["more"])
+    return handle(Answer(told["status"], told["headers"], told["length"], body))
+
+
+def receive(
+    server: str,
+    authorities: str,
+    refuse_local: bool,
+    method: str,
+    target: str,
+    headers: dict[str, str],
+    into: memoryview,
+) -> dict[str, Any] | None:
+    """Make a request, in a mover. Returns the answer, for `exchange`; None: not of its kind."""
+    transport = _transport(server, authorities, refuse_local)
+
+    def handle(answer: Answer) -> dict[str, Any] | None:
+        fills = answer.status == 206 or (answer.status == 200 and answer.length == len(into))
+        fills = fills and answer.length in (None, len(into))
+        text, has_more = b"", False
+        if fills:
+            answer.body.read_into(into)
+            has_more = not answer.body.is_at_end
+        elif answer.status == 200:
+            return None
+        else:
+            text = answer.body.read_all(MOST_TEXT)
+        if sum(len(name) + len(value) for name, value in answer.headers.items()) > MOST_HEADERS:
+            return None
+        return {
+            "status": answer.status, "headers": dict(answer.headers), "length": answer.length,
+            "filled": fills, "text": base64.b64encode(text).decode(), "more": has_more,
+        }  # fmt: skip
+
+    try:
+        return transport.exchange(method, target, headers, handle, _Told())
+    except BadAddressError:
+        return None
+
+
+class _Told(Cancel):
+    """The worker watches the connection, and ends the request by shutting it down."""
+
+    @contextlib.contextmanager
+    def watching(self, connection: socket.socket) -> Iterator[None]:
+        tell_wire(connection)
+        yield
+
+
+def _transport(server: str, authorities: str, refuse_local: bool) -> Transport:
+    """Each thread of a mover keeps a connection of its own."""
+    known: dict[Any, Transport] = _transports.__dict__.setdefault("known", {})
+    about = (server, authorities, refuse_local)
+    if about not in known:
+        while len(known) >= 4:
+            known.pop(next(iter(known))).close_idle(0.0)
+        tls = tls_context(authorities) if server.startswith("https:") else None
+        known[about] = Transport(
+            server, tls, may_connect=must_be_elsewhere if refuse_local else lambda address: None
+        )
+    return known[about]

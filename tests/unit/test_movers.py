@@ -1,0 +1,195 @@
+"""Calls of functions in other processes, on shared buffers."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lazyfs.blocks import buffers
+from lazyfs.blocks.buffers import LEAST_SHARED, MOST_IDLE_BYTES, shared_offset, take_buffer
+from lazyfs.movers.pool import MoverFaultError, MoverLostError, Movers
+
+SIZE = 3 << 20
+
+
+@pytest.fixture
+def movers() -> Iterator[Movers]:
+    made = Movers(2)
+    yield made
+    made.close()
+    buffers.share(None)
+
+
+# Found by name in a mover, which has this file's folder in its path.
+def digest(salt: str, data: memoryview) -> str:
+    return hashlib.sha256(salt.encode() + data).hexdigest()
+
+
+def fill(value: int, data: memoryview) -> int:
+    data[:] = bytes([value]) * len(data)
+    return os.getpid()
+
+
+def fail(kind: str, data: memoryview) -> None:
+    raise {
+        "file": FileNotFoundError(2, "No such file or directory"),
+        "time": TimeoutError("timed out"),
+        "cut": ConnectionResetError("cut off"),
+        "full": OSError(28, "No space left on device"),
+        "bug": ValueError("surprise"),
+    }[kind]
+
+
+def end(data: memoryview) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_for(port: int, data: memoryview) -> int:
+    from lazyfs.movers.context import tell_wire
+
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        tell_wire(connection)
+        return connection.recv_into(data)
+
+
+def called(movers: Movers, function: Callable[..., object], *arguments: object) -> object:
+    """Call as soon as a mover runs."""
+    buffer = take_buffer(SIZE)
+    until_s = time.monotonic() + 60
+    while True:
+        try:
+            return movers.call(function, *arguments, buffer=buffer)
+        except MoverLostError:
+            assert time.monotonic() < until_s
+            time.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have movers find this module."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+def test_bytes_are_seen_on_both_sides(movers: Movers) -> None:
+    called(movers, fill, 0)
+    one, other = take_buffer(SIZE), take_buffer(SIZE)
+    other[:] = os.urandom(SIZE)
+    pid = movers.call(fill, 7, buffer=one)
+    assert pid != os.getpid()
+    assert one == bytes([7]) * SIZE
+    assert movers.call(digest, "salt", buffer=other) == digest("salt", other)
+    part = other[1000:5000]
+    assert movers.call(digest, "", buffer=part) == digest("", part)
+    assert movers.lost == 0
+
+
+def test_memory_grows_after_a_mover_has_begun(movers: Movers) -> None:
+    called(movers, fill, 0)
+    buffers_now = [take_buffer(SIZE) for _ in range(20)]
+    for value, buffer in enumerate(buffers_now):
+        movers.call(fill, value, buffer=buffer)
+    for value, buffer in enumerate(buffers_now):
+        assert buffer == bytes([value]) * SIZE
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [("file", FileNotFoundError), ("time", TimeoutError), ("cut", ConnectionError),
+     ("full", OSError), ("bug", MoverFaultError)],
+)  # fmt: skip
+def test_errors_come_back_as_what_they_are(
+    movers: Movers, kind: str, error: type[Exception]
+) -> None:
+    called(movers, fill, 0)
+    with pytest.raises(error) as caught:
+        called(movers, fail, kind)
+    if kind == "full":
+        assert isinstance(caught.value, OSError)
+        assert caught.value.errno == 28
+    assert isinstance(called(movers, fill, 0), int), "it goes on"
+    assert movers.lost == 0
+
+
+def test_one_that_dies_is_replaced(movers: Movers) -> None:
+    called(movers, fill, 0)
+    with pytest.raises(MoverLostError):
+        movers.call(end, buffer=take_buffer(SIZE))
+    assert movers.lost == 1
+    assert isinstance(called(movers, fill, 1), int)
+
+
+def test_what_is_not_shared_is_not_called(movers: Movers) -> None:
+    called(movers, fill, 0)
+    for buffer in (memoryview(bytearray(SIZE)), take_buffer(LEAST_SHARED // 4)):
+        assert shared_offset(buffer) is None
+        with pytest.raises(MoverLostError):
+            movers.call(fill, 0, buffer=buffer)
+    assert shared_offset(take_buffer(SIZE).toreadonly()) is None
+
+
+class Wire:
+    def __init__(self) -> None:
+        self.connection: socket.socket | None = None
+        self.told = threading.Event()
+
+    def use(self, connection: socket.socket | None) -> None:
+        if connection is not None:
+            self.connection = connection
+            self.told.set()
+
+
+def test_the_connection_that_a_call_waits_for_can_be_ended(movers: Movers) -> None:
+    called(movers, fill, 0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        wire, came = Wire(), []
+
+        def call() -> None:
+            port = server.getsockname()[1]
+            came.append(movers.call(wait_for, port, buffer=take_buffer(SIZE), wire=wire))
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        assert wire.told.wait(30)
+        assert wire.connection is not None
+        wire.connection.shutdown(socket.SHUT_RDWR)
+        thread.join(30)
+    assert came == [0]
+
+
+def test_they_end_with_the_pool(movers: Movers) -> None:
+    pid = called(movers, fill, 0)
+    assert isinstance(pid, int)
+    movers.close()
+    until_s = time.monotonic() + 30
+    while Path(f"/proc/{pid}/exe").exists():
+        assert time.monotonic() < until_s
+        time.sleep(0.01)
+    with pytest.raises(MoverLostError):
+        movers.call(fill, 0, buffer=take_buffer(SIZE))
+
+
+def test_memory_of_buffers_that_nobody_needs_goes_back(movers: Movers) -> None:
+    many = [take_buffer(SIZE) for _ in range(3 * MOST_IDLE_BYTES // SIZE)]
+    for buffer in many:
+        buffer[:] = b"x" * SIZE
+    descriptor = movers._arena.descriptor
+    used = os.fstat(descriptor).st_blocks * 512
+    assert used >= len(many) * SIZE
+    del many, buffer
+    assert os.fstat(descriptor).st_blocks * 512 <= used / 2
+    assert all(take_buffer(SIZE) is not None for _ in range(3))
+
+
+def test_none() -> None:
+    movers = Movers(0)
+    with pytest.raises(MoverLostError):
+        movers.call(fill, 0, buffer=take_buffer(SIZE))
+    assert movers.running == 0
