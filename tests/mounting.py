@@ -58,6 +58,8 @@ def environment(**more: str) -> dict[str, str]:
     """What lazyfs runs with in tests: nothing of the developer's own AWS set-up."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "LAZYFS_"))}
     kept["LAZYFS_RUNTIME_DIR"] = RUNTIME_DIRECTORY
+    if "TEST_MOVERS" in os.environ:
+        kept["LAZYFS_MOVERS"] = os.environ["TEST_MOVERS"]
     nowhere = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/nonexistent"}
     return {**kept, **nowhere, "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent", **CREDENTIALS, **more}
 

@@ -79,6 +79,8 @@ def _s3(status: Status) -> Values:
             ({"operation": name}, recorder.in_flight[name]) for name in by_operation
         ],
         "lazyfs_s3_requests_limit": [({}, status.fetcher.requests_limit)],
+        "lazyfs_movers": [({}, status.movers.running)],
+        "lazyfs_movers_lost_total": [({}, status.movers.lost)],
         "lazyfs_s3_received_bytes_total": [({}, recorder.received_bytes)],
         "lazyfs_s3_retries_total": [
             ({"cause": cause.label}, count) for cause, count in recorder.retries.items()

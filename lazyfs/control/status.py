@@ -17,6 +17,7 @@ from lazyfs.cache import BlockCache
 from lazyfs.fetch.fetcher import BlockFetcher
 from lazyfs.fuse.filesystem import Filesystem
 from lazyfs.handover.runtime_changes import RuntimeChanges
+from lazyfs.movers.pool import Movers
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.observe.events import Purpose
 from lazyfs.observe.recorder import Recorder, Tier, Wait
@@ -54,6 +55,7 @@ class Status:
     recorder: Recorder
     cache: BlockCache | None
     carried: RuntimeChanges
+    movers: Movers
 
     def describe(self) -> dict[str, Any]:
         """The status, as values that JSON supports."""
@@ -111,6 +113,11 @@ class Status:
             "requests_in_flight": recorder.in_flight["get"] + recorder.in_flight["fleet"],
             "requests_limit": fetcher.requests_limit,
             "in_flight": fetcher.in_flight,
+            "movers": {
+                "limit": self.movers.count,
+                "running": self.movers.running,
+                "lost": self.movers.lost,
+            },
             "fetched_bytes": recorder.fetched_bytes.total(),
             "fetched_blocks": recorder.fetched_blocks.total(),
             "fetched_on_demand_bytes": recorder.fetched_bytes[Purpose.DEMAND],

@@ -95,6 +95,11 @@ METRICS = (
     ),
     Metric("lazyfs_s3_requests_in_flight", "gauge", "Requests to S3 in flight.", ("operation",)),
     Metric("lazyfs_s3_requests_limit", "gauge", "Most ranged GETs that may be in flight now."),
+    Metric("lazyfs_movers", "gauge", "Processes that move bytes for the mount now (`--movers`)."),
+    Metric(
+        "lazyfs_movers_lost_total", "counter", "Calls that ended with the process that moves "
+        "bytes; each was made again.",
+    ),
     Metric("lazyfs_s3_received_bytes_total", "counter", "Bytes of objects received from S3."),
     Metric(
         "lazyfs_s3_retries_total", "counter", "Requests to S3 that were retried, by "

@@ -227,6 +227,7 @@ async def _serve(
                 str(mount.url), str(mount.mountpoint), beginning.mounted_ns,
                 restarts_of(mount.mountpoint), options, catalog,
                 filesystem, fetcher, page_cache, prefetcher, planner, recorder, cache, carried,
+                movers,
             )  # fmt: skip
             if scraped:
                 metrics = {("GET", "/metrics"): lambda _: _metrics(status)}

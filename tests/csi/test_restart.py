@@ -30,7 +30,9 @@ FILES = {
 READER = """
 import hashlib, mmap, os, sys, time
 until = time.monotonic() + float(sys.argv[1])
-while time.monotonic() < until:
+rounds = 0
+while time.monotonic() < until or rounds < 2:  # on a busy machine one takes long
+    rounds += 1
     for path in sys.argv[2:]:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             print(os.path.basename(path), hashlib.sha256(view).hexdigest(), flush=True)

@@ -61,7 +61,7 @@ def limit(mounted: Mounted) -> str:
 
 
 def test_a_cold_load_waits_for_the_network(mount: Callable[..., Mounted], s3: S3) -> None:
-    s3.fault("GET /reported/m/model", "slow", seconds=0.1, times=100)
+    s3.fault("GET /reported/m/model", "slow", seconds=0.4, times=100)
     mounted = mount("s3://reported/m", "--block-size=1MiB")
     # A loader that comes before the plan, on a busy machine, finds nothing prefetched.
     while not json.loads(lazyfs("status", mounted.path, "--json").stdout)["prefetch"]["planned"]:
