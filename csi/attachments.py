@@ -14,22 +14,23 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from grpc import StatusCode
 
 from csi import mounts
-from csi.daemon import Daemon
+from csi.daemon import Daemon, Wanted
 from csi.daemons import Daemons
 from csi.errors import RpcError
+from csi.snapshots import FALL_BACK_AFTER_S, LOOK_S, Look, doubt, doubts, told
 from csi.staged import Kind, Place, State, VolumeRecord
 from csi.start import StillStartingError
+from csi.volume_locks import VolumeLocks
 from csi.volumes import Volume
 from lazyfs.errors import LazyfsError
 from lazyfs.faults import start_watching
@@ -39,35 +40,24 @@ from lazyfs.store.credentials import Credentials
 log = logging.getLogger(__name__)
 
 
-class VolumeLocks:
-    """One call for a volume at a time."""
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """How a volume is.
 
-    def __init__(self) -> None:
-        self._held: set[str] = set()
-        self._changed = threading.Condition()
+    Attributes:
+        trouble: what is wrong, in words; None if nothing is known to be.
+        status: of its daemon's worker; None if no daemon answers.
+    """
 
-    @contextmanager
-    def held(self, volume_id: str, *, wait: bool = False) -> Iterator[None]:
-        """Hold the lock of one volume.
+    trouble: str | None
+    status: dict[str, Any] | None
 
-        Raises:
-            RpcError: ABORTED: another call holds it, and waiting was not requested. The caller
-                tries again later (spec.md, "Concurrency").
-        """
-        with self._changed:
-            while volume_id in self._held:
-                if not wait:
-                    raise RpcError(
-                        StatusCode.ABORTED, f"another call for volume {volume_id} is under way"
-                    )
-                self._changed.wait()
-            self._held.add(volume_id)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._held.remove(volume_id)
-                self._changed.notify_all()
+    @property
+    def message(self) -> str:
+        """The same for people."""
+        if self.trouble:
+            return self.trouble
+        return told(self.status["snapshot"]) if self.status else "the volume is served"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +143,8 @@ class Attachments:
         Args:
             wanted: the place, without a daemon; repeated calls have the same `asked`.
             credentials: newer ones replace those that the daemon has.
-            via: the daemon to use; None: any that fits, or a new one.
+            via: the daemon of the staged volume, if that has the credentials: the volume gets it,
+                or one that differs only in its snapshot.
             owner: the owner of the credentials.
 
         Returns:
@@ -171,12 +162,16 @@ class Attachments:
         is_known = daemon is not None
         # A pod may be using an existing place: a failure of this call leaves it alone.
         is_in_use = daemon is not None and daemon.was_ready
-        if daemon is None and via is None:
-            daemon = self.daemons.reserve(volume, credentials, owner, str(path), volume_id)
-        elif daemon is None:
-            assert via is not None
-            daemon = via
-            self.daemons.use(daemon, str(path))
+        if daemon is None:
+            if via is not None and via.has_lost_credentials and self.daemons.use(via, str(path)):
+                daemon = via  # its pods are told to go
+            else:
+                given = Wanted(volume.source, volume.options, credentials, owner)
+                daemon = self.daemons.reserve(
+                    via.serving if via else given, str(path), volume_id,
+                    Look(volume.snapshot_max_age_s, until),
+                )  # fmt: skip
+            until = max(until, time.monotonic() + timeout_s - LOOK_S)
         elif credentials is not None and not daemon.needs_credentials:
             raise RpcError(
                 StatusCode.ALREADY_EXISTS,
@@ -188,7 +183,7 @@ class Attachments:
         try:
             if not is_known:
                 self._save(volume_id, path, replace(wanted, daemon=daemon.name))
-            device = self.daemons.ensure(daemon, credentials, until - time.monotonic())
+            daemon, device = self._ensure(volume_id, path, daemon, credentials, until)
             if is_known:
                 self._mount_again(volume_id, path, daemon, device)
                 self._note_pod(volume_id, path, wanted)
@@ -203,6 +198,23 @@ class Attachments:
                 self._roll_back(volume_id, path, None if is_known else present, wanted.kind)
             raise
         return daemon
+
+    def restage(self, volume_id: str, path: Path, daemon: Daemon) -> None:
+        """Have a staging path hold the daemon of a newer snapshot, which the next pod shares.
+
+        Then the former daemon ends with its last pod, and not when the volume is unstaged.
+        """
+        place = self.place(volume_id, path)
+        if place is None or place.daemon in (None, daemon.name):
+            return
+        assert place.daemon is not None
+        if not self.daemons.use(daemon, str(path)):
+            return
+        self._save(volume_id, path, replace(place, daemon=daemon.name))
+        try:
+            self.daemons.release(place.daemon, str(path))
+        except LazyfsError as error:
+            log.error("%s: the daemon of an old snapshot does not end: %s", path, error)
 
     def take_away(self, volume_id: str, path: Path, kind: Kind) -> None:
         """Unmount a volume from a path, in whatever state it is; does nothing if it is not there.
@@ -224,14 +236,17 @@ class Attachments:
             self.daemons.release(place.daemon, str(path))
         self._save(volume_id, path, None)
 
-    def trouble(self, path: Path, place: Place) -> str | None:
-        """What is wrong with a place, in words; None if nothing is known to be."""
+    def condition(self, path: Path, place: Place) -> Condition:
+        """How the volume at a place is."""
         if place.daemon is None:
-            return None
+            return Condition(None, None)
         daemon = self.daemons.get(place.daemon)
         if daemon is None:
-            return "its daemon is gone"
-        troubles = [trouble] if (trouble := daemon.trouble) else []
+            return Condition("its daemon is gone", None)
+        status, trouble = daemon.report()
+        troubles = [trouble] if trouble else []
+        if status is not None and (is_old := doubts(status["snapshot"])):
+            troubles.append(is_old)
         lost = place.is_mounted and daemon.device and not mounts.shows(path, daemon.device)
         if lost:
             troubles.append(f"it is not mounted at {path} any more")
@@ -241,7 +256,41 @@ class Attachments:
                 "old mount, which is dead, unless they have mountPropagation HostToContainer; "
                 "delete the pod"
             )
-        return "; ".join(troubles) or None
+        return Condition("; ".join(troubles) or None, status)
+
+    def _ensure(
+        self,
+        volume_id: str,
+        path: Path,
+        daemon: Daemon,
+        credentials: Credentials | None,
+        until: float,
+    ) -> tuple[Daemon, str]:
+        """Have a daemon run, or one of an older snapshot if it cannot be mounted.
+
+        Returns:
+            The daemon that runs, and the device of its filesystem.
+
+        Raises:
+            LazyfsError, KeeperError: as of `Daemons.ensure`.
+        """
+        left_s = until - time.monotonic()
+        older = None if daemon.was_ready else self.daemons.newest_mount(daemon)
+        if older is not None:
+            left_s = min(left_s, FALL_BACK_AFTER_S)
+        try:
+            return daemon, self.daemons.ensure(daemon, credentials, left_s)
+        except (LazyfsError, KeeperError) as error:
+            is_young = daemon.starting_for_s < FALL_BACK_AFTER_S
+            if isinstance(error, StillStartingError) and is_young:
+                raise
+            place = self.place(volume_id, path)
+            if older is None or place is None or not self.daemons.use(older, str(path)):
+                raise
+            doubt(older, f"a new snapshot cannot be mounted: {error}")
+        self._save(volume_id, path, replace(place, daemon=older.name))
+        self.daemons.release(daemon.name, str(path))
+        return older, self.daemons.ensure(older, credentials, until - time.monotonic())
 
     def _has_others(self, daemon: Daemon, volume_id: str) -> bool:
         """Whether a daemon serves other volumes, too."""

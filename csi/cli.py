@@ -121,14 +121,15 @@ def rules(
     max_memory_limit: str | None,
     defaults: dict[str, str | list[str]],
     endpoints: Sequence[str] = (),
+    snapshot_max_age: str = "0s",
 ) -> Rules:
     """The rules for volumes, from the command line.
 
     Raises:
-        OptionError: a name, the size or a default is invalid.
+        OptionError: a name, the size, the time or a default is invalid.
     """
     from csi.endpoints import AllowedEndpoints
-    from csi.volumes import Rules, options_of
+    from csi.volumes import SNAPSHOT_MAX_AGE, Rules, options_of
     from lazyfs.errors import OptionError
     from lazyfs.options.mount_options import find_option
 
@@ -140,7 +141,13 @@ def rules(
     most = memory_limit.parse(max_memory_limit, "--max-memory-limit") if max_memory_limit else None
     allowed = Rules().allowed if allow_attributes is None else options_of(allow_attributes)
     where = AllowedEndpoints(endpoints) if endpoints else AllowedEndpoints()
-    return Rules(allowed, most, defaults, where)
+    try:
+        max_age_s = SNAPSHOT_MAX_AGE.parse(snapshot_max_age)
+    except ValueError:
+        raise OptionError(
+            f"--snapshot-max-age: {snapshot_max_age!r} is not allowed: {SNAPSHOT_MAX_AGE.allowed}"
+        ) from None
+    return Rules(allowed, most, defaults, where, max_age_s)
 
 
 def serve(
@@ -276,6 +283,14 @@ def controller(
     help="An endpoint that inline volumes may name as endpointUrl, besides that of --endpoint-url. "
     "May be repeated. any: all but those at addresses of this node. [default: aws]",
 )
+@click.option(
+    "--snapshot-max-age",
+    metavar="TIME",
+    default="0s",
+    show_default=True,
+    help="How old the listing of S3 may be that a new pod sees, if its volume does not set "
+    "snapshotMaxAge. 0s: S3 is asked for each new pod.",
+)
 @with_mount_options
 def node(
     endpoint: str,
@@ -289,6 +304,7 @@ def node(
     registration_dir: Path | None,
     inline_node_role: bool,
     endpoints: tuple[str, ...],
+    snapshot_max_age: str,
     config: Path | None,
     **given: Any,
 ) -> None:
@@ -310,7 +326,7 @@ def node(
     configure(driver_name, options)
     # Pods run as other users than the driver does.
     defaults = {**defaults, "allow-other": "true"}
-    volume_rules = rules(allow_attributes, max_memory_limit, defaults, endpoints)
+    volume_rules = rules(allow_attributes, max_memory_limit, defaults, endpoints, snapshot_max_age)
     allow_many_descriptors()
     attachments = Attachments(State(state_dir), state_dir / "mounts", keeper_socket)
     attachments.recover()

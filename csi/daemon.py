@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,30 @@ from grpc import StatusCode
 
 from csi.errors import RpcError
 from csi.start import Start
-from csi.volumes import Volume
-from lazyfs.errors import MountError
+from lazyfs.errors import LazyfsError, MountError
 from lazyfs.process.mount_spec import MountSpec
 from lazyfs.process.supervisor import Supervisor
 from lazyfs.store.credentials import Credentials, StaticCredentials, WebIdentity
 
 # Time for another call to start the daemon or to end it, with its last writes.
 LOCK_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a daemon must serve for a volume to use it.
+
+    Attributes:
+        source: `s3://bucket/prefix`.
+        options: texts by option name.
+        credentials: those given for the volume.
+        owner: the owner of the credentials (`owner_of`); empty: a node-stage secret, or none.
+    """
+
+    source: str
+    options: Mapping[str, str | list[str]]
+    credentials: Credentials | None
+    owner: str
 
 
 class Daemon:
@@ -75,35 +93,67 @@ class Daemon:
         supervisor = self.supervisor
         return supervisor.device if supervisor else None
 
-    @property
-    def trouble(self) -> str | None:
-        """What is wrong, in words; None if nothing is known to be."""
+    def report(self) -> tuple[dict[str, Any] | None, str | None]:
+        """The status of its worker, if it answers, and what is wrong, in words, if anything is."""
         supervisor = self.supervisor
         if supervisor is None:
-            return self.refusal or "its daemon is not running yet"
-        return supervisor.trouble
+            return None, self._absence
+        try:
+            status = supervisor.status()
+        except LazyfsError:
+            return None, supervisor.trouble
+        return status, status["trouble"]
 
     def status(self) -> dict[str, Any]:
         """The status of its worker. Raises LazyfsError if the worker does not answer."""
         supervisor = self.supervisor
         if supervisor is None:
-            raise MountError(f"{self.spec.source}: {self.trouble}")
+            raise MountError(f"{self.spec.source}: {self._absence}")
         return supervisor.status()
 
-    def serves(self, volume: Volume, credentials: Credentials | None, owner: str) -> bool:
-        """Whether it can serve a volume with these credentials of that owner.
+    @property
+    def _absence(self) -> str:
+        return self.refusal or "its daemon is not running yet"
+
+    @property
+    def starting_for_s(self) -> float:
+        """For how long it has been starting; 0 if it is not."""
+        start = self.start
+        return time.monotonic() - start.began_s if start else 0.0
+
+    @property
+    def has_lost_credentials(self) -> bool:
+        """Whether the keeper has lost the credentials that it was started with."""
+        return self.needs_credentials and self.spec.credentials is None
+
+    @property
+    def serving(self) -> Wanted:
+        """What it serves."""
+        return Wanted(self.spec.source, self.spec.options, self.spec.credentials, self.owner)
+
+    @property
+    def mounted_ns(self) -> int:
+        """When it was mounted, in nanoseconds since the epoch: the future if it was not yet, and 0
+        if it was and is not known.
+        """
+        supervisor = self.supervisor
+        if supervisor is None:
+            return 0 if self.was_ready else sys.maxsize
+        return supervisor.mounted_ns
+
+    def serves(self, wanted: Wanted) -> bool:
+        """Whether it can serve a volume.
 
         Two owners may have equal keys today and other keys tomorrow, so they share no daemon.
         """
-        if credentials is not None and owner != self.owner:
+        if wanted.credentials is not None and wanted.owner != self.owner:
             return False
-        if self.needs_credentials and self.spec.credentials is None:
-            return False  # the owner of its credentials is not known
-        return self.is_of(volume) and _same(self.spec.credentials, credentials)
-
-    def is_of(self, volume: Volume) -> bool:
-        """Whether it serves that source, with those options, with whatever credentials."""
-        return (self.spec.source, dict(self.spec.options)) == (volume.source, dict(volume.options))
+        if self.has_lost_credentials:
+            return False  # whose it is is not known
+        ours, theirs = self.spec, wanted
+        return (ours.source, dict(ours.options)) == (theirs.source, dict(theirs.options)) and (
+            _same(ours.credentials, theirs.credentials)
+        )
 
     @contextmanager
     def locked(self, timeout_s: float) -> Iterator[None]:

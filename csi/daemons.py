@@ -3,7 +3,8 @@
 Each daemon mounts at a directory of its own below `--state-dir`, and every path at which a volume
 is published is a bind mount of that. So volumes of one source with the same options and credentials
 share a daemon, and with it one download and one copy in the page cache, and may come and go in any
-order; a daemon ends when its last user leaves.
+order; a daemon ends when its last user leaves. If the source has changed, there is one daemon for
+each snapshot that pods use (`csi/snapshots.py`).
 
 What a daemon needs to go on after this plugin is in the keeper, under the name of its mountpoint:
 the session with the kernel and the spec, credentials included, which are nowhere else. Its record
@@ -27,11 +28,11 @@ from pathlib import Path
 from grpc import StatusCode
 
 from csi import mounts
-from csi.daemon import LOCK_TIMEOUT_S, Daemon
+from csi.daemon import LOCK_TIMEOUT_S, Daemon, Wanted
 from csi.errors import RpcError, without_ids
+from csi.snapshots import MOST_SNAPSHOTS, Look, doubt
 from csi.staged import DaemonRecord, State
 from csi.start import PATIENCE_S, Start
-from csi.volumes import Volume
 from lazyfs.errors import LazyfsError, MountError, SourceError
 from lazyfs.faults import start_watching
 from lazyfs.fuse import mount_syscalls
@@ -122,39 +123,80 @@ class Daemons:
         with self._lock:
             return self._daemons.get(name)
 
-    def reserve(
-        self,
-        volume: Volume,
-        credentials: Credentials | None,
-        owner: str,
-        user: str,
-        volume_id: str,
-    ) -> Daemon:
-        """A daemon for a volume, that is used by `user` from now on: one there is, or a new one.
-
-        It need not run yet: see `ensure`.
+    def reserve(self, wanted: Wanted, user: str, volume_id: str, look: Look) -> Daemon:
+        """A daemon for a volume, used by `user` from now on; it need not run yet: see `ensure`.
 
         Args:
-            owner: whose the credentials are; one that has other ones gets another daemon.
+            look: says which snapshots are as S3 lists the source now.
+
+        Raises:
+            StillStartingError: that is not known yet.
+            LazyfsError, KeeperError: a daemon that is there cannot be used, as of `ensure`.
         """
-        with self._lock:
-            for daemon in self._daemons.values():
-                if not daemon.retired and daemon.serves(volume, credentials, owner):
+        old: set[Daemon] = set()
+        while True:
+            with self._lock:
+                serving = self._serving(wanted)
+                left = [each for each in serving if each not in old]
+                if not left and len(serving) < MOST_SNAPSHOTS:
+                    daemon = self._new(wanted, volume_id)
                     daemon.users.add(user)
                     return daemon
-            name = _name(volume)
-            mountpoint = self._directory / name
-            spec = replace(volume.mount_spec(str(mountpoint), credentials), volume=volume_id)
-            given = credentials is not None
-            daemon = Daemon(name, mountpoint, spec, given, owner if given else "")
-            self._daemons[name] = daemon
-            daemon.users.add(user)
-            return daemon
+            if not left:
+                doubt(
+                    serving[0],
+                    f"S3 lists other objects, but this node serves {len(serving)} snapshots "
+                    "of the source already; delete the oldest pods",
+                )
+                if self.use(serving[0], user):
+                    return serving[0]
+            elif not left[0].was_ready or self._is_current(left[0], wanted, look):
+                if self.use(left[0], user):
+                    return left[0]
+            else:
+                old.add(left[0])
 
-    def use(self, daemon: Daemon, user: str) -> None:
-        """That daemon is used by `user` as well from now on."""
+    def use(self, daemon: Daemon, user: str) -> bool:
+        """That daemon is used by `user` as well from now on; False if it is ending."""
         with self._lock:
-            daemon.users.add(user)
+            if not daemon.retired:
+                daemon.users.add(user)
+            return not daemon.retired
+
+    def newest_mount(self, daemon: Daemon) -> Daemon | None:
+        """Another daemon that serves what this one is to serve, as an older snapshot."""
+        with self._lock:
+            serving = self._serving(daemon.serving)
+            mounted = (each for each in serving if each.supervisor and each is not daemon)
+            return next(mounted, None)
+
+    def _serving(self, wanted: Wanted) -> list[Daemon]:
+        """The daemons that can serve a volume, the newest first."""
+        found = [
+            each for each in self._daemons.values() if not each.retired and each.serves(wanted)
+        ]
+        return sorted(found, key=lambda each: each.mounted_ns, reverse=True)
+
+    def _new(self, wanted: Wanted, volume_id: str) -> Daemon:
+        name = _name(wanted.source)
+        mountpoint = self._directory / name
+        spec = MountSpec(
+            wanted.source, str(mountpoint), wanted.options, wanted.credentials, volume_id
+        )
+        given = wanted.credentials is not None
+        daemon = Daemon(name, mountpoint, spec, given, wanted.owner if given else "")
+        self._daemons[name] = daemon
+        return daemon
+
+    def _is_current(self, daemon: Daemon, wanted: Wanted, look: Look) -> bool:
+        try:
+            # What it asks S3 with is what this pod has.
+            self.ensure(daemon, wanted.credentials, look.left_s)
+        except RpcError:
+            if daemon.retired:
+                return False
+            raise
+        return look.is_current(daemon)
 
     def ensure(self, daemon: Daemon, credentials: Credentials | None, timeout_s: float) -> str:
         """Have a daemon run, with these credentials if any are given; its filesystem's device.
@@ -327,9 +369,9 @@ def _detach(mountpoint: Path) -> None:
         mount_syscalls.unmount(mountpoint, lazy=True)
 
 
-def _name(volume: Volume) -> str:
+def _name(source: str) -> str:
     """A new name for a daemon: unlike all others, and telling in logs and in lists of mounts."""
-    readable = re.sub(r"[^A-Za-z0-9.]+", "-", volume.source.removeprefix("s3://"))
+    readable = re.sub(r"[^A-Za-z0-9.]+", "-", source.removeprefix("s3://"))
     return f"{readable[-LONGEST_READABLE:].strip('-.')}-{secrets.token_hex(4)}"
 
 

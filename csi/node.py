@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from grpc import ServicerContext, StatusCode
 
@@ -137,7 +138,11 @@ class Node(NodeServicer):
                 min(_patience_s(context, until), at_most_s), via,
                 credentials.owner_of(request.volume_id, attributes),
             )  # fmt: skip
-            if via is None:
+            if via is not None and daemon is not via:
+                self._attachments.restage(
+                    request.volume_id, Path(request.staging_target_path), daemon
+                )
+            if daemon is not via:
                 _wait_for(volume, daemon, until)
         return csi_pb2.NodePublishVolumeResponse()
 
@@ -161,12 +166,12 @@ class Node(NodeServicer):
         """
         check_text("volume_id", request.volume_id)
         path, place = self._place(request.volume_id, request.volume_path)
-        trouble = self._attachments.trouble(path, place)
+        found = self._attachments.condition(path, place)
         condition = csi_pb2.VolumeCondition(
-            abnormal=trouble is not None, message=without_ids(trouble or "the volume is served")
+            abnormal=found.trouble is not None, message=without_ids(found.message)
         )
         return csi_pb2.NodeGetVolumeStatsResponse(
-            usage=self._usage(place), volume_condition=condition
+            usage=_usage(found.status), volume_condition=condition
         )
 
     def NodeGetCapabilities(
@@ -239,22 +244,19 @@ class Node(NodeServicer):
                 "--inline-node-role",
             )
 
-    def _usage(self, place: Place) -> list[csi_pb2.VolumeUsage]:
-        daemon = self._attachments.daemons.get(place.daemon) if place.daemon else None
-        if daemon is None:
-            return []
-        try:
-            status = daemon.status()
-        except LazyfsError:
-            return []  # its condition says why
-        size, files = status["size_bytes"], status["files"]
-        here = status["prefetch"]["there_bytes"]
-        unit = csi_pb2.VolumeUsage.Unit
-        return [
-            csi_pb2.VolumeUsage(unit=unit.BYTES, total=size, used=here, available=size),
-            # kubelet's stock alerts fire when bytes or inodes run out.
-            csi_pb2.VolumeUsage(unit=unit.INODES, total=files, used=files, available=files),
-        ]
+
+def _usage(status: dict[str, Any] | None) -> list[csi_pb2.VolumeUsage]:
+    """The size of a volume; empty if its daemon does not answer: its condition says why."""
+    if status is None:
+        return []
+    size, files = status["size_bytes"], status["files"]
+    here = status["prefetch"]["there_bytes"]
+    unit = csi_pb2.VolumeUsage.Unit
+    return [
+        csi_pb2.VolumeUsage(unit=unit.BYTES, total=size, used=here, available=size),
+        # kubelet's stock alerts fire when bytes or inodes run out.
+        csi_pb2.VolumeUsage(unit=unit.INODES, total=files, used=files, available=files),
+    ]
 
 
 def _deadline(context: ServicerContext) -> float:

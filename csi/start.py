@@ -46,6 +46,9 @@ class Start:
         credentials: the daemon's.
         supervise: makes a supervisor for an attempt.
         on_ready: called from the thread with the supervisor that succeeded.
+
+    Attributes:
+        began_s: when, by the monotonic clock.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Start:
         on_ready: Callable[[Supervisor], None],
     ) -> None:
         self.credentials = credentials
+        self.began_s = time.monotonic()
         self._source = source
         self._supervise = supervise
         self._on_ready = on_ready

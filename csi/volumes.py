@@ -7,6 +7,7 @@ Pure: no I/O, no state. The attributes of a volume (`volume_context`, a Persiste
     bucket or bucketName    and, if wanted, prefix
     waitFor                 headers or model: what is here when staging returns; not given: nothing
     roleArn                 the role that a pod's service account takes on (web identity)
+    snapshotMaxAge          how old the listing of S3 may be that a new pod sees
     each mount option       by its camelCase name, `blockSize`, as in docs/OPTIONS.md; patterns
                             are separated by commas
 
@@ -27,9 +28,8 @@ from csi.endpoints import AllowedEndpoints
 from csi.errors import InvalidArgumentError
 from lazyfs.errors import OptionError
 from lazyfs.options.mount_options import OPTIONS, MountOptions, Option, merged
-from lazyfs.options.option_types import format_size
-from lazyfs.process.mount_spec import MountSpec
-from lazyfs.store.credentials import Credentials, StaticCredentials
+from lazyfs.options.option_types import Duration, format_size
+from lazyfs.store.credentials import StaticCredentials
 from lazyfs.store.url import SourceUrl
 
 # spec.md, "Size Limits": of a string, and of a map of strings.
@@ -58,7 +58,8 @@ OF_THE_NODE = frozenset(
 )
 _BY_CAMEL_CASE = {option.camel_case: option for option in OPTIONS}
 _SOURCE_KEYS = ("source", "bucket", "bucketName", "prefix")
-_OTHER_KEYS = ("waitFor", "roleArn")
+_OTHER_KEYS = ("waitFor", "roleArn", "snapshotMaxAge")
+SNAPSHOT_MAX_AGE = Duration(0, 365 * 86400)
 _ROLE_ARN = re.compile(r"arn:[\w-]+:iam::\d*:role/[\w+=,.@/-]{1,512}", re.ASCII)
 # spec.md, CreateVolumeRequest.name: control characters but for white space.
 _BANNED = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
@@ -81,21 +82,19 @@ class Volume:
         options: texts by option name (`lazyfs/options/`), the driver's own defaults among them.
         wait_for: what staging waits for: `headers`, `model`, or None for nothing.
         role_arn: to be taken on with the pod's service-account token.
+        snapshot_max_age_s: how old the listing of S3 may be that a new pod sees.
     """
 
     source: str
     options: Mapping[str, str | list[str]]
     wait_for: str | None = None
     role_arn: str | None = None
+    snapshot_max_age_s: float = 0.0
 
     @property
     def mount_options(self) -> MountOptions:
         """The options, read."""
         return MountOptions.parse(("{attribute}", self.options))
-
-    def mount_spec(self, mountpoint: str, credentials: Credentials | None) -> MountSpec:
-        """What a worker is told of it."""
-        return MountSpec(self.source, mountpoint, self.options, credentials)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +106,14 @@ class Rules:
         max_memory_limit: bytes; the most that a volume may ask for as `memoryLimit`.
         defaults: valid texts by option name, for what a volume does not set.
         endpoints: which ones inline volumes may name, besides the default.
+        snapshot_max_age_s: of volumes that do not set it.
     """
 
     allowed: frozenset[str] = frozenset(option.name for option in OPTIONS) - OF_THE_NODE
     max_memory_limit: int | None = None
     defaults: Mapping[str, str | list[str]] = field(default_factory=dict)
     endpoints: AllowedEndpoints = field(default_factory=AllowedEndpoints)
+    snapshot_max_age_s: float = 0.0
 
     def volume(
         self,
@@ -154,6 +155,7 @@ class Rules:
             options=self._checked(given),
             wait_for=_wait_for(own.get("waitFor")),
             role_arn=_role_arn(own.get("roleArn")),
+            snapshot_max_age_s=self._max_age_s(own.get("snapshotMaxAge")),
         )
         options = volume.mount_options
         if volume.wait_for and not options.brings(volume.wait_for):
@@ -183,6 +185,16 @@ class Rules:
             raise InvalidArgumentError(f"{what} {key}: given several times; it takes one value")
         else:
             texts[option.name] = value
+
+    def _max_age_s(self, text: str | None) -> float:
+        if not text:
+            return self.snapshot_max_age_s
+        try:
+            return SNAPSHOT_MAX_AGE.parse(text)
+        except ValueError:
+            raise InvalidArgumentError(
+                f"snapshotMaxAge: {text!r} is not allowed: {SNAPSHOT_MAX_AGE.allowed}"
+            ) from None
 
     def _where(self, texts: Texts) -> Texts:
         """What follows from the endpoint that an inline volume names.

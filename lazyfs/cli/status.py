@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import click
@@ -63,6 +64,7 @@ def rows(status: Status) -> list[tuple[str, str]]:
         ("version", f"{status['version']}, worker {status['pid']}"),
         ("mounted", f"{format_duration(status['mounted_for_s'])} ago{_restarts(status)}"),
         *_changed(status),
+        *_compared(status),
         ("files", f"{status['files']}, {format_size(status['size_bytes'])}"),
         ("model", share(prefetch["there_bytes"], prefetch["wanted_bytes"]) + " on this machine"),
         ("loaded", share(near, prefetch["wanted_bytes"]) + " in the page cache or read"),
@@ -155,6 +157,16 @@ def _changed(status: Status) -> list[tuple[str, str]]:
     """Options that were changed since the mount began, if any."""
     texts = [f"{name}={text}" for name, text in status.get("changed", {}).items()]
     return [("changed", ", ".join(texts))] if texts else []
+
+
+def _compared(status: Status) -> list[tuple[str, str]]:
+    """What S3 lists now, if it was asked for a new pod."""
+    snapshot = status.get("snapshot", {})
+    if not snapshot.get("at_s"):
+        return []
+    listed = "the same" if snapshot["same"] else "other objects: mount again to see them"
+    ago = format_duration(max(0.0, time.time() - snapshot["at_s"]))
+    return [("S3 lists", f"{listed} ({ago} ago)")]
 
 
 def _reads(status: Status) -> str:

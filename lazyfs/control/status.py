@@ -14,6 +14,7 @@ from typing import Any
 
 from lazyfs import __version__
 from lazyfs.cache import BlockCache
+from lazyfs.control.snapshot import Snapshot
 from lazyfs.fetch.fetcher import BlockFetcher
 from lazyfs.fuse.filesystem import Filesystem
 from lazyfs.handover.runtime_changes import RuntimeChanges
@@ -47,6 +48,7 @@ class Status:
     restarts: int
     options: MountOptions
     catalog: Catalog
+    snapshot: Snapshot
     filesystem: Filesystem
     fetcher: BlockFetcher
     page_cache: PageCache
@@ -70,6 +72,7 @@ class Status:
             "restarts": self.restarts,
             "resumes": self.carried.resumes,
             "changed": dict(self.carried.options),
+            "snapshot": self.snapshot.describe(),
             "trouble": self.fetcher.trouble,
             **self._model(),
             **self._traffic(),

@@ -23,6 +23,7 @@ class RuntimeChanges:
         paused: prefetching is paused (`lazyfs pause`).
         options: changed options, text by name (`lazyfs set`).
         resumes: how often a worker resumed the mount.
+        compared: what the last comparison with S3 showed (`lazyfs/control/snapshot.py`).
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -31,10 +32,16 @@ class RuntimeChanges:
         self.paused: bool = fields.get("paused", False)
         self.options: dict[str, str] = fields.get("options", {})
         self.resumes: int = fields.get("resumes", 0)
+        self.compared: dict[str, Any] = fields.get("compared", {})
 
     def save(self) -> None:
         """Write the current state to the memory file."""
-        fields = {"paused": self.paused, "options": self.options, "resumes": self.resumes}
+        fields = {
+            "paused": self.paused,
+            "options": self.options,
+            "resumes": self.resumes,
+            "compared": self.compared,
+        }
         content = json.dumps(fields).encode()
         # With one call over the old content: a reader gets either the old or the new state.
         size = os.fstat(self.descriptor).st_size

@@ -90,6 +90,17 @@ class Catalog:
         for listing in self._journal.read():
             self._plant(listing)
 
+    @property
+    def listed_ahead(self) -> list[ListedObject]:
+        """The first page of a larger source, until its root is listed."""
+        return self._first
+
+    def listed_anew(self, journal: ListingLog) -> Catalog:
+        """A catalog of the same source that has listed nothing yet."""
+        anew = Catalog(self._source, self._options, journal, self._recorder)
+        anew._hidden = self._hidden  # each is logged and counted once
+        return anew
+
     async def children(self, directory: Directory) -> dict[str, Node]:
         """The nodes of a directory by name, listed now if it was not listed yet.
 

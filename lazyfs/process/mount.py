@@ -27,6 +27,7 @@ from lazyfs.control.first_load import tell_first_load
 from lazyfs.control.recording import recording
 from lazyfs.control.scrape import listen, serve_metrics
 from lazyfs.control.server import listen_control, serve_control
+from lazyfs.control.snapshot import Snapshot
 from lazyfs.control.status import Status
 from lazyfs.control.tunables import pause, tune, with_former_changes
 from lazyfs.control.warming import Warming
@@ -74,11 +75,17 @@ LAST_WRITES_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """What to mount where, and how; `texts` are the options before parsing."""
+    """What to mount where, and how.
+
+    Attributes:
+        began_s: when the worker began, by the monotonic clock.
+        texts: the options before parsing.
+    """
 
     url: SourceUrl
     mountpoint: Path
     options: MountOptions
+    began_s: float
     credentials: Credentials | None = None
     texts: Mapping[str, str | list[str]] = field(default_factory=dict)
 
@@ -89,7 +96,7 @@ def run(
     line: SupervisorLine,
     former: Handover | None,
     opening: Future[Source],
-    on_ready: Callable[[], None],
+    on_ready: Callable[[int], None],
 ) -> None:
     """Mount and serve, or resume a mount, until SIGTERM, SIGINT or an unmount.
 
@@ -100,7 +107,8 @@ def run(
         line: to the supervisor, which mounts.
         former: what the keeper had when this worker started.
         opening: the source, once it is connected.
-        on_ready: called once the mount can be used.
+        on_ready: called once the mount can be used, with the time since when it is mounted, in
+            nanoseconds since the epoch.
 
     Raises:
         LazyfsError: it could not be mounted, or not be resumed.
@@ -129,7 +137,7 @@ async def _serve(
     line: SupervisorLine,
     former: Handover | None,
     opening: Future[Source],
-    on_ready: Callable[[], None],
+    on_ready: Callable[[int], None],
     recorder: Recorder,
 ) -> None:
     carried = RuntimeChanges(former.carried if former else new_carried())
@@ -223,9 +231,13 @@ async def _serve(
                     walker = Walker(mount.mountpoint, catalog.tree.path, nursery)
                     planner.on_wanted = walker.look_up
                 nursery.start_soon(keep_running, "planning", planner.run)
+            snapshot = Snapshot(
+                catalog, carried, beginning.mounted_ns, None if former else mount.began_s
+            )
+            nursery.start_soon(keep_running, "looking into doubts", snapshot.settle)
             status = Status(
                 str(mount.url), str(mount.mountpoint), beginning.mounted_ns,
-                restarts_of(mount.mountpoint), options, catalog,
+                restarts_of(mount.mountpoint), options, catalog, snapshot,
                 filesystem, fetcher, page_cache, prefetcher, planner, recorder, cache, carried,
                 movers,
             )  # fmt: skip
@@ -240,6 +252,7 @@ async def _serve(
             routes |= _routes(source, status, mount)
             routes |= Warming(source, catalog, options, nursery).routes()
             routes |= Contents(source, catalog, fetcher).routes()
+            routes |= snapshot.routes()
             if has_place:
                 nursery.start_soon(
                     keep_running, "the control socket",
@@ -247,7 +260,7 @@ async def _serve(
                 )  # fmt: skip
             log.info("%s %s at %s", verb, mount.url, mount.mountpoint)
             recorder.ready()
-            on_ready()
+            on_ready(beginning.mounted_ns)
             nursery.start_soon(connection.run)
             await pyfuse3.main(max_tasks=MOST_REQUESTS)
             with trio.move_on_after(LAST_WRITES_S):

@@ -71,6 +71,8 @@ READY_TIMEOUT_S = 120.0
 # Pauses between the death of a worker and the next one. The long pause is for workers that do not
 # become ready; otherwise readers are waiting.
 FIRST_PAUSE_S, LONGEST_PAUSE_S, LONGEST_PAUSE_AFTER_READY_S = 0.25, 30.0, 1.0
+# Time for an answer that is not waited for much longer.
+SOON_S = 1.0
 # A worker that lived this long did not die for the same reason as its predecessor.
 LONG_LIFE_S = 60.0
 
@@ -122,6 +124,7 @@ class Supervisor:
         self._record: RunningMount | None = None
         self._device: str | None = None
         self._version = ""
+        self._mounted_ns = 0
         self._about = {"mountpoint": spec.mountpoint, "volume": spec.volume}
         self._watcher: threading.Thread | None = None
 
@@ -139,6 +142,11 @@ class Supervisor:
     def device(self) -> str | None:
         """The mount's device number, `major:minor`; None while it was never ready."""
         return self._device
+
+    @property
+    def mounted_ns(self) -> int:
+        """When the source was mounted, in nanoseconds since the epoch; 0 while it was not."""
+        return self._mounted_ns
 
     @property
     def ended(self) -> bool:
@@ -239,11 +247,38 @@ class Supervisor:
         answer: dict[str, Any] = self._client().get("/status")
         return answer
 
-    def _client(self) -> ControlClient:
-        # Only the CSI driver uses it and has imported it; other mounts start faster without.
-        from lazyfs.control.client import ControlClient
+    def compare(
+        self, max_age_s: float, timeout_s: float, patience_s: float
+    ) -> tuple[bool | None, str]:
+        """Whether S3 lists what the mount shows; or None, and why that is not known.
 
-        return ControlClient(control_socket(self._mountpoint))
+        Args:
+            max_age_s: how old an answer of S3 may be.
+            timeout_s: how long the worker waits for S3.
+            patience_s: how long to wait for the worker.
+
+        Raises:
+            ControlError: the worker does not answer.
+        """
+        asked = {"max_age_s": max_age_s, "timeout_s": timeout_s}
+        answer = self._client(patience_s).put("/snapshot", asked)
+        return answer["same"], answer["why"]
+
+    def note_doubt(self, why: str) -> None:
+        """Record that somebody gets this snapshot although S3 may list something else.
+
+        Raises:
+            ControlError: the worker does not answer.
+        """
+        # A stopped worker reads it when it goes on.
+        self._client(SOON_S).put("/doubt", {"why": why})
+
+    def _client(self, timeout_s: float | None = None) -> ControlClient:
+        # Only the CSI driver uses it and has imported it; other mounts start faster without.
+        from lazyfs.control.client import TIMEOUT_S, ControlClient
+
+        patience_s = TIMEOUT_S if timeout_s is None else timeout_s
+        return ControlClient(control_socket(self._mountpoint), patience_s)
 
     @property
     def trouble(self) -> str | None:
@@ -303,6 +338,7 @@ class Supervisor:
             raise MountError(f"{self._mountpoint}: the daemon was not ready in time")
         if said.get("ready"):
             self._version = said["version"]
+            self._mounted_ns = said.get("mounted_ns", 0)  # not of a worker of an older version
             self._note(self.pid)
             return
         code = end_within(started.process, END_TIMEOUT_S)

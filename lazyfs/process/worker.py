@@ -39,6 +39,7 @@ LAST_STEPS_S = 5.0
 
 def main(name: str, keeper_fd: int, line_fd: int, leash_fd: int | None) -> int:
     """Serve the mount that is kept under `name`; returns the exit code."""
+    began_s = time.monotonic()
     # Objects made at the start stay: garbage collection would take a quarter of the time.
     gc.disable()
     os.chdir("/")  # a daemon must not keep a filesystem busy
@@ -58,10 +59,10 @@ def main(name: str, keeper_fd: int, line_fd: int, leash_fd: int | None) -> int:
 
         order = asking.result()
         mount = Mount(
-            order.url, Path(order.spec.mountpoint), order.options, order.spec.credentials,
+            order.url, Path(order.spec.mountpoint), order.options, began_s, order.spec.credentials,
             order.spec.options,
         )  # fmt: skip
-        run(mount, keeper, line, order.former, opening, lambda: _ready(line))
+        run(mount, keeper, line, order.former, opening, lambda mounted: _ready(line, mounted))
     except Exception as error:
         return _refuse(line, the_error(error))
     finally:
@@ -111,8 +112,8 @@ def _open(order: _Order, scout: SourceProbe) -> Source:
     return Source(*about, found)
 
 
-def _ready(line: SupervisorLine) -> None:
-    line.ready(__version__)
+def _ready(line: SupervisorLine, mounted_ns: int) -> None:
+    line.ready(__version__, mounted_ns)
     gc.freeze()
     gc.enable()
 

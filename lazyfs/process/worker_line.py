@@ -3,7 +3,7 @@
 They use a `SOCK_SEQPACKET` socket; each message is one JSON object. The worker sends one or more of
 
     {"mount": {"source": S, "allow_other": B}}     everything else is ready: mount now
-    {"ready": true, "version": V}                   the mount can be used
+    {"ready": true, "version": V, "mounted_ns": T}  the mount can be used; since when there is one
     {"error": text, "exit_code": N, "kind": K}      it cannot, and the worker ends
 
 The supervisor answers `mount` with `{"init": HEX}` and a descriptor, or with `{"error": text}`. The
@@ -93,9 +93,13 @@ class SupervisorLine:
             raise MountError(answer["error"])
         return descriptors[0], bytes.fromhex(answer["init"])
 
-    def ready(self, version: str) -> None:
-        """Report that the mount can be used; the last message."""
-        self.send({"ready": True, "version": version})
+    def ready(self, version: str, mounted_ns: int) -> None:
+        """Report that the mount can be used; the last message.
+
+        Args:
+            mounted_ns: since when there is a mount, in nanoseconds since the epoch.
+        """
+        self.send({"ready": True, "version": version, "mounted_ns": mounted_ns})
         self._connection.close()
 
     def refuse(self, text: str, exit_code: int, kind: str) -> None:

@@ -104,8 +104,7 @@ def test_options_come_from_attributes_flags_and_the_driver() -> None:
         "headers",
         "arn:aws:iam::123456789012:role/models",
     )
-    spec = volume.mount_spec("/mnt", StaticCredentials("a", "b"))
-    assert spec.options["block-size"] == "4MiB"
+    assert volume.options["block-size"] == "4MiB"
 
 
 @pytest.mark.parametrize(

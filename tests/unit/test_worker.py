@@ -63,7 +63,7 @@ def test_serves_on_when_nobody_hears_that_it_is_ready():
     """Its supervisor was killed while it began."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     theirs.close()
-    SupervisorLine(ours).ready("1")
+    SupervisorLine(ours).ready("1", 0)
 
 
 def test_says_why_it_cannot_mount_when_its_supervisor_is_gone():

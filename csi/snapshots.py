@@ -1,0 +1,113 @@
+"""Which snapshot of a source a new pod gets.
+
+A mount is a snapshot, and the pods of a node that use the same source share it. So while one of
+them lives, each later one would see what S3 listed when the first one started. A new pod is a new
+look instead: S3 is asked whether it lists the same, and if it does not, the pod gets a new daemon,
+which later pods share. Older daemons end with their pods. Content that snapshots have in common is
+in the node's cache once.
+
+Nothing of this fails or holds up a pod for long. If S3 gives no answer, or the new snapshot cannot
+be mounted, the pod gets the newest snapshot that is there, and the volume's condition says why.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from csi.daemon import Daemon
+from csi.errors import without_ids
+from csi.start import StillStartingError
+from lazyfs.control.client import ControlError
+
+log = logging.getLogger(__name__)
+
+# How long S3 may take to say what it lists: a page takes a tenth of a second.
+LOOK_S = 4.0
+# A call that may not wait takes an answer that is so old, or else it would ask again each time.
+OLD_S = 2 * LOOK_S
+# Snapshots of one source with the same options and credentials: each has a daemon of its own, with
+# memory and page cache.
+MOST_SNAPSHOTS = 4
+# A pod whose new snapshot is not mounted by then gets an older one. A busy node takes seconds.
+FALL_BACK_AFTER_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a call for a new pod asks of S3.
+
+    Attributes:
+        max_age_s: how old an answer may be.
+        until_s: how long the call may wait, by the monotonic clock.
+    """
+
+    max_age_s: float
+    until_s: float
+
+    @property
+    def left_s(self) -> float:
+        """How long the call may still wait."""
+        return max(0.0, self.until_s - time.monotonic())
+
+    def is_current(self, daemon: Daemon) -> bool:
+        """Whether a new pod gets the snapshot of this daemon.
+
+        Raises:
+            StillStartingError: S3 has not answered yet, and this call may not wait.
+        """
+        supervisor = daemon.supervisor
+        if supervisor is None:
+            return True  # its end is noticed where it is used
+        in_haste = self.left_s < LOOK_S
+        max_age_s = max(self.max_age_s, OLD_S) if in_haste else self.max_age_s
+        try:
+            same, why = supervisor.compare(max_age_s, LOOK_S, min(self.left_s, LOOK_S + 1))
+        except ControlError as error:
+            if in_haste:
+                raise StillStartingError(
+                    f"{daemon.spec.source}: is not mounted yet: S3 is asked what it lists now"
+                ) from error
+            same, why = None, str(error)
+        if same is None:
+            doubt(daemon, why)
+        return same is not False
+
+
+def doubt(daemon: Daemon, why: str) -> None:
+    """Record that a pod gets this snapshot although S3 may list something else."""
+    log.warning("%s: a pod gets the snapshot of %s: %s", daemon.spec.source, daemon.name, why)
+    supervisor = daemon.supervisor
+    try:
+        if supervisor is not None:
+            supervisor.note_doubt(without_ids(why))
+    except ControlError as error:
+        log.debug("%s", error)  # the condition says that the worker does not answer
+
+
+def told(snapshot: dict[str, Any]) -> str:
+    """Since when a snapshot is served, for the condition of its volumes."""
+    text = f"the volume is served as S3 listed it at {_time(snapshot['listed_at_s'])}"
+    if not snapshot["same"]:
+        text += f"; at {_time(snapshot['at_s'])} it listed other objects: new pods see those"
+    return text
+
+
+def doubts(snapshot: dict[str, Any]) -> str | None:
+    """Why pods may have got an old snapshot; None if they did not."""
+    if snapshot["doubt"] is None:
+        return None
+    text = (
+        f"a pod that started at {_time(snapshot['doubt_at_s'])} got the snapshot of "
+        f"{_time(snapshot['listed_at_s'])}, because: {snapshot['doubt']}"
+    )
+    if not snapshot["same"]:
+        text += "; S3 lists other objects now: delete the pod to have it see them"
+    return text
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
