@@ -34,11 +34,12 @@ COMMANDS = {
     "warm": "warming",
     "warmup": "warming",
     "cache": "caching",
+    "fleet-cache": "fleet",
 }
 
 
 # Functions with another name than their command.
-_FUNCTIONS = {"set": "set_"}
+_FUNCTIONS = {"set": "set_", "fleet-cache": "fleet_cache"}
 
 
 class OneLineErrors(click.Group):

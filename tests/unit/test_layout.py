@@ -18,7 +18,8 @@ PACKAGE = "lazyfs"
 FOUNDATION = "."
 ROOMS = (
     FOUNDATION, "options", "model", "blocks", "movers", "observe", "store", "namespace",
-    "pagecache", "cache", "prefetch", "fetch", "handover", "fuse", "control", "process", "cli",
+    "pagecache", "cache", "prefetch", "fetch", "fleet", "handover", "fuse", "control", "process",
+    "cli",
 )  # fmt: skip
 # Pure rooms and modules: plain values in, plain values out.
 PURE = (

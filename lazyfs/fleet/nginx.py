@@ -1,0 +1,263 @@
+"""The configuration of nginx for one node of a fleet. Pure.
+
+What it must not do decides its form:
+
+- *Give a reader what S3 denies it.* The door asks S3 about each request with the reader's own
+  signature, for one byte of the version that it wants (`auth_request`). The answer is kept under
+  the signature, so it is never another reader's. Any doubt is a refusal: then lazyfs asks S3.
+- *Keep what is not S3's answer to the key.* A key is host, path, ETag and range, divided by line
+  feeds, which none of them can contain. Only GETs of one range of one version are taken, without a
+  query; of a request only the headers named here go on; only 206 is kept, with the ETag that was
+  asked for; and the host must be one of the administrator's, which is reached by TLS if he says so.
+- *Answer strangers.* A shelf does not ask S3 about readers, because doors do. So it answers the
+  doors of the fleet alone: by address, and by certificate if there is one.
+- *Follow S3's hints.* `X-Accel-*`, `Cache-Control` and the like of an object decide nothing here.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Sequence
+
+from lazyfs.fleet.settings import FleetSettings, Origin
+
+# A block, of which the number decides how many keys there are (8,000 in a megabyte of memory).
+_BLOCK_BYTES = 1 << 20
+_KEYS_IN_MIB = 8000
+
+_TEMPLATE = r"""# Written by lazyfs fleet-cache; changes are lost.
+daemon off;
+{user}
+worker_processes {workers};
+worker_shutdown_timeout 60s;
+pid {run}/nginx.pid;
+error_log stderr warn;
+events {{ worker_connections {connections}; }}
+http {{
+    access_log off;
+    server_tokens off;
+    default_type application/octet-stream;
+    sendfile on;
+    tcp_nopush on;
+    aio threads;
+    keepalive_requests 100000;
+    keepalive_timeout 75s;
+    client_max_body_size 1;
+    large_client_header_buffers 8 16k;
+    client_body_temp_path {run}/tmp;
+    proxy_temp_path {run}/tmp;
+    fastcgi_temp_path {run}/tmp;
+    uwsgi_temp_path {run}/tmp;
+    scgi_temp_path {run}/tmp;
+    {resolver}
+
+    map $http_host $origin {{
+        default "";
+{origins}
+    }}
+    map "$request_method $http_if_match" $has_version {{
+        default 0;
+        '~^GET "[!#-~]{{1,256}}"$' 1;
+    }}
+    map "$http_range $is_args" $has_range {{
+        default 0;
+        "~^bytes=[0-9]{{1,19}}-[0-9]{{1,19}} $" 1;
+    }}
+    map "$has_version$has_range" $is_taken {{ default 0; 11 1; }}
+    map "$upstream_http_etag\n$http_if_match" $is_other {{
+        default 1;
+        '~^("[!#-~]+")\n\1$' 0;
+    }}
+
+    proxy_cache_path {cache} levels=2:2 use_temp_path=off keys_zone=blocks:{keys}m
+        max_size={size} min_free={reserve} inactive=365d loader_files=1000;
+    proxy_cache_path {run}/verdicts levels=2 use_temp_path=off keys_zone=verdicts:16m
+        max_size=64m inactive={verdict}s;
+
+    upstream shelves {{
+        hash "$http_host$request_uri$http_if_match$http_range" consistent;
+{shelves}
+        keepalive 128;
+    }}
+
+    proxy_http_version 1.1;
+    proxy_pass_request_headers off;
+    proxy_pass_request_body off;
+{headers}
+    proxy_set_header Range $http_range;
+    proxy_ignore_headers X-Accel-Redirect X-Accel-Expires X-Accel-Limit-Rate X-Accel-Buffering
+        X-Accel-Charset Expires Cache-Control Set-Cookie Vary;
+    proxy_buffer_size 16k;
+    proxy_buffers 16 64k;
+    proxy_busy_buffers_size 256k;
+    proxy_connect_timeout 2s;
+    proxy_read_timeout 28s;
+    proxy_ssl_server_name on;
+    proxy_ssl_verify on;
+    proxy_ssl_verify_depth 5;
+    proxy_ssl_trusted_certificate {authorities};
+
+    # The door.
+    server {{
+        listen {door} backlog=4096;
+        if ($origin = "") {{ return 421; }}
+        if ($is_taken = 0) {{ return 400; }}
+
+        location / {{
+            auth_request /.lazyfs-verdict;
+            auth_request_set $verdict $upstream_status;
+            error_page 401 403 500 = @refused;
+            proxy_max_temp_file_size 0;
+            proxy_connect_timeout 1s;
+            # By this address the shelves know it.
+            proxy_bind {address};
+            proxy_next_upstream error timeout http_502 http_504;
+            proxy_next_upstream_tries 4;
+{between}
+            proxy_pass {scheme}://shelves;
+        }}
+        location = /.lazyfs-verdict {{
+            internal;
+            proxy_cache verdicts;
+            proxy_cache_key "$http_host\n$request_uri\n$http_if_match\n$http_authorization";
+            proxy_cache_valid 206 {verdict}s;
+            proxy_no_cache $is_other;
+            proxy_cache_lock on;
+            proxy_cache_lock_timeout 20s;
+            proxy_cache_lock_age 20s;
+            proxy_method GET;
+            # nginx takes none of those above where a header is set.
+{headers}
+            proxy_set_header Range "bytes=0-0";
+            proxy_pass $origin$request_uri;
+        }}
+        location @refused {{
+            if ($verdict = 401) {{ return 403; }}
+            if ($verdict = 404) {{ return 404; }}
+            if ($verdict = 412) {{ return 412; }}
+            if ($verdict = 503) {{ return 503 "<Error><Code>SlowDown</Code></Error>"; }}
+            if ($verdict ~ ^5) {{ return 502; }}
+            return 403;
+        }}
+    }}
+
+    # The shelf.
+    server {{
+        listen {shelf} backlog=4096{tls};
+{certificates}
+{strangers}
+        error_page 403 = @stranger;
+        if ($origin = "") {{ return 421; }}
+        if ($is_taken = 0) {{ return 400; }}
+
+        location / {{
+            proxy_cache blocks;
+            proxy_cache_key "$http_host\n$request_uri\n$http_if_match\n$http_range";
+            proxy_cache_valid 206 365d;
+            proxy_no_cache $is_other;
+            proxy_cache_lock on;
+            proxy_cache_lock_timeout 60s;
+            proxy_cache_lock_age 60s;
+            proxy_pass $origin$request_uri;
+        }}
+        # The list of addresses is behind by a few seconds when a node is new: the next shelf.
+        location @stranger {{ return 502; }}
+    }}
+}}
+"""
+# What goes on, to shelves and to S3, besides the range.
+_HEADERS = (
+    "Host $http_host",
+    'Connection ""',
+    'Content-Length ""',
+    "User-Agent $http_user_agent",
+    'Accept-Encoding "identity, gzip"',
+    "Authorization $http_authorization",
+    "X-Amz-Date $http_x_amz_date",
+    "X-Amz-Content-SHA256 $http_x_amz_content_sha256",
+    "X-Amz-Security-Token $http_x_amz_security_token",
+    "X-Amz-Request-Payer $http_x_amz_request_payer",
+    "If-Match $http_if_match",
+)
+_BETWEEN = """
+            proxy_ssl_name {name};
+            proxy_ssl_trusted_certificate {files}/ca.crt;
+            proxy_ssl_certificate {files}/tls.crt;
+            proxy_ssl_certificate_key {files}/tls.key;
+"""
+_CERTIFICATES = """
+        ssl_protocols TLSv1.3;
+        ssl_certificate {files}/tls.crt;
+        ssl_certificate_key {files}/tls.key;
+        ssl_client_certificate {files}/ca.crt;
+        ssl_verify_client on;
+        ssl_session_cache shared:shelves:4m;
+"""
+
+
+def render(
+    settings: FleetSettings,
+    members: Sequence[str],
+    resolvers: Sequence[str],
+    size_bytes: int,
+    reserve_bytes: int,
+    *,
+    as_root: bool = False,
+    connections: int = 4096,
+) -> str:
+    """The configuration.
+
+    Args:
+        members: addresses of all nodes; the same for all of them, in any order.
+        resolvers: addresses of DNS servers.
+        size_bytes, reserve_bytes: what the settings of the cache are on its filesystem.
+        as_root: root starts it.
+        connections: of each of its processes.
+    """
+    nodes = sorted({settings.address, *members}) if not members else sorted(set(members))
+    files = settings.tls_dir
+    named = {"files": files, "name": settings.tls_name}
+    return _TEMPLATE.format(
+        workers=settings.workers,
+        user=f"user {settings.user};" if as_root else "",
+        connections=connections,
+        run=settings.run_dir,
+        cache=settings.cache_dir,
+        keys=max(8, size_bytes // _BLOCK_BYTES // _KEYS_IN_MIB),
+        size=size_bytes,
+        reserve=reserve_bytes,
+        verdict=f"{settings.verdict_time:.0f}",
+        resolver=f"resolver {' '.join(resolvers)} valid=30s;" if resolvers else "",
+        origins="\n".join(f"        {_mapped(each)}" for each in settings.origins),
+        shelves="\n".join(
+            f"        server {_server(each, settings.shelf_port)} max_fails=1 fail_timeout=10s;"
+            for each in nodes
+        ),
+        authorities=settings.ca_bundle,
+        door=settings.door,
+        address=settings.address,
+        shelf=_server(settings.address, settings.shelf_port),
+        scheme="https" if files else "http",
+        tls=" ssl" if files else "",
+        between=_BETWEEN.format(**named) if files else "",
+        certificates=_CERTIFICATES.format(**named) if files else "",
+        strangers="\n".join(
+            [*(f"        allow {each};" for each in sorted({settings.address, *nodes})),
+             "        deny all;"]
+        ),
+        headers="\n".join(f"proxy_set_header {each};" for each in _HEADERS),
+    )  # fmt: skip
+
+
+def _mapped(origin: Origin) -> str:
+    """A line of the map from hosts to where they are."""
+    if origin.is_suffix:
+        host = re.escape(origin.host).replace("\\-", "-")
+        return f'"~^[a-z0-9][a-z0-9.-]*\\.{host}$" "{origin.scheme}://$http_host";'
+    return f'"{origin.host}" "{origin.url}";'
+
+
+def _server(address: str, port: int) -> str:
+    bracketed = f"[{address}]" if ipaddress.ip_address(address).version == 6 else address
+    return f"{bracketed}:{port}"
