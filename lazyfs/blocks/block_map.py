@@ -155,6 +155,11 @@ class BlockMap:
         count = sum(blocks.counts[place] for place in PAGES)
         return count > 0 and count == len(blocks.places)
 
+    def may_be_read(self, inode: int) -> bool:
+        """Whether a file was opened, and some of it may have been read out of the page cache."""
+        blocks = self.files[inode]
+        return blocks.reads_pages is True and any(blocks.counts[place] for place in PAGES)
+
     def is_missed(self, block: BlockId) -> bool:
         """Whether a reader that requests a block should have found it in the page cache."""
         blocks = self.files[block.inode]

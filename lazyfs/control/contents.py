@@ -14,7 +14,7 @@ import trio
 from lazyfs.control import Route
 from lazyfs.errors import ObjectGoneError
 from lazyfs.fetch.fetcher import BlockFetcher
-from lazyfs.model.shard_index import MAX_INDEX_BYTES
+from lazyfs.model.indexes import MAX_INDEX_BYTES
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.tree import Directory, Node
 from lazyfs.objects import File

@@ -19,7 +19,8 @@ from lazyfs.cache import CARE_S, BlockCache, Claim
 from lazyfs.cache.other_daemons import LEASE_S
 from lazyfs.errors import LazyfsError, ObjectChangedError, ObjectGoneError, SourceError
 from lazyfs.fetch.request import BlockGetter
-from lazyfs.model.layout import ModelFile, layouts
+from lazyfs.model.directory import ModelFile
+from lazyfs.model.layout import layouts
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.tree import Directory
 from lazyfs.objects import File

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from lazyfs.errors import SourceError
-from lazyfs.model.layout import ModelFile, ModelLayout, layouts
+from lazyfs.model.directory import ModelFile
+from lazyfs.model.indexes import MAX_INDEX_BYTES
+from lazyfs.model.layout import ModelLayout, layouts
 from lazyfs.model.safetensors import (
     HEAD_BYTES,
     LENGTH_BYTES,
@@ -25,7 +27,6 @@ from lazyfs.model.safetensors import (
     parse_header,
 )
 from lazyfs.model.selection import wanted_models
-from lazyfs.model.shard_index import MAX_INDEX_BYTES
 from lazyfs.options.mount_options import PLANNED
 
 # Reads a range of a file: path, offset and length in bytes.

@@ -1,32 +1,27 @@
 """Which files of a listing a model loader will read, and in which order. Pure.
 
-Each directory with weights is a model and gets a `ModelLayout`. The rules, most important first:
+Each directory with weights gets a `ModelLayout`. Which of its weights are read is decided in
+`weight_sets.py`. This module decides about directories; `docs/MODELS.md` shows what comes of
+it for published models:
 
-- **One format is read.** Loaders take safetensors if there are any, otherwise PyTorch pickles
-  (`*.bin`, otherwise `*.pt`, `*.pth`, `*.ckpt`; vLLM's `DefaultModelLoader._prepare_weights`),
-  otherwise GGUF, otherwise anything else. Weights in other formats are copies: excluded.
-- **Shards** of safetensors are those that `*.safetensors.index.json` names. Without a usable index
-  they are all except `consolidated*`, which is Mistral's second copy of its models (vLLM's
-  `filter_duplicate_safetensors_files`). Shards are read in the natural order of their names
-  (`shard-2` before `shard-10`; vLLM's `safetensors_weights_iterator`). The newest loader of vLLM
-  prefers the second copy unless `--load-format` is given; a listing cannot show which one it reads.
-- **Variants** (`model.fp16.safetensors`, `*.non_ema.*`) are read only when a user asks for them.
-  They are excluded if the plain file exists, and read otherwise.
-- **Copies in directories** (`original/`, `onnx/`, `openvino/`, ...) below a model are excluded.
-- **`--include`**: a file that these rules exclude is still fetched, after the shards, if a pattern
-  of `--include` matches it and none of the shards. If a pattern matches several GGUF models, it
-  does not say which of them is read, and has no effect here.
+- **Copies in directories** (`original/`, `onnx/`, `openvino/`, ...) below a model are excluded. A
+  loader that reads one of them, and nothing of the model, replaces the model.
 - **Pipelines** (diffusers): a directory with `model_index.json` above models. Its layout has its
   small files and comes first. The components follow in the order of their names, in which diffusers
-  loads them (`sorted` in `DiffusionPipeline.from_pretrained`). Weights next to `model_index.json`
-  are single-file copies of the pipeline: excluded. So are directories that hold only ONNX or the
-  like, which another kind of pipeline reads.
-- **GGUF**: one model, in one file or in parts (`-00001-of-00003.gguf`), with its projector
-  (`mmproj*`). If a directory has several models, only the reader knows which one it reads: all are
-  excluded.
+  loads them (`sorted` in `DiffusionPipeline.from_pretrained`). Directories that it does not name
+  are excluded; if it cannot be used, those that hold only ONNX or exports. Weights next to it
+  are single-file copies of the pipeline: excluded, until a loader reads one and no component.
+- **One model in several directories** is one *group*: a pipeline; the numbered modules of
+  sentence-transformers (`2_Dense/`); the ranks of one model (`rank_0/`); a repository of Triton
+  (`config.pbtxt`), of which the newest versions are read; and below a configured model,
+  safetensors or PyTorch files with other names than its own, which are its components.
+- **`--include`**: a file that these rules exclude is still fetched, after the shards, if a pattern
+  of `--include` matches it and none of the shards. If a pattern matches several models of which one
+  is read, it does not say which, and has no effect here.
 - **Small files** (configuration, tokenizer, code) come first. Those in a directory without weights
   belong to the nearest model above, or to the root. A directory with very many small files and no
   weights is not a model, and none of its files is fetched ahead.
+- **Leftovers** of `hf download` and the blobs of a Hugging Face cache belong to no model.
 
 The caller has to fetch an index before it can be used. So it calls twice: `layouts(files)` says
 where the indexes are (`index_paths`), and `layouts(files, indexes=...)` uses them.
@@ -34,45 +29,29 @@ where the indexes are (`index_paths`), and `layouts(files, indexes=...)` uses th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from posixpath import basename, dirname, join, split
 from types import MappingProxyType
 
-from lazyfs.model.filenames import (
-    COPY_DIRECTORIES,
-    FORMAT_ORDER,
-    PART,
-    PYTORCH_ORDER,
-    TRAINING_STATE,
-    VARIANT,
-    Format,
-    family_of,
-    format_of,
-    is_consolidated,
-    is_small,
-    natural_order,
-    small_rank,
-    stem_of,
-    suffix_of,
+from lazyfs.model.directory import Directory, ModelFile
+from lazyfs.model.filenames import BLOB, COPY_DIRECTORIES, LEFTOVER, Format
+from lazyfs.model.indexes import (
+    MAX_INDEX_BYTES,
+    PIPELINE_INDEX,
+    MalformedIndexError,
+    parse_pipeline,
+    shown,
 )
-from lazyfs.model.shard_index import INDEX_SUFFIX, MAX_INDEX_BYTES, named_shards
-from lazyfs.options.option_types import matches
-
-PIPELINE_INDEX = "model_index.json"
-# Limits on the small files of one model that are fetched ahead.
-SMALL_TOTAL_BYTES = 64 << 20
-SMALL_COUNT = 512
+from lazyfs.model.weight_sets import CORE
 
 NO_INDEXES: Mapping[str, bytes] = MappingProxyType({})
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFile:
-    """A listed file. `path` is relative to the mount, with `/` as separator."""
-
-    path: str
-    size_bytes: int
+TRITON_CONFIGURATION = "config.pbtxt"
+_NUMBERED_MODULE = re.compile(r"\d+_[A-Z]\w*")
+_RANK = re.compile(r"rank_?\d+")
+# What trainers save beside the model that they train.
+_CHECKPOINT = re.compile(r"(checkpoint|global_step|epoch|step|iter)[-_]?\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,25 +67,31 @@ class ModelLayout:
     """What a loader reads of one directory. Paths are relative to the mount.
 
     Attributes:
-        directory: the directory of the model; empty for the root of the mount.
-        format: of the weights that are read; `other` also if there are none.
+        directory: the directory of the weights; empty for the root of the mount.
+        format: of the model that is read; `other` also if there is none.
+        group: the topmost directory of the model that this is a part of.
         small: small files in the order in which they are read, within `SMALL_TOTAL_BYTES` and
             `SMALL_COUNT`.
         shards: the weights, in the order in which a loader reads them.
         included: the files at the end of `shards` that are there only because of `--include`.
         excluded: weights that are not prefetched.
-        index_paths: the indexes of the shards, for a second call of `layouts`.
-        warnings: what is wrong with this model, one sentence each, for the log.
+        alternatives: the excluded files of models of which a loader reads one, and has read none.
+        index_paths: the indexes, for a second call of `layouts`.
+        warnings: what is odd with this model, one sentence each, for the log.
+        problems: why no loader can load it, one sentence each.
     """
 
     directory: str
     format: Format
+    group: str = ""
     small: tuple[str, ...] = ()
     shards: tuple[str, ...] = ()
     included: tuple[str, ...] = ()
     excluded: tuple[Excluded, ...] = ()
+    alternatives: tuple[str, ...] = ()
     index_paths: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -119,6 +104,7 @@ def layouts(
     *,
     indexes: Mapping[str, bytes] = NO_INDEXES,
     read: Iterable[str] = (),
+    opened: Iterable[str] = (),
     include: Sequence[str] = (),
 ) -> tuple[ModelLayout, ...]:
     """Find the models of a listing, in the order of their directories, parents first.
@@ -127,270 +113,299 @@ def layouts(
         files: all files of the mount, in any order.
         indexes: contents of the indexes fetched so far, by path. An index that is malformed or
             names no existing file is ignored, with a warning.
-        read: paths of weights that a loader has read. If the rules expected it to read others, the
-            loader is followed: files like those are chosen. What the rules chose is kept only if
-            the loader has read some of it.
+        read: paths of weights that a loader has read, the latest last.
+        opened: paths of weights that were opened.
         include: the patterns of `--include` (`MountOptions.include`).
 
-    >>> layouts([ModelFile("a.safetensors", 9), ModelFile("b.bin", 9)])[0].shards
-    ('a.safetensors',)
+    >>> layouts([ModelFile("model.safetensors", 9), ModelFile("model.gguf", 9)])[0].shards
+    ('model.safetensors',)
     """
-    directories = _directories(files)
-    for path in read:
-        directories[dirname(path)].read.append(basename(path))
-    for path, directory in directories.items():
-        above = directories.get(dirname(path)) if path else None
-        if above and directory.format != "other" and basename(path) not in COPY_DIRECTORIES:
-            above.is_pipeline = above.has_pipeline_index
-    models: dict[str, _Directory] = {}
-    for path, directory in directories.items():
-        owner = _owner_of_copy(directory, directories)
-        while owner and (above := _owner_of_copy(owner, directories)):
-            owner = above  # a copy of a copy
-        if owner:
-            place = owner.path or "the root"
-            reason = f"a copy of the model in {place}, which loaders read instead"
-            owner.exclude(directory.weights, reason, directory=path)
-        elif directory.weights or directory.is_pipeline:
-            models[path] = directory
-    root = directories.setdefault("", _Directory(""))
-    for path, directory in directories.items():
-        # A directory that has weights but is not a model is a copy. Its small files are not read.
-        if path and path not in models and not directory.weights:
-            (_nearest(path, models) or root).others += directory.others
-    if root.others:
-        models.setdefault("", root)
-    return tuple(
-        models[path].layout(indexes, include)
-        for path in sorted(models, key=lambda path: path.split("/"))
-    )
+    return _Listing(files, read, opened, indexes).layouts(include)
 
 
-def _directories(files: Iterable[ModelFile]) -> dict[str, _Directory]:
-    directories: dict[str, _Directory] = {}
-    for file in files:
+class _Listing:
+    """All directories of a listing, and what is known of them."""
+
+    def __init__(
+        self,
+        files: Iterable[ModelFile],
+        read: Iterable[str],
+        opened: Iterable[str],
+        indexes: Mapping[str, bytes],
+    ) -> None:
+        self._indexes = indexes
+        self._directories: dict[str, Directory] = {}
+        self._models: dict[str, Directory] = {}
+        self._groups: dict[str, str] = {}
+        # The components that each pipeline names; None: it is not known.
+        self._pipelines: dict[str, frozenset[str] | None] = {}
+        self._triton: set[str] = set()
+        for file in files:
+            self._add(file)
+        for path, directory in self._directories.items():
+            directory.take_unknown(self._directories.get(dirname(path)) if path else None)
+        for path in read:
+            if found := self._weights_at(path):
+                found.read.append(basename(path))
+        for path in opened:
+            if found := self._weights_at(path):
+                found.opened.append(basename(path))
+
+    def _weights_at(self, path: str) -> Directory | None:
+        """The directory of a weights file; None: it is none."""
+        found = self._directories.get(dirname(path))
+        return found if found is not None and basename(path) in found.weights else None
+
+    def _add(self, file: ModelFile) -> None:
         path, name = split(file.path)
-        if path not in directories:
-            directories[path] = _Directory(path)
-        directories[path].add(name, file)
-    return directories
+        if LEFTOVER.fullmatch(name) or ".cache/huggingface" in path:
+            return
+        if basename(path) == "blobs" and BLOB.fullmatch(name):
+            return
+        if path not in self._directories:
+            self._directories[path] = Directory(path)
+        self._directories[path].add(name, file)
+        if name == TRITON_CONFIGURATION:
+            self._triton.add(path)
 
-
-class _Directory:
-    """One directory of the listing, for which `layout` applies the rules."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        # Names of weights that a loader has read, latest last.
-        self.read: list[str] = []
-        # Names of weights; and all other files, including those of subdirectories without weights.
-        self.weights: list[str] = []
-        self.others: list[ModelFile] = []
-        self.has_pipeline_index = False
-        self.is_pipeline = False
-        self._excluded: list[Excluded] = []
-        self._warnings: list[str] = []
-
-    def add(self, name: str, file: ModelFile) -> None:
-        if TRAINING_STATE.fullmatch(name):
-            self.exclude([name], "training state, which only a trainer reads")
-        elif format_of(name):
-            self.weights.append(name)
-        else:
-            self.others.append(file)
-            self.has_pipeline_index |= name == PIPELINE_INDEX
-
-    @property
-    def format(self) -> Format:
-        """The format that loaders read here."""
-        there = {format_of(name) for name in self.weights}
-        return next((candidate for candidate in FORMAT_ORDER if candidate in there), "other")
-
-    def exclude(self, names: Iterable[str], reason: str, *, directory: str | None = None) -> None:
-        """Exclude weights of this directory, or of a subdirectory."""
-        path = self.path if directory is None else directory
-        self._excluded += (Excluded(join(path, name), reason) for name in names)
-
-    def layout(self, indexes: Mapping[str, bytes], include: Sequence[str]) -> ModelLayout:
-        """Apply the rules. Call this once, after all files were added."""
-        index_paths: tuple[str, ...] = ()
-        copies = self.weights if self.is_pipeline and not self.read else []
-        self.exclude(copies, "a single-file copy of the pipeline in this directory")
-        self.weights = [name for name in self.weights if name not in copies]
-        chosen = self.format
-        names = [name for name in self.weights if format_of(name) == chosen]
-        self.exclude(
-            (name for name in self.weights if format_of(name) != chosen),
-            f"a copy in another format than {chosen}, which loaders read instead",
+    def layouts(self, include: Sequence[str]) -> tuple[ModelLayout, ...]:
+        """Apply all rules. Call this once."""
+        self._find_pipelines()
+        self._find_models()
+        root = self._directories.setdefault("", Directory(""))
+        for path, directory in self._directories.items():
+            # A directory that has weights but is not a model is a copy; its small files are not
+            # read.
+            if path and path not in self._models and not directory.weights:
+                (self._nearest(path) or root).others += directory.others
+        for path in sorted(self._models, key=lambda path: path.split("/")):
+            self._decide(self._models[path])
+        if root.others:
+            self._models.setdefault("", root)
+        return tuple(
+            self._layout(self._models[path], include)
+            for path in sorted(self._models, key=lambda path: path.split("/"))
         )
-        if chosen == "safetensors":
-            index_paths = self._index_paths(names)
-            names = self._safetensors(names, index_paths, indexes)
-        elif chosen == "pytorch":
-            names = self._pytorch(names)
-        elif chosen == "gguf":
-            names = self._gguf(names)
-        included = self._included(names, include)
-        names = self._follow(names)
-        in_order = sorted((join(self.path, name) for name in names), key=natural_order)
-        after = [path for path in included if path not in in_order]
-        self._excluded = [item for item in self._excluded if item.path not in after]
+
+    def _layout(self, directory: Directory, include: Sequence[str]) -> ModelLayout:
+        chosen = [join(directory.path, name) for name in directory.choice.names]
+        after = [path for path in directory.included(include) if path not in chosen]
+        excluded = {path: why for path, why in directory.excluded.items() if path not in after}
+        indexes = list(directory.indexes)
+        if directory.path in self._pipelines:
+            indexes.append(join(directory.path, PIPELINE_INDEX))
         return ModelLayout(
-            directory=self.path,
-            format=chosen,
-            small=self._small(),
-            shards=(*in_order, *after),
+            directory=directory.path,
+            format=directory.choice.format,
+            group=self._groups.get(directory.path, directory.path),
+            small=tuple(directory.small()),
+            shards=(*chosen, *after),
             included=tuple(after),
-            excluded=tuple(sorted(self._excluded, key=lambda excluded: excluded.path)),
-            index_paths=index_paths,
-            warnings=tuple(self._warnings),
+            excluded=tuple(Excluded(*item) for item in sorted(excluded.items())),
+            alternatives=tuple(
+                join(directory.path, name)
+                for each in directory.choice.alternatives
+                for name in each.names
+                if name not in directory.choice.names
+            ),
+            index_paths=tuple(indexes),
+            warnings=tuple(directory.warnings),
+            problems=tuple(directory.problems),
         )
 
-    def _included(self, names: Iterable[str], include: Iterable[str]) -> list[str]:
-        """Excluded files for which a pattern of `--include` was given, in loading order."""
-        chosen = [join(self.path, name) for name in names]
-        left_out = [item.path for item in self._excluded]
-        found: set[str] = set()
-        for pattern in include:
-            if any(matches(path, [pattern]) for path in chosen):
+    def _find_pipelines(self) -> None:
+        below: dict[str, list[Directory]] = {}
+        for path, directory in self._directories.items():
+            if path and directory.weights:
+                below.setdefault(dirname(path), []).append(directory)
+        for path, directory in self._directories.items():
+            if not directory.has_pipeline_index or path not in below:
                 continue
-            meant = [path for path in left_out if matches(path, [pattern])]
-            if len(_gguf_models(meant)) <= 1:
-                found.update(meant)
-        return sorted(found, key=natural_order)
-
-    def _follow(self, names: list[str]) -> list[str]:
-        """The chosen weights, adjusted to what a loader has read."""
-        strays = [name for name in self.read if name in self.weights and name not in names]
-        if not strays:
-            return names
-        families = {family_of(name) for name in strays}
-        like = [name for name in self.weights if family_of(name) in families]
-        kept = names if set(names).intersection(self.read) else []
-        self._excluded = [item for item in self._excluded if basename(item.path) not in like]
-        self.exclude(
-            (name for name in names if name not in kept),
-            f"the loader reads {strays[-1]} and similar files instead",
-        )
-        return sorted({*kept, *like})
-
-    def _index_paths(self, shards: list[str]) -> tuple[str, ...]:
-        """The indexes of the shards that are read, without that of Mistral's second copy.
-
-        A file that is too large for an index is never fetched whole.
-        """
-        second = all(is_consolidated(name) for name in shards)
-        found = [
-            file
-            for file in self.others
-            if file.path.endswith(INDEX_SUFFIX)
-            and dirname(file.path) == self.path
-            and is_consolidated(basename(file.path)) == second
-        ]
-        self._warnings += (
-            f"{file.path} is ignored: it has {file.size_bytes} bytes, the limit is "
-            f"{MAX_INDEX_BYTES}; shards are read in the order of their names"
-            for file in found
-            if file.size_bytes > MAX_INDEX_BYTES
-        )
-        return tuple(sorted(file.path for file in found if file.size_bytes <= MAX_INDEX_BYTES))
-
-    def _safetensors(
-        self, names: list[str], index_paths: Iterable[str], indexes: Mapping[str, bytes]
-    ) -> list[str]:
-        named: set[str] = set()
-        for path in index_paths:
-            if path in indexes:
-                found, warnings = named_shards(path, indexes[path], set(names))
-                named |= found
-                self._warnings += warnings
-        if named:
-            self.exclude(
-                (name for name in names if name not in named),
-                "not named in the index of the shards",
-            )
-            return [name for name in names if name in named]
-        consolidated = [name for name in names if is_consolidated(name)]
-        if 0 < len(consolidated) < len(names):
-            self.exclude(consolidated, "Mistral's second copy of the shards in this directory")
-            names = [name for name in names if not is_consolidated(name)]
-        return self._without_variants(names)
-
-    def _without_variants(self, names: list[str]) -> list[str]:
-        plain = {
-            PART.sub("", stem_of(name)) for name in names if not VARIANT.fullmatch(stem_of(name))
-        }
-        kept = []
-        for name in names:
-            variant = VARIANT.fullmatch(stem_of(name))
-            if variant and PART.sub("", variant["stem"]) in plain:
-                self.exclude([name], "a variant, read only if a user asks for it")
+            named = self._named_by(directory)
+            if named is not None:
+                there = any(basename(each.path) in named for each in below[path])
             else:
-                kept.append(name)
-        return kept
+                there = any(
+                    each.formats & CORE and basename(each.path) not in COPY_DIRECTORIES
+                    for each in below[path]
+                )
+            if there:
+                self._pipelines[path] = named
 
-    def _pytorch(self, names: list[str]) -> list[str]:
-        there = {suffix_of(name) for name in names}
-        chosen = next(suffix for suffix in PYTORCH_ORDER if suffix in there)
-        self.exclude(
-            (name for name in names if suffix_of(name) != chosen),
-            f"a copy with another suffix than {chosen}, which loaders read instead",
+    def _named_by(self, directory: Directory) -> frozenset[str] | None:
+        """The components that a `model_index.json` names; None if it is not known."""
+        path = join(directory.path, PIPELINE_INDEX)
+        size = next(file.size_bytes for file in directory.others if file.path == path)
+        try:
+            if size > MAX_INDEX_BYTES:
+                raise MalformedIndexError(f"it has {size} bytes, the limit is {MAX_INDEX_BYTES}")
+            named = parse_pipeline(self._indexes[path]) if path in self._indexes else None
+        except MalformedIndexError as error:
+            directory.warnings.append(f"{path} is ignored: {error}; all components are read")
+            return None
+        absent = [name for name in named or () if not self._exists(directory.path, name)]
+        if absent:
+            directory.problems.append(
+                f"{path} names components that do not exist: {shown(sorted(absent))}; upload them"
+            )
+        return named
+
+    def _exists(self, path: str, name: str) -> bool:
+        beginning = join(path, name)
+        return beginning in self._directories or any(
+            each.startswith(f"{beginning}/") for each in self._directories
         )
-        return self._without_variants([name for name in names if suffix_of(name) == chosen])
 
-    def _gguf(self, names: list[str]) -> list[str]:
-        models = _gguf_models(names)
-        if len(models) <= 1:
-            return names
-        self.exclude(names, f"one of {len(models)} GGUF models; one is fetched when it is opened")
-        return []
+    def _pipeline_of(self, path: str) -> str | None:
+        """The pipeline that a directory is in, or is."""
+        while True:
+            if path in self._pipelines:
+                return path
+            if not path:
+                return None
+            path = dirname(path)
 
-    def _small(self) -> tuple[str, ...]:
-        def order(file: ModelFile) -> tuple[int, bool, str]:
-            return small_rank(basename(file.path)), dirname(file.path) != self.path, file.path
+    def _find_models(self) -> None:
+        """Find the directories of which weights are read, and exclude the others."""
+        for path, directory in self._directories.items():
+            pipeline = self._pipeline_of(path)
+            if owner := self._owner_of_copy(directory):
+                place = owner.path or "the root"
+                reason = f"a copy of the model in {place}, which loaders read instead"
+                owner.exclude(directory, reason)
+            elif pipeline is not None and path != pipeline and self._is_foreign(pipeline, path):
+                reason = f"in a directory that {PIPELINE_INDEX} does not name"
+                self._directories[pipeline].exclude(directory, reason)
+            elif directory.weights or directory.indexes or path == pipeline:
+                self._models[path] = directory
+        for path, directory in self._directories.items():
+            if path in self._models:
+                self._replace(directory)
+            elif (above := self._nearest(path)) is not None:
+                above.excluded |= directory.excluded
 
-        chosen: list[str] = []
-        total = 0
-        small = [file for file in self.others if is_small(basename(file.path), file.size_bytes)]
-        if len(small) > SMALL_COUNT and not self.weights and not self.is_pipeline:
-            return ()
-        for file in sorted(small, key=order):
-            if len(chosen) == SMALL_COUNT:
-                break
-            if total + file.size_bytes <= SMALL_TOTAL_BYTES:
-                chosen.append(file.path)
-                total += file.size_bytes
-        return tuple(chosen)
+    def _is_foreign(self, pipeline: str, path: str) -> bool:
+        """Whether a directory in a pipeline is no component that a loader reads."""
+        directory, named = self._directories[path], self._pipelines[pipeline]
+        if directory.is_seen or not directory.weights:
+            return False
+        component = path[len(pipeline) :].lstrip("/").partition("/")[0]
+        if named is not None:
+            return component not in named
+        return dirname(path) == pipeline and not directory.formats & {*CORE, "gguf"}
 
+    def _owner_of_copy(self, directory: Directory) -> Directory | None:
+        """The model of which this directory is a copy: `m` for `m/original/x`. None: no copy.
 
-def _gguf_models(paths: Iterable[str]) -> set[str]:
-    """Names of the GGUF models in some files. A projector belongs to all of them."""
-    return {
-        PART.sub("", stem_of(path))
-        for path in paths
-        if format_of(path) == "gguf" and "mmproj" not in basename(path)
-    }
+        Also None if a loader has read it.
+        """
+        owner = None
+        parts = directory.path.split("/")
+        for depth in range(len(parts) - 1, -1, -1):  # a copy of a copy is one of the topmost
+            above = self._directories.get("/".join(parts[:depth]))
+            if parts[depth] not in COPY_DIRECTORIES or above is None:
+                continue
+            if above.weights or above.path in self._pipelines:
+                owner = above
+        return None if directory.is_seen else owner
 
+    def _replace(self, directory: Directory) -> None:
+        """Exclude what a loader does not read because it reads a copy of it."""
+        if not directory.is_seen:
+            return
+        parts = directory.path.split("/")
+        owners = ("/".join(parts[:at]) for at, part in enumerate(parts) if part in COPY_DIRECTORIES)
+        replaced = [self._models[owner] for owner in owners if owner in self._models]
+        if directory.path in self._pipelines:
+            replaced += [
+                each for path, each in self._models.items() if self._is_below(path, directory.path)
+            ]
+        if any(each.read for each in replaced):
+            return
+        for each in replaced:
+            each.exclude(
+                each, f"the loader reads {join(directory.path, directory.read[-1])} instead"
+            )
 
-def _owner_of_copy(
-    directory: _Directory, directories: Mapping[str, _Directory]
-) -> _Directory | None:
-    """The model of which this directory is a copy: `m` for `m/original/x`. None: it is no copy."""
-    if directory.read:
+    def _is_below(self, path: str, pipeline: str) -> bool:
+        return path != pipeline and self._pipeline_of(path) == pipeline
+
+    def _decide(self, directory: Directory) -> None:
+        """Decide what is read of a model, after all models above it."""
+        path = directory.path
+        above = self._directories.get(dirname(path)) if path else None
+        pipeline = self._pipeline_of(path)
+        if path == pipeline and not directory.is_seen:
+            directory.exclude(directory, "a single-file copy of the pipeline in this directory")
+            directory.decide(self._indexes, is_one_model=True)
+            return
+        configured = directory.is_configured
+        configured_above = above is not None and above.is_configured
+        variant = ""
+        if pipeline is not None:
+            read = [each for key, each in self._models.items() if self._is_below(key, pipeline)]
+            variant = _the_one(each.variants for each in read)
+        directory.decide(
+            self._indexes,
+            is_one_model=configured
+            or (pipeline is not None and path != pipeline)
+            or (configured_above and basename(path) in COPY_DIRECTORIES),
+            variant=variant,
+        )
+        self._groups[path] = self._group_of(directory)
+
+    def _group_of(self, directory: Directory) -> str:
+        """The topmost directory of the model that a directory is a part of."""
+        path, name = directory.path, basename(directory.path)
+        if (pipeline := self._pipeline_of(path)) is not None:
+            return pipeline
+        if not path:
+            return path
+        if (repository := self._triton_repository(path)) is not None:
+            return repository
+        if _RANK.fullmatch(name):
+            return self._groups.get(dirname(path), dirname(path))
+        above = self._nearest(path)
+        if above is None or not above.choice.sets or not above.is_configured:
+            return path
+        names = {each.identity for each in directory.choice.sets}
+        is_component = (
+            names.isdisjoint(each.identity for each in above.choice.sets)
+            and directory.choice.format in CORE
+            and "adapter_model" not in names
+            and not _CHECKPOINT.search(path)
+            and not COPY_DIRECTORIES.intersection(path.split("/"))
+        )
+        if is_component or _NUMBERED_MODULE.fullmatch(name):
+            return self._groups.get(above.path, above.path)
+        return path
+
+    def _triton_repository(self, path: str) -> str | None:
+        """The repository of Triton that a version of a model is in."""
+        parts = path.split("/")
+        for depth in range(len(parts), 0, -1):
+            model = "/".join(parts[:depth])
+            if model in self._triton:
+                return dirname(model)
         return None
-    parts = directory.path.split("/")
-    for depth, part in enumerate(parts):
-        above = directories.get("/".join(parts[:depth])) if part in COPY_DIRECTORIES else None
-        if above and (above.weights or above.is_pipeline):
-            return above
-    above = directories.get(dirname(directory.path)) if directory.path else None
-    return above if above and above.is_pipeline and directory.format == "other" else None
+
+    def _nearest(self, path: str) -> Directory | None:
+        """The model of the closest directory above `path`."""
+        while path:
+            path = dirname(path)
+            if path in self._models:
+                return self._models[path]
+        return None
 
 
-def _nearest(path: str, models: Mapping[str, _Directory]) -> _Directory | None:
-    """The model of the closest directory above `path`."""
-    while path:
-        path = path.rpartition("/")[0]
-        if path in models:
-            return models[path]
-    return None
+def _the_one(variants: Iterable[tuple[set[str], set[str]]]) -> str:
+    """The variant that a loader reads, of those that it has read and opened; empty: none."""
+    read: set[str] = set()
+    opened: set[str] = set()
+    for one, other in variants:
+        read |= one
+        opened |= other
+    for found in (opened, read):
+        if len(found) == 1:
+            return found.pop()
+    return ""

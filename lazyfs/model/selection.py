@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 
-from lazyfs.model.layout import PIPELINE_INDEX, ModelLayout
+from lazyfs.model.layout import ModelLayout
 
 
 def wanted_models(
@@ -17,22 +17,20 @@ def wanted_models(
     """Select the models to fetch now.
 
     A single model, or the one at the root, is fetched from the moment of mount. Any other model is
-    fetched once one of its files is opened. A pipeline and its components are one model.
+    fetched once a small file of it is opened, or some of its weights are read. All directories of
+    a group are one model. Where a loader reads one of several models in a directory, none is
+    fetched before that.
 
     Args:
         found: the models found so far.
         on_mount: `--prefetch-on` is `mount`.
-        opened: paths of the files that were opened.
+        opened: paths of small files that were opened, and of weights that were read.
         whole: the listing is complete, so there are no further models.
     """
-    models = [layout for layout in found if layout.shards]
-    root = next((layout for layout in found if not layout.directory), None)
-    as_one = (whole and len(models) == 1) or (root is not None and PIPELINE_INDEX in root.small)
-    touched = [layout for layout in found if any(path in opened for path in layout.paths)]
-    if as_one:
+    groups = {layout.group for layout in found if layout.shards or layout.alternatives}
+    alternatives = {layout.group for layout in found if layout.alternatives}
+    touched = {layout.group for layout in found if any(path in opened for path in layout.paths)}
+    if whole and len(groups) == 1 and not alternatives:
         return tuple(found) if on_mount or touched else ()
-    return tuple(
-        layout
-        for layout in found
-        if layout in touched or (on_mount and layout is root and layout.shards)
-    )
+    wanted = touched | ({""} if on_mount and "" in groups else set())
+    return tuple(layout for layout in found if layout.group in wanted)

@@ -4,8 +4,9 @@ It runs beside the mount from the start: nothing waits for it, and if it fails o
 lost. Which models are prefetched:
 
 - the one model below the prefix, or the model or pipeline at its root, from the moment of mount;
-- one of several models, or any model with `--prefetch-on open`, when one of its files is opened;
-- other weights of a model than expected (`consolidated*`, another format), if a reader reads them.
+- one of several models, or any model with `--prefetch-on open`, when one of its small files is
+  opened, or its weights are read. A look at their header is not enough;
+- weights that were not expected to be read (a component, `consolidated*`, a variant), if they are.
 
 The tensors of a shard are read from its header (`lazyfs/fetch/shard_headers.py`), for the
 first shards as soon as it arrives, for others when they are opened: so thousands of shards cost no
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from posixpath import basename
 from typing import Protocol, TypeVar
@@ -25,8 +26,9 @@ import trio
 
 from lazyfs.blocks import Span, spans
 from lazyfs.errors import SourceError
-from lazyfs.model.filenames import format_of
-from lazyfs.model.layout import ModelFile, ModelLayout, layouts
+from lazyfs.model.directory import ModelFile
+from lazyfs.model.filenames import format_of, may_be_weights
+from lazyfs.model.layout import ModelLayout, layouts
 from lazyfs.model.safetensors import SUFFIX, MalformedHeaderError, Tensor, has_head, parse_header
 from lazyfs.model.selection import wanted_models
 from lazyfs.namespace.catalog import Catalog
@@ -54,13 +56,13 @@ class _Survey:
         extent: number and bytes of files.
         files: by their paths.
         listed: the same, as `layouts` wants them.
-        weights: paths of those that are weights.
+        weights: paths of those that may be weights.
     """
 
     extent: tuple[int, int]
     files: Mapping[str, File]
     listed: Sequence[ModelFile]
-    weights: Sequence[str]
+    weights: Set[str]
 
     @classmethod
     def of(
@@ -68,7 +70,12 @@ class _Survey:
     ) -> _Survey:
         files = {path_of(file): file for file in nodes}
         listed = [ModelFile(path, file.size_bytes) for path, file in files.items()]
-        return cls(extent, files, listed, [path for path in files if format_of(basename(path))])
+        weights = {
+            file.path
+            for file in listed
+            if format_of(name := basename(file.path)) or may_be_weights(name, file.size_bytes)
+        }
+        return cls(extent, files, listed, weights)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,30 +83,39 @@ class _SortedOut:
     """The models of a survey.
 
     Attributes:
-        read: weights that were read.
+        read: weights that were read, and those that were opened.
         every: what `layouts` makes of them.
-        left_out: inodes of weights that no model wants.
+        weights: inodes of all weights.
+        rivals: inodes of weights that may replace others as soon as they are opened.
         useless: inodes of files of no model.
     """
 
-    read: Sequence[str]
+    read: tuple[Sequence[str], Sequence[str]]
     every: tuple[ModelLayout, ...]
-    left_out: set[int]
+    weights: set[int]
+    rivals: set[int]
     useless: set[int]
 
     @classmethod
     def of(
         cls,
         survey: _Survey,
-        read: Sequence[str],
+        read: tuple[Sequence[str], Sequence[str]],
         indexes: Mapping[str, bytes],
         include: Sequence[str],
     ) -> _SortedOut:
-        every = layouts(survey.listed, indexes=indexes, read=read, include=include)
-        left_out = {out.path for layout in every for out in layout.excluded}
-        useless = survey.files.keys() - left_out
-        useless.difference_update(*(layout.paths for layout in every))
-        inodes = [{survey.files[path].inode for path in paths} for paths in (left_out, useless)]
+        every = layouts(
+            survey.listed, indexes=indexes, read=read[0], opened=read[1], include=include
+        )
+        rivals = {out.path for layout in every for out in layout.excluded}
+        rivals.difference_update(*(layout.alternatives for layout in every))
+        weights = {out.path for layout in every for out in layout.excluded}
+        weights.update(*(layout.shards for layout in every))
+        useless = survey.files.keys() - weights
+        useless.difference_update(*(layout.small for layout in every))
+        inodes = [
+            {survey.files[path].inode for path in paths} for paths in (weights, rivals, useless)
+        ]
         return cls(read, every, *inodes)
 
 
@@ -170,9 +186,13 @@ class Planner:
         # Inodes of files that were opened, and of those that were read though not expected to be.
         self._opened: set[int] = set()
         self._strays: set[int] = set()
-        # Of the files that were there at the last plan: those of no model, and weights left out.
+        # Of the files that were there at the last plan: those of no model, all weights, and those
+        # that may replace others as soon as they are opened.
         self._useless: set[int] = set()
-        self._left_out: set[int] = set()
+        self._weights: set[int] = set()
+        self._rivals: set[int] = set()
+        # What was logged of models.
+        self._told: set[str] = set()
         # What was found at the last plan, without the contents of indexes.
         self._survey: _Survey | None = None
         self._found: _SortedOut | None = None
@@ -233,7 +253,8 @@ class Planner:
         """Whether what was done with a file may change the plan."""
         if self._prefetcher.is_ordered(file.inode) or file.inode in self._useless:
             return False
-        return file.inode in (self._strays if file.inode in self._left_out else self._opened)
+        needs_load = file.inode in self._weights - self._rivals
+        return file.inode in (self._strays if needs_load else self._opened)
 
     def _may_have_tensors(self, file: File) -> bool:
         """Whether it is worth knowing what tensors are in it, and not known."""
@@ -257,9 +278,10 @@ class Planner:
         files = survey.files
         on_mount = self._options.prefetch_on == "mount"
         whole = self._catalog.tree.is_whole
-        opened = self._opened_paths()
         read = self._read_of(survey)
         sorted_out = await self._sort_out(survey, read, {})
+        self._rivals = sorted_out.rivals
+        opened = self._touched_paths(sorted_out)
         found = wanted_models(sorted_out.every, on_mount=on_mount, opened=opened, whole=whole)
         self.on_wanted([files[path] for layout in found for path in layout.paths])
         indexes = {
@@ -271,10 +293,13 @@ class Planner:
         # Meanwhile others may have been read than were expected.
         if indexes or read != self._read_of(survey):
             sorted_out = await self._sort_out(survey, self._read_of(survey), indexes)
+            opened = self._touched_paths(sorted_out)
             found = wanted_models(sorted_out.every, on_mount=on_mount, opened=opened, whole=whole)
-        self._left_out, self._useless = sorted_out.left_out, sorted_out.useless
-        for warning in (warning for layout in found for warning in layout.warnings):
-            log.warning("%s", warning)
+        self._weights, self._useless = sorted_out.weights, sorted_out.useless
+        for warning in (line for each in found for line in (*each.problems, *each.warnings)):
+            if warning not in self._told:
+                self._told.add(warning)
+                log.warning("%s", warning)
         small = [files[path] for layout in found for path in layout.small]
         shards = [files[path] for layout in found for path in layout.shards]
         await self._fetcher.scan([*small, *shards])
@@ -298,7 +323,10 @@ class Planner:
         return self._survey
 
     async def _sort_out(
-        self, survey: _Survey, read: Sequence[str], indexes: Mapping[str, bytes]
+        self,
+        survey: _Survey,
+        read: tuple[Sequence[str], Sequence[str]],
+        indexes: Mapping[str, bytes],
     ) -> _SortedOut:
         """The models in the listing; those of the last plan, if no file was read since."""
         if not indexes and self._found is not None and self._found.read == read:
@@ -309,17 +337,32 @@ class Planner:
             self._found = found
         return found
 
-    def _opened_paths(self) -> set[str]:
-        nodes = map(self._catalog.tree.get, self._opened)
-        return {self._catalog.tree.path(node) for node in nodes if isinstance(node, File)}
+    def _touched_paths(self, found: _SortedOut) -> set[str]:
+        """Small files that were opened, weights that were read, and rivals that were opened."""
+        small = (
+            self._opened - found.weights if self._options.prefetch_on == "mount" else self._opened
+        )
+        nodes = map(self._catalog.tree.get, small)
+        return {self._catalog.tree.path(node) for node in nodes if isinstance(node, File)}.union(
+            *found.read
+        )
 
-    def _read_of(self, survey: _Survey) -> list[str]:
-        """The weights that were read."""
-        return [
-            path
-            for path in survey.weights
-            if self._prefetcher.was_touched(survey.files[path].inode)
-        ]
+    def _read_of(self, survey: _Survey) -> tuple[Sequence[str], Sequence[str]]:
+        """The weights that were read, or may have been, the latest last; and those opened.
+
+        The latter only if there is a rival among them.
+        """
+        opened = self._opened if self._opened & self._rivals else ()
+        read, seen = (
+            [
+                path
+                for node in map(self._catalog.tree.get, inodes)
+                if isinstance(node, File) and (path := self._catalog.tree.path(node))
+                if path in survey.weights
+            ]
+            for inodes in (self._prefetcher.loaded(), sorted(opened))
+        )
+        return read, seen
 
     def _look_for_tensors(self, shards: Sequence[File]) -> None:
         """See to it that it gets known what tensors there are: of some shards, or, where only some

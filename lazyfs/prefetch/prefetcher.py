@@ -25,7 +25,8 @@ What of this a policy does:
   next tensor's first read comes as a request and shows what the loader passes over.
 - `sequential`: of a file that is read, twice as far as it was read; so a look at the end of a
   large file costs little, and a copy of it runs at full speed. The other policies do so with
-  files that have no place in the order; `tensor` also with those that have no tensors.
+  files that have no place in the order, from their second block on; `tensor` also with those that
+  have no tensors.
 - `headers`: 2 alone.
 
 The header of a shard says little when it is read: see 2. How far ahead of the readers all this runs
@@ -51,6 +52,11 @@ from lazyfs.prefetch.streams import Streams
 
 # Pieces of which something was read and that are not whole yet; the oldest is given up.
 TOUCHED_PIECES = 64
+# Of a file whose header is not known: a program that looks at it, but does not load it, reads as
+# much of its beginning (the vocabulary of a GGUF model takes 15 MB) and of its end (the directory
+# of a ZIP file), at most a quarter of it.
+LOOK_BYTES = 16 << 20
+LOOK_AT_END_BYTES = 1 << 20
 _ON_ITS_WAY = (Place.COMING, Place.LOADING)
 
 
@@ -63,7 +69,8 @@ class Prefetcher:
         wanted: which tensors may be fetched ahead, by name; None: all.
 
     Attributes:
-        on_stray: told of a file's inode when it is first read and has no place in the order.
+        on_stray: told of a file's inode when it is read, and more of it than its header, and has no
+            place in the order. Told once.
         on_head: told of a file's inode when its header has come, and is in memory.
     """
 
@@ -83,6 +90,10 @@ class Prefetcher:
         # Files of which the kernel forgot pages that are nowhere else on this machine.
         self._forgotten: set[int] = set()
         self._files = blocks.files
+        # Files of which more was read than their header, in the order in which that was seen.
+        self._loaded: dict[int, None] = {}
+        # It is known what belongs to models; before that any file may be one of them.
+        self._has_order = False
         # Files of which it is known what tensors are in them, if any.
         self._tabled: set[int] = set()
         # To be fetched, and to be put into the page cache, before all others.
@@ -109,6 +120,7 @@ class Prefetcher:
         Args:
             headed: the shards whose headers are to be had by themselves.
         """
+        self._has_order = True
         small, shards = list(small), list(shards)
         self.blocks.set_order([*small, *shards])
         self._spent.reorder()
@@ -134,9 +146,18 @@ class Prefetcher:
         """How many readers there seem to be at once."""
         return len(self._streams)
 
-    def was_touched(self, inode: int) -> bool:
-        """Whether more of a file was read than its header."""
-        return inode in self._files and any(self._files[inode].touched)
+    def loaded(self) -> list[int]:
+        """The files of which more was read than their header, or may have been.
+
+        A file that was opened and lies in the page cache may have been read without a request. It
+        comes before the others, which come in the order in which they were read.
+        """
+        may_be = [
+            inode
+            for inode in self.blocks.order
+            if inode not in self._loaded and self.blocks.may_be_read(inode)
+        ]
+        return [*may_be, *self._loaded]
 
     def knows_tensors(self, inode: int) -> bool:
         """Whether it was said what tensors are in a file."""
@@ -221,6 +242,10 @@ class Prefetcher:
         # Where a page of a mapped file is missed, the kernel reads as much before it as behind it
         # (Linux, mm/filemap.c, do_sync_mmap_readahead), so the middle is what is meant.
         middle = min(offset + size // 2, blocks.size_bytes - 1)
+        if inode not in self._loaded and _is_load(blocks, middle):
+            self._loaded[inode] = None
+            if blocks.rank < 0:
+                self.on_stray(inode)
         return self._touch(inode, blocks, blocks.piece_at(middle))
 
     def next_head(self) -> int | None:
@@ -324,7 +349,9 @@ class Prefetcher:
                 yield from self._of_likely(inode, piece)
             return
         if self._policy != "model" or blocks.rank < 0:
-            stop = min(stop, blocks.last_read + 1 + 2 * blocks.blocks_read)
+            is_look = self._has_order and inode not in self._loaded
+            read = blocks.blocks_read - 1 if is_look else blocks.blocks_read
+            stop = min(stop, blocks.last_read + 1 + 2 * read)
         number = self._find(blocks, place, first, stop)
         if number >= 0:
             yield BlockId(inode, number), number - first
@@ -370,8 +397,6 @@ class Prefetcher:
 
     def _touch(self, inode: int, blocks: FileBlocks, piece: int) -> bool:
         """Something of a piece was read; whether its reader was elsewhere before."""
-        if blocks.rank < 0 and not any(blocks.touched):
-            self.on_stray(inode)
         if self._by_tensor(blocks) or (self._policy == "model" and blocks.rank >= 0):
             # Also where its reader is already: it may have been let go of since.
             self._touched[inode, piece] = None
@@ -421,3 +446,12 @@ class Prefetcher:
         places = self._files[inode].places
         for used in [at for at in range(number, len(places)) if places[at] == Place.USED]:
             self.blocks.moved(BlockId(inode, used), Place.ABSENT)
+
+
+def _is_load(blocks: FileBlocks, offset: int) -> bool:
+    """Whether to read a file there, behind its header if that is known, is to load it."""
+    if blocks.roles or blocks.rank >= 0:
+        return True
+    quarter = blocks.size_bytes // 4
+    end = blocks.size_bytes - min(LOOK_AT_END_BYTES, quarter)
+    return min(LOOK_BYTES, quarter) <= offset < end

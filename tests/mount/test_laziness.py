@@ -179,7 +179,7 @@ def assert_each_once(mounted: Mounted, s3: S3, count: int) -> None:
 def test_model_prefetch_brings_the_whole_model_once(mount: Callable[..., Mounted], s3: S3) -> None:
     body = random.Random(5).randbytes(9 * BLOCK + 1)
     names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    s3.put("model", dict.fromkeys(names, body) | {"config.json": b"{}", "old.bin": body})
+    s3.put("model", dict.fromkeys(names, body) | {"config.json": b"{}", "pytorch_model.bin": body})
     s3.forget()
     mounted = mount("s3://model", "--block-size=256KiB")
     wait_for_cached(mounted, names[-1])

@@ -12,7 +12,7 @@ import trio.testing
 
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.fetch.fetcher import BlockFetcher
-from lazyfs.model.layout import SMALL_COUNT
+from lazyfs.model.directory import SMALL_COUNT
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.listing_log import ListingLog
 from lazyfs.objects import File, ListedObject

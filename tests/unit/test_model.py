@@ -10,14 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lazyfs.model.directory import SMALL_COUNT, SMALL_TOTAL_BYTES, ModelFile
+from lazyfs.model.indexes import MAX_INDEX_BYTES, MalformedIndexError, parse_index
 from lazyfs.model.layout import (
-    SMALL_COUNT,
-    SMALL_TOTAL_BYTES,
-    ModelFile,
     ModelLayout,
     layouts,
 )
-from lazyfs.model.shard_index import MAX_INDEX_BYTES, MalformedIndexError, parse_index
 
 LAYOUT = Path(__file__).parent.parent / "data" / "llama-6-shards.layout.json"
 INDEX = "model.safetensors.index.json"
@@ -61,7 +59,8 @@ def test_the_recorded_model() -> None:
 def test_the_order_of_shards_is_natural() -> None:
     names = [f"model-{i}-of-12.safetensors" for i in range(1, 13)]
     assert only(*sorted(names)).shards == tuple(names)
-    assert len(only("a" + "1" * 5000 + ".safetensors", "a2.safetensors").shards) == 2
+    long = "a" + "1" * 5000 + ".safetensors"
+    assert only("config.json", long, "a2.safetensors").shards == ("a2.safetensors", long)
 
 
 def test_duplicates_of_a_published_model_are_excluded() -> None:
@@ -91,16 +90,24 @@ def test_duplicates_of_a_published_model_are_excluded() -> None:
 def test_the_index_says_which_shards_are_read() -> None:
     files = (INDEX, "a.safetensors", "b.safetensors", "extra.safetensors")
     layout = only(*files, indexes={INDEX: index("b.safetensors", "a.safetensors")})
-    assert layout.shards == ("a.safetensors", "b.safetensors")
-    assert left_out(layout) == {"extra.safetensors"}
-    assert layout.warnings == ()
+    assert layout.shards == ("a.safetensors", "b.safetensors", "extra.safetensors"), (
+        "what it does not name is a component"
+    )
+    assert layout.warnings == layout.problems == ()
+    named = index("model-1-of-2.safetensors", "model-2-of-2.safetensors")
+    layout = only(
+        *(f"model-{n}-of-2.safetensors" for n in (1, 2)), "model.safetensors", INDEX,
+        indexes={INDEX: named},
+    )  # fmt: skip
+    assert left_out(layout) == {"model.safetensors"}
 
 
 def test_an_index_that_lies_is_believed_as_far_as_it_is_true() -> None:
     named = ["a.safetensors", "gone.safetensors", "../b.safetensors", "d/b.safetensors", "..", ""]
     layout = only(INDEX, "a.safetensors", "b.safetensors", indexes={INDEX: index(*named)})
-    assert layout.shards == ("a.safetensors",)
-    foreign, missing = layout.warnings
+    assert layout.shards[0] == "a.safetensors"
+    (foreign,) = layout.warnings
+    (missing,) = layout.problems
     assert "outside its directory" in foreign and "and 1 more" in foreign
     assert "do not exist: 'gone.safetensors'" in missing
 
@@ -330,7 +337,7 @@ def test_two_thousand_shards_and_a_hundred_thousand_files() -> None:
     files = listing(*reversed(names), INDEX, *(f"set/{i % 997}/{i}.txt" for i in range(98_000)))
     found = layouts(files, indexes={INDEX: index(*names, *(f"gone-{i}" for i in range(50_000)))})
     assert [layout.shards for layout in found] == [tuple(names)]
-    assert len(found[0].warnings) == 1 and len(found[0].warnings[0]) < 200
+    assert len(found[0].problems) == 1 and len(found[0].problems[0]) < 200
 
 
 PARTS = st.sampled_from(

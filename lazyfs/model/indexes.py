@@ -1,0 +1,140 @@
+"""Files that say what belongs to a model. Pure.
+
+`*.safetensors.index.json` and `*.bin.index.json` name the shards of a model, and `model_index.json`
+the components of a pipeline of diffusers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+
+PIPELINE_INDEX = "model_index.json"
+# The index of a variant (`model.safetensors.index.fp16.json`) is left alone: the numbers of its
+# shards say what is there.
+SHARD_INDEX = re.compile(r"(?P<stem>.+)(?P<suffix>\.safetensors|\.bin)\.index\.json$")
+# The index of DeepSeek-V3 has 90,000 tensors and 9 MB. Parsed, an index takes up to 25 times its
+# size in memory.
+MAX_INDEX_BYTES = 32 << 20
+
+NAMES_SHOWN = 3
+# Classes of components that have no weights.
+_NO_WEIGHTS = re.compile(r"(Scheduler|Tokenizer|TokenizerFast|Processor|Extractor)$")
+
+
+class MalformedIndexError(ValueError):
+    """An index is not valid. The message is one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedShards:
+    """What an index names.
+
+    Attributes:
+        found: names of shards that exist.
+        missing: names of shards that do not.
+        warnings: what is wrong with the index itself.
+    """
+
+    found: Set[str] = frozenset()
+    missing: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+
+
+def parse_index(data: bytes) -> tuple[str, ...]:
+    """The distinct file names in an index of shards, in the order in which they first appear.
+
+    The names are returned as they are written. The files may not exist.
+
+    Args:
+        data: the whole file.
+
+    Raises:
+        MalformedIndexError: it is too long, is not JSON, or has no `weight_map` of strings.
+
+    >>> parse_index(b'{"weight_map": {"a": "1.safetensors", "b": "1.safetensors"}}')
+    ('1.safetensors',)
+    """
+    parsed = _parse(data)
+    weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
+    if not isinstance(weight_map, dict):
+        raise MalformedIndexError("it has no object 'weight_map'")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise MalformedIndexError("its 'weight_map' has a file name that is not a string")
+    return tuple(dict.fromkeys(weight_map.values()))
+
+
+def parse_pipeline(data: bytes) -> frozenset[str]:
+    """The components that a `model_index.json` names, which are directories beside it.
+
+    A component is a pair of library and class; one that is left out is `[null, null]`. All other
+    values are settings of the pipeline (diffusers, `DiffusionPipeline.from_pretrained`). Components
+    without weights, such as a scheduler, are not returned.
+
+    Raises:
+        MalformedIndexError: it is too long, is not JSON, or names no component.
+
+    >>> parse_pipeline(b'{"vae": ["diffusers", "AutoencoderKL"], "safety_checker": [null, null]}')
+    frozenset({'vae'})
+    """
+    parsed = _parse(data)
+    named = (
+        frozenset(
+            name
+            for name, value in parsed.items()
+            if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)
+            if not _NO_WEIGHTS.search(value[1])
+        )
+        if isinstance(parsed, dict)
+        else frozenset()
+    )
+    if not named:
+        raise MalformedIndexError("it names no component")
+    return named
+
+
+def _parse(data: bytes) -> object:
+    if len(data) > MAX_INDEX_BYTES:
+        raise MalformedIndexError(f"it has {len(data)} bytes, the limit is {MAX_INDEX_BYTES}")
+    try:
+        parsed: object = json.loads(data.decode("utf-8"))
+    except RecursionError:
+        raise MalformedIndexError("it is nested too deeply") from None
+    except ValueError as error:
+        raise MalformedIndexError(f"it is not valid JSON: {error}") from None
+    return parsed
+
+
+def named_shards(path: str, index: bytes, listed: Set[str]) -> NamedShards:
+    """The shards that an index names.
+
+    Args:
+        path: of the index, for warnings.
+        index: its contents.
+        listed: names of the weights in its directory.
+    """
+    try:
+        names = parse_index(index)
+    except MalformedIndexError as error:
+        ignored = f"{path} is ignored: {error}; shards are read in the order of their names"
+        return NamedShards(warnings=[ignored])
+    warnings = []
+    if foreign := [name for name in names if _is_foreign(name)]:
+        warnings.append(f"{path} names files outside its directory: {shown(foreign)}")
+    found = listed & set(names)
+    if not found:
+        warnings.append(f"{path} is ignored: it names none of the shards in its directory")
+    missing = [name for name in names if name not in listed and not _is_foreign(name)]
+    return NamedShards(found, missing, warnings)
+
+
+def _is_foreign(name: str) -> bool:
+    return "/" in name or name in ("", ".", "..")
+
+
+def shown(names: Sequence[str]) -> str:
+    """The first few names, for a message."""
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(ascii(name) for name in names[:NAMES_SHOWN]) + more
