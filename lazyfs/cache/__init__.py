@@ -100,7 +100,7 @@ class BlockCache:
     def use(self, movers: Movers) -> None:
         """Have movers read and write blocks from now on."""
         for directory in self.directories:
-            directory.movers = movers
+            directory.use(movers)
 
     def open(self) -> None:
         """Open all directories. Otherwise they are opened at first use.

@@ -64,6 +64,7 @@ SETTLE = """
 import os, sys
 from pathlib import Path
 from lazyfs.cache.directory import CacheDirectory
+from lazyfs.cache.index import BlockIndex
 from lazyfs.cache.space import Limits
 path = Path(sys.argv[1])
 directory = CacheDirectory(path, Limits(1 << 40))
@@ -71,7 +72,7 @@ directory.open()
 os.utime(path / "care", (0, 0)) if (path / "care").exists() else None
 directory.care([])
 files = {str(f.relative_to(path)) for f in path.glob("[0-9a-f][0-9a-f]/*")}
-rows = {row.filename for row in directory._index.rows()}
+rows = {row.filename for row in BlockIndex(path).rows()}
 print(len(files ^ rows), len(rows))
 """
 
