@@ -57,10 +57,12 @@ class SourceError(LazyfsError):
     Attributes:
         errno: the error of a read of the mount if retries do not help.
         transient: a retry may help.
+        retry_after_s: how long S3 said to wait before the next request; 0: it did not say.
     """
 
     errno: ClassVar[int] = errno.EIO
     transient: ClassVar[bool] = False
+    retry_after_s: float = 0.0
 
 
 class AccessDeniedError(SourceError):

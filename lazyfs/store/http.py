@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from lazyfs.errors import OptionError
@@ -180,6 +180,8 @@ class Transport:
         self._lock = threading.Lock()
         # That was connected to last.
         self.address: str | None = None
+        # Addresses that could not be connected to; they are tried last.
+        self._unreachable: set[str] = set()
 
     def exchange(
         self,
@@ -258,7 +260,7 @@ class Transport:
                 return kept, kept.sock, _answer_of(kept, method, target, headers, cancel)
             except TimeoutError:
                 self._close_idle_since(began_s)  # they are silent together
-            except ConnectionError:
+            except (ConnectionError, ssl.SSLError):
                 self.close_idle(0.0)  # the server has closed it, and the others are older
         connection = self._connect()
         wire = connection.sock  # the connection may forget it with the answer
@@ -297,10 +299,21 @@ class Transport:
         if not self._proxy:
             for address in addresses:
                 self._may_connect(str(address[0]))
-        for address in addresses[:-1]:
-            with contextlib.suppress(OSError):
-                return _connected(address, timeout_s)
-        return _connected(addresses[-1], timeout_s)
+        # A host may have addresses of IPv6 where nothing of IPv6 gets through: that costs one
+        # time-out, not one for each connection.
+        addresses.sort(key=lambda address: str(address[0]) in self._unreachable)
+        failed: OSError | None = None
+        for address in addresses:
+            try:
+                connected = socket.create_connection((str(address[0]), server[1]), timeout_s)
+            except OSError as error:
+                failed = error
+                self._unreachable.add(str(address[0]))
+            else:
+                self._unreachable.discard(str(address[0]))
+                return connected
+        assert failed is not None
+        raise failed
 
 
 def tls_context(authorities: str) -> ssl.SSLContext:
@@ -359,10 +372,6 @@ def must_be_elsewhere(address: str) -> None:
         # What this machine sends to itself comes from the address that it goes to.
         if ipaddress.ip_address(probe.getsockname()[0]) == target:
             raise BadAddressError(ours)
-
-
-def _connected(address: tuple[Any, ...], timeout_s: float) -> socket.socket:
-    return socket.create_connection(address[:2], timeout_s)
 
 
 def _answer_of(

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from lazyfs.movers.context import tell_wire
 from lazyfs.movers.pool import Movers
+from lazyfs.store import ranges
 from lazyfs.store.cancel import Cancel, CancelledError
 from lazyfs.store.http import (
     Answer,
@@ -122,13 +123,15 @@ def receive(
     transport = _transport(server, authorities, refuse_local)
 
     def handle(answer: Answer) -> dict[str, Any] | None:
-        fills = answer.status == 206 or (answer.status == 200 and answer.length == len(into))
-        fills = fills and answer.length in (None, len(into))
+        length = answer.length
+        if length is None and "content-encoding" not in answer.headers:
+            length = ranges.told_length(answer.headers)
+        fills = answer.status in (200, 206) and length == len(into)
         text, has_more = b"", False
         if fills:
             answer.body.read_into(into)
             has_more = not answer.body.is_at_end
-        elif answer.status == 200:
+        elif answer.status in (200, 206):
             return None
         else:
             text = answer.body.read_all(MOST_TEXT)

@@ -33,7 +33,7 @@ class Page:
     hidden: list[Hidden] = field(default_factory=list)
 
 
-# Empty pages in a row; S3 may send some after many objects that were deleted.
+# Pages in a row without anything new; S3 may send empty ones after many objects that were deleted.
 MOST_EMPTY = 10_000
 
 
@@ -58,16 +58,14 @@ class Tokens:
         """
         token, former = page.next_token, self._former
         self._former = page
-        has_entries = bool(page.objects or page.prefixes)
-        self._empty = 0 if has_entries else self._empty + 1
+        is_same = former is not None and page.prefixes == former.prefixes
+        if is_same and page.objects and former is not None and page.objects == former.objects:
+            raise BadRequestError(f"{self._what}: the listing has no end: a page came twice")
+        # Of a service that does not know delimiters, each page of a directory has its name alone.
+        has_news = bool(page.objects) or (bool(page.prefixes) and not is_same)
+        self._empty = 0 if has_news else self._empty + 1
         if token in self._seen or self._empty > MOST_EMPTY:
             raise BadRequestError(f"{self._what}: the listing has no end: its tokens lead nowhere")
-        if (
-            former is not None
-            and has_entries
-            and (page.objects, page.prefixes) == (former.objects, former.prefixes)
-        ):
-            raise BadRequestError(f"{self._what}: the listing has no end: a page came twice")
         if token is not None:
             self._seen.add(token)
         return token

@@ -16,6 +16,8 @@ from lazyfs.store.objects import Pinned
 
 # Where a service answers with the whole object, how much before the range is thrown away.
 MOST_SKIPPED = 64 << 20
+# Codings that proxies apply to what passes. `aws-chunked`, which some services store, is none.
+_PACKINGS = ("gzip", "x-gzip", "br", "zstd", "deflate")
 _CONTENT_RANGE = re.compile(
     r"\s*bytes\s*=?\s*(\d{1,20})-(\d{1,20})/(\d{1,20}|\*)\s*", re.IGNORECASE
 )
@@ -29,8 +31,22 @@ class OtherRangeError(Exception):
     """The answer is no usable range; the message says what it is."""
 
 
+class PackedError(OtherRangeError):
+    """Something on the way compresses what passes: the bytes are not those that are stored."""
+
+
 class IgnoresRangeError(Exception):
     """The service sends all of the object whatever range is asked for."""
+
+
+def told_length(headers: Mapping[str, str]) -> int | None:
+    """How many bytes `Content-Range` says that an answer has; None: it does not say.
+
+    Args:
+        headers: with names in lower case.
+    """
+    found = _CONTENT_RANGE.fullmatch(headers.get("content-range", ""))
+    return int(found[2]) + 1 - int(found[1]) if found else None
 
 
 def check(
@@ -42,8 +58,12 @@ def check(
     wanted: int,
     *,
     elsewhere: bool = False,
-) -> int:
-    """How many bytes of the body come before the range.
+    may_be_packed: bool = False,
+) -> tuple[int, int]:
+    """How many bytes of the body come before the range, and how many of the range follow.
+
+    Fewer may follow than were asked for: a cache may answer with the part that it has (RFC 9110,
+    15.3.7). The rest is asked for again.
 
     Args:
         status: 200 or 206.
@@ -51,35 +71,49 @@ def check(
         length: of the body; None: the answer does not say.
         start, wanted: the range that was asked for.
         elsewhere: another service was redirected to. It has entity tags of its own.
+        may_be_packed: the request allowed compression.
 
     Raises:
         ChangedError, OtherRangeError, IgnoresRangeError: none can be taken.
     """
     known = False if elsewhere else _check_version(headers, pin)
     told = headers.get("content-range")
+    is_packed = headers.get("content-encoding", "").strip().lower() in _PACKINGS
+    if is_packed and may_be_packed and length is None:
+        # What is stored so has a length. What is packed as it passes has none.
+        raise PackedError("the answer is compressed on the way")
     if told is not None:
         found = _CONTENT_RANGE.fullmatch(told)
         if found is None:
             raise OtherRangeError(f"asked for {wanted} bytes at {start}, got {told[:100]!r}")
-        if int(found[1]) == start and found[3] != "*" and int(found[3]) != pin.size_bytes:
+        first, last = int(found[1]), int(found[2])
+        if first == start and found[3] != "*" and int(found[3]) != pin.size_bytes:
             raise ChangedError(f"listed with {pin.size_bytes} bytes, and now has {found[3]}")
-        if (int(found[1]), int(found[2])) != (start, start + wanted - 1):
+        if first != start or not start <= last < start + wanted:
             raise OtherRangeError(f"asked for {wanted} bytes at {start}, got {told[:100]!r}")
-        if length not in (None, wanted):
-            raise OtherRangeError(f"asked for {wanted} bytes at {start}, got {length}")
-        return 0
+        count = last + 1 - start
+        if length not in (None, count):
+            kind = PackedError if is_packed else OtherRangeError
+            raise kind(f"asked for {wanted} bytes at {start}, got {told[:100]!r} in {length}")
+        return 0, count
     if status == 206:
         raise OtherRangeError(f"asked for {wanted} bytes at {start}, got 206 without Content-Range")
-    if length == wanted and (known or wanted == pin.size_bytes):
-        return 0
-    if length not in (None, pin.size_bytes):
+    if known and length == wanted:
+        return 0, wanted
+    if known and length not in (None, pin.size_bytes):
         raise ChangedError(f"listed with {pin.size_bytes} bytes, and the whole of it has {length}")
+    # An answer that names no version may be the page of a proxy. Its length tells.
+    until_the_end = length is None and start + wanted == pin.size_bytes
+    if not known and length != pin.size_bytes and not until_the_end:
+        raise OtherRangeError(
+            f"asked for {wanted} bytes at {start}, got status 200 without ETag and Content-Range"
+        )
     if start > MOST_SKIPPED:
         raise IgnoresRangeError(
             f"asked for {wanted} bytes at {start}, got all of the object: the service, or a cache "
             "before it, ignores Range"
         )
-    return start
+    return start, wanted
 
 
 def check_whole(headers: Mapping[str, str], pin: Pinned, *, elsewhere: bool = False) -> None:
@@ -105,7 +139,9 @@ def _check_version(headers: Mapping[str, str], pin: Pinned) -> bool:
             raise ChangedError(f"listed with the ETag {pin.etag}, and now has {told}")
         return True
     modified = seconds_of(headers.get("last-modified", ""))
+    if not (modified and pin.modified_ns):
+        return False
     # Listings may round a time where answers cut it.
-    if modified and pin.modified_ns and abs(modified - pin.modified_ns // 10**9) > 1:
+    if abs(modified - pin.modified_ns // 10**9) > 1:
         raise ChangedError("changed since it was listed (Last-Modified), and has no ETag")
-    return False
+    return True

@@ -30,10 +30,13 @@ from lazyfs.errors import (
     UnavailableError,
     WrongRegionError,
 )
+from lazyfs.store.listing import seconds_of
 
 LONGEST_MESSAGE = 300
 # Of the text that comes with a refusal, how much is read.
 MOST_TEXT = 64 << 10
+# Some services name the region of a bucket in the message only.
+_EXPECTED_REGION = re.compile(r"expecting '([a-z0-9-]{1,64})'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +201,8 @@ class Refusal:
         region: where the answer says that the bucket is.
         request: S3's own id of the request, by which its operator finds it.
         headed: of a HEAD, whose answers have no body to tell more.
+        retry_after_s: how long to wait before the next request; 0: the answer does not say.
+        date_s: when it was answered, by the clock of the service, since the epoch; 0: not told.
     """
 
     status: int
@@ -206,6 +211,8 @@ class Refusal:
     region: str
     request: str
     headed: bool = False
+    retry_after_s: float = 0.0
+    date_s: int = 0
 
     @classmethod
     def of(
@@ -219,13 +226,20 @@ class Refusal:
         """
         text = body.decode(errors="replace")
         code = _field(text, "Code") or headers.get("x-amz-error-code", "")
+        message = _field(text, "Message")
+        region = headers.get("x-amz-bucket-region") or _field(text, "Region")
+        if not region and (expected := _EXPECTED_REGION.search(message)):
+            region = expected[1]
+        date_s = seconds_of(_field(text, "ServerTime")) or seconds_of(headers.get("date", ""))
         return cls(
             status,
             printable(code)[:128],
-            printable(_field(text, "Message"))[:LONGEST_MESSAGE],
-            printable(headers.get("x-amz-bucket-region") or _field(text, "Region"))[:64],
+            printable(message)[:LONGEST_MESSAGE],
+            printable(region)[:64],
             printable(headers.get("x-amz-request-id") or _field(text, "RequestId"))[:128],
             headed,
+            _retry_after_s(headers.get("retry-after", "").strip(), date_s),
+            date_s,
         )
 
     def error(self, what: str) -> SourceError:
@@ -234,6 +248,8 @@ class Refusal:
         said = f"{self.status} {self.code}".strip()
         if self.message:
             said += f": {self.message}"
+        elif self.status == 407:
+            said += ": the proxy needs a user and a password (HTTP_PROXY, HTTPS_PROXY)"
         elif not (self.code or self.headed):
             said += ", without an error code of S3"
             if kind is UnavailableError and self.status < 500:
@@ -242,12 +258,22 @@ class Refusal:
             said += f" (request {self.request})"
         if kind is NoSuchBucketError:
             said = f"there is no such bucket ({said})"
-        return kind(f"{what}: {said}{hint_for(kind, self.code)}")
+        error = kind(f"{what}: {said}{hint_for(kind, self.code)}")
+        error.retry_after_s = self.retry_after_s
+        return error
 
 
 def printable(text: str) -> str:
     """Text of others as one line: what does not print is shown as `?`."""
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+
+
+def _retry_after_s(told: str, date_s: int) -> float:
+    """A `Retry-After` in seconds: a number, or a date (RFC 9110, 10.2.3); 0: neither."""
+    if re.fullmatch(r"[0-9]{1,9}", told):
+        return float(told)
+    until_s = seconds_of(told)
+    return float(max(0, until_s - date_s)) if until_s and date_s else 0.0
 
 
 def _field(text: str, name: str) -> str:

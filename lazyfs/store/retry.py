@@ -17,6 +17,8 @@ T = TypeVar("T")
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
+# The longest pause that S3 may ask for.
+LONGEST_TOLD_S = 30.0
 LOG_AFTER_S = 3.0
 
 
@@ -31,7 +33,8 @@ async def patiently(
 
     Pauses double from 0.1 s to 5 s with full jitter, so that many mounts that failed together do
     not come back together
-    (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/).
+    (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/). Where S3 says how
+    long to wait (`Retry-After`), they begin after that time, at most 30 s later.
 
     Args:
         what: the object, for the log.
@@ -56,7 +59,9 @@ async def patiently(
             if waited >= LOG_AFTER_S and not logged:
                 logged = True
                 log.warning("waiting for %s since %.0f s: %s", what, waited, error)
-            await trio.sleep(min(pause_s * random.random(), max(0.0, timeout_s() - waited)))  # noqa: S311
+            told_s = min(error.retry_after_s, LONGEST_TOLD_S)
+            pause = told_s + pause_s * random.random()  # noqa: S311
+            await trio.sleep(min(pause, max(0.0, timeout_s() - waited)))
             pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
         else:
             if logged:

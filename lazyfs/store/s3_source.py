@@ -22,6 +22,7 @@ from urllib.parse import quote
 from lazyfs.blocks.buffers import take_buffer
 from lazyfs.errors import (
     BadRequestError,
+    BadResponseError,
     NotSupportedError,
     ObjectChangedError,
     SourceError,
@@ -56,11 +57,17 @@ log = logging.getLogger(__name__)
 # How often the first requests of a mount are made before it is refused, and the pause between.
 FIRST_ATTEMPTS = 3
 FIRST_PAUSE_S = 0.3
+# The longest pause that S3 may ask for there.
+FIRST_LONGEST_PAUSE_S = 5.0
 # How long a mount that goes on waits for credentials before it serves what needs none.
 CREDENTIALS_SOON_S = 2.0
 # A stored gzip file comes as it is stored only to who says that he takes it
 # (cloud.google.com/storage/docs/transcoding).
 _AS_STORED = "identity, gzip"
+# To a proxy that compresses whatever the client takes.
+_UNPACKED = "identity"
+# Answers that may make up one range.
+MOST_PARTS = 128
 
 
 def resolve(
@@ -123,7 +130,9 @@ class Source:
         self._credentials = LiveCredentials(
             self._fetch_credentials, resolved.credentials, had=goes_on
         )
+        # What this service was seen not to take.
         self._sends_if_match = True
+        self._coding = _AS_STORED
         self._movers: Movers | None = None
         self._set_place(resolved.place)
 
@@ -154,7 +163,7 @@ class Source:
         page = self._first(lambda: self._in_its_region(lambda: self.list_page(self.url.prefix)))
         readable = [each for each in page.objects if each.size_bytes]
         if readable:
-            self._try_to_read(readable[0])
+            self._in_its_region(lambda: self._try_to_read(readable[0]))
         if readable and not any(each.etag for each in readable):
             log.warning(
                 "%s: objects have no ETag, so that only their sizes and times show when one is "
@@ -193,7 +202,11 @@ class Source:
             if self._resolver is not None:
                 self._resolver.replace_credentials(credentials)
         if isinstance(credentials, StaticCredentials):
-            self._credentials.replace(TimedCredentials(SigningCredentials(**asdict(credentials))))
+            try:
+                signing = SigningCredentials.of(*asdict(credentials).values())
+            except ValueError as error:
+                raise BadRequestError(f"{self.url}: {error}") from error
+            self._credentials.replace(TimedCredentials(signing))
         elif not (isinstance(former, WebIdentity) and credentials.role_arn == former.role_arn):
             self._credentials.replace(None)  # else a new token is for the next credentials
 
@@ -241,27 +254,14 @@ class Source:
             ObjectChangedError, ObjectGoneError: the object is no longer what was listed.
             SourceError: any other failure.
         """
-        what = self.url.name(pin.key)
         into = take_buffer(length)
-        path, headers, handle = self._range(pin, start, into)
-        matched = self._matches(pin)
-        cancel = cancel or Cancel()
-        plain = Request("GET", path, "", headers, into)
-        if not matched:
-            return self._client.ask(plain, handle, what, cancel)
-        request = replace(plain, headers={**headers, "If-Match": pin.etag})
-        try:
-            return self._client.ask(request, handle, what, cancel)
-        except (ObjectChangedError, BadRequestError) as error:
-            if not isinstance(error.__cause__, RefusedError):
-                raise
-            # Was it refused for the object, or for the condition, which not every service knows?
-            answer = self._client.ask(plain, handle, what, cancel)
-            self._sends_if_match = False
-            log.warning(
-                "%s: the service takes no If-Match (%s); its answers are compared", what, error
-            )
-            return answer
+        done = 0
+        for _ in range(MOST_PARTS):
+            done += self._ask_for_range(pin, start + done, into[done:], cancel or Cancel())
+            if done == length:
+                return into
+            self._client.note("answers a range with a part of it")
+        raise BadResponseError(f"{self.url.name(pin.key)}: {MOST_PARTS} answers gave {done} bytes")
 
     def read_cached(
         self, cache: FleetCache, pin: Pinned, start: int, length: int, cancel: Cancel
@@ -277,37 +277,90 @@ class Source:
         """
         if not self._matches(pin):
             return None
-        path, headers, handle = self._range(pin, start, take_buffer(length))
-        request = Request("GET", path, "", {**headers, "If-Match": pin.etag})
+        into = take_buffer(length)
+
+        request = self._request(pin, start, into, pin.etag)
+
+        def handle(answer: Answer, elsewhere: bool) -> memoryview:
+            if self._receive(answer, elsewhere, request, pin, start, into) < length:
+                raise ranges.OtherRangeError("got a part of what was asked for")
+            return into
+
         return self._client.ask_cache(cache, request, handle, cancel)
 
     def _matches(self, pin: Pinned) -> bool:
         """Whether a request says which version of an object is wanted."""
         return self._sends_if_match and entity_tag.is_strong(pin.etag)
 
-    def _range(
-        self, pin: Pinned, start: int, into: memoryview
-    ) -> tuple[str, dict[str, str], Callable[[Answer, bool], memoryview]]:
-        """Path and headers of the request for a range, and what takes the answer into a buffer."""
-        length = len(into)
+    def _request(self, pin: Pinned, start: int, into: memoryview, tag: str) -> Request:
+        """For the range from `start` that fills a buffer, of the version that a tag names."""
+        headers = {
+            "Range": f"bytes={start}-{start + len(into) - 1}", "Accept-Encoding": self._coding,
+        }  # fmt: skip
+        if tag:
+            headers["If-Match"] = tag
+        path = self._client.place.path + quote(pin.key, safe="/~")
+        return Request("GET", path, "", headers, into)
 
-        def handle(answer: Answer, elsewhere: bool) -> memoryview:
-            if answer.status not in (200, 206):
-                refuse(answer)
-            before = ranges.check(
-                answer.status, answer.headers, answer.length, pin, start, length,
-                elsewhere=elsewhere,
-            )  # fmt: skip
-            if answer.status == 200:
-                self._client.note("answers a range with 200 in the place of 206")
-            answer.body.skip(before)
-            answer.body.read_into(into)
-            if answer.status == 206 and not answer.body.is_at_end:
-                raise ranges.OtherRangeError("got more bytes than were asked for")
-            return into
+    def _ask_for_range(self, pin: Pinned, start: int, into: memoryview, cancel: Cancel) -> int:
+        """Ask for the range that fills a buffer; how many bytes of it came.
 
-        headers = {"Range": f"bytes={start}-{start + length - 1}", "Accept-Encoding": _AS_STORED}
-        return self._client.place.path + quote(pin.key, safe="/~"), headers, handle
+        A service that cannot take a header of the request is asked once more without it.
+        """
+        what = self.url.name(pin.key)
+        tag = pin.etag if self._matches(pin) else ""
+
+        def ask(tag: str) -> int:
+            request = self._request(pin, start, into, tag)
+
+            def handle(answer: Answer, elsewhere: bool) -> int:
+                return self._receive(answer, elsewhere, request, pin, start, into)
+
+            return self._client.ask(request, handle, what, cancel)
+
+        try:
+            return ask(tag)
+        except SourceError as error:
+            cause = error.__cause__
+            if isinstance(cause, ranges.PackedError) and self._coding != _UNPACKED:
+                self._coding = _UNPACKED
+                self._client.note("or a proxy compresses what it sends: it is asked not to")
+                return ask(tag)
+            refused = isinstance(error, ObjectChangedError | BadRequestError)
+            if not (tag and refused and isinstance(cause, RefusedError)):
+                raise
+            # Was it refused for the object, or for the condition, which not every service knows?
+            count = ask("")
+            self._sends_if_match = False
+            log.warning(
+                "%s: the service takes no If-Match (%s); its answers are compared", what, error
+            )
+            return count
+
+    def _receive(
+        self,
+        answer: Answer,
+        elsewhere: bool,
+        request: Request,
+        pin: Pinned,
+        start: int,
+        into: memoryview,
+    ) -> int:
+        """Take an answer into a buffer; how many bytes came. Raises as `ranges.check` does."""
+        if answer.status not in (200, 206):
+            refuse(answer)
+        before, count = ranges.check(
+            answer.status, answer.headers, answer.length, pin, start, len(into),
+            elsewhere=elsewhere, may_be_packed=request.headers["Accept-Encoding"] == _AS_STORED,
+        )  # fmt: skip
+        if answer.status == 200:
+            self._client.note("answers a range with 200 in the place of 206")
+        answer.body.skip(before)
+        answer.body.read_into(into[:count])
+        ends = answer.status == 206 or start + count == pin.size_bytes
+        if ends and not answer.body.is_at_end:
+            raise ranges.OtherRangeError("got more bytes than were asked for")
+        return count
 
     def checksum(self, pin: Pinned) -> ObjectSum | None:
         """The checksum of a whole object, to be compared; None if S3 keeps none that can be.
@@ -345,7 +398,8 @@ class Source:
             except SourceError as error:
                 if not error.transient or attempt == FIRST_ATTEMPTS:
                     raise
-            time.sleep(FIRST_PAUSE_S * attempt)
+                told_s = min(error.retry_after_s, FIRST_LONGEST_PAUSE_S)
+            time.sleep(max(FIRST_PAUSE_S * attempt, told_s))
         raise AssertionError
 
     def _try_to_read(self, pin: Pinned) -> None:

@@ -9,10 +9,11 @@ import contextlib
 import logging
 import re
 import ssl
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import NoReturn, TypeVar
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import parse_qsl, quote, unquote_to_bytes, urljoin, urlsplit
 
 from lazyfs import __version__
 from lazyfs.errors import (
@@ -42,7 +43,7 @@ from lazyfs.store.live_credentials import LiveCredentials
 from lazyfs.store.moved import NotMovedError
 from lazyfs.store.refusals import MOST_TEXT, Refusal, printable
 from lazyfs.store.resolved_source import Place
-from lazyfs.store.signing import Signer, SigningCredentials
+from lazyfs.store.signing import Signer, SigningCredentials, canonical_query
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ MOST_SERVERS = 16
 # Peculiarities of a service that are told.
 MOST_NOTED = 50
 _AGENT = f"lazyfs/{__version__}"
+# What stays as it is in a URL that is escaped already (RFC 3986, 2.2 and 2.3).
+_OF_URLS = "%:/?#[]@!$&'()*+,;=-._~"
 _SIGNED_URL = re.compile(r"[?&](X-Amz-Signature|X-Goog-Signature|Signature|sig)=", re.IGNORECASE)
 
 
@@ -128,6 +131,8 @@ class Client:
         self._servers: dict[str, tuple[Transport, Signer]] = {}
         self._tls: ssl.SSLContext | None = None
         self._noted: set[str] = set()
+        # How far the clock of the service is ahead of ours, where that matters to it.
+        self._ahead_s = 0.0
         self._server(place.server)
 
     @property
@@ -153,12 +158,15 @@ class Client:
         what: str,
         cancel: Cancel,
         signed: Mapping[str, str] | None = None,
+        *,
+        trusts_clock: bool = True,
     ) -> T:
         """Make a request, and follow it to where it is redirected.
 
         Args:
             handle: is told whether another service than ours answers.
             signed: headers that are signed.
+            trusts_clock: sign with the time of the service if it refuses ours.
 
         Raises:
             SourceError: it was refused, or not answered.
@@ -170,6 +178,8 @@ class Client:
         except RefusedError as error:
             if not error.refusal.code:
                 self.be_vague(what, error)
+            if trusts_clock and self._takes_clock_of(error.refusal):
+                return self.ask(request, handle, what, cancel, signed, trusts_clock=False)
             self._raise_refused(what, error, credentials)
         except ranges.ChangedError as error:
             raise ObjectChangedError(f"{what}: {error}") from error
@@ -217,6 +227,23 @@ class Client:
                 request.method, request.path, request.query, signed, credentials
             )
         return cache.ask(request.target, headers, lambda answer: handle(answer, False), cancel)
+
+    def _takes_clock_of(self, refusal: Refusal) -> bool:
+        """Whether a request failed only for the difference between two clocks, which is now known.
+
+        Signatures hold for 15 minutes. The SDKs of AWS correct the difference in the same way.
+        """
+        if refusal.code != "RequestTimeTooSkewed" or not refusal.date_s:
+            return False
+        ahead_s = refusal.date_s - time.time()
+        log.warning(
+            "%s: the clock of this machine differs by %.0f s from that of the service, whose time "
+            "is used to sign requests: set the clock", self._what, ahead_s,
+        )  # fmt: skip
+        self._ahead_s = ahead_s
+        for _, signer in list(self._servers.values()):
+            signer.ahead_s = ahead_s
+        return True
 
     def be_vague(self, what: str, error: Exception) -> None:
         """Where somebody else than the administrator chose the server, do not say what is there.
@@ -279,6 +306,8 @@ class Client:
         self, server: str, request: Request, location: str, elsewhere: bool
     ) -> tuple[str, Request, bool]:
         """Where a redirect leads, what to ask there, and whether that is another service."""
+        # Bytes of a header come as Latin-1; those beyond ASCII have to be escaped.
+        location = quote(location.encode("latin-1"), safe=_OF_URLS)
         try:
             url = urlsplit(urljoin(f"{server}{request.target}", location))
             host, _ = url.hostname, url.port
@@ -291,13 +320,17 @@ class Client:
         to = f"{url.scheme}://{url.netloc}"
         ours = _is_same_service(self.place.server, to) and not _SIGNED_URL.search(f"?{url.query}")
         elsewhere = elsewhere or not ours
+        path, query = url.path or "/", url.query
+        if not elsewhere:  # it is signed, so it is sent as S3 escapes it
+            path = quote(unquote_to_bytes(path), safe="/~")
+            query = canonical_query(dict(parse_qsl(query, keep_blank_values=True)))
         headers = request.headers
         if elsewhere:  # the entity tags of another service are its own
             headers = {name: value for name, value in headers.items() if name != "If-Match"}
         self.note(f"redirects to {printable(to)}")
         return (
             to,
-            replace(request, path=url.path or "/", query=url.query, headers=headers),
+            replace(request, path=path, query=query, headers=headers),
             elsewhere,
         )
 
@@ -315,6 +348,7 @@ class Client:
                 self._forget_servers()
             transport = Transport(server, self._tls, self.place.proxy, may_connect)
             found = transport, Signer(server, self.place.region, self.place.service)
+            found[1].ahead_s = self._ahead_s
             self._servers[server] = found
         return found
 
@@ -376,4 +410,6 @@ def _cause(error: OSError) -> str:
     """What is wrong with a connection, in a few words."""
     if isinstance(error, TimeoutError):
         return f"no answer for {SILENCE_TIMEOUT_S:g} s"
+    if isinstance(error, ssl.SSLError) and error.reason == "WRONG_VERSION_NUMBER":
+        return "it does not answer in TLS; is it http://?"
     return error.strerror or str(error) or type(error).__name__

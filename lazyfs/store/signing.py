@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from urllib.parse import quote, urlsplit
 
 _ALGORITHM = "AWS4-HMAC-SHA256"
 _NO_BODY = hashlib.sha256(b"").hexdigest()
+_SENDABLE = re.compile(r"[!-~]+")
 # S3 takes a signature for 15 minutes, of which clocks that differ need most.
 LASTS_S = 60.0
 # Signatures that are kept, one an object.
@@ -36,6 +38,19 @@ class SigningCredentials(NamedTuple):
 
     def __repr__(self) -> str:
         return "SigningCredentials(...)"
+
+    @classmethod
+    def of(cls, access_key_id: str, secret: str, session_token: str | None) -> SigningCredentials:
+        """As somebody wrote them: without the line break that files and Secrets often end in.
+
+        Raises:
+            ValueError: they cannot be sent; the message has no part of them.
+        """
+        made = cls(access_key_id.strip(), secret.strip(), (session_token or "").strip() or None)
+        for name, text in (("access key id", made[0]), ("session token", made[2] or "-")):
+            if not _SENDABLE.fullmatch(text):
+                raise ValueError(f"the {name} is empty or has blanks or control characters in it")
+        return made
 
 
 class Signer:
@@ -60,6 +75,8 @@ class Signer:
         self._scope = (region, service, "aws4_request")
         self._derived: tuple[tuple[str, str], bytes] | None = None
         self._kept: OrderedDict[tuple[object, ...], tuple[float, dict[str, str]]] = OrderedDict()
+        # How far the clock of the server is ahead of ours.
+        self.ahead_s = 0.0
 
     def headers(
         self,
@@ -70,7 +87,7 @@ class Signer:
         credentials: SigningCredentials,
     ) -> dict[str, str]:
         """As `sign`, now; what was signed for the same a moment ago is used again."""
-        now_s = time.time()
+        now_s = time.time() + self.ahead_s
         about = (method, path, query, tuple(headers.items()), credentials)
         kept = self._kept.get(about)
         if kept is None or not 0 <= now_s - kept[0] < LASTS_S:

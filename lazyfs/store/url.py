@@ -11,8 +11,20 @@ SCHEME = "s3://"
 _BUCKET = re.compile(r"([A-Za-z0-9_]+:)?[A-Za-z0-9][A-Za-z0-9.\-_]{1,254}")
 _ARN = re.compile(r"arn:[a-z0-9-]+:([a-z0-9-]+):([a-z0-9-]*):[0-9]*:(?:[^/:]+[/:][^/:]+)(?=/|$)")
 _OUTPOST = re.compile(r"arn:[a-z0-9-]+:s3-outposts:")
-# docs.aws.amazon.com/AmazonS3/latest/userguide/directory-buckets-overview.html
-_EXPRESS = re.compile(r".*--[a-z0-9-]+--x-s3")
+# Names that AWS reserves for what is no bucket of general purpose, and what to do instead:
+# docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html
+_RESERVED = {
+    "--x-s3": "directory buckets (S3 Express One Zone) are not supported: use a general purpose "
+    "bucket",
+    "--xa-s3": "access points of directory buckets (S3 Express One Zone) are not supported: use a "
+    "general purpose bucket",
+    "--ol-s3": "an Object Lambda access point does not answer ranges of what it makes: use the "
+    "access point behind it",
+    "--op-s3": "S3 on Outposts is not supported",
+    "--table-s3": "table buckets (S3 Tables) hold no objects",
+    ".mrap": "Multi-Region Access Points (signature version 4A) are not supported: use a bucket or "
+    "an access point of one region",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +53,9 @@ class SourceUrl:
                 raise OptionError(
                     f"{text!r} is not a source: write s3://BUCKET or s3://BUCKET/PREFIX"
                 )
-            if _EXPRESS.fullmatch(bucket):
-                raise OptionError(
-                    f"{text!r}: directory buckets (S3 Express One Zone) are not supported: "
-                    "use a general purpose bucket"
-                )
+            for ending, words in _RESERVED.items():
+                if bucket.endswith(ending):
+                    raise OptionError(f"{text!r}: {words}")
         prefix = prefix.removesuffix("/")
         if prefix and not all(part not in ("", ".", "..") for part in prefix.split("/")):
             raise OptionError(
@@ -69,7 +79,7 @@ def is_url(text: str) -> bool:
 def _split_arn(text: str, rest: str) -> tuple[str, str]:
     """The ARN of an access point, and the prefix. Raises OptionError."""
     if _OUTPOST.match(rest):
-        raise OptionError(f"{text!r}: S3 on Outposts is not supported")
+        raise OptionError(f"{text!r}: {_RESERVED['--op-s3']}")
     found = _ARN.match(rest)
     if found is None or "accesspoint" not in found[0].split(":", 5)[5]:
         raise OptionError(
@@ -77,15 +87,9 @@ def _split_arn(text: str, rest: str) -> tuple[str, str]:
             "s3://arn:aws:s3:REGION:ACCOUNT:accesspoint/NAME/PREFIX"
         )
     if found[1] == "s3-object-lambda":
-        raise OptionError(
-            f"{text!r}: an Object Lambda access point does not answer ranges of what it makes: "
-            "use the access point behind it"
-        )
+        raise OptionError(f"{text!r}: {_RESERVED['--ol-s3']}")
     if found[1] != "s3":
         raise OptionError(f"{text!r}: ARNs of {found[1]} are not supported")
     if not found[2]:
-        raise OptionError(
-            f"{text!r}: Multi-Region Access Points (signature version 4A) are not supported: "
-            "use a bucket or an access point of one region"
-        )
+        raise OptionError(f"{text!r}: {_RESERVED['.mrap']}")
     return found[0], rest[len(found[0]) :].removeprefix("/")

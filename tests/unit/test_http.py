@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
 import itertools
 import socket
+import ssl
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -134,6 +136,46 @@ def test_a_connection_that_the_server_has_closed_is_replaced() -> None:
     with serving(always(ANSWER)) as (server, client):
         assert [get(client) for _ in range(3)] == [DATA] * 3
         assert server.connections == 3
+
+
+def test_a_connection_whose_encryption_broke_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = transport._answer_of
+
+    def broken(connection: http.client.HTTPConnection, *rest: object) -> http.client.HTTPResponse:
+        if connection is kept:
+            raise ssl.SSLEOFError("EOF occurred in violation of protocol")
+        return ask(connection, *rest)  # type: ignore[arg-type]
+
+    with serving(always(ANSWER, ANSWER)) as (server, client):
+        get(client)
+        kept = client._idle[0].connection
+        monkeypatch.setattr(transport, "_answer_of", broken)
+        assert get(client) == DATA
+        assert server.connections == 2
+
+
+def test_an_address_that_cannot_be_reached_is_tried_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    connect, look_up = socket.create_connection, socket.getaddrinfo
+
+    def connecting(address: tuple[str, int], timeout_s: float) -> socket.socket:
+        tried.append(address[0])
+        if ":" in address[0]:
+            raise TimeoutError
+        return connect(address, timeout_s)
+
+    def resolved(host: str, port: int, *rest: Any, **named: Any) -> Any:
+        if host != "two.test":
+            return look_up(host, port, *rest, **named)
+        return [(0, 0, 0, "", ("2001:db8::1", port, 0, 0)), (0, 0, 0, "", ("127.0.0.1", port))]
+
+    with serving(always(ANSWER)) as (server, _):
+        monkeypatch.setattr(socket, "getaddrinfo", resolved)
+        monkeypatch.setattr(socket, "create_connection", connecting)
+        client = Transport(f"http://two.test:{server.port}")
+        assert [get(client) for _ in range(3)] == [DATA] * 3
+        client.close_idle(0.0)
+    assert tried == ["2001:db8::1", *["127.0.0.1"] * 3]
 
 
 def test_a_new_connection_that_breaks_is_an_error() -> None:

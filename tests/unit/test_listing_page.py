@@ -234,6 +234,12 @@ def test_a_way_through_pages_has_an_end() -> None:
     assert [tokens.after(each) for each in pages] == ["1", "2", None]
 
 
+def test_pages_of_a_service_that_gathers_nothing_may_look_the_same() -> None:
+    tokens = Tokens("x")
+    pages = [Page([], ["p/"], "1"), Page([], ["p/"], "2"), Page(objects_of("q"), ["p/"], None)]
+    assert [tokens.after(each) for each in pages] == ["1", "2", None]
+
+
 @pytest.mark.parametrize(
     "pages",
     [
@@ -241,6 +247,7 @@ def test_a_way_through_pages_has_an_end() -> None:
         [Page([], [], "1"), Page([], [], "2"), Page([], [], "1")],
         [Page(objects_of("a"), ["p/"], "1"), Page(objects_of("a"), ["p/"], "2")],
         [Page([], [], str(number)) for number in range(MOST_EMPTY + 1)],
+        [Page([], ["p/"], str(number)) for number in range(MOST_EMPTY + 2)],
     ],
 )
 def test_a_way_in_a_circle_is_an_error(pages: list[Page]) -> None:

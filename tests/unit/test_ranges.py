@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 
 from lazyfs.objects import ListedObject
 from lazyfs.store import ranges
-from lazyfs.store.ranges import ChangedError, IgnoresRangeError, OtherRangeError
+from lazyfs.store.ranges import (
+    ChangedError,
+    IgnoresRangeError,
+    OtherRangeError,
+    PackedError,
+)
 
 SIZE = 1000
 TAGGED = ListedObject("k", SIZE, '"v1"', 1_700_000_000 * 10**9, "k")
@@ -44,7 +49,46 @@ def check(status=206, headers=None, length=100, pin=TAGGED, start=100, wanted=10
     ],
 )
 def test_taken(status, headers, length, start, wanted, before):
-    assert check(status, headers, length, start=start, wanted=wanted) == before
+    assert check(status, headers, length, start=start, wanted=wanted) == (before, wanted)
+
+
+@pytest.mark.parametrize(("last", "length"), [(100, 1), (198, 99), (150, None)])
+def test_a_part_of_what_was_asked_for_is_taken(last, length):
+    assert check(206, part(100, last) | SAME, length) == (0, last - 99)
+
+
+@pytest.mark.parametrize(
+    ("headers", "length", "taken"),
+    [
+        # Stored so: it has a length.
+        (part(100, 199) | SAME, 100, True),
+        (part(100, 199) | SAME, None, False),
+        (part(100, 199) | SAME, 60, False),
+        (part(100, 199) | SAME, 130, False),
+        (SAME, None, False),
+    ],
+)
+@pytest.mark.parametrize("coding", ["gzip", "BR", " zstd"])
+def test_what_is_compressed_on_the_way_is_told_from_what_is_stored_so(
+    headers, length, taken, coding
+):
+    status = 206 if "content-range" in headers else 200
+    answer = status, headers | {"content-encoding": coding}, length
+    if taken:
+        assert check(*answer, may_be_packed=True) == (0, 100)
+    else:
+        with pytest.raises(PackedError):
+            check(*answer, may_be_packed=True)
+
+
+def test_what_may_not_be_compressed_is_stored_so():
+    answer = part(100, 199) | SAME | {"content-encoding": "gzip"}
+    assert check(206, answer, None) == (0, 100)
+    with pytest.raises(PackedError):
+        check(206, answer, 60)
+    # Nobody compresses so: it is how it was uploaded.
+    answer["content-encoding"] = "aws-chunked"
+    assert check(206, answer, None, may_be_packed=True) == (0, 100)
 
 
 @pytest.mark.parametrize(
@@ -56,8 +100,6 @@ def test_taken(status, headers, length, start, wanted, before):
         (206, part(100, 199, SIZE - 1), 100),
         (200, OTHER, SIZE),
         (200, OTHER, 100),
-        # Without an ETag the length alone does not show which bytes these are.
-        (200, {}, 100),
         (200, SAME, SIZE + 1),
     ],
 )
@@ -70,7 +112,8 @@ def test_another_version(status, headers, length):
     ("headers", "length"),
     [
         (part(101, 200) | SAME, 100),
-        (part(100, 198) | SAME, 99),
+        (part(100, 200) | SAME, 101),
+        (part(100, 99) | SAME, 0),
         (part(0, 99) | SAME, 100),
         (part(100, 199) | SAME, 99),
         (SAME, 100),
@@ -83,6 +126,12 @@ def test_another_version(status, headers, length):
 def test_another_range(headers, length):
     with pytest.raises(OtherRangeError):
         check(206, headers, length)
+
+
+@pytest.mark.parametrize("length", [0, 18, 100, SIZE + 1, None])
+def test_the_page_of_a_proxy_is_no_other_version(length):
+    with pytest.raises(OtherRangeError):
+        check(200, {"content-type": "text/html"}, length)
 
 
 def test_a_service_that_always_sends_everything_is_not_asked_for_gigabytes():
@@ -109,17 +158,17 @@ def test_without_an_etag_size_and_time_pin(modified, changed):
         with pytest.raises(ChangedError):
             check(206, headers, pin=BARE)
     else:
-        assert check(206, headers, pin=BARE) == 0
+        assert check(206, headers, pin=BARE) == (0, 100)
     with pytest.raises(ChangedError):
         check(206, part(100, 199, SIZE + 1), pin=BARE)
 
 
 def test_another_service_has_tags_of_its_own_but_no_other_size():
-    assert check(206, part(100, 199) | OTHER, elsewhere=True) == 0
+    assert check(206, part(100, 199) | OTHER, elsewhere=True) == (0, 100)
     with pytest.raises(ChangedError):
         check(206, part(100, 199, 999) | OTHER, elsewhere=True)
     # What it sends without saying which bytes they are is not known to be of this version.
-    with pytest.raises(ChangedError):
+    with pytest.raises(OtherRangeError):
         check(200, SAME, 100, elsewhere=True)
 
 
@@ -152,12 +201,14 @@ def test_never_a_byte_of_another_version(
     pin = ListedObject("k", size, '"v1"', 0, "k")
     length = len(body) if tells_length else None
     try:
-        before = ranges.check(status, headers, length, pin, start, wanted)
+        before, count = ranges.check(status, headers, length, pin, start, wanted)
     except (ChangedError, OtherRangeError):
         return
-    taken = body[before : before + wanted]
-    if len(taken) == wanted:  # else the end of the body tells
-        assert is_same or (version is None and stored == size) or not tells_length
+    taken = body[before : before + count]
+    at_end = before + count == len(body)
+    must_end = status == 206 or start + count == size
+    if len(taken) == count == wanted and (at_end or not must_end):  # else the body tells
+        assert is_same or (version is None and stored == size)
         if is_same:
             assert taken == content[start : start + wanted]
 

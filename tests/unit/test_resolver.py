@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyfs.errors import AccessDeniedError, OptionError
+from lazyfs.errors import AccessDeniedError, OptionError, SourceError
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store.boto.resolver import Resolver
 from lazyfs.store.resolved_source import Place
@@ -104,9 +104,16 @@ def test_a_region_that_s3_told_counts_more_than_the_configuration(monkeypatch):
         ("s3://arn:aws:s3-object-lambda:eu-west-1:123456789012:accesspoint/x", "Object Lambda"),
         ("s3://arn:aws:s3-outposts:us-west-2:123456789012:outpost/op-1/accesspoint/x", "Outposts"),
         ("s3://arn:aws:s3:::models/x", "access points"),
+        ("s3://arn:aws:s3express:us-east-1:123456789012:accesspoint/a--use1-az4--xa-s3",
+         "s3express"),
+        ("s3://fast--use1-az4--xa-s3/x", "S3 Express"),
+        ("s3://mfzwi23gnjvgw.mrap/x", "Multi-Region"),
+        ("s3://shaped-a1b2c3--ol-s3/x", "Object Lambda"),
+        ("s3://local-a1b2c3--op-s3", "Outposts"),
+        ("s3://rows--table-s3", "S3 Tables"),
         ("s3://team:models", "endpoint"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_read_is_refused_by_name(source, words):
     with pytest.raises(OptionError, match=words):
         place(source)
@@ -149,6 +156,25 @@ def test_style_and_endpoint_make_another_identity():
 def test_no_credentials_anywhere():
     with pytest.raises(AccessDeniedError, match="no credentials found"):
         Resolver(SourceUrl.parse("s3://m-x"), MountOptions()).credentials()
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", " "])
+def test_a_line_break_behind_a_key_is_none_of_it(monkeypatch, ending):
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN"):
+        monkeypatch.setenv(f"AWS_{name}", name + ending)
+    found = Resolver(SourceUrl.parse("s3://m-x"), MountOptions()).credentials()
+    assert tuple(found.credentials) == ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN")
+
+
+@pytest.mark.parametrize("text", ["a b", "a\r\nX-Evil: 1", "ключ"])
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN"])
+def test_what_is_no_key_is_refused_and_not_shown(monkeypatch, name, text):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv(name, text)
+    with pytest.raises(SourceError, match=r"blanks or control characters") as told:
+        Resolver(SourceUrl.parse("s3://m-x"), MountOptions()).credentials()
+    assert text not in str(told.value)
 
 
 def test_a_file_that_is_rewritten_is_read_again(tmp_path):

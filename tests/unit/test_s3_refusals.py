@@ -118,6 +118,27 @@ def test_a_head_has_no_body_to_have_a_code() -> None:
     assert "gateway" not in str(refusal.error("x"))
 
 
+@pytest.mark.parametrize(
+    ("headers", "after_s"),
+    [
+        ({}, 0),
+        ({"retry_after": "7"}, 7),
+        ({"retry_after": " 120 "}, 120),
+        ({"retry_after": "-5"}, 0),
+        ({"retry_after": "9" * 400}, 0),
+        ({"retry_after": "soon"}, 0),
+        # A date is one of the service's clock, whatever ours says.
+        ({"retry_after": "Tue, 14 Nov 2023 22:13:50 GMT", "date": "Tue, 14 Nov 2023 22:13:20 GMT"},
+         30),
+        ({"retry_after": "Tue, 14 Nov 2023 22:13:20 GMT", "date": "Tue, 14 Nov 2023 22:13:50 GMT"},
+         0),
+        ({"retry_after": "Tue, 14 Nov 2023 22:13:20 GMT"}, 0),
+    ],
+)  # fmt: skip
+def test_how_long_the_service_says_to_wait(headers: dict[str, str], after_s: float) -> None:
+    assert told(503, "<html>", **headers).retry_after_s == after_s
+
+
 def test_text_of_others_stays_one_line_of_bounded_length() -> None:
     error = told(400, "<Code>A\x1b[31mB</Code><Message>" + "x\u202e" * 5000 + "</Message>")
     assert str(error).isprintable()

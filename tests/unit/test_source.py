@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
@@ -43,7 +44,7 @@ class Request:
 
     def __init__(self, handler: http.server.BaseHTTPRequestHandler) -> None:
         url = urlsplit(handler.path)
-        self.method, self.path = handler.command, url.path
+        self.method, self.path, self.target = handler.command, url.path, handler.path
         self.query = dict(parse_qsl(url.query, keep_blank_values=True))
         self.headers = {name.lower(): value for name, value in handler.headers.items()}
 
@@ -435,6 +436,88 @@ def test_what_is_stored_packed_comes_as_it_is_stored(serve: Serve) -> None:
     assert read(serve(answer).source()) == DATA[256:768]
 
 
+def test_a_proxy_that_compresses_is_asked_not_to(serve: Serve) -> None:
+    def answer(request: Request) -> ANSWER:
+        status, headers, body = part(request, 'W/"v1"')
+        if "gzip" not in request.headers["accept-encoding"]:
+            return status, headers, body
+        return status, headers | {"Content-Encoding": "gzip"}, gzip.compress(body)
+
+    service = serve(answer)
+    source = service.source()
+    assert read(source) == read(source) == DATA[256:768]
+    asked = [request.headers["accept-encoding"] for request in service.requests]
+    assert asked == ["identity, gzip", "identity", "identity"]
+
+
+def test_a_range_may_come_in_parts(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(request: Request) -> ANSWER:
+        start, end = request.range
+        request.headers["range"] = f"bytes={start}-{min(end, start + 199)}"
+        return part(request)
+
+    service = serve(answer)
+    source = service.source()
+    assert read(source) == DATA[256:768]
+    assert [request.range[0] for request in service.requests] == [256, 456, 656]
+    monkeypatch.setattr(sources, "MOST_PARTS", 2)
+    with pytest.raises(errors.BadResponseError, match="2 answers gave 400 bytes"):
+        read(source)
+
+
+def test_parts_of_two_versions_are_not_put_together(serve: Serve) -> None:
+    def answer(request: Request) -> ANSWER:
+        start, end = request.range
+        request.headers["range"] = f"bytes={start}-{min(end, start + 199)}"
+        return part(request, '"v1"' if start == 256 else '"v2"')
+
+    with pytest.raises(errors.ObjectChangedError):
+        read(serve(answer).source())
+
+
+@pytest.mark.parametrize("size", [18, 5000])
+def test_the_page_of_a_proxy_in_the_place_of_a_range(serve: Serve, size: int) -> None:
+    body = (b"<html>sign in</html>" * 300)[:size]
+    source = serve(lambda _: (200, {"Content-Type": "text/html"}, body)).source()
+    with pytest.raises(errors.BadResponseError):
+        read(source)
+
+
+def test_a_page_of_no_length_is_no_object(serve: Serve) -> None:
+    def answer(_: Request) -> ANSWER:
+        body = b"x" * len(DATA) + b"more"
+        chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+        return 200, {"Transfer-Encoding": "chunked", "Content-Length": ""}, chunks
+
+    with pytest.raises(errors.BadResponseError, match="more bytes"):
+        read(serve(answer).source(), 0, len(DATA))
+
+
+def test_the_time_of_the_service_is_used_where_it_refuses_ours(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    def answer(request: Request) -> ANSWER:
+        signed = datetime.strptime(request.headers["x-amz-date"], "%Y%m%dT%H%M%S%z")
+        now = datetime.now(UTC) + timedelta(hours=5)
+        if abs(now - signed) < timedelta(minutes=15):
+            return part(request)
+        body = f"<Code>RequestTimeTooSkewed</Code><ServerTime>{now.isoformat()}</ServerTime>"
+        return 403, {}, body.encode()
+
+    service = serve(answer)
+    source = service.source()
+    assert read(source) == read(source) == DATA[256:768]
+    assert len(service.requests) == 3
+    assert "set the clock" in caplog.text
+
+
+def test_a_service_that_takes_no_time_at_all_is_asked_once_more(serve: Serve) -> None:
+    service = serve(lambda _: refusal(403, "RequestTimeTooSkewed"))
+    with pytest.raises(errors.CredentialsExpiredError):
+        read(service.source())
+    assert len(service.requests) == 2
+
+
 def test_keys_of_any_kind_are_asked_for(serve: Serve) -> None:
     service = serve(part)
     for key in ("m/a b+c%20", "m/ä/€", "m/?x=1#y", "m/~'\"\\"):
@@ -482,6 +565,18 @@ def test_another_path_of_the_same_service_is_signed_anew(serve: Serve) -> None:
     assert read(service.source()) == DATA[256:768]
     first, second = (request.headers["authorization"] for request in service.requests)
     assert first != second
+
+
+def test_a_location_is_escaped_and_signed_as_s3_does(serve: Serve) -> None:
+    def answer(request: Request) -> ANSWER:
+        if request.path == "/bucket/m/k":
+            return 307, {"Location": "/v=2/\xc3\xbc k?b=/&a=%2F"}, b""
+        return part(request)
+
+    service = serve(answer)
+    assert read(service.source()) == DATA[256:768]
+    assert service.requests[1].path == "/v%3D2/%C3%BC%20k"
+    assert service.requests[1].target.endswith("?a=%2F&b=%2F")
 
 
 def test_an_object_of_another_size_behind_a_redirect(serve: Serve) -> None:
@@ -542,6 +637,24 @@ def test_a_range_shows_the_way(serve: Serve, monkeypatch: pytest.MonkeyPatch) ->
     service = serve(listed(part))
     assert len(begin(service, monkeypatch).objects) == 1
     assert [request.path for request in service.requests] == ["/bucket", "/bucket/m/k"]
+
+
+def test_ranges_may_show_the_region_that_listings_do_not(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(request: Request) -> ANSWER:
+        if "/eu-north-1/" in request.headers["authorization"]:
+            return part(request)
+        told = "the region 'us-east-1' is wrong; expecting 'eu-north-1'"
+        body = f"<Code>AuthorizationHeaderMalformed</Code><Message>{told}</Message>"
+        return 400, {}, body.encode()
+
+    service = serve(listed(answer))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", service.url)
+    source = service.source()
+    source.begin()
+    assert source.region == "eu-north-1"
+    assert read(source) == DATA[256:768]
 
 
 @pytest.mark.parametrize(

@@ -132,9 +132,9 @@ class Resolver:
                     "--no-sign-request for a public bucket"
                 )
             now = found.get_frozen_credentials()
-        if not (now.access_key and now.secret_key):
-            raise CredentialsExpiredError(f"{self._url}: the credentials are empty")
-        signing = SigningCredentials(now.access_key, now.secret_key, now.token)
+            if not (now.access_key and now.secret_key):
+                raise CredentialsExpiredError(f"{self._url}: the credentials are empty")
+            signing = SigningCredentials.of(now.access_key, now.secret_key, now.token)
         return TimedCredentials(signing, _until_s(found))
 
     def replace_credentials(self, credentials: Credentials) -> None:

@@ -1,0 +1,53 @@
+"""How long a request waits before it is made again."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+import trio.testing
+
+from lazyfs.errors import SourceError, ThrottledError
+from lazyfs.store import retry
+from lazyfs.store.retry import patiently
+
+
+def times_asked(told_s: list[float], timeout_s: float) -> list[float]:
+    """When a service is asked that says so often how long to wait, and then answers."""
+    asked: list[float] = []
+    left = list(told_s)
+
+    async def ask() -> None:
+        asked.append(trio.current_time())
+        if left:
+            error = ThrottledError("busy")
+            error.retry_after_s = left.pop(0)
+            raise error
+
+    async def main() -> None:
+        await patiently(ask, what="x", timeout_s=lambda: timeout_s)
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    return [each - asked[0] for each in asked]
+
+
+@pytest.fixture(autouse=True)
+def no_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry.random, "random", lambda: 1.0)
+
+
+def test_pauses_double() -> None:
+    assert times_asked([0, 0, 0], 60) == pytest.approx([0, 0.1, 0.3, 0.7])
+
+
+def test_a_service_that_says_how_long_to_wait_is_heard() -> None:
+    assert times_asked([7, 0], 60) == pytest.approx([0, 7.1, 7.3])
+
+
+def test_no_service_makes_a_reader_wait_for_a_day() -> None:
+    assert times_asked([86400], 60) == pytest.approx([0, retry.LONGEST_TOLD_S + 0.1])
+
+
+def test_the_reader_waits_no_longer_than_it_was_told() -> None:
+    assert times_asked([20], 5) == pytest.approx([0, 5])
+    with pytest.raises(SourceError):
+        times_asked([20, 20], 5)
