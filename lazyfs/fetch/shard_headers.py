@@ -107,6 +107,7 @@ class ShardHeaders:
             if inode is None:
                 return
             self._coming += 1
+            self.used_bytes += HEAD_BYTES  # until `_bring` begins, which counts what it fetches
             nursery.start_soon(
                 contained, "fetching a header", self._bring, nursery, files, files[inode]
             )
@@ -157,6 +158,7 @@ class ShardHeaders:
         return data
 
     async def _bring(self, nursery: trio.Nursery, files: Mapping[int, File], file: File) -> None:
+        self.used_bytes -= HEAD_BYTES
         try:
             await self.header(file)
         except (SourceError, MalformedHeaderError) as error:

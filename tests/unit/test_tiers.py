@@ -1,0 +1,406 @@
+"""Where a block comes from: tiers asked in turn, the disk, and what S3 must allow."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import cast
+
+import pytest
+import trio
+import trio.testing
+from inline_threads import InlineThreads
+
+from lazyfs.blocks import BlockId, Span
+from lazyfs.blocks.memory import Held
+from lazyfs.cache import CARE_S, BlockCache, Claim
+from lazyfs.cache.block_writer import BlockWriter
+from lazyfs.cache.other_daemons import LEASE_S, LOOK_S, OtherDaemons
+from lazyfs.errors import AccessDeniedError, SourceError, UnavailableError
+from lazyfs.fetch.disk_tier import DiskTier
+from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter, Got
+from lazyfs.fetch.tiers import Job, OriginTier, Tiers
+from lazyfs.objects import File
+from lazyfs.observe.recorder import Tier
+
+SIZE = 10
+IO_TIMEOUT_S = 77.0
+FILE = File(2, 1, "f", "f", 4 * SIZE, "e", 0)
+
+
+def job(number: int = 1, *, waiting: bool = False) -> Job:
+    return Job(FILE, BlockId(2, number), SIZE, [Span(number, 0, 1)] if waiting else [])
+
+
+class Cache:
+    """A tier that gives what it is told to give."""
+
+    def __init__(self, kind: Tier, gives: memoryview | Claim | SourceError) -> None:
+        self.kind = kind
+        self.gives = gives
+        self.calls: list[str] = []
+
+    def begin(self, _: Job) -> None:
+        self.calls.append("begin")
+
+    async def get(self, _: Job) -> memoryview | Claim:
+        self.calls.append("get")
+        if isinstance(self.gives, SourceError):
+            raise self.gives
+        return self.gives
+
+    def put(self, block: BlockId, held: Held, *, reader_waits: bool) -> None:
+        self.calls.append(f"put {block.number} {reader_waits}")
+
+    def give_up(self, _: Job) -> None:
+        self.calls.append("give up")
+
+
+class Getter:
+    """S3, with what was asked of it."""
+
+    def __init__(self) -> None:
+        self.error: SourceError | None = None
+        self.tier = Tier.S3
+        self.asked: list[tuple[int, int, bool]] = []
+        self.patience_s = 0.0
+
+    async def get(
+        self, file: File, start: int, length: int, *, patience_s: Callable[[], float],
+        saturated: Callable[[], bool], is_block: bool = True,
+    ) -> Got:  # fmt: skip
+        self.asked.append((start, length, is_block))
+        self.patience_s = patience_s()
+        if self.error is not None:
+            raise self.error
+        return Got(memoryview(bytes(length)), self.tier)
+
+
+def origin(getter: Getter, access_check_s: float = 60.0) -> OriginTier:
+    return OriginTier(
+        cast(BlockGetter, getter), access_check_s, SIZE, IO_TIMEOUT_S, lambda: False
+    )  # fmt: skip
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    trio.run(scenario, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+DATA = memoryview(b"0123456789")
+HELD = Held(FILE, DATA)
+
+
+def test_the_first_tier_that_has_a_block_gives_it_and_those_above_are_given_it() -> None:
+    async def scenario() -> None:
+        getter = Getter()
+        near, far = Cache(Tier.DISK, Claim.OURS), Cache(Tier.FLEET, DATA)
+        tiers, wanted = Tiers([near, far], origin(getter)), job()
+        tiers.begin(wanted)
+        assert await tiers.get(wanted) == DATA
+        assert wanted.tier is Tier.FLEET
+        tiers.put(wanted, HELD, reader_waits=True)
+        assert near.calls == ["begin", "get", "put 1 True"]
+        assert far.calls == ["begin", "get"]
+        assert getter.asked == []
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("tier", [Tier.S3, Tier.FLEET])
+def test_the_origin_is_asked_last_and_says_where_a_block_came_from(tier: Tier) -> None:
+    async def scenario() -> None:
+        getter, disk = Getter(), Cache(Tier.DISK, Claim.OURS)
+        getter.tier = tier
+        tiers, wanted = Tiers([disk], origin(getter)), job(3)
+        assert await tiers.get(wanted) == bytes(SIZE)
+        assert (wanted.tier, getter.asked) == (tier, [(3 * SIZE, SIZE, True)])
+        tiers.put(wanted, HELD, reader_waits=False)
+        assert disk.calls == ["get", "put 3 False"]
+
+    run(scenario)
+
+
+def test_a_block_that_another_daemon_brings_is_asked_of_nobody_else() -> None:
+    async def scenario() -> None:
+        getter = Getter()
+        tiers = Tiers([Cache(Tier.DISK, Claim.THEIRS)], origin(getter))
+        assert await tiers.get(job()) is None
+        assert getter.asked == []
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("is_refused_above", [True, False])
+def test_after_an_error_no_tier_waits_for_the_block(is_refused_above: bool) -> None:
+    async def scenario() -> None:
+        getter, error = Getter(), AccessDeniedError("no")
+        disk = Cache(Tier.DISK, error if is_refused_above else Claim.OURS)
+        getter.error = error
+        with pytest.raises(AccessDeniedError):
+            await Tiers([disk], origin(getter)).get(job())
+        assert disk.calls == ["get", "give up"]
+        assert bool(getter.asked) is not is_refused_above
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    "waiting, patience_s", [(True, IO_TIMEOUT_S), (False, PREFETCH_PATIENCE_S)]
+)
+def test_requests_are_repeated_longer_for_readers(waiting: bool, patience_s: float) -> None:
+    async def scenario() -> None:
+        getter = Getter()
+        await origin(getter).get(job(waiting=waiting))
+        assert getter.patience_s == patience_s
+
+    run(scenario)
+
+
+def test_what_s3_gave_need_not_be_asked_for() -> None:
+    async def scenario() -> None:
+        for show in (
+            lambda tier: tier.get(job()),
+            lambda tier: tier.get_part(FILE, 5, 2, lambda: 1.0),
+        ):
+            getter = Getter()
+            tier = origin(getter)
+            await show(tier)
+            getter.error = AccessDeniedError("no")
+            await tier.check_access(job())
+            assert len(getter.asked) == 1
+        assert getter.asked == [(5, 2, False)]
+
+    run(scenario)
+
+
+def test_access_is_asked_for_with_one_byte_that_is_no_block() -> None:
+    async def scenario() -> None:
+        getter = Getter()
+        tier = origin(getter)
+        await tier.check_access(job(2, waiting=True))
+        await tier.check_access_ahead([FILE])
+        assert (getter.asked, getter.patience_s) == ([(0, 1, False)], IO_TIMEOUT_S)
+        other = File(3, 1, "g", "g", 1, "e", 0)
+        await tier.check_access_ahead([other])
+        assert (getter.asked[1:], getter.patience_s) == ([(0, 1, False)], PREFETCH_PATIENCE_S)
+
+    run(scenario)
+
+
+class Disk:
+    """A disk with some blocks, of which others claim some."""
+
+    def __init__(self) -> None:
+        self.stored: dict[int, memoryview] = {}
+        self.claimed: set[int] = set()
+        self.ours: set[int] = set()
+        self.waiting: set[int] = set()
+        self.announced: list[int] = []
+        self.loading: list[int] = []
+        self.planned: list[list[int]] = []
+
+    def load_or_claim(self, file: File, number: int) -> memoryview | Claim:
+        if number in self.stored:
+            return self.stored[number]
+        if number in self.claimed:
+            return Claim.THEIRS
+        self.ours.add(number)
+        return Claim.OURS
+
+    def release(self, file: File, number: int) -> None:
+        self.ours.remove(number)
+
+    def is_claimed(self, file: File, number: int) -> bool:
+        return number in self.claimed
+
+    def set_waiting(self, file: File, number: int, waiting: bool) -> None:
+        (self.waiting.add if waiting else self.waiting.discard)(number)
+
+    def present(self, file: File) -> list[int]:
+        return sorted(self.stored) if file is FILE else []
+
+    def announce(self, files: list[File]) -> None:
+        self.announced += [file.inode for file in files]
+
+    def set_loading(self, file: File) -> None:
+        self.loading.append(file.inode)
+
+    def care(self, plan: list[File]) -> None:
+        self.planned.append([file.inode for file in plan])
+
+
+class Writer:
+    """Writes nothing."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    async def run(self) -> None:
+        await trio.sleep_forever()
+
+    async def finish(self) -> None:
+        self.calls.append("finish")
+
+    def put(self, block: BlockId, held: Held, *, reader_waits: bool) -> None:
+        self.calls.append(f"put {block.number} {reader_waits}")
+
+
+class OnDisk:
+    """The disk as a tier."""
+
+    def __init__(self, access_check_s: float = 60.0) -> None:
+        self.disk, self.getter, self.writer = Disk(), Getter(), Writer()
+        self.origin = origin(self.getter, access_check_s)
+        cache, threads = cast(BlockCache, self.disk), InlineThreads().threads
+        others = OtherDaemons(cache, threads, lambda block, there: None)
+        self.tier = DiskTier(cache, cast(BlockWriter, self.writer), others, self.origin, threads)
+
+    async def get(self, wanted: Job) -> memoryview | Claim:
+        self.tier.begin(wanted)
+        return await self.tier.get(wanted)
+
+
+def test_a_block_on_the_disk_is_given_when_s3_allows_it() -> None:
+    async def scenario() -> None:
+        on_disk = OnDisk()
+        on_disk.disk.stored[1] = DATA
+        assert await on_disk.get(job()) == DATA
+        assert on_disk.getter.asked == [(0, 1, False)]
+
+    run(scenario)
+
+
+def test_a_block_on_the_disk_is_not_given_when_s3_refuses() -> None:
+    async def scenario() -> None:
+        on_disk = OnDisk()
+        on_disk.disk.stored[1] = DATA
+        on_disk.getter.error = AccessDeniedError("no")
+        with pytest.raises(AccessDeniedError):
+            await on_disk.get(job())
+
+    run(scenario)
+
+
+def test_a_block_that_is_nowhere_is_claimed_until_it_is_given_up() -> None:
+    async def scenario() -> None:
+        on_disk, wanted = OnDisk(), job()
+        assert await on_disk.get(wanted) is Claim.OURS
+        assert on_disk.disk.ours == {1}
+        on_disk.tier.give_up(wanted)
+        assert on_disk.disk.ours == set()
+        assert on_disk.getter.asked == []
+
+    run(scenario)
+
+
+def test_a_prefetch_leaves_a_block_to_the_daemon_that_claimed_it() -> None:
+    async def scenario() -> None:
+        on_disk = OnDisk()
+        on_disk.disk.claimed = {1}
+        began_s = trio.current_time()
+        assert await on_disk.get(job()) is Claim.THEIRS
+        assert trio.current_time() == began_s
+        assert on_disk.disk.waiting == {1}, "the other daemon sees that somebody waits"
+
+    run(scenario)
+
+
+def test_a_reader_waits_for_the_daemon_that_claimed_a_block() -> None:
+    async def scenario() -> None:
+        on_disk = OnDisk()
+        on_disk.disk.claimed = {1}
+        began_s = trio.current_time()
+
+        async def other_daemon() -> None:
+            await trio.sleep(3)
+            on_disk.disk.stored[1] = DATA
+            on_disk.disk.claimed.clear()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(other_daemon)
+            assert await on_disk.get(job(waiting=True)) == DATA
+        assert 3 <= trio.current_time() - began_s <= 3 + 2 * LOOK_S
+
+    run(scenario)
+
+
+def test_a_reader_waits_for_a_daemon_no_longer_than_its_lease() -> None:
+    async def scenario() -> None:
+        on_disk = OnDisk()
+        on_disk.disk.claimed = {1}
+        began_s = trio.current_time()
+        assert await on_disk.get(job(waiting=True)) is Claim.OURS
+        assert trio.current_time() == began_s + LEASE_S
+
+    run(scenario)
+
+
+def test_files_with_blocks_on_the_disk_are_announced_and_asked_about_ahead() -> None:
+    async def scenario() -> None:
+        on_disk = OnDisk()
+        on_disk.disk.stored = {0: DATA, 2: DATA}
+        empty = File(3, 1, "g", "g", 9, "e", 0)
+        async with trio.open_nursery() as nursery:
+            on_disk.tier.start(nursery, list)
+            assert await on_disk.tier.present([FILE, empty]) == [(FILE, [0, 2])]
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        assert on_disk.disk.announced == [2]
+        assert on_disk.disk.loading == [2, 3]
+        assert on_disk.getter.asked == [(0, 1, False)]
+        assert await on_disk.tier.numbers(FILE) == [0, 2]
+        on_disk.tier.opened(empty)
+        assert on_disk.disk.loading == [2, 3, 3]
+
+    run(scenario)
+
+
+def test_a_disk_without_blocks_is_not_told_of_a_plan() -> None:
+    async def scenario() -> None:
+        on_disk = OnDisk()
+        async with trio.open_nursery() as nursery:
+            on_disk.tier.start(nursery, list)
+            assert await on_disk.tier.present([FILE]) == []
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        assert (on_disk.disk.announced, on_disk.getter.asked) == ([], [])
+
+    run(scenario)
+
+
+def test_the_cache_is_cared_for_with_the_present_plan() -> None:
+    async def scenario() -> None:
+        on_disk, plan = OnDisk(), [FILE]
+        async with trio.open_nursery() as nursery:
+            on_disk.tier.start(nursery, lambda: plan)
+            await trio.testing.wait_all_tasks_blocked()
+            assert on_disk.disk.planned == [[2]]
+            plan.clear()
+            await trio.sleep(CARE_S + 1)
+            assert on_disk.disk.planned == [[2], []]
+            nursery.cancel_scope.cancel()
+        await on_disk.tier.finish([FILE])
+        assert (on_disk.writer.calls, on_disk.disk.planned[2:]) == (["finish"], [[2]])
+
+    run(scenario)
+
+
+def test_blocks_are_written_to_the_disk() -> None:
+    async def scenario() -> None:
+        on_disk = OnDisk()
+        on_disk.tier.put(BlockId(2, 1), HELD, reader_waits=True)
+        assert on_disk.writer.calls == ["put 1 True"]
+        assert on_disk.tier.kind is Tier.DISK
+
+    run(scenario)
+
+
+def test_errors_that_pass_leave_what_is_known_of_access() -> None:
+    async def scenario() -> None:
+        on_disk = OnDisk()
+        on_disk.disk.stored[1] = DATA
+        on_disk.origin.shown(FILE)
+        await trio.sleep(61)
+        on_disk.getter.error = UnavailableError("away")
+        assert await on_disk.get(job()) == DATA
+
+    run(scenario)
