@@ -1,8 +1,8 @@
 # The image of lazyfs: the command line, the CSI driver's node plugin, controller and keeper.
 #
-# BASE_IMAGE is any Debian or Ubuntu with Python 3.11 or newer in its archive. `make image` makes one
-# with debootstrap, so that no registry is needed.
-ARG BASE_IMAGE=debian:bookworm-slim
+# BASE_IMAGE is any Debian or Ubuntu with Python 3.11 or newer in its archive, named with its digest.
+# `make image` makes one with debootstrap, so that no registry is needed.
+ARG BASE_IMAGE
 
 # What compiles: pyfuse3 against libfuse's headers, the CSI messages from proto/.
 FROM ${BASE_IMAGE} AS build
@@ -10,32 +10,35 @@ FROM ${BASE_IMAGE} AS build
 ARG PIP_CERT
 ARG PIP_INDEX_URL
 RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get upgrade -y \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
         ca-certificates gcc libc6-dev libfuse3-dev pkg-config python3-dev python3-pip python3-venv \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 
-# The dependencies, which change seldom, as wheels and then in a place of their own.
-COPY pyproject.toml constraints.txt ./
-RUN python3 -c 'import tomllib; \
-project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-extras = project["optional-dependencies"]; \
-print(*project["dependencies"], *extras["csi"], *extras["otel"], *extras["verify"], sep="\n")' \
-        > requirements.txt \
-    && python3 -m pip wheel --no-cache-dir -c constraints.txt -r requirements.txt -w /wheels \
+# The dependencies, which change seldom, in a place of their own. pip takes only files whose hashes are
+# in constraints/. Compiled modules are not compared with their sources when they are imported.
+COPY constraints constraints
+RUN python3 -m pip install --no-cache-dir --no-deps --require-hashes --only-binary :all: \
+        --target /backend -r constraints/build.txt \
+    && PYTHONPATH=/backend python3 -m pip wheel --no-cache-dir --no-deps --no-build-isolation \
+        --require-hashes -r constraints/image.txt -w /wheels \
     && python3 -m venv --without-pip /opt/lazyfs \
-    && python3 -m pip --python /opt/lazyfs/bin/python install --no-index --find-links /wheels \
-        --no-cache-dir -r requirements.txt \
+    && python3 -m pip --python /opt/lazyfs/bin/python install --no-index --no-deps --no-compile \
+        --no-cache-dir /wheels/*.whl \
     # Descriptions of 400 AWS services: S3, and those that give credentials, are used.
     && find /opt/lazyfs/lib/python3*/site-packages/botocore/data -mindepth 1 -maxdepth 1 -type d \
         ! -name s3 ! -name 'sso*' ! -name sts ! -name signin -exec rm -r {} + \
-    && find /opt/lazyfs -path '*/boto3/examples' -prune -exec rm -r {} +
+    && find /opt/lazyfs -path '*/boto3/examples' -prune -exec rm -r {} + \
+    && python3 -m compileall -q --invalidation-mode unchecked-hash /opt/lazyfs
 
 # lazyfs itself, in a layer of a few hundred kilobytes.
 COPY . .
-RUN python3 -m pip wheel --no-cache-dir --no-deps -w /wheels . \
-    && python3 -m pip --python /opt/lazyfs/bin/python install --no-index --no-deps \
-        --no-cache-dir --root /package /wheels/lazyfs-*.whl \
+RUN PYTHONPATH=/backend python3 -m pip wheel --no-cache-dir --no-deps --no-build-isolation \
+        -w /ours . \
+    && python3 -m pip --python /opt/lazyfs/bin/python install --no-index --no-deps --no-compile \
+        --no-cache-dir --root /package /ours/lazyfs-*.whl \
+    && python3 -m compileall -q --invalidation-mode unchecked-hash /package \
     && mkdir -p /package/usr/share/doc/lazyfs \
     && cp LICENSE /package/usr/share/doc/lazyfs/copyright \
     && python3 deploy/notices.py /opt/lazyfs/lib/python3*/site-packages \
@@ -52,6 +55,7 @@ LABEL org.opencontainers.image.title="lazyfs" \
 # tini reaps what killed workers leave behind. fusermount3 is not needed: in a container, mounting is
 # for root; nothing with a set-user-id bit is left.
 RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get upgrade -y \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
         ca-certificates libfuse3-3 python3 tini \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/* \

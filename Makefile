@@ -32,10 +32,19 @@ docs: setup
 	@.venv/bin/python docs/make_metrics.py
 	@.venv/bin/python docs/make_refusals.py
 
-# Newest versions that fit pyproject.toml, pinned; needs the tool uv.
+# Newest versions that fit pyproject.toml, pinned with the hashes of their files; needs the tool uv.
+LOCK = uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --no-header -q
 lock:
-	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
-	    --no-annotate --no-header -U -q -o constraints.txt
+	$(LOCK) pyproject.toml --all-extras -U -o constraints.txt
+	$(LOCK) pyproject.toml --extra csi --extra otel --extra verify -c constraints.txt \
+	    -U -o constraints/image.txt
+	$(LOCK) --group build -U -o constraints/build.txt
+	$(LOCK) --group release -c constraints.txt -U -o constraints/release.txt
+
+# Known vulnerabilities of what constraints.txt and constraints/ pin.
+.PHONY: audit
+audit:
+	@./.ci/audit
 
 # A mount's life on S3 servers that others wrote, alone: see docs/S3.md.
 .PHONY: s3-matrix
@@ -55,10 +64,10 @@ bench: setup
 	@./bench/install
 	@.venv/bin/python bench/run.py $(or $(RUN),standard) $(ARGS)
 
-# The image, on a base made by debootstrap, and a try of it. Needs root.
+# The image, on a base made by debootstrap, its SBOM, and a try of it. Needs root; the SBOM, Go.
 .PHONY: image
 image: setup
-	@./deploy/image.sh
+	@SBOM=$${SBOM-build/image/lazyfs.cdx.json} ./deploy/image.sh
 	@.venv/bin/python -m pytest tests/deploy/test_image.py
 
 # deploy/kubernetes, from the chart; needs helm, which is built if there is Go.

@@ -15,6 +15,8 @@ from objectstore import ENDPOINT, REGION, STS_ENDPOINT
 NAMESPACE = "lazyfs"
 RELEASE = "lazyfs-csi"
 CHART = ROOT / "deploy" / "helm" / "lazyfs-csi"
+# Of the image, which containerd has already (images.sh).
+REGISTRY = "registry.example"
 # Secrets that classes of the tests name for the provisioner.
 SECRETS = [
     {"namespace": "test", "name": "s3"},
@@ -75,6 +77,7 @@ class Driver:
         }
         sts = {"name": "AWS_ENDPOINT_URL_STS", "value": STS_ENDPOINT}
         return {
+            "images": {"lazyfs": {"registry": REGISTRY}},
             "volumes": {"defaults": {"endpointUrl": ENDPOINT, "region": REGION}},
             "node": {"env": [*environment, sts], **authority},
             "controller": {"env": environment, "secrets": [*SECRETS], **authority},

@@ -11,7 +11,7 @@ storage=$cache/storage
 provisioner=$(sed -n '/repository: sig-storage\/csi-provisioner/{n;s/.*tag: //p}' \
     ../../deploy/helm/lazyfs-csi/values.yaml)
 version=$(sed -n 's/^appVersion: "\?\([^"]*\)"\?$/\1/p' ../../deploy/helm/lazyfs-csi/Chart.yaml)
-lazyfs=ghcr.io/lazyfs/lazyfs:$version
+lazyfs=registry.example/lazyfs/lazyfs:$version
 mkdir -p "$images"
 store() { buildah --root "$storage/storage" --runroot "$storage/run" "$@"; }
 

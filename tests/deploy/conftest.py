@@ -9,6 +9,8 @@ import pytest
 from manifests import CHART, ROOT, Object, load
 
 HELM = "helm.sh/helm/v3/cmd/helm@v3.22.0"
+# What an administrator has to say.
+NECESSARY = ("images.lazyfs.registry=registry.example",)
 
 
 @pytest.fixture(scope="session")
@@ -25,12 +27,15 @@ def helm() -> str:
 
 @pytest.fixture(scope="session")
 def render(helm: str) -> Callable[..., list[Object]]:
-    """`render("key=value", ..., version="1.37.0")`: the objects that the chart makes."""
+    """`render("key=value", ..., version="1.37.0")`: the objects that the chart makes.
+
+    Values without a default are given.
+    """
 
     def objects(*values: str, version: str = "1.30.0") -> list[Object]:
         command = [helm, "template", "lazyfs-csi", str(CHART), "--namespace=lazyfs"]
         command.append(f"--kube-version={version}")
-        for each in values:
+        for each in (*NECESSARY, *values):
             command += ["--set-json" if "=[" in each or "={" in each else "--set", each]
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         if answer.returncode != 0:

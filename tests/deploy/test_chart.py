@@ -27,7 +27,6 @@ Render = Callable[..., list[Object]]
 EVERYTHING = (
     "createNamespace=true",
     "priorityQuota=true",
-    "networkPolicy.enabled=true",
     'networkPolicy.metricsFrom=[{"namespaceSelector":{}}]',
     "monitoring.podMonitor=true",
     "monitoring.alerts=true",
@@ -113,6 +112,29 @@ def test_every_image_can_come_from_a_mirror(render: Render) -> None:
     images = {each["image"] for spec in pod_specs(mirrored) for each in spec.containers}
     assert len(images) == 2
     assert all(image.startswith("mirror.local/") for image in images)
+
+
+def test_a_missing_registry_is_refused_and_named(render: Render) -> None:
+    """There is no default, which somebody else could own."""
+    with pytest.raises(ValueError, match=r"images\.lazyfs\.registry is not set: name the registry"):
+        render("images.lazyfs.registry=")
+
+
+def test_policies_let_probes_and_metrics_in_and_nothing_else(render: Render) -> None:
+    objects = render()
+    policies = {
+        each["metadata"]["name"].rpartition("-")[2]: each["spec"]
+        for each in objects
+        if each["kind"] == "NetworkPolicy"
+    }
+    assert set(policies) == {"node", "controller", "keeper"}
+    for name, spec in pods(objects).items():
+        served = {p["name"] for c in spec.containers for p in c.get("ports", [])}
+        rules = policies[name].get("ingress", [])
+        assert {p["port"] for rule in rules for p in rule["ports"]} == served
+        assert "Ingress" in policies[name]["policyTypes"]
+        assert not any("from" in rule for rule in rules)
+    assert not [each for each in render("networkPolicy.enabled=false") if "Policy" in each["kind"]]
 
 
 def test_a_digest_goes_before_a_tag(render: Render) -> None:

@@ -23,7 +23,10 @@ helm.sh/chart: {{ printf "%s-%s" (index . 0).Chart.Name (index . 0).Chart.Versio
 {{- define "lazyfs.image" -}}
 {{- $root := index . 0 -}}
 {{- $image := index $root.Values.images (index . 1) -}}
-{{- $name := printf "%s/%s" $image.registry $image.repository | trimPrefix "/" -}}
+{{- if not $image.registry }}
+{{- fail (printf "images.%s.registry is not set: name the registry, yours, that has the image %s:%s (docs/INSTALL.md says how it gets there)" (index . 1) $image.repository ($image.tag | default $root.Chart.AppVersion)) }}
+{{- end }}
+{{- $name := printf "%s/%s" $image.registry $image.repository -}}
 {{- if $image.digest }}{{ $name }}@{{ $image.digest }}
 {{- else }}{{ $name }}:{{ $image.tag | default $root.Chart.AppVersion }}
 {{- end }}
