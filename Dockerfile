@@ -44,6 +44,15 @@ RUN PYTHONPATH=/backend python3 -m pip wheel --no-cache-dir --no-deps --no-build
     && python3 deploy/notices.py /opt/lazyfs/lib/python3*/site-packages \
         > /package/usr/share/doc/lazyfs/THIRD-PARTY-NOTICES
 
+# What `make release` packs: a folder that needs nothing of a distribution but its C libraries.
+FROM build AS package
+RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends patchelf \
+    && rm -rf /var/lib/apt/lists/*
+RUN deploy/package/tree.sh /tree/lazyfs \
+        /opt/lazyfs/lib/python3*/site-packages /package/opt/lazyfs/lib/python3*/site-packages \
+    && cp /package/usr/share/doc/lazyfs/THIRD-PARTY-NOTICES /tree/lazyfs/
+
 FROM ${BASE_IMAGE}
 ARG VERSION=unknown
 ARG REVISION=unknown

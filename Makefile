@@ -70,6 +70,15 @@ image: setup
 	@SBOM=$${SBOM-build/image/lazyfs.cdx.json} ./deploy/image.sh
 	@.venv/bin/python -m pytest tests/deploy/test_image.py
 
+# What a release consists of, into dist/VERSION: see deploy/release.sh. Needs root and Go.
+.PHONY: release release-test
+release: setup
+	@./deploy/release.sh
+
+# The release on fresh trees of Debian bookworm and trixie: see docs/TESTING.md. Needs root.
+release-test: setup
+	@LAZYFS_RELEASE=1 .venv/bin/python -m pytest -rs -p no:xdist tests/release $(ARGS)
+
 # deploy/kubernetes, from the chart; needs helm, which is built if there is Go.
 .PHONY: manifests
 manifests:

@@ -12,8 +12,11 @@ from hypothesis import HealthCheck, settings
 from mounting import Mounted
 from s3 import S3
 
-# It needs the cluster of `make cluster`.
-collect_ignore = [] if "LAZYFS_CLUSTER" in os.environ else ["cluster"]
+# They need the cluster of `make cluster`, and the files of `make release`.
+collect_ignore = [
+    *([] if "LAZYFS_CLUSTER" in os.environ else ["cluster"]),
+    *([] if "LAZYFS_RELEASE" in os.environ else ["release"]),
+]
 
 # How long an example takes says how busy the machine is, and nothing about the code.
 settings.register_profile("lazyfs", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -14,8 +14,9 @@ from typing import IO, Any
 
 import click
 
-from lazyfs.cli.settings import settings, with_mount_options
+from lazyfs.cli.settings import config_file, settings, with_mount_options
 from lazyfs.errors import DaemonError, MountError, OptionError
+from lazyfs.options.mount_options import config_places
 from lazyfs.process.early_start import Background, EarlyWorker
 from lazyfs.process.mount_records import default_log_file
 from lazyfs.process.mount_spec import MountSpec
@@ -26,8 +27,8 @@ READY_TIMEOUT_S = 150.0
 
 
 @click.command()
-@click.argument("source")
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("source", required=False)
+@click.argument("mountpoint", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--foreground", "-f", is_flag=True, help="Stay in the foreground and log to standard error."
 )
@@ -43,8 +44,8 @@ READY_TIMEOUT_S = 150.0
 def mount(
     begun: Background | EarlyWorker | None,
     /,
-    source: str,
-    mountpoint: Path,
+    source: str | None,
+    mountpoint: Path | None,
     foreground: bool,
     wait: str | None,
     as_json: bool,
@@ -54,8 +55,10 @@ def mount(
     """Mount SOURCE (s3://BUCKET or s3://BUCKET/PREFIX) at the empty directory MOUNTPOINT.
 
     Returns when the mount is ready; its daemon runs in the background. Every option can also be set
-    in the environment (LAZYFS_BLOCK_SIZE=8MiB) or in a --config file.
+    in the environment (LAZYFS_BLOCK_SIZE=8MiB) or in a --config file, which can also name `source`
+    and `mountpoint`.
     """
+    source, mountpoint = _places(source, mountpoint, config)
     options, texts = settings(config, given)
     if wait and foreground:
         raise OptionError("--wait: cannot be combined with --foreground, which does not return")
@@ -76,6 +79,23 @@ def mount(
     _start_in_background(begun, spec, log_file)
     if wait:
         wait_until_present(mountpoint, wait, options, as_json=as_json)
+
+
+def _places(source: str | None, mountpoint: Path | None, config: Path | None) -> tuple[str, Path]:
+    """What to mount where: as given, or as the configuration file says.
+
+    Raises:
+        OptionError: neither says it.
+    """
+    named = {}
+    if (source is None or mountpoint is None) and (config := config_file(config)):
+        named = config_places(config)
+    source = source or named.get("source")
+    where = mountpoint or named.get("mountpoint")
+    if source is None or where is None:
+        missing = "SOURCE and MOUNTPOINT" if source is None else "MOUNTPOINT"
+        raise OptionError(f"mount: {missing} missing: give them, or --config a file that has them")
+    return source, Path(where)
 
 
 def _start_in_background(background: Background, spec: MountSpec, log_file: Path) -> None:

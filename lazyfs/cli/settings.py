@@ -55,13 +55,18 @@ def settings(
     Raises:
         OptionError: a name or a value is not allowed.
     """
-    config = config or (Path(path) if (path := os.environ.get("LAZYFS_CONFIG")) else None)
+    config = config_file(config)
     layers = (
         ("--{name}", _given_layer(given)),
         ("{environment}", environment_layer(os.environ)),
         (f"{config}: {{name}}", config_layer(config) if config else {}),
     )
     return MountOptions.parse(*layers), merged(*(texts for _, texts in layers))
+
+
+def config_file(given: Path | None) -> Path | None:
+    """The configuration file: as given, or as `$LAZYFS_CONFIG` names it."""
+    return given or (Path(path) if (path := os.environ.get("LAZYFS_CONFIG")) else None)
 
 
 def _click_option(option: Option) -> Callable[[Command], Command]:

@@ -429,22 +429,20 @@ def environment_layer(environment: Mapping[str, str]) -> dict[str, str | Iterabl
     return layer
 
 
+# What a configuration file may say besides options: what is mounted, and where.
+PLACES = ("source", "mountpoint")
+
+
 def config_layer(path: Path) -> dict[str, str | Iterable[str]]:
     """Option texts from a TOML file of `block-size = "8MiB"` lines.
 
     Raises:
         OptionError: the file cannot be read, or is not such a file.
     """
-    import tomllib  # few have such a file
-
-    try:
-        table = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise OptionError(f"--config: {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise OptionError(f"--config: {path} is not valid TOML: {error}") from None
     layer: dict[str, str | Iterable[str]] = {}
-    for name, value in table.items():
+    for name, value in _config(path).items():
+        if name in PLACES:
+            continue  # `config_places` has them
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             layer[name] = value
         elif isinstance(value, bool):
@@ -454,3 +452,28 @@ def config_layer(path: Path) -> dict[str, str | Iterable[str]]:
         else:
             raise OptionError(f"{path}: {name}: must be a text, a number, true, false or a list")
     return layer
+
+
+def config_places(path: Path) -> dict[str, str]:
+    """The `source` and the `mountpoint` that a TOML file names, if it does.
+
+    Raises:
+        OptionError: the file cannot be read, is not such a file, or one of them is not a text.
+    """
+    table = _config(path)
+    places = {name: table[name] for name in PLACES if name in table}
+    for name, value in places.items():
+        if not isinstance(value, str) or not value:
+            raise OptionError(f"{path}: {name}: must be a text")
+    return places
+
+
+def _config(path: Path) -> dict[str, Any]:
+    import tomllib  # few have such a file
+
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise OptionError(f"--config: {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OptionError(f"--config: {path} is not valid TOML: {error}") from None

@@ -76,8 +76,11 @@ def main(
             MountError(f"{spec.mountpoint}: {type(error).__name__}: {error}"), report_fd
         )
     _report(report_fd, {"ready": True})
+    manager = None if report_fd is not None else os.environ.pop("NOTIFY_SOCKET", None)
+    _notify(manager, f"READY=1\nSTATUS=Serving {spec.source} at {spec.mountpoint}")
     while (got := news.get()) is not None:
         log.info("ending on %s", signal.Signals(got).name)
+        _notify(manager, "STOPPING=1")
         supervisor.stop()
     return 0
 
@@ -87,6 +90,24 @@ def _refused(error: LazyfsError, report_fd: int | None) -> int:
         print(f"lazyfs: {error}", file=sys.stderr)
     _report(report_fd, {"error": str(error), "exit_code": error.exit_code})
     return error.exit_code
+
+
+def _notify(manager: str | None, state: str) -> None:
+    """Tell the service manager that started this process in the foreground, if one did.
+
+    Args:
+        manager: the address of its socket, from the environment (sd_notify(3)).
+        state: lines of `NAME=VALUE`.
+    """
+    if not manager:
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as connection:
+            # An @ stands for the zero byte of an abstract address.
+            connection.connect(f"\0{manager[1:]}" if manager.startswith("@") else manager)
+            connection.send(state.encode())
+    except OSError as error:
+        log.warning("the service manager does not listen: %s", error.strerror)
 
 
 def _report(descriptor: int | None, message: dict[str, Any]) -> None:

@@ -6,16 +6,13 @@ driver, and every volume of every pod is read and compared with S3.
 
 from __future__ import annotations
 
-import configparser
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import click
 import pytest
 import schemas
 from manifests import CHART, DEPLOY, EXAMPLES, Object, PodSpec, load, pod_specs
@@ -26,12 +23,9 @@ from s3 import S3
 
 from csi.parameters import Parameters
 from csi.volumes import Rules
-from lazyfs.cli import fstab, main
-from lazyfs.cli.mounting import mount
-from lazyfs.options.mount_options import OPTIONS, MountOptions, environment_layer
+from lazyfs.options.mount_options import OPTIONS
 
 every_example = pytest.mark.parametrize("path", EXAMPLES, ids=lambda each: each.stem)
-SYSTEMD = DEPLOY / "systemd"
 
 
 @pytest.fixture(scope="module")
@@ -220,44 +214,6 @@ def test_tokens_may_come_as_secrets(cluster: Cluster) -> None:
         cluster.end_pods()
     finally:
         del spec["serviceAccountTokenInSecrets"]
-
-
-def environment_file() -> dict[str, str]:
-    lines = (SYSTEMD / "llama.env").read_text().splitlines()
-    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
-
-
-def test_the_systemd_unit_runs_commands_that_there_are() -> None:
-    unit = configparser.RawConfigParser(strict=False)
-    unit.optionxform = str  # type: ignore[assignment, method-assign]
-    unit.read(SYSTEMD / "lazyfs@.service")
-    given = environment_file()
-    MountOptions.parse(("{environment}", environment_layer(given)))
-    for key in ("ExecStart", "ExecStop", "ExecReload"):
-        program, command, *arguments = shlex.split(unit["Service"][key])
-        assert program.endswith("/lazyfs")
-        filled = [given[each.strip("${}")] for each in arguments]
-        parse(command, filled)
-
-
-def parse(command: str, arguments: list[str]) -> None:
-    with click.Context(main) as parent:
-        found = main.get_command(parent, command)
-        assert found is not None
-        found.make_context(command, arguments, parent=parent)
-
-
-def test_the_line_of_fstab_is_understood() -> None:
-    (line,) = (
-        line
-        for line in (SYSTEMD / "fstab").read_text().splitlines()
-        if line and not line.startswith("#")
-    )
-    source, mountpoint, kind, options, *_ = line.split()
-    assert kind == "lazyfs"
-    arguments = fstab.translate([source, mountpoint, "-o", options])
-    assert arguments is not None
-    mount.make_context("mount", arguments[1:])
 
 
 def test_the_driver_of_the_examples_is_that_of_the_chart() -> None:

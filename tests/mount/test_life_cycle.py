@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -137,6 +138,31 @@ def test_foreground_exits_with_zero(s3: S3, tmp_path: Path) -> None:
     assert all(line["mountpoint"] == str(tmp_path / "mnt") for line in lines)
     assert not any("volume" in line for line in lines)
     assert not is_mounted(tmp_path / "mnt")
+
+
+def test_a_service_manager_is_told_of_a_mount_from_a_file(s3: S3, tmp_path: Path) -> None:
+    """As systemd starts it (Type=notify), with everything in a file."""
+    (tmp_path / "mnt").mkdir()
+    config = tmp_path / "life.toml"
+    config.write_text(
+        f'source = "s3://life/m"\nmountpoint = "{tmp_path}/mnt"\nendpoint-url = "{s3.url}"\n'
+        f'cache-dir = "{tmp_path}/cache"\n'
+    )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.settimeout(60)
+        manager.bind(str(tmp_path / "notify"))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lazyfs", "mount", "-f", "--config", str(config)],
+            env=environment(NOTIFY_SOCKET=str(tmp_path / "notify")), stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        ready = manager.recv(4096).decode().splitlines()
+        assert ready == ["READY=1", f"STATUS=Serving s3://life/m at {tmp_path}/mnt"]
+        assert shell("cat mnt/file", tmp_path).stdout == "content"
+        assert lazyfs("upgrade", "--config", config).returncode == 0
+        assert shell("cat mnt/file", tmp_path).stdout == "content"
+        process.send_signal(signal.SIGTERM)
+        assert manager.recv(4096) == b"STOPPING=1"
+        assert process.wait(20) == 0
 
 
 def test_umount_after_sigkill_of_all(mount: Callable[..., Mounted]) -> None:

@@ -15,6 +15,7 @@ from lazyfs.options.mount_options import (
     PRESETS,
     MountOptions,
     config_layer,
+    config_places,
     environment_layer,
 )
 from lazyfs.options.option_types import (
@@ -95,6 +96,18 @@ def test_config_files(tmp_path: Path) -> None:
     path.write_text("[block]\nsize = 1\n")
     with pytest.raises(OptionError, match="block: must be"):
         config_layer(path)
+
+
+def test_config_files_may_say_what_is_mounted_where(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('source = "s3://bucket/m"\nmountpoint = "/srv/m"\nuid = 5\n')
+    assert config_layer(path) == {"uid": "5"}
+    assert config_places(path) == {"source": "s3://bucket/m", "mountpoint": "/srv/m"}
+    path.write_text("uid = 5\n")
+    assert config_places(path) == {}
+    path.write_text("mountpoint = 5\n")
+    with pytest.raises(OptionError, match="mountpoint: must be a text"):
+        config_places(path)
 
 
 def test_mount_helper_arguments() -> None:
