@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from lazyfs.blocks.buffers import take_buffer
 from lazyfs.cache import check_directory, default_directory
 from lazyfs.cache.direct_io import read_file, write_file
+from lazyfs.cli.inspecting import models_of_source
 from lazyfs.errors import LazyfsError
 from lazyfs.fuse import mount_syscalls
 from lazyfs.objects import ListedObject
@@ -250,6 +251,33 @@ def _source(url: SourceUrl, options: MountOptions) -> Iterator[Finding]:
     readable = [one for one in page.objects if one.size_bytes]
     if readable:
         yield from _ranges(source, max(readable, key=lambda one: one.size_bytes), options)
+    yield from _models(source, options, is_large=page.next_token is not None)
+
+
+def _models(source: Source, options: MountOptions, *, is_large: bool) -> Iterator[Finding]:
+    """Whether the models are whole. Each file of weights is read at its beginning."""
+    if is_large:
+        yield Finding(
+            "models", Outcome.OK, "not checked: there are more than 1,000 objects; give the prefix "
+            "of one model, or use lazyfs inspect",
+        )  # fmt: skip
+        return
+    try:
+        _, found = models_of_source(source, options)
+    except LazyfsError as error:
+        yield Finding("models", Outcome.FAILED, str(error), _hint(error))
+        return
+    for model in found:
+        what = f"model {model.layout.directory}".strip()
+        for why in model.broken:
+            words, _, advice = why.partition("; ")
+            yield Finding(what, Outcome.FAILED, words, advice)
+        for shard in model.shards:
+            if shard.trouble and not any(shard.path in why for why in model.broken):
+                yield Finding(what, Outcome.WARNING, f"{shard.path}: {shard.trouble}")
+    whole = sum(bool(model.shards) and not model.broken for model in found)
+    if whole:
+        yield Finding("models", Outcome.OK, f"{whole}: nothing is missing or cut off")
 
 
 def _transport(endpoint: str) -> Finding:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from lazyfs.cli.settings import settings, with_mount_options
 from lazyfs.cli.tables import console, print_rows
 from lazyfs.control.client import ControlClient, ControlError
 from lazyfs.errors import ObjectGoneError, SourceError
-from lazyfs.model.inspection import Layer, Model, Reader, group_similar, inspect_files
+from lazyfs.model.inspection import Layer, Model, group_similar, inspect_files
+from lazyfs.model.soundness import Reader
 from lazyfs.namespace.tree import Tree
 from lazyfs.objects import File, ListedObject
 from lazyfs.options.mount_options import MountOptions
@@ -53,6 +55,8 @@ def inspect(what: str, as_json: bool, config: Path | None, **given: Any) -> None
     For a SOURCE, lazyfs reads the listing, indexes and headers from S3, with the given options.
     For a MOUNTPOINT, it asks the daemon of the mount, and needs no credentials.
 
+    Exit code 1: a model is broken; the lines "broken" say why.
+
     \b
     Examples:
       lazyfs inspect s3://my-bucket/models/llama-3-8b
@@ -61,22 +65,29 @@ def inspect(what: str, as_json: bool, config: Path | None, **given: Any) -> None
     if is_url(what):
         options, _ = settings(config, given)
         url = what
-        models = _models_of_source(Source(SourceUrl.parse(url), options), options)
+        sizes, models = models_of_source(Source(SourceUrl.parse(url), options), options)
     else:
         record = record_at(Path(what))
         client = ControlClient(control_socket(Path(record.mountpoint)), MOUNT_TIMEOUT_S)
         options = MountOptions.parse(("--{name}", client.get("/options")))
         url = record.source
-        models = _models_of_mount(client, options)
+        sizes, models = models_of_mount(client, options)
     if as_json:
         described = [_as_json(model) for model in models]
         click.echo(json.dumps({"source": url, "models": described}, indent=1))
-        return
-    for model in models:
-        _show(model, url, options)
+    else:
+        for model in models:
+            _show(model, url, options)
+        _show_others(sizes, models)
+    if any(model.broken for model in models):
+        sys.exit(1)
 
 
-def _models_of_mount(client: ControlClient, options: MountOptions) -> list[Model]:
+def models_of_mount(
+    client: ControlClient, options: MountOptions
+) -> tuple[Mapping[str, int], list[Model]]:
+    """The sizes of all files of a mount, and its models."""
+
     def read(path: str, offset: int, length: int) -> bytes:
         wanted = {"path": path, "offset": offset, "length": length}
         try:
@@ -84,8 +95,9 @@ def _models_of_mount(client: ControlClient, options: MountOptions) -> list[Model
         except ControlError as error:
             raise SourceError(str(error)) from error
 
-    return _models(
-        client.get("/files"),
+    sizes: Mapping[str, int] = client.get("/files")
+    return sizes, _models(
+        sizes,
         read,
         options,
         lambda path: (
@@ -94,7 +106,12 @@ def _models_of_mount(client: ControlClient, options: MountOptions) -> list[Model
     )
 
 
-def _models_of_source(source: Store, options: MountOptions) -> list[Model]:
+def models_of_source(source: Store, options: MountOptions) -> tuple[Mapping[str, int], list[Model]]:
+    """The sizes of all files of a source, and its models.
+
+    Raises:
+        SourceError: it cannot be listed.
+    """
     tree = Tree(source.url.prefix)
     tree.plant(tree.root, _listing(source), [], whole=True)
     files = {path: file for file in tree.files() if options.wants(path := tree.path(file))}
@@ -106,7 +123,7 @@ def _models_of_source(source: Store, options: MountOptions) -> list[Model]:
         return bytes(source.read_range(file, offset, length)) if length else b""
 
     sizes = {path: file.size_bytes for path, file in files.items()}
-    return _models(sizes, read, options, _cached(source, options, files))
+    return sizes, _models(sizes, read, options, _cached(source, options, files))
 
 
 def _models(
@@ -171,8 +188,12 @@ def _show(model: Model, url: str, options: MountOptions) -> None:
     ]
     if total.tensors:
         rows.append(("tensors", f"{total.tensors:,}, {total.parameters:,} parameters; {dtypes}"))
+    if left_out := sum(model.sizes[item.path] for item in layout.excluded):
+        files = _many(len(layout.excluded), "file")
+        rows.append(("not prefetched", f"{format_size(left_out)} in {files}, listed below"))
     if layout.paths:
         rows.append(("prefetched", WHEN[model.prefetched].format(policy=options.prefetch)))
+    rows += (("broken", why) for why in model.broken)
     print_rows(rows + [("warning", warning) for warning in layout.warnings])
     if model.shards:
         _print(_shards(model, options))
@@ -181,6 +202,18 @@ def _show(model: Model, url: str, options: MountOptions) -> None:
     if layout.excluded:
         _print(_excluded(model))
     console().print()
+
+
+def _show_others(sizes: Mapping[str, int], models: Sequence[Model]) -> None:
+    """Say what is there beside the models, so that no bytes go without a word."""
+    of_models = {path for model in models for path in model.layout.paths}
+    of_models.update(item.path for model in models for item in model.layout.excluded)
+    others = sizes.keys() - of_models
+    size = sum(sizes[path] for path in others)
+    if others:
+        print_rows([("others", f"{format_size(size)} in {_many(len(others), 'file')} of no model")])
+        if size:
+            click.echo("They are fetched when they are read.")
 
 
 def _small(model: Model) -> str:
@@ -269,6 +302,7 @@ def _as_json(model: Model) -> dict[str, Any]:
             asdict(item) | {"size_bytes": model.sizes[item.path]} for item in layout.excluded
         ],
         "warnings": list(layout.warnings),
+        "broken": list(model.broken),
     }
 
 

@@ -20,6 +20,8 @@ from lazyfs.process.mount_records import control_socket, record_of
 POLL_S = 0.1
 # If nothing was in flight for this long, prefetching has come to an end.
 REST_S = 3.0
+# A mount may have to ask S3 for the header of a shard, with retries.
+CHECK_TIMEOUT_S = 60.0
 
 
 def check_wait(what: str, options: MountOptions) -> None:
@@ -49,11 +51,14 @@ def wait_until_present(
         as_json: print progress as JSON lines.
 
     Raises:
-        MountError: the mount ended, or prefetching stopped before everything was there.
+        MountError: the mount ended, prefetching stopped before everything was there, or the
+            model is broken.
         LazyfsError: the cache could not be filled.
     """
     if options.brings(what):
         _wait(mountpoint, what, as_json=as_json)
+        if what == "model":
+            _check(mountpoint, options)
     else:
         from lazyfs.cli.warming import warm_mount  # it imports much, and few mounts need it
 
@@ -86,6 +91,18 @@ def _wait(mountpoint: Path, what: str, *, as_json: bool) -> None:
             elif time.monotonic() - busy_at_s > REST_S:
                 raise MountError(f"{mountpoint}: mounted, but {_why(status)}")
             time.sleep(POLL_S)
+
+
+def _check(mountpoint: Path, options: MountOptions) -> None:
+    """Find out whether a loader can load what is here. Raises MountError if it cannot."""
+    from lazyfs.cli.inspecting import models_of_mount  # it imports much
+
+    client = ControlClient(control_socket(mountpoint), CHECK_TIMEOUT_S)
+    _, models = models_of_mount(client, options)
+    broken = [why for model in models if model.prefetched == "mount" for why in model.broken]
+    if broken:
+        more = f" (and {len(broken) - 1} more, see lazyfs inspect)" if broken[1:] else ""
+        raise MountError(f"{mountpoint}: mounted, but the model is broken: {broken[0]}{more}")
 
 
 def _is_busy(status: dict[str, Any]) -> bool:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import trio
 
-from lazyfs.blocks import BlockId, block_count, block_length
+from lazyfs.blocks import BlockId, block_count, block_length, spans
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.memory import BlockMemory
 from lazyfs.cache import CARE_S, BlockCache, Claim
@@ -20,7 +22,8 @@ from lazyfs.cache.other_daemons import LEASE_S
 from lazyfs.errors import LazyfsError, ObjectChangedError, ObjectGoneError, SourceError
 from lazyfs.fetch.request import BlockGetter
 from lazyfs.model.directory import ModelFile
-from lazyfs.model.layout import layouts
+from lazyfs.model.layout import ModelLayout, layouts
+from lazyfs.model.soundness import is_pointer, look_at
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.tree import Directory
 from lazyfs.objects import File
@@ -38,6 +41,8 @@ log = logging.getLogger(__name__)
 LOOK_S = 0.05
 # A damaged block is fetched again, and what was fetched is verified again.
 ROUNDS = 2
+# Files of which the beginnings are read from the cache concurrently.
+READERS = 4
 
 
 class IncompleteError(LazyfsError):
@@ -90,6 +95,9 @@ class Warmer:
         self._under_way = 0
         self._ended = trio.Event()
         self._plan: list[File] = []
+        # Of the plan: inodes of weights, and why no loader can load a model.
+        self._weights: set[int] = set()
+        self._broken: list[str] = []
         self._queue: deque[BlockId] = deque()
         self._leases: dict[BlockId, float] = {}
         self._files: dict[int, File] = {}
@@ -106,11 +114,12 @@ class Warmer:
 
         Raises:
             SourceError: what there is could not be listed.
-            IncompleteError: something is missing.
+            IncompleteError: something is missing, or a model is broken.
             OptionError: it cannot be verified here.
         """
         if verify:
             checksum.check_available()
+        self._broken = []
         self._plan = await self._choose(include)
         self.progress.files = len(self._plan)
         self.progress.total_bytes = sum(file.size_bytes for file in self._plan)
@@ -124,7 +133,9 @@ class Warmer:
         await self._threads.run(self._cache.care, self._plan)
         await self._see_what_is_there()
         missing = self.progress.total_bytes - self.progress.done_bytes
-        if missing or self.progress.problems:
+        if not missing and not include:
+            self._broken += await self._threads.run(self._find_broken)
+        if missing or self.progress.problems or self._broken:
             raise IncompleteError(self._why(missing))
 
     async def _choose(self, include: tuple[str, ...]) -> list[File]:
@@ -139,23 +150,45 @@ class Warmer:
             return chosen
         listed = [ModelFile(path, file.size_bytes) for path, file in files.items()]
         include = self._include
-        found = [layout for layout in layouts(listed, include=include) if layout.shards]
+        found = _models(layouts(listed, include=include))
         if not found:
             return list(files.values())
         paths = [path for layout in found for path in layout.index_paths]
         indexes = {path: await self._content(files[path]) for path in paths}
-        found = [
-            layout for layout in layouts(listed, indexes=indexes, include=include) if layout.shards
-        ]
+        found = _models(layouts(listed, indexes=indexes, include=include))
         for layout in found:
+            self._broken += layout.problems
             for warning in layout.warnings:
                 log.warning("%s", warning)
+        self._weights = {files[path].inode for layout in found for path in layout.shards}
         return [
             files[path]
             for part in ("small", "shards")
             for layout in found
             for path in getattr(layout, part)
         ]
+
+    def _find_broken(self) -> list[str]:
+        """Why files of the models are broken; all of them are in the cache. Blocks."""
+        files = {self._catalog.tree.path(file): file for file in self._plan}
+
+        def read(path: str, offset: int, length: int) -> bytes:
+            parts = []
+            for span in spans(offset, length, files[path].size_bytes, self._block_size):
+                data = self._cache.load(files[path], span.number)
+                if data is None:
+                    raise ObjectGoneError(f"{path}: it was dropped from the cache meanwhile")
+                parts.append(bytes(data[span.start : span.stop]))
+            return b"".join(parts)
+
+        def broken(path: str) -> str | None:
+            file = files[path]
+            if file.inode in self._weights:
+                return look_at(path, file.size_bytes, read).broken
+            return is_pointer(path, file.size_bytes, read)
+
+        with ThreadPoolExecutor(READERS) as pool:
+            return [why for why in pool.map(broken, files) if why]
 
     async def _list_all(self, directory: Directory) -> None:
         for node in (await self._catalog.children(directory)).values():
@@ -285,11 +318,13 @@ class Warmer:
         total = format_size(self.progress.total_bytes)
         if missing:
             what = f"{self._source.url}: {format_size(missing)} of {total} are not in the cache"
-        else:
+        elif self.progress.problems:
             what = f"{self._source.url}: all {total} are in the cache, but not all is verified"
-        if self.progress.problems:
-            more = len(self.progress.problems) - 1
-            what += f": {self.progress.problems[0]}" + (f" (and {more} more)" if more else "")
+        else:
+            what = f"{self._source.url}: all {total} are in the cache, but the model is broken"
+        if problems := self.progress.problems + self._broken:
+            more = len(problems) - 1
+            what += f": {problems[0]}" + (f" (and {more} more)" if more else "")
         elif self._has_no_room:
             what += ": there is no room for them; see --cache-size, --cache-reserve and the log"
         return what
@@ -305,3 +340,9 @@ class Warmer:
 
 def _nothing() -> None:
     """Nobody waits for the room of a second attempt."""
+
+
+def _models(found: Sequence[ModelLayout]) -> list[ModelLayout]:
+    """The layouts that make up models, without those that only have small files."""
+    groups = {layout.group for layout in found if layout.shards or layout.problems}
+    return [layout for layout in found if layout.group in groups]

@@ -178,7 +178,7 @@ class Directory:
             variant=variant,
         )
         read = {each.stem for each in self.choice.sets if each.indexed}
-        for each in self.choice.sets:
+        for each in (*self.choice.sets, *self.choice.alternatives):
             where = f"{self.path or 'the root'}: of {each.parts} parts some are missing"
             missing[each.names[0]] = where, each.missing()
         for stem, (what, names) in missing.items():

@@ -11,26 +11,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 from lazyfs.errors import SourceError
 from lazyfs.model.directory import ModelFile
 from lazyfs.model.indexes import MAX_INDEX_BYTES
 from lazyfs.model.layout import ModelLayout, layouts
-from lazyfs.model.safetensors import (
-    HEAD_BYTES,
-    LENGTH_BYTES,
-    LONGEST_HEADER,
-    MalformedHeaderError,
-    Tensor,
-    header_size,
-    parse_header,
-)
+from lazyfs.model.safetensors import Tensor
 from lazyfs.model.selection import wanted_models
+from lazyfs.model.soundness import LONGEST_POINTER, Reader, is_pointer, look_at
 from lazyfs.options.mount_options import PLANNED
-
-# Reads a range of a file: path, offset and length in bytes.
-Reader: TypeAlias = Callable[[str, int, int], bytes]
 
 READERS = 16
 _LAYER = re.compile(r"(?P<before>.*?\.)(?P<number>\d+)(\..*)?$")
@@ -91,6 +80,7 @@ class Model:
         shards: in loading order.
         layers: in the order of their numbers, after the modules outside the layers.
         sizes: sizes in bytes by path.
+        broken: why no loader can load it, one sentence each.
     """
 
     layout: ModelLayout
@@ -98,6 +88,7 @@ class Model:
     shards: Sequence[Shard]
     layers: Sequence[Layer]
     sizes: Mapping[str, int]
+    broken: Sequence[str] = ()
 
     @property
     def total(self) -> Layer:
@@ -130,42 +121,53 @@ def inspect_files(
         wanted: whether a tensor matches `--tensors`; None if that is not given.
         cached: returns how many bytes of a file are in the cache of this machine.
 
-    Raises:
-        SourceError: an index cannot be read. A header that cannot be read shows as the `trouble`
-            of its shard.
+    What cannot be read makes a model `broken`, and shows as the `trouble` of its shard.
     """
     listed = [ModelFile(path, size) for path, size in files.items()]
-    indexes = {
-        path: read(path, 0, files[path])
-        for layout in layouts(listed, include=include)
-        for path in layout.index_paths
-        if 0 < files[path] <= MAX_INDEX_BYTES
-    }
+    indexes = {}
+    unreadable = []
+    for path in (path for each in layouts(listed, include=include) for path in each.index_paths):
+        try:
+            indexes[path] = read(path, 0, files[path]) if files[path] <= MAX_INDEX_BYTES else b""
+        except SourceError as error:
+            unreadable.append((path, str(error)))
     found = layouts(listed, indexes=indexes, include=include)
     at_mount = wanted_models(found, on_mount=prefetch_on == "mount")
     models = []
     for layout in found:
+        broken = [*layout.problems]
+        broken += (why for path, why in unreadable if path in layout.index_paths)
         with ThreadPoolExecutor(READERS) as pool:
-            headers = pool.map(lambda path: _tensors(path, files[path], read), layout.shards)
+            looks = pool.map(lambda path: look_at(path, files[path], read), layout.shards)
+            pointers = pool.map(lambda path: is_pointer(path, files[path], read), layout.small)
+            broken += filter(None, pointers)
+            # Nobody knows which of the others is read, but a pointer is none.
+            tiny = [path for path in layout.alternatives if files[path] <= LONGEST_POINTER]
+            broken += (
+                look.broken
+                for look in pool.map(lambda path: look_at(path, files[path], read), tiny)
+                if look.broken
+            )
         layers: dict[str, Layer] = {}
         shards = []
-        for path, (tensors, trouble) in zip(layout.shards, headers, strict=True):
-            for tensor in tensors or ():
+        for path, look in zip(layout.shards, looks, strict=True):
+            for tensor in look.tensors or ():
                 name = layer_of(tensor.name)
                 layers.setdefault(name, Layer(name)).add(tensor)
+            broken += filter(None, [look.broken])
             shards.append(
                 Shard(
                     path,
                     files[path],
-                    None if tensors is None else len(tensors),
-                    _wanted_bytes(files[path], tensors, wanted),
+                    None if look.tensors is None else len(look.tensors),
+                    _wanted_bytes(files[path], look.tensors, wanted),
                     cached(path),
-                    trouble,
+                    look.odd,
                 )
             )
         when = "never" if prefetch not in PLANNED else "mount" if layout in at_mount else "open"
         ordered = sorted(layers.values(), key=_layer_order)
-        models.append(Model(layout, when, shards, ordered, files))
+        models.append(Model(layout, when, shards, ordered, files, [*dict.fromkeys(broken)]))
     return models
 
 
@@ -218,23 +220,6 @@ def _layer_order(layer: Layer) -> tuple[str, int]:
     found = _LAYER.match(layer.name)
     # int() of a long number is slow, and Python refuses more than 4,300 digits.
     return (found["before"], int(found["number"][:18])) if found else ("", 0)
-
-
-def _tensors(path: str, size: int, read: Reader) -> tuple[Sequence[Tensor] | None, str | None]:
-    """The tensors of a shard, or the reason why they are unknown."""
-    if not path.endswith(".safetensors"):
-        return None, None
-    try:
-        first = read(path, 0, min(size, HEAD_BYTES)) if size else b""
-        length = header_size(first[:LENGTH_BYTES], size)
-        if length > LONGEST_HEADER:
-            return None, f"its header is too long ({length} bytes), so it is prefetched by offset"
-        rest = read(path, len(first), length - len(first)) if length > len(first) else b""
-        return parse_header(first + rest, size).tensors, None
-    except MalformedHeaderError as error:
-        return None, f"its header is not valid, so it is prefetched by offset: {error}"
-    except SourceError as error:
-        return None, str(error)
 
 
 def _wanted_bytes(

@@ -85,6 +85,10 @@ class MalformedHeaderError(ValueError):
     """The file is not a valid safetensors file. The message is one line."""
 
 
+class CutOffError(MalformedHeaderError):
+    """The file ends before its last tensor, or in its header: an upload was not completed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """One tensor: bytes `begin` to `end` of the file, excluding `end`."""
@@ -153,8 +157,9 @@ def header_size(first8: Buffer, size_bytes: int) -> int:
             f"the length of the header is {length} bytes, the limit is {MAX_HEADER_LENGTH}"
         )
     if LENGTH_BYTES + length > size_bytes:
-        raise MalformedHeaderError(
-            f"the length of the header is {length} bytes, the whole file has {size_bytes}"
+        raise CutOffError(
+            f"the length of the header is {length} bytes, the whole file has {size_bytes}: it is "
+            "cut off"
         )
     return LENGTH_BYTES + length
 
@@ -290,10 +295,14 @@ def _check_cover(tensors: list[Tensor], header_bytes: int, size_bytes: int) -> N
             what = "a gap before" if tensor.begin > end else "an overlap at"
             raise MalformedHeaderError(f"there is {what} tensor {_shown(tensor.name)}")
         end = tensor.end
-    if end != size_bytes:
+    if end > size_bytes:
+        raise CutOffError(
+            f"the tensors end at byte {end}, the file has {size_bytes}: it is cut off"
+        )
+    if end < size_bytes:
         raise MalformedHeaderError(
-            f"the tensors end at byte {end}, the file has {size_bytes}: it is "
-            + ("cut off" if end > size_bytes else "longer than its header says")
+            f"the tensors end at byte {end}, the file has {size_bytes}: it is longer than its "
+            "header says"
         )
 
 

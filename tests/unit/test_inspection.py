@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -82,7 +83,7 @@ def test_a_hostile_number_is_no_trouble() -> None:
 def test_a_wrong_header_is_told_of_its_shard(body: bytes) -> None:
     (model,) = look({**ONE, "model-3.safetensors": body})
     assert [item.tensors for item in model.shards] == [3, 3, None]
-    assert "its header is not valid" in str(model.shards[2].trouble)
+    assert ("its header is not valid" if body else "empty") in str(model.shards[2].trouble)
 
 
 def test_a_header_that_cannot_be_had_is_told_of_its_shard() -> None:
@@ -104,3 +105,81 @@ def test_when_it_is_prefetched() -> None:
 def test_how_much_of_a_shard_is_wanted() -> None:
     (model,) = look(ONE, wanted=lambda name: ".layers.0." in name)
     assert [item.wanted_bytes for item in model.shards] == [8, 0]
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0123" * 16 + b"\nsize 99\n"
+INDEX = json.dumps(
+    {"weight_map": {"a": "model-1.safetensors", "b": "model-7.safetensors"}}
+).encode()
+TORCH = b"PK\3\4\0\0\x08\x08\0\0" + bytes(16) + b"\x10\0\x12\0archive/data.pkl" + bytes(300)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (
+            {"model-2.safetensors": ONE["model-2.safetensors"][:-1]},
+            "model-2.safetensors: .*cut off",
+        ),
+        (
+            {"model-2.safetensors": ONE["model-2.safetensors"][:20]},
+            "model-2.safetensors: .*cut off",
+        ),
+        ({"model-2.safetensors": b""}, "model-2.safetensors is empty"),
+        ({"model-2.safetensors": POINTER}, "model-2.safetensors is a Git LFS pointer"),
+        ({"tokenizer.json": POINTER}, "tokenizer.json is a Git LFS pointer"),
+        ({"q4.gguf": POINTER, "q8.gguf": bytes(2000)}, None),
+        (
+            {"model.safetensors.index.json": INDEX},
+            "shards that do not exist: 'model-7.safetensors'",
+        ),
+        ({"encoder.pth": TORCH}, "encoder.pth is cut off"),
+        ({"encoder.pth": TORCH + b"PK\5\6" + bytes(18)}, None),
+        ({"encoder.pth": b"PK\3\4" + bytes(500)}, None),
+    ],
+    ids=str,
+)
+def test_a_broken_model_is_told_from_a_whole_one(files: dict[str, bytes], said: str | None) -> None:
+    (model,) = look({**ONE, **files})
+    assert [*model.broken] == [] if said is None else re.search(said, "; ".join(model.broken))
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (["q8-00001-of-00003.gguf", "q8-00003-of-00003.gguf"], "'q8-00002-of-00003.gguf'"),
+        (["q8-00001-of-00002.gguf", "q4.gguf"], "'q8-00002-of-00002.gguf'"),
+        (["pytorch_model_00000-of-00002.bin"], "'pytorch_model_00001-of-00002.bin'"),
+        (["model.fp16-00002-of-00002.safetensors"], "'model.fp16-00001-of-00002.safetensors'"),
+        (["q8-00001-of-00002.gguf", "q8-00002-of-00002.gguf"], ""),
+    ],
+    ids=str,
+)
+def test_parts_are_missed_by_their_numbers(names: list[str], missing: str) -> None:
+    (model,) = look(dict.fromkeys(names, b"x" * 2000))
+    assert missing in "".join(model.broken) and bool(model.broken) == bool(missing)
+
+
+def test_of_many_models_a_pointer_is_told() -> None:
+    (model,) = look({"q4.gguf": POINTER, "q8.gguf": POINTER})
+    assert len(model.broken) == 2 and not model.shards
+
+
+def test_what_cannot_be_read_breaks_the_model() -> None:
+    def read(path: str, offset: int, length: int) -> bytes:
+        raise AccessDeniedError(f"{path}: denied")
+
+    files = {"model.safetensors.index.json": 100, "model-1.safetensors": 100, "vae.pth": 100}
+    (model,) = inspect_files(files, read)
+    assert [*model.broken] == [f"{path}: denied" for path in files]
+
+
+def test_components_that_a_pipeline_lacks() -> None:
+    components = {
+        "vae": ["diffusers", "V"],
+        "unet": ["diffusers", "U"],
+        "scheduler": ["d", "XScheduler"],
+    }
+    files = {"model_index.json": json.dumps(components).encode(), "vae/a.safetensors": shard("a")}
+    broken = [why for model in look(files) for why in model.broken]
+    assert len(broken) == 1 and "'unet'" in broken[0] and "scheduler" not in broken[0]
