@@ -61,12 +61,12 @@ LABEL org.opencontainers.image.title="lazyfs" \
     org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.version="${VERSION}" \
     org.opencontainers.image.revision="${REVISION}"
-# tini reaps what killed workers leave behind. fusermount3 is not needed: in a container, mounting is
+# nginx is the cache of a fleet (lazyfs fleet-cache). tini reaps what killed workers leave behind. fusermount3 is not needed: in a container, mounting is
 # for root; nothing with a set-user-id bit is left.
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get upgrade -y \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-        ca-certificates libfuse3-3 python3 tini \
+        ca-certificates libfuse3-3 nginx python3 tini \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/* \
     && groupadd --system --gid 65532 lazyfs \
     && useradd --system --uid 65532 --gid 65532 --home-dir /nonexistent --no-create-home lazyfs \

@@ -201,6 +201,8 @@ class Node:
         """Whether door and shelf take connections."""
         shelf = (self.address, self.settings["shelf-port"])
         host, _, port = self.settings["door"].rpartition(":")
+        if host == "unix":
+            return Path(port).is_socket() and connects(self.prefix, *shelf)
         return connects(self.prefix, *shelf) and connects(self.prefix, host, int(port))
 
     def kept(self) -> int:
@@ -270,7 +272,9 @@ class Fleet:
             "cache-size": "2GiB", "cache-reserve": "64MiB", "workers": 2, "user": "root",
             **settings,
         }  # fmt: skip
-        node = Node(address, f"http://{door}", directory, settings, prefix)
+        door = str(settings["door"])
+        url = door if door.startswith("unix:") else f"http://{door}"
+        node = Node(address, url, directory, settings, prefix)
         self.nodes.append(node)
         self.tell()
         node.start()

@@ -43,7 +43,7 @@ class FleetService:
     def __init__(self, settings: FleetSettings, program: str | None = None) -> None:
         found = next(filter(None, map(shutil.which, [program] if program else _PROGRAMS)), None)
         if found is None:
-            raise OptionError("nginx is not installed (Debian: apt-get install nginx-light)")
+            raise OptionError("nginx is not installed (Debian: apt-get install nginx)")
         self._settings = settings
         self._nginx = [found, "-e", "stderr", "-c", str(settings.run_dir / "nginx.conf")]
         self._members: list[str] = []

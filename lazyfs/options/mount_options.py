@@ -228,8 +228,9 @@ class MountOptions:
     fleet_cache: str | None = _option(
         PlainServer(),
         "Cache",
-        "Cache of the fleet (docs/SCALE.md): blocks are asked of it before S3, with S3's Host and "
-        "signature. What it does not give comes from S3. off: none.",
+        "Cache of the fleet (docs/SCALE.md), http://HOST:PORT or unix:/PATH: blocks are asked of "
+        "it before S3, with S3's Host and signature. What it does not give comes from S3. off: "
+        "none.",
         "off",
     )
     block_size: int = _option(

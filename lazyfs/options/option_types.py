@@ -297,18 +297,20 @@ class Url(OptionType):
 
 
 class PlainServer(Url):
-    """`http://HOST:PORT`, or `off`."""
+    """`http://HOST:PORT`, `unix:/PATH` or `off`."""
 
     metavar = "URL|off"
 
     @property
     def allowed(self) -> str:
-        return "off, or http://HOST:PORT"
+        return "off, http://HOST:PORT, or unix:/PATH"
 
     def parse(self, text: str) -> str | None:  # type: ignore[override]
         """The URL; None: off."""
         if text == "off":
             return None
+        if text.startswith("unix:/") and text.isprintable() and len(text) < 100:
+            return text
         url = super().parse(text)
         if not re.fullmatch(r"http://[^/?#]+:\d+", url):
             raise ValueError(text)

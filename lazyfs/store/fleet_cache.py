@@ -7,6 +7,7 @@ checked as an answer of S3 is. Whatever is wrong with it, S3 can be asked in its
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from http.client import HTTPConnection
@@ -54,6 +55,16 @@ class _AwayError(Exception):
     """No connection could be made."""
 
 
+class _UnixConnection(HTTPConnection):
+    """Over a socket of this machine. `host` is its path."""
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(CONNECT_TIMEOUT_S)
+        self.sock.connect(self.host)
+        self.sock.settimeout(SILENCE_TIMEOUT_S)
+
+
 class _Connections(Transport):
     def _connect(self) -> HTTPConnection:
         try:
@@ -62,16 +73,38 @@ class _Connections(Transport):
             raise _AwayError(error.strerror or str(error)) from error
 
 
+class _UnixConnections(Transport):
+    """Args: path: of the socket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("http://localhost")
+        self._path = path
+
+    def _connect(self) -> HTTPConnection:
+        connection = _UnixConnection(self._path)
+        try:
+            connection.connect()
+        except OSError as error:
+            connection.close()
+            raise _AwayError(error.strerror or str(error)) from error
+        return connection
+
+
 class FleetCache:
     """Connections to the cache of a fleet. All calls block.
 
     Args:
-        url: `http://HOST:PORT`.
+        url: `http://HOST:PORT`, or `unix:/PATH`.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._connections = _Connections(url, timeouts_s=(CONNECT_TIMEOUT_S, SILENCE_TIMEOUT_S))
+        self._connections: Transport
+        if url.startswith("unix:"):
+            self._connections = _UnixConnections(url.removeprefix("unix:"))
+        else:
+            timeouts_s = CONNECT_TIMEOUT_S, SILENCE_TIMEOUT_S
+            self._connections = _Connections(url, timeouts_s=timeouts_s)
 
     def connect(self) -> None:
         """Find out whether it can be connected to. Raises FleetCacheError."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import yaml
 from manifests import CHART, PLAIN, ROOT, Object, PodSpec, load, named, option, pod_specs
 
 from csi.cli import main as csi_programs
+from lazyfs.cli import main as lazyfs_commands
 from lazyfs.cli.settings import settings
+from lazyfs.fleet.settings import FleetSettings
 from lazyfs.options.mount_options import OPTIONS, MountOptions, environment_layer, find_option
 from lazyfs.options.option_types import Size
 
@@ -31,6 +34,13 @@ EVERYTHING = (
     "monitoring.podMonitor=true",
     "monitoring.alerts=true",
     "monitoring.dashboard=true",
+    "fleetCache.enabled=true",
+    'fleetCache.origins=["https://minio.local","https://*.s3.eu-west-1.amazonaws.com"]',
+    "fleetCache.tlsSecret=fleet",
+    'fleetCache.podLabels={"a":"b"}',
+    'fleetCache.podAnnotations={"a":"b"}',
+    'fleetCache.extraVolumes=[{"name":"ca","configMap":{"name":"ca"}}]',
+    'fleetCache.extraVolumeMounts=[{"name":"ca","mountPath":"/ca"}]',
     'controller.secrets=[{"namespace":"models","name":"s3"}]',
     "controller.readAllSecrets=true",
     "node.hostNetwork=true",
@@ -216,17 +226,51 @@ def test_our_programs_accept_their_arguments(render: Render, values: tuple[str, 
     """Parsed by the commands themselves."""
     seen = set()
     for _, container in all_pods(render(*values)):
-        if "/lazyfs" in container["image"]:
+        if "/lazyfs" in container["image"] and "args" in container:
             program, command, *arguments = container["args"]
-            assert program == "lazyfs-csi"
-            with click.Context(csi_programs) as parent:
-                found = csi_programs.get_command(parent, command)
+            programs = {"lazyfs-csi": csi_programs, "lazyfs": lazyfs_commands}[program]
+            with click.Context(programs) as parent:
+                found = programs.get_command(parent, command)
                 assert found is not None, command
                 given = found.make_context(command, list(arguments), parent=parent).params
                 # The values of mount options are read by lazyfs, not by click.
                 settings(None, {name: v for name, v in given.items() if find_option(name)})
             seen.add(command)
-    assert seen == {"node", "keeper", "controller"}
+    assert seen - {"fleet-cache"} == {"node", "keeper", "controller"}
+    assert ("fleet-cache" in seen) == bool(values)
+
+
+def test_fleet_cache_and_node_plugins_meet(render: Render) -> None:
+    objects = render(*EVERYTHING)
+    found = pods(objects)
+    settings = tomllib.loads(named(objects, "ConfigMap", "-fleet")["data"]["fleet.toml"])
+    parsed = FleetSettings.of({**settings, "address": "10.0.0.1"}, "fleet.toml")
+    asked = option(found["node"].container("lazyfs")["args"], "fleet-cache")
+    assert asked == parsed.door
+    path = asked.removeprefix("unix:")
+    assert found["node"].host_path("lazyfs", path) == found["fleet"].host_path("fleet", path)
+    assert (
+        found["fleet"].host_path("fleet", str(parsed.cache_dir)) == "/var/cache/lazyfs-fleet/shelf"
+    )
+    service = named(objects, "Service", "-fleet")
+    assert parsed.members_dns == f"{service['metadata']['name']}.lazyfs.svc"
+    assert service["spec"]["clusterIP"] == "None" and service["spec"]["publishNotReadyAddresses"]
+    assert [each["containerPort"] for each in found["fleet"].container("fleet")["ports"]] == [
+        parsed.shelf_port
+    ]
+    # What decides who may read is written by one user alone, and in memory.
+    assert str(parsed.run_dir.parent) in found["fleet"].empty_dirs("fleet")
+    assert str(parsed.run_dir) not in found["fleet"].empty_dirs("fleet")
+    for key in ("nodeSelector", "tolerations", "affinity"):
+        assert found["node"].spec[key] == found["fleet"].spec[key]
+    policy = named(objects, "NetworkPolicy", "-fleet")["spec"]
+    assert policy["ingress"][0]["from"] == [{"podSelector": policy["podSelector"]}]
+
+
+def test_a_fleet_cache_needs_to_know_its_stores(render: Render) -> None:
+    assert not any("fleet" in each["metadata"]["name"] for each in render())
+    with pytest.raises(ValueError, match="/fleetCache/origins"):
+        render("fleetCache.enabled=true")
 
 
 def test_nothing_points_nowhere(render: Render) -> None:
@@ -236,9 +280,10 @@ def test_nothing_points_nowhere(render: Render) -> None:
         ports = {each["name"] for each in container.get("ports", [])}
         for probe in ("livenessProbe", "readinessProbe"):
             if probe in container:
-                assert container[probe]["httpGet"]["port"] in ports
+                (way,) = container[probe].keys() & {"httpGet", "tcpSocket"}
+                assert container[probe][way]["port"] in ports
         arguments = container.get("args", [])
-        if ports and "/lazyfs" in container["image"]:
+        if ports - {"shelf"} and "/lazyfs" in container["image"]:
             port = option(arguments, "http-address").rpartition(":")[2]
             assert [int(port)] == [each["containerPort"] for each in container["ports"]]
 
@@ -252,14 +297,14 @@ def test_monitoring_and_policies_select_our_pods(render: Render) -> None:
     }
     ports = {p["name"] for _, c in all_pods(objects) for p in c.get("ports", [])}
     policies = [each for each in objects if each["kind"] == "NetworkPolicy"]
-    assert len(policies) == 3
+    assert len(policies) == 4
     for policy in policies:
         wanted = policy["spec"]["podSelector"]["matchLabels"].items()
         assert [n for n, has in labels.items() if wanted <= has.items()] == [
             policy["metadata"]["name"]
         ]
     monitor = named(objects, "PodMonitor")["spec"]
-    assert {each["port"] for each in monitor["podMetricsEndpoints"]} == ports
+    assert {each["port"] for each in monitor["podMetricsEndpoints"]} == ports - {"shelf"}
     for rule in monitor["selector"]["matchExpressions"]:
         for name in ("lazyfs-csi-node", "lazyfs-csi-controller"):
             assert labels[name][rule["key"]] in rule["values"]

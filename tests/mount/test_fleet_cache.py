@@ -138,7 +138,7 @@ def test_one_copy_for_four_nodes(
     assert "from http://127.0.77.1" in lazyfs("status", paths[0]).stdout
     assert "from the fleet's cache" in lazyfs("report", paths[0]).stdout
 
-    fifth = fleet.add("127.0.77.5")
+    fifth = fleet.add("127.0.77.5", door=f"unix:{fleet.directory}/door.sock")
     fleet.know()
     before = len(s3.reads())
     assert sums(mounts(prefix, fifth.option)) == expected

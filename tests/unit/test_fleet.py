@@ -376,7 +376,8 @@ def test_what_the_cache_has_is_not_asked_for_twice(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "text", ["https://a:1", "http://a", "http://a:1/x", "http://u@a:1", "a:1", "http://a:x", ""]
+    "text",
+    ["https://a:1", "http://a", "unix:a", "http://a:1/x", "http://u@a:1", "a:1", "http://a:x", ""],
 )
 def test_other_addresses_are_refused(text: str) -> None:
     with pytest.raises(OptionError, match="http://HOST:PORT"):

@@ -69,6 +69,11 @@ seLinuxOptions: {type: spc_t}
 /run/{{ .Values.driverName }}
 {{- end }}
 
+{{/* Where the node plugin and the cache of the fleet meet, on the node. */}}
+{{- define "lazyfs.fleetDir" -}}
+/run/{{ .Values.driverName }}-fleet
+{{- end }}
+
 {{/* Where the plugin finds the disks of the cache. */}}
 {{- define "lazyfs.cacheDir" -}}
 {{- $places := list -}}
