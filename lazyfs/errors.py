@@ -105,6 +105,10 @@ class NotSupportedError(BadRequestError):
     """The service does not know this kind of request."""
 
 
+class TooManyNamesError(SourceError):
+    """There are more names than fit into the memory for them."""
+
+
 class FaultError(SourceError):
     """A bug of lazyfs prevented an answer. The log has its traceback (`lazyfs/faults.py`)."""
 

@@ -75,7 +75,12 @@ class FaultLog:
                 if now_s - seen.logged_s < REPEAT_S:
                     return
                 repeats, seen.repeats, seen.logged_s = seen.repeats, 0, now_s
-        if repeats:
+        if isinstance(the_error(error), MemoryError):
+            log.error(
+                "%s failed: this process has all the memory that it may have; raise --memory-"
+                "limit, or mount less (%d times before)", what, repeats,
+            )  # fmt: skip
+        elif repeats:
             log.error("%s failed %d more times: %s", what, repeats, _described(error))
         else:
             log.error("%s failed; this is a bug of lazyfs", what, exc_info=error)

@@ -104,11 +104,10 @@ class BlockMap:
         blocks.known = known
         if known:
             return
-        for number, place in enumerate(blocks.places):
-            if place == Place.NEAR:
-                block = BlockId(inode, number)
-                is_here = blocks.stored[number] or self.is_held(block)
-                self.moved(block, Place.LOCAL if is_here else Place.USED)
+        for number in blocks.all_at(Place.NEAR):
+            block = BlockId(inode, number)
+            is_here = blocks.stored[number] or self.is_held(block)
+            self.moved(block, Place.LOCAL if is_here else Place.USED)
 
     def opened(self, inode: int, *, direct: bool) -> None:
         """A file was opened; `direct`: with O_DIRECT, which bypasses the page cache."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
 
 from lazyfs.blocks import block_count
+from lazyfs.blocks.marks import zero_marks
 
 # Blocks in one piece, if the tensors are not known.
 PIECE_BLOCKS = 8
@@ -66,12 +67,12 @@ class FileBlocks:
     def __init__(self, size_bytes: int, block_size: int) -> None:
         count = block_count(size_bytes, block_size)
         self.size_bytes = size_bytes
-        self.places = bytearray(count)
+        self.places = zero_marks(count)
         self.counts = [count, *[0] * (len(Place) - 1)]
         self.known = False
         self.reads_pages: bool | None = None
-        self.stored = bytearray(count)
-        self.failed = bytearray(count)
+        self.stored = zero_marks(count)
+        self.failed = zero_marks(count)
         self.has_head = False
         self.rank = -1
         self.roles: Sequence[str] = ()
@@ -80,7 +81,19 @@ class FileBlocks:
         self._block_size = block_size
         self._starts: Sequence[int] = range(0, size_bytes, PIECE_BLOCKS * block_size)
         self._wanted: bytearray | None = None
-        self.touched = bytearray(len(self._starts))
+        self.touched = zero_marks(len(self._starts))
+
+    @property
+    def is_touched_at_all(self) -> bool:
+        """Whether bytes were read of any piece."""
+        return self.touched.find(1) >= 0
+
+    def all_at(self, place: Place, start: int = 0) -> Iterator[int]:
+        """The blocks at a place, from one on; they may be moved meanwhile."""
+        number = self.find(place, start, len(self.places))
+        while number >= 0:
+            yield number
+            number = self.find(place, number + 1, len(self.places))
 
     @property
     def takes_pages(self) -> bool:
@@ -91,7 +104,7 @@ class FileBlocks:
         """Set where the tensors begin, in ascending order of bytes, and their roles."""
         self._starts = starts
         self.roles = roles
-        self.touched = bytearray(len(starts))
+        self.touched = zero_marks(len(starts))
 
     def want(self, ranges: Iterable[tuple[int, int]] | None) -> None:
         """Allow only these blocks to become ABSENT, from their next move on; None: all."""

@@ -131,7 +131,7 @@ class ShardHeaders:
         if not data:
             data = await self._fetch(file, data, min(HEAD_BYTES, file.size_bytes))
         length = header_size(data[:LENGTH_BYTES], file.size_bytes)
-        if length > LONGEST_HEADER:
+        if length > max(HEAD_BYTES, min(LONGEST_HEADER, self._limit_bytes)):
             return None
         if length > len(data):
             data = await self._fetch(file, data, length)

@@ -11,12 +11,13 @@ import re
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
+from lazyfs.model.json_cost import MOST_PARSED_BYTES, json_cost
+
 PIPELINE_INDEX = "model_index.json"
 # The index of a variant (`model.safetensors.index.fp16.json`) is left alone: the numbers of its
 # shards say what is there.
 SHARD_INDEX = re.compile(r"(?P<stem>.+)(?P<suffix>\.safetensors|\.bin)\.index\.json$")
-# The index of DeepSeek-V3 has 90,000 tensors and 9 MB. Parsed, an index takes up to 25 times its
-# size in memory.
+# The index of DeepSeek-V3 has 90,000 tensors and 9 MB.
 MAX_INDEX_BYTES = 32 << 20
 
 NAMES_SHOWN = 3
@@ -98,6 +99,8 @@ def parse_pipeline(data: bytes) -> frozenset[str]:
 def _parse(data: bytes) -> object:
     if len(data) > MAX_INDEX_BYTES:
         raise MalformedIndexError(f"it has {len(data)} bytes, the limit is {MAX_INDEX_BYTES}")
+    if json_cost(data) > MOST_PARSED_BYTES:
+        raise MalformedIndexError("parsing it takes too much memory")
     try:
         parsed: object = json.loads(data.decode("utf-8"))
     except RecursionError:

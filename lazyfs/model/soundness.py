@@ -19,6 +19,7 @@ from typing import TypeAlias
 
 from lazyfs.errors import SourceError
 from lazyfs.model.filenames import format_of
+from lazyfs.model.json_cost import MOST_PARSED_BYTES, json_cost
 from lazyfs.model.safetensors import (
     HEAD_BYTES,
     LENGTH_BYTES,
@@ -105,6 +106,8 @@ def _look_at_safetensors(path: str, size: int, first: bytes, read: Reader) -> Lo
             why = f"its header is too long ({length} bytes), so it is prefetched by offset"
             return Look(odd=why)
         rest = read(path, len(first), length - len(first)) if length > len(first) else b""
+        if json_cost(first + rest) > MOST_PARSED_BYTES:
+            return Look(odd="its header takes too much memory, so it is prefetched by offset")
         return Look(parse_header(first + rest, size).tensors)
     except CutOffError as error:
         return Look(broken=f"{path}: {error}; upload it again", odd=str(error))

@@ -17,7 +17,7 @@ from collections import defaultdict
 
 import trio
 
-from lazyfs.errors import ObjectGoneError, SourceError
+from lazyfs.errors import ObjectGoneError, SourceError, TooManyNamesError
 from lazyfs.namespace.listing_log import Listing, ListingLog
 from lazyfs.namespace.tree import Directory, Node, Tree, whole_directories
 from lazyfs.objects import ListedObject
@@ -29,6 +29,9 @@ from lazyfs.store.retry import patiently
 
 log = logging.getLogger(__name__)
 
+# How much memory names may take: so much, and so many times the memory limit. A file of a usual
+# name takes 600 bytes.
+NAMES_BYTES, NAMES_SHARE = 128 << 20, 2
 # The log names at most so many hidden keys of a directory.
 HIDDEN_SHOWN = 5
 # Remember at most so many hidden keys, to name each once.
@@ -59,6 +62,8 @@ class Catalog:
         # Inodes of directories whose subdirectories cannot be listed together.
         self._scattered: set[int] = set()
         self._hidden: set[str] = set()
+        self._names_bytes = 0
+        self._most_names_bytes = NAMES_BYTES + NAMES_SHARE * options.memory_limit
 
     async def open(self) -> None:
         """List the first page, which shows whether there is anything to mount.
@@ -177,10 +182,14 @@ class Catalog:
     async def _list_alone(self, prefix: str) -> Listing:
         objects: list[ListedObject] = []
         prefixes: list[str] = []
+        coming = 0
         tokens, token = Tokens(self._source.name(prefix)), None
         while True:
             page = await self._patient_page(prefix, token, "/")
-            objects += page.objects
+            wanted = [listed for listed in page.objects if self.tree.wants(listed.key)]
+            coming += self.tree.cost_bytes(self.tree.directory(prefix), wanted, page.prefixes)
+            self._check_room(prefix, coming)
+            objects += wanted
             prefixes += page.prefixes
             token = tokens.after(page)
             if token is None:
@@ -209,7 +218,20 @@ class Catalog:
         self._tell_hidden(page.hidden)
         return page
 
+    def _check_room(self, prefix: str, coming_bytes: int) -> None:
+        """Raises TooManyNamesError if there is not so much memory for names."""
+        if self._names_bytes + coming_bytes > self._most_names_bytes:
+            raise TooManyNamesError(
+                f"{self._source.name(prefix)}: the names below it take more memory than "
+                f"--memory-limit allows ({self.tree.file_count} files are known): mount a longer "
+                "prefix, or raise the limit"
+            )
+
     def _add(self, listing: Listing) -> None:
+        directory = self.tree.directory(listing.prefix)
+        cost = self.tree.cost_bytes(directory, listing.objects, listing.prefixes)
+        self._check_room(listing.prefix, cost)
+        self._names_bytes += cost
         self._journal.append(listing)
         self._tell_hidden(self._plant(listing))
 

@@ -16,7 +16,7 @@ A directory gets its children once and never changes afterwards; that makes a mo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lazyfs.objects import File, ListedObject
@@ -46,6 +46,9 @@ class Directory:
 
 
 Node = File | Directory
+
+# What a node takes, without its strings (measured on CPython 3.11).
+FILE_BYTES, DIRECTORY_BYTES = 400, 600
 
 
 def file_inode(key: str, etag: str, size_bytes: int) -> int:
@@ -121,6 +124,32 @@ class Tree:
     def get(self, inode: int) -> Node | None:
         """The node of that inode number, if it was listed."""
         return self._nodes.get(inode)
+
+    def cost_bytes(
+        self, directory: Directory, objects: Iterable[ListedObject], prefixes: Sequence[str] = ()
+    ) -> int:
+        """About how much memory `plant` takes for a listing. Keys should be in order.
+
+        A key of 1,024 bytes may have 500 directories, each of which keeps its whole prefix.
+        """
+        cost = sum(DIRECTORY_BYTES + 2 * len(prefix) for prefix in prefixes)
+        above = len(directory.prefix)
+        before = ""
+        for listed in objects:
+            key = listed.key
+            if self.wants(key):
+                cost += FILE_BYTES + 2 * len(key)
+            common = above if not before else _common_length(before, key, above)
+            slash = key.find("/", common)
+            while slash >= 0:
+                cost += DIRECTORY_BYTES + slash
+                slash = key.find("/", slash + 1)
+            before = key
+        return cost
+
+    def wants(self, key: str) -> bool:
+        """Whether a file of that key is shown."""
+        return self._wanted(key[len(self.root.prefix) :])
 
     def directory(self, prefix: str) -> Directory:
         """The directory of that prefix, which must have been listed."""
@@ -232,6 +261,18 @@ class Tree:
         self.file_count -= 1
         self.total_bytes -= file.size_bytes
         self._shadowed.append(Hidden(file.key, SAME_NAME))
+
+
+def _common_length(one: str, other: str, start: int) -> int:
+    """How many letters two texts begin with in common; at least `start`, which is known."""
+    least, most = start, min(len(one), len(other))
+    while least < most:
+        middle = (least + most + 1) // 2
+        if one[start:middle] == other[start:middle]:
+            least = middle
+        else:
+            most = middle - 1
+    return least
 
 
 def _children(directory: Directory) -> dict[str, Node]:

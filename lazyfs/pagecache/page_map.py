@@ -22,7 +22,6 @@ from collections.abc import Iterator
 
 from lazyfs.blocks import BlockId, block_count
 from lazyfs.blocks.file_blocks import Place
-from lazyfs.memory_file import read_whole
 from lazyfs.namespace.tree import Tree
 from lazyfs.objects import File
 
@@ -31,6 +30,8 @@ _HEAD = struct.Struct("<8sQ")
 _FORM = b"near 1\n\0"
 # Inode number, number of blocks.
 _RECORD = struct.Struct("<QQ")
+# Read at once. It is the unit of memory files, so that what follows a hole is read from its begin.
+_PART_BYTES = 4096
 _MARKS = {Place.NEAR: 1, Place.USED: 2}
 _PLACES = {mark: place for place, mark in _MARKS.items()}
 
@@ -59,9 +60,9 @@ class PageMap:
 
         A truncated record has no marks from there on.
         """
-        content = read_whole(self.descriptor)
-        while self._end + _RECORD.size <= len(content):
-            inode, count = _RECORD.unpack_from(content, self._end)
+        size = os.fstat(self.descriptor).st_size
+        while self._end + _RECORD.size <= size:
+            inode, count = _RECORD.unpack(os.pread(self.descriptor, _RECORD.size, self._end))
             begin = self._end + _RECORD.size
             self._end = begin + count
             file = tree.get(inode)
@@ -71,9 +72,22 @@ class PageMap:
             ):
                 continue
             self._begins[inode] = begin
-            for number, mark in enumerate(content[begin : self._end]):
+            for number, mark in self._marks(begin, min(self._end, size)):
+                yield file, BlockId(inode, number), _PLACES[mark]
+
+    def _marks(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """Block and mark of each marked block; holes in the file, which have none, are skipped."""
+        at = begin
+        while at < end:
+            try:
+                at = os.lseek(self.descriptor, at, os.SEEK_DATA)
+            except OSError:  # ENXIO: there are only holes
+                return
+            part = os.pread(self.descriptor, min(_PART_BYTES, end - at), at) if at < end else b""
+            for offset, mark in enumerate(part):
                 if mark in _PLACES:
-                    yield file, BlockId(inode, number), _PLACES[mark]
+                    yield at + offset - begin, mark
+            at += max(1, len(part))
 
     def write(self, file: File, number: int, place: Place) -> None:
         """Record where a block is now. Call it when the block enters or leaves the page cache."""

@@ -24,10 +24,11 @@ from typing import Protocol, TypeVar
 
 import trio
 
-from lazyfs.blocks import Span, spans
+from lazyfs.blocks import Span, block_count, spans
 from lazyfs.errors import SourceError
 from lazyfs.model.directory import ModelFile
 from lazyfs.model.filenames import format_of, may_be_weights
+from lazyfs.model.json_cost import json_cost
 from lazyfs.model.layout import ModelLayout, layouts
 from lazyfs.model.safetensors import SUFFIX, MalformedHeaderError, Tensor, has_head, parse_header
 from lazyfs.model.selection import wanted_models
@@ -46,6 +47,12 @@ T = TypeVar("T")
 TABLES_AHEAD = 16
 # Headers that are parsed concurrently: parsing holds the interpreter's lock.
 LEARNERS = 2
+# Of the memory limit, what parsing one index or header may take; and how many tensors may be known
+# in a MiB of it: each takes 150 bytes.
+PARSE_SHARE = 1 / 2
+TENSORS_PER_MIB = 2048
+# A shard with more blocks is none: 8 TiB in blocks of 8 MiB.
+MOST_BLOCKS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -202,6 +209,11 @@ class Planner:
         # Of which shards it is found out what tensors they have as soon as their heads come.
         self._foremost: set[int] = set()
         self._learners = trio.CapacityLimiter(LEARNERS)
+        # One header at a time, so that all of them do not take more than one may.
+        self._parsing = trio.CapacityLimiter(1)
+        self._parse_bytes = int(options.memory_limit * PARSE_SHARE)
+        self._most_tensors = (options.memory_limit >> 20) * TENSORS_PER_MIB
+        self._known_tensors = 0
         self._send, self._news = trio.open_memory_channel[File](math.inf)
         prefetcher.on_stray = self._was_read
         prefetcher.on_head = self._has_come
@@ -284,12 +296,9 @@ class Planner:
         opened = self._touched_paths(sorted_out)
         found = wanted_models(sorted_out.every, on_mount=on_mount, opened=opened, whole=whole)
         self.on_wanted([files[path] for layout in found for path in layout.paths])
-        indexes = {
-            path: content
-            for layout in found
-            for path in layout.index_paths
-            if (content := await self._content(files[path])) is not None
-        }
+        indexes = await self._affordable_indexes(
+            [files[path] for layout in found for path in layout.index_paths]
+        )
         # Meanwhile others may have been read than were expected.
         if indexes or read != self._read_of(survey):
             sorted_out = await self._sort_out(survey, self._read_of(survey), indexes)
@@ -302,6 +311,7 @@ class Planner:
                 log.warning("%s", warning)
         small = [files[path] for layout in found for path in layout.small]
         shards = [files[path] for layout in found for path in layout.shards]
+        shards = [file for file in shards if self._may_be_planned(file)]
         await self._fetcher.scan([*small, *shards])
         self._prefetcher.set_order(
             [file.inode for file in small],
@@ -407,8 +417,40 @@ class Planner:
         if header is None:
             log.info("%s: prefetched by offset, its header is very long", file.key)
             return ()
-        table = await trio.to_thread.run_sync(parse_header, header, file.size_bytes)
+        if json_cost(header) > self._parse_bytes:
+            log.info("%s: prefetched by offset, its header takes much memory", file.key)
+            return ()
+        table = await trio.to_thread.run_sync(
+            parse_header, header, file.size_bytes, limiter=self._parsing
+        )
+        self._known_tensors += len(table.tensors)
+        if self._known_tensors > self._most_tensors:
+            log.info("%s: prefetched by offset, there are very many tensors", file.key)
+            return ()
         return table.tensors
+
+    def _may_be_planned(self, file: File) -> bool:
+        """Whether a shard has a size that a loader can read."""
+        is_usual = block_count(file.size_bytes, self._fetcher.block_size) <= MOST_BLOCKS
+        if not is_usual:
+            log.warning("%s: is not prefetched, it has %d bytes", file.key, file.size_bytes)
+        return is_usual
+
+    async def _affordable_indexes(self, files: Sequence[File]) -> dict[str, bytes]:
+        """The contents of indexes by path, as far as they can be parsed within the memory limit."""
+        indexes: dict[str, bytes] = {}
+        left = self._parse_bytes
+        for file in files:
+            content = await self._content(file) if file.size_bytes <= left else None
+            if content is not None and json_cost(content) <= self._parse_bytes:
+                indexes[self._catalog.tree.path(file)] = content
+                left -= len(content)
+            elif content is not None or file.size_bytes > left:
+                log.warning(
+                    "%s is ignored: parsing it takes too much of --memory-limit; shards are read "
+                    "in the order of their names", file.key,
+                )  # fmt: skip
+        return indexes
 
     async def _content(self, file: File) -> bytes | None:
         """The bytes of a file; None if they cannot be read."""

@@ -406,7 +406,7 @@ class Prefetcher:
         passed = self._streams.read(inode, piece)
         if passed is None:
             return False
-        if self._by_tensor(blocks) and not any(blocks.touched):
+        if self._by_tensor(blocks) and not blocks.is_touched_at_all:
             passed = range(piece)  # who begins a file there does not want what is before
         self._taste.read(inode, piece, passed, partial(self._may_be_pages, blocks))
         self._ahead.locate(self.blocks.order, self._streams)
@@ -422,8 +422,8 @@ class Prefetcher:
         """Leave all but these blocks to their readers; None: leave none."""
         blocks = self._files[inode]
         blocks.want(wanted)
-        for number, place in enumerate(blocks.places):
-            if place in (Place.ABSENT, Place.LEFT):
+        for place in (Place.ABSENT, Place.LEFT):
+            for number in blocks.all_at(place):
                 self.blocks.moved(BlockId(inode, number), Place.ABSENT)
 
     def _begin_again(self, inode: int, number: int) -> None:
@@ -443,8 +443,7 @@ class Prefetcher:
 
     def _want_again(self, inode: int, number: int) -> None:
         """What was read of a file from a block on is wanted as if it had not been."""
-        places = self._files[inode].places
-        for used in [at for at in range(number, len(places)) if places[at] == Place.USED]:
+        for used in self._files[inode].all_at(Place.USED, number):
             self.blocks.moved(BlockId(inode, used), Place.ABSENT)
 
 
