@@ -15,7 +15,8 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 from grpc import StatusCode
 
 from csi import mounts
+from csi.bounds import Bounds, VolumeBound
 from csi.daemon import Daemon, Wanted
 from csi.daemons import Daemons
 from csi.errors import RpcError
@@ -77,14 +79,19 @@ class Attachments:
         state: the records on disk.
         directory: for the daemons' own mountpoints.
         keeper: the keeper's socket.
+        bounds: of each namespace.
     """
 
-    def __init__(self, state: State, directory: Path, keeper: Path) -> None:
+    def __init__(
+        self, state: State, directory: Path, keeper: Path, bounds: Bounds | None = None
+    ) -> None:
+        bounds = bounds or Bounds()
+        self._volume_bound = VolumeBound(bounds.volumes)
         self.locks = VolumeLocks()
         self._state = state
         self._to_repair: queue.SimpleQueue[Daemon] = queue.SimpleQueue()
         self._to_name: queue.SimpleQueue[Daemon] = queue.SimpleQueue()
-        self.daemons = Daemons(state, directory, keeper, self._to_repair.put)
+        self.daemons = Daemons(state, directory, keeper, self._to_repair.put, bounds.daemons)
 
     def recover(self) -> None:
         """Resume what a former plugin left. Called once, before any other call."""
@@ -94,6 +101,10 @@ class Attachments:
                 if place.daemon is not None:
                     users.setdefault(place.daemon, []).append(path)
         self.daemons.recover(users)
+        for record in self._state.volumes():
+            for place in record.places.values():
+                if place.namespace and (daemon := self.daemons.get(place.daemon or "")):
+                    daemon.namespace = place.namespace
         for daemon in self.served():
             self._to_name.put(daemon)
         start_watching("repairing mounts", self._repair_forever)
@@ -155,6 +166,28 @@ class Attachments:
             StillStartingError: the daemon is not ready yet; the place is kept for the next call.
             LazyfsError, KeeperError: it cannot be mounted. Then nothing has changed.
         """
+        with ExitStack() as held:
+            if self.place(volume_id, path) is None:
+                records = self._state.volumes()
+                held.enter_context(
+                    self._volume_bound.one_more(wanted.namespace, volume_id, records)
+                )
+            return self._put(
+                volume_id, path, wanted, volume, credentials, timeout_s, via, owner, held.close
+            )
+
+    def _put(
+        self,
+        volume_id: str,
+        path: Path,
+        wanted: Place,
+        volume: Volume,
+        credentials: Credentials | None,
+        timeout_s: float,
+        via: Daemon | None,
+        owner: str,
+        on_saved: Callable[[], None],
+    ) -> Daemon:
         until = time.monotonic() + timeout_s
         self._check_free(volume_id, path, wanted.kind, wanted.asked)
         present = self.place(volume_id, path)
@@ -166,7 +199,7 @@ class Attachments:
             if via is not None and via.has_lost_credentials and self.daemons.use(via, str(path)):
                 daemon = via  # its pods are told to go
             else:
-                given = Wanted(volume.source, volume.options, credentials, owner)
+                given = Wanted(volume.source, volume.options, credentials, owner, wanted.namespace)
                 daemon = self.daemons.reserve(
                     via.serving if via else given, str(path), volume_id,
                     Look(volume.snapshot_max_age_s, until),
@@ -183,6 +216,7 @@ class Attachments:
         try:
             if not is_known:
                 self._save(volume_id, path, replace(wanted, daemon=daemon.name))
+                on_saved()
             daemon, device = self._ensure(volume_id, path, daemon, credentials, until)
             if is_known:
                 self._mount_again(volume_id, path, daemon, device)

@@ -33,12 +33,14 @@ class Wanted:
         options: texts by option name.
         credentials: those given for the volume.
         owner: the owner of the credentials (`owner_of`); empty: a node-stage secret, or none.
+        namespace: of the pod; empty: none, or that is not known.
     """
 
     source: str
     options: Mapping[str, str | list[str]]
     credentials: Credentials | None
     owner: str
+    namespace: str = ""
 
 
 class Daemon:
@@ -50,6 +52,7 @@ class Daemon:
         spec: what it serves; without credentials if the keeper has lost them.
         needs_credentials: it was started with given credentials.
         owner: the owner of its credentials (`owner_of`); empty: a node-stage secret, or none.
+        namespace: of the pod that it was started for; empty: that is not known.
         users: the paths that are bind mounts of it.
         retired: its last user left, and it is ending.
         refusal: why the last attempt to start it failed.
@@ -70,6 +73,7 @@ class Daemon:
         self.spec = spec
         self.needs_credentials = needs_credentials
         self.owner = owner
+        self.namespace = ""
         self.users: set[str] = set()
         self.retired = False
         self.refusal: str | None = None
