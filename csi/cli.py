@@ -284,6 +284,20 @@ def controller(
     "May be repeated. any: all but those at addresses of this node. [default: aws]",
 )
 @click.option(
+    "--max-volumes-per-namespace",
+    type=click.IntRange(0),
+    default=128,
+    show_default=True,
+    help="How many volumes pods of one namespace may have on this node; 0: no limit.",
+)
+@click.option(
+    "--max-daemons-per-namespace",
+    type=click.IntRange(0),
+    default=32,
+    show_default=True,
+    help="How many daemons are started on this node for pods of one namespace; 0: no limit.",
+)
+@click.option(
     "--snapshot-max-age",
     metavar="TIME",
     default="0s",
@@ -304,6 +318,8 @@ def node(
     registration_dir: Path | None,
     inline_node_role: bool,
     endpoints: tuple[str, ...],
+    max_volumes_per_namespace: int,
+    max_daemons_per_namespace: int,
     snapshot_max_age: str,
     config: Path | None,
     **given: Any,
@@ -313,11 +329,13 @@ def node(
     Mount options are defaults for all volumes.
     """
     from csi.attachments import Attachments
+    from csi.bounds import Bounds
     from csi.csi_pb2_grpc import add_NodeServicer_to_server
     from csi.metrics import mount_metrics
     from csi.node import Node
     from csi.staged import State
-    from lazyfs.cache import check_directory, directories_of
+    from lazyfs import cache_place
+    from lazyfs.cache import check_directory
     from lazyfs.fuse.mount_syscalls import check_fuse
     from lazyfs.handover.keeper import allow_many_descriptors
     from lazyfs.process.mount_records import check_runtime_directory
@@ -328,12 +346,13 @@ def node(
     defaults = {**defaults, "allow-other": "true"}
     volume_rules = rules(allow_attributes, max_memory_limit, defaults, endpoints, snapshot_max_age)
     allow_many_descriptors()
-    attachments = Attachments(State(state_dir), state_dir / "mounts", keeper_socket)
+    bounds = Bounds(max_volumes_per_namespace, max_daemons_per_namespace)
+    attachments = Attachments(State(state_dir), state_dir / "mounts", keeper_socket, bounds)
     attachments.recover()
     servicer = Node(node_id, volume_rules, attachments, inline_node_role=inline_node_role)
 
     def check_cache() -> None:
-        for directory in directories_of(options):
+        for directory in cache_place.directories(options.cache_dir):
             check_directory(directory)
 
     checks = [

@@ -38,9 +38,11 @@ from lazyfs.faults import start_watching
 from lazyfs.fuse import mount_syscalls
 from lazyfs.handover.handover import SPEC
 from lazyfs.handover.keeper import KeeperClient, KeeperError, connect
+from lazyfs.options.mount_options import MountOptions
 from lazyfs.process.mount_records import DaemonWatch
 from lazyfs.process.mount_spec import MountSpec
 from lazyfs.process.supervisor import Supervisor
+from lazyfs.process.worker_files import rights_of
 from lazyfs.store.credentials import Credentials, StaticCredentials
 
 log = logging.getLogger(__name__)
@@ -63,11 +65,18 @@ class Daemons:
         directory: where each gets its mountpoint.
         keeper: the keeper's socket.
         on_mount: called when the mount of a daemon is there, or there anew; from any thread.
+        most_of_namespace: how many may be started for pods of one namespace; 0: no limit.
     """
 
     def __init__(
-        self, state: State, directory: Path, keeper: Path, on_mount: Callable[[Daemon], None]
+        self,
+        state: State,
+        directory: Path,
+        keeper: Path,
+        on_mount: Callable[[Daemon], None],
+        most_of_namespace: int = 0,
     ) -> None:
+        self._most_of_namespace = most_of_namespace
         self._state = state
         self._directory = directory
         self._keeper = keeper
@@ -131,6 +140,7 @@ class Daemons:
 
         Raises:
             StillStartingError: that is not known yet.
+            RpcError: RESOURCE_EXHAUSTED: no other daemon may be started for the pod's namespace.
             LazyfsError, KeeperError: a daemon that is there cannot be used, as of `ensure`.
         """
         old: set[Daemon] = set()
@@ -139,6 +149,7 @@ class Daemons:
                 serving = self._serving(wanted)
                 left = [each for each in serving if each not in old]
                 if not left and len(serving) < MOST_SNAPSHOTS:
+                    self._check_bound(wanted.namespace)
                     daemon = self._new(wanted, volume_id)
                     daemon.users.add(user)
                     return daemon
@@ -185,8 +196,19 @@ class Daemons:
         )
         given = wanted.credentials is not None
         daemon = Daemon(name, mountpoint, spec, given, wanted.owner if given else "")
+        daemon.namespace = wanted.namespace
         self._daemons[name] = daemon
         return daemon
+
+    def _check_bound(self, namespace: str) -> None:
+        daemons = [each for each in self._daemons.values() if each.namespace == namespace]
+        if namespace and 0 < self._most_of_namespace <= len(daemons):
+            raise RpcError(
+                StatusCode.RESOURCE_EXHAUSTED,
+                f"{len(daemons)} daemons run on this node for pods of namespace {namespace}, which "
+                "is the limit of the driver (--max-daemons-per-namespace); volumes with the same "
+                "source, options and credentials share one",
+            )
 
     def _is_current(self, daemon: Daemon, wanted: Wanted, look: Look) -> bool:
         try:
@@ -286,7 +308,7 @@ class Daemons:
             pass
         except OSError as error:
             raise MountError(f"{daemon.mountpoint}: {error.strerror}") from error
-        spec = daemon.spec
+        spec = daemon.spec = _with_rights(daemon.spec)
         self._state.save_daemon(
             DaemonRecord(
                 daemon.name, spec.source, spec.options, daemon.needs_credentials, daemon.owner
@@ -393,6 +415,12 @@ def _check(daemon: Daemon, credentials: Credentials) -> None:
         raise type(error)(f"the new keys are not used, pods read with those before: {error}") from (
             error
         )
+
+
+def _with_rights(spec: MountSpec) -> MountSpec:
+    """The spec of a mount with what its worker may do; its cache is prepared for that."""
+    options = MountOptions.parse(("{attribute}", spec.options))
+    return replace(spec, rights=rights_of(spec, options).value)
 
 
 def _with(spec: MountSpec, credentials: Credentials) -> MountSpec:

@@ -1,60 +1,54 @@
-"""Helper processes that use the mount of their worker, which the worker itself must not do."""
+"""Asks for helper processes that use the mount of this worker, which itself must not.
+
+The supervisor starts them (`process/mount_helpers.py`).
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import subprocess
-import sys
-from collections.abc import Sequence
-from typing import Any
+import os
+import socket
 
 import trio
 
 
-async def ask_helper(module: str, wanted: Any) -> Any:
-    """Run a module of lazyfs as a process. Its input and its answer are JSON.
+class HelperProcesses:
+    """The helpers of one mount.
 
     Args:
-        module: name of the module; it reads JSON from standard input and prints JSON.
-        wanted: the input.
-
-    Raises:
-        OSError, subprocess.CalledProcessError: as `run_helper`.
+        supervisor: a SOCK_SEQPACKET socket.
     """
-    command = [sys.executable, "-P", "-m", module]
-    return json.loads(await run_helper(command, json.dumps(wanted).encode()))
 
+    def __init__(self, supervisor: socket.socket) -> None:
+        self._supervisor = supervisor
 
-async def run_helper(command: Sequence[str], stdin: bytes = b"") -> bytes:
-    """Run a process and return what it prints.
+    async def run(self, helper: str, wanted: bytes) -> bytes:
+        """Run a helper and return what it prints; nothing if it was not started, or failed.
 
-    The process may wait for a FUSE answer that only the next worker can give, and cannot be killed
-    until then. So on cancellation it is sent SIGKILL but not awaited, unlike in `trio.run_process`.
+        It may wait for a FUSE answer that only the next worker can give, and cannot be killed until
+        then. So on cancellation nobody waits for it.
 
-    Args:
-        command: the program and its arguments.
-        stdin: the bytes it reads from its standard input.
+        Args:
+            helper: its name.
+            wanted: the bytes that it reads from its standard input.
 
-    Raises:
-        OSError: it could not be started.
-        subprocess.CalledProcessError: its exit code is not 0.
-    """
-    process = await trio.lowlevel.open_process(
-        command, cwd="/",
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        async with process.stdin, process.stdout:
-            with contextlib.suppress(trio.BrokenResourceError):  # it ended; see its exit code
-                await process.stdin.send_all(stdin)
-            await process.stdin.aclose()
-            printed = b"".join([part async for part in process.stdout])
-        code = await process.wait()
-    finally:
-        process.kill()  # no effect if it has ended
-    if code != 0:
-        raise subprocess.CalledProcessError(code, list(command))
-    return printed
+        Raises:
+            OSError: the supervisor is gone, or is given more requests than it takes.
+        """
+        theirs_in, ours_out = os.pipe2(os.O_CLOEXEC)
+        ours_in, theirs_out = os.pipe2(os.O_CLOEXEC)
+        async with trio.lowlevel.FdStream(ours_out) as said, trio.lowlevel.FdStream(ours_in) as got:
+            try:
+                socket.send_fds(
+                    self._supervisor, [json.dumps({"help": helper}).encode()],
+                    [theirs_in, theirs_out], socket.MSG_DONTWAIT,
+                )  # fmt: skip
+            finally:
+                os.close(theirs_in)
+                os.close(theirs_out)
+            try:
+                await said.send_all(wanted)
+            except trio.BrokenResourceError:  # it was not started, or ended
+                return b""
+            await said.aclose()
+            return b"".join([part async for part in got])

@@ -20,6 +20,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lazyfs import cache_place
 from lazyfs.cache.blockfile import Content
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.index import IndexFailedError
@@ -73,7 +74,7 @@ class BlockCache:
     @classmethod
     def of(cls, options: MountOptions, endpoint: str, bucket: str) -> BlockCache | None:
         """The cache that a mount's options name; None if they name none. Nothing is opened."""
-        directories = directories_of(options)
+        directories = cache_place.directories(options.cache_dir)
         if not directories:
             return None
         limits = Limits(options.cache_size, options.cache_reserve)
@@ -255,15 +256,10 @@ class BlockCache:
         return max(self.directories, key=weight)
 
 
-def directories_of(options: MountOptions) -> tuple[Path, ...]:
-    """The directories that a mount's options name; empty if it has no cache."""
-    if options.cache_dir == "none":
-        return ()
-    return options.cache_dir or (default_directory(),)
-
-
 def check_directory(directory: Path) -> None:
     """Make the directory if necessary, and refuse one that others can write to.
+
+    Workers of root are no others: they share root's.
 
     Raises:
         CacheError: it cannot be made, written, or trusted.
@@ -279,16 +275,10 @@ def check_directory(directory: Path) -> None:
         raise CacheError(
             f"--cache-dir: {directory}: not writable; name another directory or 'none'"
         )
+    if cache_place.is_shared(status):
+        return
     if status.st_uid not in (os.geteuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise CacheError(
             f"--cache-dir: {directory}: other users could put bytes into it; "
             f"chown it to this user and chmod go-w"
         )
-
-
-def default_directory() -> Path:
-    """The default cache directory, for root and for other users."""
-    if os.geteuid() == 0:
-        return Path("/var/cache/lazyfs")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "lazyfs"

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from lazyfs.blocks.buffers import ALIGNMENT
 from lazyfs.cache.block_io import read_block, write_block
 from lazyfs.cache.blockfile import Content, DamagedBlockError, parse_tail
+from lazyfs.cache.direct_io import make_folder
 from lazyfs.cache.index import FOLDERS, IndexCorruptError
 from lazyfs.movers.pool import Movers
 
@@ -48,7 +49,7 @@ class BlockFiles:
     def make_folders(self) -> None:
         """Make the folders that are missing. Raises OSError."""
         for folder in FOLDERS:
-            Path(self._path, folder).mkdir(exist_ok=True, mode=0o700)
+            make_folder(Path(self._path, folder))
 
     def path(self, filename: str) -> Path:
         """The path of a block file. Raises IndexCorruptError if no block file has such a name."""

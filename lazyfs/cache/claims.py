@@ -21,6 +21,8 @@ import time
 from io import FileIO
 from pathlib import Path
 
+from lazyfs.cache.direct_io import open_own
+
 # struct flock of 64-bit Linux: l_type, l_whence, padding, l_start, l_len, l_pid.
 _FLOCK = struct.Struct("=hh4xqqi4x")
 # Whether others wait is asked several times a block, and must not cost a system call each time.
@@ -39,10 +41,9 @@ class Claims:
     """
 
     def __init__(self, directory: Path) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         # File objects: closed when the last thread has released them, never during a call.
         self._claims, self._waiting, self._loading = (
-            FileIO(os.open(directory / name, flags, 0o600), "r+") for name in NAMES
+            FileIO(open_own(directory / name), "r+") for name in NAMES
         )
         self._looked_at_s = -LOOK_S
         self._others_wait = False

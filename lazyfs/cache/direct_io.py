@@ -10,10 +10,13 @@ Direct I/O needs memory and lengths in multiples of the device's block size, as 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import stat
 from pathlib import Path
 
+from lazyfs import cache_place
 from lazyfs.blocks.buffers import ALIGNMENT, align, is_aligned, take_buffer
 
 
@@ -40,7 +43,7 @@ def read_file(path: Path, data: memoryview, tail_length: int) -> memoryview | No
 
 
 def write_file(path: Path, data: memoryview, tail: bytes) -> None:
-    """Write a new file, readable by its owner only: data, zeros to the alignment, tail.
+    """Write a new file: data, zeros to the alignment, tail. Its group may do what `mode_in` says.
 
     Args:
         data: in a buffer of `take_buffer`; other memory is copied into one first, under the
@@ -54,7 +57,7 @@ def write_file(path: Path, data: memoryview, tail: bytes) -> None:
     # The rest that does not fill a block of the device is written with the tail.
     body = len(data) - len(data) % ALIGNMENT
     end = bytes(data[body:]).ljust(align(len(data)) - body, b"\0") + tail
-    descriptor = _open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    descriptor = _open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode_in(path.parent))
     try:
         _write_all(descriptor, data[:body], _copy(end.ljust(align(len(end)), b"\0")))
         os.ftruncate(descriptor, body + len(end))
@@ -69,17 +72,48 @@ def _write_all(descriptor: int, body: memoryview, end: memoryview) -> None:
         body = body[written:]
 
 
-def _open(path: Path, flags: int) -> int:
-    """A descriptor for direct I/O, if the filesystem supports it."""
-    flags |= os.O_CLOEXEC
+def mode_in(directory: Path) -> int:
+    """The mode of new files in a directory: their group may do what it may do there."""
+    return 0o660 if directory.stat().st_mode & stat.S_IWGRP else 0o600
+
+
+def open_own(path: Path) -> int:
+    """A descriptor of a small file for reading and writing, which is made if it is missing.
+
+    Raises:
+        OSError: it cannot be opened, or is a symbolic link.
+    """
+    mode = mode_in(path.parent)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    if os.fstat(descriptor).st_mode & 0o777 != mode:
+        # Not permitted if it is another worker's, which has only just made it.
+        with contextlib.suppress(PermissionError):
+            os.fchmod(descriptor, mode)
+    return descriptor
+
+
+def make_folder(path: Path) -> None:
+    """Make a directory below a cache directory, unless it is there. Raises OSError."""
+    mode = cache_place.folder_mode(path.parent)
     try:
-        return os.open(path, flags | os.O_DIRECT, 0o600)
+        path.mkdir(mode=mode)
+    except FileExistsError:
+        return
+    if path.stat().st_mode & 0o7777 != mode:
+        path.chmod(mode)
+
+
+def _open(path: Path, flags: int, mode: int = 0) -> int:
+    """A descriptor for direct I/O, if the filesystem supports it."""
+    flags |= os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(path, flags | os.O_DIRECT, mode)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
         if flags & os.O_EXCL:
             path.unlink(missing_ok=True)  # it was created nevertheless
-        return os.open(path, flags, 0o600)
+        return os.open(path, flags, mode)
 
 
 def _copy(data: memoryview | bytes) -> memoryview:

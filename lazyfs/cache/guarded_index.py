@@ -21,6 +21,7 @@ from typing import TypeVar
 
 from lazyfs.cache.block_files import BlockFiles
 from lazyfs.cache.claims import Claims
+from lazyfs.cache.direct_io import open_own
 from lazyfs.cache.index import (
     INDEX_NAME,
     BlockIndex,
@@ -127,8 +128,7 @@ class GuardedIndex:
                 remove_index(self._path)
                 self.is_anew = True
             # SQLite gives its other files the mode of this one.
-            with open(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "rb") as index:
-                os.fchmod(index.fileno(), 0o600)
+            os.close(open_own(file))
             return BlockIndex(self._path)
 
     def _replace(self, error: IndexCorruptError) -> None:
@@ -150,9 +150,8 @@ def locked(path: Path, *, wait: bool) -> Iterator[int | None]:
     Raises:
         OSError: the file cannot be made or locked.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
     descriptor: int | None
-    with open(os.open(path, flags, 0o600), "rb") as file:
+    with open(open_own(path), "rb") as file:
         descriptor = file.fileno()
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -11,7 +11,8 @@ from typing import Any
 import click
 from rich.table import Table
 
-from lazyfs.cache import check_directory, directories_of
+from lazyfs import cache_place
+from lazyfs.cache import check_directory
 from lazyfs.cache.blockfile import Content
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.index import IndexFailedError
@@ -193,7 +194,9 @@ def _opened(given: dict[str, Any]) -> list[CacheDirectory]:
     """Open the cache directories that the options, the environment or the defaults name."""
     options, _ = settings(None, given)
     limits = Limits(options.cache_size, options.cache_reserve)
-    directories = [CacheDirectory(path, limits) for path in directories_of(options)]
+    directories = [
+        CacheDirectory(path, limits) for path in cache_place.directories(options.cache_dir)
+    ]
     if not directories:
         raise OptionError("--cache-dir: none: there is no cache")
     for directory in directories:

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+from lazyfs import cache_place
 from lazyfs.blocks.buffers import take_buffer
-from lazyfs.cache import check_directory, default_directory
+from lazyfs.cache import check_directory
 from lazyfs.cache.direct_io import read_file, write_file
 from lazyfs.cli.inspecting import models_of_source
 from lazyfs.errors import LazyfsError
@@ -176,7 +177,7 @@ def _cache(options: MountOptions) -> Iterator[Finding]:
     if options.cache_dir == "none":
         yield Finding("cache", Outcome.OK, "disabled (--cache-dir none)")
         return
-    for directory in options.cache_dir or (default_directory(),):
+    for directory in cache_place.directories(options.cache_dir):
         yield _cache_directory(directory)
 
 

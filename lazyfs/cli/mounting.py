@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +21,7 @@ from lazyfs.options.mount_options import config_places
 from lazyfs.process.early_start import Background, EarlyWorker
 from lazyfs.process.mount_records import default_log_file
 from lazyfs.process.mount_spec import MountSpec
+from lazyfs.process.worker_files import rights_of
 
 # Give up on a background mount that is neither ready nor refused by then. This is longer than the
 # 120 s that the supervisor gives its worker, because the supervisor knows the reason.
@@ -69,11 +71,12 @@ def mount(
     mountpoint = Path(os.path.realpath(mountpoint))
     log_file = options.log_file or default_log_file(mountpoint)
     spec = MountSpec(source, str(mountpoint), texts)
+    spec = replace(spec, rights=rights_of(spec, options).value)
     kind = EarlyWorker if foreground else Background
     if not isinstance(begun, kind) or begun.mountpoint != spec.mountpoint:
         if begun is not None:  # it was started for another mountpoint or mode
             begun.end()
-        begun = kind(spec.mountpoint)
+        begun = kind(spec.mountpoint, sys.argv[1:])
     if isinstance(begun, EarlyWorker):
         sys.exit(begun.supervise(spec, None))
     _start_in_background(begun, spec, log_file)

@@ -11,12 +11,10 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 
 import trio
 
 from lazyfs.control import Route
-from lazyfs.errors import MountError
 from lazyfs.faults import contained
 from lazyfs.handover.keeper import is_trusted
 
@@ -24,43 +22,15 @@ from lazyfs.handover.keeper import is_trusted
 PATIENCE_S = 10.0
 
 
-async def listen_control(path: Path) -> trio.SocketListener:
-    """Listen on a unix socket.
-
-    Args:
-        path: of the socket. An existing socket is replaced, because this process holds the mount's
-            lock.
-
-    Raises:
-        MountError: the socket cannot be made.
-    """
-    listener = trio.socket.socket(socket.AF_UNIX)
-    mask = os.umask(0o177)
-    try:
-        path.unlink(missing_ok=True)
-        await listener.bind(str(path))
-        listener.listen()
-    except OSError as error:
-        listener.close()
-        raise MountError(f"{path}: the control socket cannot be made: {error}") from error
-    finally:
-        os.umask(mask)
-    return trio.SocketListener(listener)
-
-
-async def serve_control(
-    path: Path,
-    listeners: list[trio.SocketListener],
-    routes: Mapping[tuple[str, str], Route],
-) -> None:
+async def serve_control(listening: socket.socket, routes: Mapping[tuple[str, str], Route]) -> None:
     """Serve on a unix socket until cancelled.
 
     Args:
-        path: of the socket.
-        listeners: on it. If there are none, or they are closed, new ones are made.
+        listening: the supervisor made it. It stays open, for a server after one that failed.
         routes: by method and path, such as `("GET", "/status")`.
     """
-    await serve_http(still_open(listeners) or [await listen_control(path)], routes, trusts=_is_ours)
+    listener = trio.SocketListener(trio.socket.from_stdlib_socket(listening.dup()))
+    await serve_http([listener], routes, trusts=_is_ours)
 
 
 def still_open(listeners: list[trio.SocketListener]) -> list[trio.SocketListener]:

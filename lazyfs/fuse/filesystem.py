@@ -22,6 +22,7 @@ from typing import Any
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FUSEError, InodeT, StatvfsData
 
+from lazyfs import user
 from lazyfs.blocks import spans
 from lazyfs.errors import SourceError
 from lazyfs.faults import contained, report_fault
@@ -75,8 +76,8 @@ class Filesystem(pyfuse3.Operations):
         self._tree = catalog.tree
         self._fetcher = fetcher
         self._options = options
-        self._uid = os.getuid() if options.uid is None else options.uid
-        self._gid = os.getgid() if options.gid is None else options.gid
+        self._uid = user.uid() if options.uid is None else options.uid
+        self._gid = user.gid() if options.gid is None else options.gid
         self._mounted_ns = mounted_ns
         self._on_init = on_init
         self._on_open = on_open

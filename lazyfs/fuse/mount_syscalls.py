@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import logging
 import os
 import select
 import shutil
@@ -18,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lazyfs.errors import MountError
+
+log = logging.getLogger(__name__)
 
 # linux/mount.h
 MS_RDONLY, MS_NOSUID, MS_NODEV = 1, 2, 4
@@ -124,6 +127,28 @@ def begin_mount(source: str, mountpoint: Path, *, allow_other: bool) -> tuple[in
         unmount(mountpoint, lazy=True)
         os.close(descriptor)
         raise MountError(f"{mountpoint}: the kernel sent no FUSE_INIT: {error}") from error
+
+
+def set_read_ahead(device: str, read_ahead_bytes: int) -> None:
+    """Set the read-ahead of a mount, which needs root and a writable `/sys`.
+
+    With the default of 128 KiB page faults request little, and mapped reads run at a third of the
+    speed. Without permission to set it the mount works, but slower. The answer to FUSE_INIT must
+    allow as much: the kernel uses the lesser of both (`process_init_reply`).
+
+    Args:
+        device: the mount's device number, `major:minor`.
+    """
+    path = Path(f"/sys/class/bdi/{device}/read_ahead_kb")
+    wanted = str(read_ahead_bytes // 1024)
+    try:
+        path.write_text(wanted)
+        is_now = path.read_text().strip()
+    except OSError as error:
+        log.debug("%s stays as it is: %s", path, error.strerror)
+        return
+    if is_now != wanted:
+        log.debug("%s is %s, not %s as it was set", path, is_now, wanted)
 
 
 def session_ended(descriptor: int) -> bool:

@@ -11,10 +11,12 @@ descriptors travel beside it as SCM_RIGHTS (unix(7)), and each request has one a
     {"do": "fetch", "name": N}                                     {"labels": [...]} + descriptors
     {"do": "drop", "name": N}                                      {}
     {"do": "names", "after": N}                                    {"names": [...]}
+    {"do": "only", "name": N}                                      {}
 
 An answer with `error` says what was wrong with the request. `store` adds descriptors to a name and
 replaces those with equal labels; `fetch` of an unknown name returns no labels. `names` are sorted,
-as many as fit into a message; `"more": true` says that others follow.
+as many as fit into a message; `"more": true` says that others follow. After `only`, this connection
+is about that name alone: a supervisor asks for that before it gives the connection to a worker.
 
 This module imports only the standard library and knows nothing of FUSE: it is never upgraded under
 running mounts, so it has to be small and final.
@@ -103,6 +105,7 @@ class Keeper:
 
     def serve(self, connection: socket.socket) -> None:
         """Answer one client until it hangs up."""
+        only: str | None = None
         with connection, contextlib.suppress(OSError):
             while True:
                 data, received, flags, _ = socket.recv_fds(
@@ -113,7 +116,7 @@ class Keeper:
                 try:
                     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                         raise KeeperError("the message is too long")
-                    answer, descriptors = self._answer(data, received)
+                    answer, descriptors, only = self._answer(data, received, only)
                 except (KeeperError, OSError) as error:
                     answer, descriptors = {"error": str(error)}, []
                 finally:
@@ -123,15 +126,22 @@ class Keeper:
                 finally:
                     _close(descriptors)
 
-    def _answer(self, data: bytes, received: list[int]) -> tuple[dict[str, Any], list[int]]:
-        """The answer to a message, and descriptors to send with it; the caller owns both lists."""
+    def _answer(
+        self, data: bytes, received: list[int], only: str | None
+    ) -> tuple[dict[str, Any], list[int], str | None]:
+        """The answer to a message, descriptors to send with it, and the only name from now on.
+
+        The caller owns both lists.
+        """
         try:
             message = json.loads(data)
             action, name = message["do"], message.get("name")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise KeeperError("not a request") from None
+        if only is not None and name != only:
+            raise KeeperError(f"this connection is about {only} alone")
         if action == "names":
-            return self._names(message.get("after") or ""), []
+            return self._names(message.get("after") or ""), [], only
         if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
             raise KeeperError("a request needs a name")
         if action == "store":
@@ -139,13 +149,15 @@ class Keeper:
         elif action == "fetch":
             with self._lock:
                 kept = self._kept.get(name, {})
-                return {"labels": list(kept)}, _duplicates(kept.values())
+                return {"labels": list(kept)}, _duplicates(kept.values()), only
         elif action == "drop":
             with self._lock:
                 _close(self._kept.pop(name, {}).values())
+        elif action == "only":
+            only = name
         else:
             raise KeeperError(f"no such request: {action!r}")
-        return {}, []
+        return {}, [], only
 
     def _names(self, after: Any) -> dict[str, Any]:
         if not isinstance(after, str):
@@ -224,24 +236,39 @@ class KeeperClient:
     def _ask(
         self, message: dict[str, Any], descriptors: list[int] | None = None
     ) -> tuple[dict[str, Any], list[int]]:
-        try:
-            with self._lock:
-                socket.send_fds(self._connection, [json.dumps(message).encode()], descriptors or [])
-                data, received, _, _ = socket.recv_fds(
-                    self._connection, LONGEST_MESSAGE, MOST_LABELS, socket.MSG_CMSG_CLOEXEC
-                )
-        except OSError as error:
-            raise KeeperError(f"the keeper does not answer: {error}") from error
-        try:
-            answer = json.loads(data or '{"error": "the keeper hung up"}')
-            if "error" in answer:
-                raise KeeperError(answer["error"])
-        except BaseException as error:
-            _close(received)
-            if isinstance(error, ValueError):
-                raise KeeperError("the keeper's answer is not one") from error
-            raise
-        return answer, received
+        with self._lock:
+            return _ask(self._connection, message, descriptors or [])
+
+
+def restrict_to(connection: socket.socket, name: str) -> None:
+    """Have the keeper answer this connection about one name alone, from now on.
+
+    Raises:
+        KeeperError: it does not; a keeper of a version before this cannot.
+    """
+    _ask(connection, {"do": "only", "name": name}, [])
+
+
+def _ask(
+    connection: socket.socket, message: dict[str, Any], descriptors: list[int]
+) -> tuple[dict[str, Any], list[int]]:
+    try:
+        socket.send_fds(connection, [json.dumps(message).encode()], descriptors)
+        data, received, _, _ = socket.recv_fds(
+            connection, LONGEST_MESSAGE, MOST_LABELS, socket.MSG_CMSG_CLOEXEC
+        )
+    except OSError as error:
+        raise KeeperError(f"the keeper does not answer: {error}") from error
+    try:
+        answer = json.loads(data or '{"error": "the keeper hung up"}')
+        if "error" in answer:
+            raise KeeperError(answer["error"])
+    except BaseException as error:
+        _close(received)
+        if isinstance(error, ValueError):
+            raise KeeperError("the keeper's answer is not one") from error
+        raise
+    return answer, received
 
 
 def connect(path: Path) -> socket.socket:

@@ -10,18 +10,17 @@ pages, repeated prefetching would only cost more.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Protocol
 
 import trio
 
 from lazyfs.blocks import BlockId, block_length
-from lazyfs.helper_process import ask_helper
+from lazyfs.helper_process import HelperProcesses
 from lazyfs.objects import File
 
 log = logging.getLogger(__name__)
@@ -59,14 +58,16 @@ class DroppedPages:
     """Looks for dropped pages.
 
     Args:
-        mountpoint: the mount's.
         path: returns the path of a file below the mountpoint.
+        helpers: starts the helper processes.
         fetcher: knows missed and near blocks, and is told which were dropped.
     """
 
-    def __init__(self, mountpoint: Path, path: Callable[[File], str], fetcher: PageWishes) -> None:
-        self._mountpoint = mountpoint
+    def __init__(
+        self, path: Callable[[File], str], helpers: HelperProcesses, fetcher: PageWishes
+    ) -> None:
         self._path = path
+        self._helpers = helpers
         self._fetcher = fetcher
         # When each block was last prefetched again.
         self._wished_s: dict[BlockId, float] = {}
@@ -98,20 +99,17 @@ class DroppedPages:
             return []
         of_files = [(self._fetcher.file(i), list(group)) for i, group in groupby(blocks, _inode)]
         size = self._fetcher.block_size
-        wanted = {
-            "mountpoint": str(self._mountpoint),
-            "files": [
-                [
-                    self._path(file),
-                    file.inode,
-                    [(n * size, block_length(file.size_bytes, size, n)) for _, n in of_file],
-                ]
-                for file, of_file in of_files
-            ],
-        }
+        wanted = [
+            [
+                self._path(file),
+                file.inode,
+                [(n * size, block_length(file.size_bytes, size, n)) for _, n in of_file],
+            ]
+            for file, of_file in of_files
+        ]
         try:
-            found = await ask_helper("lazyfs.pagecache.mincore", wanted)
-        except (OSError, subprocess.CalledProcessError) as error:
+            found = json.loads(await self._helpers.run("dropped", json.dumps(wanted).encode()))
+        except (OSError, ValueError) as error:
             log.debug("could not look for dropped pages: %s", error)
             return []
         gone = zip(of_files, found, strict=True)

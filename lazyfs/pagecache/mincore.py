@@ -11,9 +11,8 @@ import json
 import mmap
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 _PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -82,12 +81,19 @@ def dropped(path: Path, inode: int, parts: Iterable[tuple[int, int]]) -> list[in
         return []  # the file is gone, or the mount is
 
 
-def main(wanted: Mapping[str, Any]) -> None:
-    """Run the process: parts of files on standard input, dropped ones on standard output."""
-    below = Path(wanted["mountpoint"])
-    found = [dropped(below / path, inode, parts) for path, inode, parts in wanted["files"]]
+def main(mountpoint: Path, wanted: Sequence[tuple[str, int, list[tuple[int, int]]]]) -> None:
+    """Print which parts of files are dropped: a list of indices for each file.
+
+    Args:
+        mountpoint: no file is looked at that is not below it.
+        wanted: path, inode and parts of each file.
+    """
+    found = []
+    for path, inode, parts in wanted:
+        is_below = not Path(path).is_absolute() and ".." not in path.split("/")
+        found.append(dropped(mountpoint / path, inode, parts) if is_below else [])
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(json.load(sys.stdin))
+    main(Path(sys.argv[1]), json.load(sys.stdin))

@@ -227,25 +227,3 @@ def _reclaimable(group: Path, field: str) -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in lines if line.startswith(f"{field} ")), 0)
-
-
-def set_read_ahead(device: str, read_ahead_bytes: int) -> None:
-    """Set the read-ahead of a mount, which needs root and a writable `/sys`.
-
-    With the default of 128 KiB page faults request little, and mapped reads run at a third of the
-    speed. Without permission to set it the mount works, but slower. The answer to FUSE_INIT must
-    allow as much: the kernel uses the lesser of both (`process_init_reply`).
-
-    Args:
-        device: the mount's device number, `major:minor`.
-    """
-    path = Path(f"/sys/class/bdi/{device}/read_ahead_kb")
-    wanted = str(read_ahead_bytes // 1024)
-    try:
-        path.write_text(wanted)
-        is_now = path.read_text().strip()
-    except OSError as error:
-        log.debug("%s stays as it is: %s", path, error.strerror)
-        return
-    if is_now != wanted:
-        log.debug("%s is %s, not %s as it was set", path, is_now, wanted)

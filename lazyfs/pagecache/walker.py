@@ -1,32 +1,24 @@
 """Makes the kernel look up the files of a plan, so that blocks can be put into its page cache.
 
-A helper process does that: the worker must not walk its own mount, or it would wait for itself when
-it is killed.
+A helper process does that (`LOOK_UP` in `process/mount_helpers.py`): the worker must not walk its
+own mount, or it would wait for itself when it is killed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import os
+from collections.abc import Callable, Iterable, Sequence
 
 import trio
 
 from lazyfs.faults import contained
-from lazyfs.helper_process import run_helper
+from lazyfs.helper_process import HelperProcesses
 from lazyfs.objects import File
 
 log = logging.getLogger(__name__)
 
-_LOOK_UP = (
-    "import os, sys\n"
-    "for directory in sys.argv[1:]:\n"
-    "    for name in os.listdir(directory): os.lstat(os.path.join(directory, name))\n"
-)
-# Directories of a plan, so that they fit on a command line (execve(2)).
+# Directories of a plan that are looked up at once.
 MOST_DIRECTORIES = 1000
 
 
@@ -35,14 +27,15 @@ class Walker:
 
     Args:
         path: returns the path of a file below the mountpoint.
-        nursery: runs the helper processes.
+        helpers: starts the helper processes.
+        nursery: waits for them.
     """
 
     def __init__(
-        self, mountpoint: Path, path: Callable[[File], str], nursery: trio.Nursery
+        self, path: Callable[[File], str], helpers: HelperProcesses, nursery: trio.Nursery
     ) -> None:
-        self._mountpoint = mountpoint
         self._path = path
+        self._helpers = helpers
         self._nursery = nursery
         self._seen: set[int] = set()
 
@@ -52,18 +45,14 @@ class Walker:
         if new:
             self._seen.update(new)
             first = list(new.values())[:MOST_DIRECTORIES]
-            self._nursery.start_soon(
-                contained, "looking up files", _look_at,
-                [str((self._mountpoint / self._path(file)).parent) for file in first],
-            )  # fmt: skip
+            directories = {self._path(file).rpartition("/")[0] for file in first}
+            self._nursery.start_soon(contained, "looking up files", self._look_at, directories)
 
-
-async def _look_at(directories: Sequence[str]) -> None:
-    try:
-        with contextlib.suppress(subprocess.CalledProcessError):  # the mount has ended
-            await run_helper([sys.executable, "-I", "-S", "-c", _LOOK_UP, *directories])
-    except OSError as error:
-        log.warning(
-            "files cannot be looked up ahead, so blocks are pushed after readers open them: %s",
-            error,
-        )
+    async def _look_at(self, directories: Iterable[str]) -> None:
+        try:
+            await self._helpers.run("look_up", b"\0".join(map(os.fsencode, directories)))
+        except OSError as error:
+            log.warning(
+                "files cannot be looked up ahead, so blocks are pushed after readers open them: %s",
+                error,
+            )

@@ -32,7 +32,7 @@ def begin(arguments: Sequence[str]) -> Background | EarlyWorker | None:
         for source, mountpoint in itertools.pairwise(arguments):
             if source.startswith("s3://") and not mountpoint.startswith("-"):
                 kind = EarlyWorker if _IN_FRONT & set(arguments) else Background
-                return kind(os.path.realpath(mountpoint))
+                return kind(os.path.realpath(mountpoint), arguments)
     return None
 
 
@@ -41,15 +41,19 @@ class EarlyWorker:
 
     Args:
         mountpoint: an absolute path.
+        arguments: of the command.
     """
 
-    def __init__(self, mountpoint: str) -> None:
+    def __init__(self, mountpoint: str, arguments: Sequence[str]) -> None:
+        from lazyfs.process.privileges import worker_user
+        from lazyfs.process.worker_files import early_rights
         from lazyfs.process.worker_process import start_worker
 
         self.mountpoint = mountpoint
         self._keeper, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self._worker = start_worker(mountpoint, theirs)
+            user = worker_user(early_rights(arguments, os.environ))
+            self._worker = start_worker(mountpoint, theirs, user)
         self._supervises = False
 
     def supervise(self, spec: MountSpec, report_fd: int | None) -> int:
@@ -71,16 +75,17 @@ class Background:
 
     Args:
         mountpoint: an absolute path.
+        arguments: of the command.
     """
 
-    def __init__(self, mountpoint: str) -> None:
+    def __init__(self, mountpoint: str, arguments: Sequence[str]) -> None:
         self.mountpoint = mountpoint
         # It continues by itself, or has ended.
         self._left = False
         self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._pid = os.fork()
         if self._pid == 0:
-            _wait_in_background(mountpoint, theirs)
+            _wait_in_background(mountpoint, arguments, theirs)
         theirs.close()
 
     def mount(self, spec: MountSpec, log_fd: int, timeout_s: float) -> dict[str, Any]:
@@ -115,7 +120,9 @@ class Background:
         self.end()
 
 
-def _wait_in_background(mountpoint: str, connection: socket.socket) -> NoReturn:
+def _wait_in_background(
+    mountpoint: str, arguments: Sequence[str], connection: socket.socket
+) -> NoReturn:
     code = 1
     try:
         os.setsid()
@@ -125,7 +132,7 @@ def _wait_in_background(mountpoint: str, connection: socket.socket) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(told, 3, inheritable=False)
         os.closerange(4, os.sysconf("SC_OPEN_MAX"))
-        code = _supervise(mountpoint, socket.socket(fileno=3))
+        code = _supervise(mountpoint, arguments, socket.socket(fileno=3))
     except BaseException:
         import traceback
 
@@ -134,8 +141,8 @@ def _wait_in_background(mountpoint: str, connection: socket.socket) -> NoReturn:
         os._exit(code)
 
 
-def _supervise(mountpoint: str, connection: socket.socket) -> int:
-    begun = EarlyWorker(mountpoint)
+def _supervise(mountpoint: str, arguments: Sequence[str], connection: socket.socket) -> int:
+    begun = EarlyWorker(mountpoint, arguments)
     told, descriptors, _, _ = socket.recv_fds(connection, 16, 3, socket.MSG_CMSG_CLOEXEC)
     if not told:
         begun.end()

@@ -26,7 +26,7 @@ from lazyfs.control.contents import Contents
 from lazyfs.control.first_load import tell_first_load
 from lazyfs.control.recording import recording
 from lazyfs.control.scrape import listen, serve_metrics
-from lazyfs.control.server import listen_control, serve_control
+from lazyfs.control.server import serve_control
 from lazyfs.control.snapshot import Snapshot
 from lazyfs.control.status import Status
 from lazyfs.control.tunables import pause, tune, with_former_changes
@@ -40,6 +40,7 @@ from lazyfs.handover.handover import Beginning, Handover, new_carried, new_in_ha
 from lazyfs.handover.keeper import KeeperClient
 from lazyfs.handover.pending_requests import InHand
 from lazyfs.handover.runtime_changes import RuntimeChanges
+from lazyfs.helper_process import HelperProcesses
 from lazyfs.log import now_about
 from lazyfs.movers.pool import MOST_IDLE_S, Movers, default_count
 from lazyfs.namespace.catalog import Catalog
@@ -50,13 +51,11 @@ from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import PLANNED, MountOptions
 from lazyfs.options.option_types import compile_pattern, format_size
 from lazyfs.pagecache.dropped_pages import DroppedPages
-from lazyfs.pagecache.page_cache import DEVICE, PageCache, set_read_ahead
+from lazyfs.pagecache.page_cache import DEVICE, PageCache
 from lazyfs.pagecache.page_map import PageMap
 from lazyfs.pagecache.walker import Walker
 from lazyfs.prefetch.planner import Planner
 from lazyfs.prefetch.prefetcher import Prefetcher
-from lazyfs.process import privileges
-from lazyfs.process.mount_records import control_socket, is_place_of, restarts_of
 from lazyfs.process.worker_line import SupervisorLine
 from lazyfs.store.credentials import Credentials, credentials_from
 from lazyfs.store.s3_source import Source
@@ -96,6 +95,7 @@ def run(
     line: SupervisorLine,
     former: Handover | None,
     opening: Future[Source],
+    restarts: int,
     on_ready: Callable[[int], None],
 ) -> None:
     """Mount and serve, or resume a mount, until SIGTERM, SIGINT or an unmount.
@@ -107,6 +107,7 @@ def run(
         line: to the supervisor, which mounts.
         former: what the keeper had when this worker started.
         opening: the source, once it is connected.
+        restarts: how many workers died before this one.
         on_ready: called once the mount can be used, with the time since when it is mounted, in
             nanoseconds since the epoch.
 
@@ -116,7 +117,7 @@ def run(
     """
     recorder = _recorder(mount)
     try:
-        trio.run(_serve, mount, keeper, line, former, opening, on_ready, recorder)
+        trio.run(_serve, mount, keeper, line, former, opening, restarts, on_ready, recorder)
     finally:
         recorder.close()
 
@@ -137,6 +138,7 @@ async def _serve(
     line: SupervisorLine,
     former: Handover | None,
     opening: Future[Source],
+    restarts: int,
     on_ready: Callable[[int], None],
     recorder: Recorder,
 ) -> None:
@@ -172,17 +174,13 @@ async def _serve(
     on_open = planner.opened if options.prefetch in PLANNED else _ignore
     scraped = options.metrics_address
     scrape_listeners = await listen(scraped) if scraped and not former else []
-    socket_path = control_socket(mount.mountpoint)
-    # A mount that was detached while in use is still served, but the socket is the next mount's.
-    has_place = is_place_of(mount.mountpoint, former.lock if former else None)
-    control_listeners = []
-    if has_place:
-        try:
-            control_listeners.append(await listen_control(socket_path))
-        except MountError as error:
-            if not former:
-                raise
-            log.error("%s; the mount continues without it for now", error)
+    try:
+        control_socket = line.control_socket()
+    except MountError as error:
+        if not former:
+            raise
+        control_socket = None
+        log.error("%s; the mount continues without it", error)
     if former:
         session, beginning = await _resume(mount, former)
     else:
@@ -196,9 +194,7 @@ async def _serve(
             beginning,
         ).store(keeper, str(mount.mountpoint))
     session.answer(bytes.fromhex(beginning.init_answer), options.read_ahead)
-    if device := session.device:
-        set_read_ahead(device, options.read_ahead)
-    await privileges.drop_in_all_threads()
+    helpers = HelperProcesses(line.connection)
 
     def begin() -> None:
         page_cache.device = os.dup(session.descriptor)
@@ -224,11 +220,11 @@ async def _serve(
                 nursery.start_soon(keep_running, "ending idle movers", _end_idle, movers)
             routes: dict[tuple[str, str], Route] = {}
             if page_cache.supported and options.prefetch != "off":
-                missing = DroppedPages(mount.mountpoint, catalog.tree.path, fetcher)
+                missing = DroppedPages(catalog.tree.path, helpers, fetcher)
                 nursery.start_soon(keep_running, "looking for dropped pages", missing.run)
             if options.prefetch in PLANNED:
                 if page_cache.supported:
-                    walker = Walker(mount.mountpoint, catalog.tree.path, nursery)
+                    walker = Walker(catalog.tree.path, helpers, nursery)
                     planner.on_wanted = walker.look_up
                 nursery.start_soon(keep_running, "planning", planner.run)
             snapshot = Snapshot(
@@ -237,7 +233,7 @@ async def _serve(
             nursery.start_soon(keep_running, "looking into doubts", snapshot.settle)
             status = Status(
                 str(mount.url), str(mount.mountpoint), beginning.mounted_ns,
-                restarts_of(mount.mountpoint), options, catalog, snapshot,
+                restarts, options, catalog, snapshot,
                 filesystem, fetcher, page_cache, prefetcher, planner, recorder, cache, carried,
                 movers,
             )  # fmt: skip
@@ -253,11 +249,10 @@ async def _serve(
             routes |= Warming(source, catalog, options, nursery).routes()
             routes |= Contents(source, catalog, fetcher).routes()
             routes |= snapshot.routes()
-            if has_place:
+            if control_socket is not None:
                 nursery.start_soon(
-                    keep_running, "the control socket",
-                    serve_control, socket_path, control_listeners, routes,
-                )  # fmt: skip
+                    keep_running, "the control socket", serve_control, control_socket, routes
+                )
             log.info("%s %s at %s", verb, mount.url, mount.mountpoint)
             recorder.ready()
             on_ready(beginning.mounted_ns)
@@ -299,7 +294,10 @@ def _measured(status: Status) -> dict[str, Any]:
 
 
 async def _begin(mount: Mount, line: SupervisorLine, region: str) -> tuple[Session, Beginning]:
-    began = line.mount(str(mount.url), allow_other=mount.options.allow_other)
+    options = mount.options
+    began = line.mount(
+        str(mount.url), allow_other=options.allow_other, read_ahead_bytes=options.read_ahead
+    )
     session = Session(mount.mountpoint, *began)
     answer = await session.negotiate()
     return session, Beginning(session.init_message.hex(), answer.hex(), region, time.time_ns())

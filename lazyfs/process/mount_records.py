@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -136,21 +137,6 @@ def is_detached(record: MountRecord) -> bool:
     return False
 
 
-def is_place_of(mountpoint: Path, lock: int | None) -> bool:
-    """Whether a mountpoint is still that of the mount with this lock.
-
-    Args:
-        lock: a descriptor of its record; None: no other mount can have the mountpoint.
-    """
-    return lock is None or _is_at(_path(mountpoint), lock)
-
-
-def restarts_of(mountpoint: Path) -> int:
-    """How many workers of a mount ended before the present one, which calls this."""
-    record = last_record(mountpoint)
-    return record.restarts if record else 0  # this worker has no supervisor any more
-
-
 class DaemonWatch:
     """Waits for the end of the daemon that serves a mountpoint now, however it ends."""
 
@@ -213,8 +199,8 @@ def check_runtime_directory() -> None:
         MountError: it cannot be made, others can write to it, or its path is too long.
     """
     directory = runtime_directory()
-    socket = control_socket(Path("/"))  # all sockets' names have the same length
-    too_long = len(os.fsencode(socket)) - LONGEST_SOCKET_PATH
+    path = control_socket(Path("/"))  # all sockets' names have the same length
+    too_long = len(os.fsencode(path)) - LONGEST_SOCKET_PATH
     if too_long > 0:
         raise MountError(
             f"{directory}: this path is {too_long} bytes too long for sockets in it; "
@@ -229,6 +215,28 @@ def check_runtime_directory() -> None:
 def control_socket(mountpoint: Path) -> Path:
     """The control socket of the worker that serves a mountpoint (`lazyfs/control/`)."""
     return _path(mountpoint).with_suffix(".sock")
+
+
+def listen_at(path: Path) -> socket.socket:
+    """Listen on a unix socket that only this user may connect to.
+
+    Args:
+        path: of the socket. An existing one is replaced, because this process holds the lock of the
+            mount.
+
+    Raises:
+        MountError: it cannot be made.
+    """
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        path.unlink(missing_ok=True)
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        raise MountError(f"{path}: the control socket cannot be made: {error}") from error
+    return listener
 
 
 def default_log_file(mountpoint: Path) -> Path:

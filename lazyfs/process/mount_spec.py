@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from lazyfs.memory_file import memory_file, read_whole
+from lazyfs.process.privileges import Rights
 from lazyfs.store.credentials import Credentials, credentials_from
 
 
@@ -24,6 +25,7 @@ class MountSpec:
         options: text by option name (`lazyfs/options/mount_options.py`).
         credentials: given for this mount; None: botocore finds them.
         volume: ids of the Kubernetes volumes that are served, separated by commas, for the log.
+        rights: what a worker of root needs (`process/worker_files.py`).
     """
 
     source: str
@@ -31,6 +33,7 @@ class MountSpec:
     options: Mapping[str, str | list[str]] = field(default_factory=dict)
     credentials: Credentials | None = None
     volume: str = ""
+    rights: str = Rights.USER.value
 
     def to_descriptor(self) -> int:
         """A memory file that contains it."""
@@ -47,4 +50,5 @@ class MountSpec:
             fields["options"],
             None if credentials is None else credentials_from(credentials),
             fields.get("volume", ""),
+            fields.get("rights", Rights.USER.value),
         )

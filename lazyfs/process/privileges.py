@@ -1,7 +1,11 @@
-"""Giving up what a daemon of root does not need, and what a crash would tell.
+"""What the processes that serve a mount may do.
 
-Capabilities, their bounding set and `no_new_privs` are a thread's; a new thread or process has
-those of the thread that starts it (capabilities(7)).
+A worker reads what others wrote, so it has as few rights as it can do its work with. Its supervisor
+starts it without capabilities, with a filter of system calls, and with no way to get more rights
+again; a supervisor of root starts it as a user of its own.
+
+Capabilities, their bounding set, `no_new_privs` and filters are a thread's; a new thread or process
+has those of the thread that starts it (capabilities(7)). Uses only the standard library.
 """
 
 from __future__ import annotations
@@ -10,23 +14,63 @@ import ctypes
 import logging
 import os
 import resource
+import secrets
+import subprocess
 import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
+from typing import IO
+
+from lazyfs import user
+from lazyfs.process import system_calls
 
 log = logging.getLogger(__name__)
 
-# linux/prctl.h, linux/capability.h
-_PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 4, 24, 38
+# linux/prctl.h, linux/capability.h, linux/securebits.h
+_PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_SECUREBITS, _PR_SET_NO_NEW_PRIVS = 4, 24, 28, 38
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE = 47, 2
+_SECBIT_NO_SETUID_FIXUP = 1 << 2
 _CAPABILITY_VERSION_3 = 0x20080522
-_CAP_DAC_READ_SEARCH = 2
+_DAC_READ_SEARCH = 1 << 2
 # When memory is short, the kernel prefers to kill processes with higher values (proc(5)): a load
 # can wait for a daemon, but cannot continue without it.
 OOM_SCORE_ADJUSTMENT = -500
 
-# Threads that only wait for work answer by then.
-THREADS_TIMEOUT_S = 5.0
+# The memory of a worker: so much, and so many times the limit for blocks.
+MEMORY_BYTES, MEMORY_SHARE = 1 << 30, 4
+# Of a thread. There may be hundreds; the usual 8 MiB each would count against the limit.
+STACK_BYTES = 1 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Rights(Enum):
+    """What a worker of root needs: nothing that is root's, to read files of root, or to be root.
+
+    The values are kept with a session.
+    """
+
+    NONE = "none"
+    READ_ALL_FILES = "read all files"
+    USER = "user"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerUser:
+    """The user that a worker runs as, and whether it has the one capability that it may have.
+
+    Attributes:
+        uid: user and group; None: those of its supervisor.
+        group: another group, to which shared caches belong; None: there is none.
+        reads_all_files: it has CAP_DAC_READ_SEARCH, because it needs files that other users cannot
+            read.
+    """
+
+    uid: int | None = None
+    group: int | None = None
+    reads_all_files: bool = True
 
 
 def leave_no_core_dump() -> None:
@@ -39,12 +83,12 @@ def leave_no_core_dump() -> None:
     _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
-def protect_from_oom() -> None:
+def protect_from_oom(process: int | str = "self") -> None:
     """Ask the kernel to kill other processes first when memory is short; needs root.
 
     The value may be lower already: kubelet sets -997 for critical pods.
     """
-    path = Path("/proc/self/oom_score_adj")
+    path = Path(f"/proc/{process}/oom_score_adj")
     try:
         if int(path.read_text()) > OOM_SCORE_ADJUSTMENT:
             path.write_text(str(OOM_SCORE_ADJUSTMENT))
@@ -52,60 +96,124 @@ def protect_from_oom() -> None:
         log.debug("the OOM score stays as it is: %s", error.strerror)
 
 
-def drop() -> None:
-    """Give up all capabilities of this thread but one, and the way to get any back.
+def limit_memory(memory_limit_bytes: int) -> None:
+    """Limit the memory of this process, so that what others wrote cannot take all of a machine's.
 
-    CAP_DAC_READ_SEARCH stays: credential files that are read again when a token was renewed may
-    belong to another user. Files of the cache and the log belong to this one.
+    Names, and what is parsed, have limits of their own (`namespace/catalog.py`,
+    `prefetch/planner.py`); this one is for what nobody thought of. Beyond it, an allocation fails:
+    one request, or this process alone. Stacks of threads count.
+
+    Args:
+        memory_limit_bytes: for blocks.
+    """
+    most = MEMORY_BYTES + MEMORY_SHARE * memory_limit_bytes
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+
+
+def worker_user(rights: Rights) -> WorkerUser:
+    """A user for one worker, which no other process has: nobody may send it signals.
+
+    The thread that starts a worker has this user for a moment, too.
+    """
+    ids = user.worker_ids() if system_calls.is_known_machine() else None
+    if ids is None or rights is Rights.USER:
+        return WorkerUser()
+    first, count = ids
+    return WorkerUser(
+        first + secrets.randbelow(count - 1), user.cache_group(), rights is Rights.READ_ALL_FILES
+    )
+
+
+def start(
+    command: Sequence[str],
+    as_user: WorkerUser,
+    *,
+    descriptors: Sequence[int] = (),
+    environment: Mapping[str, str] | None = None,
+    outputs: tuple[int | IO[bytes] | None, ...] = (subprocess.DEVNULL, None, None),
+) -> subprocess.Popen[bytes]:
+    """Start a process of that user, with no more than one capability and no way to another one.
+
+    Args:
+        descriptors: passed on.
+        outputs: as `stdin`, `stdout` and `stderr` of `subprocess.Popen`.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    started: list[subprocess.Popen[bytes]] = []
+    failed: list[BaseException] = []
+
+    def start_with_less() -> None:
+        try:
+            if os.geteuid() == 0:
+                _keep(_DAC_READ_SEARCH if as_user.reads_all_files else 0)
+            if as_user.uid is not None:
+                groups = [] if as_user.group is None else [as_user.group]
+                system_calls.become(as_user.uid, as_user.uid, groups)
+            _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+            system_calls.deny_unneeded()
+            stdin, stdout, stderr = outputs
+            started.append(
+                subprocess.Popen(
+                    command, stdin=stdin, stdout=stdout, stderr=stderr, pass_fds=descriptors,
+                    start_new_session=True, env=environment,
+                )
+            )  # fmt: skip
+        except BaseException as error:
+            failed.append(error)
+
+    # What it gives up is gone for this thread, and stays with the others. With `user` of Popen the
+    # process would be forked, and gRPC, which has handlers of forks, would crash in it.
+    thread = threading.Thread(target=start_with_less)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return started[0]
+
+
+def confine() -> None:
+    """Give up what `start` cannot take away. To be called before a thread is started.
 
     Raises:
         OSError: the kernel refused.
     """
-    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-    if os.geteuid() != 0:
-        return
+    leave_no_core_dump()
+    # What a cache shares is shared with a group that nobody else has; see `cache_place.py`.
+    os.umask(0o007 if os.getgroups() == [user.cache_group()] else 0o077)
+    held = user.held_capabilities()
+    if held & ~_DAC_READ_SEARCH:  # its supervisor could not limit what root gets by execve(2)
+        kept = held & _DAC_READ_SEARCH
+        _set_capabilities(kept, kept, 0)
+
+
+def _keep(kept: int) -> None:
+    """Leave this thread what starting a process of another user needs, and the process `kept`."""
     last = int(Path("/proc/sys/kernel/cap_last_cap").read_text())
-    kept = _held_capabilities() & (1 << _CAP_DAC_READ_SEARCH)
+    held = user.held_capabilities()
     for capability in range(last + 1):
         if not kept >> capability & 1:
-            # EPERM: CAP_SETPCAP is not held; then no_new_privs is what stands in the way.
+            # EPERM: CAP_SETPCAP is not held. Then no_new_privs is what stands in the way.
             _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
+    # So that an ambient capability survives the change of user; the others end with execve(2).
+    _libc.prctl(_PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP, 0, 0, 0)
+    kept &= held
+    both = kept | held & (user.SETUID | user.SETGID)
+    _set_capabilities(both, both, kept)
+    if kept:
+        _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, kept.bit_length() - 1, 0, 0)
+
+
+def _set_capabilities(effective: int, permitted: int, inheritable: int) -> None:
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    low, high = kept & 0xFFFFFFFF, kept >> 32
-    # Two records of: effective, permitted, inheritable (capset(2)).
-    sets = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
-    _check(_libc.capset(header, sets))
-
-
-async def drop_in_all_threads() -> None:
-    """`drop`, in the thread of the event loop and in those that wait for its work.
-
-    To be called while nothing is done in threads.
-    """
-    import trio  # not for supervisors
-
-    drop()
-    others = [each for each in threading.enumerate() if each is not threading.current_thread()]
-    if not others:
-        return
-    # As many jobs at once as there are threads: so each thread that waits for work gets one.
-    begun = threading.Barrier(len(others))
-    limiter = trio.CapacityLimiter(len(others))
-
-    def drop_together() -> None:
-        begun.wait(THREADS_TIMEOUT_S)
-        drop()
-
-    async with trio.open_nursery() as nursery:
-        for _ in others:
-            nursery.start_soon(lambda: trio.to_thread.run_sync(drop_together, limiter=limiter))
-
-
-def _held_capabilities() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("CapPrm:"):
-            return int(line.split()[1], 16)
-    return 0
+    sets = (effective, permitted, inheritable)
+    # Two records: the low words, the high words (capset(2)).
+    words = [each & 0xFFFFFFFF for each in sets] + [each >> 32 for each in sets]
+    _check(_libc.capset(header, (ctypes.c_uint32 * 6)(*words)))
 
 
 def _check(result: int) -> None:

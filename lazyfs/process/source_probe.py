@@ -19,13 +19,13 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 from lazyfs import errors, log
 from lazyfs.errors import LazyfsError
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.process.mount_spec import MountSpec
+from lazyfs.process.privileges import limit_memory
 from lazyfs.store.resolved_source import ResolvedSource
 from lazyfs.store.s3_source import resolve
 from lazyfs.store.url import SourceUrl
@@ -41,20 +41,16 @@ NAME = "lazyfs-scout"
 
 
 class SourceProbe:
-    """The process, which loads botocore at once. No other thread may run when it is made.
+    """The process, which loads botocore at once. No other thread may run when it is made."""
 
-    Args:
-        prepare: called in the process first: it has no more rights than it needs, because what it
-            reads was written by others.
-    """
-
-    def __init__(self, prepare: Callable[[], None]) -> None:
+    def __init__(self) -> None:
         self._connection, theirs = socket.socketpair()
         worker = os.getpid()
         self._ending = threading.Lock()
-        self._pid: int | None = os.fork()
-        if self._pid == 0:
-            _be_scout(theirs, worker, prepare)
+        self.pid = os.fork()
+        if self.pid == 0:
+            _be_scout(theirs, worker)
+        self._ended = False
         theirs.close()
 
     def ask(self, spec: int, region: str | None) -> ResolvedSource | None:
@@ -86,16 +82,15 @@ class SourceProbe:
     def end(self) -> None:
         """It is not needed any more; whoever waits for its answer gets none."""
         with self._ending:
-            if self._pid is not None:
-                os.kill(self._pid, signal.SIGKILL)
-                os.waitpid(self._pid, 0)
-                self._pid = None
+            if not self._ended:
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                self._ended = True
 
 
-def _be_scout(connection: socket.socket, worker: int, prepare: Callable[[], None]) -> NoReturn:
+def _be_scout(connection: socket.socket, worker: int) -> NoReturn:
     code = 1
     try:
-        prepare()
         libc = ctypes.CDLL(None)
         libc.prctl(_PR_SET_NAME, NAME.encode())
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -127,6 +122,7 @@ def _find(connection: socket.socket) -> None:
     spec = MountSpec.from_descriptor(spec_fd)
     try:
         options = MountOptions.parse(("--{name}", spec.options))
+        limit_memory(options.memory_limit)
         log.configure(
             options.log_level, options.log_format, mountpoint=spec.mountpoint, volume=spec.volume
         )

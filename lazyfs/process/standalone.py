@@ -20,7 +20,7 @@ from lazyfs.errors import LazyfsError, MountError
 from lazyfs.handover.keeper import Keeper, allow_many_descriptors
 from lazyfs.log import configure
 from lazyfs.process.mount_spec import MountSpec
-from lazyfs.process.privileges import protect_from_oom
+from lazyfs.process.privileges import leave_no_core_dump, protect_from_oom
 from lazyfs.process.supervisor import Supervisor
 from lazyfs.process.worker_process import StartedWorker
 
@@ -62,6 +62,7 @@ def main(
         serve(waiting[1])
         return waiting[0]
 
+    leave_no_core_dump()
     protect_from_oom()
     allow_many_descriptors()
     supervisor = Supervisor(spec, connect, leash=False, on_end=lambda: news.put(None), first=first)

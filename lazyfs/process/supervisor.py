@@ -28,20 +28,24 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lazyfs import user
 from lazyfs.errors import DaemonError, LazyfsError, MountError
 from lazyfs.faults import report_fault, start_watching
 from lazyfs.fuse import mount_syscalls
 from lazyfs.handover.handover import FUSE, IN_HAND, LOCK, LOG, SPEC, is_complete
-from lazyfs.handover.keeper import KeeperClient, KeeperError
+from lazyfs.handover.keeper import KeeperClient, KeeperError, restrict_to
 from lazyfs.handover.pending_requests import note_death
 from lazyfs.log import within
+from lazyfs.process.mount_helpers import MountHelpers
 from lazyfs.process.mount_records import (
     MountRecord,
     RunningMount,
     control_socket,
+    listen_at,
     record_of,
 )
 from lazyfs.process.mount_spec import MountSpec
+from lazyfs.process.privileges import Rights, worker_user
 from lazyfs.process.worker_line import WorkerLine
 from lazyfs.process.worker_process import (
     END_TIMEOUT_S,
@@ -205,6 +209,7 @@ class Supervisor:
         self._store_spec()
         if mount_syscalls.clear_stale(self._mountpoint):
             log.warning("%s: unmounted a mount whose daemon was gone", self._mountpoint)
+        mount_syscalls.check_mountpoint(self._mountpoint)
         self._start_worker(timeout_s)
 
     def replace_credentials(self, credentials: Credentials) -> None:
@@ -310,30 +315,57 @@ class Supervisor:
         if self._stopping.is_set():
             self._worker.kill()  # `give_up` came just before it existed
         try:
-            with started.line:
-                self._wait_until_ready(started, time.monotonic() + timeout_s)
+            self._wait_until_ready(started, time.monotonic() + timeout_s)
+            self._fetch_kept()
         except BaseException:
             started.process.kill()
+            started.line.close()
             raise
-        self._fetch_kept()
+        threading.Thread(target=self._help, args=[started.line], daemon=True).start()
+
+    def _help(self, line: socket.socket) -> None:
+        """Start helper processes for a worker, until it ends."""
+        with line:
+            uid = str(self._spec.options.get("uid", user.uid()))
+            MountHelpers(self._mountpoint, int(uid), self._is_there).serve(line)
+
+    def _is_there(self) -> bool:
+        """Whether our mount is at the mountpoint."""
+        entry = mount_syscalls.find_mount(self._mountpoint)
+        return entry is not None and entry.device == self._device
 
     def _waiting_worker(self) -> StartedWorker | None:
         """The worker that was started early, before it was known what to mount, if it lives."""
         first, self._first = self._first, None
         started = first() if first else None
-        if started is not None and started.process.poll() is not None:
+        if started is not None and (started.process.poll() is not None or not self._suits(started)):
+            started.process.kill()
             started.line.close()
             return None
         return started
 
+    def _suits(self, started: StartedWorker) -> bool:
+        """Whether a worker that was started early has the rights that this mount needs."""
+        has, needs = started.user, worker_user(Rights(self._spec.rights))
+        return (has.uid is None, has.reads_all_files) == (needs.uid is None, needs.reads_all_files)
+
     def _start_process(self) -> StartedWorker:
         with self._connect() as connection:
-            return start_worker(self.name, connection, self._leash[0] if self._leash else None)
+            try:
+                restrict_to(connection, self.name)
+            except KeeperError as error:
+                log.warning("%s: the worker can ask for other mounts too: %s", self.name, error)
+            leash = self._leash[0] if self._leash else None
+            as_user = worker_user(Rights(self._spec.rights))
+            return start_worker(self.name, connection, as_user, leash, self.restarts)
 
     def _wait_until_ready(self, started: StartedWorker, until_s: float) -> None:
         line = WorkerLine(started.line)
-        while (said := line.receive(until_s)) and "mount" in said:
-            self._mount(line, said["mount"])
+        while (said := line.receive(until_s)) and not said.keys() & {"ready", "error"}:
+            if "control" in said:
+                self._give_control_socket(line)
+            else:
+                self._mount(line, said["mount"])
         if said is None:
             raise MountError(f"{self._mountpoint}: the daemon was not ready in time")
         if said.get("ready"):
@@ -360,7 +392,21 @@ class Supervisor:
         with self._kept_lock:
             self._kept[FUSE] = descriptor
         self._find_device()
+        if self._device:
+            # Before the worker answers FUSE_INIT, because the kernel takes the lesser of both.
+            mount_syscalls.set_read_ahead(self._device, wanted["read_ahead"])
         line.give(descriptor, init_message)
+
+    def _give_control_socket(self, line: WorkerLine) -> None:
+        # A mount that was detached while in use is still served, but the socket is the next one's.
+        if self._record is None or not self._record.is_current:
+            line.give_socket(None)
+            return
+        try:
+            with listen_at(control_socket(self._mountpoint)) as listener:
+                line.give_socket(listener)
+        except MountError as error:
+            line.refuse(error)
 
     def _find_device(self) -> None:
         entry = mount_syscalls.find_mount(self._mountpoint)

@@ -18,10 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from lazyfs import __version__, log
+from lazyfs import __version__, log, user
 from lazyfs.errors import CannotResumeError, LazyfsError
 from lazyfs.faults import report_fault, the_error
-from lazyfs.fuse import mount_syscalls
 from lazyfs.handover.handover import LOG, SPEC, Handover
 from lazyfs.handover.keeper import KeeperClient, KeeperError
 from lazyfs.options.mount_options import MountOptions
@@ -37,16 +36,28 @@ from lazyfs.store.url import SourceUrl
 LAST_STEPS_S = 5.0
 
 
-def main(name: str, keeper_fd: int, line_fd: int, leash_fd: int | None) -> int:
-    """Serve the mount that is kept under `name`; returns the exit code."""
+def main(
+    name: str, owner: tuple[int, int], restarts: int,
+    keeper_fd: int, line_fd: int, leash_fd: int | None = None,
+) -> int:  # fmt: skip
+    """Serve the mount that is kept under `name`; returns the exit code.
+
+    Args:
+        owner: user and group of the supervisor.
+        restarts: how many workers died before this one.
+    """
     began_s = time.monotonic()
     # Objects made at the start stay: garbage collection would take a quarter of the time.
     gc.disable()
     os.chdir("/")  # a daemon must not keep a filesystem busy
-    privileges.leave_no_core_dump()
+    if os.geteuid() != owner[0]:
+        groups = os.getgroups()
+        user.works_for(*owner, groups[0] if groups else None)
+    privileges.confine()
+    threading.stack_size(privileges.STACK_BYTES)
     line = SupervisorLine(socket.socket(fileno=line_fd))
     # First, because a worker may be started before it is known what to mount.
-    scout = SourceProbe(privileges.drop)
+    scout = SourceProbe()
     if leash_fd is not None:
         threading.Thread(target=_end_with, args=[leash_fd], daemon=True).start()
     keeper = KeeperClient(socket.socket(fileno=keeper_fd))
@@ -62,7 +73,10 @@ def main(name: str, keeper_fd: int, line_fd: int, leash_fd: int | None) -> int:
             order.url, Path(order.spec.mountpoint), order.options, began_s, order.spec.credentials,
             order.spec.options,
         )  # fmt: skip
-        run(mount, keeper, line, order.former, opening, lambda mounted: _ready(line, mounted))
+        run(
+            mount, keeper, line, order.former, opening, restarts,
+            lambda mounted: _ready(line, mounted),
+        )  # fmt: skip
     except Exception as error:
         return _refuse(line, the_error(error))
     finally:
@@ -92,15 +106,13 @@ def _ask_keeper(keeper: KeeperClient, name: str) -> _Order:
         for output in (1, 2):
             os.dup2(kept[LOG], output)
     spec = MountSpec.from_descriptor(kept[SPEC])
-    privileges.protect_from_oom()
     options = MountOptions.parse(("--{name}", spec.options))
+    privileges.limit_memory(options.memory_limit)
     log.configure(
         options.log_level, options.log_format, mountpoint=spec.mountpoint, volume=spec.volume
     )
     options = descriptors.fit(options)
     former = Handover.fetch(keeper, name)
-    if former is None:
-        mount_syscalls.check_mountpoint(Path(spec.mountpoint))
     return _Order(kept[SPEC], spec, SourceUrl.parse(spec.source), options, former)
 
 
@@ -134,7 +146,6 @@ def _refuse(line: SupervisorLine, error: BaseException) -> int:
 def _end_with(leash: int) -> None:
     """End soon after the supervisor: the next supervisor starts a worker that resumes the mount."""
     try:
-        privileges.drop()
         os.read(leash, 1)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(LAST_STEPS_S)
@@ -144,4 +155,4 @@ def _end_with(leash: int) -> None:
 
 if __name__ == "__main__":
     numbers = [int(text) for text in sys.argv[2:]]
-    sys.exit(main(sys.argv[1], numbers[0], numbers[1], numbers[2] if len(numbers) > 2 else None))
+    sys.exit(main(sys.argv[1], (numbers[0], numbers[1]), *numbers[2:]))

@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from lazyfs.process.privileges import WorkerUser, protect_from_oom, start
+
 # Time for a worker to finish after it was told to end, or its mount ended.
 END_TIMEOUT_S = 8.0
 POLL_S = 0.1
@@ -33,33 +35,44 @@ class HasFileno(Protocol):
 
 
 class StartedWorker(NamedTuple):
-    """A started worker, and the connection on which it reports its progress."""
+    """A started worker, the connection on which it reports its progress, and its user."""
 
     process: subprocess.Popen[bytes]
     line: socket.socket
+    user: WorkerUser
 
 
-def start_worker(name: str, connection: socket.socket, leash: int | None = None) -> StartedWorker:
+def start_worker(
+    name: str,
+    connection: socket.socket,
+    user: WorkerUser,
+    leash: int | None = None,
+    restarts: int = 0,
+) -> StartedWorker:
     """Start the process of a worker.
 
     Args:
         name: the name of its mount in the keeper.
         connection: to the keeper.
+        user: the user that it runs as.
         leash: a pipe's descriptor; the worker ends when the other end is closed.
+        restarts: how many workers died before it.
+
+    Raises:
+        OSError: it cannot be started.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     passed = [connection.fileno(), theirs.fileno(), *([] if leash is None else [leash])]
-    command = [sys.executable, "-P", "-m", "lazyfs.process.worker", name, *map(str, passed)]
+    numbers = [os.geteuid(), os.getegid(), restarts, *passed]
+    command = [sys.executable, "-P", "-m", "lazyfs.process.worker", name, *map(str, numbers)]
     try:
         with theirs:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=passed, start_new_session=True,
-                env=child_environment(),
-            )  # fmt: skip
+            process = start(command, user, descriptors=passed, environment=child_environment())
     except BaseException:
         ours.close()
         raise
-    return StartedWorker(process, ours)
+    protect_from_oom(process.pid)
+    return StartedWorker(process, ours, user)
 
 
 def child_environment() -> dict[str, str] | None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import re
+import shutil
 import socket
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -168,3 +172,69 @@ def test_who_may_wait() -> None:
         assert others.count(math.inf) == MOST - MOST_OF_ONE - 1
     with calls.one_of("greedy") as at_most_s:
         assert at_most_s == math.inf
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_workers_of_two_tenants_are_two_users(make_node: Callable[..., TestNode], s3: S3) -> None:
+    """Each without rights; and the cache that they share is nobody else's."""
+    s3.put("two", {"m/file": b"content"})
+    directory = Path(tempfile.mkdtemp(prefix="lazyfs-"))
+    try:
+        directory.chmod(0o755)
+        node = make_node(f"--cache-dir={directory}/cache")
+        for team in ("a", "b"):
+            target = node.publish(
+                f"csi-{team}", node.context("s3://two/m") | of(team), f"csi-{team}",
+                staging_target_path="", secrets=keys("testing"),
+            )  # fmt: skip
+            assert shell("cat file", target).stdout == "content"
+        found = [
+            dict(re.findall(r"^(\w+):\s*(.*)$", (task / "status").read_text(), re.MULTILINE))
+            for pid in node.workers()
+            for task in Path(f"/proc/{pid}/task").iterdir()
+        ]
+        assert len({status["Uid"] for status in found}) == 2
+        assert {status["Uid"] for status in found}.isdisjoint({"0\t0\t0\t0"})
+        for name in ("CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb"):
+            assert {int(status[name], 16) for status in found} == {0}
+        assert {(s["NoNewPrivs"], s["Seccomp"]) for s in found} == {("1", "2")}
+        for team in ("a", "b"):
+            node.unpublish(f"csi-{team}", f"csi-{team}")
+        assert node.leftovers() == []
+    finally:
+        shutil.rmtree(directory)
+
+
+def test_one_namespace_does_not_take_the_node(make_node: Callable[..., TestNode], s3: S3) -> None:
+    """Neither with volumes nor with daemons; others go on, and a place can be had again."""
+    s3.put("bounds", {"m/file": b"content"})
+    node = make_node("--max-volumes-per-namespace=4", "--max-daemons-per-namespace=2")
+
+    def publish(volume: str, namespace: str, **options: str) -> None:
+        context = node.context("s3://bounds/m", prefetch="off", **options) | of(namespace)
+        target = node.publish(
+            volume, context, volume, staging_target_path="", secrets=keys("testing")
+        )
+        assert shell("cat file", target).stdout == "content"
+
+    publish("greedy-0", "greedy")
+    publish("greedy-1", "greedy", blockSize="1MiB")
+    code, message = refused(lambda: publish("greedy-2", "greedy", blockSize="2MiB"))
+    assert code == "RESOURCE_EXHAUSTED" and "--max-daemons-per-namespace" in message
+    assert len(node.workers()) == 2
+    publish("greedy-2", "greedy")
+    publish("greedy-3", "greedy")
+    for _ in range(2):
+        code, message = refused(lambda: publish("greedy-4", "greedy"))
+        assert code == "RESOURCE_EXHAUSTED" and "--max-volumes-per-namespace" in message
+    publish("greedy-3", "greedy")  # kubelet repeats calls
+    publish("modest-0", "modest", blockSize="4MiB")
+    node.kill_plugin()
+    node.start_plugin()
+    assert refused(lambda: publish("greedy-4", "greedy"))[0] == "RESOURCE_EXHAUSTED"
+    node.unpublish("greedy-1", "greedy-1")
+    publish("greedy-4", "greedy", blockSize="2MiB")
+    assert refused(lambda: publish("greedy-5", "greedy"))[0] == "RESOURCE_EXHAUSTED"
+    for volume in ("greedy-0", "greedy-2", "greedy-3", "greedy-4", "modest-0"):
+        node.unpublish(volume, volume)
+    assert node.leftovers() == []

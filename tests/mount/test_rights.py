@@ -1,12 +1,16 @@
-"""The privileges of a mount's processes, and what a crash reveals."""
+"""The rights of a mount's processes, and what a crash reveals."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,17 +18,29 @@ import pytest
 from mounting import Mounted, shell
 from s3 import S3
 
+from lazyfs.process import privileges
+
 pytestmark = [
     pytest.mark.fuse,
-    pytest.mark.skipif(os.geteuid() != 0, reason="others have no capabilities to give up"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="others have no rights to give up"),
 ]
 DAC_READ_SEARCH = 1 << 2
+CAPABILITIES = ("CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def bucket(server: S3) -> None:
     shards = {f"m/model-{n:05}-of-00004.safetensors": os.urandom(4 << 20) for n in range(1, 5)}
     server.put("rights", {"m/config.json": b"{}", **shards})
+
+
+@pytest.fixture
+def open_cache() -> Iterator[Path]:
+    """A cache below directories that all users can pass, as /var/cache is."""
+    directory = Path(tempfile.mkdtemp(prefix="lazyfs-"))
+    directory.chmod(0o755)
+    yield directory / "cache"
+    shutil.rmtree(directory)
 
 
 def statuses(pid: int) -> Iterator[dict[str, str]]:
@@ -34,20 +50,123 @@ def statuses(pid: int) -> Iterator[dict[str, str]]:
         yield dict(re.findall(r"^(\w+):\s*(.*)$", text, re.MULTILINE))
 
 
-def test_no_thread_of_a_worker_keeps_a_capability(mount: Callable[..., Mounted]) -> None:
-    """Of those that are there after a load, and after another worker has gone on."""
-    mounted = mount("s3://rights/m", "--block-size=256KiB")
-    for _ in range(2):
+def uid_of(pid: int) -> int:
+    return int(next(statuses(pid))["Uid"].split()[0])
+
+
+@contextlib.contextmanager
+def watched(mountpoint: str) -> Iterator[list[dict[str, str]]]:
+    """The status of each thread of each process that is a worker's or was forked from one."""
+    seen: list[dict[str, str]] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            for process in Path("/proc").iterdir():
+                if process.name.isdigit():
+                    with contextlib.suppress(OSError):
+                        words = (process / "cmdline").read_bytes().split(b"\0")
+                        if b"lazyfs.process.worker" in words and mountpoint.encode() in words:
+                            seen.extend(statuses(int(process.name)))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        watcher.join()
+
+
+def check(status: dict[str, str], allowed: int = 0) -> None:
+    assert set(status["Uid"].split()) == set(status["Gid"].split()), status
+    assert int(status["Uid"].split()[0]) >= 61184, status
+    for name in CAPABILITIES:
+        assert not int(status[name], 16) & ~allowed, status
+    assert status["NoNewPrivs"] == "1", status
+    assert status["Seccomp"] == "2", status
+
+
+def test_no_process_of_a_mount_has_rights(
+    mount: Callable[..., Mounted], open_cache: Path, tmp_path: Path
+) -> None:
+    """From the first instruction on: worker and probe, during a load, and the next worker."""
+    with watched(str(tmp_path)) as seen:
+        mounted = mount("s3://rights/m", f"--cache-dir={open_cache}", "--block-size=256KiB")
+    with watched(str(mounted.path)) as later:
         shell("cat * | wc -c", mounted.path)
-        found = list(statuses(mounted.worker))
-        assert len(found) > 2
-        for status in found:
-            for name in ("CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb"):
-                assert not int(status[name], 16) & ~DAC_READ_SEARCH, status
-            assert status["NoNewPrivs"] == "1"
-        worker = mounted.worker
-        os.kill(worker, signal.SIGKILL)
-        subprocess.run(["stat", mounted.path / "config.json"], check=True, timeout=60)
+        os.kill(mounted.worker, signal.SIGKILL)
+        # It asks the next worker: nothing is known of such a name.
+        shell("ls nothing; cat * | wc -c", mounted.path)
+    found = [*seen, *later, *statuses(mounted.worker)]
+    assert len({status["Tgid"] for status in found}) > 2, "two workers and a probe"
+    assert "lazyfs-scout" in {status["Name"] for status in found}
+    for status in found:
+        check(status)
+    # Its files are shared with other workers of root, and with nobody else.
+    for path in (open_cache, *open_cache.rglob("*")):
+        assert path.stat().st_mode & 0o007 == 0
+        assert path.stat().st_gid >= 61184
+
+
+def test_each_mount_has_a_user_of_its_own(
+    mount: Callable[..., Mounted], open_cache: Path, s3: S3
+) -> None:
+    """The second mount reads what the first one cached; neither can touch the other's process."""
+    s3.put("common", {"m/model.safetensors": os.urandom(3 << 20)})
+    first = mount("s3://common/m", f"--cache-dir={open_cache}", "--prefetch=off")
+    assert shell("cat model.safetensors | wc -c", first.path).stdout.strip() == str(3 << 20)
+    first_uid = uid_of(first.worker)
+    assert shell("stat -c %u:%g model.safetensors", first.path).stdout.strip() == "0:0"
+    first.end()
+    again = mount("s3://common/m", f"--cache-dir={open_cache}", "--prefetch=off")
+    assert uid_of(again.worker) != first_uid
+    s3.forget_requests()
+    assert shell("cat model.safetensors | wc -c", again.path).stdout.strip() == str(3 << 20)
+    assert s3.data_requests() == []
+
+
+def test_files_of_root_are_read_where_they_are_needed(mount: Callable[..., Mounted]) -> None:
+    """A cache below a directory of root alone: one capability, and nothing else."""
+    mounted = mount("s3://rights/m")
+    shell("cat * | wc -c", mounted.path)
+    for status in statuses(mounted.worker):
+        check(status, DAC_READ_SEARCH)
+
+
+def test_a_cache_of_a_former_version_is_taken_over(
+    mount: Callable[..., Mounted], open_cache: Path
+) -> None:
+    """It was root's; what else is in the directory stays as it is."""
+    open_cache.mkdir(mode=0o755)
+    other = open_cache / "notes"
+    other.write_text("not of a cache")
+    other.chmod(0o644)
+    mounted = mount("s3://rights/m", f"--cache-dir={open_cache}", "--prefetch=off")
+    shell("cat * | wc -c", mounted.path)
+    mounted.end()
+    blocks = [each for each in open_cache.rglob("*") if len(each.name) == 30]
+    assert blocks
+    for path in open_cache.rglob("*"):
+        if path != other:
+            os.chown(path, 0, 0)
+            path.chmod(0o700 if path.is_dir() else 0o600)
+    os.chown(open_cache, 0, 0)
+    open_cache.chmod(0o755)
+    again = mount("s3://rights/m", f"--cache-dir={open_cache}", "--prefetch=off")
+    size = shell("cat * | wc -c", again.path).stdout.strip()
+    assert int(size) == (16 << 20) + 2
+    assert {each for each in open_cache.rglob("*") if len(each.name) == 30} == set(blocks)
+    assert other.stat().st_mode & 0o777 == 0o644 and other.stat().st_gid == 0
+    assert open_cache.stat().st_mode & 0o7777 == 0o2775
+
+
+def test_a_worker_has_a_hard_limit_of_memory(mount: Callable[..., Mounted]) -> None:
+    """It follows the limit for blocks."""
+    mounted = mount("s3://rights/m", "--memory-limit=64MiB", "--prefetch=off")
+    limits = Path(f"/proc/{mounted.worker}/limits").read_text()
+    (limit,) = re.findall(r"^Max data size +(\d+) ", limits, re.MULTILINE)
+    assert int(limit) == privileges.MEMORY_BYTES + privileges.MEMORY_SHARE * (64 << 20)
 
 
 def test_a_worker_leaves_no_core_dump(mount: Callable[..., Mounted]) -> None:
@@ -57,13 +176,15 @@ def test_a_worker_leaves_no_core_dump(mount: Callable[..., Mounted]) -> None:
         mounted = mount("s3://rights/m")
     finally:
         resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
-    limits = Path(f"/proc/{mounted.worker}/limits").read_text()
-    assert re.search(r"^Max core file size +0 +0 ", limits, re.MULTILINE)
-    # Owned by root and closed to others is what cannot be dumped (proc(5)). It is root's anyhow;
-    # so ask who may trace it: a process without capabilities, of the same user.
+    for pid in (mounted.worker, mounted.pid):
+        limits = Path(f"/proc/{pid}/limits").read_text()
+        assert re.search(r"^Max core file size +0 +0 ", limits, re.MULTILINE)
+    # Owned by root and closed to others is what cannot be dumped (proc(5)): a process of the
+    # worker's own user may not look at it.
+    uid = uid_of(mounted.worker)
     peek = f"cat /proc/{mounted.worker}/environ > /dev/null"
     tried = subprocess.run(
-        ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "bash", "-c", peek],
+        ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "bash", "-c", peek],
         capture_output=True, text=True, timeout=30, check=False,
     )  # fmt: skip
     assert "Permission denied" in tried.stderr

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +18,14 @@ import pytest
 from mounting import descriptors
 
 from lazyfs.handover.handover import Beginning, Handover, new_carried, new_in_hand, new_near
-from lazyfs.handover.keeper import LONGEST_MESSAGE, MOST_LABELS, Keeper, KeeperClient, KeeperError
+from lazyfs.handover.keeper import (
+    LONGEST_MESSAGE,
+    MOST_LABELS,
+    Keeper,
+    KeeperClient,
+    KeeperError,
+    restrict_to,
+)
 from lazyfs.handover.runtime_changes import RuntimeChanges
 from lazyfs.memory_file import memory_file, read_whole
 
@@ -60,6 +67,27 @@ def test_what_is_stored_can_be_fetched_by_others(keeper: Keeper, client: KeeperC
     other.drop("volume")
     assert (other.names(), other.fetch("volume")) == ([], {})
     other.drop("volume")
+
+
+def test_a_worker_s_connection_is_about_its_own_name(keeper: Keeper, client: KeeperClient) -> None:
+    client.store("theirs", {"spec": memory_file("theirs", b"secret")})
+    connection = connection_to(keeper)
+    restrict_to(connection, "ours")
+    worker = KeeperClient(connection)
+    worker.store("ours", {"spec": memory_file("ours", b"ours")})
+    assert contents(worker.fetch("ours")) == {"spec": b"ours"}
+    attempts: list[Callable[[], object]] = [
+        worker.names,
+        lambda: worker.fetch("theirs"),
+        lambda: worker.store("theirs", {}),
+        lambda: worker.drop("theirs"),
+        lambda: restrict_to(connection, "theirs"),
+    ]
+    for attempt in attempts:
+        with pytest.raises(KeeperError, match="about ours alone"):
+            attempt()
+    assert contents(client.fetch("theirs")) == {"spec": b"secret"}
+    worker.close()
 
 
 def test_descriptors_do_not_leak(client: KeeperClient) -> None:

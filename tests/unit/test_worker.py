@@ -1,10 +1,15 @@
 """What is loaded before a mount is served, and what does not end a worker."""
 
 import fcntl
+import json
+import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -12,10 +17,15 @@ import pytest
 import trio
 
 from lazyfs.errors import MountError
+from lazyfs.helper_process import HelperProcesses
 from lazyfs.objects import File
 from lazyfs.pagecache.walker import Walker
+from lazyfs.process.mount_helpers import MountHelpers
+from lazyfs.process.privileges import Rights
+from lazyfs.process.worker_files import early_rights
 from lazyfs.process.worker_line import SupervisorLine, WorkerLine
 from lazyfs.process.worker_process import was_told_to_end
+from lazyfs.user import worker_ids
 
 # In a process of its own: botocore looks for awscrt once.
 IMPORT = """
@@ -49,14 +59,92 @@ def test_loads_awscrt_only_for_profiles_of_aws_login(tmp_path, config, expected)
 def test_serves_on_where_no_process_can_be_started(monkeypatch, caplog):
     """As in a container whose number of processes is limited."""
     monkeypatch.setattr(sys, "executable", "/nonexistent")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    helpers = MountHelpers(Path("/mnt"), os.getuid(), lambda: True)
+    serving = threading.Thread(target=helpers.serve, args=[theirs])
+    serving.start()
 
     async def look_up():
         async with trio.open_nursery() as nursery:
-            walker = Walker(Path("/mnt"), lambda file: file.name, nursery)
+            walker = Walker(lambda file: file.name, HelperProcesses(ours), nursery)
             walker.look_up([File(2, 1, "f", "f", 1, "e", 0)])
 
     trio.run(look_up)
+    ours.close()
+    serving.join(timeout=30)
     assert "/nonexistent" in caplog.text
+
+
+def test_serves_on_without_a_supervisor(caplog):
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.close()
+
+    async def look_up():
+        async with trio.open_nursery() as nursery:
+            walker = Walker(lambda file: file.name, HelperProcesses(ours), nursery)
+            walker.look_up([File(2, 1, "f", "f", 1, "e", 0)])
+
+    trio.run(look_up)
+    assert "cannot be looked up ahead" in caplog.text
+
+
+def test_helpers_stay_below_the_mountpoint(tmp_path):
+    """What a worker asks for may have been chosen by somebody who took it over."""
+    (tmp_path / "mnt/in").mkdir(parents=True)
+    (tmp_path / "mnt/in/file").write_bytes(b"x" * 5000)
+    (tmp_path / "outside").write_bytes(b"x" * 5000)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    helpers = MountHelpers(tmp_path / "mnt", os.getuid(), lambda: True)
+    serving = threading.Thread(target=helpers.serve, args=[theirs])
+    serving.start()
+    # Not in memory is what they say of a hole; and nothing, of what they may not look at.
+    with (tmp_path / "mnt/in/hole").open("wb") as hole:
+        hole.truncate(1 << 20)
+    with (tmp_path / "hole").open("wb") as hole:
+        hole.truncate(1 << 20)
+
+    def asked(path, real):
+        return [str(path), real.stat().st_ino, [[0, 4096]]]
+
+    wanted = [
+        asked("in/hole", tmp_path / "mnt/in/hole"),
+        asked("../hole", tmp_path / "hole"),
+        asked(tmp_path / "hole", tmp_path / "hole"),
+    ]
+    found = trio.run(HelperProcesses(ours).run, "dropped", json.dumps(wanted).encode())
+    assert json.loads(found) == [[0], [], []]
+    assert trio.run(HelperProcesses(ours).run, "another", b"") == b""
+    ours.close()
+    serving.join(timeout=30)
+
+
+def test_guesses_what_a_worker_needs_as_the_command_says(tmp_path, monkeypatch):
+    if worker_ids() is None:
+        pytest.skip("needs root")
+    place = Path(tempfile.mkdtemp())
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(place / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setattr(sys, "path", ["/"])
+
+    def guess(*words, **environment):
+        return early_rights(["mount", "s3://b", "/m", *words], environment)
+
+    none, some = f"--cache-dir={place}/none", f"--cache-dir={place}/some"
+    try:
+        assert guess(none) is Rights.READ_ALL_FILES  # of root alone
+        assert guess("--cache-dir=none") is Rights.NONE
+        place.chmod(0o755)
+        assert guess(none, some) is guess("--cache-dir", f"{place}/x") is Rights.NONE
+        assert guess(LAZYFS_CACHE_DIR="/root/x") is Rights.READ_ALL_FILES
+        (place / "config").write_text("[default]")
+        (place / "config").chmod(0o644)
+        # It may name files that others cannot read.
+        assert guess(none) is Rights.READ_ALL_FILES
+        assert guess(none, "--no-sign-request") is Rights.NONE
+        (place / "config").chmod(0o600)
+        assert guess(none, "--no-sign-request") is Rights.READ_ALL_FILES
+    finally:
+        shutil.rmtree(place)
 
 
 def test_serves_on_when_nobody_hears_that_it_is_ready():
@@ -70,7 +158,7 @@ def test_says_why_it_cannot_mount_when_its_supervisor_is_gone():
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     theirs.close()
     with pytest.raises(MountError, match="supervisor"):
-        SupervisorLine(ours).mount("s3://b", allow_other=False)
+        SupervisorLine(ours).mount("s3://b", allow_other=False, read_ahead_bytes=0)
 
 
 def test_a_line_beyond_the_1023rd_descriptor():

@@ -1,0 +1,91 @@
+"""Where block caches are, and who may use them.
+
+A cache belongs to one user. Root's is shared by its workers, each of which is a user of its own:
+then the directory is root's, and its group is one that only workers have (`user.cache_group`). What
+is made in it gets that group, because the directory has the set-group-ID bit (inode(7)). So all
+workers of root read, write and remove each other's blocks, and nobody else does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from lazyfs import user
+
+_SHARED = stat.S_ISGID | stat.S_IRWXU | stat.S_IRWXG
+# Of a cache: folders of blocks, blocks, and other files.
+_FOLDER, _BLOCK = re.compile("[0-9a-f]{2}"), re.compile("[0-9a-f]{30}")
+_FILE = re.compile("cache\\.db(-wal|-shm)?|claims|waiting|loading|care|opening")
+
+
+def default_directory() -> Path:
+    """The default cache directory, for root and for other users."""
+    if user.uid() == 0:
+        return Path("/var/cache/lazyfs")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "lazyfs"
+
+
+def directories(cache_dir: tuple[Path, ...] | Literal["none"] | None) -> tuple[Path, ...]:
+    """The directories that the option names; empty if there is no cache."""
+    if cache_dir == "none":
+        return ()
+    return cache_dir or (default_directory(),)
+
+
+def is_shared(status: os.stat_result) -> bool:
+    """Whether a directory is shared by workers of root, and nobody else can write to it."""
+    is_roots = (status.st_uid, status.st_gid) == (0, user.cache_group())
+    return is_roots and status.st_mode & (_SHARED | stat.S_IWOTH) == _SHARED
+
+
+def folder_mode(directory: Path) -> int:
+    """The mode of new folders in a cache directory. Raises OSError."""
+    return _SHARED if is_shared(directory.stat()) else 0o700
+
+
+def share(directory: Path) -> None:
+    """Have workers of root share a directory; it is made if it is missing. To be called by root.
+
+    What a cache in it already has becomes theirs, too. Other files are not touched, and who can
+    look into the directory still can.
+
+    Raises:
+        OSError: it cannot be made, or others than root use it, or it keeps no groups and modes.
+    """
+    group = user.cache_group()
+    if group is None:
+        raise PermissionError(f"{directory}: this process cannot change groups")
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status = directory.stat()
+    if is_shared(status):
+        return
+    if status.st_uid != 0 or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{directory}: is not a directory that only root can write to")
+    if status.st_gid not in (0, group) and status.st_mode & stat.S_IRWXG:
+        raise PermissionError(f"{directory}: is used by the group {status.st_gid}")
+    # Until the last step nobody else can change anything here.
+    for path in _content(directory):
+        os.chown(path, -1, group, follow_symlinks=False)
+        path.chmod(_SHARED if path.is_dir() else 0o660)
+    os.chown(directory, -1, group)
+    directory.chmod(_SHARED | status.st_mode & (stat.S_IROTH | stat.S_IXOTH))
+    if not is_shared(directory.stat()):
+        raise PermissionError(f"{directory}: its filesystem does not keep groups and modes")
+
+
+def _content(directory: Path) -> Iterator[Path]:
+    """Files and folders of a cache (`cache/directory.py`)."""
+    for path in directory.iterdir():
+        if path.is_symlink():
+            continue
+        if path.is_dir() and _FOLDER.fullmatch(path.name):
+            yield from (inner for inner in path.iterdir() if _BLOCK.fullmatch(inner.name))
+            yield path
+        elif path.is_file() and _FILE.fullmatch(path.name):
+            yield path

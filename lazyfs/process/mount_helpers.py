@@ -1,0 +1,95 @@
+"""Helper processes that use a mount. Its worker must not: it would wait for itself.
+
+Only the user of a mount may see its files and ask which of their pages are in memory (mincore(2)).
+A worker of root is another user, so the supervisor starts the helpers, as the owner of the files
+and without any capability. The worker sends the name of a helper and the ends of two pipes: what
+the helper reads, and where it prints.
+
+Uses only the standard library.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from lazyfs.process.privileges import WorkerUser, start
+
+log = logging.getLogger(__name__)
+
+# The helpers, as arguments of Python: each one also gets the mountpoint. `walker.py` explains the
+# first one.
+LOOK_UP = (
+    "import os, sys\n"
+    "for directory in sys.stdin.buffer.read().split(b'\\0'):\n"
+    "    if os.path.isabs(directory) or b'..' in directory.split(b'/'): continue\n"
+    "    path = os.path.join(os.fsencode(sys.argv[1]), directory)\n"
+    "    for name in os.listdir(path): os.lstat(os.path.join(path, name))\n"
+)
+_PROGRAMS = {
+    "look_up": ["-I", "-S", "-c", LOOK_UP],
+    "dropped": ["-P", "-m", "lazyfs.pagecache.mincore"],
+}
+# Of one mount. A worker asks for one of each; what waits for an answer of a dead worker counts.
+MOST_HELPERS = 8
+_LONGEST_MESSAGE = 1024
+
+
+class MountHelpers:
+    """Starts the helpers of one mount.
+
+    Args:
+        mountpoint: where they look.
+        owner: the owner of the files.
+        is_there: whether the mount is still at its mountpoint.
+    """
+
+    def __init__(self, mountpoint: Path, owner: int, is_there: Callable[[], bool]) -> None:
+        self._mountpoint = mountpoint
+        self._is_there = is_there
+        is_other = os.geteuid() == 0 and owner != 0
+        self._user = WorkerUser(owner if is_other else None, None, reads_all_files=False)
+        self._running: list[subprocess.Popen[bytes]] = []
+
+    def serve(self, worker: socket.socket) -> None:
+        """Start what a worker asks for, until it ends."""
+        while True:
+            try:
+                data, descriptors, _, _ = socket.recv_fds(
+                    worker, _LONGEST_MESSAGE, 2, socket.MSG_CMSG_CLOEXEC
+                )
+            except OSError:
+                return
+            try:
+                if not data:
+                    return
+                self._start(data, descriptors)
+            finally:
+                # Without a helper, the worker finds the end of what nobody prints.
+                for descriptor in descriptors:
+                    os.close(descriptor)
+
+    def _start(self, data: bytes, descriptors: list[int]) -> None:
+        self._running = [each for each in self._running if each.poll() is None]
+        try:
+            arguments = _PROGRAMS[json.loads(data)["help"]]
+            printed_by, read_by = descriptors
+        except (ValueError, KeyError, TypeError):
+            return
+        if len(self._running) >= MOST_HELPERS or not self._is_there():
+            return
+        command = [sys.executable, *arguments, str(self._mountpoint)]
+        outputs = (printed_by, read_by, subprocess.DEVNULL)
+        try:
+            self._running.append(start(command, self._user, outputs=outputs))
+        except (OSError, RuntimeError) as error:
+            log.warning(
+                "files cannot be looked up ahead, so blocks are pushed after readers open them: %s",
+                error,
+            )

@@ -1,0 +1,144 @@
+"""Which rights a worker needs for the files that it uses.
+
+A worker of root is another user. It reads the installation, the block cache, and whatever botocore
+reads: configuration, credentials, tokens, certificates. Where all of it is open to others, the
+worker needs no right of root. Where something is not, it gets the one capability to read all files.
+
+Uses only the standard library: a worker is started before anything else is loaded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import stat
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lazyfs
+from lazyfs import cache_place, user
+from lazyfs.process.privileges import Rights
+
+if TYPE_CHECKING:
+    from lazyfs.options.mount_options import MountOptions
+    from lazyfs.process.mount_spec import MountSpec
+
+log = logging.getLogger(__name__)
+
+# Of botocore (botocore/configprovider.py): they may name programs and further files.
+_CONFIGURATION = {
+    "AWS_CONFIG_FILE": "~/.aws/config",
+    "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials",
+}
+_OTHER_FILES = (
+    "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "AWS_CA_BUNDLE",
+    "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE",
+)  # fmt: skip
+
+
+def prepare_cache(cache: Iterable[Path]) -> bool:
+    """Let workers of root share the directories of a cache; returns whether they can."""
+    try:
+        for directory in cache:
+            cache_place.share(directory)
+    except OSError as error:
+        log.warning("the worker runs as root: %s", error)
+        return False
+    return True
+
+
+def rights_of(spec: MountSpec, options: MountOptions) -> Rights:
+    """What the worker of a mount needs. Directories of its cache are prepared for it.
+
+    Args:
+        spec: what is mounted.
+        options: its options.
+    """
+    cache = cache_place.directories(options.cache_dir)
+    if user.worker_ids() is None or not prepare_cache(cache):
+        return Rights.USER
+    is_given = spec.credentials is not None or options.no_sign_request
+    return rights_for(cache, uses_own_credentials=not is_given, ca_bundle=options.ca_bundle)
+
+
+def rights_for(
+    cache: Iterable[Path], *, uses_own_credentials: bool, ca_bundle: Path | None = None
+) -> Rights:
+    """What a worker of root needs for its files.
+
+    Args:
+        cache: the directories of its cache.
+        uses_own_credentials: botocore finds credentials, because none are given.
+        ca_bundle: certificates that its options name.
+    """
+    configuration = _configuration(os.environ)
+    if uses_own_credentials and any(path.exists() for path in configuration):
+        return Rights.READ_ALL_FILES
+    files = [*_installation(), *configuration, *([ca_bundle] if ca_bundle else [])]
+    files += [Path(name) for variable in _OTHER_FILES if (name := os.environ.get(variable))]
+    is_open = all(map(is_open_to_all, files)) and all(map(_is_reachable, cache))
+    return Rights.NONE if is_open else Rights.READ_ALL_FILES
+
+
+def early_rights(arguments: Sequence[str], environment: Mapping[str, str]) -> Rights:
+    """A guess, from the words of a `lazyfs mount` command. A wrong one costs another start."""
+
+    def value(option: str) -> str | None:
+        for word, after in reversed([*itertools.zip_longest(arguments, arguments[1:])]):
+            if word.startswith(f"{option}="):
+                return word.partition("=")[2]
+            if word == option:
+                return after
+        return environment.get("LAZYFS_" + option[2:].upper().replace("-", "_"))
+
+    if user.worker_ids() is None:
+        return Rights.USER
+    cache = value("--cache-dir") or str(cache_place.default_directory())
+    directories = [] if cache == "none" else [Path(each).absolute() for each in cache.split(":")]
+    unsigned = "--no-sign-request" in arguments or "LAZYFS_NO_SIGN_REQUEST" in environment
+    bundle = value("--ca-bundle")
+    return rights_for(
+        directories, uses_own_credentials=not unsigned,
+        ca_bundle=Path(bundle).absolute() if bundle else None,
+    )  # fmt: skip
+
+
+def is_open_to_all(path: Path) -> bool:
+    """Whether every user can read a file, or list a directory. True if there is none."""
+    needed = stat.S_IROTH
+    for real in {path, Path(os.path.realpath(path))}:
+        try:
+            mode = real.stat().st_mode
+        except OSError:
+            continue
+        if stat.S_ISDIR(mode):
+            needed |= stat.S_IXOTH
+        if mode & needed != needed or not _is_reachable(real):
+            return False
+    return True
+
+
+def _is_reachable(path: Path) -> bool:
+    """Whether every user can pass the directories above a path."""
+    for parent in path.parents:
+        try:
+            if not parent.stat().st_mode & stat.S_IXOTH:
+                return False
+        except OSError:
+            continue  # it will be made
+    return True
+
+
+def _configuration(environment: Mapping[str, str]) -> list[Path]:
+    names = (environment.get(variable, usual) for variable, usual in _CONFIGURATION.items())
+    return [Path(name).expanduser() for name in names]
+
+
+def _installation() -> Iterator[Path]:
+    yield Path(sys.executable)
+    yield Path(__file__)
+    yield Path(lazyfs.__path__[0])
+    yield from (Path(name) for name in sys.path if name and Path(name).is_dir())
