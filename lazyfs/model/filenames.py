@@ -69,7 +69,7 @@ TRAINING_STATE = re.compile(
     r"(training_args\.bin|optimizer\.(bin|pt)|scheduler\.pt|scaler\.pt|rng_state.*\.pth)$"
 )
 # llama.cpp's importance matrix, which llama-quantize reads.
-IMATRIX = re.compile(r".*imatrix.*\.(dat|gguf|gguf_file)$", re.IGNORECASE)
+IMATRIX = re.compile(r".*imatrix.*\.(dat|gguf|gguf_file)$|.*\.imatrix$", re.IGNORECASE)
 # What `hf download` leaves in a folder: huggingface_hub/_local_folder.py and file_download.py.
 LEFTOVER = re.compile(r".+\.(lock|metadata|incomplete)$")
 # A file of the cache of huggingface_hub, which `snapshots/` shows under its name.

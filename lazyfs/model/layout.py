@@ -320,12 +320,11 @@ class _Listing:
             replaced += [
                 each for path, each in self._models.items() if self._is_below(path, directory.path)
             ]
-        if any(each.read for each in replaced):
+        if any(each.is_seen for each in replaced):
             return
+        name = (directory.read or directory.opened)[-1]
         for each in replaced:
-            each.exclude(
-                each, f"the loader reads {join(directory.path, directory.read[-1])} instead"
-            )
+            each.exclude(each, f"the loader reads {join(directory.path, name)} instead")
 
     def _is_below(self, path: str, pipeline: str) -> bool:
         return path != pipeline and self._pipeline_of(path) == pipeline
@@ -339,17 +338,18 @@ class _Listing:
             directory.exclude(directory, "a single-file copy of the pipeline in this directory")
             directory.decide(self._indexes, is_one_model=True)
             return
-        configured = directory.is_configured
-        configured_above = above is not None and above.is_configured
+        is_copy = basename(path) in COPY_DIRECTORIES
+        is_one_model = directory.is_configured or (
+            is_copy and above is not None and above.is_configured
+        )
         variant = ""
         if pipeline is not None:
+            is_one_model = path != pipeline  # beside its index lie single files: many models
             read = [each for key, each in self._models.items() if self._is_below(key, pipeline)]
             variant = _the_one(each.variants for each in read)
         directory.decide(
             self._indexes,
-            is_one_model=configured
-            or (pipeline is not None and path != pipeline)
-            or (configured_above and basename(path) in COPY_DIRECTORIES),
+            is_one_model=is_one_model,
             variant=variant,
         )
         self._groups[path] = self._group_of(directory)

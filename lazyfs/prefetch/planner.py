@@ -193,10 +193,11 @@ class Planner:
         # Inodes of files that were opened, and of those that were read though not expected to be.
         self._opened: set[int] = set()
         self._strays: set[int] = set()
-        # Of the files that were there at the last plan: those of no model, all weights, and those
-        # that may replace others as soon as they are opened.
+        # Of the files that were there at the last plan: those of no model, and all weights.
         self._useless: set[int] = set()
         self._weights: set[int] = set()
+        # Weights that may replace others as soon as they are opened, at any plan so far: one that
+        # was opened and replaced others is none any more.
         self._rivals: set[int] = set()
         # What was logged of models.
         self._told: set[str] = set()
@@ -292,7 +293,7 @@ class Planner:
         whole = self._catalog.tree.is_whole
         read = self._read_of(survey)
         sorted_out = await self._sort_out(survey, read, {})
-        self._rivals = sorted_out.rivals
+        self._rivals |= sorted_out.rivals
         opened = self._touched_paths(sorted_out)
         found = wanted_models(sorted_out.every, on_mount=on_mount, opened=opened, whole=whole)
         self.on_wanted([files[path] for layout in found for path in layout.paths])

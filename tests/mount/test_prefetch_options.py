@@ -97,8 +97,8 @@ with safe_open(sys.argv[1], framework="np") as opened:
 def test_a_loader_of_other_weights_is_followed(mount: Callable[..., Mounted], s3: S3) -> None:
     """vLLM prefers `consolidated*` in some models; nothing in the listing says which."""
     files = model("") | {f"consolidated-{n}.safetensors": layers(10) for n in (1, 2)}
-    s3.put("other", files)
-    mounted = mount("s3://other", "--block-size=256KiB")
+    s3.put("other-weights", files)
+    mounted = mount("s3://other-weights", "--block-size=256KiB")
     assert settle(s3) == set(model(""))
     python(LOAD, mounted.path / "consolidated-1.safetensors")
     assert settle(s3) == set(files), "the second one was not opened yet"

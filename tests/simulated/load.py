@@ -54,6 +54,7 @@ class Report:
         twice: blocks that were asked for more than once.
         inversions: blocks that were asked for after more than `AT_ONCE` that were needed later.
         requests: reads through FUSE.
+        first_s: when the first file that is no configuration was read to its end.
     """
 
     seconds: float
@@ -64,6 +65,7 @@ class Report:
     twice: int
     inversions: int
     requests: int
+    first_s: float
 
     @property
     def stall(self) -> float:
@@ -143,6 +145,8 @@ class _Load:
         self._has_all = options.prefetch == "model"
         self._touched: dict[tuple[str, int], int] = {}
         self._opened: set[str] = set()
+        # When something of a file was read last, in the order in which they were opened.
+        self._read_s: dict[str, float] = {}
         self._requests = 0
         self._seconds = 0.0
         self._nursery: trio.Nursery | None = None
@@ -190,6 +194,7 @@ class _Load:
     async def _read(self, file: File, read: Read) -> None:
         if read.path not in self._opened:
             self._opened.add(read.path)
+            self._read_s[read.path] = 0.0
             self._fetcher.set_known(file, True)
             self._fetcher.opened(file, direct=self._loader.direct)
             if self._plans:
@@ -203,6 +208,7 @@ class _Load:
         else:
             await self._fault(file, read)
         await trio.sleep(read.size / self._loader.rate)
+        self._read_s[read.path] = trio.current_time() - self._starts_s
 
     async def _fault(self, file: File, read: Read) -> None:
         """Until the pages are there; the kernel asks for what is absent of `asked` bytes.
@@ -257,6 +263,7 @@ class _Load:
             twice=len(asked) - len(set(asked)),
             inversions=_inversions(order),
             requests=self._requests,
+            first_s=next(at for path, at in self._read_s.items() if not path.endswith(".json")),
         )
 
     def _length(self, path: str, number: int) -> int:

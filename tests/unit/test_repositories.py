@@ -1,0 +1,38 @@
+"""What is planned of published repositories, and how they load."""
+
+from __future__ import annotations
+
+import pytest
+from simulated.load import simulate
+from simulated.repositories import Repository, repositories
+
+from lazyfs.model.directory import ModelFile
+from lazyfs.model.layout import layouts
+from lazyfs.model.selection import wanted_models
+
+TABLE = list(repositories())
+IN_FLIGHT_BYTES = 160 << 20
+# What it takes to see that one of many models is loaded, and not looked at.
+LOOK_S = 0.4
+
+
+@pytest.mark.parametrize("repository", TABLE, ids=lambda each: each.name)
+def test_what_is_planned_at_mount(repository: Repository) -> None:
+    files = [ModelFile(path, size) for path, size in repository.sizes.items()]
+    before = layouts(files)
+    indexes = {path: repository.indexes[path] for each in before for path in each.index_paths}
+    found = layouts(files, indexes=indexes)
+    assert [why for each in found for why in (*each.problems, *each.warnings)] == []
+    wanted = wanted_models(found, on_mount=True)
+    assert [path for each in wanted for path in each.shards] == list(repository.plan)
+
+
+@pytest.mark.parametrize("repository", TABLE, ids=lambda each: each.name)
+def test_what_is_fetched_is_what_is_read(repository: Repository) -> None:
+    model = repository.model()
+    report = simulate(model, repository.loader(model))
+    # What was asked for before a loader showed that it reads other weights comes for nothing.
+    allowed_bytes = IN_FLIGHT_BYTES if repository.is_followed else 0
+    assert report.wasted_bytes <= 0.01 * report.needed_bytes + allowed_bytes
+    assert report.twice == 0
+    assert report.seconds <= 1.05 * report.ideal_s + LOOK_S
