@@ -187,7 +187,7 @@ def supervisor_pid(path: Path) -> int:
     return int(_stat(worker_pid(path))[1])
 
 
-def wait_until_gone(pid: int, timeout_s: float = 10) -> None:
+def wait_until_gone(pid: int, timeout_s: float = 60) -> None:
     """Wait for the end of a process that is not our child."""
     deadline = time.monotonic() + timeout_s
     while True:

@@ -67,12 +67,12 @@ def register(directory: Path, node_id: str) -> str:
     (socket,) = found
     with grpc.insecure_channel(f"unix:{socket}") as channel:
         plugin = RegistrationStub(channel)
-        info = plugin.GetInfo(api.InfoRequest(), timeout=10)
+        info = plugin.GetInfo(api.InfoRequest(), timeout=60)
         assert info.type == "CSIPlugin"
         assert socket.name == f"{info.name}-reg.sock"
         assert any(version.startswith("1.") for version in info.supported_versions)
         with grpc.insecure_channel(f"unix:{info.endpoint}") as driver:
-            answer = NodeStub(driver).NodeGetInfo(csi_pb2.NodeGetInfoRequest(), timeout=10)
+            answer = NodeStub(driver).NodeGetInfo(csi_pb2.NodeGetInfoRequest(), timeout=60)
             assert answer.node_id == node_id
         plugin.NotifyRegistrationStatus(api.RegistrationStatus(plugin_registered=True), timeout=5)
     return str(info.endpoint)

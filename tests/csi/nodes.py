@@ -215,7 +215,7 @@ class TestNode:
             os.kill(pid, signal.SIGKILL)
         self.keeper.end()
         for path in reversed(self.mounts()):
-            subprocess.run(["umount", "-l", path], check=False, timeout=20)
+            subprocess.run(["umount", "-l", path], check=False, timeout=60)
         shutil.rmtree(self.directory)
 
     def _keeper_directory(self) -> Path:
@@ -284,7 +284,7 @@ def eventually(call: Callable[[], Any]) -> Any:
         time.sleep(0.05)
 
 
-def wait_for(what: Callable[[], Any], timeout_s: float = 30) -> None:
+def wait_for(what: Callable[[], Any], timeout_s: float = 60) -> None:
     """Wait until something holds."""
     deadline = time.monotonic() + timeout_s
     while not what():

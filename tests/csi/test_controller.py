@@ -74,7 +74,7 @@ def request(s3: S3, name: str = "pvc-1", **more: Any) -> csi_pb2.CreateVolumeReq
 def refused(stub: Any, message: Any) -> tuple[str, str]:
     """Code and message of an RPC that must fail."""
     with pytest.raises(grpc.RpcError) as caught:
-        stub(message, timeout=30)
+        stub(message, timeout=60)
     return caught.value.code().name, caught.value.details()
 
 
@@ -121,26 +121,26 @@ def replicas(cluster: FakeApiServer, short_path: Path) -> Iterator[list[Controll
 
 
 def test_a_volume_of_what_is_in_s3(controller: ControllerStub, model: S3) -> None:
-    volume = controller.CreateVolume(request(model), timeout=30).volume
+    volume = controller.CreateVolume(request(model), timeout=60).volume
     assert volume.volume_id.startswith("pvc-1-")
     assert volume.capacity_bytes == SIZE
     assert dict(volume.volume_context) == {
         "source": "s3://models/public/llama",
         "endpointUrl": model.url,
     }
-    listed = controller.ListVolumes(csi_pb2.ListVolumesRequest(), timeout=10)
+    listed = controller.ListVolumes(csi_pb2.ListVolumesRequest(), timeout=60)
     assert [entry.volume for entry in listed.entries] == [volume]
     delete = csi_pb2.DeleteVolumeRequest(volume_id=volume.volume_id)
     for _ in range(2):
-        controller.DeleteVolume(delete, timeout=10)
-    assert not controller.ListVolumes(csi_pb2.ListVolumesRequest(), timeout=10).entries
+        controller.DeleteVolume(delete, timeout=60)
+    assert not controller.ListVolumes(csi_pb2.ListVolumesRequest(), timeout=60).entries
     kept = model.client.list_objects_v2(Bucket="models")["Contents"]
     assert {each["Key"] for each in kept} == set(MODEL)
 
 
 def test_what_a_mount_would_not_show_does_not_count(controller: ControllerStub, model: S3) -> None:
     asked = request(model, parameters={"exclude": "*.pth"})
-    assert controller.CreateVolume(asked, timeout=30).volume.capacity_bytes == SIZE - MIB
+    assert controller.CreateVolume(asked, timeout=60).volume.capacity_bytes == SIZE - MIB
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_capacity(
     controller: ControllerStub, model: S3, required: int, limit: int, answered: int
 ) -> None:
     asked = csi_pb2.CapacityRange(required_bytes=required, limit_bytes=limit)
-    volume = controller.CreateVolume(request(model, capacity_range=asked), timeout=30).volume
+    volume = controller.CreateVolume(request(model, capacity_range=asked), timeout=60).volume
     assert volume.capacity_bytes == answered
 
 
@@ -172,7 +172,7 @@ def test_a_limit_below_the_model(controller: ControllerStub, model: S3) -> None:
 
 def test_every_access_mode_but_no_device(controller: ControllerStub, model: S3) -> None:
     every = [capability(mode) for mode in _Mode.Mode.values()[1:]]
-    controller.CreateVolume(request(model, volume_capabilities=every), timeout=30)
+    controller.CreateVolume(request(model, volume_capabilities=every), timeout=60)
     block = csi_pb2.VolumeCapability(
         block=csi_pb2.VolumeCapability.BlockVolume(),
         access_mode=_Mode(mode=_Mode.SINGLE_NODE_WRITER),
@@ -218,7 +218,7 @@ def test_what_is_refused(
     got, message = refused(controller.CreateVolume, request(model, **changes))
     assert (got, said in message) == (code, True), message
     assert SECRET["secretAccessKey"] not in message
-    assert not controller.ListVolumes(csi_pb2.ListVolumesRequest(), timeout=10).entries
+    assert not controller.ListVolumes(csi_pb2.ListVolumesRequest(), timeout=60).entries
 
 
 def test_a_source_that_may_be_listed_but_not_read(
@@ -233,10 +233,10 @@ def test_a_source_that_only_pods_can_read_is_not_asked_for(
     controller: ControllerStub, model: S3, s3: S3
 ) -> None:
     role = {"roleArn": "arn:aws:iam::123456789012:role/models"}
-    volume = controller.CreateVolume(request(s3, parameters=role, secrets={}), timeout=30).volume
+    volume = controller.CreateVolume(request(s3, parameters=role, secrets={}), timeout=60).volume
     assert volume.capacity_bytes == 1
     unchecked = request(s3, "pvc-2", parameters={"checkSource": "false"}, secrets={})
-    volume = controller.CreateVolume(unchecked, timeout=30).volume
+    volume = controller.CreateVolume(unchecked, timeout=60).volume
     assert "checkSource" not in volume.volume_context
     assert s3.requests() == []
 
@@ -246,10 +246,10 @@ def test_the_same_name_after_a_restart(
 ) -> None:
     arguments = ["controller", f"--state-dir={tmp_path}/state"]
     first = plugin(*arguments)
-    made = first.controller.CreateVolume(request(model), timeout=30)
+    made = first.controller.CreateVolume(request(model), timeout=60)
     first.kill()
     second = plugin(*arguments).controller
-    assert second.CreateVolume(request(model), timeout=30) == made
+    assert second.CreateVolume(request(model), timeout=60) == made
     larger = csi_pb2.CapacityRange(required_bytes=1 << 40)
     for other in (
         request(model, capacity_range=larger),
@@ -259,9 +259,9 @@ def test_the_same_name_after_a_restart(
     ):
         code, message = refused(second.CreateVolume, other)
         assert (code, message.startswith("pvc-1: ")) == ("ALREADY_EXISTS", True)
-    second.DeleteVolume(csi_pb2.DeleteVolumeRequest(volume_id=made.volume.volume_id), timeout=10)
+    second.DeleteVolume(csi_pb2.DeleteVolumeRequest(volume_id=made.volume.volume_id), timeout=60)
     assert (
-        second.CreateVolume(request(model, capacity_range=larger), timeout=30).volume.capacity_bytes
+        second.CreateVolume(request(model, capacity_range=larger), timeout=60).volume.capacity_bytes
         == 1 << 40
     )
 
@@ -279,7 +279,7 @@ def test_the_same_name_at_two_replicas_at_once(
         ) -> None:
             try:
                 asked = request(model, name, parameters={"blockSize": block_size})
-                answers.append(stub.CreateVolume(asked, timeout=30).volume)
+                answers.append(stub.CreateVolume(asked, timeout=60).volume)
             except grpc.RpcError as error:
                 answers.append(error.code().name)
 
@@ -302,12 +302,12 @@ def test_a_claim_chooses_its_model(
 ) -> None:
     allowed = {"allowedPrefixes": "s3://models/public", "source": ""}
     cluster.claim("research", "llama", {"csi.lazyfs.io/source": "s3://models/public/llama"})
-    volume = replicas[0].CreateVolume(request(model, parameters=allowed), timeout=30).volume
+    volume = replicas[0].CreateVolume(request(model, parameters=allowed), timeout=60).volume
     assert volume.volume_context["source"] == "s3://models/public/llama"
     assert volume.capacity_bytes == SIZE
     # What was chosen stays, whatever becomes of the claim.
     cluster.claim("research", "llama", {"csi.lazyfs.io/source": "s3://models/private"})
-    again = replicas[1].CreateVolume(request(model, parameters=allowed), timeout=30).volume
+    again = replicas[1].CreateVolume(request(model, parameters=allowed), timeout=60).volume
     assert again == volume
     code, message = refused(replicas[0].CreateVolume, request(model, "pvc-2", parameters=allowed))
     assert (code, "'s3://models/private' is not allowed" in message) == (
@@ -327,14 +327,14 @@ def test_a_claim_is_told_that_s3_is_silent(controller: ControllerStub, model: S3
     code, message = refused(controller.CreateVolume, request(model))
     assert (code, "S3 has not answered" in message) == ("UNAVAILABLE", True), message
     model.forget()
-    assert controller.CreateVolume(request(model), timeout=30).volume.capacity_bytes == SIZE
+    assert controller.CreateVolume(request(model), timeout=60).volume.capacity_bytes == SIZE
 
 
 def test_without_allowed_prefixes_an_annotation_means_nothing(
     replicas: list[ControllerStub], cluster: FakeApiServer, model: S3
 ) -> None:
     cluster.claim("research", "llama", {"csi.lazyfs.io/source": "s3://models/private"})
-    volume = replicas[0].CreateVolume(request(model), timeout=30).volume
+    volume = replicas[0].CreateVolume(request(model), timeout=60).volume
     assert volume.volume_context["source"] == "s3://models/public/llama"
     assert not any("persistentvolumeclaims" in line for line in cluster.requests)
 
@@ -348,11 +348,11 @@ def test_no_volume_without_its_record(
     cluster.failures = 10**6
     assert refused(replicas[0].CreateVolume, request(model))[0] == "UNAVAILABLE"
     cluster.failures = 0
-    replicas[0].CreateVolume(request(model), timeout=30)
+    replicas[0].CreateVolume(request(model), timeout=60)
 
 
 def test_validation(controller: ControllerStub, model: S3) -> None:
-    volume = controller.CreateVolume(request(model), timeout=30).volume
+    volume = controller.CreateVolume(request(model), timeout=60).volume
 
     def ask(*capabilities: csi_pb2.VolumeCapability, **more: Any) -> Any:
         return csi_pb2.ValidateVolumeCapabilitiesRequest(
@@ -360,7 +360,7 @@ def test_validation(controller: ControllerStub, model: S3) -> None:
         )
 
     validate = controller.ValidateVolumeCapabilities
-    answer = validate(ask(capability(), volume_context=volume.volume_context), timeout=10)
+    answer = validate(ask(capability(), volume_context=volume.volume_context), timeout=60)
     assert answer.confirmed.volume_capabilities == [capability()]
     assert not answer.message
     block = csi_pb2.VolumeCapability(
@@ -372,7 +372,7 @@ def test_validation(controller: ControllerStub, model: S3) -> None:
         (ask(capability(), volume_context={"source": "s3://other"}), "volume_context: differs"),
         (ask(capability(), parameters={"source": "s3://other"}), "parameters: differs"),
     ):
-        answer = validate(wrong, timeout=10)
+        answer = validate(wrong, timeout=60)
         assert not answer.HasField("confirmed")
         assert said in answer.message
     assert refused(validate, ask())[0] == "INVALID_ARGUMENT"
@@ -381,19 +381,19 @@ def test_validation(controller: ControllerStub, model: S3) -> None:
 
 def test_pages_of_volumes(controller: ControllerStub, model: S3) -> None:
     made = {
-        controller.CreateVolume(request(model, f"pvc-{number}"), timeout=30).volume.volume_id
+        controller.CreateVolume(request(model, f"pvc-{number}"), timeout=60).volume.volume_id
         for number in range(5)
     }
 
     def page(token: str = "") -> Any:
         return controller.ListVolumes(
-            csi_pb2.ListVolumesRequest(max_entries=2, starting_token=token), timeout=10
+            csi_pb2.ListVolumesRequest(max_entries=2, starting_token=token), timeout=60
         )
 
     first = page()
     last = first.entries[-1].volume.volume_id
     # The volume that a token names may be deleted meanwhile.
-    controller.DeleteVolume(csi_pb2.DeleteVolumeRequest(volume_id=last), timeout=10)
+    controller.DeleteVolume(csi_pb2.DeleteVolumeRequest(volume_id=last), timeout=60)
     second = page(first.next_token)
     third = page(second.next_token)
     assert [len(each.entries) for each in (first, second, third)] == [2, 2, 1]
@@ -417,7 +417,7 @@ def test_a_driver_with_rules(plugin: Callable[..., Plugin], model: S3, tmp_path:
     ):
         code, message = refused(stub.CreateVolume, request(model, parameters=parameters))
         assert (code, said in message) == ("INVALID_ARGUMENT", True), message
-    stub.CreateVolume(request(model, parameters={"memoryLimit": "1GiB"}), timeout=30)
+    stub.CreateVolume(request(model, parameters={"memoryLimit": "1GiB"}), timeout=60)
 
 
 def test_identity_and_log(plugin: Callable[..., Plugin], model: S3, tmp_path: Path) -> None:
@@ -425,13 +425,13 @@ def test_identity_and_log(plugin: Callable[..., Plugin], model: S3, tmp_path: Pa
         "controller", f"--state-dir={tmp_path}/state", "--log-format=json", "--driver-name=my.io"
     )
     identity: IdentityStub = started.identity
-    info = identity.GetPluginInfo(csi_pb2.GetPluginInfoRequest(), timeout=10)
+    info = identity.GetPluginInfo(csi_pb2.GetPluginInfoRequest(), timeout=60)
     assert (info.name, bool(info.vendor_version)) == ("my.io", True)
-    answer = identity.GetPluginCapabilities(csi_pb2.GetPluginCapabilitiesRequest(), timeout=10)
+    answer = identity.GetPluginCapabilities(csi_pb2.GetPluginCapabilitiesRequest(), timeout=60)
     types = [each.service.type for each in answer.capabilities]
     assert types == [csi_pb2.PluginCapability.Service.CONTROLLER_SERVICE]
-    assert identity.Probe(csi_pb2.ProbeRequest(), timeout=10).ready.value
-    started.controller.CreateVolume(request(model), timeout=30)
+    assert identity.Probe(csi_pb2.ProbeRequest(), timeout=60).ready.value
+    started.controller.CreateVolume(request(model), timeout=60)
     refused(
         started.controller.CreateVolume,
         request(model, "pvc-2", secrets={**SECRET, "sessionToken": "\0"}),

@@ -386,6 +386,6 @@ def test_unmounting_does_not_wait_for_s3(node: TestNode, s3: S3) -> None:
     wait_for(lambda: any("silent/m/file" in line for line in s3.requests()))
     node.unpublish("vol")
     node.unstage("vol")
-    _, message = reader.communicate(timeout=30)
+    _, message = reader.communicate(timeout=60)
     assert reader.returncode != 0 and message
     assert node.leftovers() == []

@@ -36,7 +36,7 @@ class Registered:
         self.socket = directory / "csi.lazyfs.io-reg.sock"
 
     def ready(self) -> str:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request("GET", "/readyz")
         return connection.getresponse().read().decode().strip()
 

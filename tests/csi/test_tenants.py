@@ -152,7 +152,7 @@ def test_many_waiting_volumes_leave_the_plugin_to_others(
         # Those that may not wait are answered while others still do.
         first = next(as_completed(calls, 30)).exception()
         assert isinstance(first, grpc.RpcError)
-        node.plugin.identity.Probe(csi_pb2.ProbeRequest(), timeout=20)
+        node.plugin.identity.Probe(csi_pb2.ProbeRequest(), timeout=60)
         quick = node.context("s3://quick/m") | of("modest")
         target = node.publish("quick", quick, staging_target_path="", secrets=SECRETS)
         assert shell("cat file", target).stdout == "content"

@@ -105,7 +105,7 @@ def test_a_killed_claimant_is_overtaken(mount: Callable[..., Mounted], s3: S3, s
     s3.fault("GET /cached/m/model-00001", "hang", times=20, seconds=8)
     first = mount(source, BLOCKS, "--prefetch=off")
     reader = subprocess.Popen(["head", "-c1", first.path / "model-00001-of-00003.safetensors"])
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not s3.data_requests():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -114,7 +114,7 @@ def test_a_killed_claimant_is_overtaken(mount: Callable[..., Mounted], s3: S3, s
     second = mount(source, BLOCKS, "--prefetch=off")
     assert sums(second) == SUMS
     lazyfs("umount", "--lazy", first.path)
-    reader.wait(timeout=20)
+    reader.wait(timeout=60)
 
 
 def test_who_waits_too_long_fetches_for_himself(
@@ -123,17 +123,17 @@ def test_who_waits_too_long_fetches_for_himself(
     first = mount(source, BLOCKS, "--prefetch=off")
     s3.fault("GET /cached/m/config", "hang", times=1, seconds=20)
     reader = subprocess.Popen(["cat", first.path / "config.json"], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not s3.data_requests():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(first.worker, signal.SIGSTOP)
     try:
         second = mount(source, BLOCKS, "--prefetch=off")
-        assert shell("cat config.json", second.path, timeout_s=30).stdout == "{}"
+        assert shell("cat config.json", second.path).stdout == "{}"
     finally:
         os.kill(first.worker, signal.SIGCONT)
-    reader.wait(timeout=30)
+    reader.wait(timeout=60)
 
 
 # warm
@@ -194,12 +194,12 @@ def test_warm_goes_on_where_it_was_killed(
     killed = subprocess.Popen(
         [sys.executable, "-m", "lazyfs", "warm", source, *arguments], env=environment()
     )
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while len(block_files(cache)) < 15:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     killed.kill()
-    killed.wait(timeout=10)
+    killed.wait(timeout=60)
     there = sum(entry["cached_bytes"] for entry in told(cache, "ls"))  # type: ignore[attr-defined]
     s3.forget()
     answer = warm(source)

@@ -119,7 +119,7 @@ class Chaos:
     def end(self) -> None:
         for process in self._warming:
             process.kill()
-            process.wait(timeout=10)
+            process.wait(timeout=60)
 
     def _file(self) -> Path:
         files = list(self._cache.glob("[0-9a-f][0-9a-f]/*"))
@@ -228,7 +228,7 @@ def test_no_wrong_byte_whatever_happens(
         chaos.end()
         for reader in readers:
             reader.kill()
-            reader.wait(timeout=10)
+            reader.wait(timeout=60)
     print(dict(chaos.done), "reads:", [answer[0].strip() for answer in answers])
     assert [answer[1] for answer in answers] == ["", "", ""], f"seed {SEED}"
     assert all(int(answer[0]) > 10 for answer in answers)

@@ -37,7 +37,7 @@ def in_a_copy(command: str) -> Iterator[subprocess.Popen[str]]:
         yield process
     finally:
         process.kill()
-        process.communicate(timeout=30)
+        process.communicate(timeout=60)
 
 
 def test_a_copy_that_nobody_uses(mount: Callable[..., Mounted]) -> None:
@@ -114,7 +114,7 @@ def test_force_ends_what_is_in_use_here(mount: Callable[..., Mounted]) -> None:
         wait_until_gone(mounted.pid)
     finally:
         user.kill()
-        user.wait(timeout=10)
+        user.wait(timeout=60)
 
 
 def test_what_was_detached_leaves_its_place(mount: Callable[..., Mounted]) -> None:
@@ -125,13 +125,13 @@ def test_what_was_detached_leaves_its_place(mount: Callable[..., Mounted]) -> No
         again = mount("s3://copies/m", path=mounted.path)
         assert shell("cat file", again.path).stdout == "content"
         seen = subprocess.run(
-            ["cat", f"/proc/{user.pid}/cwd/file"], capture_output=True, timeout=30, check=False
+            ["cat", f"/proc/{user.pid}/cwd/file"], capture_output=True, timeout=60, check=False
         )
         assert seen.stdout == b"content"
         assert lazyfs("umount", again.path).returncode == 0
     finally:
         user.kill()
-        user.wait(timeout=10)
+        user.wait(timeout=60)
     wait_until_gone(mounted.pid)
 
 

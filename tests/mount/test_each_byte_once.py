@@ -56,9 +56,10 @@ def bucket(server: S3) -> None:
     server.put("once", SHARDS)
 
 
-def skipped_blocks(mounted: Mounted) -> int:
-    """Blocks that were not written because the disk was slower than the link."""
-    return int(json.loads(lazyfs("status", mounted.path, "--json").stdout)["shed_blocks"])
+def skipped_and_repeated(mounted: Mounted) -> tuple[int, int]:
+    """Blocks that were not written because the disk was slower than the link; second requests."""
+    status = json.loads(lazyfs("status", mounted.path, "--json").stdout)
+    return int(status["shed_blocks"]), int(status["second_requests"])
 
 
 def fetched(s3: S3) -> int:
@@ -75,17 +76,20 @@ def fetched(s3: S3) -> int:
 def test_pages_that_are_dropped_in_mid_load_come_from_the_disk(
     mount: Callable[..., Mounted], s3: S3, slow: bool, tmp_path: Path
 ) -> None:
+    options = [*OPTIONS, f"--cache-dir={tmp_path / 'own cache'}"]
     if slow:
-        s3.fault("GET /once/m/", "slow", times=10**6, seconds=0.3)
-    mounted = mount("s3://once/m", *OPTIONS, f"--cache-dir={tmp_path / 'own cache'}")
+        # 2 MiB/s: even a busy disk is faster, and nothing is left unwritten.
+        s3.fault("GET /once/m/", "slow", times=10**6, seconds=0.1)
+        options.append("--max-concurrency=2")
+    mounted = mount("s3://once/m", *options)
     loaded = python(LOAD_AND_DROP, mounted.path)
-    # Only blocks that the disk was too slow for may be fetched again.
-    skipped = skipped_blocks(mounted)
-    assert skipped or fetched(s3) <= NEEDED * 1.01
+    # Only blocks that the disk was too slow for may be fetched again, and what S3 was slow with.
+    skipped, repeated = skipped_and_repeated(mounted)
+    assert skipped or fetched(s3) <= NEEDED * 1.01 + repeated * MIB
     assert not (slow and skipped)
     assert python(DIGEST, mounted.path) == loaded
-    skipped += skipped_blocks(mounted)
+    skipped, repeated = skipped_and_repeated(mounted)
     assert lazyfs("umount", mounted.path).returncode == 0
-    again = mount("s3://once/m", *OPTIONS, f"--cache-dir={tmp_path / 'own cache'}")
+    again = mount("s3://once/m", *options)
     assert python(DIGEST, again.path) == loaded
-    assert skipped or fetched(s3) <= NEEDED * 1.01, "what was fetched is on the disk"
+    assert skipped or fetched(s3) <= NEEDED * 1.01 + repeated * MIB, "it is on the disk"

@@ -69,13 +69,13 @@ def mapped(user_namespace: Path, tmp_path: Path) -> Iterator[Callable[[Path], Pa
 
     def make(mountpoint: Path) -> Path:
         command = [sys.executable, "-c", MAP, mountpoint, target, user_namespace]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert answer.returncode == 0, answer.stderr
         return target
 
     yield make
     if is_mounted(target):
-        subprocess.run(["umount", "--lazy", target], check=True, timeout=30)
+        subprocess.run(["umount", "--lazy", target], check=True, timeout=60)
 
 
 def owner_and_content(path: Path) -> list[str]:

@@ -82,7 +82,7 @@ def test_a_second_mount_fetches_nothing(mount: Callable[..., Mounted], s3: S3) -
 
 def wait_for_cached(mounted: Mounted, name: str) -> None:
     """Writing to the cache goes on after the read; see it through."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while True:
         seen = shell(f"getfattr --only-values -n user.lazyfs.cached {name}", mounted.path).stdout
         have, _, whole = seen.partition("/")
@@ -123,9 +123,12 @@ def test_a_cache_smaller_than_the_model_keeps_a_window_ahead_of_the_reader(
     mounted = mount("s3://window", *options, "--block-size=1MiB", "--prefetch=model")
 
     def come_to_rest() -> int:
+        """Wait until nothing is on its way, for long enough; how many blocks were requested."""
         seen, since_s = -1, time.monotonic()
         while time.monotonic() - since_s < 5:  # a busy disk rests for a moment, too
-            if (now := len(blocks(s3))) != seen:
+            now = len(blocks(s3))
+            status = json.loads(lazyfs("status", mounted.path, "--json").stdout)
+            if now != seen or status["in_flight"] or not status["prefetch"]["planned"]:
                 seen, since_s = now, time.monotonic()
             time.sleep(0.5)
         return seen

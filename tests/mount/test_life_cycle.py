@@ -48,7 +48,7 @@ def test_signals_unmount(mount: Callable[..., Mounted], number: signal.Signals, 
         reader.stdout.readline()
         if not busy:
             reader.kill()
-            reader.wait(timeout=10)
+            reader.wait(timeout=60)
         mounted.kill(number)
         wait_until_gone(mounted.pid)
         assert not is_mounted(mounted.path)
@@ -56,7 +56,7 @@ def test_signals_unmount(mount: Callable[..., Mounted], number: signal.Signals, 
         assert "Traceback" not in mounted.log()
     finally:
         reader.kill()
-        reader.wait(timeout=10)
+        reader.wait(timeout=60)
         reader.stdout.close()
 
 
@@ -125,13 +125,13 @@ def test_foreground_exits_with_zero(s3: S3, tmp_path: Path) -> None:
          f"--endpoint-url={s3.url}", f"--cache-dir={tmp_path}/cache", "--log-format=json"],
         env=environment(), stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not is_mounted(tmp_path / "mnt"):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     assert shell("cat mnt/file", tmp_path).stdout == "content"
     process.send_signal(signal.SIGTERM)
-    _, log = process.communicate(timeout=20)
+    _, log = process.communicate(timeout=60)
     assert process.returncode == 0
     lines = [json.loads(line) for line in log.splitlines()]
     assert {"mounted", "served", "unmounted"} <= {line["message"].split()[0] for line in lines}
@@ -187,7 +187,7 @@ def test_umount_of_a_busy_mount(mount: Callable[..., Mounted]) -> None:
         assert not is_mounted(mounted.path)
     finally:
         user.kill()
-        user.wait(timeout=10)
+        user.wait(timeout=60)
     wait_until_gone(mounted.pid)
 
 
@@ -201,10 +201,10 @@ def test_umount_while_a_read_waits_for_s3(mount: Callable[..., Mounted], s3: S3)
         assert lazyfs("umount", "--lazy", mounted.path).returncode == 0
         mounted.kill(signal.SIGTERM)
         wait_until_gone(mounted.pid)
-        assert reader.wait(timeout=10) == 1
+        assert reader.wait(timeout=60) == 1
     finally:
         reader.kill()
-        reader.wait(timeout=10)
+        reader.wait(timeout=60)
 
 
 def test_umount_of_other_things(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ Sample = Callable[..., float]
 
 def scrape(address: str) -> Sample:
     """The samples at an address; gives a function to look them up by name and labels."""
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as answer:
         assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
         families = list(text_string_to_metric_families(answer.read().decode()))
     samples = [sample for family in families for sample in family.samples]
@@ -116,7 +116,7 @@ def test_another_worker_goes_on_at_the_same_address(
 def test_all_that_is_declared_is_measured(mount: Callable[..., Mounted], address: str) -> None:
     nobody = f"--fleet-cache=http://127.0.0.1:{free_port()}"
     mount("s3://measured/m", f"--metrics-address={address}", nobody)
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as answer:
         text = answer.read().decode()
     told = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
     # Counters with a label have no value before anything was counted.

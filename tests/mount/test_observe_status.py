@@ -92,7 +92,7 @@ def test_who_waits_for_what(mount: Callable[..., Mounted], s3: S3) -> None:
         assert f"for file [bold] at 0B, opened by head ({reader.pid})" in text
     finally:
         reader.kill()
-        reader.wait(timeout=20)
+        reader.wait(timeout=60)
 
 
 def test_errors_and_restarts_are_counted(mount: Callable[..., Mounted], s3: S3) -> None:

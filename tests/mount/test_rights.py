@@ -185,6 +185,6 @@ def test_a_worker_leaves_no_core_dump(mount: Callable[..., Mounted]) -> None:
     peek = f"cat /proc/{mounted.worker}/environ > /dev/null"
     tried = subprocess.run(
         ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "bash", "-c", peek],
-        capture_output=True, text=True, timeout=30, check=False,
+        capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert "Permission denied" in tried.stderr

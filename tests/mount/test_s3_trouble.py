@@ -88,9 +88,9 @@ def test_a_reader_sees_nothing_of_passing_trouble(
 
 def test_a_stuck_connection_does_not_stall_a_load(mount: Callable[..., Mounted], s3: S3) -> None:
     mounted = mount("s3://trouble/m", *OPTIONS)
-    s3.fault("GET /trouble/m/file", "hang", seconds=15)
-    # Were the first request waited for, this would take 15 seconds.
-    python(READ_ERRNO, mounted.path / "file", timeout_s=12)
+    # If the reader waited for the first request, it would not end in time.
+    s3.fault("GET /trouble/m/file", "hang", seconds=90)
+    python(READ_ERRNO, mounted.path / "file")
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_an_endpoint_that_was_gone(mount: Callable[..., Mounted], gate: Gate) ->
         output, _ = reader.communicate(timeout=60)
     finally:
         reader.kill()
-        reader.communicate(timeout=20)
+        reader.communicate(timeout=60)
     assert output.split()[0] == hashlib.sha256(BODY).hexdigest()
     assert "answered after" in mounted.log()
     assert mounted.log().count("waiting for") <= 3, "one for each block at most"
@@ -139,8 +139,8 @@ def test_nothing_hangs_on_a_dead_endpoint(
         time.sleep(1)
         assert reader.poll() is None, "it waits"
         reader.kill()
-        reader.wait(timeout=10)
-    assert shell("stat file", mounted.path, timeout_s=10).returncode == 0
+        reader.wait(timeout=60)
+    assert shell("stat file", mounted.path).returncode == 0
     mounted.end()
 
 
@@ -201,7 +201,7 @@ def test_soak(mount: Callable[..., Mounted], s3: S3, gate: Gate, seconds: float)
     finally:
         for reader in readers:
             reader.kill()
-            reader.communicate(timeout=20)
+            reader.communicate(timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_what_waiting_cannot_help_fails_at_once(
 ) -> None:
     mounted = mount("s3://trouble/m", *OPTIONS)
     s3.fault("GET /trouble/m/file", "status", status=status, code=code, times=1000)
-    assert python(READ_ERRNO, mounted.path / "file", timeout_s=10).strip() == expected
+    assert python(READ_ERRNO, mounted.path / "file").strip() == expected
     assert code in mounted.log() and "trouble/m/file" in mounted.log()
     s3.forget()
     assert python(READ_ERRNO, mounted.path / "file").strip() == str(len(BODY))
@@ -229,7 +229,7 @@ def test_lasting_trouble_ends_in_an_error_with_its_cause(
 ) -> None:
     mounted = mount("s3://trouble/m", *OPTIONS, "--io-timeout=2s")
     s3.fault("GET /trouble/m/file", "status", status=503, code="SlowDown", times=10_000)
-    assert python(READ_ERRNO, mounted.path / "file", timeout_s=20).strip() == "EIO"
+    assert python(READ_ERRNO, mounted.path / "file").strip() == "EIO"
     assert "SlowDown" in mounted.log()
 
 

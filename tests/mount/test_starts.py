@@ -62,7 +62,7 @@ def test_a_request_that_ends_workers(
             assert reader.poll() is None, "it waits"
             kill_worker(mounted, number)
         if number == signal.SIGSEGV:
-            _, complaint = reader.communicate(timeout=30)
+            _, complaint = reader.communicate(timeout=60)
             assert "Input/output error" in complaint
             assert "workers died on this request" in mounted.log()
         else:
@@ -77,7 +77,7 @@ def test_a_request_that_ends_workers(
             assert shell("cat big | wc -c", mounted.path).stdout.strip() == str(20 << 20)
     finally:
         reader.kill()
-        reader.communicate(timeout=30)
+        reader.communicate(timeout=60)
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.02, 0.05, 0.1])

@@ -86,7 +86,7 @@ def readers(mounted: Mounted, seconds: float) -> Iterator[list[subprocess.Popen[
     finally:
         for process in started:
             process.kill()
-            process.communicate(timeout=30)
+            process.communicate(timeout=60)
 
 
 def assert_right(started: list[subprocess.Popen[str]]) -> None:
@@ -115,7 +115,7 @@ def user_of(mounted: Mounted, code: str) -> Iterator[subprocess.Popen[str]]:
         yield user
     finally:
         user.kill()
-        user.wait(timeout=10)
+        user.wait(timeout=60)
 
 
 def listings(s3: S3) -> int:
@@ -136,7 +136,7 @@ def any_worker(mounted: Mounted) -> bool:
         return False
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 30) -> None:
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
@@ -273,7 +273,7 @@ def test_a_stale_mount_is_replaced(mount: Callable[..., Mounted]) -> None:
     """Supervisor killed, then worker: the mount is lost, and the next one takes its place."""
     mounted = mount("s3://survival/m", "--prefetch=off")
     mounted.kill_all()
-    answer = subprocess.run(["ls", mounted.path], capture_output=True, text=True, timeout=30)
+    answer = subprocess.run(["ls", mounted.path], capture_output=True, text=True, timeout=60)
     assert answer.returncode != 0
     assert "not connected" in answer.stderr or "connection abort" in answer.stderr
     again = lazyfs("mount", "s3://survival/m", mounted.path, *mounted.arguments)
@@ -323,12 +323,12 @@ def test_another_protocol_is_refused(supervised: tuple[Supervisor, KeeperClient]
         wait_for(lambda: supervisor.alive and supervisor.pid != before)
         wait_for(lambda: "3" in shell(f"ls {supervisor.name} | wc -l", Path("/")).stdout)
         lost = subprocess.run(
-            ["ls", f"/proc/{opened.pid}/cwd/"], capture_output=True, text=True, timeout=20
+            ["ls", f"/proc/{opened.pid}/cwd/"], capture_output=True, text=True, timeout=60
         )
         assert lost.returncode != 0, "what used the old mount is told so"
     finally:
         opened.kill()
-        opened.wait(timeout=10)
+        opened.wait(timeout=60)
 
 
 def test_the_end_while_a_worker_is_replaced(
@@ -344,12 +344,12 @@ def test_the_end_while_a_worker_is_replaced(
         assert not is_mounted(Path(supervisor.name))
         assert keeper.names() == []
         lost = subprocess.run(
-            ["ls", f"/proc/{opened.pid}/cwd/"], capture_output=True, text=True, timeout=20
+            ["ls", f"/proc/{opened.pid}/cwd/"], capture_output=True, text=True, timeout=60
         )
         assert lost.returncode != 0
     finally:
         opened.kill()
-        opened.wait(timeout=10)
+        opened.wait(timeout=60)
 
 
 def test_the_end_of_a_mount_does_not_reach_another(
@@ -421,18 +421,18 @@ def test_a_leader_dies_and_another_goes_on(s3: S3, tmp_path: Path) -> None:
     try:
         user = subprocess.Popen(["sleep", "60"], cwd=tmp_path / "mnt")
         leader.kill()
-        leader.communicate(timeout=10)
+        leader.communicate(timeout=60)
         wait_until_gone(worker)
         leader, worker = lead()
         assert shell(f"ls /proc/{user.pid}/cwd/ | wc -l", Path("/")).stdout == "3\n"
         user.kill()
-        user.wait(timeout=10)
-        leader.communicate("", timeout=30)
+        user.wait(timeout=60)
+        leader.communicate("", timeout=60)
         assert leader.returncode == 0
         assert not is_mounted(tmp_path / "mnt")
     finally:
         leader.kill()
-        leader.wait(timeout=10)
+        leader.wait(timeout=60)
         keeper.kill()
-        keeper.wait(timeout=10)
+        keeper.wait(timeout=60)
         shell(f"umount -l {tmp_path}/mnt", Path("/"))
