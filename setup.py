@@ -2,8 +2,16 @@
 
 For a wheel, an sdist and an editable install alike, `csi/NAME_pb2.py`, `.pyi` and
 `csi/NAME_pb2_grpc.py` are written beside the other modules, where git ignores them.
+
+First it looks for what pip will need to compile pyfuse3, so that pip ends with the names of
+packages and not with a compiler's errors.
 """
 
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
 from importlib.resources import files
 from pathlib import Path
 
@@ -12,6 +20,36 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+
+
+def missing_packages() -> list[str]:
+    """Packages of Debian without which pip cannot compile pyfuse3 here; none if it is installed."""
+    # -I: the environment that pip installs into, without what it made for this build.
+    there = [sys.executable, "-I", "-c", "import pyfuse3"]
+    if subprocess.run(there, capture_output=True, check=False).returncode == 0:
+        return []
+    missing = []
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        missing += ["gcc", "libc6-dev"]
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        missing.append("python3-dev")
+    pkg_config = shutil.which("pkg-config")
+    if pkg_config is None:
+        missing.append("pkg-config")
+    if (
+        pkg_config is None
+        or subprocess.run([pkg_config, "--exists", "fuse3"], check=False).returncode
+    ):
+        missing.append("libfuse3-dev")
+    return missing
+
+
+# Set by pip for the builds that it starts, and by nothing else.
+if "PIP_BUILD_TRACKER" in os.environ and (names := missing_packages()):
+    sys.exit(
+        f"lazyfs: pyfuse3, which it needs, is compiled here. Please run: apt-get install "
+        f"{' '.join(names)} (names as in Debian), or use the package or the archive of lazyfs"
+    )
 
 
 class BuildWithMessages(build_py):

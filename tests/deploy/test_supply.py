@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 from manifests import ROOT
 from packaging.requirements import Requirement
+
+from lazyfs import __version__
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LOCKED = {
@@ -98,3 +101,27 @@ def test_a_base_image_is_named_by_its_digest() -> None:
         pytest.skip(answer.stderr)
     assert answer.returncode == 2
     assert answer.stderr.endswith("add its digest (NAME@sha256:...)\n")
+
+
+def test_pip_names_the_packages_that_are_missing(tmp_path: Path) -> None:
+    """Where there are neither compiler nor headers. Other builds, and complete machines, go on."""
+    backend = str(ROOT / "build" / "backend")
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True, timeout=60)
+    (tmp_path / "bin").mkdir()
+
+    def build(**env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [bare / "bin" / "python", ROOT / "setup.py", "--version"],
+            env={"PATH": str(tmp_path / "bin"), "PYTHONPATH": backend, **env},
+            cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+
+    refused = build(PIP_BUILD_TRACKER="/nowhere")
+    assert refused.returncode == 1
+    (line,) = refused.stderr.splitlines()
+    assert "apt-get install gcc libc6-dev pkg-config libfuse3-dev" in line
+    assert build().stdout.split() == [__version__]
+    assert build(PIP_BUILD_TRACKER="/nowhere", PATH=os.environ["PATH"]).stdout.split() == [
+        __version__
+    ]

@@ -145,7 +145,7 @@ class Machine:
         """All paths, but those of the kernel and what every machine writes as it runs."""
         places = "/etc /opt /usr /var /root /home /srv /run/lazyfs"
         found = self.run(f"find {places} -xdev 2>/dev/null; true").stdout.splitlines()
-        passing = ("/var/lib/dpkg", "/var/log", "/var/cache/ldconfig", "/var/lib/systemd")
+        passing = ("/var/lib/dpkg", "/var/log", "/var/cache/ldconfig", "/var/cache/man")
         return {path for path in found if not path.startswith(passing)}
 
     def stop(self) -> None:
