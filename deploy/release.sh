@@ -18,6 +18,18 @@ version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' lazyfs/__init__.py)
 dist=dist/$version
 work=build/release
 
+# same FILE: packs a .tar.gz again, with nothing in it that depends on when and by whom it was packed.
+same() {
+    local place=$work/same
+    rm -rf "$place" && mkdir "$place"
+    tar -xzf "$1" -C "$place"
+    pack "$place" "$(ls "$place")" "$1"
+}
+# pack DIRECTORY MEMBER FILE
+pack() {
+    tar --create --sort=name --mtime=@"$SOURCE_DATE_EPOCH" --owner=0 --group=0 --numeric-owner \
+        --directory "$1" "$2" | gzip -9 --no-name >"$3"
+}
 fail() { echo "release: $*" >&2; exit 1; }
 step() { echo "release: $*"; }
 
@@ -34,6 +46,7 @@ mkdir -p "$dist" "$work"
 step "wheel and sdist"
 PYTHONPATH=$PWD/build/backend "$(.ci/python-tool pyproject-build)" --no-isolation --outdir "$dist" . >"$work/build.log" 2>&1 \
     || { tail -5 "$work/build.log" >&2; exit 1; }
+same "$dist/lazyfs-$version.tar.gz"
 
 step "man pages and completions"
 share=$work/share
@@ -63,11 +76,11 @@ folder=lazyfs-$version-linux-x86_64
 cp -a "$work/lazyfs" "$work/$folder"
 cp -a "$share" "$work/$folder/share"
 cp -p LICENSE deploy/package/example.toml "$work/$folder"
-tar --create --sort=name --mtime=@"$SOURCE_DATE_EPOCH" --owner=0 --group=0 --numeric-owner \
-    --directory "$work" "$folder" | gzip -9 --no-name >"$dist/$folder.tar.gz"
+pack "$work" "$folder" "$dist/$folder.tar.gz"
 
 step "chart"
 "$(.ci/go-tool helm.sh/helm/v3/cmd/helm@v3.22.0)" package deploy/helm/lazyfs-csi --destination "$dist" >/dev/null
+same "$dist/lazyfs-csi-$version.tgz"
 
 step "image and its SBOM"
 OCI_ARCHIVE=$dist/lazyfs-$version-image.oci.tar SBOM=$dist/lazyfs-$version-image.cdx.json deploy/image.sh \
