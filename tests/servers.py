@@ -31,6 +31,7 @@ class Kind:
         program: a file in `PROGRAMS`; empty: it is a module of this Python.
         tls, virtual: whether it can be asked so here.
         signs: whether it looks at signatures.
+        quick: it is installed within a minute or so. The others are run by `make s3-matrix` only.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Kind:
     tls: bool = True
     virtual: bool = True
     signs: bool = True
+    quick: bool = True
 
 
 KINDS = {
@@ -47,8 +49,10 @@ KINDS = {
         Kind("versitygw", "versitygw"),
         Kind("s3proxy", "s3proxy.jar", tls=False, virtual=False),
         Kind("gofakes3", "gofakes3", tls=False, virtual=False, signs=False),
-        Kind("seaweedfs", "weed", tls=False),
+        Kind("minio", "minio", quick=False),
+        Kind("seaweedfs", "weed", quick=False),
     )
+    if kind.quick or os.environ.get("LAZYFS_S3_MATRIX")
 }
 
 
@@ -111,7 +115,19 @@ def _command(
         return ["java", "-Xmx256m", "-jar", program, "--properties", "properties"], {}
     if kind.name == "gofakes3":
         return [program, f"-host={address}", "-backend=memory"], {}
+    if kind.name == "minio":
+        certificates = directory / "certificates"
+        certificates.mkdir()
+        if tls:
+            shutil.copy(tls[0], certificates / "public.crt")
+            shutil.copy(tls[1], certificates / "private.key")
+        return [
+            program, "server", str(data), f"--address={address}", f"--certs-dir={certificates}",
+            f"--console-address=127.0.0.1:{_free_port()}",
+        ], {"MINIO_ROOT_USER": ACCESS, "MINIO_ROOT_PASSWORD": SECRET, "MINIO_DOMAIN": HOST,
+            "MINIO_BROWSER": "off", "MINIO_UPDATE": "off"}  # fmt: skip
     assert kind.name == "seaweedfs"
+    files = [f"-s3.cert.file={tls[0]}", f"-s3.key.file={tls[1]}"] if tls else []
     (directory / "keys.json").write_text(
         '{"identities": [{"name": "tests", "actions": ["Admin", "Read", "Write", "List"], '
         f'"credentials": [{{"accessKey": "{ACCESS}", "secretKey": "{SECRET}"}}]}}]}}'
@@ -120,7 +136,7 @@ def _command(
         program, "server", "-ip=127.0.0.1", f"-dir={data}", "-s3", f"-s3.port={port}",
         f"-s3.domainName={HOST}", "-s3.config=keys.json", "-volume.max=20",
         f"-master.port={_free_port()}", f"-volume.port={_free_port()}",
-        f"-filer.port={_free_port()}", "-master.volumeSizeLimitMB=64",
+        f"-filer.port={_free_port()}", "-master.volumeSizeLimitMB=64", *files,
     ], {}  # fmt: skip
 
 
