@@ -9,9 +9,10 @@ from typing import cast
 import pytest
 import trio
 
-from lazyfs.blocks import Span
+from lazyfs.blocks import BlockId, Span
 from lazyfs.blocks.block_map import BlockMap
-from lazyfs.cache import BlockCache, Claim
+from lazyfs.blocks.file_blocks import Place
+from lazyfs.cache import BlockCache, Claim, other_daemons
 from lazyfs.errors import AccessDeniedError, SourceError
 from lazyfs.fetch.fetcher import BlockFetcher
 from lazyfs.fetch.scheduler import URGENT_EXTRA
@@ -186,6 +187,49 @@ def test_what_another_daemon_brings_takes_no_room_here() -> None:
         assert machine.source.asked == []
         machine.disk.claimed = set()  # it has given up
         await until(lambda: len(machine.disk.stored) == BLOCKS)
+
+    play(machine, scenario)
+
+
+def test_a_reader_tells_other_daemons_that_it_waits_for_their_block() -> None:
+    machine = Machine(prefetch="off")
+    machine.disk.claimed = {5}
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        async with trio.open_nursery() as readers:
+            readers.start_soon(read, machine, 5)
+            await until(lambda: machine.disk.waiting == {5})
+            assert machine.source.asked == []
+            machine.disk.claimed = set()
+        assert machine.source.asked == [5]
+        assert machine.disk.waiting == set()
+
+    play(machine, scenario)
+
+
+def test_a_daemon_that_brings_nothing_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(other_daemons, "LEASE_S", 0.1)
+    machine = Machine()
+    machine.disk.claimed = set(range(BLOCKS))  # and stays so
+    machine.order(MODEL)
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        await until(lambda: len(machine.disk.stored) == BLOCKS)
+        assert sorted(machine.source.asked) == list(range(BLOCKS))
+
+    play(machine, scenario)
+
+
+@pytest.mark.parametrize("place", [Place.ABSENT, Place.USED])
+def test_a_block_that_is_found_on_the_disk_is_on_this_machine(place: Place) -> None:
+    machine = Machine(prefetch="off")
+    machine.fetcher.add_file(ON_DISK)
+    block = BlockId(ON_DISK.inode, 1)
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        machine.prefetcher.blocks.moved(block, place)
+        await machine.fetcher.scan([ON_DISK])
+        assert machine.prefetcher.blocks.place(block) is Place.LOCAL
 
     play(machine, scenario)
 
