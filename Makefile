@@ -58,6 +58,11 @@ s3-matrix: setup
 soak: setup
 	@.venv/bin/python tests/soak.py $(or $(SECONDS),120)
 
+# 1 to 1,024 threads fault at once, with every policy, with and without a disk: two minutes or more.
+.PHONY: faults
+faults: setup
+	@LAZYFS_FAULTS=1 .venv/bin/python -m pytest -v tests/mount/test_many_faults.py
+
 # lazyfs beside a download and other mounts, on this machine: `make bench` takes 35 minutes,
 # `make bench RUN=quick` seven; PEERS=all compiles Mountpoint for S3 first. Needs root.
 .PHONY: bench

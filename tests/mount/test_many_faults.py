@@ -6,12 +6,13 @@ import os
 import random
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mounting import Mounted, fusectl
+from mounting import Mounted, fusectl, peak_mib
 from s3 import S3
 
 pytestmark = pytest.mark.fuse
@@ -22,6 +23,8 @@ PART = 128 << 10
 RANKS, THREADS = 4, 64
 # On a machine that does other things, too. Where pushes may hold all memory it never ends.
 LONGEST_S = 100
+# Of a worker that may hold 64 MiB of blocks: its program and libraries take 40 to 60 MiB.
+MOST_MIB = 160
 
 # Each rank copies every n-th part, in an order of its own, by threads without the interpreter's
 # lock; its last line is whether all parts were right.
@@ -78,15 +81,51 @@ def test_it_ends(
         with fusectl(tmp_path / "fusectl") as connections:
             number = os.minor(mounted.path.stat().st_dev)
             (connections / str(number) / "max_background").write_text(str(background))
+    copy_all(mounted, sums, RANKS, THREADS)
+
+
+# Forty loads, for `make faults`.
+CASES = [
+    pytest.param(ranks, threads, policy, disk, id=f"{ranks * threads}-{policy}-{disk}")
+    for ranks, threads in ((1, 1), (1, 8), (4, 16), (4, 64), (4, 256))
+    for policy in ("model", "tensor", "headers", "off")
+    for disk in ("disk", "none")
+    if os.environ.get("LAZYFS_FAULTS")
+]
+
+
+@pytest.mark.parametrize(("ranks", "threads", "policy", "disk"), CASES)
+def test_any_number_of_threads(
+    mount: Callable[..., Mounted],
+    sums: Path,
+    ranks: int,
+    threads: int,
+    policy: str,
+    disk: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = [f"--prefetch={policy}", *(["--cache-dir=none"] if disk == "none" else [])]
+    mounted = mount("s3://faults/m", "--memory-limit=64MiB", *options)
+    began_s = time.monotonic()
+    copy_all(mounted, sums, ranks, threads)
+    lasted_s = time.monotonic() - began_s
+    peak = peak_mib(mounted.worker)
+    with capsys.disabled():
+        print(f" {lasted_s:.1f} s, {peak:.0f} MiB", end="")
+    assert peak < MOST_MIB
+
+
+def copy_all(mounted: Mounted, sums: Path, ranks: int, threads: int) -> None:
+    """Have processes of threads copy all parts, and see that each is right."""
     command = [sys.executable, "-c", COPY, mounted.path / "weights.bin", sums]
-    ranks = [
+    running = [
         subprocess.Popen(
-            [*command, *map(str, (rank, RANKS, THREADS, PART))], stdout=subprocess.PIPE, text=True
+            [*command, *map(str, (rank, ranks, threads, PART))], stdout=subprocess.PIPE, text=True
         )
-        for rank in range(RANKS)
+        for rank in range(ranks)
     ]
     try:
-        assert [rank.communicate(timeout=LONGEST_S)[0] for rank in ranks] == ["True\n"] * RANKS
+        assert [rank.communicate(timeout=LONGEST_S)[0] for rank in running] == ["True\n"] * ranks
     finally:
-        for rank in ranks:
+        for rank in running:
             rank.kill()
