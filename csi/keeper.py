@@ -11,6 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
+from lazyfs.escaping import escaped
 from lazyfs.handover.keeper import Keeper, KeeperError
 from lazyfs.process.privileges import leave_no_core_dump, protect_from_oom
 
@@ -25,7 +26,7 @@ def main(socket: Path) -> int:
     try:
         Keeper().serve_at(socket)
     except KeeperError as error:
-        print(f"lazyfs-csi: {error}", file=sys.stderr)
+        print(f"lazyfs-csi: {escaped(str(error))}", file=sys.stderr)
     return 1
 
 

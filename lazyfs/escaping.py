@@ -14,3 +14,8 @@ def escaped(text: str) -> str:
     return "".join(
         each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
     )
+
+
+def escaped_lines(text: str) -> str:
+    """The same for a text of several lines, whose line ends are ours."""
+    return "\n".join(map(escaped, text.split("\n")))

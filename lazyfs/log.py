@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 
-from lazyfs.escaping import escaped
+from lazyfs.escaping import escaped, escaped_lines
 
 # Context of the process, and of the current thread or task.
 _about: dict[str, str] = {}
@@ -29,7 +30,11 @@ class TextFormatter(logging.Formatter):
         line = f"{_time(record)} {record.levelname} {_logger_name(record)}: {message}"
         fields = " ".join(f"{name}={escaped(text)}" for name, text in _fields().items())
         line += f" [{fields}]" if fields else ""
-        return line + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
+        if not record.exc_info:
+            return line
+        # Messages of exceptions may have line ends: no line of them looks like one of the log.
+        trace = escaped_lines(self.formatException(record.exc_info))
+        return f"{line}\n{textwrap.indent(trace, '    ')}"
 
 
 class JsonFormatter(logging.Formatter):
@@ -44,7 +49,7 @@ class JsonFormatter(logging.Formatter):
             **{name: escaped(text) for name, text in _fields().items()},
         }
         if record.exc_info:
-            fields["exception"] = self.formatException(record.exc_info)
+            fields["exception"] = escaped_lines(self.formatException(record.exc_info))
         return json.dumps(fields, ensure_ascii=False)
 
 

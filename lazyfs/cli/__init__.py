@@ -15,7 +15,7 @@ import click
 
 from lazyfs import __version__
 from lazyfs.errors import LazyfsError, OptionError
-from lazyfs.escaping import escaped
+from lazyfs.escaping import escaped, escaped_lines
 
 # The module of each command.
 COMMANDS = {
@@ -53,7 +53,7 @@ class OneLineErrors(click.Group):
         except click.exceptions.Abort:
             sys.exit(130)
         except click.exceptions.NoArgsIsHelpError as error:
-            click.echo(error.format_message())
+            click.echo(escaped_lines(error.format_message()))
             sys.exit(2)
         except click.ClickException as error:
             self._fail(OptionError(error.format_message()))

@@ -20,7 +20,7 @@ from lazyfs.cache.inventory import models, objects
 from lazyfs.cache.space import Limits
 from lazyfs.cli.progress import ByteProgress
 from lazyfs.cli.settings import settings, with_cache_options
-from lazyfs.cli.tables import console, print_rows
+from lazyfs.cli.tables import console, print_rows, tell
 from lazyfs.errors import CacheError, OptionError
 from lazyfs.options.option_types import Duration, Size, format_duration, format_size
 
@@ -45,7 +45,7 @@ def info(as_json: bool, **given: Any) -> None:
     """Show size, limits and hit rate of the cache."""
     described = [_describe(directory) for directory in _opened(given)]
     if as_json:
-        click.echo(json.dumps(described, indent=1))
+        tell(json.dumps(described, indent=1))
         return
     for fields in described:
         hits, asked = fields["hits"], fields["hits"] + fields["misses"]
@@ -82,7 +82,7 @@ def list_(files: bool, as_json: bool, **given: Any) -> None:
     if not files:
         entries = models(entries)
     if as_json:
-        click.echo(json.dumps([asdict(entry) for entry in entries], indent=1))
+        tell(json.dumps([asdict(entry) for entry in entries], indent=1))
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("OBJECT" if files else "MODEL", overflow="fold")
@@ -187,7 +187,7 @@ def verify(as_json: bool, **given: Any) -> None:
             f"{first}{more}"
         )
     if not as_json:
-        click.echo(f"{len(work)} blocks, {format_size(total)}: all intact")
+        tell(f"{len(work)} blocks, {format_size(total)}: all intact")
 
 
 def _opened(given: dict[str, Any]) -> list[CacheDirectory]:
@@ -240,9 +240,9 @@ def _tell_freed(directories: list[CacheDirectory], before: int, as_json: bool) -
     left = sum(directory.used_bytes() for directory in directories)
     freed = max(0, before - left)
     if as_json:
-        click.echo(json.dumps({"freed_bytes": freed, "left_bytes": left}))
+        tell(json.dumps({"freed_bytes": freed, "left_bytes": left}))
     else:
-        click.echo(f"{format_size(freed)} freed, {format_size(left)} left")
+        tell(f"{format_size(freed)} freed, {format_size(left)} left")
 
 
 def _ago(moment_s: float | None) -> str:

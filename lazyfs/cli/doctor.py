@@ -13,7 +13,7 @@ from rich.text import Text
 
 from lazyfs.cli.checks import Finding, Outcome, examine
 from lazyfs.cli.settings import settings, with_mount_options
-from lazyfs.cli.tables import console
+from lazyfs.cli.tables import console, tell
 from lazyfs.store.url import SourceUrl
 
 _STYLES = {Outcome.OK: "green", Outcome.WARNING: "yellow", Outcome.FAILED: "bold red"}
@@ -45,7 +45,7 @@ def doctor(source: str | None, as_json: bool, config: Path | None, **given: Any)
         if not as_json:
             _show(finding)
     if as_json:
-        click.echo(json.dumps([asdict(finding) for finding in found], indent=1))
+        tell(json.dumps([asdict(finding) for finding in found], indent=1))
     if any(finding.state is Outcome.FAILED for finding in found):
         sys.exit(1)
 

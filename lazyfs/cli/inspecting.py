@@ -18,7 +18,7 @@ from lazyfs.blocks import block_length
 from lazyfs.cache import BlockCache
 from lazyfs.cli.mounts import record_at
 from lazyfs.cli.settings import settings, with_mount_options
-from lazyfs.cli.tables import console, print_rows
+from lazyfs.cli.tables import console, print_rows, tell
 from lazyfs.control.client import ControlClient, ControlError
 from lazyfs.errors import ObjectGoneError, SourceError
 from lazyfs.model.inspection import Layer, Model, group_similar, inspect_files
@@ -74,7 +74,7 @@ def inspect(what: str, as_json: bool, config: Path | None, **given: Any) -> None
         sizes, models = models_of_mount(client, options)
     if as_json:
         described = [_as_json(model) for model in models]
-        click.echo(json.dumps({"source": url, "models": described}, indent=1))
+        tell(json.dumps({"source": url, "models": described}, indent=1))
     else:
         for model in models:
             _show(model, url, options)
@@ -213,7 +213,7 @@ def _show_others(sizes: Mapping[str, int], models: Sequence[Model]) -> None:
     if others:
         print_rows([("others", f"{format_size(size)} in {_many(len(others), 'file')} of no model")])
         if size:
-            click.echo("They are fetched when they are read.")
+            tell("They are fetched when they are read.")
 
 
 def _small(model: Model) -> str:

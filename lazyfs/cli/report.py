@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from lazyfs.cli.mounts import record_at
+from lazyfs.cli.tables import tell
 from lazyfs.control.client import ControlClient
 from lazyfs.errors import LazyfsError, OptionError
 from lazyfs.observe.chart import Chart
@@ -60,14 +61,14 @@ def report(mountpoint: Path, output: Path | None) -> None:
     load = Load.of(Recording.parse(answer))
     verdict = judge(load)
     if write is None or output is None:
-        click.echo(as_text(load, verdict))
+        tell(as_text(load, verdict))
         return
     content = write(load, verdict)
     try:
         output.write_bytes(content)
     except OSError as error:
         raise OptionError(f"--output: {output}: {error.strerror}") from error
-    click.echo(verdict.headline, err=True)
+    tell(verdict.headline, err=True)
 
 
 def as_text(load: Load, verdict: Verdict) -> str:

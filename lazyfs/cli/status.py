@@ -10,7 +10,7 @@ import click
 from rich.table import Table
 
 from lazyfs.cli.mounts import Status, record_at, status_of
-from lazyfs.cli.tables import console, print_rows
+from lazyfs.cli.tables import console, print_rows, tell
 from lazyfs.errors import MountError
 from lazyfs.options.option_types import format_duration, format_size
 from lazyfs.process.mount_records import records
@@ -33,15 +33,15 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
     if mountpoint is None:
         found = [status_of(record) for record in records()]
         if as_json:
-            click.echo(json.dumps(found, indent=1))
+            tell(json.dumps(found, indent=1))
         elif found:
             console().print(mounts_table(found))
         else:
-            click.echo("nothing is mounted by this user", err=True)
+            tell("nothing is mounted by this user", err=True)
         return
     described = status_of(record_at(mountpoint))
     if as_json:
-        click.echo(json.dumps(described, indent=1))
+        tell(json.dumps(described, indent=1))
     else:
         print_rows(rows(described))
     if "error" in described:

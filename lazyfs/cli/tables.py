@@ -6,11 +6,12 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+import click
 from rich.console import Console
+from rich.segment import Segment
 from rich.table import Table
-from rich.text import Text
 
-from lazyfs.escaping import escaped
+from lazyfs.escaping import escaped_lines
 
 # In a pipe no line is cut or wrapped, because programs read it line by line.
 PIPE_WIDTH = 10_000
@@ -19,15 +20,28 @@ PIPE_WIDTH = 10_000
 class _SafeConsole(Console):
     """Shows what is in cells, which others may have written, and does nothing that it says."""
 
-    def render_str(self, text: str, **style: Any) -> Text:
-        """Called for each text that is printed, cells of tables included."""
-        return super().render_str("\n".join(map(escaped, text.split("\n"))), **style)
+    def render(self, *arguments: Any, **options: Any) -> Iterable[Segment]:
+        """Called for all that is printed, cells of tables and titles included."""
+        for segment in super().render(*arguments, **options):
+            if segment.control:
+                yield segment
+            else:
+                yield Segment(escaped_lines(segment.text), segment.style)
 
 
 def console() -> Console:
     """Standard output, with colours only in a terminal that has them, and not with `NO_COLOR`."""
     width = None if sys.stdout.isatty() else PIPE_WIDTH
     return _SafeConsole(width=width, highlight=False, markup=False, emoji=False)
+
+
+def tell(text: str, *, err: bool = False) -> None:
+    """Print a text that may have parts that others wrote.
+
+    Args:
+        err: to standard error.
+    """
+    click.echo(escaped_lines(text), err=err)
 
 
 def print_rows(rows: Iterable[tuple[str, str]]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 
+from lazyfs.cli.tables import tell
 from lazyfs.errors import MountError
 from lazyfs.fuse import mount_syscalls
 from lazyfs.process.mount_records import DaemonWatch, MountRecord, is_detached, record_of
@@ -104,7 +105,7 @@ def _end_unused(mountpoint: Path, device: str, record: MountRecord, watch: Daemo
             "umount --force`"
         )
     if holders and not watch.wait(SESSION_END_S):
-        click.echo(
+        tell(
             f"{mountpoint}: other mount namespaces have unused copies of this mount, which end "
             f"with it: those of {named(holders)}",
             err=True,

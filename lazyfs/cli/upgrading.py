@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from lazyfs.cli.tables import tell
 from lazyfs.errors import MountError, OptionError
 from lazyfs.options.mount_options import config_places
 from lazyfs.process.mount_records import MountRecord, record_of, records
@@ -36,7 +37,7 @@ def upgrade(mountpoint: Path | None, every: bool, config: Path | None) -> None:
     chosen = records() if mountpoint is None else [_served(Path(os.path.realpath(mountpoint)))]
     for record in chosen:
         replacement = replace_worker(record)
-        click.echo(f"{record.mountpoint}: {record.version} -> {replacement.version}")
+        tell(f"{record.mountpoint}: {record.version} -> {replacement.version}")
 
 
 def _served(mountpoint: Path) -> MountRecord:

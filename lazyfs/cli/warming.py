@@ -16,6 +16,7 @@ from lazyfs.cache import BlockCache
 from lazyfs.cli.mounts import record_at
 from lazyfs.cli.progress import ByteProgress
 from lazyfs.cli.settings import settings, with_mount_options
+from lazyfs.cli.tables import tell
 from lazyfs.control.client import ControlClient, ControlError
 from lazyfs.errors import LazyfsError, OptionError
 from lazyfs.fetch.warm import IncompleteError, Progress, Warmer
@@ -157,4 +158,4 @@ def _tell(progress: Progress, verify: bool, as_json: bool) -> None:
             f"; {format_size(progress.verified_bytes)} read back, {progress.compared_files} files "
             f"compared with the checksums stored in S3"
         )
-    click.echo(line)
+    tell(line)

@@ -17,6 +17,7 @@ import threading
 from typing import Any
 
 from lazyfs.errors import LazyfsError, MountError
+from lazyfs.escaping import escaped
 from lazyfs.handover.keeper import Keeper, allow_many_descriptors
 from lazyfs.log import configure
 from lazyfs.process.mount_spec import MountSpec
@@ -88,7 +89,7 @@ def main(
 
 def _refused(error: LazyfsError, report_fd: int | None) -> int:
     if report_fd is None:
-        print(f"lazyfs: {error}", file=sys.stderr)
+        print(f"lazyfs: {escaped(str(error))}", file=sys.stderr)
     _report(report_fd, {"error": str(error), "exit_code": error.exit_code})
     return error.exit_code
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import sys
+from pathlib import Path
 
 import pytest
+from rich.table import Table
+from rich.text import Text
 
-from lazyfs.cli.tables import print_rows
+import lazyfs
+from lazyfs.cli.tables import console, print_rows, tell
 from lazyfs.escaping import escaped
 from lazyfs.log import JsonFormatter, TextFormatter, within
 
@@ -46,3 +52,39 @@ def test_a_table_shows_names_and_does_not_obey_them(capsys: pytest.CaptureFixtur
     shown = capsys.readouterr().out
     assert all(line.isprintable() for line in shown.split("\n"))
     assert "\\x1b]0;owned" in shown
+
+
+def test_no_cell_title_or_line_is_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rich takes control characters out of strings, and leaves those in its own texts."""
+    table = Table(title=Text(EVIL), caption=Text(EVIL))
+    table.add_column(Text(EVIL))
+    table.add_row(Text(EVIL, style="bold"))
+    console().print(table, Text(EVIL), EVIL)
+    tell(f"{EVIL} and\nmore")
+    tell(EVIL, err=True)
+    shown = capsys.readouterr()
+    for text in (shown.out, shown.err):
+        assert all(line.isprintable() for line in text.split("\n"))
+    assert "\\u202egpj" in shown.out and "\\x1b]0;owned" in shown.err
+
+
+@pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()])
+def test_a_traceback_has_no_line_that_looks_like_another(formatter: logging.Formatter) -> None:
+    try:
+        raise ValueError(EVIL)
+    except ValueError:
+        record = logging.LogRecord("x", logging.ERROR, "", 1, "failed", (), sys.exc_info())
+    first, *trace = formatter.format(record).split("\n")
+    assert all(line.isprintable() for line in (first, *trace))
+    assert not any(line.startswith("2026") for line in trace)
+    assert "ValueError" in first + "".join(trace)
+
+
+def test_commands_print_in_no_other_way() -> None:
+    """What they print may name objects, processes and sources, which others chose."""
+    own = {"tables.py", "__init__.py", "completion.py", "fleet.py"}
+    for path in (Path(lazyfs.__path__[0]) / "cli").glob("*.py"):
+        if path.name not in own:
+            assert not re.search(r"click\.s?echo\(|sys\.std(out|err)\.write", path.read_text()), (
+                path
+            )
