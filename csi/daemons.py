@@ -407,7 +407,7 @@ def _check(daemon: Daemon, credentials: Credentials) -> None:
     """
     if not isinstance(credentials, StaticCredentials):
         return
-    from csi.survey import check_keys  # boto3, which is needed when keys are rotated only
+    from csi.key_check import check_keys  # which is needed when keys are rotated only
 
     try:
         check_keys(daemon.spec, credentials)

@@ -1,7 +1,4 @@
-"""Checks whether a source can be read, and how large it is.
-
-Used before a volume is made, and before the keys of a daemon are replaced.
-"""
+"""Checks whether a source can be read, and how large it is, before a volume is made."""
 
 from __future__ import annotations
 
@@ -11,8 +8,6 @@ from dataclasses import dataclass
 
 from csi.volumes import Volume
 from lazyfs.errors import ObjectGoneError
-from lazyfs.options.mount_options import MountOptions
-from lazyfs.process.mount_spec import MountSpec
 from lazyfs.store.credentials import Credentials
 from lazyfs.store.objects import Page, Tokens
 from lazyfs.store.protocol import Store
@@ -39,18 +34,6 @@ class Survey:
     complete: bool
 
 
-def check_keys(spec: MountSpec, credentials: Credentials) -> None:
-    """Check that other credentials than its own can read what a daemon serves.
-
-    Raises:
-        SourceError: they cannot, or S3 does not answer.
-    """
-    options = MountOptions.parse(("{attribute}", spec.options))
-    url = SourceUrl.parse(spec.source)
-    source = Source(url, options, credentials)
-    _read_a_byte(source, source.list_page(url.prefix, None))
-
-
 def survey(volume: Volume, credentials: Credentials | None) -> Survey:
     """List a source, and read a byte of it.
 
@@ -68,7 +51,7 @@ def survey(volume: Volume, credentials: Credentials | None) -> Survey:
     size_bytes, pages, was_read, seen_objects = 0, 1, False, False
     while True:
         token = tokens.after(page)
-        was_read = was_read or _read_a_byte(source, page)
+        was_read = was_read or read_a_byte(source, page)
         size_bytes += sum(
             each.size_bytes
             for each in page.objects
@@ -88,7 +71,7 @@ def survey(volume: Volume, credentials: Credentials | None) -> Survey:
         pages += 1
 
 
-def _read_a_byte(source: Store, page: Page) -> bool:
+def read_a_byte(source: Store, page: Page) -> bool:
     """Read a byte, because reading needs another permission than listing; False if none exists."""
     for each in page.objects:
         if each.size_bytes:
