@@ -5,7 +5,7 @@ served from the cache, and all mounts of one model share one copy. A mount gets 
 for an object that its own credentials have listed with that ETag.
 
 Mounts use `BlockCache`; `CacheDirectory` (`directory.py`) does the work, one for each directory.
-All calls block: they are made from worker threads.
+All calls block: they are made in threads (`lazyfs/threads.py`).
 """
 
 from __future__ import annotations

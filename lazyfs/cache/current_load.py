@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 
-# A load has ended when the cache was not used for so long.
+# A load has ended when the cache was not used for this time.
 IDLE_S = 120.0
 # Blocks used within the shorter time are never evicted; those used within the longer one are not
 # evicted for the load that used them.

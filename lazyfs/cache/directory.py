@@ -9,7 +9,7 @@
 Any number of processes use a directory at once, any of them may be killed at any time, and other
 programs may delete or change files: every block is checked when it is read, and damaged ones are
 dropped. Nothing here raises after the directory was opened (`guarded_index.py`). Which blocks are
-evicted for others: see `current_load.py`. All calls block: they are made from worker threads.
+evicted for others: see `current_load.py`. All calls block: they are made in threads.
 """
 
 from __future__ import annotations

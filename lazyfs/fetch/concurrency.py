@@ -1,11 +1,11 @@
-"""How many ranged GETs to keep in flight. Pure: it is told times and bytes, and has no clock.
+"""How many ranged GETs to keep in flight. Pure: callers pass times and bytes; there is no clock.
 
-The rule is hill climbing on throughput. Over a round of as many answers as the limit allows, the
-rate is measured while there was always more to ask for. A larger limit that brought more is kept
-and raised again; one that brought nothing is taken back, and the next try waits for some rounds,
-because requests beyond what the link carries only make each of them slower. When S3 throttles, the
-limit is halved at once; but only once a round, because requests that were in flight together are
-refused together, for one reason.
+The rule is hill climbing on throughput. A round is as many answers as the limit. In each round in
+which requests were always waiting, the rate is measured. If a larger limit raised the rate, it is
+kept and raised again. If it did not, it is taken back, and the next try waits for some rounds:
+requests beyond what the link carries only make each other slower. When S3 throttles, the limit is
+halved at once, but only once a round, because S3 refuses requests that are in flight together for
+the same reason.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ class Concurrency:
     """The limit of requests in flight.
 
     Args:
-        most: what the limit never exceeds.
+        most: the highest limit.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.limit = min(START, most)
-        # Requests without an answer that were sent before the limit was cut last.
+        # Requests that are in flight since before the last cut of the limit.
         self._sent_before_cut = 0
         self._before_growth: int | None = None
         self._rate_before_growth = 0.0
@@ -36,7 +36,7 @@ class Concurrency:
         self._answers = 0
 
     def answered(self, now_s: float, size_bytes: int, *, saturated: bool) -> None:
-        """A request brought `size_bytes`; `saturated` says that more was waiting to be asked."""
+        """A request returned `size_bytes`; `saturated`: other requests were waiting."""
         self._sent_before_cut = max(0, self._sent_before_cut - 1)
         if not saturated or not self._answers:
             self._begin_round(now_s)
@@ -50,9 +50,9 @@ class Concurrency:
             self._answers = 1
 
     def throttled(self) -> None:
-        """S3 refused a request because there were too many.
+        """S3 throttled a request.
 
-        Requests that were sent before the last cut, as many as the limit was, do not cut it again.
+        Requests that were in flight when the limit was cut do not cut it again.
         """
         if self._sent_before_cut > 0:
             self._sent_before_cut -= 1
@@ -83,10 +83,10 @@ class Concurrency:
 
 
 class HedgeTimer:
-    """When a request has taken so long that asking a second time is better than waiting.
+    """When a second request is better than waiting for the first one.
 
-    After twice the usual slowest: the mean plus four deviations of recent answers, as TCP times
-    its retransmissions (RFC 6298), and never below `least_s`.
+    After twice the usual slowest time, which is the mean plus four deviations of recent answers, as
+    TCP times its retransmissions (RFC 6298); never before `least_s`.
     """
 
     def __init__(self, least_s: float = 1.0, unknown_s: float = 1.0) -> None:
@@ -96,7 +96,7 @@ class HedgeTimer:
         self._known = False
 
     def answered(self, took_s: float) -> None:
-        """A request was answered after that time."""
+        """A request was answered after `took_s`."""
         if not self._known:
             self._known = True
             self._mean_s, self._deviation_s = took_s, took_s / 2
@@ -106,12 +106,12 @@ class HedgeTimer:
 
     @property
     def delay_s(self) -> float:
-        """How long to wait for an answer before asking again."""
+        """How long to wait for an answer before a second request."""
         return max(self._least_s, 2 * (self._mean_s + 4 * self._deviation_s))
 
 
 class Pacer:
-    """Spreads requests so that they take at most so many bytes a second.
+    """Delays requests to stay within a rate.
 
     Args:
         rate: bytes a second, or `off`.
@@ -122,7 +122,7 @@ class Pacer:
         self._free_at_s = 0.0
 
     def delay_s(self, now_s: float, size_bytes: int) -> float:
-        """How long to wait before a request for that many bytes, which is counted from now on."""
+        """How long to wait before a request for `size_bytes`, which counts from now on."""
         if not isinstance(self._rate, int):
             return 0.0
         begin_s = max(now_s, self._free_at_s)

@@ -1,4 +1,8 @@
-"""A cache smaller than the model: what readers have had makes room there for what is to come."""
+"""A cache smaller than the model keeps a window of it.
+
+Blocks that all readers have consumed are given up on the disk, and blocks that are read next are
+written in their place.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +21,19 @@ from lazyfs.objects import File
 from lazyfs.prefetch.prefetcher import Prefetcher
 from lazyfs.threads import Threads
 
-# So many blocks of the disk make room for others at once.
+# Blocks that are given up at once.
 SLIDE_BLOCKS = 8
 
 
 class DiskWindow:
-    """The part of a load that lies on the disk.
+    """The part of a load that is on the disk.
 
     Args:
         cache: the disk.
-        writer: knows what found no room there.
-        prefetcher: knows what all readers have had.
-        memory: of the mount.
-        files: of the mount, by their inodes.
+        writer: knows the blocks for which there was no room.
+        prefetcher: knows the blocks that all readers have consumed.
+        memory: the mount's.
+        files: the mount's, by inode.
         threads: run the calls that block.
     """
 
@@ -51,7 +55,7 @@ class DiskWindow:
         self._sliding = False
 
     def slide(self, nursery: trio.Nursery) -> None:
-        """Where the cache took no more, let it exchange what readers have had for what comes."""
+        """If the cache had no room for a block, give up consumed blocks for it."""
         if self._sliding or not self._writer.has_refused:
             return
         spent = self._prefetcher.take_spent(SLIDE_BLOCKS)
@@ -73,7 +77,7 @@ class DiskWindow:
         self._sliding = False
 
     def _kept(self, block: BlockId) -> Held | None:
-        """A block that is in memory alone, for a reader who is still to come."""
+        """A block that is only in memory, and that a reader still needs."""
         held = self._memory.get(block)
         is_alone = self._prefetcher.blocks.place(block) == Place.LOCAL
         return held if held and held.unread and not held.on_disk and is_alone else None

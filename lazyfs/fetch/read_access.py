@@ -1,8 +1,8 @@
-"""Whether the mount may read an object: asked of S3, before it gets what others have brought.
+"""Whether S3 allows the mount to read an object.
 
-Blocks on the disk came by somebody's credentials. A mount that may list a bucket and not read it
-must not get them. So S3 is asked for one byte of an object first, unless it has given some of the
-object to this mount a short while ago.
+Blocks on the disk may have been fetched with other credentials. A mount that may list a bucket but
+not read it must not get them. So before a block is served from the disk, S3 is asked for one byte
+of the object, unless S3 gave this mount bytes of it a short while ago.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from lazyfs.objects import File
 
 log = logging.getLogger(__name__)
 
-# Objects that are asked about at once, before they are needed.
+# Objects that are asked about concurrently, before a reader needs them.
 AHEAD = 16
 
 
 @dataclass(slots=True)
 class _Question:
-    """One that is under way."""
+    """A request that S3 has not answered yet."""
 
     answered: trio.Event = field(default_factory=trio.Event)
     error: SourceError | None = None
 
 
 class ReadAccess:
-    """What S3 has shown one mount that it may read.
+    """What S3 allowed one mount to read.
 
     Args:
-        lasts_s: how long that counts; 0: nothing is ever asked.
+        lasts_s: how long an answer is valid; 0: S3 is never asked.
     """
 
     def __init__(self, lasts_s: float) -> None:
@@ -47,15 +47,15 @@ class ReadAccess:
         self._shown_at_s[file.inode] = trio.current_time()
 
     async def check(self, file: File, ask: Callable[[], Awaitable[object]]) -> None:
-        """Return when the mount may have bytes of an object.
+        """Return when S3 allows the mount to read an object.
 
-        Without an answer of S3, a mount that could read the object before still can.
+        If S3 does not answer, a mount that could read the object before still can.
 
         Args:
-            ask: gets a byte of it from S3, patiently if need be.
+            ask: gets a byte of the object from S3, with retries.
 
         Raises:
-            SourceError: S3 does not give it to this mount.
+            SourceError: S3 refuses it to this mount.
         """
         while not self._is_fresh(file):
             question = self._questions.get(file.inode)
@@ -71,7 +71,7 @@ class ReadAccess:
     async def check_ahead(
         self, files: Iterable[File], ask: Callable[[File], Awaitable[object]]
     ) -> None:
-        """Ask about objects, so that whoever needs them need not wait for that."""
+        """Ask about objects in advance, so that readers do not wait for the answer."""
         waiting = iter(files)
 
         async def work() -> None:
@@ -79,7 +79,7 @@ class ReadAccess:
                 try:
                     await self.check(file, lambda file=file: ask(file))  # type: ignore[misc]
                 except SourceError as error:
-                    log.info("%s: is not read from the disk: %s", file.key, error)
+                    log.info("%s is not served from the disk: %s", file.key, error)
 
         async with trio.open_nursery() as nursery:
             for _ in range(AHEAD):
@@ -102,7 +102,7 @@ class ReadAccess:
                 self._shown_at_s.pop(file.inode, None)
             if file.inode not in self._shown_at_s:
                 raise
-            log.info("%s: may still be read: %s", file.key, error)
+            log.info("%s is still served from the disk: %s", file.key, error)
         finally:
             del self._questions[file.inode]
             question.answered.set()

@@ -1,6 +1,6 @@
 """Requests one block from S3: with limits on concurrency and rate, hedging, and retries.
 
-Each attempt is one ranged GET in a worker thread, of the fleet's cache first where there is one
+Each attempt is one ranged GET in a thread, of the fleet's cache first where there is one
 (`fleet.py`). An attempt whose answer is no longer wanted is ended by closing its connection; its
 memory counts until its thread has ended.
 """
@@ -36,7 +36,7 @@ MOST_ASKED_OF_CACHE = 3
 
 # Second attempts under way at once; when more are slow, it is the link.
 HEDGES = 4
-# A request that so many later ones have overtaken is slower than the link.
+# A request that this many later ones have overtaken is slower than the link.
 OVERTAKEN = 4
 # A prefetch is given up after this time; a reader that needs the block starts a request of its own.
 PREFETCH_PATIENCE_S = 20.0
@@ -172,7 +172,7 @@ class BlockGetter:
             is_block: what is got is a block; how long less takes says nothing of blocks.
 
         Raises:
-            SourceError: they cannot be had, or not in that time.
+            SourceError: they could not be fetched in that time.
         """
 
         asked_of_cache = 0 if length > 1 else MOST_ASKED_OF_CACHE

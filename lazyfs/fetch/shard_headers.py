@@ -1,10 +1,10 @@
-"""The beginnings of shards, where their headers are, had before the blocks that they belong to.
+"""Fetches the headers of shards before their first blocks.
 
-A loader opens all shards long before it reads the last one. A block of each would be gigabytes
-where shards are thousands, so what is asked of S3 is the header alone. A *head* goes into the page
-cache as soon as the kernel knows its file, so that to open a shard and to look at its header makes
-no request. It is kept here as well while there is room, for those who read past the page cache and
-for whoever wants to know what tensors there are.
+A loader opens all shards long before it reads the last one. With thousands of shards, a block of
+each would be gigabytes, so only the header is fetched. A *head* is the beginning of a file with its
+header. It is pushed into the page cache as soon as the kernel knows the file: then opening a shard
+and reading its header makes no request. It also stays in memory while there is room, for readers
+that bypass the page cache and for the planner, which parses it.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ from lazyfs.threads import Threads
 
 log = logging.getLogger(__name__)
 
-# Requests at once.
+# Concurrent requests.
 AT_ONCE = 16
-# Of the memory limit, what heads may take together.
+# The share of the memory limit for heads.
 SHARE = 1 / 16
-# Of the threads, how many pushes of heads may take: each may be stuck (`pagecache/pusher.py`).
+# Concurrent pushes of heads. Each may be stuck and holds a thread (`pagecache/pusher.py`).
 PUSHERS = 2
-# Blocks that there must be memory for beside them.
+# There must be memory for this many blocks beside heads.
 LEAST_BLOCKS = 4
 
 
 def heads_limit(memory_bytes: int, block_size: int) -> int:
-    """How much of the memory heads may take; none where there is hardly any for blocks."""
+    """Bytes of memory for heads; none if there is hardly any for blocks."""
     return max(0, min(int(memory_bytes * SHARE), memory_bytes - LEAST_BLOCKS * block_size))
 
 
 @dataclass(slots=True)
 class _Head:
-    """The first bytes of a file; `pushed`: they went into the page cache."""
+    """The first bytes of a file; `pushed`: they are in the page cache."""
 
     file: File
     data: memoryview
@@ -64,15 +64,15 @@ class ShardHeaders:
     """All heads of one mount.
 
     Args:
-        origin: has them.
-        limit_bytes: of memory, how much they may take.
-        page_cache: where they go.
-        prefetcher: says which are wanted, and is told what came.
+        origin: where they are fetched from.
+        limit_bytes: the memory that they may take.
+        page_cache: where they are pushed.
+        prefetcher: says which are wanted, and is told which arrived.
         threads: run the pushes.
         recorder: is told what was fetched.
 
     Attributes:
-        used_bytes: what is kept, and what is on its way.
+        used_bytes: the size of the heads in memory and on their way.
     """
 
     def __init__(
@@ -96,12 +96,12 @@ class ShardHeaders:
         self.used_bytes = 0
 
     def get(self, inode: int) -> memoryview:
-        """As much of the beginning of a file as there is."""
+        """The head of a file; empty if it is not in memory."""
         head = self._heads.get(inode)
         return head.data if head else memoryview(b"")
 
     def pump(self, nursery: trio.Nursery, files: Mapping[int, File]) -> None:
-        """Ask for what is wanted, as far as there is room."""
+        """Fetch wanted heads, as far as there is room."""
         while self._coming < AT_ONCE and self._make_room(HEAD_BYTES):
             inode = self._prefetcher.next_head()
             if inode is None:
@@ -113,18 +113,18 @@ class ShardHeaders:
             )
 
     def set_known(self, nursery: trio.Nursery, inode: int) -> None:
-        """The kernel knows a file from now on."""
+        """The kernel looked a file up: its head can be pushed."""
         head = self._heads.get(inode)
         if head and not head.pushed:
             nursery.start_soon(contained, "pushing a header", self._push, head)
 
     async def header(self, file: File) -> memoryview | None:
-        """The header of a file, with the 8 bytes of its length; None: it is too long to be had.
+        """The header of a file, with the 8 bytes of its length; None: it is too long.
 
-        What is here is not asked for again.
+        Only the part that is not in memory is fetched.
 
         Raises:
-            SourceError: it cannot be had.
+            SourceError: it cannot be fetched.
             MalformedHeaderError: its length is not valid.
         """
         data = self.get(file.inode)
@@ -138,7 +138,7 @@ class ShardHeaders:
         return data[:length]
 
     async def _fetch(self, file: File, have: memoryview, length: int) -> memoryview:
-        """The first bytes of a file, of which some are here; whole pages of them are kept."""
+        """The first bytes of a file, rounded up to whole heads; `have` is not fetched again."""
         end = min(file.size_bytes, -(-length // HEAD_BYTES) * HEAD_BYTES)
         self.used_bytes += end - len(have)
         try:
@@ -146,7 +146,7 @@ class ShardHeaders:
                 file, len(have), end - len(have), lambda: PREFETCH_PATIENCE_S
             )
         except SourceError as error:
-            log.warning("the header of %s cannot be had: %s", file.key, error)
+            log.warning("the header of %s cannot be fetched: %s", file.key, error)
             raise
         finally:
             self.used_bytes -= end - len(have)
@@ -162,7 +162,7 @@ class ShardHeaders:
         try:
             await self.header(file)
         except (SourceError, MalformedHeaderError) as error:
-            # Told by whoever wants to know what tensors there are; readers get the block.
+            # The planner says so when it needs the tensors; readers get the block.
             log.debug("%s: %s", file.key, error)
         finally:
             self._coming -= 1
@@ -188,7 +188,7 @@ class ShardHeaders:
             self.used_bytes += len(data)
 
     def _make_room(self, size_bytes: int) -> bool:
-        """Let heads go that are in the page cache, until there is room; whether there is."""
+        """Drop heads that are in the page cache until there is room; returns whether there is."""
         while self.used_bytes + size_bytes > self._limit_bytes:
             pushed = (inode for inode, head in self._heads.items() if head.pushed)
             if (inode := next(pushed, None)) is None:

@@ -1,7 +1,7 @@
-"""Fills the cache ahead of all mounts: what a loader will read, or what was named, block by block.
+"""Fills the cache before mounts need it: with what a loader will read, or with named files.
 
-Safe beside running mounts and beside itself: what others are fetching is left to them and looked
-for again. Begun anew it goes on where it stopped, because it fetches what is not there.
+It can run beside mounts and beside itself: blocks that other processes fetch are left to them and
+checked again. Started again, it continues where it stopped, because it fetches only missing blocks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from lazyfs.threads import Threads
 
 log = logging.getLogger(__name__)
 
-# How often it is looked for what another process claimed.
+# How often a block that another process claimed is checked again.
 LOOK_S = 0.05
 # A damaged block is fetched again, and what was fetched is verified again.
 ROUNDS = 2

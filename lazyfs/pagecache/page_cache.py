@@ -112,7 +112,7 @@ class PageCache:
     def push(self, inode: int, offset: int, data: memoryview) -> bool:
         """Store a block; waits while one of its pages is locked by a read that waits for a reply.
 
-        Called from worker threads, never from the thread that replies.
+        Called from other threads, never from the thread that replies.
 
         Returns:
             False if the kernel does not know the inode, or the mount has ended.

@@ -36,7 +36,7 @@ PUSHERS = 2
 # page cache supplied. The other two thirds are for demand and for writing.
 SHARE = 1 / 3
 MOST_BLOCKS = 8
-# Readers wait at most so long for the rest of their block to be pushed.
+# Longest time that a reader waits for the rest of its block to be pushed.
 LONGEST_PUSH_S = 0.05
 
 

@@ -1,36 +1,39 @@
-"""The policy of one mount: which block to bring next.
+"""The policy of one mount: which block to fetch next.
 
-Theory of operation. The prefetcher is told the files in the order in which a loader reads them,
-what was read, and where blocks are (`Place`). It answers two questions: `next_fetch`, which absent
-block to bring from S3; `next_load`, which local block to put into the page cache. Demand does not
-come through here; a block that a reader waits for is fetched at once by the caller.
+One class, although long: every rule below needs the same places of blocks.
 
-Both questions have the same answer, the first of these in which there is a block:
+Theory of operation. The prefetcher is told the files in the order in which a loader reads them, the
+reads, and where blocks are (`Place`). It answers two questions: which absent block to fetch from S3
+(`next_fetch`), and which local block to push into the page cache (`next_load`). Demand does not
+pass through here: a block that a reader waits for is fetched at once by the scheduler.
 
-1. The rest of a *piece* (a tensor) of which something was read. Reads inside a tensor come
-   interleaved and backwards, because every thread of the loader copies a part of its own, and in
-   slices, when ranks share it. It is one thing, and is had whole.
-2. Small files. Beside them the headers of shards (`next_head`), by themselves and not with their
-   blocks: loaders open all shards long before they read one.
-3. What follows a reader in his file, of several readers (`Streams`) the one with the least ahead
-   of him first, so that none waits for what another will read later.
-4. The files after the one that is being read, then those that were passed by.
-5. Tensors that this loader passes over (`SkipLearner`).
+Both questions have the same answer, the first of these that has a block:
 
-What of this a policy does:
+1. The rest of a *piece* (a tensor) that was read in part. Reads inside a tensor are interleaved and
+   run backwards, because each thread of a loader copies its own part; if ranks share the tensor,
+   they read slices. So a tensor is fetched as a whole.
+2. Small files. The headers of shards are fetched beside them (`next_head`), without their blocks:
+   loaders open all shards long before they read one.
+3. The blocks after each reader (`Streams`), first those of the reader with the fewest blocks ahead,
+   so that no reader waits for a block that another one needs later.
+4. The files after the one that is being read, then files that were passed by.
+5. Tensors that this loader skips (`SkipLearner`).
 
-- `model`: all of it, from the moment it is told the order.
-- `tensor`: 1 and 2; of 3 in small doses (`UNREAD_SHARE`), and of tensors of which it knows nothing
-  no more once too much was passed over (`WASTED_SHARE`). Into the page cache it puts 1 only: so the
-  next tensor's first read comes as a request and shows what the loader passes over.
-- `sequential`: of a file that is read, twice as far as it was read; so a look at the end of a
-  large file costs little, and a copy of it runs at full speed. The other policies do so with
-  files that have no place in the order, from their second block on; `tensor` also with those that
-  have no tensors.
-- `headers`: 2 alone.
+The policies:
 
-The header of a shard says little when it is read: see 2. How far ahead of the readers all this runs
-is bounded by what memory and disk can hold, which is the caller's to say.
+- `model`: all five rules, as soon as the order is known.
+- `tensor`: rules 1 and 2, and rule 3 in small amounts (`UNREAD_SHARE`). Once too much was skipped,
+  rule 3 leaves out tensors of which nothing is known yet (`WASTED_SHARE`). Only rule 1 pushes into
+  the page cache, so that the first read of the next tensor is a request, and shows what the loader
+  skips.
+- `sequential`: of a file that is being read, twice as much as was read. So a look at the end of a
+  large file costs little, and a copy of the file runs at full speed. The other policies do the same
+  with files that have no place in the order, from their second block on; `tensor` also with files
+  that have no tensors.
+- `headers`: rule 2 only.
+
+A read of a header says nothing about what is read next: see rule 2. How far ahead of the readers
+blocks are fetched depends on the room in memory and on the disk, which the caller knows.
 """
 
 from __future__ import annotations
@@ -118,7 +121,7 @@ class Prefetcher:
         All of them must have been added.
 
         Args:
-            headed: the shards whose headers are to be had by themselves.
+            headed: the shards whose headers are fetched with requests of their own.
         """
         self._has_order = True
         small, shards = list(small), list(shards)
@@ -217,9 +220,9 @@ class Prefetcher:
         self._ahead.moved(block, before, now)
 
     def take_spent(self, count: int) -> list[BlockId]:
-        """Blocks on the disk that all readers have had, the first ones first; each is named once.
+        """Blocks on the disk that all readers have consumed, in order; each is returned once.
 
-        Whoever takes them says that they are not on the disk any more.
+        The caller records that they are not on the disk any more.
         """
         return self._spent.take(self.blocks.order, count)
 
@@ -249,7 +252,7 @@ class Prefetcher:
         return self._touch(inode, blocks, blocks.piece_at(middle))
 
     def next_head(self) -> int | None:
-        """The next file whose header is to be had by itself, or None; each is named once."""
+        """The next file whose header is fetched with its own request, or None; each once."""
         while self._policy != "off" and self._heads:
             inode = self._heads.popleft()
             self._named_heads.add(inode)
@@ -357,7 +360,7 @@ class Prefetcher:
             yield BlockId(inode, number), number - first
 
     def _of_likely(self, inode: int, piece: int) -> Iterator[tuple[BlockId, int]]:
-        """The first absent block after a reader, if he is likely enough to read it."""
+        """The first absent block after a reader, if the reader will probably read it."""
         blocks = self._files[inode]
         _, after = blocks.blocks_of(piece)
         number = blocks.find(Place.ABSENT, after - 1, len(blocks.places))
