@@ -31,6 +31,7 @@ docs: setup
 	@.venv/bin/python docs/make_options.py
 	@.venv/bin/python docs/make_metrics.py
 	@.venv/bin/python docs/make_refusals.py
+	@.venv/bin/python docs/make_models.py
 
 # Newest versions that fit pyproject.toml, pinned with the hashes of their files; needs the tool uv.
 LOCK = uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --no-header -q

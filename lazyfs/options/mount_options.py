@@ -258,7 +258,8 @@ class MountOptions:
         Choice(("mount", "open")),
         "Prefetch",
         "When prefetching of a model starts: at mount, or when one of its files is opened. With "
-        "several models below the prefix, each one starts when one of its files is opened.",
+        "several models below the prefix, each one starts when one of its small files is opened or "
+        "its weights are read.",
         "mount",
     )
     tensors: str | None = _option(

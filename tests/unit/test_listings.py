@@ -10,7 +10,9 @@ import pytest
 import trio
 import trio.testing
 
+from lazyfs.blocks import BlockId
 from lazyfs.blocks.block_map import BlockMap
+from lazyfs.blocks.file_blocks import Place
 from lazyfs.fetch.fetcher import BlockFetcher
 from lazyfs.model.directory import SMALL_COUNT
 from lazyfs.namespace.catalog import Catalog
@@ -61,6 +63,9 @@ class Fetcher:
         self.scans.append([file.key for file in files])
 
     def pump(self) -> None: ...
+
+    def is_coming(self, file: File) -> bool:
+        return True
 
 
 def catalog_of(*pages: Page) -> Catalog:
@@ -138,3 +143,52 @@ def test_of_very_many_files_without_weights_none_is_planned(
     keys = [f"{number:04}.txt" for number in range(2 * SMALL_COUNT)]
     assert trio.run(plan, keys[:5], keys) == [[]], "one plan, of nothing"
     assert counted == [()]
+
+
+async def plan_of_reads(keys: list[str], near: list[str], reads: list[str]) -> list[str]:
+    """The last plan, after some files went into the page cache and were opened, and others read."""
+    size = 64 << 20
+    listed = [ListedObject(key, size, "e", 0, key) for key in keys]
+    catalog = catalog_of(Page(listed, [], None))
+    await catalog.open()
+    fetcher, prefetcher = Fetcher(), Prefetcher("model", BlockMap(OPTIONS.block_size))
+    made = Planner(catalog, cast(BlockFetcher, fetcher), prefetcher, Recorder(), OPTIONS)
+    files = {file.key: file for file in catalog.tree.files()}
+    for file in files.values():
+        prefetcher.blocks.add_file(file.inode, file.size_bytes)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(made.run)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        for key in near:
+            prefetcher.blocks.opened(files[key].inode, direct=False)
+            prefetcher.blocks.moved(BlockId(files[key].inode, 3), Place.NEAR)
+        for key in reads:
+            offset = size // 2 if key.endswith("!") else 0
+            made.opened(files[key.strip("!")])
+            prefetcher.was_read(files[key.strip("!")].inode, offset, 1 << 20)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+        nursery.cancel_scope.cancel()
+    return sorted(fetcher.scans[-1])
+
+
+SHARDS = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+SECOND = [f"consolidated.0{n}.pth" for n in (0, 1)]
+CHECKPOINTS = [f"{name}.gguf" for name in "abc"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "near", "reads", "planned"),
+    [
+        (SHARDS + SECOND, [], [SECOND[0]], SECOND),
+        (SHARDS + SECOND, [SHARDS[0]], [f"{SECOND[0]}!"], SHARDS + SECOND),
+        (SHARDS + SECOND, [], [SHARDS[1] + "!", f"{SECOND[0]}!"], SHARDS + SECOND),
+        ([*SHARDS, "vae.pth", "more.gguf"], [], ["vae.pth!"], [*SHARDS, "vae.pth"]),
+        (CHECKPOINTS, [], CHECKPOINTS, []),
+        (CHECKPOINTS, [], [*CHECKPOINTS, "b.gguf!"], ["b.gguf"]),
+    ],
+    ids=["followed", "read as pages", "read as well", "component", "looked at", "loaded"],
+)
+def test_what_is_read_is_followed(
+    keys: list[str], near: list[str], reads: list[str], planned: list[str]
+) -> None:
+    assert trio.run(plan_of_reads, keys, near, reads) == sorted(planned)

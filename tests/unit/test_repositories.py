@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from simulated.load import simulate
 from simulated.repositories import Repository, repositories
@@ -36,3 +40,12 @@ def test_what_is_fetched_is_what_is_read(repository: Repository) -> None:
     assert report.wasted_bytes <= 0.01 * report.needed_bytes + allowed_bytes
     assert report.twice == 0
     assert report.seconds <= 1.05 * report.ideal_s + LOOK_S
+
+
+def test_the_page_has_the_table() -> None:
+    root = Path(__file__).parents[2]
+    printed = subprocess.run(
+        [sys.executable, root / "docs/make_models.py", "--print"],
+        capture_output=True, text=True, check=True, timeout=60,
+    ).stdout  # fmt: skip
+    assert (root / "docs/MODELS.md").read_text() == printed, "run: make docs"
