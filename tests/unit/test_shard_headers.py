@@ -189,7 +189,22 @@ def test_the_longest_header_that_is_fetched() -> None:
         await desk.headers.header(shard())
         assert desk.s3.asked[1:] == [(2, HEAD_BYTES, LONGEST_HEADER - HEAD_BYTES)]
 
-    play(scenario, LONGEST_HEADER - 8)
+    play(scenario, LONGEST_HEADER - 8, 300)
+
+
+def test_a_header_that_memory_has_no_room_for_is_left() -> None:
+    async def scenario(desk: Desk) -> None:
+        assert await desk.headers.header(shard()) is None
+        assert len(desk.s3.asked) == 1
+
+    play(scenario, 3 * HEAD_BYTES - 7, 3)
+
+
+def test_a_header_that_just_fits_into_memory() -> None:
+    async def scenario(desk: Desk) -> None:
+        assert len(await desk.headers.header(shard()) or b"") == 3 * HEAD_BYTES
+
+    play(scenario, 3 * HEAD_BYTES - 8, 3)
 
 
 def test_a_length_that_is_not_valid() -> None:
