@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from lazyfs.errors import MountError
 from lazyfs.handover.keeper import private_directory
+from lazyfs.known_fields import known_fields
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,8 @@ class State:
 
     def daemons(self) -> list[DaemonRecord]:
         """The records of all daemons."""
-        return [DaemonRecord(**fields) for fields in self._read_all(self._daemons)]
+        every = self._read_all(self._daemons)
+        return [DaemonRecord(**known_fields(DaemonRecord, fields)) for fields in every]
 
     def save_daemon(self, record: DaemonRecord) -> None:
         """Write a record. Raises MountError."""
@@ -169,5 +171,5 @@ class State:
 
 
 def _volume(fields: dict[str, Any]) -> VolumeRecord:
-    places = {path: Place(**place) for path, place in fields["places"].items()}
+    places = {path: Place(**known_fields(Place, place)) for path, place in fields["places"].items()}
     return VolumeRecord(fields["volume_id"], places)

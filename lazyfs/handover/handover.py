@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from lazyfs.handover.keeper import KeeperClient
+from lazyfs.known_fields import known_fields
 from lazyfs.memory_file import memory_file, read_whole
 
 SPEC, LOG, LOCK = "spec", "log", "lock"
@@ -63,7 +64,8 @@ class Handover:
         kept = keeper.fetch(name)
         if not is_complete(kept):
             return None
-        beginning = Beginning(**json.loads(read_whole(kept[_SESSION])))
+        session = json.loads(read_whole(kept[_SESSION]))
+        beginning = Beginning(**known_fields(Beginning, session))
         later = ((_CARRIED, new_carried), (_NEAR, new_near), (IN_HAND, new_in_hand))
         for label, new in later:
             if label not in kept:  # the mount began with a version that did not have this

@@ -20,6 +20,7 @@ from pathlib import Path
 from lazyfs.errors import MountError
 from lazyfs.fuse.mount_syscalls import find_mount
 from lazyfs.handover.keeper import is_private, private_directory
+from lazyfs.known_fields import known_fields
 
 # unix(7): sun_path has 108 bytes, the last of which is zero.
 LONGEST_SOCKET_PATH = 107
@@ -253,7 +254,7 @@ def _read(path: Path) -> MountRecord | None:
     if not is_private(path.parent):
         return None
     try:
-        return MountRecord(**json.loads(path.read_bytes()))
+        return MountRecord(**known_fields(MountRecord, json.loads(path.read_bytes())))
     except (OSError, ValueError, TypeError):
         return None
 
