@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,9 @@ SHARDS = {
 NEEDED = sum(map(len, SHARDS.values()))
 OPTIONS = ["--block-size=1MiB", "--memory-limit=64MiB"]
 # Reads all shards, and after every 3 MiB drops all pages of all of them, as SGLang and vLLM can be
-# told to do with one.
+# told to do with one; or has the kernel reclaim the pages of a cgroup.
 LOAD_AND_DROP = """
-import hashlib, mmap, os, pathlib, sys
+import contextlib, hashlib, mmap, os, pathlib, sys
 paths = sorted(pathlib.Path(sys.argv[1]).glob("*.safetensors"))
 digest = hashlib.md5()
 for path in paths:
@@ -37,11 +38,20 @@ for path in paths:
         for at in range(0, path.stat().st_size, 3 << 20):
             with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
                 digest.update(mapped[at : at + (3 << 20)])
+            if sys.argv[2:]:
+                with contextlib.suppress(OSError):  # it reclaimed less than was asked for
+                    pathlib.Path(sys.argv[2]).write_text(sys.argv[3])
+                continue
             for each in paths:
                 with open(each, "rb") as other:
                     os.posix_fadvise(other.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 print(digest.hexdigest())
 """
+# Of each version of cgroups: where the memory controller is, and how the kernel is told to reclaim.
+RECLAIM = (
+    ("/sys/fs/cgroup/memory", "memory.force_empty", "1"),
+    ("/sys/fs/cgroup", "memory.reclaim", "1G"),
+)
 DIGEST = """
 import hashlib, pathlib, sys
 digest = hashlib.md5()
@@ -70,6 +80,42 @@ def fetched(s3: S3) -> int:
         first, last = map(int, asked.removeprefix("bytes=").split("-"))
         size += last - first + 1 if (first, last) != (0, 65535) else 0
     return size
+
+
+@contextmanager
+def reclaimable(pid: int) -> Iterator[tuple[Path, str]]:
+    """What to write where, to have the kernel reclaim what a process has pushed meanwhile."""
+    for parent, name, text in RECLAIM:
+        group = Path(parent) / f"lazyfs-test-{pid}"
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        try:
+            if not (group / name).exists():
+                continue
+            (group / "cgroup.procs").write_text(str(pid))
+            yield group / name, text
+            (group.parent / "cgroup.procs").write_text(str(pid))
+            return
+        finally:
+            group.rmdir()
+    pytest.skip("no cgroup with a memory controller can be made here")
+
+
+def test_pages_that_the_kernel_reclaims_in_mid_load_come_from_the_disk(
+    mount: Callable[..., Mounted], s3: S3, tmp_path: Path
+) -> None:
+    # The disk is faster than 2 MiB/s, and nothing is left unwritten.
+    s3.fault("GET /once/m/", "slow", times=10**6, seconds=0.1)
+    cache = f"--cache-dir={tmp_path / 'own cache'}"
+    mounted = mount("s3://once/m", *OPTIONS, cache, "--max-concurrency=2")
+    with reclaimable(mounted.worker) as (file, text):
+        loaded = python(LOAD_AND_DROP, mounted.path, file, text)
+    assert python(DIGEST, mounted.path) == loaded
+    skipped, repeated = skipped_and_repeated(mounted)
+    assert not skipped
+    assert fetched(s3) <= NEEDED * 1.01 + repeated * MIB
 
 
 @pytest.mark.parametrize("slow", [False, True], ids=["fast link", "slow link"])
