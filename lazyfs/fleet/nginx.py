@@ -93,6 +93,7 @@ http {{
     proxy_busy_buffers_size 256k;
     proxy_connect_timeout 2s;
     proxy_read_timeout 28s;
+    proxy_ssl_protocols TLSv1.2 TLSv1.3;
     proxy_ssl_server_name on;
     proxy_ssl_verify on;
     proxy_ssl_verify_depth 5;

@@ -6,6 +6,7 @@ import http.client
 import itertools
 import json
 import re
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from certificates import make_certificates
 from fleet import BUCKET, Fleet, Node, Store, model, needs_programs, store, until
 from mounting import TIMEOUT_S, environment, is_mounted, lazyfs, python
 
@@ -379,3 +381,28 @@ def sign(s3: Store, target: str, env: dict[str, str]) -> Iterator[tuple[str, str
     keys = SigningCredentials(env["AWS_ACCESS_KEY_ID"], env["AWS_SECRET_ACCESS_KEY"])
     for name, value in Signer(s3.url, "us-east-1").headers("GET", target, "", {}, keys).items():
         yield name.replace("-", "_"), value
+
+
+def test_nodes_that_know_each_other_by_certificates(
+    s3: Store, fleet: Fleet, mounts: Mounts, prefix: str, expected: str, tmp_path: Path
+) -> None:
+    authority, certificate, key = make_certificates(tmp_path / "tls", "DNS:lazyfs-fleet")
+    for path, name in ((authority, "ca.crt"), (certificate, "tls.crt"), (key, "tls.key")):
+        path.rename(tmp_path / "tls" / name)
+    one, other = (
+        fleet.add(f"127.0.77.{number}", **{"tls-dir": str(tmp_path / "tls")}) for number in (1, 2)
+    )
+    fleet.know()
+    before = len(s3.reads())
+    assert sums(mounts(prefix, one.option)) == sums(mounts(prefix, other.option)) == expected
+    assert s3.sent(before) <= 1.05 * SIZE
+    assert min(one.kept(), other.kept()) > 0
+    context = ssl.create_default_context(cafile=str(tmp_path / "tls" / "ca.crt"))
+    shelf = http.client.HTTPSConnection(
+        other.address, other.settings["shelf-port"], context=context, timeout=TIMEOUT_S,
+        source_address=(one.address, 0),
+    )  # fmt: skip
+    context.check_hostname = False
+    shelf.request("GET", "/", headers={"Host": s3.url.removeprefix("http://")})
+    answer = shelf.getresponse()
+    assert (answer.status, b"No required SSL certificate" in answer.read()) == (400, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -182,3 +183,15 @@ def test_a_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(OptionError, match="belongs to another user"):
         service.prepare()
+
+
+def test_the_files_for_a_rack() -> None:
+    place = Path(__file__).parents[2] / "deploy" / "fleet"
+    found = FleetSettings.load(place / "fleet.toml", "10.0.0.5")
+    assert found.members_file == Path("/etc/lazyfs/fleet.members")
+    here = dataclasses.replace(found, members_file=place / "fleet.members")
+    assert "10.0.0.5" in members(here)
+    unit = (place / "lazyfs-fleet.service").read_text()
+    assert f"CacheDirectory={found.cache_dir.name}\n" in unit
+    assert f"RuntimeDirectory={found.run_dir.name}\n" in unit
+    assert "--config /etc/lazyfs/fleet.toml" in unit
