@@ -293,8 +293,8 @@ class Fleet:
 
         def all_do() -> bool:
             return all(
-                re.findall(r"server (\S+):\d+ max_fails", each.configuration.read_text())
-                == expected
+                sorted(set(re.findall(r"allow (\S+);", each.configuration.read_text())))
+                == sorted({each.address, *expected})
                 for each in self.nodes
                 if each.process
             )

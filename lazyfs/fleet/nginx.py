@@ -20,6 +20,7 @@ import ipaddress
 import re
 from collections.abc import Sequence
 
+from lazyfs.fleet.groups import groups
 from lazyfs.fleet.settings import FleetSettings, Origin
 
 # A block, of which the number decides how many keys there are (8,000 in a megabyte of memory).
@@ -75,11 +76,7 @@ http {{
     proxy_cache_path {run}/verdicts levels=2 use_temp_path=off keys_zone=verdicts:16m
         max_size=64m inactive={verdict}s;
 
-    upstream shelves {{
-        hash "$http_host$request_uri$http_if_match$http_range" consistent;
-{shelves}
-        keepalive 128;
-    }}
+{rings}
 
     proxy_http_version 1.1;
     proxy_pass_request_headers off;
@@ -110,13 +107,7 @@ http {{
             auth_request_set $verdict $upstream_status;
             error_page 401 403 500 = @refused;
             proxy_max_temp_file_size 0;
-            proxy_connect_timeout 1s;
-            # By this address the shelves know it.
-            proxy_bind {address};
-            proxy_next_upstream error timeout http_502 http_504;
-            proxy_next_upstream_tries 4;
-{between}
-            proxy_pass {scheme}://shelves;
+{to_shelves}
         }}
         location = /.lazyfs-verdict {{
             internal;
@@ -151,17 +142,12 @@ http {{
         error_page 403 = @stranger;
         if ($origin = "") {{ return 421; }}
         if ($is_taken = 0) {{ return 400; }}
-
-        location / {{
-            proxy_cache blocks;
-            proxy_cache_key "$http_host\n$request_uri\n$http_if_match\n$http_range";
-            proxy_cache_valid 206 365d;
-            proxy_no_cache $is_other;
-            proxy_cache_lock on;
-            proxy_cache_lock_timeout 60s;
-            proxy_cache_lock_age 60s;
-            proxy_pass $origin$request_uri;
-        }}
+        proxy_cache_valid 206 365d;
+        proxy_no_cache $is_other;
+        proxy_cache_lock on;
+        proxy_cache_lock_timeout 60s;
+        proxy_cache_lock_age 60s;
+{levels}
         # The list of addresses is behind by a few seconds when a node is new: the next shelf.
         location @stranger {{ return 502; }}
     }}
@@ -181,6 +167,43 @@ _HEADERS = (
     "X-Amz-Request-Payer $http_x_amz_request_payer",
     "If-Match $http_if_match",
 )
+_RING = """
+    upstream {name} {{
+        hash "$http_host$request_uri$http_if_match$http_range" consistent;
+{servers}
+        keepalive 128;
+    }}
+"""
+_KEY = "$http_host\\n$request_uri\\n$http_if_match\\n$http_range"
+_TO_NODES = """
+            proxy_connect_timeout 1s;
+            # By this address the others know us.
+            proxy_bind {address};
+            proxy_next_upstream error timeout http_502 http_504;
+            proxy_next_upstream_tries 4;
+{between}
+            proxy_pass {scheme}://{name};
+"""
+_FROM_S3 = f"""
+            proxy_cache blocks;
+            proxy_cache_key "{{level}}{_KEY}";
+            proxy_pass $origin$request_uri;
+"""
+# Of a fleet in groups: a shelf gets what it lacks from the ring of all, in which each shelf is.
+_FROM_ALL = f"""
+            proxy_cache blocks;
+            proxy_cache_key "{_KEY}";
+{{headers}}
+            proxy_set_header Range $http_range;
+            proxy_set_header X-Lazyfs-Level all;
+{{to_all}}
+"""
+_LEVELS = """
+        if ($http_x_lazyfs_level = all) {{ rewrite ^ /.lazyfs-all last; }}
+        location / {{{from_all}        }}
+        location = /.lazyfs-all {{
+            internal;{from_s3}        }}
+"""
 _BETWEEN = """
             proxy_ssl_name {name};
             proxy_ssl_trusted_certificate {files}/ca.crt;
@@ -216,9 +239,34 @@ def render(
         as_root: root starts it.
         connections: of each of its processes.
     """
-    nodes = sorted({settings.address, *members}) if not members else sorted(set(members))
+    nodes = sorted(set(members) or {settings.address})
     files = settings.tls_dir
     named = {"files": files, "name": settings.tls_name}
+    headers = "\n".join(f"proxy_set_header {each};" for each in _HEADERS)
+    between = _BETWEEN.format(**named) if files else ""
+
+    def to(name: str) -> str:
+        scheme = "https" if files else "http"
+        return _TO_NODES.format(name=name, address=settings.address, scheme=scheme, between=between)
+
+    def ring(name: str, of: list[str]) -> str:
+        servers = "\n".join(
+            f"        server {_server(each, settings.shelf_port)} max_fails=1 fail_timeout=10s;"
+            for each in of
+        )
+        return _RING.format(name=name, servers=servers)
+
+    of_group = groups([*nodes, settings.address], settings.group_size)
+    near = [each for each in nodes if of_group[each] == of_group[settings.address]]
+    rings, levels = ring("shelves", near or nodes), ""
+    if len(set(of_group.values())) > 1:
+        rings += ring("all", nodes)
+        levels = _LEVELS.format(
+            from_all=_FROM_ALL.format(headers=headers, to_all=to("all")),
+            from_s3=_FROM_S3.format(level="all\\n"),
+        )
+    else:
+        levels = "        location / {" + _FROM_S3.format(level="") + "        }"
     return _TEMPLATE.format(
         workers=settings.workers,
         user=f"user {settings.user};" if as_root else "",
@@ -231,23 +279,19 @@ def render(
         verdict=f"{settings.verdict_time:.0f}",
         resolver=f"resolver {' '.join(resolvers)} valid=30s;" if resolvers else "",
         origins="\n".join(f"        {_mapped(each)}" for each in settings.origins),
-        shelves="\n".join(
-            f"        server {_server(each, settings.shelf_port)} max_fails=1 fail_timeout=10s;"
-            for each in nodes
-        ),
+        rings=rings,
+        levels=levels,
+        to_shelves=to("shelves"),
         authorities=settings.ca_bundle,
         door=settings.door,
-        address=settings.address,
         shelf=_server(settings.address, settings.shelf_port),
-        scheme="https" if files else "http",
         tls=" ssl" if files else "",
-        between=_BETWEEN.format(**named) if files else "",
         certificates=_CERTIFICATES.format(**named) if files else "",
         strangers="\n".join(
             [*(f"        allow {each};" for each in sorted({settings.address, *nodes})),
              "        deny all;"]
         ),
-        headers="\n".join(f"proxy_set_header {each};" for each in _HEADERS),
+        headers=headers,
     )  # fmt: skip
 
 

@@ -63,6 +63,7 @@ class FleetSettings:
         shelf_port: of the shelves of all nodes.
         members_file: names the addresses of all nodes, one in a line.
         members_dns: a name with the addresses of all nodes.
+        group_size: the most nodes that share one ring (`groups.py`).
         cache_dir: where the shelf keeps what it has.
         cache_size: the most that it keeps.
         cache_reserve: what it leaves free on its filesystem.
@@ -83,6 +84,7 @@ class FleetSettings:
     shelf_port: int = 8781
     members_file: Path | None = None
     members_dns: str | None = None
+    group_size: int = 32
     cache_dir: Path = Path("/var/cache/lazyfs-fleet")
     cache_size: int | float = 0.5
     cache_reserve: int | float = 0.2
@@ -189,6 +191,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "shelf-port": _as_text(Count(1, 65535).parse),
     "members-file": _path,
     "members-dns": _text,
+    "group-size": _as_text(Count(1, 1024).parse),
     "cache-dir": _path,
     "cache-size": _as_text(Share(64 << 20).parse),
     "cache-reserve": _as_text(Share(0).parse),
@@ -210,6 +213,7 @@ _ALLOWED = {
     "door": "an IP address and a port, such as 127.0.0.1:8780, or unix:/PATH",
     "address": "the IP address by which other nodes reach this one",
     "shelf-port": Count(1, 65535).allowed,
+    "group-size": Count(1, 1024).allowed,
     "cache-size": Share(64 << 20).allowed,
     "cache-reserve": Share(0).allowed,
     "verdict-time": Duration(1, 600).allowed,

@@ -19,6 +19,8 @@ from certificates import make_certificates
 from fleet import BUCKET, Fleet, Node, Store, model, needs_programs, store, until
 from mounting import TIMEOUT_S, environment, is_mounted, lazyfs, python
 
+from lazyfs.fleet.groups import groups
+
 pytestmark = pytest.mark.fuse
 
 SHARDS, SHARD_BYTES = 4, 3 << 20
@@ -381,6 +383,30 @@ def sign(s3: Store, target: str, env: dict[str, str]) -> Iterator[tuple[str, str
     keys = SigningCredentials(env["AWS_ACCESS_KEY_ID"], env["AWS_SECRET_ACCESS_KEY"])
     for name, value in Signer(s3.url, "us-east-1").headers("GET", target, "", {}, keys).items():
         yield name.replace("-", "_"), value
+
+
+def test_groups_of_a_large_fleet_take_one_copy_together(
+    s3: Store, fleet: Fleet, mounts: Mounts, prefix: str, expected: str
+) -> None:
+    """Shelves get what they lack from the ring of all, and go on when one of that ring dies."""
+    for number in range(1, 5):
+        fleet.add(f"127.0.77.{number}", **{"group-size": 2})
+    of_group = groups([each.address for each in fleet.nodes], 2)
+    assert len(set(of_group.values())) == 2
+    fleet.know()
+    before = len(s3.reads())
+    paths = [mounts(prefix, each.option, "--prefetch=off") for each in fleet.nodes]
+    loaders = [Loader(path) for path in paths]
+    found = all_at_once([lambda it=it: it.go() + it.go() for it in loaders])
+    assert s3.sent(before) <= 0.55 * SIZE
+    fleet.nodes[-1].kill(service=True)
+    others = loaders[:-1]
+    more = all_at_once([lambda it=it: it.go() + it.go() + it.go() for it in others])
+    assert [a + b for a, b in zip(found, more, strict=False)] == [expected] * 3
+    assert s3.sent(before) <= 1.5 * SIZE
+    assert status(paths[0])["fleet"]["state"] == "used"
+    for each in loaders:
+        each.end()
 
 
 def test_nodes_that_know_each_other_by_certificates(

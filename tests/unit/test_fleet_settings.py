@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from certificates import make_certificates
 from ports import free_port
 
 from lazyfs.errors import OptionError
+from lazyfs.fleet.groups import groups
 from lazyfs.fleet.members import MembersError, members
 from lazyfs.fleet.nginx import render
 from lazyfs.fleet.service import FleetService
@@ -116,6 +118,21 @@ def test_all_doors_agree_about_the_shelves() -> None:
     assert shelves("fd00::1") == ["[fd00::1]:8781"]
 
 
+def test_groups_stay_as_they_are() -> None:
+    nodes = [f"10.0.{number // 250}.{number % 250}" for number in range(1000)]
+    assert set(groups(nodes[:32], 32).values()) == {0}
+    found = groups(nodes, 32)
+    sizes = Counter(found.values())
+    assert len(sizes) == 32 and max(sizes.values()) < 2 * 32
+    assert groups(reversed(nodes), 32) == found
+    fewer = groups(nodes[1:], 32)
+    assert all(found[node] == group for node, group in fewer.items())
+    text = render(settings(address=nodes[7]), nodes, [], 1 << 40, 1 << 30)
+    shelves, everybody = text.split("upstream all")
+    assert shelves.count("max_fails") == sizes[found[nodes[7]]]
+    assert everybody.count("max_fails") == 1000
+
+
 def test_only_nodes_reach_a_shelf() -> None:
     allowed = re.findall(r"(?:allow|deny) .*;", rendered("10.0.0.9", "10.0.0.7"))
     assert allowed == ["allow 10.0.0.5;", "allow 10.0.0.7;", "allow 10.0.0.9;", "deny all;"]
@@ -152,6 +169,7 @@ def test_nginx_takes_the_configuration(tmp_path: Path, tls: bool) -> None:
         "10.0.0.9", "fd00::1", run_dir=str(tmp_path / "run"), cache_dir=str(tmp_path / "cache"),
         address="127.0.0.1", shelf_port=free_port(),
         origins=["https://s3.a.org", "https://*.s3.a.org", "x:9000=http://minio.b:9000"],
+        group_size=1,
         **more,
     )  # fmt: skip
     path = tmp_path / "nginx.conf"
