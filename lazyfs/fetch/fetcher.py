@@ -7,8 +7,7 @@ fetched once, however many readers wait for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Sequence
 
 import trio
 
@@ -23,6 +22,7 @@ from lazyfs.fetch.disk_tier import DiskTier
 from lazyfs.fetch.disk_window import DiskWindow
 from lazyfs.fetch.fleet import Fleet
 from lazyfs.fetch.jobs import Jobs
+from lazyfs.fetch.missed_pages import MissedPages
 from lazyfs.fetch.request import BlockGetter
 from lazyfs.fetch.scheduler import Scheduler
 from lazyfs.fetch.shard_headers import ShardHeaders, heads_limit
@@ -53,6 +53,9 @@ class BlockFetcher:
         prefetcher: decides which block is next.
         options: limits.
         recorder: is told of events.
+
+    Attributes:
+        missed_pages: blocks that readers missed in the page cache.
     """
 
     def __init__(
@@ -70,9 +73,7 @@ class BlockFetcher:
         self._map = prefetcher.blocks
         self._block_size = options.block_size
         self._files: dict[int, File] = {}
-        # The first block of the page cache that a reader missed since `missed` returned.
-        self._missed: BlockId | None = None
-        self._miss = trio.Event()
+        self.missed_pages = MissedPages(self._map, self._files, self.pump)
         # Since the last `pump`: more may be wanted now, or pushed into the page cache.
         self._reader_moved = False
         self._nursery: trio.Nursery | None = None
@@ -242,10 +243,8 @@ class BlockFetcher:
         block = BlockId(file.inode, span.number)
         wait = self._recorder.begin_wait(file, span, coming=block in self._jobs) if reader else None
         # While blocks are on their way, the reader may have asked just before this one came.
-        is_sure = reader and not self.in_flight
-        if is_sure and self._missed is None and self._map.is_missed(block):
-            self._missed = block
-            self._miss.set()
+        if reader and not self.in_flight:
+            self.missed_pages.requested(block)
         job = self._scheduler.demand(block, span)
         try:
             self.pump()
@@ -318,29 +317,6 @@ class BlockFetcher:
         numbers = await self._disk.numbers(file) if self._disk else []
         return sum(block_length(file.size_bytes, self._block_size, number) for number in numbers)
 
-    async def missed(self) -> BlockId:
-        """A block that was in the page cache and that a reader missed since the last call.
-
-        Waits for one if there was none.
-        """
-        await self._miss.wait()
-        missed, self._missed = self._missed, None
-        self._miss = trio.Event()
-        assert missed is not None
-        return missed
-
-    def near_after(self, block: BlockId, count: int) -> list[BlockId]:
-        """The next blocks after one, at most `count`, that should be in the page cache."""
-        return list(islice(self._map.near_after(block), count))
-
-    def wish_again(self, blocks: Iterable[BlockId]) -> None:
-        """Blocks have left the page cache: they are on the disk, or only in S3."""
-        for block in blocks:
-            if self._map.place(block) == Place.NEAR:
-                is_stored = self._map.is_stored(block)
-                self._map.moved(block, Place.LOCAL if is_stored else Place.ABSENT)
-        self.pump()
-
     def _written(self, block: BlockId, stored: bool) -> None:
         """The disk needs a block no longer; `stored`: it is there."""
         if stored:
@@ -358,10 +334,6 @@ class BlockFetcher:
     def block_size(self) -> int:
         """Bytes of a block."""
         return self._block_size
-
-    def file(self, inode: int) -> File:
-        """A file that was added."""
-        return self._files[inode]
 
     @property
     def in_flight(self) -> int:

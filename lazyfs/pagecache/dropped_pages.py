@@ -35,7 +35,7 @@ AGAIN_S = 300.0
 
 
 class PageWishes(Protocol):
-    """The part of `BlockFetcher` that is used here (`lazyfs/fetch/fetcher.py`)."""
+    """What is asked of the blocks of a mount (`lazyfs/fetch/missed_pages.py`)."""
 
     @property
     def block_size(self) -> int:
@@ -60,26 +60,26 @@ class DroppedPages:
     Args:
         path: returns the path of a file below the mountpoint.
         helpers: starts the helper processes.
-        fetcher: knows missed and near blocks, and is told which were dropped.
+        pages: knows missed and near blocks, and is told which were dropped.
     """
 
     def __init__(
-        self, path: Callable[[File], str], helpers: HelperProcesses, fetcher: PageWishes
+        self, path: Callable[[File], str], helpers: HelperProcesses, pages: PageWishes
     ) -> None:
         self._path = path
         self._helpers = helpers
-        self._fetcher = fetcher
+        self._pages = pages
         # When each block was last prefetched again.
         self._wished_s: dict[BlockId, float] = {}
 
     async def run(self) -> None:
         """Check whenever a reader has missed a block, until cancelled."""
         while True:
-            missed = await self._fetcher.missed()
+            missed = await self._pages.missed()
             began_s = trio.current_time()
             after: BlockId | None = missed
             while after is not None:
-                blocks = self._fetcher.near_after(after, LOOK_BLOCKS)
+                blocks = self._pages.near_after(after, LOOK_BLOCKS)
                 gone = await self._dropped(blocks)
                 self._wish_again(gone)
                 after = blocks[-1] if gone and len(blocks) == LOOK_BLOCKS else None
@@ -91,14 +91,14 @@ class DroppedPages:
         late = [at for at in blocks if now_s - self._wished_s.get(at, -math.inf) >= AGAIN_S]
         self._wished_s.update(dict.fromkeys(late, now_s))
         log.debug("%d blocks that were in the page cache were dropped by the kernel", len(late))
-        self._fetcher.wish_again(late)
+        self._pages.wish_again(late)
 
     async def _dropped(self, blocks: Sequence[BlockId]) -> list[BlockId]:
         """The blocks of these that are not completely in the page cache."""
         if not blocks:
             return []
-        of_files = [(self._fetcher.file(i), list(group)) for i, group in groupby(blocks, _inode)]
-        size = self._fetcher.block_size
+        of_files = [(self._pages.file(i), list(group)) for i, group in groupby(blocks, _inode)]
+        size = self._pages.block_size
         wanted = [
             [
                 self._path(file),

@@ -220,7 +220,7 @@ async def _serve(
                 nursery.start_soon(keep_running, "ending idle movers", _end_idle, movers)
             routes: dict[tuple[str, str], Route] = {}
             if page_cache.supported and options.prefetch != "off":
-                missing = DroppedPages(catalog.tree.path, helpers, fetcher)
+                missing = DroppedPages(catalog.tree.path, helpers, fetcher.missed_pages)
                 nursery.start_soon(keep_running, "looking for dropped pages", missing.run)
             if options.prefetch in PLANNED:
                 if page_cache.supported:
