@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import MODEL
 from machine import Machine
+from release_files import MODEL
 from s3 import CREDENTIALS
 
 from lazyfs import __version__

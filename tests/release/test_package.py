@@ -6,8 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import MODEL
 from machine import Machine
+from release_files import MODEL
 from s3 import CREDENTIALS
 
 from lazyfs import __version__
@@ -109,6 +109,10 @@ def test_an_upgrade_goes_on_under_a_reader(
     configure(machine, endpoint)
     machine.run("systemctl start lazyfs@model")
     assert "0.0.9" in machine.run("lazyfs status /srv/model --json").stdout
+    of_ann = f"env {KEYS} XDG_RUNTIME_DIR=/run/user/1000 lazyfs"
+    options = f"--endpoint-url {endpoint}"
+    machine.run("mkdir ~/model", user="ann")
+    machine.run(f"{of_ann} mount s3://release/m ~/model {options}", user="ann")
     reader = subprocess.Popen(
         [*machine.enter(), "sh", "-c", READER.replace("SIZE", str(SIZE))],
         stderr=subprocess.PIPE, text=True,
@@ -116,6 +120,9 @@ def test_an_upgrade_goes_on_under_a_reader(
     machine.wait("[ -s /tmp/count ]")
     install(machine, package)
     assert __version__ in machine.run("lazyfs status /srv/model --json").stdout
+    status = machine.run(f"{of_ann} status /home/ann/model --json", user="ann").stdout
+    assert __version__ in status and "0.0.9" not in status
+    assert read(machine, "/home/ann/model", user="ann") == SIZE
     machine.run("cp /tmp/count /tmp/then")
     machine.wait("[ $(cat /tmp/count) -gt $(($(cat /tmp/then) + 1)) ]")
     machine.run("touch /tmp/enough")
