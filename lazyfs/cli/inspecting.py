@@ -184,13 +184,14 @@ def _show(model: Model, url: str, options: MountOptions) -> None:
             "model" if model.shards or layout.excluded else "files",
             f"{url}/{layout.directory}".removesuffix("/"),
         ),
-        ("size", f"{format_size(size)} in {shards}{_small(model)}"),
     ]
+    if layout.paths:
+        rows.append(("size", f"{format_size(size)} in {shards}{_small(model)}"))
     if total.tensors:
         rows.append(("tensors", f"{total.tensors:,}, {total.parameters:,} parameters; {dtypes}"))
     if left_out := sum(model.sizes[item.path] for item in layout.excluded):
         files = _many(len(layout.excluded), "file")
-        rows.append(("not prefetched", f"{format_size(left_out)} in {files}, listed below"))
+        rows.append(("left out", f"{format_size(left_out)} in {files}, listed below"))
     if layout.paths:
         rows.append(("prefetched", WHEN[model.prefetched].format(policy=options.prefetch)))
     rows += (("broken", why) for why in model.broken)

@@ -28,7 +28,7 @@ The policies:
   skips.
 - `sequential`: of a file that is being read, twice as much as was read. So a look at the end of a
   large file costs little, and a copy of the file runs at full speed. The other policies do the same
-  with files that have no place in the order, from their second block on; `tensor` also with files
+  with files that have no place in the order, from their third block on; `tensor` also with files
   that have no tensors.
 - `headers`: rule 2 only.
 
@@ -95,6 +95,8 @@ class Prefetcher:
         self._files = blocks.files
         # Files of which more was read than their header, in the order in which that was seen.
         self._loaded: dict[int, None] = {}
+        # Where the first request beyond the header of a file was.
+        self._beyond_header: dict[int, int] = {}
         # It is known what belongs to models; before that any file may be one of them.
         self._has_order = False
         # Files of which it is known what tensors are in them, if any.
@@ -246,10 +248,20 @@ class Prefetcher:
         # (Linux, mm/filemap.c, do_sync_mmap_readahead), so the middle is what is meant.
         middle = min(offset + size // 2, blocks.size_bytes - 1)
         if inode not in self._loaded and _is_load(blocks, middle):
-            self._loaded[inode] = None
-            if blocks.rank < 0:
-                self.on_stray(inode)
+            self._is_read(inode, blocks, offset)
         return self._touch(inode, blocks, blocks.piece_at(middle))
+
+    def _is_read(self, inode: int, blocks: FileBlocks, offset: int) -> None:
+        """A request beyond the header of a file.
+
+        One alone may be the kernel's, which reads ahead of a look at the header from where its
+        pages end (Linux, mm/readahead.c, page_cache_async_ra).
+        """
+        if blocks.rank < 0 and self._beyond_header.setdefault(inode, offset) == offset:
+            return
+        self._loaded[inode] = None
+        if blocks.rank < 0:
+            self.on_stray(inode)
 
     def next_head(self) -> int | None:
         """The next file whose header is fetched with its own request, or None; each once."""
@@ -353,7 +365,8 @@ class Prefetcher:
             return
         if self._policy != "model" or blocks.rank < 0:
             is_look = self._has_order and inode not in self._loaded
-            read = blocks.blocks_read - 1 if is_look else blocks.blocks_read
+            # A look is two blocks: the header, and what the kernel reads ahead.
+            read = max(0, blocks.blocks_read - 2) if is_look else blocks.blocks_read
             stop = min(stop, blocks.last_read + 1 + 2 * read)
         number = self._find(blocks, place, first, stop)
         if number >= 0:

@@ -165,7 +165,8 @@ async def plan_of_reads(keys: list[str], near: list[str], reads: list[str]) -> l
         for key in reads:
             offset = size // 2 if key.endswith("!") else 0
             made.opened(files[key.strip("!")])
-            prefetcher.was_read(files[key.strip("!")].inode, offset, 1 << 20)
+            for at in (offset, offset + (1 << 20)):
+                prefetcher.was_read(files[key.strip("!")].inode, at, 1 << 20)
             await trio.testing.wait_all_tasks_blocked(0.05)
         nursery.cancel_scope.cancel()
     return sorted(fetcher.scans[-1])
