@@ -202,7 +202,7 @@ class Attachments:
                 given = Wanted(volume.source, volume.options, credentials, owner, wanted.namespace)
                 daemon = self.daemons.reserve(
                     via.serving if via else given, str(path), volume_id,
-                    Look(volume.snapshot_max_age_s, until),
+                    Look.within(volume.snapshot_max_age_s, timeout_s),
                 )  # fmt: skip
             until = max(until, time.monotonic() + timeout_s - LOOK_S)
         elif credentials is not None and not daemon.needs_credentials:

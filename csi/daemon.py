@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import secrets
 import sys
 import threading
 import time
@@ -15,13 +17,15 @@ from grpc import StatusCode
 
 from csi.errors import RpcError
 from csi.start import Start
-from lazyfs.errors import LazyfsError, MountError
+from lazyfs.errors import LazyfsError, MountError, SourceError
 from lazyfs.process.mount_spec import MountSpec
 from lazyfs.process.supervisor import Supervisor
 from lazyfs.store.credentials import Credentials, StaticCredentials, WebIdentity
 
 # Time for another call to start the daemon or to end it, with its last writes.
 LOCK_TIMEOUT_S = 120.0
+# Characters of a source in the name of its daemon.
+LONGEST_READABLE = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +191,25 @@ class Daemon:
             if supervisor is not None:
                 supervisor.name_volumes(volume)
 
+    def check_keys(self, credentials: Credentials) -> None:
+        """Refuse keys that do not work: pods read with those before, which may go on working.
+
+        A token is not tried: kubelet makes it, and a newer one is valid for longer.
+
+        Raises:
+            SourceError: they do not.
+        """
+        if not isinstance(credentials, StaticCredentials):
+            return
+        from csi.key_check import check_keys  # which is needed when keys are rotated only
+
+        try:
+            check_keys(self.spec, credentials)
+        except SourceError as error:
+            raise type(error)(
+                f"the new keys are not used, pods read with those before: {error}"
+            ) from error
+
     def adopt(self, supervisor: Supervisor) -> None:
         """Record that it is mounted."""
         self._supervisor = supervisor
@@ -201,3 +224,9 @@ def _same(ours: Credentials | None, theirs: Credentials | None) -> bool:
     if isinstance(ours, StaticCredentials) and isinstance(theirs, StaticCredentials):
         return ours == theirs
     return ours is theirs is None
+
+
+def name_of(source: str) -> str:
+    """A new name for a daemon: unlike all others, and telling in logs and in lists of mounts."""
+    readable = re.sub(r"[^A-Za-z0-9.]+", "-", source.removeprefix("s3://"))
+    return f"{readable[-LONGEST_READABLE:].strip('-.')}-{secrets.token_hex(4)}"

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
-import secrets
 import threading
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -28,12 +26,12 @@ from pathlib import Path
 from grpc import StatusCode
 
 from csi import mounts
-from csi.daemon import LOCK_TIMEOUT_S, Daemon, Wanted
+from csi.daemon import LOCK_TIMEOUT_S, Daemon, Wanted, name_of
 from csi.errors import RpcError, without_ids
 from csi.snapshots import MOST_SNAPSHOTS, Look, doubt
 from csi.staged import DaemonRecord, State
 from csi.start import PATIENCE_S, Start
-from lazyfs.errors import LazyfsError, MountError, SourceError
+from lazyfs.errors import LazyfsError, MountError
 from lazyfs.faults import start_watching
 from lazyfs.fuse import mount_syscalls
 from lazyfs.handover.handover import SPEC
@@ -43,7 +41,7 @@ from lazyfs.process.mount_records import DaemonWatch
 from lazyfs.process.mount_spec import MountSpec
 from lazyfs.process.supervisor import Supervisor
 from lazyfs.process.worker_files import rights_of
-from lazyfs.store.credentials import Credentials, StaticCredentials
+from lazyfs.store.credentials import Credentials
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +51,6 @@ RESUMED_AT_ONCE = 4
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 # How soon a keeper that was replaced is noticed.
 KEEPER_POLL_S = 2.0
-# Characters of a source in the name of its daemon.
-LONGEST_READABLE = 48
 
 
 class Daemons:
@@ -148,20 +144,20 @@ class Daemons:
             with self._lock:
                 serving = self._serving(wanted)
                 left = [each for each in serving if each not in old]
-                if not left and len(serving) < MOST_SNAPSHOTS:
-                    self._check_bound(wanted.namespace)
+                refusal = self._refusal(wanted, len(serving))
+                if not left and refusal is None:
                     daemon = self._new(wanted, volume_id)
                     daemon.users.add(user)
                     return daemon
             if not left:
-                doubt(
-                    serving[0],
-                    f"S3 lists other objects, but this node serves {len(serving)} snapshots "
-                    "of the source already; delete the oldest pods",
-                )
+                if not serving:
+                    raise RpcError(StatusCode.RESOURCE_EXHAUSTED, str(refusal))
+                doubt(serving[0], f"S3 lists other objects, but {refusal}")
                 if self.use(serving[0], user):
                     return serving[0]
-            elif not left[0].was_ready or self._is_current(left[0], wanted, look):
+            elif not left[0].was_ready or self._is_current(
+                left[0], wanted, look, is_newest=not old
+            ):
                 if self.use(left[0], user):
                     return left[0]
             else:
@@ -189,7 +185,7 @@ class Daemons:
         return sorted(found, key=lambda each: each.mounted_ns, reverse=True)
 
     def _new(self, wanted: Wanted, volume_id: str) -> Daemon:
-        name = _name(wanted.source)
+        name = name_of(wanted.source)
         mountpoint = self._directory / name
         spec = MountSpec(
             wanted.source, str(mountpoint), wanted.options, wanted.credentials, volume_id
@@ -200,25 +196,38 @@ class Daemons:
         self._daemons[name] = daemon
         return daemon
 
-    def _check_bound(self, namespace: str) -> None:
-        daemons = [each for each in self._daemons.values() if each.namespace == namespace]
-        if namespace and 0 < self._most_of_namespace <= len(daemons):
-            raise RpcError(
-                StatusCode.RESOURCE_EXHAUSTED,
-                f"{len(daemons)} daemons run on this node for pods of namespace {namespace}, which "
-                "is the limit of the driver (--max-daemons-per-namespace); volumes with the same "
-                "source, options and credentials share one",
+    def _refusal(self, wanted: Wanted, snapshots: int) -> str | None:
+        """Why there may be no other daemon for a volume; None if there may be one."""
+        if snapshots >= MOST_SNAPSHOTS:
+            return f"this node serves {snapshots} snapshots of the source: delete the oldest pods"
+        name = wanted.namespace
+        many = sum(each.namespace == name for each in self._daemons.values())
+        if name and 0 < self._most_of_namespace <= many:
+            return (
+                f"{many} daemons run on this node for pods of namespace {name}, which is the limit "
+                "of the driver (--max-daemons-per-namespace); volumes with the same source, "
+                "options and credentials share one"
             )
+        return None
 
-    def _is_current(self, daemon: Daemon, wanted: Wanted, look: Look) -> bool:
+    def _is_current(self, daemon: Daemon, wanted: Wanted, look: Look, *, is_newest: bool) -> bool:
+        """Whether a new pod gets the snapshot of a daemon.
+
+        Args:
+            is_newest: there is no newer one, so it is the one to have if S3 gives no answer.
+        """
         try:
             # What it asks S3 with is what this pod has.
             self.ensure(daemon, wanted.credentials, look.left_s)
-        except RpcError:
-            if daemon.retired:
+            same, why = look.ask(daemon)
+        except (LazyfsError, KeeperError):
+            if daemon.retired or not is_newest:
                 return False
             raise
-        return look.is_current(daemon)
+        if same is None and is_newest:
+            doubt(daemon, why)
+            return True
+        return same is True
 
     def ensure(self, daemon: Daemon, credentials: Credentials | None, timeout_s: float) -> str:
         """Have a daemon run, with these credentials if any are given; its filesystem's device.
@@ -238,7 +247,7 @@ class Daemons:
             if supervisor is None:
                 raise MountError(f"{daemon.mountpoint}: the daemon has ended")
             if credentials is not None and credentials != daemon.spec.credentials:
-                _check(daemon, credentials)
+                daemon.check_keys(credentials)
                 supervisor.replace_credentials(credentials)
                 daemon.spec = _with(daemon.spec, credentials)
             device = daemon.device
@@ -289,7 +298,7 @@ class Daemons:
         kept = self._kept_spec(daemon.mountpoint)
         if kept is None:
             # Of a session that nobody has: what uses it gets an error and does not wait.
-            _detach(daemon.mountpoint)
+            mounts.detach(daemon.mountpoint)
         else:
             daemon.spec = replace(kept, volume=daemon.spec.volume or kept.volume)
         if credentials is not None:
@@ -369,7 +378,7 @@ class Daemons:
 
     def _clear(self, mountpoint: Path) -> None:
         """Forget a daemon that does not run: its mount, its session, its directory."""
-        _detach(mountpoint)
+        mounts.detach(mountpoint)
         try:
             with self._client() as keeper:
                 keeper.drop(str(mountpoint))
@@ -381,40 +390,6 @@ class Daemons:
 
     def _client(self) -> closing[KeeperClient]:
         return closing(KeeperClient.connect(self._keeper))
-
-
-def _detach(mountpoint: Path) -> None:
-    """Take away a mount of ours that nobody serves; who waits for it gets an error."""
-    entry = mount_syscalls.find_mount(mountpoint)
-    if entry is not None and entry.filesystem_type == mount_syscalls.FILESYSTEM_TYPE:
-        mount_syscalls.abort(entry.device)  # after the unmount it may be another mount's
-        mount_syscalls.unmount(mountpoint, lazy=True)
-
-
-def _name(source: str) -> str:
-    """A new name for a daemon: unlike all others, and telling in logs and in lists of mounts."""
-    readable = re.sub(r"[^A-Za-z0-9.]+", "-", source.removeprefix("s3://"))
-    return f"{readable[-LONGEST_READABLE:].strip('-.')}-{secrets.token_hex(4)}"
-
-
-def _check(daemon: Daemon, credentials: Credentials) -> None:
-    """Refuse keys that do not work: pods read with those before, which may go on working.
-
-    A token is not tried: kubelet makes it, and a newer one is valid for longer.
-
-    Raises:
-        SourceError: they do not.
-    """
-    if not isinstance(credentials, StaticCredentials):
-        return
-    from csi.key_check import check_keys  # which is needed when keys are rotated only
-
-    try:
-        check_keys(daemon.spec, credentials)
-    except SourceError as error:
-        raise type(error)(f"the new keys are not used, pods read with those before: {error}") from (
-            error
-        )
 
 
 def _with_rights(spec: MountSpec) -> MountSpec:

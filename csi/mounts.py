@@ -132,6 +132,14 @@ def unbind(target: Path) -> None:
     raise MountError(f"{target}: more than {_MOST_LAYERS} mounts are there")
 
 
+def detach(mountpoint: Path) -> None:
+    """Take away a mount of ours that nobody serves; who waits for it gets an error."""
+    entry = mount_syscalls.find_mount(mountpoint)
+    if entry is not None and entry.filesystem_type == mount_syscalls.FILESYSTEM_TYPE:
+        mount_syscalls.abort(entry.device)  # after the unmount it may be another mount's
+        mount_syscalls.unmount(mountpoint, lazy=True)
+
+
 def remove_directory(path: Path) -> None:
     """Remove an empty directory where nothing is mounted; does nothing if it does not exist.
 

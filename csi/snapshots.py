@@ -43,38 +43,42 @@ class Look:
     Attributes:
         max_age_s: how old an answer may be.
         until_s: how long the call may wait, by the monotonic clock.
+        in_haste: the call may not wait for S3; kubelet calls again.
     """
 
     max_age_s: float
     until_s: float
+    in_haste: bool
+
+    @classmethod
+    def within(cls, max_age_s: float, timeout_s: float) -> Look:
+        """For a call that may wait so long from now on."""
+        in_haste = timeout_s < LOOK_S
+        oldest_s = max(max_age_s, OLD_S) if in_haste else max_age_s
+        return cls(oldest_s, time.monotonic() + timeout_s, in_haste)
 
     @property
     def left_s(self) -> float:
         """How long the call may still wait."""
         return max(0.0, self.until_s - time.monotonic())
 
-    def is_current(self, daemon: Daemon) -> bool:
-        """Whether a new pod gets the snapshot of this daemon.
+    def ask(self, daemon: Daemon) -> tuple[bool | None, str]:
+        """Whether S3 lists what this daemon shows; or None, and why that is not known.
 
         Raises:
             StillStartingError: S3 has not answered yet, and this call may not wait.
         """
         supervisor = daemon.supervisor
         if supervisor is None:
-            return True  # its end is noticed where it is used
-        in_haste = self.left_s < LOOK_S
-        max_age_s = max(self.max_age_s, OLD_S) if in_haste else self.max_age_s
+            return None, "its daemon has ended"
         try:
-            same, why = supervisor.compare(max_age_s, LOOK_S, min(self.left_s, LOOK_S + 1))
+            return supervisor.compare(self.max_age_s, LOOK_S, min(self.left_s, LOOK_S + 1))
         except ControlError as error:
-            if in_haste:
+            if self.in_haste:
                 raise StillStartingError(
                     f"{daemon.spec.source}: is not mounted yet: S3 is asked what it lists now"
                 ) from error
-            same, why = None, str(error)
-        if same is None:
-            doubt(daemon, why)
-        return same is not False
+            return None, str(error)
 
 
 def doubt(daemon: Daemon, why: str) -> None:

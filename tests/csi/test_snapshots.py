@@ -255,6 +255,18 @@ def test_a_node_serves_a_few_snapshots_of_a_source(node: TestNode, model: Model)
     assert "one-too-many" in names(inline(node, model, "next"))
 
 
+def test_the_bound_of_a_namespace_fails_no_pod_that_has_a_snapshot(
+    make_node: Callable[..., TestNode], model: Model
+) -> None:
+    node = make_node("--max-daemons-per-namespace=1")
+    inline(node, model, "one")
+    model.put(ADDED)
+    second = inline(node, model, "two")
+    assert names(second) == {*OLD}
+    abnormal, text = message(node, "two", second)
+    assert abnormal and "--max-daemons-per-namespace" in text
+
+
 def test_snapshots_outlive_the_plugin(node: TestNode, model: Model) -> None:
     context = node.context(model.source)
     node.stage("vol", context)
