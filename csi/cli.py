@@ -352,7 +352,9 @@ def node(
     servicer = Node(node_id, volume_rules, attachments, inline_node_role=inline_node_role)
 
     def check_cache() -> None:
-        for directory in cache_place.directories(options.cache_dir):
+        directories = cache_place.directories(options.cache_dir)
+        cache_place.share_all(directories)
+        for directory in directories:
             check_directory(directory)
 
     checks = [

@@ -8,10 +8,11 @@ workers of root read, write and remove each other's blocks, and nobody else does
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -42,6 +43,29 @@ def is_shared(status: os.stat_result) -> bool:
     """Whether a directory is shared by workers of root, and nobody else can write to it."""
     is_roots = (status.st_uid, status.st_gid) == (0, user.cache_group())
     return is_roots and status.st_mode & (_SHARED | stat.S_IWOTH) == _SHARED
+
+
+def make(directory: Path) -> None:
+    """Make a cache directory if it is missing; a worker of root cannot make root's.
+
+    Raises:
+        OSError: it is missing, and cannot be made.
+    """
+    if user.is_worker_of_another():
+        directory.stat()
+    else:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+def share_all(directories: Iterable[Path]) -> None:
+    """Have workers of root share these directories, where this process is root's and can do that.
+
+    Those that cannot be shared stay as they are.
+    """
+    if user.worker_ids() is not None:
+        for directory in directories:
+            with contextlib.suppress(OSError):
+                share(directory)
 
 
 def folder_mode(directory: Path) -> int:

@@ -44,6 +44,11 @@ def works_for(uid: int, gid: int, cache_group: int | None) -> None:
     _works_for = uid, gid, cache_group
 
 
+def is_worker_of_another() -> bool:
+    """Whether this process has another user than the one that it works for."""
+    return _works_for is not None
+
+
 def worker_ids() -> tuple[int, int] | None:
     """The first and the number of the ids that workers get; the last is the group of caches.
 

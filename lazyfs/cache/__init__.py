@@ -265,7 +265,7 @@ def check_directory(directory: Path) -> None:
         CacheError: it cannot be made, written, or trusted.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        cache_place.make(directory)
         status = directory.stat()
     except OSError as error:
         raise CacheError(

@@ -19,6 +19,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
+from lazyfs import cache_place
 from lazyfs.cache.block_files import BlockFiles
 from lazyfs.cache.claims import Claims
 from lazyfs.cache.direct_io import open_own
@@ -119,7 +120,7 @@ class GuardedIndex:
         return index
 
     def _open(self) -> BlockIndex:
-        self._path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        cache_place.make(self._path)
         self._files.make_folders()
         self.claims = Claims(self._path)
         file = Path(self._path, INDEX_NAME)

@@ -194,9 +194,9 @@ def _opened(given: dict[str, Any]) -> list[CacheDirectory]:
     """Open the cache directories that the options, the environment or the defaults name."""
     options, _ = settings(None, given)
     limits = Limits(options.cache_size, options.cache_reserve)
-    directories = [
-        CacheDirectory(path, limits) for path in cache_place.directories(options.cache_dir)
-    ]
+    paths = cache_place.directories(options.cache_dir)
+    cache_place.share_all(path for path in paths if path.is_dir())
+    directories = [CacheDirectory(path, limits) for path in paths]
     if not directories:
         raise OptionError("--cache-dir: none: there is no cache")
     for directory in directories:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 import trio
 
-from lazyfs import log
+from lazyfs import cache_place, log
 from lazyfs.cache import BlockCache
 from lazyfs.cli.mounts import record_at
 from lazyfs.cli.progress import ByteProgress
@@ -90,6 +90,7 @@ async def _run(url: SourceUrl, options: MountOptions, verify: bool, as_json: boo
     cache = BlockCache.of(options, source.endpoint, url.bucket)
     if cache is None:
         raise OptionError("--cache-dir: none: there is no cache to fill")
+    cache_place.share_all(cache_place.directories(options.cache_dir))
     await trio.to_thread.run_sync(cache.open)
     warmer = Warmer(source, catalog, cache, options)
     with ByteProgress("cached", as_json=as_json) as shown:
