@@ -19,7 +19,8 @@ An option can be set in four places. Earlier ones take precedence:
 
 1. the command line: `--block-size 16MiB`, or `mount -t lazyfs -o block-size=16MiB`;
 2. the environment: `LAZYFS_BLOCK_SIZE=16MiB`;
-3. a TOML file named by `--config` or `LAZYFS_CONFIG`: `block-size = "16MiB"`;
+3. a TOML file named by `--config` or `LAZYFS_CONFIG`: `block-size = "16MiB"`; `lazyfs mount`
+   also takes `source` and `mountpoint` from it;
 4. the options of a `--preset`.
 
 Sizes are written as `8MiB` (`KiB`, `MiB`, `GiB`, `TiB`; `K`, `M`, `G`, `T` mean the same; `MB` is
