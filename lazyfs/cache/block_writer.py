@@ -48,6 +48,7 @@ class BlockWriter:
         recorder: is told of written blocks.
         on_written: called with a block that the disk no longer needs, and whether it was stored.
         held: returns a block, if it is still in memory.
+        movers: how many processes may write.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class BlockWriter:
         recorder: Recorder,
         on_written: Callable[[BlockId, bool], None],
         held: Callable[[BlockId], Held | None],
+        movers: int = 0,
     ) -> None:
+        self._writers = max(WRITERS, movers)
         self._cache = cache
         self._memory_limit = memory_limit
         self._batch_bytes = int(memory_limit * BATCH_SHARE)
@@ -127,7 +130,7 @@ class BlockWriter:
     async def run(self) -> None:
         """Write until cancelled."""
         async with trio.open_nursery() as nursery:
-            for _ in range(WRITERS):
+            for _ in range(self._writers):
                 nursery.start_soon(keep_running, "writing blocks", self._write_forever)
 
     async def finish(self) -> None:

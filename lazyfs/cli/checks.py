@@ -26,10 +26,10 @@ from lazyfs.cache.direct_io import read_file, write_file
 from lazyfs.cli.inspecting import models_of_source
 from lazyfs.errors import LazyfsError
 from lazyfs.fuse import mount_syscalls
+from lazyfs.machine import free_memory
 from lazyfs.objects import ListedObject
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.options.option_types import GIB, MIB, format_duration, format_size
-from lazyfs.pagecache.page_cache import free_memory
 from lazyfs.store.s3_source import Source
 from lazyfs.store.url import SourceUrl
 

@@ -11,6 +11,8 @@ the same reason.
 from __future__ import annotations
 
 START = 16
+# Until a larger limit has brought nothing for the first time, and after that.
+FIRST_GROWTH = 2.0
 GROWTH = 1.5
 WORTH = 1.05
 ROUNDS_BEFORE_RETRY = 8
@@ -21,11 +23,13 @@ class Concurrency:
 
     Args:
         most: the highest limit.
+        start: the first limit.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, start: int = START) -> None:
         self.most = most
-        self.limit = min(START, most)
+        self.limit = min(start, most)
+        self._growth = FIRST_GROWTH
         # Requests that are in flight since before the last cut of the limit.
         self._sent_before_cut = 0
         self._before_growth: int | None = None
@@ -59,6 +63,7 @@ class Concurrency:
             return
         self._sent_before_cut = self.limit - 1
         self.limit = max(1, self.limit // 2)
+        self._growth = GROWTH
         self._before_growth = None
         self._rounds_to_wait = ROUNDS_BEFORE_RETRY
         self._answers = 0
@@ -72,6 +77,7 @@ class Concurrency:
         if self._before_growth is not None:
             if rate < self._rate_before_growth * WORTH:
                 self.limit = self._before_growth
+                self._growth = GROWTH
                 self._rounds_to_wait = ROUNDS_BEFORE_RETRY
             self._before_growth = None
         if self._rounds_to_wait:
@@ -79,7 +85,7 @@ class Concurrency:
         elif self.limit < self.most:
             self._before_growth = self.limit
             self._rate_before_growth = rate
-            self.limit = min(self.most, max(self.limit + 1, int(self.limit * GROWTH)))
+            self.limit = min(self.most, max(self.limit + 1, int(self.limit * self._growth)))
 
 
 class HedgeTimer:

@@ -96,7 +96,7 @@ class BlockFetcher:
         )
         self._pusher = BlockPusher(
             page_cache, self._map, prefetcher, self._memory, options.block_size, self._threads,
-            recorder, self.pump,
+            recorder, self.pump, options.movers,
         )  # fmt: skip
         self._disk: DiskTier | None = None
         self._writer: BlockWriter | None = None
@@ -104,7 +104,7 @@ class BlockFetcher:
         if cache is not None:
             self._writer = BlockWriter(
                 cache, options.memory_limit, self._threads, recorder, self._written,
-                self._memory.peek,
+                self._memory.peek, options.movers,
             )  # fmt: skip
             others = OtherDaemons(cache, self._threads, self._found)
             self._disk = DiskTier(cache, self._writer, others, self._origin, self._threads)
@@ -116,6 +116,7 @@ class BlockFetcher:
         self._scheduler = Scheduler(
             self._files, self._jobs, self._memory, prefetcher, self._pusher, self._getter,
             self._heads, window, options.block_size, recorder,
+            options.movers,
         )  # fmt: skip
 
     def carry(self, near: PageMap, tree: Tree) -> None:

@@ -17,7 +17,7 @@ import trio
 
 from lazyfs.blocks.memory import BlockMemory
 from lazyfs.errors import SourceError, ThrottledError, UnavailableError
-from lazyfs.fetch.concurrency import Concurrency, HedgeTimer, Pacer
+from lazyfs.fetch.concurrency import START, Concurrency, HedgeTimer, Pacer
 from lazyfs.fetch.fleet import FAR_OVERTAKEN, LATE_S, Fleet
 from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder, Tier
@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 # Of a request, how often the fleet's cache is asked before S3 is, if S3 had trouble behind it.
 MOST_ASKED_OF_CACHE = 3
 
+# Requests at the beginning, for each process that moves bytes: a sign of how large the machine is.
+STARTS_OF_MOVER = 4
 # Second attempts under way at once; when more are slow, it is the link.
 HEDGES = 4
 # A request that this many later ones have overtaken is slower than the link.
@@ -121,7 +123,9 @@ class BlockGetter:
         self._source = source
         self._memory = memory
         self._threads = threads
-        self._concurrency = Concurrency(options.max_concurrency)
+        self._concurrency = Concurrency(
+            options.max_concurrency, max(START, STARTS_OF_MOVER * options.movers)
+        )
         self._timer = HedgeTimer()
         self._pacer = Pacer(options.bandwidth_limit)
         self._block_size = options.block_size
@@ -149,7 +153,9 @@ class BlockGetter:
 
     def tune(self, options: MountOptions) -> None:
         """Use other limits of requests and bandwidth from now on."""
-        self._concurrency = Concurrency(options.max_concurrency)
+        self._concurrency = Concurrency(
+            options.max_concurrency, max(START, STARTS_OF_MOVER * options.movers)
+        )
         self._pacer = Pacer(options.bandwidth_limit)
 
     async def get(

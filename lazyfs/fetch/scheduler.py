@@ -28,7 +28,7 @@ from lazyfs.observe.recorder import Recorder
 from lazyfs.pagecache.pusher import BlockPusher
 from lazyfs.prefetch.prefetcher import Prefetcher
 
-# Blocks that are read from the disk concurrently, ahead of readers.
+# Blocks that are read from the disk concurrently, ahead of readers, at least: one for each mover.
 LOADERS = 3
 # Requests of waiting readers that may be in flight beyond the adaptive limit.
 URGENT_EXTRA = 8
@@ -50,6 +50,7 @@ class Scheduler:
         window: makes room on the disk; None without a disk.
         block_size: the mount's, in bytes.
         recorder: is told what prefetching does.
+        movers: how many processes may read from the disk.
 
     Attributes:
         paused: prefetching is paused.
@@ -67,7 +68,9 @@ class Scheduler:
         window: DiskWindow | None,
         block_size: int,
         recorder: Recorder,
+        movers: int = 0,
     ) -> None:
+        self._loaders = max(LOADERS, movers)
         self._files = files
         self._jobs = jobs
         self._memory = memory
@@ -154,7 +157,7 @@ class Scheduler:
                 self._pusher.put(block, held)
             elif (
                 from_disk
-                and self._jobs.loading < LOADERS
+                and self._jobs.loading < self._loaders
                 and self._make_room(self._length(block), urgent=False, soon=True)
             ):
                 self._jobs.start(nursery, self._new_job(block), from_disk=True)

@@ -9,16 +9,15 @@ A *line* is a socket between a thread here and a thread there, which runs one ca
 call looks like any other that blocks, and a call that is stuck holds up no other. What movers do is
 no secret of theirs: each function can be called here as well, and is, where there are no movers.
 
-Movers start with the first call and end when none was made for a while. One that dies costs the
+Movers start with the first calls, the more the more calls are made at a time, and end when none was
+made for a while. One that dies costs the
 calls that it was making (`MoverLostError`); the next call starts another one.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 import socket
 import subprocess
 import sys
@@ -39,10 +38,8 @@ MOST_IDLE_S = 30.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 # The longest message: a function's name and arguments, or its result.
 MOST_BYTES = 192 << 10
-# Two movers pay only where a third processor answers the kernel and a fourth is the reader's.
-LEAST_PROCESSORS = 4
-# One moves 1 to 3 GB/s.
-MOST_MOVERS = 8
+# Calls at a time for each mover, before another one is started: more of them share an interpreter.
+CALLS_OF_EACH = 6
 
 
 # What a call raises in the place of its own error: the first that it is one of.
@@ -58,29 +55,6 @@ class Wire(Protocol):
 
     def use(self, connection: socket.socket | None) -> None:
         """The call waits for this connection now; it is ended at once if that was asked for."""
-
-
-def default_count() -> int:
-    """How many movers suit this machine, as far as this process may use it."""
-    processors = usable_processors()
-    return 0 if processors < LEAST_PROCESSORS else min(MOST_MOVERS, processors // 2)
-
-
-def usable_processors() -> int:
-    """Whole processors that this process may keep busy: by affinity, and by its cgroup's quota."""
-    count = float(len(os.sched_getaffinity(0)))
-    with contextlib.suppress(OSError, ValueError):  # version 2
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
-        count = min(count, int(quota) / int(period))
-    with contextlib.suppress(OSError, ValueError):  # version 1
-        with open("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") as file:
-            quota_us = int(file.read())
-        with open("/sys/fs/cgroup/cpu/cpu.cfs_period_us") as file:
-            period_us = int(file.read())
-        if quota_us > 0:
-            count = min(count, quota_us / period_us)
-    return max(1, int(count))
 
 
 @dataclass(slots=True, eq=False)
@@ -201,7 +175,9 @@ class Movers:
     def _take(self) -> _Line:
         with self._lock:
             self._used_s = time.monotonic()
-            if not self._ended and len(self._movers) + self._starting < self.count:
+            there = len(self._movers) + self._starting
+            calls = 1 + sum(mover.busy for mover in self._movers)
+            if not self._ended and there < min(self.count, max(2, calls // CALLS_OF_EACH)):
                 self._start_another()
             for mover in sorted(self._movers, key=lambda each: each.busy):
                 mover.busy += 1

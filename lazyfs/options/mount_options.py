@@ -9,12 +9,13 @@ has read it, whatever it came from, so every source gets the same checks and the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from lazyfs.errors import OptionError
+from lazyfs.machine import auto_memory, auto_movers, auto_requests
 from lazyfs.options.option_types import (
     KIB,
     MIB,
@@ -240,10 +241,11 @@ class MountOptions:
         "8MiB",
     )
     memory_limit: int = _option(
-        Size(64 * MIB, 1 << 40),
+        Size(64 * MIB, 1 << 40, words=("auto",)),
         "Reading",
-        "Maximum memory for blocks, requests in flight included. At least 4 blocks.",
-        "256MiB",
+        "Maximum memory for blocks, requests in flight included. At least 4 blocks. auto: 128 MiB "
+        "for each processor, at most 5 % of the free memory or 16 GiB, at least 256 MiB.",
+        "auto",
     )
     prefetch: str = _option(
         Choice(POLICIES),
@@ -283,17 +285,18 @@ class MountOptions:
         "1MiB",
     )
     max_concurrency: int = _option(
-        Count(1, 256),
+        Count(1, 1024, words=("auto",)),
         "Reading",
-        "Maximum number of ranged GETs in flight. The actual number adapts to the throughput.",
-        "64",
+        "Maximum number of ranged GETs in flight. The actual number adapts to the throughput. "
+        "auto: as many as blocks fit into `--memory-limit`, from 64 to 1024.",
+        "auto",
     )
-    movers: int | str = _option(
+    movers: int = _option(
         Count(0, 64, words=("auto",)),
         "Reading",
-        "Number of processes that move bytes during a load: receiving, decrypting, checksums, disk "
-        "and page cache. auto: none on less than 4 processors, else one for two processors, at "
-        "most 8. They start with a load and end 30 seconds after it.",
+        "Maximum number of processes that move bytes during a load: receiving, decrypting, "
+        "checksums, disk and page cache. auto: one for two processors, at most 32, and none on "
+        "less than 4 processors. They start with a load and end 30 seconds after it.",
         "auto",
     )
     bandwidth_limit: int | str = _option(
@@ -327,7 +330,15 @@ class MountOptions:
     )
 
     def __post_init__(self) -> None:
-        """Checks between options. Raises OptionError."""
+        """Choose what is `auto`, and check options against each other. Raises OptionError."""
+        chosen: dict[str, Callable[[], int]] = {
+            "memory_limit": lambda: auto_memory(self.block_size),
+            "max_concurrency": lambda: auto_requests(self.memory_limit, self.block_size),
+            "movers": auto_movers,
+        }
+        for name, choose in chosen.items():
+            if getattr(self, name) == "auto":
+                object.__setattr__(self, name, choose())
         if self.memory_limit < 4 * self.block_size:
             raise OptionError(
                 f"--memory-limit: {format_size(self.memory_limit)} is not allowed with "

@@ -14,9 +14,8 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
 
+from lazyfs.machine import free_memory
 from lazyfs.movers.context import lent
 from lazyfs.movers.pool import MoverFaultError, MoverLostError, Movers
 
@@ -37,20 +36,6 @@ BUDGET_AGE_S = 1.0
 # struct fuse_notify_store_out.
 _STORE = struct.Struct("<IiQQQII")
 _NOTIFY_STORE = 4
-
-_CGROUP_ROOT = Path("/sys/fs/cgroup")
-
-
-class _MemoryFiles(NamedTuple):
-    """The memory files of a cgroup, and a field of `memory.stat`."""
-
-    limit: str
-    used: str
-    reclaimable: str
-
-
-_VERSION_1 = _MemoryFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-_VERSION_2 = _MemoryFiles("memory.max", "memory.current", "inactive_file")
 
 
 class PageCache:
@@ -176,54 +161,3 @@ def store_pieces(inode: int, offset: int, data: memoryview) -> None:
 def _store_header(inode: int, offset: int, size: int) -> bytes:
     """The header before `size` bytes that the kernel is to store."""
     return _STORE.pack(_STORE.size + size, _NOTIFY_STORE, 0, inode, offset, size, 0)
-
-
-def free_memory() -> int:
-    """Bytes that can be used without swapping: the machine's, or less if a cgroup limits us."""
-    free = _machine_free()
-    for group, files in _own_cgroups():
-        limit, used = _number(group / files.limit), _number(group / files.used)
-        if limit is not None and used is not None:
-            free = min(free, limit - used + _reclaimable(group, files.reclaimable))
-    return max(0, free)
-
-
-def _machine_free() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def _own_cgroups() -> list[tuple[Path, _MemoryFiles]]:
-    """This process's cgroups and those above them, as far as they are visible."""
-    groups = []
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, files = _CGROUP_ROOT, _VERSION_2
-        elif "memory" in controllers.split(","):
-            root, files = _CGROUP_ROOT / "memory", _VERSION_1
-        else:
-            continue
-        group = root / path.lstrip("/")
-        # In a container the path may be the host's, and the root has our limit.
-        groups += [(group, files)]
-        groups += [(above, files) for above in group.parents if above.is_relative_to(root)]
-    return groups
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None  # not limited ("max"), or not visible
-
-
-def _reclaimable(group: Path, field: str) -> int:
-    """Bytes of the cgroup's page cache that were not used lately."""
-    try:
-        lines = (group / "memory.stat").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith(f"{field} ")), 0)

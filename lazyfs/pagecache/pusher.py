@@ -30,12 +30,12 @@ from lazyfs.observe.recorder import Recorder
 from lazyfs.pagecache.page_cache import PageCache
 from lazyfs.threads import Threads
 
-# Blocks that are pushed concurrently ahead of readers.
+# Blocks that are pushed concurrently ahead of readers, at least: one for each mover.
 PUSHERS = 2
 # The share of the blocks in memory that pushes may hold, and the most that they need to keep the
 # page cache supplied. The other two thirds are for demand and for writing.
 SHARE = 1 / 3
-MOST_BLOCKS = 8
+MOST_BLOCKS_OF_PUSHER = 4
 # Longest time that a reader waits for the rest of its block to be pushed.
 LONGEST_PUSH_S = 0.05
 
@@ -63,6 +63,7 @@ class BlockPusher:
         threads: run the pushes.
         recorder: is told of pushed blocks.
         on_change: called when another job may be started.
+        movers: how many processes may push.
 
     Attributes:
         most_blocks: how many blocks may be pushed or wait for it at once.
@@ -78,7 +79,9 @@ class BlockPusher:
         threads: Threads,
         recorder: Recorder,
         on_change: Callable[[], None],
+        movers: int = 0,
     ) -> None:
+        self._pushers = max(PUSHERS, movers)
         self._page_cache = page_cache
         self._map = blocks
         self._policy = policy
@@ -87,7 +90,9 @@ class BlockPusher:
         self._threads = threads
         self._recorder = recorder
         self._on_change = on_change
-        self.most_blocks = max(1, min(MOST_BLOCKS, int(memory.most_blocks * SHARE)))
+        self.most_blocks = max(
+            1, min(MOST_BLOCKS_OF_PUSHER * self._pushers, int(memory.most_blocks * SHARE))
+        )
         self._blocks = 0
         self._queue = BlockQueue()
         self._nursery: trio.Nursery | None = None
@@ -95,7 +100,7 @@ class BlockPusher:
     def start(self, nursery: trio.Nursery) -> None:
         """Push in tasks of this nursery."""
         self._nursery = nursery
-        for _ in range(PUSHERS):
+        for _ in range(self._pushers):
             nursery.start_soon(keep_running, "pushing blocks", self._push_forever)
 
     @property

@@ -42,7 +42,7 @@ from lazyfs.handover.pending_requests import InHand
 from lazyfs.handover.runtime_changes import RuntimeChanges
 from lazyfs.helper_process import HelperProcesses
 from lazyfs.log import now_about
-from lazyfs.movers.pool import MOST_IDLE_S, Movers, default_count
+from lazyfs.movers.pool import MOST_IDLE_S, Movers
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.listing_log import ListingLog
 from lazyfs.objects import File
@@ -159,7 +159,7 @@ async def _serve(
         await catalog.open()
     prefetcher = _prefetcher(options)
     page_cache = PageCache(options.page_cache)
-    movers = Movers(default_count() if options.movers == "auto" else int(options.movers))
+    movers = Movers(options.movers)
     if movers.count:
         source.use(movers)
         page_cache.movers = movers

@@ -8,7 +8,7 @@ from functools import cache, partial
 
 from lazyfs.options.mount_options import MountOptions
 from simulated import loaders, models
-from simulated.load import Report, simulate
+from simulated.load import SMALL, Report, simulate
 from simulated.loaders import Loader
 from simulated.machine import Machine
 from simulated.models import Model
@@ -44,7 +44,7 @@ class Case:
         model = self.model()
         loader = self.loader(model)
         loader.rate = self.rate
-        options = MountOptions.parse(("{name}", self.options))
+        options = MountOptions.parse(("{name}", {**SMALL, **self.options}))
         return simulate(model, loader, self.machine, options, starts_s=self.starts_s)
 
 

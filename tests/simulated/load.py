@@ -26,7 +26,7 @@ from lazyfs.prefetch.planner import Planner
 from lazyfs.prefetch.prefetcher import Prefetcher
 from lazyfs.store.protocol import Store
 from simulated.loaders import Job, Loader, Read
-from simulated.machine import PAGE, Bucket, Disk, Link, Machine, Pages, Threads
+from simulated.machine import PAGE, Bucket, Disk, Link, Machine, Movers, Pages, Threads
 from simulated.models import Model
 
 # When the walk over the mount has shown all files to the kernel.
@@ -36,6 +36,8 @@ OPENING_S = 0.001
 LONGEST_S = 7200
 # Blocks that are asked for together come together: their order does not matter.
 AT_ONCE = 16
+# What is chosen on a machine with two processors.
+SMALL = {"memory-limit": "256MiB", "max-concurrency": "64", "movers": "0"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,8 @@ def simulate(
     starts_s: float = 0.0,
 ) -> Report:
     """Mount a model, let a loader begin after `starts_s`, and measure until it has all it wants."""
-    load = _Load(model, loader, machine or Machine(), options or MountOptions(), starts_s)
+    options = options or MountOptions.parse(("{name}", SMALL))
+    load = _Load(model, loader, machine or Machine(), options, starts_s)
     clock = trio.testing.MockClock(autojump_threshold=0)
     with (
         mock.patch("trio.to_thread.run_sync", load.threads.run_sync),
@@ -126,9 +129,12 @@ class _Load:
         listed = [ListedObject(key, size, "e", 0, key) for key, size in sorted(model.sizes.items())]
         tree.plant(tree.root, listed, [], whole=True)
         self._files: dict[str, File] = {tree.path(file): file for file in tree.files()}
-        self._bucket = Bucket(model.contents, options.block_size, self._link, self.threads)
-        self._pages = Pages(machine, options.block_size, self.threads)
-        disk = Disk(machine, self.threads) if machine.disk else None
+        movers = Movers(machine)
+        self._bucket = Bucket(
+            model.contents, options.block_size, self._link, self.threads, machine, movers
+        )
+        self._pages = Pages(machine, options.block_size, self.threads, movers)
+        disk = Disk(machine, self.threads, movers) if machine.disk else None
         prefetcher = Prefetcher(options.prefetch, BlockMap(options.block_size))
         recorder = Recorder(options.prefetch)
         self._fetcher = BlockFetcher(

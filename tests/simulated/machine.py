@@ -37,6 +37,11 @@ class Machine:
         push, request: of putting pages into the page cache, and of a read through FUSE.
         request_s: what a read through FUSE costs beside its bytes.
         max_background: reads that the kernel has sent and that are not answered.
+        movers: processors that receive, check and push, one thing after another each; 0: the
+            rates of what they do are those of `link`, `push` and the disk alone.
+        receive: bytes a second that a mover receives; of HTTPS less than half as many.
+        check: the same, of checksums and writes to the disk.
+        worker: bytes a second for which the process that answers the kernel has time.
     """
 
     link: float = 500e6
@@ -50,6 +55,10 @@ class Machine:
     request: float = 1e9
     request_s: float = 0.0001
     max_background: int = 1024
+    movers: int = 0
+    receive: float = 2.5e9
+    check: float = 6e9
+    worker: float = math.inf
 
 
 class Threads:
@@ -126,6 +135,20 @@ class Queue:
         await trio.sleep_until(self._free_s)
 
 
+class Movers:
+    """Processors beside the one that decides. What comes is done by the first that is free."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._free_s = [0.0] * machine.movers
+
+    async def take(self, size: int, rate: float) -> None:
+        """Do something with `size` bytes at a rate; nothing, if there are no movers."""
+        if self._free_s:
+            free_s = max(heapq.heappop(self._free_s), trio.current_time()) + size / rate
+            heapq.heappush(self._free_s, free_s)
+            await trio.sleep_until(free_s)
+
+
 class Bucket:
     """In the place of `Source`: gives headers as they are and zeros for the rest.
 
@@ -137,8 +160,12 @@ class Bucket:
     url = SimpleNamespace(bucket="simulated", prefix="")
 
     def __init__(
-        self, contents: dict[str, bytes], block_size: int, link: Link, threads: Threads
-    ) -> None:
+        self, contents: dict[str, bytes], block_size: int, link: Link, threads: Threads,
+        machine: Machine, movers: Movers,
+    ) -> None:  # fmt: skip
+        self._machine = machine
+        self._movers = movers
+        self._worker = Queue(machine.worker)
         self._contents = contents
         self._zeros = memoryview(bytes(block_size))
         self._link = link
@@ -154,11 +181,16 @@ class Bucket:
         key = pin.key
         self.asked.append((key, start, length))
         self.sent_bytes += length
-        self._threads.takes(self._link.transfer(length))
+        self._threads.takes(self._receive(length))
         head = self._contents.get(key, b"")[start : start + length]
         if not head:
             return self._zeros[:length]
         return memoryview(head + bytes(length - len(head)))
+
+    async def _receive(self, length: int) -> None:
+        await self._link.transfer(length)
+        await self._movers.take(length, self._machine.receive)
+        await self._worker.take(length)
 
     def close_idle(self) -> None:
         """There are no connections."""
@@ -167,7 +199,9 @@ class Bucket:
 class Disk:
     """In the place of `BlockCache`."""
 
-    def __init__(self, machine: Machine, threads: Threads) -> None:
+    def __init__(self, machine: Machine, threads: Threads, movers: Movers) -> None:
+        self._machine = machine
+        self._movers = movers
         self._space = machine.disk or 0
         self._threads = threads
         self._reads, self._writes = Queue(machine.disk_read), Queue(machine.disk_write)
@@ -187,17 +221,24 @@ class Disk:
         self._threads.takes(self._reads.take(len(data)))
         return data
 
-    def put(self, file: File, number: int, data: memoryview) -> bool:
+    def put_all(self, blocks: list[tuple[File, int, memoryview]]) -> list[bool]:
         """Declined when it is full: a load does not lose what it stored for what it stores next."""
+        stored = [self._put(*block) for block in blocks]
+        size = sum(len(block[2]) for block, is_stored in zip(blocks, stored, strict=True)
+                   if is_stored)  # fmt: skip
+        self._threads.takes(self._write(size))
+        return stored
+
+    def _put(self, file: File, number: int, data: memoryview) -> bool:
         if self._used + len(data) > self._space:
             return False
-        self._threads.takes(self._writes.take(len(data)))
         self._blocks[file.key, number] = data
         self._used += len(data)
         return True
 
-    def put_all(self, blocks: list[tuple[File, int, memoryview]]) -> list[bool]:
-        return [self.put(*block) for block in blocks]
+    async def _write(self, size: int) -> None:
+        await self._movers.take(size, self._machine.check)
+        await self._writes.take(size)
 
     def set_loading(self, file: File) -> None:
         pass
@@ -239,7 +280,9 @@ class Pages:
     `flush_bg_queue`). A push waits for each locked page in its way (`fuse_notify_store`).
     """
 
-    def __init__(self, machine: Machine, block_size: int, threads: Threads) -> None:
+    def __init__(self, machine: Machine, block_size: int, threads: Threads, movers: Movers) -> None:
+        self._machine = machine
+        self._movers = movers
         self._space = max(machine.pages, LEAST_PAGES)
         self._block_size = block_size
         self._threads = threads
@@ -269,7 +312,11 @@ class Pages:
             locked = self._files[inode].find(_LOCKED, first, last)
             stop = locked if locked >= 0 else last
             self.fill(inode, first, stop)
-            await self._pushes.take((stop - first) * PAGE)
+            size = (stop - first) * PAGE
+            if self._machine.movers:
+                await self._movers.take(size, self._machine.push)
+            else:
+                await self._pushes.take(size)
             first = stop
 
     def lock_absent(self, inode: int, first: int, last: int) -> tuple[int, int] | None:
