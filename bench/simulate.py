@@ -1,6 +1,7 @@
 """Simulates the prefetcher with different loaders, in modelled time.
 
     python bench/simulate.py [WORD...]    only the loads whose names contain all the words
+    python bench/simulate.py nodes        large nodes, minutes: the share of the link of each load
 
 Prints a row for each load: seconds and the lowest possible value, the excess over that, bytes that
 were never read, blocks that were fetched twice, and blocks that were requested much later than
@@ -17,6 +18,13 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from simulated.cases import CASES
+from simulated.nodes import LARGE, NODES
+
+
+def nodes() -> None:
+    """Run the loads of large nodes."""
+    for name, node in {**NODES, **LARGE}.items():
+        print(f"{name}: {node.run():.3f} of the link (bar: {node.share})", flush=True)
 
 
 def main(words: list[str]) -> None:
@@ -47,4 +55,7 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if sys.argv[1:] == ["nodes"]:
+        nodes()
+    else:
+        main(sys.argv[1:])

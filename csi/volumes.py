@@ -234,6 +234,8 @@ class Rules:
                 f"{what} is not allowed: at most {format_size(most)} (--max-memory-limit of the "
                 "driver)"
             )
+        if most is not None and options.memory_limit > most:  # chosen for this machine
+            texts = {**texts, "memory-limit": f"{most}B"}
         return merged(texts, self.defaults)
 
 

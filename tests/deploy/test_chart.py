@@ -19,6 +19,7 @@ from csi.cli import main as csi_programs
 from lazyfs.cli import main as lazyfs_commands
 from lazyfs.cli.settings import settings
 from lazyfs.fleet.settings import FleetSettings
+from lazyfs.machine import LEAST_MEMORY
 from lazyfs.options.mount_options import OPTIONS, MountOptions, environment_layer, find_option
 from lazyfs.options.option_types import Size
 
@@ -360,7 +361,7 @@ def test_where_a_plugin_runs_a_keeper_does(render: Render) -> None:
 def test_the_node_plugin_has_memory_for_volumes_at_their_defaults() -> None:
     """Four volumes; twice the blocks' memory was measured at the peak of a load."""
     request = pods(plain())["node"].container("lazyfs")["resources"]["requests"]["memory"]
-    assert Size(0, 1 << 50).parse(f"{request}B") >= 4 * 2 * MountOptions().memory_limit
+    assert Size(0, 1 << 50).parse(f"{request}B") >= 4 * 2 * LEAST_MEMORY
 
 
 def test_only_the_controller_may_ask_the_api_server(render: Render) -> None:

@@ -10,6 +10,7 @@ from csi import volumes
 from csi.csi_pb2 import VolumeCapability
 from csi.errors import InvalidArgumentError
 from csi.volumes import Rules, credentials_of, options_of
+from lazyfs import machine
 from lazyfs.errors import OptionError
 from lazyfs.options.option_types import GIB
 from lazyfs.store.credentials import StaticCredentials
@@ -144,6 +145,15 @@ def test_an_administrator_decides() -> None:
         rules.volume({**SOURCE, "region": "eu-west-1"})
     with pytest.raises(OptionError, match="did you mean cacheDir"):
         options_of("cachedir")
+
+
+def test_what_a_large_machine_chooses_is_capped_not_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "usable_processors", lambda: 96)
+    monkeypatch.setattr(machine, "free_memory", lambda: 1 << 40)
+    assert Rules().volume(SOURCE).mount_options.memory_limit == 12 * GIB
+    assert Rules(max_memory_limit=GIB).volume(SOURCE).mount_options.memory_limit == GIB
 
 
 @pytest.mark.parametrize(
