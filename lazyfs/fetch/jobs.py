@@ -10,6 +10,7 @@ needed.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 import trio
@@ -27,6 +28,11 @@ from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.pagecache.pusher import BlockPusher
 
 log = logging.getLogger(__name__)
+
+
+# A reader that has waited counts as waiting for so long. It reads at the pace of the link, or it
+# would not have waited; between two waits the disk must not set the pace.
+WAITING_S = 1.0
 
 
 class Jobs:
@@ -61,6 +67,8 @@ class Jobs:
         self._recorder = recorder
         self._on_end = on_end
         self._jobs: dict[BlockId, Job] = {}
+        # When a reader waited last.
+        self._waited_s = -math.inf
         self.fetching = 0
         self.loading = 0
 
@@ -150,7 +158,10 @@ class Jobs:
         )
         self._memory.hold(job.block, job.held)
         self._map.moved(job.block, Place.LOCAL)
-        reader_waits = any(job.waiting for job in self._jobs.values())
+        now_s = trio.current_time()
+        if any(job.waiting for job in self._jobs.values()):
+            self._waited_s = now_s
+        reader_waits = now_s - self._waited_s < WAITING_S
         self._tiers.put(job, job.held, reader_waits=reader_waits)
 
     def _fail(self, job: Job, error: SourceError) -> None:

@@ -69,7 +69,7 @@ class Node:
 NODES: dict[str, Node] = {
     "10 Gbit/s": Node(gbit=10, processors=16, size=12 * GIB, share=0.95),
     "25 Gbit/s": Node(gbit=25, processors=32, size=24 * GIB, share=0.95),
-    "100 Gbit/s": Node(gbit=100, processors=96, size=48 * GIB, share=0.9),
+    "100 Gbit/s": Node(gbit=100, processors=96, size=24 * GIB, share=0.9),
 }
 TENSOR_PARALLEL = partial(loaders.tensor_parallel, ranks=8, strided=False)
 # By hand: bench/simulate.py nodes.
