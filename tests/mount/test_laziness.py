@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,7 +153,10 @@ for number, path in enumerate(sys.argv[1:]):
         assert reader.stdout is not None
         try:
             assert reader.stdout.readline() == "paused\n"
-            assert come_to_rest() > waiting + 40, "the window has moved"
+            deadline = time.monotonic() + 60
+            while len(blocks(s3)) <= waiting + 30:
+                assert time.monotonic() < deadline, "the window has not moved"
+                time.sleep(0.1)
             read, _ = reader.communicate("go on\n", timeout=60)
         finally:
             reader.kill()
@@ -172,11 +177,17 @@ def blocks(s3: S3) -> list[tuple[str, str | None]]:
 
 
 def assert_each_once(mounted: Mounted, s3: S3, count: int) -> None:
-    """So many blocks were fetched, none again but where an answer was slow (a hedge)."""
+    """`count` blocks were fetched, and none again without a reason.
+
+    S3 was slow (a hedge) or failed (a retry), or the kernel dropped pages and requested them again.
+    """
     status = json.loads(lazyfs("status", mounted.path, "--json").stdout)
     fetched = blocks(s3)
     assert len(set(fetched)) == count
-    assert len(fetched) - count <= status["second_requests"]
+    repeated = [request for request, times in Counter(fetched).items() if times > 1]
+    pages_again = (sum(status["read_bytes"].values()) - status["size_bytes"]) // mmap.PAGESIZE
+    excused = status["second_requests"] + sum(status["retries"].values()) + max(0, pages_again)
+    assert len(fetched) - count <= excused, f"{repeated}: {status}"
 
 
 def test_model_prefetch_brings_the_whole_model_once(mount: Callable[..., Mounted], s3: S3) -> None:
