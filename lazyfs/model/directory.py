@@ -169,14 +169,16 @@ class Directory:
                 missing[stem] = f"{path} names shards that do not exist", named.missing
                 if named.found:
                     indexed[stem] = named.found
-        self.choice = choose(
-            files,
-            indexed=indexed,
-            is_one_model=is_one_model,
-            read=self.read,
-            opened=self.opened,
-            variant=variant,
-        )
+        self.choice = first
+        if indexed or self.is_seen:
+            self.choice = choose(
+                files,
+                indexed=indexed,
+                is_one_model=is_one_model,
+                read=self.read,
+                opened=self.opened,
+                variant=variant,
+            )
         read = {each.stem for each in self.choice.sets if each.indexed}
         for each in (*self.choice.sets, *self.choice.alternatives):
             where = f"{self.path or 'the root'}: of {each.parts} parts some are missing"
