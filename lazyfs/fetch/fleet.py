@@ -3,8 +3,8 @@
 The cache (`store/fleet_cache.py`) is asked first, for blocks and headers, while it serves. What it
 does not give, S3 is asked for in the same attempt, so a reader never sees its trouble. If S3 then
 gives what the cache did not, or there is no connection, the cache *rests*: nothing goes there for
-`REST_S`. Then one request is made of it as a trial, and the others go on to S3 until that one
-succeeds.
+`REST_S`, or until there is a connection again. Then one request is made of it as a trial, and the
+others go on to S3 until that one succeeds.
 
 The cache makes one request of S3 for all nodes that want the same range. To ask it twice because an
 answer is late would only reach the same place, and to ask S3 would have the range sent once more
@@ -16,6 +16,7 @@ The state is kept in the trio thread, like all decisions of this room.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 from collections import Counter
@@ -29,6 +30,8 @@ from lazyfs.store.fleet_cache import FleetCache, FleetCacheError, Trouble
 log = logging.getLogger(__name__)
 
 REST_S = 30.0
+# How often a connection is tried while there is none: a door that comes back is used at once.
+KNOCK_S = 2.0
 # For how long the first requests of a mount wait to hear whether the cache can be connected to.
 FIRST_WORD_S = 0.25
 # Of what is asked twice in vain because the answer ended early, how much in a row is too much.
@@ -71,6 +74,7 @@ class Fleet:
         self._trial_until_s = 0.0
         self._cut_off = 0
         self._told = False
+        self._knocks = False
         trio.lowlevel.spawn_system_task(
             contained, "connecting to the cache of the fleet", self._connect
         )
@@ -110,7 +114,7 @@ class Fleet:
             self._cut_off += 1
         is_gone = error.trouble is Trouble.AWAY or self._cut_off >= MOST_CUT_OFF
         if is_gone or (s3_gave and error.trouble is not Trouble.CUT_OFF):
-            self._rest(str(error))
+            self._rest(str(error), is_away=error.trouble is Trouble.AWAY)
 
     def outdone(self) -> None:
         """S3 gave what the cache has said several times that S3 has trouble with."""
@@ -124,7 +128,7 @@ class Fleet:
         """What was asked of it is not wanted any more."""
         self._trial_until_s = 0.0
 
-    def _rest(self, trouble: str) -> None:
+    def _rest(self, trouble: str, *, is_away: bool = False) -> None:
         # Nodes that saw the same trouble do not come back together.
         self._rests_until_s = trio.current_time() + REST_S * random.uniform(1, 1.2)  # noqa: S311
         self._cut_off = 0
@@ -136,6 +140,20 @@ class Fleet:
                 self.cache.url, trouble, REST_S,
             )  # fmt: skip
         self.state, self.trouble = State.RESTING, trouble
+        if is_away and not self._knocks:
+            self._knocks = True
+            trio.lowlevel.spawn_system_task(contained, "knocking at the cache", self._knock)
+
+    async def _knock(self) -> None:
+        """Try for a connection while it rests, for as long as it would."""
+        try:
+            while self.state is State.RESTING and trio.current_time() < self._rests_until_s:
+                await trio.sleep(KNOCK_S)
+                with contextlib.suppress(FleetCacheError):
+                    await trio.to_thread.run_sync(self.cache.connect, abandon_on_cancel=True)
+                    self._rests_until_s = trio.current_time()
+        finally:
+            self._knocks = False
 
     async def _connect(self) -> None:
         try:
@@ -143,7 +161,7 @@ class Fleet:
         except FleetCacheError as error:
             if self.state is State.UNKNOWN:
                 self.results[error.trouble.value] += 1
-                self._rest(str(error))
+                self._rest(str(error), is_away=True)
         else:
             if self.state is State.UNKNOWN:
                 self.state = State.USED

@@ -89,7 +89,7 @@ http {{
     proxy_buffers 16 64k;
     proxy_busy_buffers_size 256k;
     proxy_connect_timeout 2s;
-    proxy_read_timeout 28s;
+    proxy_read_timeout 55s;
     proxy_ssl_protocols TLSv1.2 TLSv1.3;
     proxy_ssl_server_name on;
     proxy_ssl_verify on;
@@ -145,8 +145,8 @@ http {{
         proxy_cache_valid 206 365d;
         proxy_no_cache $is_other;
         proxy_cache_lock on;
-        proxy_cache_lock_timeout 60s;
-        proxy_cache_lock_age 60s;
+        proxy_cache_lock_timeout 90s;
+        proxy_cache_lock_age 90s;
 {levels}
         # The list of addresses is behind by a few seconds when a node is new: the next shelf.
         location @stranger {{ return 502; }}

@@ -23,7 +23,7 @@ T = TypeVar("T")
 # It is on this machine, or next to it.
 CONNECT_TIMEOUT_S = 2.0
 # Another node may be bringing what is asked for, over a slow link, before we get the first byte.
-SILENCE_TIMEOUT_S = 30.0
+SILENCE_TIMEOUT_S = 60.0
 
 
 class Trouble(StrEnum):

@@ -205,7 +205,7 @@ def test_nodes_that_die_in_the_middle_of_a_load(
     if whose == "peer":
         assert told["state"] == "used"
     else:
-        assert told["state"] == "resting" and told["requests"]["away"] >= 1
+        assert told["requests"]["away"] >= 1
 
 
 def test_nginx_that_ends_is_started_again(fleet: Fleet) -> None:
@@ -234,7 +234,7 @@ def test_members_come_and_go_during_a_load(
     loader.end()
     assert found == expected
     assert s3.sent(before) <= 1.05 * SIZE
-    assert status(path)["fleet"]["requests"].keys() == {"served"}
+    assert status(path)["fleet"]["state"] == "used"
 
 
 _OPEN = """

@@ -18,6 +18,7 @@ from ports import free_port
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.memory import BlockMemory
 from lazyfs.errors import AccessDeniedError, ObjectChangedError, OptionError, SourceError
+from lazyfs.fetch import fleet
 from lazyfs.fetch.fleet import REST_S, State
 from lazyfs.fetch.request import BlockGetter
 from lazyfs.objects import File
@@ -38,7 +39,7 @@ Answer = Callable[[Any], None]
 class Server:
     """An HTTP server that answers as it is told, and remembers what it was asked."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, port: int = 0) -> None:
         self.answer = answer
         self.headers: list[dict[str, str]] = []
         server = self
@@ -52,7 +53,7 @@ class Server:
 
             def log_message(self, *_: object) -> None: ...
 
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.http.daemon_threads = True
         self.port: int = self.http.server_address[1]
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
@@ -300,6 +301,26 @@ def test_a_cache_that_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
             mount = run(s3, f"http://127.0.0.1:{free_port()}", many)
         assert mount.fleet.results == {"away": 1}
         assert len([each for each in caplog.records if "fleet cache" in each.message]) == 1
+
+
+def test_a_cache_that_is_started_again_is_used_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "KNOCK_S", 0.05)
+    port = free_port()
+    with servers(part()) as (s3,):
+
+        async def starts(mount: Mount) -> None:
+            mount.fleet.state = State.USED  # as if it had been there
+            assert await mount.get() is Tier.S3
+            assert mount.fleet.state is State.RESTING
+            cache = Server(part(), port)
+            try:
+                while await mount.get(1000) is not Tier.FLEET:
+                    await trio.sleep(0.05)
+                assert mount.fleet.state is State.USED
+            finally:
+                cache.stop()
+
+        run(s3, f"http://127.0.0.1:{port}", starts)
 
 
 def test_a_cache_that_does_not_accept_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
