@@ -73,6 +73,10 @@ def folder_mode(directory: Path) -> int:
     return _SHARED if is_shared(directory.stat()) else 0o700
 
 
+class UnusableError(PermissionError):
+    """Nobody can use the directory as a cache, whoever the worker is."""
+
+
 def share(directory: Path) -> None:
     """Have workers of root share a directory; it is made if it is missing. To be called by root.
 
@@ -80,17 +84,21 @@ def share(directory: Path) -> None:
     look into the directory still can.
 
     Raises:
-        OSError: it cannot be made, or others than root use it, or it keeps no groups and modes.
+        UnusableError: it cannot be made, or others than root can write to it.
+        OSError: a group uses it, or it keeps no groups and modes.
     """
     group = user.cache_group()
     if group is None:
         raise PermissionError(f"{directory}: this process cannot change groups")
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    status = directory.stat()
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = directory.stat()
+    except OSError as error:
+        raise UnusableError(f"{directory}: {error.strerror}") from error
     if is_shared(status):
         return
     if status.st_uid != 0 or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"{directory}: is not a directory that only root can write to")
+        raise UnusableError(f"{directory}: is not a directory that only root can write to")
     if status.st_gid not in (0, group) and status.st_mode & stat.S_IRWXG:
         raise PermissionError(f"{directory}: is used by the group {status.st_gid}")
     # Until the last step nobody else can change anything here.

@@ -44,6 +44,8 @@ def prepare_cache(cache: Iterable[Path]) -> bool:
     try:
         for directory in cache:
             cache_place.share(directory)
+    except cache_place.UnusableError:
+        return False  # the cache is refused, with a line that says why
     except OSError as error:
         log.warning("the worker runs as root: %s", error)
         return False

@@ -132,7 +132,7 @@ def test_cache_directories(refused: Callable[..., str], tmp_path: Path) -> None:
         ("--file-mode=666", ["--file-mode", "666"]),
         ("--endpoint-url=ftp://x", ["--endpoint-url", "http://"]),
         ("--endpoint-url=http://me:secret@x", ["--endpoint-url"]),
-        ("--max-concurrency=0", ["--max-concurrency", "1 to 256"]),
+        ("--max-concurrency=0", ["--max-concurrency", "1 to 1024"]),
         ("--no-such-option=1", ["--no-such-option"]),
     ],
 )
