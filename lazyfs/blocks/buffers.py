@@ -8,7 +8,7 @@ Reused memory costs no page faults and no zeroing by the kernel, and it is in hu
 kernel has them. At most `MOST_IDLE_BYTES` of unused buffers are kept for each size.
 
 Where other processes move the bytes (`movers/`), buffers for blocks are taken from an arena, which
-they map too (`share`).
+they map too (`share`). Such buffers are all kept until `free_idle`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,26 @@ MOST_IDLE_BYTES = 64 << 20
 LEAST_SHARED = 1 << 20
 
 _arena: Arena | None = None
+_lease_types: list[type[_Lease]] = []
 
 
 def share(arena: Arena | None) -> None:
     """Take buffers of `LEAST_SHARED` bytes or more from an arena from now on."""
     global _arena
     _arena = arena
-    _lease_type.cache_clear()  # idle memory is elsewhere
+    # Idle memory is elsewhere.
+    _lease_type.cache_clear()
+    _lease_types.clear()
+
+
+def free_idle() -> None:
+    """Free the memory of an arena's buffers that are not in use; the load is over."""
+    for lease_type in _lease_types:
+        with contextlib.suppress(IndexError):
+            while isinstance(lease_type.idle[0], Slot):
+                slot = lease_type.idle.popleft()
+                assert isinstance(slot, Slot)
+                slot.arena.give_back(slot)
 
 
 def shared_offset(buffer: memoryview) -> int | None:
@@ -100,10 +113,9 @@ class _Lease(ctypes.Array[ctypes.c_ubyte]):
         return memoryview(lease).cast("B")
 
     def __del__(self) -> None:
-        if len(self.idle) < self.most_idle:
+        # Freeing 8 MiB takes a millisecond, and this may be the thread that answers the kernel.
+        if isinstance(self.memory, Slot) or len(self.idle) < self.most_idle:
             self.idle.append(self.memory)
-        elif isinstance(self.memory, Slot):
-            self.memory.arena.give_back(self.memory)
 
 
 def _new_memory(size: int) -> mmap.mmap:
@@ -121,5 +133,7 @@ def _lease_type(room: int) -> type[_Lease]:
         _length_ = room
         idle: ClassVar[deque[mmap.mmap]] = deque()
         most_idle = max(1, MOST_IDLE_BYTES // room)
+
+    _lease_types.append(Lease)
 
     return Lease

@@ -163,6 +163,7 @@ class Movers:
                 return
         for mover in movers:
             _end(mover)
+        buffers.free_idle()
 
     def close(self) -> None:
         """End them for good; calls in progress are lost."""

@@ -347,7 +347,7 @@ async def _end_with_session(session: Session, scope: trio.CancelScope) -> None:
 async def _end_idle(movers: Movers) -> None:
     while True:
         await trio.sleep(MOST_IDLE_S / 2)
-        movers.close_idle()
+        await trio.to_thread.run_sync(movers.close_idle)
 
 
 def _prefetcher(options: MountOptions) -> Prefetcher:

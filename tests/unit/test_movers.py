@@ -184,6 +184,8 @@ def test_memory_of_buffers_that_nobody_needs_goes_back(movers: Movers) -> None:
     used = os.fstat(descriptor).st_blocks * 512
     assert used >= len(many) * SIZE
     del many, buffer
+    assert os.fstat(descriptor).st_blocks * 512 == used, "not in the middle of a load"
+    buffers.free_idle()
     assert os.fstat(descriptor).st_blocks * 512 <= used / 2
     assert all(take_buffer(SIZE) is not None for _ in range(3))
 
