@@ -155,12 +155,11 @@ class Movers:
         return told["value"]
 
     def close_idle(self) -> None:
-        """End the movers when they were not used for a while."""
+        """End the movers and free idle memory, when they were not used for a while."""
         with self._lock:
-            if self._movers and time.monotonic() - self._used_s > MOST_IDLE_S:
-                movers, self._movers = self._movers, []
-            else:
+            if time.monotonic() - self._used_s <= MOST_IDLE_S:
                 return
+            movers, self._movers = self._movers, []
         for mover in movers:
             _end(mover)
         buffers.free_idle()
