@@ -60,6 +60,13 @@ def mover_pids(mounted: Mounted) -> list[int]:
     ]
 
 
+def rights(pid: int) -> dict[str, str]:
+    """What a process may do."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    return {name: fields[name] for name in ("Uid", "Groups", "CapEff", "NoNewPrivs", "Seccomp")}
+
+
 def wait_for_movers(mounted: Mounted) -> list[int]:
     until_s = time.monotonic() + 60
     while status(mounted)["movers"]["running"] < 2:
@@ -75,6 +82,8 @@ def test_a_load(mount: Callable[..., Mounted], s3: S3) -> None:
     assert python(LOAD, mounted.path).strip() == DIGEST
     pids = wait_for_movers(mounted)
     assert len(pids) == 2
+    for pid in pids:
+        assert rights(pid) == rights(mounted.worker)
     assert status(mounted)["movers"] == {"limit": 2, "running": 2, "lost": 0}
     mounted.end()
     for pid in pids:
