@@ -207,12 +207,14 @@ class Disk:
         return Claim.OURS
 
     def release(self, file: File, number: int) -> None:
+        assert file is FILE
         self.ours.remove(number)
 
     def is_claimed(self, file: File, number: int) -> bool:
         return number in self.claimed
 
     def set_waiting(self, file: File, number: int, waiting: bool) -> None:
+        assert file is FILE
         (self.waiting.add if waiting else self.waiting.discard)(number)
 
     def present(self, file: File) -> list[int]:
@@ -300,6 +302,8 @@ def test_a_prefetch_leaves_a_block_to_the_daemon_that_claimed_it() -> None:
         assert await on_disk.get(job()) is Claim.THEIRS
         assert trio.current_time() == began_s
         assert on_disk.disk.waiting == {1}, "the other daemon sees that somebody waits"
+        on_disk.tier.begin(job())
+        assert on_disk.disk.waiting == set(), "a reader needs it now"
 
     run(scenario)
 
