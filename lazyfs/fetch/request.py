@@ -364,6 +364,9 @@ class BlockGetter:
         )
         attempt.operation, attempt.began_s = "get", self._recorder.asked("get")
         request.is_elsewhere = False
+        if self.fleet and attempt.trouble and attempt.trouble.is_certain:
+            # Told now: until S3 has answered, the cache may be there again.
+            self.fleet.failed(attempt.trouble, s3_gave=False)
 
     def _ended(self, request: _Request, attempt: _Attempt, size: int) -> None:
         """The thread of an attempt came back, wanted or not."""
@@ -372,7 +375,9 @@ class BlockGetter:
             attempt.operation, attempt.began_s, size, key=request.file.key, failed=failed
         )
         if attempt.cache is not None and self.fleet:
-            if attempt.trouble:
+            if attempt.trouble and attempt.trouble.is_certain:
+                pass  # it was told when S3 was asked
+            elif attempt.trouble:
                 self.fleet.failed(attempt.trouble, s3_gave=size > 0)
             elif attempt.operation == "fleet" and size:
                 self.fleet.gave()

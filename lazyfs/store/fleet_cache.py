@@ -50,6 +50,11 @@ class FleetCacheError(Exception):
         self.trouble = trouble
         self.refusal = refusal
 
+    @property
+    def is_certain(self) -> bool:
+        """Whether it is the cache's own trouble, whatever S3 says."""
+        return self.trouble in (Trouble.AWAY, Trouble.CUT_OFF)
+
 
 class _AwayError(Exception):
     """No connection could be made."""

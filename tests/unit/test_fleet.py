@@ -303,6 +303,30 @@ def test_a_cache_that_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
         assert len([each for each in caplog.records if "fleet cache" in each.message]) == 1
 
 
+def test_a_cache_that_is_not_there_rests_before_s3_has_answered() -> None:
+    """Else what S3 takes long to answer would send a cache to rest that is there again."""
+    hold = threading.Event()
+
+    def slow(handler: Any) -> None:
+        hold.wait(30)
+        part()(handler)
+
+    with servers(slow) as (s3,):
+
+        async def early(mount: Mount) -> None:
+            mount.fleet.state = State.USED  # as if it had been there
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(mount.get)
+                while mount.fleet.state is not State.RESTING:
+                    await trio.sleep(0.01)
+                mount.fleet.state = State.USED
+                hold.set()
+            assert mount.fleet.state is State.USED
+            assert mount.fleet.results == {"away": 1} or mount.fleet.results == {"away": 2}
+
+        run(s3, f"http://127.0.0.1:{free_port()}", early)
+
+
 def test_a_cache_that_is_started_again_is_used_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet, "KNOCK_S", 0.05)
     port = free_port()
