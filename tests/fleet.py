@@ -7,6 +7,8 @@ stands an nginx that counts what leaves it, which versitygw's own log does not f
 from __future__ import annotations
 
 import contextlib
+import http.client
+import itertools
 import json
 import os
 import random
@@ -300,6 +302,23 @@ class Fleet:
             )
 
         until(all_do, "the nodes do not hear of each other")
+        until(self._all_reach_all, "a shelf does not know a door")
+
+    def _all_reach_all(self) -> bool:
+        """Whether each shelf answers each door: nginx takes a configuration a moment later."""
+        alive = [each for each in self.nodes if each.process and not each.settings.get("tls-dir")]
+        asked = {"Range": "bytes=0-1", "If-Match": '"none"', "Host": self.origin.partition("//")[2]}
+        for door, shelf in itertools.product(alive, alive):
+            if door.prefix:
+                continue  # it has an address that is not this machine's
+            connection = http.client.HTTPConnection(
+                shelf.address, shelf.settings["shelf-port"], timeout=20,
+                source_address=(door.address, 0),
+            )  # fmt: skip
+            connection.request("GET", f"/{BUCKET}/none", headers=asked)
+            if connection.getresponse().status == 502:
+                return False
+        return True
 
     def stop(self) -> None:
         for each in self.nodes:
