@@ -100,3 +100,11 @@ cluster: setup
 
 cluster-down:
 	@.venv/bin/python tests/cluster/main.py down
+
+# Loaders that others wrote (transformers, safetensors, Run:ai) on real mounts: see docs/LOADERS.md.
+# Needs root, strace, and 6 GB of disk for the loaders; `make loaders ARGS='--rounds 1 -k runai'`.
+.PHONY: loaders
+loaders: setup
+	@./.ci/s3-servers
+	@./tests/loaders/install
+	@.venv/bin/python tests/loaders/main.py $(ARGS)

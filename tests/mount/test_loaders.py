@@ -1,0 +1,59 @@
+"""Clients that others wrote, on real mounts: the quick ones of `make loaders`.
+
+They are too large for the environment of the tests. Where `make loaders` has not installed them
+(`tests/loaders/install`), they are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mounting import Mounted
+from s3 import S3
+
+LOADERS = Path(__file__).parents[1] / "loaders"
+PLACE = Path(os.environ.get("LAZYFS_LOADERS", Path.home() / ".cache" / "lazyfs-loaders"))
+PYTHON = PLACE / "venv" / "bin" / "python"
+LOAD_S = 300
+
+pytestmark = [
+    pytest.mark.fuse,
+    pytest.mark.timeout(2 * LOAD_S),
+    pytest.mark.skipif(
+        not (PLACE / "installed").exists(), reason="make loaders has not installed the clients"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def model(server: S3, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama in shards, in a directory and in S3."""
+    root = tmp_path_factory.mktemp("loaders")
+    subprocess.run([PYTHON, LOADERS / "models.py", root], check=True, timeout=LOAD_S)
+    files = {f"llm/{path.name}": path.read_bytes() for path in (root / "llm").iterdir()}
+    server.put("loaders", files)
+    return root / "llm"
+
+
+def load(client: str, directory: Path) -> str:
+    """The digest of what a client has loaded."""
+    done = subprocess.run(
+        [PYTHON, LOADERS / "clients.py", client, directory],
+        capture_output=True, text=True, timeout=LOAD_S, check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return str(json.loads(done.stdout.splitlines()[-1])["digest"])
+
+
+@pytest.mark.parametrize("client", ["transformers", "safetensors", "runai"])
+def test_loads_the_same_as_from_a_directory(
+    client: str, model: Path, mount: Callable[..., Mounted]
+) -> None:
+    mounted = mount("s3://loaders/llm")
+    assert load(client, mounted.path) == load(client, model)
