@@ -52,7 +52,7 @@ def test_awkward_keys(mount: Callable[..., Mounted], s3: S3, many: bool) -> None
         s3.put_many(bucket, [f"many/{i}" for i in range(1000)])
     mounted = mount(f"s3://{bucket}", "--prefetch=off")
 
-    files = json.loads(python(WALK, mounted.path))
+    files = json.loads(python(WALK, mounted.path, timeout_s=240))
     expected = SHOWN | {"both/below"} | ({f"many/{i}" for i in range(1000)} if many else set())
     assert set(files) == expected
     assert all(path == content for path, content in files.items())
