@@ -1,1 +1,1 @@
-"""How S3 is spoken: listings, ranged reads, signatures, credentials, and the probe at the start."""
+"""The S3 client: listings, ranged reads, signatures, credentials, and the probe at the start."""

@@ -13,11 +13,11 @@ _TCP_INFO = struct.Struct("=128xQ")
 
 
 class CancelledError(Exception):
-    """Another thread did not want the answer any more."""
+    """Another thread cancelled the request."""
 
 
 class Cancel:
-    """Lets another thread end a request: what waits for the server wakes up."""
+    """Lets another thread end a request: the thread that waits for the server wakes up."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -25,16 +25,16 @@ class Cancel:
         self.called = False
 
     def __call__(self) -> None:
-        """End it, whether it has begun or not; without effect when it is over."""
+        """End the request, whether it has begun or not; no effect after its end."""
         with self._lock:
             self.called = True
             if self._socket is not None:
-                with contextlib.suppress(OSError):  # the server was faster
-                    # Of TLS, too, only the connection: its state is the other thread's.
+                with contextlib.suppress(OSError):  # the server closed it first
+                    # With TLS, too, only the socket: the TLS state belongs to the other thread.
                     socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def use(self, connection: socket.socket | None) -> None:
-        """Another process waits for this connection from now on; None: for no one any more."""
+        """Set the connection that another process waits for; None: it waits no longer."""
         with self._lock:
             self._socket = connection
             if self.called and connection is not None:
@@ -42,7 +42,7 @@ class Cancel:
                     socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
     def received_bytes(self) -> int | None:
-        """What came over the connection of the request since it was made; grows as bytes come.
+        """The bytes received over the connection of the request so far.
 
         None: there is no connection now, or the kernel does not tell (before Linux 4.1).
         """
@@ -54,10 +54,10 @@ class Cancel:
 
     @contextlib.contextmanager
     def watching(self, connection: socket.socket) -> Iterator[None]:
-        """A request is made over this connection.
+        """While this is entered, the request uses this connection.
 
         Raises:
-            CancelledError: in the place of whatever comes of it once it was ended.
+            CancelledError: instead of any result or error, after the request was ended.
         """
         try:
             with self._lock:
@@ -72,5 +72,5 @@ class Cancel:
         finally:
             with self._lock:
                 self._socket = None
-        if self.called:  # what was received may be cut off
+        if self.called:  # the received data may be truncated
             raise CancelledError

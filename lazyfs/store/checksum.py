@@ -1,8 +1,8 @@
-"""The checksum that S3 keeps of a whole object, taken of its bytes as they pass. Pure.
+"""The checksum that S3 keeps of a whole object, computed from its bytes as they arrive. Pure.
 
-S3 says which ones it has when a HEAD asks for them (`x-amz-checksum-mode: ENABLED`). One of an
+S3 lists its checksums if a HEAD requests them (`x-amz-checksum-mode: ENABLED`). The checksum of an
 object that was uploaded in parts may be COMPOSITE, a checksum of the parts' checksums, which cannot
-be compared without knowing the parts; those end in `-N`
+be compared without knowing the parts; such checksums end in `-N`
 (https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html).
 """
 
@@ -30,7 +30,7 @@ class _Sum(Protocol):
 
 
 class _Crc:
-    """A checksum that is a number: the function takes it on from the number before."""
+    """A checksum that is a number: the function continues from the previous number."""
 
     def __init__(self, function: Callable[[bytes, int], int], length: int) -> None:
         self._function = function
@@ -45,7 +45,7 @@ class _Crc:
 
 
 def check_available() -> None:
-    """See that every checksum can be computed before anything is fetched to be compared.
+    """Check that every checksum can be computed, before anything is fetched for a comparison.
 
     S3 keeps CRC-64/NVME of objects that were uploaded without another checksum.
 
@@ -60,12 +60,12 @@ def check_available() -> None:
 
 
 def _crc64nvme(data: bytes, value: int) -> int:
-    from awscrt import checksums  # of the extra `verify`; megabytes that a mount never needs
+    from awscrt import checksums  # from the extra `verify`; megabytes that a mount never needs
 
     return int(checksums.crc64nvme(data, value))
 
 
-# By the name in a HEAD's answer, `x-amz-checksum-crc64nvme`; the cheapest first.
+# By the name in a HEAD's answer, such as `x-amz-checksum-crc64nvme`; the cheapest first.
 _KINDS: dict[str, Callable[[], _Sum]] = {
     "CRC32C": lambda: _Crc(crc32c, 4),
     "CRC64NVME": lambda: _Crc(_crc64nvme, 8),
@@ -76,11 +76,11 @@ _KINDS: dict[str, Callable[[], _Sum]] = {
 
 
 class ObjectSum:
-    """One object's checksum, to be compared.
+    """Computes one object's checksum and compares it.
 
     Args:
-        kind: such as `CRC32C`.
-        expected: what S3 says, in Base64.
+        kind: the algorithm, such as `CRC32C`.
+        expected: S3's checksum in Base64.
     """
 
     def __init__(self, kind: str, expected: str) -> None:
@@ -90,7 +90,7 @@ class ObjectSum:
 
     @classmethod
     def of(cls, headers: Mapping[str, str]) -> ObjectSum | None:
-        """Of the headers of a HEAD, in lower case; None if S3 keeps none that can be compared."""
+        """From the headers of a HEAD (names in lower case); None if no checksum can be compared."""
         if headers.get("x-amz-checksum-type") == "COMPOSITE":
             return None
         for kind in _KINDS:
@@ -100,10 +100,10 @@ class ObjectSum:
         return None
 
     def update(self, data: Buffer) -> None:
-        """The next bytes of the object."""
+        """Add the next bytes of the object."""
         self._sum.update(data)
 
     @property
     def matches(self) -> bool:
-        """Whether the bytes so far have the checksum that S3 says."""
+        """Whether the bytes so far have S3's checksum."""
         return base64.b64encode(self._sum.digest()).decode() == self._expected

@@ -1,4 +1,4 @@
-"""Credentials given for a mount, as they travel to its worker. Only the standard library."""
+"""Credentials given for a mount, as its worker gets them. Only the standard library."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class StaticCredentials:
-    """Keys as they are. A session token belongs to temporary ones."""
+    """Access keys. Temporary ones have a session token."""
 
     access_key_id: str = field(repr=False)
     secret_access_key: str = field(repr=False)
@@ -30,10 +30,10 @@ _FORMS: tuple[type[StaticCredentials] | type[WebIdentity], ...] = (StaticCredent
 
 
 def credentials_from(fields: Mapping[str, Any]) -> Credentials:
-    """Credentials of their fields, as `asdict` gives them.
+    """Make credentials from their fields, as returned by `asdict`.
 
     Raises:
-        ValueError: the fields are not those of any form; no value is named in the message.
+        ValueError: no kind of credentials has these fields; the message contains no value.
     """
     for form in _FORMS:
         try:

@@ -1,7 +1,7 @@
 """Entity tags: how S3 names one version of an object. Pure.
 
-Services disagree on how to write one: with quotes or without (NetApp and Ceph list them bare), weak
-(a proxy that repacks), escaped twice, or not at all. `canonical` makes one text of all of them.
+Services write them differently: with quotes or without (NetApp and Ceph), as weak tags (a proxy
+that compresses), escaped twice, or not at all. `canonical` converts all of them to one form.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _OPAQUE = re.compile(r"[\x21\x23-\x7e]{1,256}")
 def canonical(text: str | None) -> str | None:
     """The tag as `"abc"` or `W/"abc"`; empty if there is none; None if it is not a tag.
 
-    `*` is not: in `If-Match` it stands for any version of any object.
+    `*` is not a tag: in `If-Match` it stands for any version of any object.
     """
     tag = (text or "").strip().replace("&quot;", '"')
     weak = tag[:2] in ("W/", "w/")
@@ -31,7 +31,7 @@ def canonical(text: str | None) -> str | None:
 
 
 def is_strong(tag: str) -> bool:
-    """Whether `If-Match` can hold with it: a weak tag never matches there (RFC 9110, 13.1.1)."""
+    """Whether `If-Match` can match the tag: a weak tag never matches there (RFC 9110, 13.1.1)."""
     return tag.startswith('"')
 
 

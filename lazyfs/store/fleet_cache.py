@@ -1,8 +1,8 @@
-"""The cache of a fleet: a proxy on the way to S3 that many nodes share (`--fleet-cache`).
+"""The cache of a fleet: a proxy in front of S3 that many nodes share (`--fleet-cache`).
 
-It is asked for the ranges of objects with the very requests that S3 would get, signature and `Host`
-unchanged, so that it can have S3 say who may read what, and needs no keys. What it answers is
-checked as an answer of S3 is. Whatever is wrong with it, S3 can be asked in its place.
+It gets the same requests for ranges of objects that S3 would get, with unchanged signature and
+`Host`. So it needs no keys and can let S3 authorise each reader. Its answers are checked like
+answers of S3. If anything is wrong with the cache, S3 can be asked instead.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from lazyfs.store.refusals import MOST_TEXT, Refusal
 
 T = TypeVar("T")
 
-# It is on this machine, or next to it.
+# The cache is on this machine, or next to it.
 CONNECT_TIMEOUT_S = 2.0
-# Another node may be bringing what is asked for, over a slow link, before we get the first byte.
+# Another node may still be fetching the range over a slow link before the first byte arrives here.
 SILENCE_TIMEOUT_S = 60.0
 
 
 class Trouble(StrEnum):
     """What was wrong with an answer of the cache, as metrics name it."""
 
-    AWAY = "away"  # there is no connection to be had
+    AWAY = "away"  # no connection could be made
     CUT_OFF = "cut_off"  # the answer ended too early
     SILENT = "silent"  # no byte came for `SILENCE_TIMEOUT_S`
-    FAILED = "failed"  # 5xx that is not S3's
-    S3_TROUBLE = "s3_trouble"  # 5xx of S3, passed on
+    FAILED = "failed"  # 5xx of the cache itself
+    S3_TROUBLE = "s3_trouble"  # 5xx of S3, passed through
     REFUSED = "refused"  # 4xx
     WRONG = "wrong"  # another range, another version, another size, or no range at all
 
 
 class FleetCacheError(Exception):
-    """The cache did not give what was asked for; the message says why.
+    """The cache did not deliver the range; the message says why.
 
     Attributes:
-        refusal: what it answered, if it answered.
+        refusal: its answer, if there was one.
     """
 
     def __init__(self, trouble: Trouble, message: str, refusal: Refusal | None = None) -> None:
@@ -52,7 +52,7 @@ class FleetCacheError(Exception):
 
     @property
     def is_certain(self) -> bool:
-        """Whether it is the cache's own trouble, whatever S3 says."""
+        """Whether the cache itself has certainly failed, whatever S3 would answer."""
         return self.trouble in (Trouble.AWAY, Trouble.CUT_OFF)
 
 
@@ -61,7 +61,7 @@ class _AwayError(Exception):
 
 
 class _UnixConnection(HTTPConnection):
-    """Over a socket of this machine. `host` is its path."""
+    """A connection over a Unix socket. `host` is its path."""
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -79,7 +79,7 @@ class _Connections(Transport):
 
 
 class _UnixConnections(Transport):
-    """Args: path: of the socket."""
+    """Args: path: the path of the socket."""
 
     def __init__(self, path: str) -> None:
         super().__init__("http://localhost")
@@ -112,7 +112,7 @@ class FleetCache:
             self._connections = _Connections(url, timeouts_s=timeouts_s)
 
     def connect(self) -> None:
-        """Find out whether it can be connected to. Raises FleetCacheError."""
+        """Check that a connection can be made. Raises FleetCacheError."""
         try:
             self._connections.connect_ahead()
         except _AwayError as error:
@@ -125,15 +125,15 @@ class FleetCache:
         handle: Callable[[Answer], T],
         cancel: Cancel,
     ) -> T:
-        """Ask it for a range of an object.
+        """Request a range of an object.
 
         Args:
-            headers: as for S3, `Host` among them.
-            handle: takes the answer if it is one of 2xx; raises as `ranges.check` does.
+            headers: as for S3, including `Host`.
+            handle: processes a 2xx answer; raises as `ranges.check` does.
 
         Raises:
             CancelledError: by `cancel`.
-            FleetCacheError: it did not give the range.
+            FleetCacheError: it did not deliver the range.
         """
 
         def take(answer: Answer) -> T:
@@ -157,7 +157,7 @@ class FleetCache:
             raise FleetCacheError(Trouble.CUT_OFF, f"cut off ({words})") from error
 
     def close_idle(self) -> None:
-        """Close connections that nobody has used for a while."""
+        """Close connections that have been idle for a while."""
         self._connections.close_idle()
 
 

@@ -1,10 +1,10 @@
-"""HTTP for a store: connections that are kept open, and bodies that go where they are wanted.
+"""HTTP for a store: persistent connections, and bodies that are received into given memory.
 
-A body goes from the socket straight into memory that was there before: one copy, made by the kernel
-or by OpenSSL while other threads run. That is what other clients cannot do, which hand out memory
-of their own: at 8 MiB a request it costs half the processor time (`bench/transport.py`).
+A body goes from the socket straight into memory that the caller owns: one copy, made by the kernel
+or by OpenSSL while other threads run. Other clients cannot do that, because they return memory of
+their own. At 8 MiB a request it halves the processor time (`bench/transport.py`).
 
-What is asked, and what an answer means, `s3.py` knows.
+This module knows nothing about S3: see `signed_client.py` and `s3_source.py`.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from lazyfs.store.cancel import Cancel
 T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 5.0
-# A connection that is silent for this long is given up and the range is asked for again.
+# A connection that is silent for this long is closed, and the range is requested again.
 SILENCE_TIMEOUT_S = 20.0
-# A connection that nobody needed for so long is closed: servers do so too, after a minute or less.
+# A connection that is idle for this long is closed: servers do so too, after a minute or less.
 MOST_IDLE_S = 30.0
-# Of a body, how much is received between two looks at the rest.
+# How many bytes of a body are received before the rest is checked.
 PIECE = 1 << 20
-# Informational answers (103 and the like) before the real one.
+# The most informational answers (103 and the like) before the final one.
 MOST_INFORMATIONAL = 20
 
 
 class CutOffError(ConnectionError):
-    """The answer ended too early, or is no HTTP."""
+    """The answer ended too early, or is not HTTP."""
 
 
 class BadAddressError(Exception):
-    """A name has an address at which nothing may be asked."""
+    """A host name resolves to an address that must not be connected to."""
 
 
 class BadRedirectError(BadAddressError):
-    """We were sent to where nothing may be asked."""
+    """A redirect leads to a server that must not be connected to."""
 
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """An HTTP proxy, and what it is told with each request; its user's password, it may be."""
+    """An HTTP proxy, and the headers for it, which may contain a password."""
 
     host: str
     port: int
@@ -65,21 +65,21 @@ class Body(Protocol):
         """Fill a buffer. Raises OSError if less comes."""
 
     def read_all(self, most: int) -> bytes:
-        """All that is left, but no more than `most` bytes. Raises OSError."""
+        """The rest of the body, but at most `most` bytes. Raises OSError."""
 
     def skip(self, count: int) -> None:
-        """Throw bytes away. Raises OSError if less comes."""
+        """Discard bytes. Raises OSError if less comes."""
 
     @property
     def is_at_end(self) -> bool:
-        """Whether all was taken; a body in chunks does not say its length before."""
+        """Whether the whole body was read; a chunked body does not announce its length."""
 
 
 class _ComingBody:
-    """A body while it comes.
+    """A body that is being received.
 
     Args:
-        answer: whose head was read.
+        answer: an answer whose head was read.
     """
 
     def __init__(self, answer: http.client.HTTPResponse) -> None:
@@ -116,11 +116,11 @@ class _ComingBody:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The head of an answer, and its body while it comes.
+    """The head of an answer, and its body, which is being received.
 
     Attributes:
-        headers: with names in lower case; of a name that comes twice, the first value.
-        length: of the body, in bytes; None: not told.
+        headers: names are in lower case; of a repeated header, the first value.
+        length: the length of the body in bytes; None if the answer does not say.
     """
 
     status: int
@@ -130,7 +130,7 @@ class Answer:
 
 
 class _Response(http.client.HTTPResponse):
-    """Passes over informational answers, which the library takes for the real one.
+    """Skips informational answers, which the library mistakes for the final one.
 
     RFC 9110, 15.2: a client must be able to parse one or more of them.
     """
@@ -151,15 +151,15 @@ class _Idle:
 
 
 class Transport:
-    """Connections to one server, as many as there are requests at once.
+    """Connections to one server: as many as there are concurrent requests.
 
     Args:
         server: `http://HOST[:PORT]` or `https://HOST[:PORT]`.
         tls: for https.
-        proxy: that leads there, or None.
-        may_connect: is asked about each address of the server before any is connected to; raises
-            what is to be raised if it may not be.
-        timeouts_s: how long it is waited for a connection, and for more of an answer; None: as
+        proxy: the proxy to use, or None.
+        may_connect: called with each address of the server before any connection is made; raises
+            if the address must not be connected to.
+        timeouts_s: how long to wait for a connection, and for more of an answer; None: as
             long as for S3.
     """
 
@@ -178,9 +178,9 @@ class Transport:
         self._may_connect = may_connect
         self._idle: list[_Idle] = []
         self._lock = threading.Lock()
-        # That was connected to last.
+        # The address of the last connection.
         self.address: str | None = None
-        # Addresses that could not be connected to; they are tried last.
+        # Addresses to which connections failed; they are tried last.
         self._unreachable: set[str] = set()
 
     def exchange(
@@ -191,17 +191,17 @@ class Transport:
         handle: Callable[[Answer], T],
         cancel: Cancel,
     ) -> T:
-        """Send a request without a body, and have the answer handled.
+        """Send a request without a body, and pass the answer to `handle`.
 
         Args:
-            target: path and query, as they go over the wire.
-            handle: takes what it needs of the body; what it returns is returned, what it raises is
-                raised. Where it leaves some of the body, the connection is closed.
-            cancel: ends it from another thread.
+            target: path and query, encoded for the wire.
+            handle: reads what it needs of the body; its result is returned and its exceptions are
+                raised. If it does not read the whole body, the connection is closed.
+            cancel: ends the request from another thread.
 
         Raises:
             CancelledError: `cancel` was called.
-            OSError: no connection, or it broke, or it was silent.
+            OSError: there was no connection, or it broke, or it was silent.
         """
         if self._proxy and self._url.scheme == "http":
             target = f"{self._url.scheme}://{self._url.netloc}{target}"
@@ -217,24 +217,24 @@ class Transport:
                 handled = handle(Answer(response.status, told, response.length, body))
                 is_over = body.is_at_end
         except TimeoutError:
-            # What made this connection silent has most likely hit those that are as old.
+            # Connections of the same age have most likely failed for the same reason.
             self._close_idle_since(began_s)
             raise
         if not is_over:
             connection.close()
-        elif connection.sock is not None:  # else the server wanted it closed
+        elif connection.sock is not None:  # otherwise the server requested its end
             with self._lock:
                 self._idle.append(_Idle(connection, time.monotonic()))
         return handled
 
     def connect_ahead(self) -> None:
-        """Make a connection for the next request. Raises OSError, and what `may_connect` does."""
+        """Open a connection for the next request. Raises OSError, and what `may_connect` raises."""
         connection = self._connect()
         with self._lock:
             self._idle.append(_Idle(connection, time.monotonic()))
 
     def close_idle(self, longer_than_s: float = MOST_IDLE_S) -> None:
-        """Close the connections that nobody used for so long."""
+        """Close connections that have been idle for this long."""
         self._close_idle_since(time.monotonic() - longer_than_s)
 
     def _close_idle_since(self, before_s: float) -> None:
@@ -248,9 +248,9 @@ class Transport:
     def _ask(
         self, method: str, target: str, headers: Mapping[str, str], cancel: Cancel
     ) -> tuple[http.client.HTTPConnection, socket.socket, http.client.HTTPResponse]:
-        """Where a request was sent, its socket, and the head of the answer.
+        """Send a request; return its connection, the socket, and the head of the answer.
 
-        The connection forgets its socket when the server wants it closed after the answer.
+        The connection loses its socket if the server requests a close after the answer.
         """
         with self._lock:
             kept = self._idle.pop().connection if self._idle else None
@@ -259,11 +259,11 @@ class Transport:
             try:
                 return kept, kept.sock, _answer_of(kept, method, target, headers, cancel)
             except TimeoutError:
-                self._close_idle_since(began_s)  # they are silent together
+                self._close_idle_since(began_s)  # they fall silent together
             except (ConnectionError, ssl.SSLError):
-                self.close_idle(0.0)  # the server has closed it, and the others are older
+                self.close_idle(0.0)  # the server has closed it, and the other idle ones are older
         connection = self._connect()
-        wire = connection.sock  # the connection may forget it with the answer
+        wire = connection.sock  # the connection may drop it with the answer
         return connection, wire, _answer_of(connection, method, target, headers, cancel)
 
     def _connect(self) -> http.client.HTTPConnection:
@@ -282,7 +282,7 @@ class Transport:
         else:
             connection = http.client.HTTPConnection(host, port, timeout=to_connect_s)
         connection.response_class = _Response
-        # How http.client makes its socket; its own way would look the name up once more.
+        # http.client calls this to make its socket; by default it would resolve the name again.
         connection._create_connection = self._dial  # type: ignore[attr-defined]
         with _closed_on_error(connection):
             connection.connect()
@@ -293,14 +293,14 @@ class Transport:
     def _dial(
         self, server: tuple[str, int], timeout_s: float, _source: tuple[str, int] | None
     ) -> socket.socket:
-        """A socket to a server: what is checked is what is connected to. Raises OSError."""
+        """A socket to a server, connected to an address that was checked. Raises OSError."""
         found = socket.getaddrinfo(*server, type=socket.SOCK_STREAM)
         addresses = [each[-1] for each in found]
         if not self._proxy:
             for address in addresses:
                 self._may_connect(str(address[0]))
-        # A host may have addresses of IPv6 where nothing of IPv6 gets through: that costs one
-        # time-out, not one for each connection.
+        # A host may have IPv6 addresses that cannot be reached from here: that costs one timeout,
+        # not one for each connection.
         addresses.sort(key=lambda address: str(address[0]) in self._unreachable)
         failed: OSError | None = None
         for address in addresses:
@@ -317,10 +317,10 @@ class Transport:
 
 
 def tls_context(authorities: str) -> ssl.SSLContext:
-    """What a connection is secured with, as botocore does it.
+    """The TLS settings of a connection, the same as botocore's.
 
     Args:
-        authorities: a file of certificates that are trusted.
+        authorities: a file with trusted certificates.
 
     Raises:
         OptionError: it cannot be read, or holds none.
@@ -335,10 +335,10 @@ def tls_context(authorities: str) -> ssl.SSLContext:
 
 
 def may_be_redirected_to(address: str, from_address: str | None) -> None:
-    """Whether a server may send us to another one of this address.
+    """Check that a server may redirect us to another server with this address.
 
-    An endpoint must not have us ask what only this machine can reach: its metadata service, or, if
-    the endpoint itself is not on this machine, what listens on the loopback device.
+    An endpoint must not make us contact what only this machine can reach: its metadata service, or,
+    if the endpoint itself is not on this machine, services on the loopback device.
 
     Raises:
         BadRedirectError: it may not.
@@ -356,12 +356,12 @@ def may_be_redirected_to(address: str, from_address: str | None) -> None:
 
 
 def must_be_elsewhere(address: str) -> None:
-    """Whether an address is another machine's, as far as this one knows.
+    """Check that an address belongs to another machine, as far as this one knows.
 
     Raises:
-        BadAddressError: it is link-local, a loopback device's or this machine's own.
+        BadAddressError: it is link-local, a loopback address, or one of this machine.
     """
-    ours = "an address that is link-local or of this machine is not asked"
+    ours = "link-local addresses and addresses of this machine are not contacted"
     target = ipaddress.ip_address(address.partition("%")[0])
     target = getattr(target, "ipv4_mapped", None) or target
     if target.is_link_local or target.is_loopback or target.is_multicast or target.is_unspecified:
@@ -369,7 +369,7 @@ def must_be_elsewhere(address: str) -> None:
     family = socket.AF_INET if target.version == 4 else socket.AF_INET6
     with socket.socket(family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
         probe.connect((str(target), 9))  # sends nothing
-        # What this machine sends to itself comes from the address that it goes to.
+        # Packets that a machine sends to itself have equal source and destination addresses.
         if ipaddress.ip_address(probe.getsockname()[0]) == target:
             raise BadAddressError(ours)
 

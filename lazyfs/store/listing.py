@@ -1,12 +1,12 @@
-"""One answer to a listing, checked for being one. Pure.
+"""Parses and checks one answer to a listing. Pure.
 
-Whatever S3 says of objects comes in here. An answer that is not a listing (a login page, an empty
-body, XML that was cut off) is an error and never "an empty directory". An entry that makes no sense
-is left out and named with the reason; the other entries of the page are good.
+All that S3 says about objects enters here. An answer that is not a listing (a login page, an empty
+body, truncated XML) is an error and never "an empty directory". An invalid entry is left out and
+named with the reason; the other entries of the page are used.
 
 The format: https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html. Other services
-leave out fields, write keys and times in other ways, or speak version 1 only; what they do is told
-where it is handled.
+leave out fields, write keys and times in other ways, or support version 1 only. Comments in the
+code name these differences.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from lazyfs.store.objects import Hidden
 
 # A page of 1,000 keys of 1,024 bytes, each byte escaped, has 4 MiB.
 MOST_BYTES = 16 << 20
-# S3 gives 1,000 entries a page; some services give more than they were asked for.
+# S3 returns up to 1,000 entries a page; some services return more than requested.
 MOST_ENTRIES = 10_000
 # Limits of S3: docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html, and for sizes
 # docs.aws.amazon.com/general/latest/gr/s3.html.
 LONGEST_KEY_BYTES = 1024
 LARGEST_OBJECT_BYTES = 50 << 40
-# No field that makes sense is longer than a key of which each byte is escaped.
+# No valid field is longer than a key with every byte escaped.
 _LONGEST_FIELD = 3 * LONGEST_KEY_BYTES + 1
-# What a 64-bit number of nanoseconds reaches: the year 2262.
+# The last time that fits into 64 bits of nanoseconds: the year 2262.
 _LATEST_S = (1 << 63) // 10**9
 _SHOWN = 120
 _ROOT, _ENTRY, _FIELD = 1, 2, 3
 
 
 class NotAListingError(Exception):
-    """The answer is something else; the message says what."""
+    """The answer is not a listing; the message says what it is."""
 
 
 @dataclass(slots=True)
 class RawPage:
-    """The fields of a listing as text, as they were sent.
+    """The fields of a listing as the text that was sent.
 
     Attributes:
-        entries: the fields of each object by name.
-        prefixes: common prefixes.
-        about: the fields of the page itself by name.
+        entries: the fields of each object, by name.
+        prefixes: the common prefixes.
+        about: the fields of the page itself, by name.
     """
 
     entries: list[dict[str, str]] = field(default_factory=list)
@@ -59,13 +59,13 @@ class RawPage:
 
     @property
     def is_encoded(self) -> bool:
-        """Whether keys are percent-encoded: the page says so, and no key shows the opposite."""
+        """Whether keys are percent-encoded: the page says so, and no key contradicts it."""
         said = self.about.get("EncodingType", "").lower() == "url"
         return said and not any(map(_cannot_be_encoded, self.texts()))
 
     @property
     def is_truncated(self) -> bool:
-        """Whether more follows."""
+        """Whether more pages follow."""
         said = self.about.get("IsTruncated", "").lower()
         if said not in ("", "true", "false", "1", "0"):
             raise NotAListingError(f"IsTruncated is {said[:_SHOWN]!r}")
@@ -73,12 +73,12 @@ class RawPage:
 
     @property
     def token(self) -> str | None:
-        """What the next page is asked for with, if the service says it."""
+        """The token for the next page, if the service gives one."""
         return self.about.get("NextContinuationToken") or None
 
     @property
     def marker(self) -> str | None:
-        """The same of version 1, encoded as keys are."""
+        """The same in version 1, encoded as keys are."""
         return self.about.get("NextMarker") or None
 
     def texts(self) -> Iterable[str]:
@@ -88,16 +88,16 @@ class RawPage:
 
 
 def parse(body: bytes) -> RawPage:
-    """The fields of an answer.
+    """Parse an answer.
 
     Raises:
-        NotAListingError: it is none, or was cut off.
+        NotAListingError: it is not a listing, or is truncated.
     """
     if not body.strip():
         raise NotAListingError("the answer is empty")
     parser = _Parser()
     try:
-        # Blanks before it come of services that take long, and keep the connection busy with them.
+        # Services that need long for an answer may send blanks first, to keep the connection open.
         parser.expat.Parse(body.lstrip(), True)
     except expat.ExpatError as error:
         begins = body[:_SHOWN].decode(errors="replace")
@@ -157,7 +157,7 @@ class _Parser:
 
 
 def plus_is_space(page: RawPage) -> bool | None:
-    """What `+` means in an encoded page, as far as the page shows it; None: it does not.
+    """Whether `+` is a space in an encoded page; None if the page does not show it.
 
     AWS writes a space as `+` and a plus as `%2B`; others write `%20` and leave the plus alone.
     """
@@ -170,14 +170,14 @@ def plus_is_space(page: RawPage) -> bool | None:
 
 
 def has_plus(page: RawPage) -> bool:
-    """Whether it matters what `+` means."""
+    """Whether the meaning of `+` matters for this page."""
     return any("+" in text for text in page.texts())
 
 
 def decode(text: str, *, encoded: bool, plus: bool) -> str | None:
     """A key as text; None if it is not UTF-8.
 
-    Listings are asked for URL-encoded, because XML cannot carry every character of a key.
+    Listings are requested URL-encoded, because XML cannot carry every character of a key.
 
     Args:
         plus: `+` is a space.
@@ -191,16 +191,16 @@ def decode(text: str, *, encoded: bool, plus: bool) -> str | None:
 
 
 def _cannot_be_encoded(text: str) -> bool:
-    """There are services that say `EncodingType` and encode nothing."""
+    """Whether a text is not encoded: some services say `EncodingType` and encode nothing."""
     return " " in text or re.search(r"%(?![0-9A-Fa-f]{2})", text) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Entries:
-    """What a page shows.
+    """The content of a page.
 
     Attributes:
-        last: the last key or common prefix of the page, where a listing can go on.
+        last: the last key or common prefix of the page, after which a listing can continue.
     """
 
     objects: list[ListedObject]
@@ -213,9 +213,9 @@ def entries(page: RawPage, prefix: str, delimiter: str, *, encoded: bool, plus: 
     """The objects and common prefixes of a page, checked one by one.
 
     Args:
-        prefix: that was asked for. What does not begin with it was not.
-        delimiter: that was asked for. Of a service that does not know it, keys are gathered here.
-        encoded, plus: as of `decode`.
+        prefix: the requested prefix. Keys that do not begin with it are hidden.
+        delimiter: the requested delimiter. If a service ignores it, keys are grouped here.
+        encoded, plus: as for `decode`.
     """
     objects: list[ListedObject] = []
     prefixes: dict[str, None] = {}
@@ -264,7 +264,7 @@ def _refusal(key: str, prefix: str) -> str | None:
 
 
 def _listed(key: str, item: dict[str, str]) -> ListedObject | str:
-    """One object, or why the entry makes no sense."""
+    """One object, or the reason why the entry is invalid."""
     size = item.get("Size", "").strip()
     if not re.fullmatch(r"[0-9]{1,18}", size):
         return f"its size is {size[:_SHOWN]!r}"
@@ -278,14 +278,14 @@ def _listed(key: str, item: dict[str, str]) -> ListedObject | str:
 
 
 def seconds_of(text: str) -> int:
-    """A time of S3 in seconds since the epoch; 0 if it is none, or outside of what can be shown.
+    """A time from a listing in seconds since the epoch; 0 if it is invalid or out of range.
 
-    S3 writes ISO 8601, with milliseconds or without; others a date of HTTP, or nothing.
+    S3 writes ISO 8601, with milliseconds or without; other services write an HTTP date, or nothing.
     """
     text = text.strip()
     try:
         if text[10:11] == "T":
-            # A leap second has no number of its own.
+            # Unix time has no leap seconds.
             time = datetime.fromisoformat(text.replace(":60", ":59"))
         else:
             time = parsedate_to_datetime(text)

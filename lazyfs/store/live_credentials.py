@@ -1,9 +1,9 @@
 """Credentials that are renewed while a mount runs.
 
-Whoever gives them writes new ones before the old ones end, or after: a login tool, a secret's
-volume, the agent of a pod's identity. So new ones are asked for when it is time, and again when S3
-refuses those at hand. Whoever gives them may also fail for some minutes. Then what is at hand is
-used as long as S3 takes it; and readers wait.
+Their provider (a login tool, a Secret's volume, the agent of a pod's identity) writes new ones
+before the old ones expire, or after. So new ones are requested when it is time, and again when S3
+refuses the present ones. The provider may also fail for some minutes. Then the present ones are
+used as long as S3 accepts them; after that, readers wait.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from lazyfs.store.signing import SigningCredentials
 
 log = logging.getLogger(__name__)
 
-# Between two times that others are asked for.
+# The least time between two requests for new credentials.
 PAUSE_S = 1.0
-# So long a signature that is refused may mean that a new secret is on its way to us.
+# For this long, a refused signature may mean that a new secret has not arrived here yet.
 SIGNATURE_GRACE_S = 60.0
 
 
@@ -29,10 +29,10 @@ class LiveCredentials:
     """The credentials of one source. For any number of threads.
 
     Args:
-        fetch: asks for credentials; with True, those given last were refused, so nothing that is
-            remembered of them counts. Raises SourceError.
-        first: to begin with; None: they are fetched when they are needed.
-        had: there were some before, in another process: a failure is waited out.
+        fetch: returns credentials; with True, the last ones were refused, so cached ones must not
+            be returned. Raises SourceError.
+        first: the first credentials; None: they are fetched when they are needed.
+        had: there were some before, in another process: failures are retried.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class LiveCredentials:
         self._worked: SigningCredentials | None = None
 
     def current(self) -> SigningCredentials:
-        """What to sign with now.
+        """The credentials to sign with now.
 
         Raises:
-            SourceError: there are none, or only refused ones, and no others can be had.
+            SourceError: there are none, or only refused ones, and no others are available.
         """
         held = self._held
         if held is not None and self._is_good(held):
@@ -73,11 +73,11 @@ class LiveCredentials:
             return held.credentials
 
     def timed(self) -> TimedCredentials | None:
-        """What is held, for another process."""
+        """The present credentials, for another process."""
         return self._held
 
     def refused(self, credentials: SigningCredentials) -> None:
-        """S3 did not take these."""
+        """S3 refused these."""
         with self._lock:
             if credentials != self._refused:
                 self._refused_since_s = time.monotonic()
@@ -85,15 +85,15 @@ class LiveCredentials:
             self._refused = credentials
 
     def worked(self, credentials: SigningCredentials) -> None:
-        """S3 took these."""
+        """S3 accepted these."""
         if credentials is not self._worked:
             self._worked = credentials
         if self._refused is not None and credentials == self._refused:
             self._refused = None
 
     def may_be_replaced(self, credentials: SigningCredentials) -> bool:
-        """Whether a signature that is refused may be taken if one waits: there are other
-        credentials, or these were good a moment ago and have been replaced."""
+        """Whether waiting may help after a refused signature: there are other credentials, or
+        these worked a moment ago and may have been replaced."""
         with self._lock:
             held = self._held
             if held is None or held.credentials != credentials:
@@ -102,7 +102,7 @@ class LiveCredentials:
             return credentials == self._worked and lasted_s < SIGNATURE_GRACE_S
 
     def replace(self, given: TimedCredentials | None) -> None:
-        """Use others from now on; None: fetch them."""
+        """Use other credentials from now on; None: fetch them."""
         with self._lock:
             self._held = given
             self._next_s = 0.0
@@ -112,7 +112,7 @@ class LiveCredentials:
         return not is_due and held.credentials != self._refused
 
     def _renew(self, held: TimedCredentials | None) -> TimedCredentials | None:
-        """Ask for others; what was held, if none can be had."""
+        """Fetch new credentials; returns the present ones if there are no others."""
         self._next_s = time.monotonic() + PAUSE_S
         is_refused = held is not None and held.credentials == self._refused
         try:
@@ -120,7 +120,7 @@ class LiveCredentials:
         except SourceError as error:
             if self._trouble is None:
                 log.warning("credentials cannot be renewed: %s", error)
-            # Before there were any, it is an error like others; later it is waited out.
+            # Without earlier credentials this error is like any other; with them it is retried.
             self._trouble = CredentialsExpiredError(str(error)) if self._had else error
             return held
         if self._trouble is not None:

@@ -1,7 +1,7 @@
 """A request whose body a mover receives, into memory that it shares with this process.
 
-The mover sends what it is told and receives; what the answer means is decided here, by whoever
-handles answers: a head is the same wherever it was read.
+The mover only sends a given request and receives the answer. The caller's handler of answers
+decides in this process what the answer means.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from lazyfs.store.refusals import MOST_TEXT
 
 T = TypeVar("T")
 
-# Of the head of an answer, in characters. Others are read here.
+# The longest head of an answer, in characters. Answers with longer ones are read in this process.
 MOST_HEADERS = 16 << 10
 
 _transports = threading.local()
 
 
 class NotMovedError(Exception):
-    """The request is to be made here: its answer is of no kind that a mover handles."""
+    """The request must be made in this process: movers do not handle answers of this kind."""
 
 
 class _MovedBody:
     """A body that a mover has received.
 
     Args:
-        into: that it filled; None: it is no more than a text.
-        has_more: more followed.
+        into: the buffer that it filled; None: the body is a short text.
+        has_more: more bytes followed.
     """
 
     def __init__(self, into: memoryview | None, text: bytes, has_more: bool) -> None:
@@ -78,15 +78,15 @@ def exchange(
     cancel: Cancel,
     into: memoryview,
 ) -> T:
-    """As `Transport.exchange`, of a server that is reached without a proxy.
+    """Like `Transport.exchange`, for a server that is reached without a proxy.
 
     Args:
-        authorities: a file of certificates that are trusted.
-        refuse_local: addresses of this machine are not asked.
+        authorities: a file with trusted certificates.
+        refuse_local: addresses of this machine are not contacted.
         into: for the body, if it has exactly this length. A view of a buffer of `take_buffer`.
 
     Raises:
-        NotMovedError, MoverLostError, MoverFaultError: the request is to be made here.
+        NotMovedError, MoverLostError, MoverFaultError: the request must be made in this process.
         CancelledError, OSError: as `Transport.exchange`.
     """
     try:
@@ -99,7 +99,7 @@ def exchange(
             raise CancelledError from None
         raise
     except OSError as error:
-        # The library's own class tells more, a refused certificate for example.
+        # In this process, the library's exception tells more, for example about a certificate.
         raise NotMovedError from error
     if cancel.called:
         raise CancelledError
@@ -119,7 +119,7 @@ def receive(
     headers: dict[str, str],
     into: memoryview,
 ) -> dict[str, Any] | None:
-    """Make a request, in a mover. Returns the answer, for `exchange`; None: not of its kind."""
+    """Make a request, in a mover. Returns the answer for `exchange`; None: not handled here."""
     transport = _transport(server, authorities, refuse_local)
 
     def handle(answer: Answer) -> dict[str, Any] | None:
@@ -158,7 +158,7 @@ class _Told(Cancel):
 
 
 def _transport(server: str, authorities: str, refuse_local: bool) -> Transport:
-    """Each thread of a mover keeps a connection of its own."""
+    """Each thread of a mover has its own connection."""
     known: dict[Any, Transport] = _transports.__dict__.setdefault("known", {})
     about = (server, authorities, refuse_local)
     if about not in known:

@@ -1,4 +1,4 @@
-"""What a store says of its objects. Pure."""
+"""What a store returns about its objects. Pure."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Page:
 
     Attributes:
         prefixes: common prefixes of a listing by a delimiter.
-        next_token: what the next page is asked for with; None on the last one.
-        hidden: entries that make no sense.
+        next_token: requests the next page; None on the last one.
+        hidden: invalid entries.
     """
 
     objects: list[ListedObject]
@@ -33,15 +33,15 @@ class Page:
     hidden: list[Hidden] = field(default_factory=list)
 
 
-# Pages in a row without anything new; S3 may send empty ones after many objects that were deleted.
+# The most pages in a row without anything new; S3 may send empty pages after many deleted objects.
 MOST_EMPTY = 10_000
 
 
 class Tokens:
-    """The way through the pages of one listing.
+    """Follows the pages of one listing, and notices if they never end.
 
     Args:
-        what: is listed, for the error.
+        what: the name of the listing, for errors.
     """
 
     def __init__(self, what: str) -> None:
@@ -51,17 +51,17 @@ class Tokens:
         self._empty = 0
 
     def after(self, page: Page) -> str | None:
-        """What the page after this one is asked for with.
+        """The token for the page after this one.
 
         Raises:
-            BadRequestError: token or page came before, so that there would be no end.
+            BadRequestError: the token or the page was seen before: the listing would never end.
         """
         token, former = page.next_token, self._former
         self._former = page
         is_same = former is not None and page.prefixes == former.prefixes
         if is_same and page.objects and former is not None and page.objects == former.objects:
             raise BadRequestError(f"{self._what}: the listing has no end: a page came twice")
-        # Of a service that does not know delimiters, each page of a directory has its name alone.
+        # If a service ignores delimiters, pages within one directory repeat the same prefix.
         has_news = bool(page.objects) or (bool(page.prefixes) and not is_same)
         self._empty = 0 if has_news else self._empty + 1
         if token in self._seen or self._empty > MOST_EMPTY:

@@ -1,4 +1,4 @@
-"""Pages of a listing: asked for, checked, and followed by the next one, as each service does it."""
+"""Requests and checks the pages of a listing, and finds the next one, for all kinds of services."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from lazyfs.store.url import SourceUrl
 
 log = logging.getLogger(__name__)
 
-# Prefixes of the tokens of pages: as S3 gave it, or a key after which the listing goes on.
+# Prefixes of page tokens: a token from S3, or a key after which the listing continues.
 _TOKEN, _AFTER = "t", "k"
-# Follows all keys that begin with what stands before it.
+# PREFIX + _LAST sorts after all keys that begin with PREFIX.
 _LAST = "\U0010ffff"
 
 
@@ -29,13 +29,13 @@ class Lister:
 
     Args:
         url: of the source, for messages.
-        client: asks the service.
+        client: sends requests to the service.
     """
 
     def __init__(self, url: SourceUrl, client: Client) -> None:
         self._url = url
         self._client = client
-        # What this service was seen to do.
+        # What was learned about this service.
         self._lists_by_version_1 = False
         self._plus_is_space: bool | None = None
 
@@ -47,7 +47,7 @@ class Lister:
         if kind == _TOKEN:
             parameters["continuation-token"] = value
         elif value:
-            # The same of both versions: a service that knows one only does not look at the other.
+            # Parameters of both versions: a service that knows only one ignores the other's.
             parameters |= {"start-after": value}
             if token:
                 parameters |= {"marker": value}
@@ -98,12 +98,12 @@ class Lister:
             return self._list(parameters, what, encoded=encoded)
         except zlib.error as error:
             self._client.be_vague(what, error)
-            raise BadResponseError(f"{what}: the answer is no gzip: {error}") from error
+            raise BadResponseError(f"{what}: the answer is not gzip: {error}") from error
         try:
             return listing.parse(body)
         except listing.NotAListingError as error:
             refusal = Refusal.of(200, {}, body[:MOST_TEXT])
-            if refusal.code:  # S3 began to answer before it knew
+            if refusal.code:  # S3 sent the status before it found the error
                 raise refusal.error(what) from error
             self._client.be_vague(what, error)
             raise BadResponseError(f"{what}: this is not a listing of S3: {error}") from error
@@ -128,7 +128,7 @@ class Lister:
     def _next_token(
         self, page: listing.RawPage, found: listing.Entries, *, encoded: bool, plus: bool, what: str
     ) -> str | None:
-        """What the next page is asked for with."""
+        """The token for the next page."""
         try:
             if not page.is_truncated:
                 return None
@@ -143,6 +143,6 @@ class Lister:
                 f"{what}: more follows, but the answer does not say how to ask for it"
             )
         self._client.note(
-            "gives no token for the next page of a listing: it goes on after the last key"
+            "gives no token for the next page of a listing: it continues after the last key"
         )
         return _AFTER + (last + _LAST if last in found.prefixes else last)

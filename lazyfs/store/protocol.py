@@ -1,9 +1,9 @@
-"""What the rest of lazyfs asks of a store of objects.
+"""The interface of an object store.
 
-S3 is one (`s3_source.py`); the tests have another one in memory (`tests/memory_store.py`). A new
-store is one more file with this class. All calls block, and are made from any number of threads.
-Whatever goes wrong is a `SourceError`, which knows what a reader gets and whether waiting may help;
-its message names the object.
+S3 implements it (`s3_source.py`), and so does a store in memory for tests
+(`tests/memory_store.py`). To add a store, add a file that implements this class. All calls block,
+and are made from any number of threads. Every failure is a `SourceError`, which says which error a
+reader gets and whether waiting may help; its message names the object.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Store(Protocol):
 
     @property
     def url(self) -> SourceUrl:
-        """What is read, as it was named."""
+        """The source, as the user wrote it."""
 
     @property
     def endpoint(self) -> str:
-        """What makes cached content of equal names distinct: who was asked for it."""
+        """The identity of the service, which keeps cached content of two services apart."""
 
     def name(self, key: str) -> str:
         """An object, for messages."""
@@ -34,14 +34,15 @@ class Store(Protocol):
     def list_page(
         self, prefix: str, token: str | None = None, *, delimiter: str = "", after: str = ""
     ) -> Page:
-        """Some objects below a prefix, in key order, from where the token of a page says.
+        """A page of the objects below a prefix, in key order.
 
         Args:
-            delimiter: gathers keys that have it behind the prefix as common prefixes.
+            token: from the page before; None: the first page.
+            delimiter: keys that have it after the prefix are grouped as common prefixes.
             after: without a token, only keys that follow this one.
 
         Raises:
-            SourceError: the store did not answer, or not as it must.
+            SourceError: the store did not answer, or its answer is invalid.
         """
 
     def read_range(
@@ -58,18 +59,18 @@ class Store(Protocol):
     def read_cached(
         self, cache: FleetCache, pin: Pinned, start: int, length: int, cancel: Cancel
     ) -> memoryview | None:
-        """As `read_range`, asked of the cache of a fleet, which passes it on to the store.
+        """Like `read_range`, from the cache of a fleet, which passes the request on to the store.
 
-        None: the cache is not to be asked for this object.
+        None: the cache cannot be used for this object.
 
         Raises:
             CancelledError: by `cancel`.
-            FleetCacheError: the cache did not give the range of that version.
+            FleetCacheError: the cache did not deliver the range of that version.
             SourceError: any other failure.
         """
 
     def checksum(self, pin: Pinned) -> ObjectSum | None:
-        """That this still is the object, and its checksum; None if the store keeps none.
+        """Check that the object is unchanged; returns its checksum, None if the store has none.
 
         Raises:
             ObjectChangedError, ObjectGoneError: the object is no longer what was listed.
@@ -77,4 +78,4 @@ class Store(Protocol):
         """
 
     def close_idle(self) -> None:
-        """Close connections that nobody has used for a while."""
+        """Close connections that have been idle for a while."""

@@ -1,8 +1,8 @@
-"""Whether an answer to a range is that range, of the object that was listed. Pure.
+"""Checks that an answer has the requested range of the object that was listed. Pure.
 
-`If-Match` is sent, and many services and caches ignore it. So the head of *every* answer is held
-against what was listed, entity tag and total size, before a byte of the body is taken: bytes of two
-versions never meet, in memory, in the page cache or on the disk.
+Requests have `If-Match`, but many services and caches ignore it. So entity tag and total size in
+the head of *every* answer are compared with the listing before a byte of the body is used: bytes of
+two versions are never mixed, in memory, in the page cache or on the disk.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from lazyfs.store import entity_tag
 from lazyfs.store.listing import seconds_of
 from lazyfs.store.objects import Pinned
 
-# Where a service answers with the whole object, how much before the range is thrown away.
+# If a service answers with the whole object, at most this much before the range is skipped.
 MOST_SKIPPED = 64 << 20
-# Codings that proxies apply to what passes. `aws-chunked`, which some services store, is none.
+# Codings that proxies apply to answers. `aws-chunked`, which some services store, is not one.
 _PACKINGS = ("gzip", "x-gzip", "br", "zstd", "deflate")
 _CONTENT_RANGE = re.compile(
     r"\s*bytes\s*=?\s*(\d{1,20})-(\d{1,20})/(\d{1,20}|\*)\s*", re.IGNORECASE
@@ -28,22 +28,22 @@ class ChangedError(Exception):
 
 
 class OtherRangeError(Exception):
-    """The answer is no usable range; the message says what it is."""
+    """The answer is not a usable range; the message says what it is."""
 
 
 class PackedError(OtherRangeError):
-    """Something on the way compresses what passes: the bytes are not those that are stored."""
+    """A proxy compressed the answer: its bytes are not those that are stored."""
 
 
 class IgnoresRangeError(Exception):
-    """The service sends all of the object whatever range is asked for."""
+    """The service sends the whole object, whatever range is requested."""
 
 
 def told_length(headers: Mapping[str, str]) -> int | None:
-    """How many bytes `Content-Range` says that an answer has; None: it does not say.
+    """The number of bytes in an answer according to `Content-Range`; None if it does not say.
 
     Args:
-        headers: with names in lower case.
+        headers: names are in lower case.
     """
     found = _CONTENT_RANGE.fullmatch(headers.get("content-range", ""))
     return int(found[2]) + 1 - int(found[1]) if found else None
@@ -60,27 +60,27 @@ def check(
     elsewhere: bool = False,
     may_be_packed: bool = False,
 ) -> tuple[int, int]:
-    """How many bytes of the body come before the range, and how many of the range follow.
+    """How many bytes of the body precede the range, and how many bytes of the range follow them.
 
-    Fewer may follow than were asked for: a cache may answer with the part that it has (RFC 9110,
-    15.3.7). The rest is asked for again.
+    The answer may have fewer bytes than requested: a cache may answer with the part that it has
+    (RFC 9110, 15.3.7). The rest must be requested again.
 
     Args:
         status: 200 or 206.
-        headers: with names in lower case.
-        length: of the body; None: the answer does not say.
-        start, wanted: the range that was asked for.
-        elsewhere: another service was redirected to. It has entity tags of its own.
+        headers: names are in lower case.
+        length: the length of the body in bytes; None if the answer does not say.
+        start, wanted: the requested range.
+        elsewhere: a redirect led to another service, which has entity tags of its own.
         may_be_packed: the request allowed compression.
 
     Raises:
-        ChangedError, OtherRangeError, IgnoresRangeError: none can be taken.
+        ChangedError, OtherRangeError, IgnoresRangeError: the body cannot be used.
     """
     known = False if elsewhere else _check_version(headers, pin)
     told = headers.get("content-range")
     is_packed = headers.get("content-encoding", "").strip().lower() in _PACKINGS
     if is_packed and may_be_packed and length is None:
-        # What is stored so has a length. What is packed as it passes has none.
+        # Objects that are stored compressed have a length; what a proxy compresses has none.
         raise PackedError("the answer is compressed on the way")
     if told is not None:
         found = _CONTENT_RANGE.fullmatch(told)
@@ -102,7 +102,7 @@ def check(
         return 0, wanted
     if known and length not in (None, pin.size_bytes):
         raise ChangedError(f"listed with {pin.size_bytes} bytes, and the whole of it has {length}")
-    # An answer that names no version may be the page of a proxy. Its length tells.
+    # An answer without a version may be a page of a proxy, which its length shows.
     until_the_end = length is None and start + wanted == pin.size_bytes
     if not known and length != pin.size_bytes and not until_the_end:
         raise OtherRangeError(
@@ -117,10 +117,10 @@ def check(
 
 
 def check_whole(headers: Mapping[str, str], pin: Pinned, *, elsewhere: bool = False) -> None:
-    """Whether the head of a whole object is that of the one that was listed.
+    """Check that the head of a whole object belongs to the object that was listed.
 
     Raises:
-        ChangedError: it is not.
+        ChangedError: it does not.
     """
     if not elsewhere:
         _check_version(headers, pin)
@@ -130,7 +130,7 @@ def check_whole(headers: Mapping[str, str], pin: Pinned, *, elsewhere: bool = Fa
 
 
 def _check_version(headers: Mapping[str, str], pin: Pinned) -> bool:
-    """Whether the answer proves to be of the pinned version. Raises ChangedError if of another."""
+    """Whether the answer proves to be of the pinned version. Raises ChangedError for another."""
     told = entity_tag.canonical(headers.get("etag"))
     if pin.etag:
         if not told:
@@ -141,7 +141,7 @@ def _check_version(headers: Mapping[str, str], pin: Pinned) -> bool:
     modified = seconds_of(headers.get("last-modified", ""))
     if not (modified and pin.modified_ns):
         return False
-    # Listings may round a time where answers cut it.
+    # Listings may round a time that other answers truncate.
     if abs(modified - pin.modified_ns // 10**9) > 1:
         raise ChangedError("changed since it was listed (Last-Modified), and has no ETag")
     return True

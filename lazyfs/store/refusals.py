@@ -1,12 +1,12 @@
-"""What a refusal of S3 means: the table of what waiting helps. Pure.
+"""The meaning of S3's error answers: a table. Pure.
 
 `RULES` is the only map from an answer of S3 to an error of the project; `docs/S3.md` shows it
 (`docs/make_refusals.py`). An error says what a reader gets and whether waiting may help.
 
-The first rule that holds decides. Codes are from
+The first rule that applies decides. Codes are from
 https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html and what MinIO, Ceph, R2 and
-others send for the same causes. An answer without a code is not from S3 but from what stands before
-it: an ingress whose pods are being replaced says 404, a web application firewall 403.
+others send for the same causes. An answer without a code is not from S3 but from a proxy before it:
+an ingress whose pods are being replaced answers 404, a web application firewall 403.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from lazyfs.errors import (
 from lazyfs.store.listing import seconds_of
 
 LONGEST_MESSAGE = 300
-# Of the text that comes with a refusal, how much is read.
+# How much of the text of an error answer is read.
 MOST_TEXT = 64 << 10
-# Some services name the region of a bucket in the message only.
+# Some services name the region of a bucket only in the message.
 _EXPECTED_REGION = re.compile(r"expecting '([a-z0-9-]{1,64})'")
 
 
@@ -44,11 +44,11 @@ class Rule:
     """One row of the table.
 
     Attributes:
-        cause: for the docs.
-        error: what it becomes.
-        codes: of S3's error body; `KMS.*` stands for all that begin so.
-        statuses: of HTTP, for an answer whose code no rule names.
-        uncoded: the statuses count without a code as well.
+        cause: the text for the docs.
+        error: the resulting error.
+        codes: the codes in S3's error body; `KMS.*` stands for all codes that begin with `KMS.`.
+        statuses: the HTTP statuses, for an answer with a code that no rule names.
+        uncoded: the statuses also count without a code.
     """
 
     cause: str
@@ -69,7 +69,7 @@ RULES = (
         (429,),
     ),
     Rule(
-        "S3 or its key service has trouble of its own",
+        "S3 or its key service fails for the moment",
         UnavailableError,
         ("InternalError", "ServiceUnavailable", "RequestTimeout", "OperationAborted",
          "ConditionalRequestConflict", "IDPCommunicationError", "KMS.DependencyTimeoutException",
@@ -78,14 +78,14 @@ RULES = (
          530, 598, 599),
     ),
     Rule(
-        "credentials ran out or were replaced, or our clock is wrong",
+        "credentials expired or were replaced, or the clock of this machine is wrong",
         CredentialsExpiredError,
         ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired",
          "InvalidAccessKeyId", "InvalidToken", "InvalidClientTokenId", "InvalidIdentityToken",
          "UnrecognizedClientException", "RequestTimeTooSkewed"),
     ),
     Rule(
-        "the signature is not that of the secret that S3 knows",
+        "the signature does not match the secret that S3 knows",
         CredentialsExpiredError,
         ("SignatureDoesNotMatch",),
     ),
@@ -134,7 +134,7 @@ RULES = (
         uncoded=False,
     ),
     Rule(
-        "the key of the encryption cannot be used",
+        "the encryption key cannot be used",
         BadRequestError,
         ("KMS.*",),
     ),
@@ -158,7 +158,7 @@ _HINTS = {
     "AccountProblem": "S3 has blocked the account",
     "InvalidIdentityToken": "the role does not trust this identity provider or audience",
 }
-# What no rule names.
+# For answers that no rule names.
 WITH_ANOTHER_CODE = BadRequestError
 WITHOUT_A_CODE = UnavailableError
 
@@ -180,7 +180,7 @@ def classify(status: int | None, code: str | None) -> type[SourceError]:
 
 
 def hint_for(kind: type[SourceError], code: str | None) -> str:
-    """What a person may do about a refusal, to follow its message; empty if unknown."""
+    """What the user can do about a refusal, to be appended to its message; empty if unknown."""
     if code in _HINTS:
         return f"; {_HINTS[code]}"
     if kind is AccessDeniedError:
@@ -194,15 +194,15 @@ def hint_for(kind: type[SourceError], code: str | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """An answer that is not what was asked for.
+    """An error answer.
 
     Attributes:
-        code, message: of S3's error body; empty if it has none.
-        region: where the answer says that the bucket is.
-        request: S3's own id of the request, by which its operator finds it.
-        headed: of a HEAD, whose answers have no body to tell more.
+        code, message: from S3's error body; empty if it has none.
+        region: the region of the bucket according to the answer.
+        request: S3's own id of the request, with which its operator can find it.
+        headed: the answer is to a HEAD, and so has no body with details.
         retry_after_s: how long to wait before the next request; 0: the answer does not say.
-        date_s: when it was answered, by the clock of the service, since the epoch; 0: not told.
+        date_s: the service's time of the answer, since the epoch; 0: the answer does not say.
     """
 
     status: int
@@ -218,11 +218,11 @@ class Refusal:
     def of(
         cls, status: int, headers: Mapping[str, str], body: bytes, *, headed: bool = False
     ) -> Refusal:
-        """Of an answer.
+        """Make a refusal from an answer.
 
         Args:
-            headers: with names in lower case.
-            body: or its beginning; empty of a HEAD.
+            headers: names are in lower case.
+            body: the body or its beginning; empty for a HEAD.
         """
         text = body.decode(errors="replace")
         code = _field(text, "Code") or headers.get("x-amz-error-code", "")
@@ -243,7 +243,7 @@ class Refusal:
         )
 
     def error(self, what: str) -> SourceError:
-        """As an error whose message begins with `what`."""
+        """The error to raise; its message begins with `what`."""
         kind = classify(self.status, self.code or ("HEAD" if self.headed else None))
         said = f"{self.status} {self.code}".strip()
         if self.message:
@@ -264,7 +264,7 @@ class Refusal:
 
 
 def printable(text: str) -> str:
-    """Text of others as one line: what does not print is shown as `?`."""
+    """Foreign text as one line; unprintable characters are shown as `?`."""
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
 
 

@@ -1,4 +1,4 @@
-"""What has to be known of a source before it can be read. Pure.
+"""What must be known about a source before it can be read. Pure.
 
 botocore finds it out (`boto/resolver.py`), in this process or in another one.
 """
@@ -15,7 +15,7 @@ from lazyfs.store.http import Proxy
 from lazyfs.store.objects import Hidden, Page
 from lazyfs.store.signing import SigningCredentials
 
-# Hosts of S3 itself, on which nobody else can answer: docs.aws.amazon.com/general/latest/gr/s3.html
+# Hosts of AWS itself: docs.aws.amazon.com/general/latest/gr/s3.html
 _OF_AWS = re.compile(
     r"https://([^/]+\.)?s3(-[a-z0-9-]+)?(\.dualstack)?(\.[a-z]{2,3}(-[a-z]+)+-\d)?\.amazonaws\.com(\.cn)?"
 )
@@ -28,13 +28,13 @@ def is_of_aws(server: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the objects of a bucket are, how to get there, and what signatures are made for.
+    """Where the objects of a bucket are, how to reach them, and what signatures must name.
 
     Attributes:
-        region, service: that signatures name.
-        server: `https://HOST[:PORT]`, or of http.
-        path: what stands before a key; begins and ends in `/`.
-        authorities: a file of certificates that are trusted.
+        region, service: the names in signatures.
+        server: `https://HOST[:PORT]`, or the same with http.
+        path: the path before a key; begins and ends in `/`.
+        authorities: a file with trusted certificates.
     """
 
     region: str
@@ -46,14 +46,14 @@ class Place:
 
     @property
     def is_of_aws(self) -> bool:
-        """Whether nobody but AWS can answer there."""
+        """Whether the server belongs to AWS."""
         return is_of_aws(self.server)
 
     @property
     def identity(self) -> str:
-        """What makes cached content of equal buckets and keys distinct: who was asked for it.
+        """The identity of the service, which keeps cached content of two services apart.
 
-        The same bucket of AWS has several hosts, none of which anybody else controls.
+        A bucket of AWS has one identity, whichever of its AWS host names is used.
         """
         if self.is_of_aws:
             return f"aws:{self.region}"
@@ -62,7 +62,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class TimedCredentials:
-    """Credentials, and when to ask for others (in seconds since the epoch; None: they stay)."""
+    """Credentials, and when to renew them (in seconds since the epoch; None: never)."""
 
     credentials: SigningCredentials
     until_s: float | None = None
@@ -70,11 +70,11 @@ class TimedCredentials:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedSource:
-    """What was found out of a source, for a process that does without botocore.
+    """What was found out about a source, for a process that does not load botocore.
 
     Attributes:
         credentials: None: requests are not signed.
-        page: the first one of all that lies below the prefix, if it was asked for.
+        page: the first page of a listing of the prefix, if it was requested.
     """
 
     place: Place
@@ -82,12 +82,12 @@ class ResolvedSource:
     page: Page | None
 
     def as_json(self) -> dict[str, Any]:
-        """For `of_json`. Secrets are in it."""
+        """JSON for `of_json`. It contains secrets."""
         return asdict(self)
 
     @classmethod
     def of_json(cls, fields: Mapping[str, Any]) -> ResolvedSource:
-        """What `as_json` gave."""
+        """Parse the output of `as_json`."""
         place, timed, page = (fields[name] for name in ("place", "credentials", "page"))
         proxy = place["proxy"] and Proxy(**place["proxy"])
         if timed:

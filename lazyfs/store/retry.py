@@ -1,4 +1,4 @@
-"""Asking S3 again, patiently, while waiting can help."""
+"""Retries requests to S3 while waiting can help."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ async def patiently(
     timeout_s: Callable[[], float],
     on_retry: Callable[[SourceError], None] = lambda error: None,
 ) -> T:
-    """The answer of `ask`, asked again after transient errors.
+    """The result of `ask`, which is called again after transient errors.
 
     Pauses double from 0.1 s to 5 s with full jitter, so that many mounts that failed together do
     not come back together
-    (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/). Where S3 says how
+    (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/). If S3 says how
     long to wait (`Retry-After`), they begin after that time, at most 30 s later.
 
     Args:
-        what: the object, for the log.
-        timeout_s: how long to go on since the first attempt; asked anew before each pause,
-            because a prefetch becomes more patient once a reader waits for it.
-        on_retry: told of each error that is followed by another attempt.
+        what: the name of the object, for the log.
+        timeout_s: returns how long to retry after the first attempt; called before each pause,
+            because a prefetch is retried for longer once a reader waits for it.
+        on_retry: called with each error that is followed by another attempt.
 
     Raises:
-        SourceError: the last one, when it is final or the time is over.
+        SourceError: the last error, if it is final or the time is over.
     """
     began = trio.current_time()
     pause_s = FIRST_PAUSE_S
@@ -58,7 +58,7 @@ async def patiently(
             on_retry(error)
             if waited >= LOG_AFTER_S and not logged:
                 logged = True
-                log.warning("waiting for %s since %.0f s: %s", what, waited, error)
+                log.warning("still waiting for %s after %.0f s: %s", what, waited, error)
             told_s = min(error.retry_after_s, LONGEST_TOLD_S)
             pause = told_s + pause_s * random.random()  # noqa: S311
             await trio.sleep(min(pause, max(0.0, timeout_s() - waited)))

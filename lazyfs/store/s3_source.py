@@ -1,10 +1,9 @@
-"""S3 as a store: what lies below one prefix of a bucket, and ranges of its objects.
+"""S3 as a store: the listing of one prefix of a bucket, and ranges of its objects.
 
-botocore decides where the bucket is and finds credentials (`boto/`); requests are signed by
-`signing.py` and made by `http.py`. What S3 answers is checked where it comes in: listings in
-`listing.py`, ranges in `ranges.py`, refusals in `refusals.py`. A source whose `ResolvedSource`
-another process has brought loads botocore only when its credentials run out. All calls block: they
-are made from worker threads.
+botocore decides where the bucket is and finds credentials (`boto/`); `signing.py` signs requests
+and `http.py` sends them. Answers of S3 are checked on arrival: listings in `listing.py`, ranges in
+`ranges.py`, errors in `refusals.py`. If another process provides the `ResolvedSource`, botocore is
+loaded only when the credentials expire. All calls block: they are made from worker threads.
 """
 
 from __future__ import annotations
@@ -54,19 +53,19 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-# How often the first requests of a mount are made before it is refused, and the pause between.
+# How often the first requests of a mount are tried before it is refused, and the pause between.
 FIRST_ATTEMPTS = 3
 FIRST_PAUSE_S = 0.3
-# The longest pause that S3 may ask for there.
+# The longest `Retry-After` that is obeyed meanwhile.
 FIRST_LONGEST_PAUSE_S = 5.0
-# How long a mount that goes on waits for credentials before it serves what needs none.
+# How long a resumed mount waits for credentials before it serves reads that need none.
 CREDENTIALS_SOON_S = 2.0
-# A stored gzip file comes as it is stored only to who says that he takes it
+# A stored gzip file is sent unchanged only to clients that accept gzip
 # (cloud.google.com/storage/docs/transcoding).
 _AS_STORED = "identity, gzip"
-# To a proxy that compresses whatever the client takes.
+# For a proxy that compresses everything that the client accepts compressed.
 _UNPACKED = "identity"
-# Answers that may make up one range.
+# The most answers for one range.
 MOST_PARTS = 128
 
 
@@ -76,13 +75,13 @@ def resolve(
     credentials: Credentials | None = None,
     region: str | None = None,
 ) -> ResolvedSource:
-    """Find out what a source needs, its first page included, and whether it can be read.
+    """Resolve a source, list its first page, and check that it can be read.
 
     Args:
-        region: of the bucket, if it is known from before: then nothing is asked of S3.
+        region: the bucket's region, if it is already known: then no request is made.
 
     Raises:
-        SourceError, OptionError: as of `Source`; or it cannot be listed or read.
+        SourceError, OptionError: as for `Source`; or the source cannot be listed or read.
     """
     source = Source(url, options, credentials, region=region)
     if region is None:
@@ -95,15 +94,15 @@ class Source:
     """One prefix of one bucket.
 
     Args:
-        url: what to read.
+        url: the bucket and prefix.
         options: how to reach it.
-        credentials: given for this source; None: botocore finds them.
-        resolved: what is known of it; else botocore finds it out now.
-        region: of the bucket, if it is known from before, of a mount that goes on.
+        credentials: the credentials for this source; None: botocore finds them.
+        resolved: what is known about the source; None: botocore finds it out now.
+        region: the bucket's region, if it is already known because the mount is resumed.
 
     Raises:
-        SourceError: no credentials.
-        OptionError: options or AWS configuration are not usable.
+        SourceError: there are no credentials.
+        OptionError: the options or the AWS configuration cannot be used.
     """
 
     def __init__(
@@ -123,14 +122,14 @@ class Source:
         goes_on = resolved is not None or region is not None
         if resolved is None:
             resolver = self._loaded(region)
-            # Where a mount goes on, they are had as soon as they are needed.
+            # A resumed mount fetches them when they are needed.
             first = None if region else resolver.credentials()
             resolved = ResolvedSource(resolver.place(region), first, None)
         self._ahead = resolved.page
         self._credentials = LiveCredentials(
             self._fetch_credentials, resolved.credentials, had=goes_on
         )
-        # What this service was seen not to take.
+        # What this service was seen to refuse.
         self._sends_if_match = True
         self._coding = _AS_STORED
         self._movers: Movers | None = None
@@ -142,23 +141,23 @@ class Source:
 
     @property
     def region(self) -> str:
-        """That the bucket is in."""
+        """The region of the bucket."""
         return self._client.place.region
 
     @property
     def endpoint(self) -> str:
-        """What makes cached content of equal buckets and keys distinct: where it was asked for."""
+        """The identity of the service, which keeps cached content of two services apart."""
         return self._client.place.identity
 
     def name(self, key: str) -> str:
-        """An object of this source, for messages."""
+        """The name of an object of this source, for messages."""
         return self.url.name(key)
 
     def begin(self) -> Page:
-        """The first page of all below the prefix; it and a range of an object show the way.
+        """The first page of a listing of the prefix, after a check that an object can be read.
 
         Raises:
-            SourceError: it cannot be listed, or its objects cannot be read.
+            SourceError: the source cannot be listed, or its objects cannot be read.
         """
         page = self._first(lambda: self._in_its_region(lambda: self.list_page(self.url.prefix)))
         readable = [each for each in page.objects if each.size_bytes]
@@ -172,13 +171,13 @@ class Source:
         return page
 
     def resolved(self, page: Page | None) -> ResolvedSource:
-        """What another process needs to know. Raises SourceError."""
+        """What another process needs to know about this source. Raises SourceError."""
         timed = None if self._options.no_sign_request else self._credentials.timed()
         return ResolvedSource(self._client.place, timed, page)
 
     def prepare(self) -> None:
-        """Have credentials ready, if they can be had soon: a mount that goes on needs none for what
-        is on this machine."""
+        """Get credentials if they are available soon; a resumed mount needs none for data on this
+        machine."""
         ready = threading.Thread(target=self._have_credentials, daemon=True)
         ready.start()
         ready.join(CREDENTIALS_SOON_S)
@@ -189,10 +188,10 @@ class Source:
                 self._credentials.current()
 
     def set_credentials(self, credentials: Credentials) -> None:
-        """Use other credentials from now on, in the place of those given at first.
+        """Use other credentials from now on, instead of those given at first.
 
         Raises:
-            BadRequestError: none were given at first; botocore keeps its own fresh.
+            BadRequestError: none were given at first: botocore renews its own.
         """
         former = self._given
         if former is None:
@@ -208,18 +207,18 @@ class Source:
                 raise BadRequestError(f"{self.url}: {error}") from error
             self._credentials.replace(TimedCredentials(signing))
         elif not (isinstance(former, WebIdentity) and credentials.role_arn == former.role_arn):
-            self._credentials.replace(None)  # else a new token is for the next credentials
+            self._credentials.replace(None)  # otherwise the next credentials need the new token
 
     def list_page(
         self, prefix: str, token: str | None = None, *, delimiter: str = "", after: str = ""
     ) -> Page:
-        """Up to 1,000 objects below a prefix, in key order, from where `token` says.
+        """Up to 1,000 objects below a prefix, in key order, from `token` on.
 
         Args:
             after: without a token, only keys that follow this one.
 
         Raises:
-            SourceError: S3 did not answer, or not as it must.
+            SourceError: S3 did not answer, or its answer is invalid.
         """
         ahead, self._ahead = self._ahead, None
         if ahead is not None and (prefix, token, delimiter, after) == (
@@ -266,14 +265,14 @@ class Source:
     def read_cached(
         self, cache: FleetCache, pin: Pinned, start: int, length: int, cancel: Cancel
     ) -> memoryview | None:
-        """As `read_range`, of the cache of a fleet.
+        """Like `read_range`, from the cache of a fleet.
 
-        None: it is not to be asked, because nothing tells it which version is wanted.
+        None: the cache cannot be used, because requests cannot name the version of this object.
 
         Raises:
             CancelledError: by `cancel`.
-            FleetCacheError: it did not give the range of that version.
-            SourceError: no credentials.
+            FleetCacheError: the cache did not deliver the range of that version.
+            SourceError: there are no credentials.
         """
         if not self._matches(pin):
             return None
@@ -289,11 +288,11 @@ class Source:
         return self._client.ask_cache(cache, request, handle, cancel)
 
     def _matches(self, pin: Pinned) -> bool:
-        """Whether a request says which version of an object is wanted."""
+        """Whether a request can say which version of an object is wanted."""
         return self._sends_if_match and entity_tag.is_strong(pin.etag)
 
     def _request(self, pin: Pinned, start: int, into: memoryview, tag: str) -> Request:
-        """For the range from `start` that fills a buffer, of the version that a tag names."""
+        """The request for the range from `start` that fills a buffer, of the version of a tag."""
         headers = {
             "Range": f"bytes={start}-{start + len(into) - 1}", "Accept-Encoding": self._coding,
         }  # fmt: skip
@@ -303,9 +302,9 @@ class Source:
         return Request("GET", path, "", headers, into)
 
     def _ask_for_range(self, pin: Pinned, start: int, into: memoryview, cancel: Cancel) -> int:
-        """Ask for the range that fills a buffer; how many bytes of it came.
+        """Request the range that fills a buffer; returns how many bytes of it came.
 
-        A service that cannot take a header of the request is asked once more without it.
+        If the service refuses a header of the request, the request is repeated without it.
         """
         what = self.url.name(pin.key)
         tag = pin.etag if self._matches(pin) else ""
@@ -324,16 +323,18 @@ class Source:
             cause = error.__cause__
             if isinstance(cause, ranges.PackedError) and self._coding != _UNPACKED:
                 self._coding = _UNPACKED
-                self._client.note("or a proxy compresses what it sends: it is asked not to")
+                self._client.note("or a proxy compresses answers: requests no longer allow that")
                 return ask(tag)
             refused = isinstance(error, ObjectChangedError | BadRequestError)
             if not (tag and refused and isinstance(cause, RefusedError)):
                 raise
-            # Was it refused for the object, or for the condition, which not every service knows?
+            # Either the object changed, or the service does not know `If-Match`.
             count = ask("")
             self._sends_if_match = False
             log.warning(
-                "%s: the service takes no If-Match (%s); its answers are compared", what, error
+                "%s: the service does not support If-Match (%s); its answers are compared",
+                what,
+                error,
             )
             return count
 
@@ -346,7 +347,7 @@ class Source:
         start: int,
         into: memoryview,
     ) -> int:
-        """Take an answer into a buffer; how many bytes came. Raises as `ranges.check` does."""
+        """Receive an answer into a buffer; returns the size. Raises like `ranges.check`."""
         if answer.status not in (200, 206):
             refuse(answer)
         before, count = ranges.check(
@@ -354,7 +355,7 @@ class Source:
             elsewhere=elsewhere, may_be_packed=request.headers["Accept-Encoding"] == _AS_STORED,
         )  # fmt: skip
         if answer.status == 200:
-            self._client.note("answers a range with 200 in the place of 206")
+            self._client.note("answers a range with 200 instead of 206")
         answer.body.skip(before)
         answer.body.read_into(into[:count])
         ends = answer.status == 206 or start + count == pin.size_bytes
@@ -363,7 +364,7 @@ class Source:
         return count
 
     def checksum(self, pin: Pinned) -> ObjectSum | None:
-        """The checksum of a whole object, to be compared; None if S3 keeps none that can be.
+        """The checksum of a whole object, to be compared; None if S3 keeps no comparable one.
 
         Raises:
             SourceError: the object is gone or was replaced, or S3 did not answer.
@@ -385,13 +386,13 @@ class Source:
             return self._client.ask(request, handle, what, Cancel())
 
     def close_idle(self) -> None:
-        """Close connections that nobody has used for a while."""
+        """Close connections that have been idle for a while."""
         self._client.close_idle()
 
     # The begin
 
     def _first(self, action: Callable[[], T]) -> T:
-        """Try a few times: nobody waits patiently for a mount that cannot be made."""
+        """Try a few times: a mount that cannot be made should fail soon."""
         for attempt in range(1, FIRST_ATTEMPTS + 1):
             try:
                 return action()
@@ -403,14 +404,14 @@ class Source:
         raise AssertionError
 
     def _try_to_read(self, pin: Pinned) -> None:
-        """Read a range of one object. What S3 says of that object, or of itself, is only logged."""
+        """Read a range of one object. Errors of that object, and of S3 itself, are only logged."""
         try:
             self._first(lambda: self.read_range(pin, 0, 1))
         except ThrottledError as error:
             log.warning("%s", error)
         except SourceError as error:
             refused = error.__cause__
-            # A code in the body shows that S3 answered: the way to it is right.
+            # An error code in the body shows that S3 answered: the endpoint is right.
             said_by_s3 = isinstance(error, ObjectChangedError) or (
                 isinstance(refused, RefusedError)
                 and (refused.refusal.status < 500 or bool(refused.refusal.code))
@@ -420,7 +421,7 @@ class Source:
             log.warning("listed, but not readable: %s", error)
 
     def _in_its_region(self, action: Callable[[], T]) -> T:
-        """Go to the region that S3 says the bucket is in, unless another was asked for."""
+        """Switch to the bucket's region according to S3, unless --region names another one."""
         try:
             return action()
         except SourceError as error:
@@ -456,8 +457,8 @@ class Source:
         return timed
 
     def _loaded(self, region: str | None) -> Resolver:
-        """What botocore is needed for. Raises OptionError."""
-        from lazyfs.store.boto.resolver import Resolver  # a tenth of a second
+        """The parts that need botocore. Raises OptionError."""
+        from lazyfs.store.boto.resolver import Resolver  # its import takes a tenth of a second
 
         with self._loading:
             if self._resolver is None:

@@ -1,6 +1,6 @@
-"""Requests to one service: signed, made, followed to where they are redirected, and refused.
+"""Requests to one service: signs and sends them, follows redirects, and turns refusals into errors.
 
-What comes back is a value, or a `SourceError` whose message names what was asked for.
+The result is a value, or a `SourceError` whose message names what was requested.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 MOST_REDIRECTS = 5
-# Servers that redirects led to, whose connections are kept.
+# How many servers that redirects led to are kept with their connections.
 MOST_SERVERS = 16
-# Peculiarities of a service that are told.
+# How many peculiarities of a service are logged.
 MOST_NOTED = 50
 _AGENT = f"lazyfs/{__version__}"
-# What stays as it is in a URL that is escaped already (RFC 3986, 2.2 and 2.3).
+# Characters that stay unchanged in a URL that is already escaped (RFC 3986, 2.2 and 2.3).
 _OF_URLS = "%:/?#[]@!$&'()*+,;=-._~"
 _SIGNED_URL = re.compile(r"[?&](X-Amz-Signature|X-Goog-Signature|Signature|sig)=", re.IGNORECASE)
 
 
 class RefusedError(Exception):
-    """An answer that is not what was asked for."""
+    """An error answer."""
 
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(refusal.status)
@@ -68,7 +68,7 @@ class RefusedError(Exception):
 
 
 class _RedirectedError(Exception):
-    """What was asked for is elsewhere."""
+    """The answer is a redirect."""
 
     def __init__(self, location: str, refusal: Refusal) -> None:
         super().__init__(location)
@@ -81,8 +81,8 @@ class Request:
     """A request before it is signed.
 
     Attributes:
-        path: encoded.
-        headers: that are not signed.
+        path: the encoded path.
+        headers: headers that are not signed.
         into: for the body, if it has exactly this length: then a mover may receive it.
     """
 
@@ -98,18 +98,18 @@ class Request:
 
 
 class Client:
-    """Asks one service.
+    """Sends requests to one service.
 
     Args:
         what: the source, for the log.
-        place: where it is.
+        place: where the bucket is.
         credentials: None: requests are not signed.
-        requester_pays: requests say that whoever makes them pays.
-        refuse_local: somebody else than the administrator chose the server: addresses of this
-            machine are not asked, and errors do not say what is there.
+        requester_pays: requests accept that the requester pays.
+        refuse_local: the administrator did not choose the server: addresses of this machine are
+            not contacted, and errors do not say what is there.
 
     Attributes:
-        movers: receive bodies, where there are any.
+        movers: the processes that receive bodies, if there are any.
     """
 
     def __init__(
@@ -131,22 +131,22 @@ class Client:
         self._servers: dict[str, tuple[Transport, Signer]] = {}
         self._tls: ssl.SSLContext | None = None
         self._noted: set[str] = set()
-        # How far the clock of the service is ahead of ours, where that matters to it.
+        # How far the clock of the service is ahead of ours, if the service has refused our time.
         self._ahead_s = 0.0
         self._server(place.server)
 
     @property
     def bucket_path(self) -> str:
-        """Where the bucket itself is."""
+        """The path of the bucket itself."""
         return self.place.path.removesuffix("/") or "/"
 
     def close_idle(self) -> None:
-        """Close connections that nobody has used for a while."""
+        """Close connections that have been idle for a while."""
         for transport, _ in list(self._servers.values()):
             transport.close_idle()
 
     def note(self, words: str) -> None:
-        """Tell once what the service does differently."""
+        """Log once what the service does differently."""
         if words not in self._noted and len(self._noted) < MOST_NOTED:
             self._noted.add(words)
             log.info("%s: the service %s", self._what, words)
@@ -161,15 +161,15 @@ class Client:
         *,
         trusts_clock: bool = True,
     ) -> T:
-        """Make a request, and follow it to where it is redirected.
+        """Make a request, and follow redirects.
 
         Args:
-            handle: is told whether another service than ours answers.
+            handle: also gets whether another service than ours answers.
             signed: headers that are signed.
             trusts_clock: sign with the time of the service if it refuses ours.
 
         Raises:
-            SourceError: it was refused, or not answered.
+            SourceError: the request was refused, or not answered.
         """
         credentials = None
         try:
@@ -211,11 +211,11 @@ class Client:
         handle: Callable[[Answer, bool], T],
         cancel: Cancel,
     ) -> T:
-        """Make a request of S3 of a cache that stands before it.
+        """Send a request for S3 to a cache in front of it.
 
         Raises:
-            FleetCacheError: it did not give what was asked for.
-            SourceError: no credentials.
+            FleetCacheError: the cache did not deliver what was requested.
+            SourceError: there are no credentials.
         """
         credentials = self._credentials.current() if self._credentials else None
         _, signer = self._server(self.place.server)
@@ -229,7 +229,7 @@ class Client:
         return cache.ask(request.target, headers, lambda answer: handle(answer, False), cancel)
 
     def _takes_clock_of(self, refusal: Refusal) -> bool:
-        """Whether a request failed only for the difference between two clocks, which is now known.
+        """Whether a request failed only because two clocks differ; the difference is then known.
 
         Signatures hold for 15 minutes. The SDKs of AWS correct the difference in the same way.
         """
@@ -246,10 +246,10 @@ class Client:
         return True
 
     def be_vague(self, what: str, error: Exception) -> None:
-        """Where somebody else than the administrator chose the server, do not say what is there.
+        """Hide what is on the server if the administrator did not choose it.
 
         Raises:
-            UnavailableError: the same for a closed port, for silence and for what is no S3.
+            UnavailableError: the same error for a closed port, for silence and for other servers.
         """
         if self._refuse_local:
             log.info("%s: %s: %s", what, type(error).__name__, printable(str(error)))
@@ -299,14 +299,14 @@ class Client:
         raise BadRedirectError(f"redirected more than {MOST_REDIRECTS} times")
 
     def _is_moved(self, server: str) -> bool:
-        """Whether a mover may ask that server: the endpoint, without a proxy."""
+        """Whether a mover may contact that server: only the endpoint, and only without a proxy."""
         return server == self.place.server and not self.place.proxy
 
     def _redirected(
         self, server: str, request: Request, location: str, elsewhere: bool
     ) -> tuple[str, Request, bool]:
-        """Where a redirect leads, what to ask there, and whether that is another service."""
-        # Bytes of a header come as Latin-1; those beyond ASCII have to be escaped.
+        """Where a redirect leads, the request to make there, and whether it is another service."""
+        # Headers are decoded as Latin-1; characters beyond ASCII must be escaped.
         location = quote(location.encode("latin-1"), safe=_OF_URLS)
         try:
             url = urlsplit(urljoin(f"{server}{request.target}", location))
@@ -325,7 +325,7 @@ class Client:
             path = quote(unquote_to_bytes(path), safe="/~")
             query = canonical_query(dict(parse_qsl(query, keep_blank_values=True)))
         headers = request.headers
-        if elsewhere:  # the entity tags of another service are its own
+        if elsewhere:  # another service has its own entity tags
             headers = {name: value for name, value in headers.items() if name != "If-Match"}
         self.note(f"redirects to {printable(to)}")
         return (
@@ -335,7 +335,7 @@ class Client:
         )
 
     def _server(self, server: str) -> tuple[Transport, Signer]:
-        """Connections to a server, and what signs requests for it."""
+        """Connections to a server, and the signer of requests for it."""
         found = self._servers.get(server)
         if found is None:
             if server.startswith("https:") and self._tls is None:
@@ -353,7 +353,7 @@ class Client:
         return found
 
     def _forget_servers(self) -> None:
-        """Make room for one more, beside the endpoint, which is the first."""
+        """Drop a server if there are too many. The first one is the endpoint, which stays."""
         for server in list(self._servers)[1:]:
             if len(self._servers) < MOST_SERVERS:
                 return
@@ -367,14 +367,14 @@ class Client:
         if isinstance(refused, CredentialsExpiredError) and self._credentials and credentials:
             self._credentials.refused(credentials)
             if error.refusal.code == "SignatureDoesNotMatch":
-                self._credentials.current()  # looks for others
+                self._credentials.current()  # this fetches new credentials
                 if not self._credentials.may_be_replaced(credentials):
                     raise AccessDeniedError(str(refused)) from error
         raise refused from error
 
 
 def _anywhere(address: str) -> None:
-    """The endpoint is where the options say that it is."""
+    """Allow every address: the options name the endpoint."""
 
 
 def _unless_redirected(answer: Answer, handle: Callable[[Answer], T]) -> T:
@@ -382,7 +382,7 @@ def _unless_redirected(answer: Answer, handle: Callable[[Answer], T]) -> T:
     location = answer.headers.get("location")
     if location and answer.status in (301, 302, 303, 307, 308):
         refusal = Refusal.of(answer.status, answer.headers, answer.body.read_all(MOST_TEXT))
-        # 301 of S3 itself is about the region of the bucket.
+        # A 301 of S3 itself reports the region of the bucket.
         if answer.status != 301 or not (refusal.code or refusal.region):
             raise _RedirectedError(location, refusal)
         raise RefusedError(refusal)
@@ -394,7 +394,7 @@ def refuse(answer: Answer) -> NoReturn:
 
 
 def _is_same_service(ours: str, other: str) -> bool:
-    """Whether two servers belong to one service, which may see what is signed for it."""
+    """Whether two servers belong to one service, so that both may get its signatures."""
     one, two = urlsplit(ours), urlsplit(other)
     if one.netloc == two.netloc:
         return True
@@ -407,7 +407,7 @@ def _is_same_service(ours: str, other: str) -> bool:
 
 
 def _cause(error: OSError) -> str:
-    """What is wrong with a connection, in a few words."""
+    """Why a connection failed, in a few words."""
     if isinstance(error, TimeoutError):
         return f"no answer for {SILENCE_TIMEOUT_S:g} s"
     if isinstance(error, ssl.SSLError) and error.reason == "WRONG_VERSION_NUMBER":

@@ -1,12 +1,12 @@
 """Signatures of requests to S3, version 4. Pure.
 
-As in https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html, for requests
-without a body. botocore signs as well, but takes ten times as long for it, in a load hundreds of
-times a second, and a tenth of a second to load.
+Implements https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html for
+requests without a body. botocore can sign too, but takes ten times as long, for hundreds of
+requests a second during a load, and its import takes a tenth of a second.
 
-What is signed is what has to be: the host and the `x-amz-*` headers. `Range` and `If-Match` are
-not, so that a cache on the way can ask in pieces of its own, and one signature serves all ranges of
-an object for `LASTS_S`.
+Signatures cover only what they must: the host and the `x-amz-*` headers. They do not cover `Range`
+and `If-Match`, so that a caching proxy may request other ranges, and one signature serves all
+ranges of an object for `LASTS_S`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from urllib.parse import quote, urlsplit
 _ALGORITHM = "AWS4-HMAC-SHA256"
 _NO_BODY = hashlib.sha256(b"").hexdigest()
 _SENDABLE = re.compile(r"[!-~]+")
-# S3 takes a signature for 15 minutes, of which clocks that differ need most.
+# S3 accepts a signature for 15 minutes; most of that is left for clocks that differ.
 LASTS_S = 60.0
-# Signatures that are kept, one an object.
+# How many signatures are kept, one for each object.
 MOST_KEPT = 512
 
 
 class SigningCredentials(NamedTuple):
-    """What requests are signed with; not to be shown."""
+    """The keys that sign requests; secret."""
 
     access_key_id: str
     secret_access_key: str
@@ -41,10 +41,10 @@ class SigningCredentials(NamedTuple):
 
     @classmethod
     def of(cls, access_key_id: str, secret: str, session_token: str | None) -> SigningCredentials:
-        """As somebody wrote them: without the line break that files and Secrets often end in.
+        """Credentials as the user wrote them, without the line break that ends many files.
 
         Raises:
-            ValueError: they cannot be sent; the message has no part of them.
+            ValueError: they cannot be sent; the message contains no part of them.
         """
         made = cls(access_key_id.strip(), secret.strip(), (session_token or "").strip() or None)
         for name, text in (("access key id", made[0]), ("session token", made[2] or "-")):
@@ -57,18 +57,18 @@ class Signer:
     """Signs requests to one server.
 
     Args:
-        server: `https://HOST[:PORT]`, or of http.
-        region: that it belongs to.
-        service: such as `s3`.
+        server: `https://HOST[:PORT]`, or the same with http.
+        region: the region of the server.
+        service: the service's name in signatures, such as `s3`.
 
     Attributes:
-        host: that is signed.
+        host: the signed `Host` header.
     """
 
     def __init__(self, server: str, region: str, service: str = "s3") -> None:
         url = urlsplit(server)
         usual = {"http": 80, "https": 443}.get(url.scheme)
-        # As clients send it: without a port that goes without saying.
+        # As clients send it: without the default port.
         host = url.hostname or ""
         host = f"[{host}]" if ":" in host else host
         self.host = host if url.port in (None, usual) else f"{host}:{url.port}"
@@ -86,7 +86,7 @@ class Signer:
         headers: Mapping[str, str],
         credentials: SigningCredentials,
     ) -> dict[str, str]:
-        """As `sign`, now; what was signed for the same a moment ago is used again."""
+        """Like `sign`, with the present time; reuses a recent signature of the same request."""
         now_s = time.time() + self.ahead_s
         about = (method, path, query, tuple(headers.items()), credentials)
         kept = self._kept.get(about)
@@ -96,7 +96,7 @@ class Signer:
             while len(self._kept) > MOST_KEPT:
                 try:
                     self._kept.popitem(last=False)
-                except KeyError:  # another thread was faster
+                except KeyError:  # another thread has signed it meanwhile
                     break
         return kept[1]
 
@@ -109,13 +109,13 @@ class Signer:
         credentials: SigningCredentials,
         now_s: float,
     ) -> dict[str, str]:
-        """The headers that a request needs beside those it has.
+        """The headers to add to a request.
 
         Args:
-            path: encoded, as it goes over the wire.
-            query: as of `canonical_query`.
-            headers: that are to be signed, beside `Host`, which is not among them.
-            now_s: since the epoch.
+            path: the path, encoded for the wire.
+            query: the output of `canonical_query`.
+            headers: the headers to sign besides `Host`; they do not include it.
+            now_s: seconds since the epoch.
         """
         time_stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now_s))
         added = {"X-Amz-Date": time_stamp, "X-Amz-Content-SHA256": _NO_BODY}
@@ -142,8 +142,8 @@ class Signer:
         return added
 
     def _key(self, secret: str, date: str) -> bytes:
-        """What is derived of a secret for a day; kept, because it is the same every time."""
-        derived = self._derived  # of this moment: other threads may replace it
+        """The signing key, derived from the secret for a day; cached, because it stays the same."""
+        derived = self._derived  # one read: other threads may replace it
         if derived is None or derived[0] != (secret, date):
             key = f"AWS4{secret}".encode()
             for part in (date, *self._scope):
@@ -153,7 +153,7 @@ class Signer:
 
 
 def canonical_query(parameters: Mapping[str, str]) -> str:
-    """A query as it is sent and signed: sorted, and each byte escaped that may be."""
+    """A query as it is sent and signed: sorted, with everything escaped that may be."""
     escaped = (
         (quote(name, safe="~"), quote(value, safe="~")) for name, value in parameters.items()
     )

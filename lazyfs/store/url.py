@@ -1,4 +1,4 @@
-"""`s3://BUCKET/PREFIX`: how a source is named. Pure."""
+"""Parses `s3://BUCKET/PREFIX`, the name of a source. Pure."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ SCHEME = "s3://"
 _BUCKET = re.compile(r"([A-Za-z0-9_]+:)?[A-Za-z0-9][A-Za-z0-9.\-_]{1,254}")
 _ARN = re.compile(r"arn:[a-z0-9-]+:([a-z0-9-]+):([a-z0-9-]*):[0-9]*:(?:[^/:]+[/:][^/:]+)(?=/|$)")
 _OUTPOST = re.compile(r"arn:[a-z0-9-]+:s3-outposts:")
-# Names that AWS reserves for what is no bucket of general purpose, and what to do instead:
+# Names that AWS reserves for other things than general purpose buckets, and what to use instead:
 # docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html
 _RESERVED = {
     "--x-s3": "directory buckets (S3 Express One Zone) are not supported: use a general purpose "
     "bucket",
     "--xa-s3": "access points of directory buckets (S3 Express One Zone) are not supported: use a "
     "general purpose bucket",
-    "--ol-s3": "an Object Lambda access point does not answer ranges of what it makes: use the "
+    "--ol-s3": "an Object Lambda access point does not support ranges: use the "
     "access point behind it",
     "--op-s3": "S3 on Outposts is not supported",
     "--table-s3": "table buckets (S3 Tables) hold no objects",
@@ -41,7 +41,7 @@ class SourceUrl:
 
     @classmethod
     def parse(cls, text: str) -> SourceUrl:
-        """Raises OptionError when the text is not such a URL, or names what cannot be read."""
+        """Parse a URL. Raises OptionError if it is not valid, or if its bucket is not supported."""
         if not text.startswith(SCHEME):
             raise OptionError(f"{text!r} is not a source: write s3://BUCKET or s3://BUCKET/PREFIX")
         rest = text.removeprefix(SCHEME)
@@ -64,7 +64,7 @@ class SourceUrl:
         return cls(bucket, f"{prefix}/" if prefix else "")
 
     def name(self, key: str) -> str:
-        """An object of the bucket, for messages."""
+        """The name of an object of the bucket, for messages."""
         return f"{SCHEME}{self.bucket}/{key}"
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ class SourceUrl:
 
 
 def is_url(text: str) -> bool:
-    """Whether a text names a source rather than a path of this machine."""
+    """Whether a text names a source and not a path on this machine."""
     return text.startswith(SCHEME)
 
 

@@ -81,7 +81,7 @@ def test_any_endpoint_is_none_of_the_node(
     for host in ("127.0.0.1", "localhost", "0.0.0.0", "[::ffff:127.0.0.1]", "2130706433"):
         code, message = publish(node, f"http://{host}:{port}")
         assert code == "FAILED_PRECONDITION", message
-        assert "is not asked" in message and "secret" not in message
+        assert "are not contacted" in message and "secret" not in message
     assert inside.connections == 0 and node.leftovers() == []
 
 
