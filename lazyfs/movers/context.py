@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 import threading
 
+# What is sent with a connection.
+WIRE = b"wire"
 # By name, as the worker lent them.
 descriptors: dict[str, int] = {}
 _of_thread = threading.local()
@@ -23,5 +25,5 @@ def serve(line: socket.socket) -> None:
 def tell_wire(connection: socket.socket) -> None:
     """Let the worker watch, and end, the connection that this call waits for."""
     if getattr(_of_thread, "wire", None) is not connection:
-        socket.send_fds(_of_thread.line, [b"wire"], [connection.fileno()])
+        socket.send_fds(_of_thread.line, [WIRE], [connection.fileno()])
         _of_thread.wire = connection

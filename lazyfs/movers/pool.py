@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from typing import Any, Protocol
 
 from lazyfs.blocks import buffers
 from lazyfs.blocks.arena import Arena
+from lazyfs.movers.context import WIRE
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 MOST_BYTES = 192 << 10
 # Calls at a time for each mover, before another one is started: more of them share an interpreter.
 CALLS_OF_EACH = 6
-
+# Variables of the worker's environment that movers get, by their beginnings. Others may be keys.
+_PASSED_ON = ("PATH", "PYTHON", "LD_", "LANG", "LC_", "TZ", "OPENSSL_")
 
 # What a call raises in the place of its own error: the first that it is one of.
 OS_ERRORS = (TimeoutError, ConnectionError, FileNotFoundError, OSError)
@@ -157,7 +160,9 @@ class Movers:
     def close_idle(self) -> None:
         """End the movers and free idle memory, when they were not used for a while."""
         with self._lock:
-            if time.monotonic() - self._used_s <= MOST_IDLE_S:
+            # A call may take minutes: over a slow link, or while the kernel holds a page.
+            is_used = any(mover.busy for mover in self._movers)
+            if is_used or time.monotonic() - self._used_s <= MOST_IDLE_S:
                 return
             movers, self._movers = self._movers, []
         for mover in movers:
@@ -180,22 +185,22 @@ class Movers:
             if not self._ended and there < min(self.count, max(2, calls // CALLS_OF_EACH)):
                 self._start_another()
             for mover in sorted(self._movers, key=lambda each: each.busy):
+                if not mover.idle:
+                    try:
+                        mover.idle.append(_new_line(mover))
+                    except OSError:  # it has ended, or this process may open no more files
+                        if mover.process.poll() is not None:
+                            self._movers.remove(mover)
+                            self._rest()
+                            _end(mover)
+                        continue
                 mover.busy += 1
-                if mover.idle:
-                    return mover.idle.pop()
-                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                try:
-                    with theirs:
-                        socket.send_fds(mover.control, [b"line"], [theirs.fileno()])
-                except OSError:  # it has ended, which whoever waits for it notices
-                    ours.close()
-                    mover.busy -= 1
-                    continue
-                return _Line(mover, ours)
+                return mover.idle.pop()
         raise MoverLostError("none is running")
 
     def _give_back(self, line: _Line) -> None:
         with self._lock:
+            self._used_s = time.monotonic()
             line.mover.busy -= 1
             if line.mover in self._movers:
                 line.mover.idle.append(line)
@@ -263,6 +268,7 @@ def _started(arena: int, lent: Mapping[str, int]) -> _Mover:
                 pass_fds=list(passed.values()),
                 stdin=subprocess.DEVNULL,
                 cwd="/",
+                env={k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)},
             )
         if not ours.recv(16):
             raise EOFError(f"it ended at once, with exit code {process.wait()}")
@@ -270,6 +276,18 @@ def _started(arena: int, lent: Mapping[str, int]) -> _Mover:
         ours.close()
         raise
     return _Mover(process, ours)
+
+
+def _new_line(mover: _Mover) -> _Line:
+    """A line to a new thread of a mover. Raises OSError."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        with theirs:
+            socket.send_fds(mover.control, [b"line"], [theirs.fileno()])
+    except OSError:
+        ours.close()
+        raise
+    return _Line(mover, ours)
 
 
 def _end(mover: _Mover) -> None:
@@ -299,6 +317,8 @@ def _exchange(
             message, descriptors, _, _ = socket.recv_fds(line.channel, MOST_BYTES, 1)
             if not message:
                 raise ConnectionResetError("it ended")
+            if message == WIRE and not descriptors:
+                continue  # this process may open no more files
             if not descriptors:
                 told: dict[str, Any] = json.loads(message)
                 return told

@@ -6,6 +6,7 @@ socket or ends. (PR_SET_PDEATHSIG would look at the thread that started it.)
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import mmap
@@ -23,6 +24,8 @@ from lazyfs.movers.pool import MOST_BYTES, OS_ERRORS
 
 # As for the threads of a worker that move bytes: what decides comes first (`fetch/threads.py`).
 NICER = 5
+# linux/prctl.h
+_PR_SET_DUMPABLE = 4
 
 
 class _Memory:
@@ -44,6 +47,8 @@ class _Memory:
 
 def main() -> None:
     """Serve lines until the worker closes the control socket."""
+    # Signatures and tokens pass through: as of a worker, no other process sees its memory.
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's is for the worker
     lent = context.descriptors
     lent.update(json.loads(sys.argv[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 
 from lazyfs.blocks import buffers
 from lazyfs.blocks.buffers import LEAST_SHARED, MOST_IDLE_BYTES, shared_offset, take_buffer
+from lazyfs.movers import pool
 from lazyfs.movers.pool import MoverFaultError, MoverLostError, Movers
 
 SIZE = 3 << 20
@@ -58,6 +60,12 @@ def wait_for(port: int, data: memoryview) -> int:
     with socket.create_connection(("127.0.0.1", port)) as connection:
         tell_wire(connection)
         return connection.recv_into(data)
+
+
+def secrets_of(data: memoryview) -> list[object]:
+    """Its environment, and whether others may look into it."""
+    dumpable = ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)  # PR_GET_DUMPABLE
+    return [dict(os.environ), dumpable]
 
 
 def called(movers: Movers, function: Callable[..., object], *arguments: object) -> object:
@@ -164,12 +172,92 @@ def test_the_connection_that_a_call_waits_for_can_be_ended(movers: Movers) -> No
     assert came == [0]
 
 
+def test_a_long_call_is_not_idle(movers: Movers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block over a slow link takes minutes, in which no other call may begin."""
+    called(movers, fill, 0)
+    monkeypatch.setattr(pool, "MOST_IDLE_S", -1.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port, wire, came = server.getsockname()[1], Wire(), []
+        thread = threading.Thread(
+            target=lambda: came.append(
+                movers.call(wait_for, port, buffer=take_buffer(SIZE), wire=wire)
+            )
+        )
+        thread.start()
+        assert wire.told.wait(30)
+        movers.close_idle()
+        connection, _ = server.accept()
+        with connection:
+            connection.send(b"abc")
+            thread.join(30)
+    assert came == [3]
+    assert movers.lost == 0
+    movers.close_idle()
+    assert movers.running == 0, "now it is"
+
+
+def test_one_that_ended_before_its_first_call_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "FIRST_PAUSE_S", 0.0)
+    movers = Movers(1)
+    try:
+        with pytest.raises(MoverLostError):
+            movers.call(fill, 0, buffer=take_buffer(SIZE))
+        until_s = time.monotonic() + 60
+        while not movers.running:
+            assert time.monotonic() < until_s
+            time.sleep(0.01)
+        former = movers._movers[0].process
+        former.kill()
+        former.wait()
+        assert called(movers, fill, 0) != former.pid
+    finally:
+        movers.close()
+        buffers.share(None)
+
+
+def test_too_few_descriptors_are_no_end(movers: Movers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever calls then does it without a mover, and movers go on."""
+    pid = called(movers, fill, 0)
+    taken = [movers._take() for _ in range(2)]
+
+    def refuse(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pool.socket, "socketpair", refuse)
+        for mover in movers._movers:
+            mover.idle.clear()
+        with pytest.raises(MoverLostError):
+            movers.call(fill, 0, buffer=take_buffer(SIZE))
+    for line in taken:
+        movers._give_back(line)
+    assert all(mover.busy == 0 for mover in movers._movers)
+    assert movers.lost == 0
+    assert isinstance(called(movers, fill, 0), int), pid
+
+
+def test_they_get_no_keys_and_show_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalr")
+    monkeypatch.setenv("HTTPS_PROXY", "http://user:word@proxy:1")
+    movers = Movers(1)
+    try:
+        told = called(movers, secrets_of)
+        assert isinstance(told, list)
+        environment, dumpable = told
+        assert "PATH" in environment
+        assert not {"AWS_SECRET_ACCESS_KEY", "HTTPS_PROXY"} & environment.keys()
+        assert dumpable == 0
+    finally:
+        movers.close()
+        buffers.share(None)
+
+
 def test_they_end_with_the_pool(movers: Movers) -> None:
     pid = called(movers, fill, 0)
     assert isinstance(pid, int)
     movers.close()
     until_s = time.monotonic() + 30
-    while Path(f"/proc/{pid}/exe").exists():
+    while Path(f"/proc/{pid}").exists():
         assert time.monotonic() < until_s
         time.sleep(0.01)
     with pytest.raises(MoverLostError):
