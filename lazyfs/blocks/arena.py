@@ -7,10 +7,20 @@ its place in the file, and loses its memory.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import threading
 from collections import defaultdict, deque
+
+# linux/mman.h
+_MAP_FIXED = 0x10
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64,
+]  # fmt: skip
+_MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class Slot(mmap.mmap):
@@ -52,10 +62,28 @@ class Arena:
                 offset = self._size
                 os.ftruncate(self.descriptor, offset + size)
                 self._size += size
-        slot = Slot(self.descriptor, size, mmap.MAP_SHARED, offset=offset)
+        try:
+            slot = self._mapped(size, offset)
+        except OSError:
+            self._free[size].append(offset)
+            raise
         slot.arena, slot.offset = self, offset
         with contextlib.suppress(OSError):  # a kernel without huge pages
             slot.madvise(mmap.MADV_HUGEPAGE)
+        return slot
+
+    def _mapped(self, size: int, offset: int) -> Slot:
+        """A part of the file. Raises OSError.
+
+        `mmap` of Python would keep a descriptor for each slot, and there may be thousands. So the
+        file takes the place of memory without one.
+        """
+        slot = Slot(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        address = ctypes.addressof(ctypes.c_ubyte.from_buffer(slot))
+        rights, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED
+        if _libc.mmap(address, size, rights, flags, self.descriptor, offset) == _MAP_FAILED:
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error))
         return slot
 
     def give_back(self, slot: Slot) -> None:

@@ -278,6 +278,14 @@ def test_memory_of_buffers_that_nobody_needs_goes_back(movers: Movers) -> None:
     assert all(take_buffer(SIZE) is not None for _ in range(3))
 
 
+def test_buffers_take_no_descriptors(movers: Movers) -> None:
+    """On a large machine there are thousands of them."""
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    many = [take_buffer(SIZE) for _ in range(50)]
+    assert all(shared_offset(buffer) is not None for buffer in many)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
 def test_none() -> None:
     movers = Movers(0)
     with pytest.raises(MoverLostError):
