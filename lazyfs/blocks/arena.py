@@ -1,7 +1,7 @@
 """Memory for buffers that other processes map as well: one unnamed file, in slots.
 
-Slots are private memory until another process is given the file. A slot that is given back keeps
-its place in the file, and loses its memory.
+Slots are private memory until another process gets the file. A returned slot keeps its place in the
+file, but its memory is freed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Slot(mmap.mmap):
     """A part of the file, mapped.
 
     Attributes:
-        arena: whose file it is.
-        offset: where in the file it begins, in bytes.
+        arena: the owner of the file.
+        offset: the offset in the file, in bytes.
     """
 
     arena: Arena
@@ -36,21 +36,21 @@ class Slot(mmap.mmap):
 
 
 class Arena:
-    """A file of memory that grows as slots are taken, and never shrinks.
+    """A memory file that grows as slots are taken, and never shrinks.
 
     Raises:
-        OSError: the kernel gives none.
+        OSError: the kernel cannot create it.
     """
 
     def __init__(self) -> None:
         self.descriptor = os.memfd_create("lazyfs-blocks", os.MFD_CLOEXEC)
         self._size = 0
         self._growing = threading.Lock()
-        # By size. Changed without a lock: slots are given back by whoever lets go of the last view.
+        # Free slots by size. Without a lock: any thread may release the last view of a slot.
         self._free: defaultdict[int, deque[int]] = defaultdict(deque)
 
     def take(self, size: int) -> Slot:
-        """A slot of `size` bytes, a multiple of the size of a page.
+        """Take a slot of `size` bytes, a multiple of the page size.
 
         Raises:
             OSError: out of memory, or out of address space.
@@ -87,7 +87,7 @@ class Arena:
         return slot
 
     def give_back(self, slot: Slot) -> None:
-        """Free the memory of a slot; nobody uses it any more."""
+        """Free the memory of a slot that is no longer used."""
         with contextlib.suppress(OSError):
             slot.madvise(mmap.MADV_REMOVE)
         self._free[len(slot)].append(slot.offset)

@@ -26,7 +26,7 @@ from lazyfs.blocks.arena import Arena, Slot
 ALIGNMENT = 4096
 HUGE_PAGE = 2 << 20
 MOST_IDLE_BYTES = 64 << 20
-# Smaller buffers are not worth another process.
+# For smaller buffers, a call to another process does not pay.
 LEAST_SHARED = 1 << 20
 
 _arena: Arena | None = None
@@ -37,13 +37,13 @@ def share(arena: Arena | None) -> None:
     """Take buffers of `LEAST_SHARED` bytes or more from an arena from now on."""
     global _arena
     _arena = arena
-    # Idle memory is elsewhere.
+    # Idle buffers are outside this arena.
     _lease_type.cache_clear()
     _lease_types.clear()
 
 
 def free_idle() -> None:
-    """Free the memory of an arena's buffers that are not in use; the load is over."""
+    """Free the memory of an arena's unused buffers after a load."""
     for lease_type in _lease_types:
         with contextlib.suppress(IndexError):
             while isinstance(lease_type.idle[0], Slot):
@@ -53,7 +53,7 @@ def free_idle() -> None:
 
 
 def shared_offset(buffer: memoryview) -> int | None:
-    """Where in the arena's file a view begins; None if it is not in it, or cannot be written to."""
+    """The offset of a view in the arena's file; None if it is not in the arena, or is read-only."""
     lease = buffer.obj
     if not isinstance(lease, _Lease) or buffer.readonly or not buffer:
         return None

@@ -14,7 +14,7 @@ PIECE_BLOCKS = 8
 
 
 class Place(IntEnum):
-    """Where a block is.
+    """The place of a block.
 
     ABSENT: only in S3. COMING: requested from S3. LOCAL: on this node's disk or in the worker's
     memory. LOADING: the same, and on its way from there into the page cache or to a reader. NEAR:

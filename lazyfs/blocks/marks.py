@@ -1,7 +1,7 @@
-"""One byte for each block of a file, also of a file of 50 TB of which little is read.
+"""One byte for each block of a file, even for a file of 50 TB of which little is read.
 
-Pure. `bytearray` is what nearly all files have; `SparseMarks` has the part of its methods that is
-used here, and memory only where a byte is not zero.
+Pure. Nearly all files use a `bytearray`. Huge files use `SparseMarks`, which implements the methods
+that are needed here, and takes memory only where a byte is not zero.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ DENSE_BLOCKS = 1 << 14
 
 
 class SparseMarks:
-    """A sequence of bytes, zero at first, in chunks that are made when something is set in them.
+    """A sequence of bytes, zero at first, in chunks that are created when a byte is set in them.
 
     Args:
         count: the number of bytes.
@@ -42,7 +42,7 @@ class SparseMarks:
         chunk[at % DENSE_BLOCKS] = value
 
     def find(self, value: int, start: int = 0, stop: int | None = None) -> int:
-        """As `bytearray.find`, for positions that are not negative."""
+        """Like `bytearray.find`, for positions that are not negative."""
         for chunk, begin, first, last in self._parts(start, stop):
             if chunk is None:
                 if not value:
@@ -52,7 +52,7 @@ class SparseMarks:
         return -1
 
     def count(self, value: int, start: int = 0) -> int:
-        """As `bytearray.count`, for positions that are not negative."""
+        """Like `bytearray.count`, for positions that are not negative."""
         return sum(
             (last - first) * (not value) if chunk is None else chunk.count(value, first, last)
             for chunk, _, first, last in self._parts(start, None)
@@ -61,7 +61,7 @@ class SparseMarks:
     def _parts(
         self, start: int, stop: int | None
     ) -> Iterator[tuple[bytearray | None, int, int, int]]:
-        """Chunks of a range: where each begins, and the part of it that is in the range."""
+        """The chunks of a range: the start of each one, and the part of it that is in the range."""
         stop = self._count if stop is None else min(stop, self._count)
         while start < stop:
             number, first = divmod(start, DENSE_BLOCKS)
@@ -81,5 +81,5 @@ Marks: TypeAlias = bytearray | SparseMarks
 
 
 def zero_marks(count: int) -> Marks:
-    """Marks of so many blocks, all zero."""
+    """Marks of this many blocks, all zero."""
     return bytearray(count) if count <= DENSE_BLOCKS else SparseMarks(count)

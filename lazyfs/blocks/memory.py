@@ -25,7 +25,7 @@ from lazyfs.objects import File
 
 # Parts of a block that are tracked: a part counts as read when its last byte was read.
 PART = 64 << 10
-# At least so many blocks stay that a reader has begun to read.
+# At least this many blocks that a reader has begun to read stay in memory.
 LEAST_BEGUN = 8
 # Blocks of room for demand alone.
 LEAST_RESERVE = 2

@@ -1,9 +1,9 @@
 """Groups of the nodes of a large fleet. Pure.
 
-All nodes want the same blocks at about the same time, as many as each has requests in flight. With
-one ring, as many shelves as there are such blocks send them to everybody, and the others rest:
-1,000 nodes would wait for 64 shelves. So a large fleet is divided. Each group has a ring of its
-own, and its shelves get what they do not have from the ring of all, each block once.
+All nodes request the same blocks at about the same time: as many blocks as a node has requests in
+flight. With one ring, only the shelves of these blocks would send, and all others would be idle:
+1,000 nodes would wait for 64 shelves. So a large fleet is divided. Each group has its own ring, and
+its shelves get missing blocks from the ring of all nodes, each block once.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from collections.abc import Iterable
 
 
 def groups(nodes: Iterable[str], most: int) -> dict[str, int]:
-    """The group of each node: the same on all nodes, and seldom another when some come or go.
+    """The group of each node.
+
+    All nodes compute the same groups, and few nodes change their group when others join or leave.
 
     Args:
-        nodes: their addresses.
-        most: of a group, on average; up to so many nodes are one group.
+        nodes: the addresses of all nodes.
+        most: the average size of a group; a fleet of up to this many nodes is one group.
     """
     names = set(nodes)
     count = 1

@@ -1,4 +1,4 @@
-"""Which nodes belong to a fleet, and which DNS servers there are."""
+"""Finds the nodes of a fleet, and the DNS servers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RESOLV_CONF = Path("/etc/resolv.conf")
 
 
 class MembersError(LazyfsError):
-    """It cannot be found out now which nodes there are."""
+    """The nodes of the fleet cannot be determined now."""
 
 
 def members(settings: FleetSettings) -> list[str]:
@@ -25,7 +25,7 @@ def members(settings: FleetSettings) -> list[str]:
         found = socket.getaddrinfo(settings.members_dns, None, type=socket.SOCK_STREAM)
     except OSError as error:
         raise MembersError(f"{settings.members_dns}: {error.strerror or error}") from None
-    # Doors must agree on names: of a node that has addresses of both kinds, one is taken.
+    # Doors must agree on the names of nodes: of a node with IPv4 and IPv6 addresses, one is used.
     family = ipaddress.ip_address(settings.address).version
     addresses = {str(each[4][0]).partition("%")[0] for each in found}
     return sorted(each for each in addresses if ipaddress.ip_address(each).version == family)
@@ -47,7 +47,7 @@ def _of_file(path: Path) -> list[str]:
 
 
 def resolvers(settings: FleetSettings) -> list[str]:
-    """The DNS servers of nginx, which does not read /etc/resolv.conf; empty: there are none."""
+    """The DNS servers for nginx, which does not read /etc/resolv.conf; empty if there are none."""
     if settings.resolvers:
         return list(settings.resolvers)
     try:

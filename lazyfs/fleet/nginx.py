@@ -1,17 +1,18 @@
 """The configuration of nginx for one node of a fleet. Pure.
 
-What it must not do decides its form:
+The configuration ensures that the cache never does this:
 
-- *Give a reader what S3 denies it.* The door asks S3 about each request with the reader's own
-  signature, for one byte of the version that it wants (`auth_request`). The answer is kept under
-  the signature, so it is never another reader's. Any doubt is a refusal: then lazyfs asks S3.
-- *Keep what is not S3's answer to the key.* A key is host, path, ETag and range, divided by line
-  feeds, which none of them can contain. Only GETs of one range of one version are taken, without a
-  query; of a request only the headers named here go on; only 206 is kept, with the ETag that was
-  asked for; and the host must be one of the administrator's, which is reached by TLS if he says so.
-- *Answer strangers.* A shelf does not ask S3 about readers, because doors do. So it answers the
-  doors of the fleet alone: by address, and by certificate if there is one.
-- *Follow S3's hints.* `X-Accel-*`, `Cache-Control` and the like of an object decide nothing here.
+- *Give a reader what S3 denies it.* For each request, the door sends S3 a request for one byte of
+  the same version with the reader's own signature (`auth_request`). The answer is cached under the
+  signature, so it never applies to another reader. In doubt the door refuses: then lazyfs asks S3.
+- *Store anything but S3's answer to the key.* A key is host, path, ETag and range, separated by
+  line feeds, which none of them can contain. Only GETs of one range of one version, without a
+  query, are accepted; only the headers named here are passed on; only a 206 with the requested ETag
+  is stored; and the administrator must have named the host, which is reached by TLS if its URL says
+  so.
+- *Answer strangers.* A shelf does not ask S3 about readers, because doors do. So it answers only
+  the doors of the fleet, which it knows by address, and by certificate if there is one.
+- *Follow S3's hints.* `X-Accel-*`, `Cache-Control` and similar headers of an object are ignored.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Sequence
 from lazyfs.fleet.groups import groups
 from lazyfs.fleet.settings import FleetSettings, Origin
 
-# A block, of which the number decides how many keys there are (8,000 in a megabyte of memory).
+# The assumed size of a block; the number of keys follows from it (8,000 keys take 1 MB of memory).
 _BLOCK_BYTES = 1 << 20
 _KEYS_IN_MIB = 8000
 
@@ -153,7 +154,7 @@ http {{
     }}
 }}
 """
-# What goes on, to shelves and to S3, besides the range.
+# The headers that are passed on to shelves and to S3, besides the range.
 _HEADERS = (
     "Host $http_host",
     'Connection ""',
@@ -189,7 +190,7 @@ _FROM_S3 = f"""
             proxy_cache_key "{{level}}{_KEY}";
             proxy_pass $origin$request_uri;
 """
-# Of a fleet in groups: a shelf gets what it lacks from the ring of all, in which each shelf is.
+# In a fleet with groups, a shelf gets missing ranges from the ring of all shelves.
 _FROM_ALL = f"""
             proxy_cache blocks;
             proxy_cache_key "{_KEY}";
@@ -233,11 +234,11 @@ def render(
     """The configuration.
 
     Args:
-        members: addresses of all nodes; the same for all of them, in any order.
-        resolvers: addresses of DNS servers.
-        size_bytes, reserve_bytes: what the settings of the cache are on its filesystem.
-        as_root: root starts it.
-        connections: of each of its processes.
+        members: the addresses of all nodes; the same on each node, in any order.
+        resolvers: the addresses of DNS servers.
+        size_bytes, reserve_bytes: the limits of the cache, in bytes of its filesystem.
+        as_root: whether root starts nginx.
+        connections: the most connections of each process.
     """
     nodes = sorted(set(members) or {settings.address})
     files = settings.tls_dir
@@ -296,7 +297,7 @@ def render(
 
 
 def _mapped(origin: Origin) -> str:
-    """A line of the map from hosts to where they are."""
+    """A line of the map from hosts to URLs."""
     if origin.is_suffix:
         host = re.escape(origin.host).replace("\\-", "-")
         return f'"~^[a-z0-9][a-z0-9.-]*\\.{host}$" "{origin.scheme}://$http_host";'

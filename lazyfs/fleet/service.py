@@ -1,4 +1,4 @@
-"""Keeps nginx running with the configuration of the fleet as it is now."""
+"""Keeps nginx running with the present configuration of the fleet."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lazyfs.fleet.settings import FleetSettings
 log = logging.getLogger(__name__)
 
 LOOK_S = 5.0
-# After nginx ended by itself.
+# The pause after nginx ended by itself.
 PAUSE_S = 1.0
 END_WITHIN_S = 20.0
 MOST_FILES = 65536
@@ -33,8 +33,8 @@ class FleetService:
     """One node's door and shelf.
 
     Args:
-        settings: of the fleet.
-        program: nginx; None: where Debian and others have it.
+        settings: the fleet's settings.
+        program: the path of nginx; None: the usual places.
 
     Raises:
         OptionError: there is no nginx, or a directory cannot be used.
@@ -52,14 +52,14 @@ class FleetService:
         self._process: subprocess.Popen[bytes] | None = None
 
     def configuration(self) -> str:
-        """As it should be now. Raises OptionError."""
+        """The present configuration. Raises OptionError."""
         try:
             self._members = members(self._settings)
             self._told = ""
         except MembersError as error:
-            # Those that were there are more likely to be there than none.
+            # The former nodes are a better guess than none.
             if str(error) != self._told:
-                log.warning("%s; going on with %d nodes", error, max(1, len(self._members)))
+                log.warning("%s; continuing with %d nodes", error, max(1, len(self._members)))
             self._told = str(error)
         size, reserve = self._space()
         return render(
@@ -91,7 +91,7 @@ class FleetService:
         """Make the directories. Raises OptionError if others could write to them."""
         user = self._user()
         run_dir = self._settings.run_dir
-        # Signatures are in the verdicts, and objects of everybody in the cache.
+        # The verdicts contain signatures, and the cache contains objects of all readers.
         private = (run_dir / "verdicts", run_dir / "tmp", self._settings.cache_dir)
         for directory in (run_dir, *private):
             try:
@@ -99,7 +99,7 @@ class FleetService:
                 status = directory.stat()
                 if status.st_uid not in (os.geteuid(), user):
                     raise OptionError(
-                        f"{directory} belongs to another user: what is in it decides who may read"
+                        f"{directory} belongs to another user: its content decides who may read"
                     )
                 if os.geteuid() == 0 and directory != run_dir:
                     os.chown(directory, user, -1)
@@ -108,7 +108,7 @@ class FleetService:
                 raise OptionError(f"{directory}: {error.strerror}") from None
 
     def _user(self) -> int:
-        """Whom the processes of nginx run as. Raises OptionError."""
+        """The user of nginx's processes. Raises OptionError."""
         if os.geteuid():
             return os.geteuid()
         try:
@@ -123,7 +123,7 @@ class FleetService:
         new.rename(path)
 
     def _check(self) -> None:
-        """Raises LazyfsError if nginx does not take the configuration."""
+        """Raises LazyfsError if nginx refuses the configuration."""
         ran = subprocess.run(
             [*self._nginx, "-t", "-q"], capture_output=True, text=True, timeout=60, check=False
         )
@@ -131,13 +131,13 @@ class FleetService:
             raise LazyfsError(f"nginx refuses its configuration: {' '.join(ran.stderr.split())}")
 
     def _change(self, text: str) -> None:
-        """Have nginx go on with another configuration; what is under way ends under the former."""
+        """Have nginx load another configuration; running requests end under the former one."""
         former = (self._settings.run_dir / "nginx.conf").read_text()
         self._write(text)
         try:
             self._check()
         except LazyfsError as error:
-            log.error("%s; going on with the former one", error)
+            log.error("%s; continuing with the former configuration", error)
             self._write(former)
             return
         log.info("the fleet has %d nodes now", len(self._members))
@@ -146,13 +146,13 @@ class FleetService:
 
     def _start(self) -> None:
         if self._process is not None:
-            log.error("nginx ended with %s: starting it again", self._process.returncode)
+            log.error("nginx ended with exit code %s: starting it again", self._process.returncode)
             self._wait(PAUSE_S)
         if self._settings.door.startswith("unix:"):
             path = Path(self._settings.door.removeprefix("unix:"))
-            with contextlib.suppress(FileNotFoundError):  # of an nginx that was killed
+            with contextlib.suppress(FileNotFoundError):  # left by an nginx that was killed
                 path.unlink()
-            # nginx makes the socket for everybody; S3 decides who reads.
+            # nginx makes the socket accessible to all users; S3 decides who may read.
             path.parent.mkdir(parents=True, exist_ok=True)
         self._process = subprocess.Popen(self._nginx, stdin=subprocess.DEVNULL)
         log.info(
@@ -164,7 +164,7 @@ class FleetService:
         process = self._process
         if process is None or process.poll() is not None:
             return
-        process.send_signal(signal.SIGQUIT)  # what is under way is answered
+        process.send_signal(signal.SIGQUIT)  # running requests are answered
         try:
             process.wait(END_WITHIN_S)
         except subprocess.TimeoutExpired:
@@ -176,7 +176,7 @@ class FleetService:
         self._ends = True
 
     def _wait(self, seconds: float) -> None:
-        """Until the time is over, nginx has ended or we are to end."""
+        """Wait until the time is over, nginx has ended, or we are told to end."""
         until = time.monotonic() + seconds
         while not self._ends and (left := until - time.monotonic()) > 0:
             if self._process is not None and self._process.poll() is not None:
@@ -184,7 +184,7 @@ class FleetService:
             time.sleep(min(0.2, left))
 
     def _space(self) -> tuple[int, int]:
-        """Size and reserve of the cache in bytes. Raises OptionError."""
+        """The size and the reserve of the cache, in bytes. Raises OptionError."""
         try:
             status = os.statvfs(self._settings.cache_dir)
         except FileNotFoundError:
@@ -199,13 +199,13 @@ class FleetService:
         return bytes_of(self._settings.cache_size), bytes_of(self._settings.cache_reserve)
 
     def _stamps(self) -> tuple[int, ...]:
-        """When the certificates were written: cert-manager renews them in their place."""
+        """When the certificates were written: cert-manager renews them by replacing the files."""
         directory = self._settings.tls_dir
         return tuple(_written(directory)) if directory else ()
 
 
 def _most_connections() -> int:
-    """Of a process of nginx, which has a connection to S3 or a shelf for each of a reader."""
+    """The connections of one nginx process, which has one to S3 or a shelf for each reader's."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, MOST_FILES), hard))

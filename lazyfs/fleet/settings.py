@@ -22,11 +22,11 @@ _NAMED = re.compile(rf"({_HOST})(:\d{{1,5}})?")
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """A store that the cache may stand before.
+    """A store whose objects the cache may keep.
 
     Attributes:
-        host: as requests name it in `Host`; with `is_suffix`, what follows the bucket and a dot.
-        url: where it is asked, `https://HOST[:PORT]`; with `is_suffix` its scheme alone matters.
+        host: the `Host` of requests; with `is_suffix`, the part after the bucket and a dot.
+        url: the URL of the store, `https://HOST[:PORT]`; with `is_suffix` only its scheme matters.
     """
 
     host: str
@@ -39,7 +39,7 @@ class Origin:
 
     @classmethod
     def parse(cls, text: str) -> Origin:
-        """Of `URL`, `https://*.HOST` or `HOST=URL`. Raises ValueError."""
+        """Parse `URL`, `https://*.HOST` or `HOST=URL`. Raises ValueError."""
         named, equals, url = text.rpartition("=")
         found = _ORIGIN.fullmatch(url)
         if not found or (equals and (found[2] or not _NAMED.fullmatch(named))):
@@ -54,28 +54,28 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class FleetSettings:
-    """What an administrator decides. Sizes are bytes or a share of the filesystem, times seconds.
+    """The administrator's settings. Sizes are bytes or shares of the filesystem, times seconds.
 
     Attributes:
-        origins: the stores that may be asked; nothing is asked of, or kept for, any other.
-        door: where mounts ask: `HOST:PORT`, or `unix:/PATH`.
-        address: of this node, by which the other doors reach its shelf.
-        shelf_port: of the shelves of all nodes.
-        members_file: names the addresses of all nodes, one in a line.
-        members_dns: a name with the addresses of all nodes.
+        origins: the stores that the cache may use; it refuses requests for all others.
+        door: the address for mounts: `HOST:PORT`, or `unix:/PATH`.
+        address: this node's address, at which other nodes reach its shelf.
+        shelf_port: the port of the shelves on all nodes.
+        members_file: a file with the addresses of all nodes, one in each line.
+        members_dns: a DNS name with the addresses of all nodes.
         group_size: the most nodes that share one ring (`groups.py`).
-        cache_dir: where the shelf keeps what it has.
-        cache_size: the most that it keeps.
-        cache_reserve: what it leaves free on its filesystem.
+        cache_dir: the directory of the shelf's content.
+        cache_size: the maximum size of that content.
+        cache_reserve: the space that it leaves free on its filesystem.
         run_dir: for the configuration, sockets and verdicts of S3: in memory, for this user alone.
-        verdict_time: for how long what S3 said of a reader and an object is good.
-        ca_bundle: the authorities that vouch for S3.
-        tls_dir: `tls.crt`, `tls.key` and `ca.crt`, with which doors and shelves know each other;
-            None: they talk in the clear.
-        tls_name: that the certificates of all nodes have.
-        resolvers: DNS servers; empty: those of /etc/resolv.conf.
-        workers: processes of nginx.
-        user: that they run as, if root starts them.
+        verdict_time: how long an answer of S3 about a reader and an object is valid.
+        ca_bundle: the certificate authorities for S3.
+        tls_dir: a directory with `tls.crt`, `tls.key` and `ca.crt`, with which doors and shelves
+            authenticate each other; None: they communicate unencrypted.
+        tls_name: the name in the certificates of all nodes.
+        resolvers: the DNS servers; empty: those of /etc/resolv.conf.
+        workers: the number of nginx processes.
+        user: the user of these processes, if root starts them.
     """
 
     origins: tuple[Origin, ...]
@@ -102,7 +102,7 @@ class FleetSettings:
         """Read a file.
 
         Args:
-            address: of this node, in the place of the file's.
+            address: this node's address, instead of the file's.
 
         Raises:
             OptionError: it cannot be read, or something in it is not allowed.
@@ -119,7 +119,7 @@ class FleetSettings:
 
     @classmethod
     def of(cls, table: Mapping[str, Any], where: str) -> FleetSettings:
-        """Of what a file says. Raises OptionError; `where` names the file."""
+        """Make settings from the content of a file. Raises OptionError; `where` names the file."""
         values = {}
         for name, value in table.items():
             parse = _PARSERS.get(name)
@@ -140,7 +140,7 @@ class FleetSettings:
 
 
 def _text(value: Any) -> str:
-    # It goes into a configuration: nothing that would end a word of it.
+    # The text becomes part of a configuration, so it may contain nothing that ends a word there.
     if not isinstance(value, str) or not re.fullmatch(r"[\w./:@%+\[\]-]+", value, re.ASCII):
         raise ValueError(value)
     return value
@@ -209,7 +209,7 @@ assert {name.replace("-", "_") for name in _PARSERS} == {
 }
 _ALLOWED = {
     "origins": 'a list of stores: "https://HOST[:PORT]", "https://*.HOST" for buckets in the host '
-    'name, or "HOST[:PORT]=URL" where requests name another host than is asked',
+    'name, or "HOST[:PORT]=URL" if the Host of requests differs from the URL',
     "door": "an IP address and a port, such as 127.0.0.1:8780, or unix:/PATH",
     "address": "the IP address by which other nodes reach this one",
     "shelf-port": Count(1, 65535).allowed,

@@ -1,1 +1,1 @@
-"""Processes that move bytes, beside the worker that answers the kernel."""
+"""Movers: processes that move bytes, so that the worker can answer the kernel."""

@@ -1,4 +1,4 @@
-"""What a function knows that runs in a mover: descriptors, and the line that it was called over."""
+"""The context of a function that runs in a mover: descriptors, and the line of its call."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def lent(name: str) -> int:
 
 
 def serve(line: socket.socket) -> None:
-    """Calls of this thread come over this line."""
+    """Record that this thread gets its calls over this line."""
     _of_thread.line = line
 
 
 def tell_wire(connection: socket.socket) -> None:
-    """Let the worker watch, and end, the connection that this call waits for."""
+    """Give the worker the connection that this call waits for, so that it can watch and end it."""
     if getattr(_of_thread, "wire", None) is not connection:
         socket.send_fds(_of_thread.line, [WIRE], [connection.fileno()])
         _of_thread.wire = connection

@@ -2,16 +2,16 @@
 
 A worker answers the kernel, and one interpreter moves 1.5 to 6 GB/s at most, on any number of
 processors. So a worker on a large machine leaves receiving, decryption, checksums, and calls that
-store pages or write blocks to *movers*: processes with an interpreter of their own each. They are
-told where in the arena (`blocks/arena.py`) the bytes are or belong; bytes never cross a socket.
+store pages or write blocks to *movers*: processes, each with its own interpreter. A call names the
+place of the bytes in the arena (`blocks/arena.py`); bytes never cross a socket.
 
-A *line* is a socket between a thread here and a thread there, which runs one call at a time. So a
-call looks like any other that blocks, and a call that is stuck holds up no other. What movers do is
-no secret of theirs: each function can be called here as well, and is, where there are no movers.
+A *line* is a socket between a thread of the worker and a thread of a mover, which runs one call at
+a time. So a call blocks like any other function, and a stuck call does not delay others. Each
+function can also be called in the worker itself, and is if there are no movers.
 
-Movers start with the first calls, the more the more calls are made at a time, and end when none was
-made for a while. One that dies costs the
-calls that it was making (`MoverLostError`); the next call starts another one.
+Movers start with the first calls, more of them if there are more concurrent calls, and end when
+none was made for a while. If a mover dies, its running calls are lost (`MoverLostError`); the next
+call starts another one.
 """
 
 from __future__ import annotations
@@ -34,35 +34,35 @@ from lazyfs.movers.context import WIRE
 
 log = logging.getLogger(__name__)
 
-# Movers end when nothing was moved for so long.
+# Movers end when nothing was moved for this time.
 MOST_IDLE_S = 30.0
-# After one died, the pause before another is started: it grows while they keep dying.
+# The pause after the death of a mover before another one starts; it grows while they keep dying.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
-# The longest message: a function's name and arguments, or its result.
+# The longest message: a function's name and arguments, or its result, in bytes.
 MOST_BYTES = 192 << 10
-# Calls at a time for each mover, before another one is started: more of them share an interpreter.
+# Concurrent calls of each mover before another one is started: they share an interpreter.
 CALLS_OF_EACH = 6
-# Variables of the worker's environment that movers get, by their beginnings. Others may be keys.
+# Prefixes of environment variables that movers inherit. Other variables may contain keys.
 _PASSED_ON = ("PATH", "PYTHON", "LD_", "LANG", "LC_", "TZ", "OPENSSL_")
 
-# What a call raises in the place of its own error: the first that it is one of.
+# The exceptions that a call can raise: the first class that fits the function's own exception.
 OS_ERRORS = (TimeoutError, ConnectionError, FileNotFoundError, OSError)
 
 
 class MoverLostError(Exception):
-    """There is no mover, or it ended; what the call did is not known."""
+    """There is no mover, or it ended; the effect of the call is unknown."""
 
 
 class Wire(Protocol):
-    """Whatever can end a call that waits for a server (`store/cancel.py`)."""
+    """An object that can end a call that waits for a server (`store/cancel.py`)."""
 
     def use(self, connection: socket.socket | None) -> None:
-        """The call waits for this connection now; it is ended at once if that was asked for."""
+        """Set the connection that the call waits for; ends it at once if the call was cancelled."""
 
 
 @dataclass(slots=True, eq=False)
 class _Line:
-    """To one thread of a mover. `wire`: what that thread waits for, if it told."""
+    """A socket to a thread of a mover. `wire`: the connection that the thread waits for."""
 
     mover: _Mover
     channel: socket.socket
@@ -83,7 +83,7 @@ class _Mover:
 
 
 class Movers:
-    """The movers of one worker. Its calls are made from any thread.
+    """The movers of one worker. Calls can be made from any thread.
 
     Args:
         count: how many processes; 0: every call raises MoverLostError at once.
@@ -110,11 +110,11 @@ class Movers:
 
     @property
     def running(self) -> int:
-        """How many processes there are now."""
+        """The present number of processes."""
         return len(self._movers)
 
     def lend(self, name: str, descriptor: int) -> None:
-        """Have movers that are started from now on inherit a descriptor; see `context.lent`."""
+        """Let movers that start from now on inherit a descriptor; see `context.lent`."""
         self._descriptors[name] = descriptor
 
     def call(
@@ -127,14 +127,14 @@ class Movers:
         """Call a function of a module in a mover, with a part of its memory as the last argument.
 
         Args:
-            function: found there by its name.
-            arguments, returned value: whatever JSON has.
+            function: a function that the mover can import by its name.
+            arguments, returned value: values that JSON can represent.
             buffer: a view of a buffer of `take_buffer`, in use until this returns or raises.
-            wire: is told what the call waits for (`context.tell_wire`).
+            wire: gets the connection that the call waits for (`context.tell_wire`).
 
         Raises:
-            MoverLostError: no mover, not yet or not any more, or the buffer is not shared.
-            OSError: as the function raised it: one of `OS_ERRORS`.
+            MoverLostError: there is no mover, or it has ended, or the buffer is not shared.
+            OSError: raised by the function: one of `OS_ERRORS`.
             MoverFaultError: another exception of the function.
         """
         offset = buffers.shared_offset(buffer)
@@ -158,7 +158,7 @@ class Movers:
         return told["value"]
 
     def close_idle(self) -> None:
-        """End the movers and free idle memory, when they were not used for a while."""
+        """End the movers and free idle memory if they were not used for a while."""
         with self._lock:
             # A call may take minutes: over a slow link, or while the kernel holds a page.
             is_used = any(mover.busy for mover in self._movers)
@@ -209,7 +209,7 @@ class Movers:
         line.close()
 
     def _lose(self, line: _Line) -> None:
-        """A call did not end as calls do: its mover is of no use any more."""
+        """A call broke off: end its mover."""
         line.close()
         with self._lock:
             line.mover.busy -= 1
@@ -229,7 +229,7 @@ class Movers:
         self._not_before_s = time.monotonic() + self._pause_s
 
     def _start_another(self) -> None:
-        """Have a thread start one, which takes a tenth of a second."""
+        """Start a mover in a thread, because that takes a tenth of a second."""
         if time.monotonic() < self._not_before_s:
             return
         self._starting += 1
@@ -253,7 +253,7 @@ class Movers:
 
 
 class MoverFaultError(Exception):
-    """A function raised what it should not; the message has its last lines."""
+    """A function raised an unexpected exception; the message has the end of its traceback."""
 
 
 def _started(arena: int, lent: Mapping[str, int]) -> _Mover:
@@ -261,7 +261,7 @@ def _started(arena: int, lent: Mapping[str, int]) -> _Mover:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         with theirs:
-            # At their numbers, which are named in the arguments.
+            # Descriptors keep their numbers, which are named in the arguments.
             passed = {"control": theirs.fileno(), "arena": arena, **lent}
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "lazyfs.movers.process", json.dumps(passed)],
@@ -307,7 +307,7 @@ def _exchange(
     length: int,
     wire: Wire | None,
 ) -> dict[str, Any]:
-    """Have a line's thread make one call; what it told. Raises OSError: the line is cut."""
+    """Make one call in a line's thread; returns its answer. Raises OSError: the line is closed."""
     asked = [f"{function.__module__}:{function.__qualname__}", arguments, offset, length]
     line.channel.send(json.dumps(asked).encode())
     if wire is not None:

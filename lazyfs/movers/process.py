@@ -22,14 +22,14 @@ from typing import Any
 from lazyfs.movers import context
 from lazyfs.movers.pool import MOST_BYTES, OS_ERRORS
 
-# As for the threads of a worker that move bytes: what decides comes first (`fetch/threads.py`).
+# As for threads of a worker that move bytes: threads that decide go first (`fetch/threads.py`).
 NICER = 5
 # linux/prctl.h
 _PR_SET_DUMPABLE = 4
 
 
 class _Memory:
-    """The worker's arena, as far as it reaches."""
+    """The worker's arena, mapped up to its present size."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -47,9 +47,9 @@ class _Memory:
 
 def main() -> None:
     """Serve lines until the worker closes the control socket."""
-    # Signatures and tokens pass through: as of a worker, no other process sees its memory.
+    # Requests contain signatures and tokens. As with workers, no other process may read its memory.
     ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's is for the worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt from the terminal is for the worker
     lent = context.descriptors
     lent.update(json.loads(sys.argv[1]))
     for descriptor in lent.values():

@@ -1,1 +1,1 @@
-"""Names: keys as directories and files, and the listings so far."""
+"""The namespace: keys as directories and files, and the listings so far."""

@@ -29,12 +29,12 @@ from lazyfs.store.retry import patiently
 
 log = logging.getLogger(__name__)
 
-# How much memory names may take: so much, and so many times the memory limit. A file of a usual
-# name takes 600 bytes.
+# The memory that names may take: a constant, plus this multiple of the memory limit. A file with a
+# usual name takes 600 bytes.
 NAMES_BYTES, NAMES_SHARE = 128 << 20, 2
-# The log names at most so many hidden keys of a directory.
+# The log names at most this many hidden keys of a directory.
 HIDDEN_SHOWN = 5
-# Remember at most so many hidden keys, to name each once.
+# Remember at most this many hidden keys, so that each is named once.
 MOST_REMEMBERED = 10_000
 
 
@@ -124,7 +124,7 @@ class Catalog:
     async def _list(self, directory: Directory) -> None:
         if self._follows(directory):
             await self._list_from(directory)
-        # Readers may have seen what other tasks listed meanwhile, so it stays.
+        # Readers may have seen what other tasks listed meanwhile, so those listings stay.
         if directory.children is None:
             listing = await self._list_alone(directory.prefix)
             if directory.children is None:
@@ -219,7 +219,7 @@ class Catalog:
         return page
 
     def _check_room(self, prefix: str, coming_bytes: int) -> None:
-        """Raises TooManyNamesError if there is not so much memory for names."""
+        """Raises TooManyNamesError if the names would take too much memory."""
         if self._names_bytes + coming_bytes > self._most_names_bytes:
             raise TooManyNamesError(
                 f"{self._source.name(prefix)}: the names below it take more memory than "

@@ -1,4 +1,4 @@
-"""Whether S3 still lists what a mount shows.
+"""Checks whether S3 still lists what a mount shows.
 
 The mount itself stays as it is, because it is a snapshot. The answer says whether a new mount of
 the source would show something else.
@@ -19,8 +19,8 @@ from lazyfs.objects import File
 async def lists_the_same(catalog: Catalog) -> bool:
     """List again what was listed so far, and compare names, sizes and versions.
 
-    Directories that were not listed yet do not count: nobody has seen them. A source of up to 1,000
-    objects takes one request.
+    Directories that were not listed yet do not count, because no reader has seen them. A source of
+    up to 1,000 objects takes one request.
 
     Raises:
         SourceError: S3 did not answer, refused, or lists nothing any more.
@@ -54,7 +54,7 @@ async def _same(then: Catalog, now: Catalog) -> bool:
 
 
 def _version(node: Node) -> tuple[object, ...]:
-    """What tells one version of an object from another: without an ETag its size and its time."""
+    """The version of an object: its ETag, or its size and time if it has none."""
     if isinstance(node, File):
         return node.size_bytes, node.etag, 0 if node.etag else node.modified_ns
     return ()

@@ -47,12 +47,12 @@ class Directory:
 
 Node = File | Directory
 
-# What a node takes, without its strings (measured on CPython 3.11).
+# The memory of a node, without its strings (measured on CPython 3.11).
 FILE_BYTES, DIRECTORY_BYTES = 400, 600
 
 
 def file_inode(key: str, etag: str, size_bytes: int) -> int:
-    """The inode number of an object: 63 bits, so that no tool takes it for negative."""
+    """The inode number of an object: 63 bits, because some tools read it as a signed number."""
     return _inode(f"file\0{key}\0{etag}\0{size_bytes}")
 
 
@@ -264,7 +264,7 @@ class Tree:
 
 
 def _common_length(one: str, other: str, start: int) -> int:
-    """How many letters two texts begin with in common; at least `start`, which is known."""
+    """The length of the common prefix of two texts; `start` letters are known to be equal."""
     least, most = start, min(len(one), len(other))
     while least < most:
         middle = (least + most + 1) // 2

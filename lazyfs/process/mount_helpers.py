@@ -36,7 +36,8 @@ _PROGRAMS = {
     "look_up": ["-I", "-S", "-c", LOOK_UP],
     "dropped": ["-P", "-m", "lazyfs.pagecache.mincore"],
 }
-# Of one mount. A worker asks for one of each; what waits for an answer of a dead worker counts.
+# The most helpers of one mount. A worker asks for one of each; helpers that wait for a dead worker
+# count too.
 MOST_HELPERS = 8
 _LONGEST_MESSAGE = 1024
 
@@ -45,7 +46,7 @@ class MountHelpers:
     """Starts the helpers of one mount.
 
     Args:
-        mountpoint: where they look.
+        mountpoint: the mount that they read.
         owner: the owner of the files.
         is_there: whether the mount is still at its mountpoint.
     """
@@ -58,7 +59,7 @@ class MountHelpers:
         self._running: list[subprocess.Popen[bytes]] = []
 
     def serve(self, worker: socket.socket) -> None:
-        """Start what a worker asks for, until it ends."""
+        """Start the helpers that a worker requests, until it ends."""
         while True:
             try:
                 data, descriptors, _, _ = socket.recv_fds(
@@ -71,7 +72,7 @@ class MountHelpers:
                     return
                 self._start(data, descriptors)
             finally:
-                # Without a helper, the worker finds the end of what nobody prints.
+                # Without a helper, the worker reads the end of an empty pipe.
                 for descriptor in descriptors:
                     os.close(descriptor)
 

@@ -1,11 +1,12 @@
-"""What the processes that serve a mount may do.
+"""The rights of the processes that serve a mount.
 
-A worker reads what others wrote, so it has as few rights as it can do its work with. Its supervisor
-starts it without capabilities, with a filter of system calls, and with no way to get more rights
-again; a supervisor of root starts it as a user of its own.
+A worker parses foreign data, so it has only the rights that it needs. Its supervisor starts it
+without capabilities, with a system call filter, and without a way to regain rights; a supervisor of
+root also starts each worker as a user of its own.
 
-Capabilities, their bounding set, `no_new_privs` and filters are a thread's; a new thread or process
-has those of the thread that starts it (capabilities(7)). Uses only the standard library.
+Capabilities, their bounding set, `no_new_privs` and filters belong to a thread; a new thread or
+process inherits those of the thread that starts it (capabilities(7)). Uses only the standard
+library.
 """
 
 from __future__ import annotations
@@ -38,18 +39,18 @@ _DAC_READ_SEARCH = 1 << 2
 # can wait for a daemon, but cannot continue without it.
 OOM_SCORE_ADJUSTMENT = -500
 
-# The memory of a worker: so much, and so many times the limit for blocks.
+# The memory of a worker: a constant, plus this multiple of the limit for blocks.
 MEMORY_BYTES, MEMORY_SHARE = 1 << 30, 4
-# Of a thread. There may be hundreds; the usual 8 MiB each would count against the limit.
+# The stack of a thread. There may be hundreds; the default of 8 MiB counts against the limit.
 STACK_BYTES = 1 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Rights(Enum):
-    """What a worker of root needs: nothing that is root's, to read files of root, or to be root.
+    """What a worker of root needs: no rights of root, to read files of root, or to be root.
 
-    The values are kept with a session.
+    The values are stored with a session.
     """
 
     NONE = "none"
@@ -59,11 +60,11 @@ class Rights(Enum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerUser:
-    """The user that a worker runs as, and whether it has the one capability that it may have.
+    """The user of a worker, and whether the worker has the only capability that it may have.
 
     Attributes:
-        uid: user and group; None: those of its supervisor.
-        group: another group, to which shared caches belong; None: there is none.
+        uid: user and group id; None: those of its supervisor.
+        group: a second group, which owns shared caches; None: there is none.
         reads_all_files: it has CAP_DAC_READ_SEARCH, because it needs files that other users cannot
             read.
     """
@@ -74,10 +75,10 @@ class WorkerUser:
 
 
 def leave_no_core_dump() -> None:
-    """Have a crash of this process leave no core dump: its memory holds keys.
+    """Disable core dumps of this process, because its memory contains keys.
 
-    Both are needed: the limit is not asked where `core_pattern` names a program (core(5)). Other
-    processes of this user cannot read its memory either (ptrace(2)).
+    Both calls are needed: the limit does not apply if `core_pattern` names a program (core(5)).
+    Other processes of this user cannot read its memory either (ptrace(2)).
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
@@ -97,14 +98,14 @@ def protect_from_oom(process: int | str = "self") -> None:
 
 
 def limit_memory(memory_limit_bytes: int) -> None:
-    """Limit the memory of this process, so that what others wrote cannot take all of a machine's.
+    """Limit the memory of this process, so that foreign data cannot exhaust the machine's.
 
-    Names, and what is parsed, have limits of their own (`namespace/catalog.py`,
-    `prefetch/planner.py`); this one is for what nobody thought of. Beyond it, an allocation fails:
-    one request, or this process alone. Stacks of threads count.
+    Names and parsed data have their own limits (`namespace/catalog.py`, `prefetch/planner.py`);
+    this one covers everything else. Beyond it an allocation fails, and with it one request, or this
+    process alone. Stacks of threads count.
 
     Args:
-        memory_limit_bytes: for blocks.
+        memory_limit_bytes: the limit for blocks.
     """
     most = MEMORY_BYTES + MEMORY_SHARE * memory_limit_bytes
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -114,9 +115,9 @@ def limit_memory(memory_limit_bytes: int) -> None:
 
 
 def worker_user(rights: Rights) -> WorkerUser:
-    """A user for one worker, which no other process has: nobody may send it signals.
+    """A user id that only one worker has, so that no other process may send it signals.
 
-    The thread that starts a worker has this user for a moment, too.
+    The thread that starts a worker has this user id for a moment, too.
     """
     ids = user.worker_ids() if system_calls.is_known_machine() else None
     if ids is None or rights is Rights.USER:
@@ -135,11 +136,11 @@ def start(
     environment: Mapping[str, str] | None = None,
     outputs: tuple[int | IO[bytes] | None, ...] = (subprocess.DEVNULL, None, None),
 ) -> subprocess.Popen[bytes]:
-    """Start a process of that user, with no more than one capability and no way to another one.
+    """Start a process as that user, with at most one capability and no way to get another one.
 
     Args:
-        descriptors: passed on.
-        outputs: as `stdin`, `stdout` and `stderr` of `subprocess.Popen`.
+        descriptors: the descriptors that the process inherits.
+        outputs: like `stdin`, `stdout` and `stderr` of `subprocess.Popen`.
 
     Raises:
         OSError: it cannot be started.
@@ -166,7 +167,7 @@ def start(
         except BaseException as error:
             failed.append(error)
 
-    # What it gives up is gone for this thread, and stays with the others. With `user` of Popen the
+    # Only this thread gives up rights, the others keep them. With `user` of Popen the
     # process would be forked, and gRPC, which has handlers of forks, would crash in it.
     thread = threading.Thread(target=start_with_less)
     thread.start()
@@ -177,29 +178,29 @@ def start(
 
 
 def confine() -> None:
-    """Give up what `start` cannot take away. To be called before a thread is started.
+    """Give up the rights that `start` cannot take away. Call this before any thread is started.
 
     Raises:
         OSError: the kernel refused.
     """
     leave_no_core_dump()
-    # What a cache shares is shared with a group that nobody else has; see `cache_place.py`.
+    # Files of a shared cache are accessible to a group of workers alone; see `cache_place.py`.
     os.umask(0o007 if os.getgroups() == [user.cache_group()] else 0o077)
     held = user.held_capabilities()
-    if held & ~_DAC_READ_SEARCH:  # its supervisor could not limit what root gets by execve(2)
+    if held & ~_DAC_READ_SEARCH:  # its supervisor could not limit what root gains by execve(2)
         kept = held & _DAC_READ_SEARCH
         _set_capabilities(kept, kept, 0)
 
 
 def _keep(kept: int) -> None:
-    """Leave this thread what starting a process of another user needs, and the process `kept`."""
+    """Keep only the capabilities that this thread needs to start the process, and `kept` for it."""
     last = int(Path("/proc/sys/kernel/cap_last_cap").read_text())
     held = user.held_capabilities()
     for capability in range(last + 1):
         if not kept >> capability & 1:
-            # EPERM: CAP_SETPCAP is not held. Then no_new_privs is what stands in the way.
+            # EPERM: this thread lacks CAP_SETPCAP. Then only no_new_privs prevents new rights.
             _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
-    # So that an ambient capability survives the change of user; the others end with execve(2).
+    # An ambient capability must survive the change of user; the others end with execve(2).
     _libc.prctl(_PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP, 0, 0, 0)
     kept &= held
     both = kept | held & (user.SETUID | user.SETGID)

@@ -1,12 +1,12 @@
-"""A process that has botocore find out what a worker needs to know of its source, and ends.
+"""A process in which botocore finds out what a worker needs to know about its source.
 
-botocore takes as long to load, and to make a client, as everything else that a worker loads. So the
-two are done side by side, and the worker loads botocore itself only if it has to list, or when its
-keys run out (`lazyfs/store/s3_source.py`).
+Loading botocore and making a client takes as long as loading everything else that a worker needs.
+So both happen in parallel, and the worker itself loads botocore only if it has to list, or when its
+keys expire (`lazyfs/store/s3_source.py`).
 
-The scout is forked from the worker. It is asked once, with the spec of the mount, by a message
-whose text is the region of the bucket, if it is known, and answers with JSON: `found`, or `error`
-and `kind`. What it says otherwise goes where the worker's log goes.
+The probe is forked from the worker. It gets one request: the spec of the mount, in a message whose
+text is the region of the bucket, if that is known. It answers with JSON, `found`, or `error` and
+`kind`, and ends. Its other output goes to the worker's log.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _UNKNOWN = b"-"
 # linux/prctl.h
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
-# What ps(1) shows in the place of the worker's name, at most 15 letters.
-NAME = "lazyfs-scout"
+# The name that ps(1) shows, at most 15 letters.
+NAME = "lazyfs-probe"
 
 
 class SourceProbe:
-    """The process, which loads botocore at once. No other thread may run when it is made."""
+    """Start the process, which loads botocore at once. No other thread may run at that time."""
 
     def __init__(self) -> None:
         self._connection, theirs = socket.socketpair()
@@ -49,19 +49,19 @@ class SourceProbe:
         self._ending = threading.Lock()
         self.pid = os.fork()
         if self.pid == 0:
-            _be_scout(theirs, worker)
+            _be_probe(theirs, worker)
         self._ended = False
         theirs.close()
 
     def ask(self, spec: int, region: str | None) -> ResolvedSource | None:
-        """Wait for what it finds; None if it ended without an answer.
+        """Wait for the result; None if the process ended without an answer.
 
         Args:
             spec: a descriptor of the mount's spec.
-            region: of the bucket, if it is known from before.
+            region: the bucket's region, if it is already known.
 
         Raises:
-            LazyfsError: as of `resolve`.
+            LazyfsError: like `resolve`.
         """
         answer = bytearray()
         with contextlib.suppress(ConnectionError):
@@ -80,7 +80,7 @@ class SourceProbe:
         return ResolvedSource.of_json(said["found"])
 
     def end(self) -> None:
-        """It is not needed any more; whoever waits for its answer gets none."""
+        """End the process, which is not needed any more; a waiting `ask` returns None."""
         with self._ending:
             if not self._ended:
                 os.kill(self.pid, signal.SIGKILL)
@@ -88,7 +88,7 @@ class SourceProbe:
                 self._ended = True
 
 
-def _be_scout(connection: socket.socket, worker: int) -> NoReturn:
+def _be_probe(connection: socket.socket, worker: int) -> NoReturn:
     code = 1
     try:
         libc = ctypes.CDLL(None)

@@ -183,7 +183,7 @@ class Supervisor:
                 self._start_another()
             else:
                 self._start_first(timeout_s)
-            self._watcher = start_watching(f"looking after {self.name}", self._look_after)
+            self._watcher = start_watching(f"supervising {self.name}", self._look_after)
         except BaseException:
             self._clean_up()
             raise
@@ -270,12 +270,12 @@ class Supervisor:
         return answer["same"], answer["why"]
 
     def note_doubt(self, why: str) -> None:
-        """Record that somebody gets this snapshot although S3 may list something else.
+        """Record that a pod gets this snapshot although S3 may list something else.
 
         Raises:
             ControlError: the worker does not answer.
         """
-        # A stopped worker reads it when it goes on.
+        # A stopped worker reads it when it continues.
         self._client(SOON_S).put("/doubt", {"why": why})
 
     def _client(self, timeout_s: float | None = None) -> ControlClient:
@@ -324,7 +324,7 @@ class Supervisor:
         threading.Thread(target=self._help, args=[started.line], daemon=True).start()
 
     def _help(self, line: socket.socket) -> None:
-        """Start helper processes for a worker, until it ends."""
+        """Start helper processes for a worker until it ends."""
         with line:
             uid = str(self._spec.options.get("uid", user.uid()))
             MountHelpers(self._mountpoint, int(uid), self._is_there).serve(line)
@@ -370,7 +370,7 @@ class Supervisor:
             raise MountError(f"{self._mountpoint}: the daemon was not ready in time")
         if said.get("ready"):
             self._version = said["version"]
-            self._mounted_ns = said.get("mounted_ns", 0)  # not of a worker of an older version
+            self._mounted_ns = said.get("mounted_ns", 0)  # workers of older versions do not send it
             self._note(self.pid)
             return
         code = end_within(started.process, END_TIMEOUT_S)
@@ -393,7 +393,7 @@ class Supervisor:
             self._kept[FUSE] = descriptor
         self._find_device()
         if self._device:
-            # Before the worker answers FUSE_INIT, because the kernel takes the lesser of both.
+            # Before the worker answers FUSE_INIT: the kernel uses the smaller of both values.
             mount_syscalls.set_read_ahead(self._device, wanted["read_ahead"])
         line.give(descriptor, init_message)
 

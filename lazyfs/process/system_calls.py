@@ -1,9 +1,9 @@
-"""System calls that a worker never needs, denied by a filter of the kernel (seccomp(2)).
+"""Denies system calls that a worker never needs, by a kernel filter (seccomp(2)).
 
-A worker reads what others wrote: listings, headers, answers of servers. Someone who takes it over
-gets at the kernel only through system calls. The list has those that have no place in a file
-server and were the way of many escapes: other processes, mounts, namespaces, modules, BPF, io_uring
-and so on. A denied call fails with EPERM.
+A worker parses foreign data: listings, headers, answers of servers. An attacker who controls it can
+reach the kernel only through system calls. The filter denies those that a file server does not need
+and that many exploits used: other processes, mounts, namespaces, modules, BPF, io_uring and so on.
+A denied call fails with EPERM.
 
 Uses only the standard library. The filter stays for all threads and processes that start later.
 """
@@ -73,7 +73,7 @@ def become(uid: int, gid: int, groups: Sequence[int]) -> None:
 
 
 def is_known_machine() -> bool:
-    """Whether the numbers of system calls are known here."""
+    """Whether the numbers of this machine's system calls are known."""
     return os.uname().machine in _MACHINES
 
 

@@ -57,13 +57,13 @@ def main(
     threading.stack_size(privileges.STACK_BYTES)
     line = SupervisorLine(socket.socket(fileno=line_fd))
     # First, because a worker may be started before it is known what to mount.
-    scout = SourceProbe()
+    probe = SourceProbe()
     if leash_fd is not None:
         threading.Thread(target=_end_with, args=[leash_fd], daemon=True).start()
     keeper = KeeperClient(socket.socket(fileno=keeper_fd))
     aside = ThreadPoolExecutor(1)
     asking = aside.submit(_ask_keeper, keeper, name)
-    opening = aside.submit(lambda: _open(asking.result(), scout))
+    opening = aside.submit(lambda: _open(asking.result(), probe))
     aside.shutdown(wait=False)
     try:
         from lazyfs.process.mount import Mount, run  # loaded while the keeper and S3 are asked
@@ -80,7 +80,7 @@ def main(
     except Exception as error:
         return _refuse(line, the_error(error))
     finally:
-        scout.end()
+        probe.end()
     return 0
 
 
@@ -116,11 +116,11 @@ def _ask_keeper(keeper: KeeperClient, name: str) -> _Order:
     return _Order(kept[SPEC], spec, SourceUrl.parse(spec.source), options, former)
 
 
-def _open(order: _Order, scout: SourceProbe) -> Source:
+def _open(order: _Order, probe: SourceProbe) -> Source:
     """The source, as the probe found it; if the probe was killed, it is found here."""
     region = order.former.beginning.region if order.former else None
     about = (order.url, order.options, order.spec.credentials)
-    found = scout.ask(order.descriptor, region) or resolve(*about, region)
+    found = probe.ask(order.descriptor, region) or resolve(*about, region)
     return Source(*about, found)
 
 

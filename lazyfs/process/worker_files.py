@@ -1,8 +1,8 @@
-"""Which rights a worker needs for the files that it uses.
+"""Decides which rights a worker needs for the files that it uses.
 
-A worker of root is another user. It reads the installation, the block cache, and whatever botocore
-reads: configuration, credentials, tokens, certificates. Where all of it is open to others, the
-worker needs no right of root. Where something is not, it gets the one capability to read all files.
+A worker of root runs as another user. It reads the installation, the block cache, and the files
+that botocore reads: configuration, credentials, tokens, certificates. If every user can read all of
+them, the worker needs no rights of root. Otherwise it gets one capability: to read all files.
 
 Uses only the standard library: a worker is started before anything else is loaded.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Of botocore (botocore/configprovider.py): they may name programs and further files.
+# Variables of botocore (botocore/configprovider.py); these may name programs and further files.
 _CONFIGURATION = {
     "AWS_CONFIG_FILE": "~/.aws/config",
     "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials",
@@ -45,7 +45,7 @@ def prepare_cache(cache: Iterable[Path]) -> bool:
         for directory in cache:
             cache_place.share(directory)
     except cache_place.UnusableError:
-        return False  # the cache is refused, with a line that says why
+        return False  # the cache is refused later, with a reason
     except OSError as error:
         log.warning("the worker runs as root: %s", error)
         return False
@@ -53,7 +53,7 @@ def prepare_cache(cache: Iterable[Path]) -> bool:
 
 
 def rights_of(spec: MountSpec, options: MountOptions) -> Rights:
-    """What the worker of a mount needs. Directories of its cache are prepared for it.
+    """What the worker of a mount needs; also prepares the directories of its cache.
 
     Args:
         spec: what is mounted.
@@ -74,7 +74,7 @@ def rights_for(
     Args:
         cache: the directories of its cache.
         uses_own_credentials: botocore finds credentials, because none are given.
-        ca_bundle: certificates that its options name.
+        ca_bundle: the certificates that its options name.
     """
     configuration = _configuration(os.environ)
     if uses_own_credentials and any(path.exists() for path in configuration):
@@ -86,7 +86,7 @@ def rights_for(
 
 
 def early_rights(arguments: Sequence[str], environment: Mapping[str, str]) -> Rights:
-    """A guess, from the words of a `lazyfs mount` command. A wrong one costs another start."""
+    """Guess from the words of a `lazyfs mount` command. A wrong guess costs another start."""
 
     def value(option: str) -> str | None:
         for word, after in reversed([*itertools.zip_longest(arguments, arguments[1:])]):
@@ -124,13 +124,13 @@ def is_open_to_all(path: Path) -> bool:
 
 
 def _is_reachable(path: Path) -> bool:
-    """Whether every user can pass the directories above a path."""
+    """Whether every user can access the directories above a path."""
     for parent in path.parents:
         try:
             if not parent.stat().st_mode & stat.S_IXOTH:
                 return False
         except OSError:
-            continue  # it will be made
+            continue  # it does not exist yet
     return True
 
 

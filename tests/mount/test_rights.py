@@ -100,7 +100,7 @@ def test_no_process_of_a_mount_has_rights(
         shell("ls nothing; cat * | wc -c", mounted.path)
     found = [*seen, *later, *statuses(mounted.worker)]
     assert len({status["Tgid"] for status in found}) > 2, "two workers and a probe"
-    assert "lazyfs-scout" in {status["Name"] for status in found}
+    assert "lazyfs-probe" in {status["Name"] for status in found}
     for status in found:
         check(status)
     # Its files are shared with other workers of root, and with nobody else.
