@@ -137,7 +137,7 @@ def _command(
         f"-s3.domainName={HOST}", "-s3.config=keys.json", "-volume.max=20",
         f"-master.port={_free_port()}", f"-volume.port={_free_port()}",
         f"-filer.port={_free_port()}", "-master.volumeSizeLimitMB=64", *files,
-    ], {}  # fmt: skip
+    ], {"TMPDIR": str(directory)}  # fmt: skip
 
 
 def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
