@@ -129,16 +129,21 @@ def rules(
         OptionError: a name, the size, the time or a default is invalid.
     """
     from csi.endpoints import AllowedEndpoints
-    from csi.volumes import SNAPSHOT_MAX_AGE, Rules, options_of
+    from csi.volumes import MAX_MEMORY_LIMIT, SNAPSHOT_MAX_AGE, Rules, options_of
     from lazyfs.errors import OptionError
-    from lazyfs.options.mount_options import find_option
 
     for name, instead in NOT_FOR_PLUGINS.items():
         if name in defaults:
             raise OptionError(f"--{name} is only for mounts outside Kubernetes; {instead}")
-    memory_limit = find_option("memory-limit")
-    assert memory_limit is not None
-    most = memory_limit.parse(max_memory_limit, "--max-memory-limit") if max_memory_limit else None
+    most = None
+    if max_memory_limit:
+        try:
+            most = int(MAX_MEMORY_LIMIT.parse(max_memory_limit))
+        except ValueError:
+            raise OptionError(
+                f"--max-memory-limit: {max_memory_limit!r} is not allowed: "
+                f"{MAX_MEMORY_LIMIT.allowed}"
+            ) from None
     allowed = Rules().allowed if allow_attributes is None else options_of(allow_attributes)
     where = AllowedEndpoints(endpoints) if endpoints else AllowedEndpoints()
     try:

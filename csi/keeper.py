@@ -7,10 +7,11 @@ standard library and `lazyfs/handover/keeper.py`.
 from __future__ import annotations
 
 import os
-import signal
 import sys
+import threading
 from pathlib import Path
 
+from lazyfs.end_signals import EndSignals, end_signals
 from lazyfs.escaping import escaped
 from lazyfs.handover.keeper import Keeper, KeeperError
 from lazyfs.process.privileges import leave_no_core_dump, protect_from_oom
@@ -18,16 +19,21 @@ from lazyfs.process.privileges import leave_no_core_dump, protect_from_oom
 
 def main(socket: Path) -> int:
     """Keep descriptors until SIGTERM or SIGINT; the exit code."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # The first process of a container is not ended by signals without a handler.
-        signal.signal(number, lambda *_: os._exit(0))
-    protect_from_oom()
-    leave_no_core_dump()
-    try:
-        Keeper().serve_at(socket)
-    except KeeperError as error:
-        print(f"lazyfs-csi: {escaped(str(error))}", file=sys.stderr)
+    # The first process of a container is not ended by signals without a handler.
+    with end_signals() as signals:
+        threading.Thread(target=_end_with, args=[signals], daemon=True).start()
+        protect_from_oom()
+        leave_no_core_dump()
+        try:
+            Keeper().serve_at(socket)
+        except KeeperError as error:
+            print(f"lazyfs-csi: {escaped(str(error))}", file=sys.stderr)
     return 1
+
+
+def _end_with(signals: EndSignals) -> None:
+    signals.wait()
+    os._exit(0)
 
 
 if __name__ == "__main__":

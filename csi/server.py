@@ -15,11 +15,10 @@ import itertools
 import logging
 import os
 import secrets
-import signal
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -30,6 +29,7 @@ from grpc import StatusCode
 from prometheus_client import Histogram
 
 from csi.errors import code_of, without_ids
+from lazyfs.end_signals import end_signals
 from lazyfs.errors import LazyfsError, OptionError
 from lazyfs.escaping import escaped
 from lazyfs.handover.keeper import KeeperError
@@ -118,10 +118,10 @@ class Server:
         Args:
             beside: other servers, which start after this one and stop before it.
         """
-        with signals_to_end() as wait:
+        with end_signals() as signals:
             for server in (self, *beside):
                 server.start()
-            wait()
+            signals.wait()
         log.info("ending")
         # A stuck thread is logged, and does not delay the next plugin.
         faulthandler.dump_traceback_later(LAST_STEPS_S, exit=True)
@@ -231,33 +231,6 @@ def socket_path(endpoint: str, option: str = "--endpoint") -> Path:
     if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
         raise OptionError(f"{option}: {path} is longer than {LONGEST_SOCKET_PATH} bytes")
     return path
-
-
-@contextlib.contextmanager
-def signals_to_end() -> Iterator[Callable[[], None]]:
-    """A function that waits for SIGTERM or SIGINT, even if the signal arrives before the call.
-
-    The interpreter's own handler writes to a pipe, in whichever thread the signal arrives. A lock
-    or a queue can miss a signal that arrives just before the wait begins, or in another thread.
-    """
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    ours, theirs = os.pipe()
-    os.set_blocking(theirs, False)
-    fd_before = signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
-    before = [signal.signal(number, lambda *_: None) for number in numbers]
-
-    def wait() -> None:
-        while os.read(ours, 1)[0] not in numbers:
-            pass
-
-    try:
-        yield wait
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(fd_before)
-        os.close(ours)
-        os.close(theirs)
 
 
 def _make_room(path: Path, option: str) -> None:

@@ -28,7 +28,7 @@ from csi.endpoints import AllowedEndpoints
 from csi.errors import InvalidArgumentError
 from lazyfs.errors import OptionError
 from lazyfs.options.mount_options import OPTIONS, MountOptions, Option, merged
-from lazyfs.options.option_types import Duration, format_size
+from lazyfs.options.option_types import Duration, Size, format_size
 from lazyfs.store.credentials import StaticCredentials
 from lazyfs.store.url import SourceUrl
 
@@ -59,6 +59,7 @@ OF_THE_NODE = frozenset(
 _BY_CAMEL_CASE = {option.camel_case: option for option in OPTIONS}
 _SOURCE_KEYS = ("source", "bucket", "bucketName", "prefix")
 _OTHER_KEYS = ("waitFor", "roleArn", "snapshotMaxAge")
+MAX_MEMORY_LIMIT = Size(64 << 20, 1 << 40)
 SNAPSHOT_MAX_AGE = Duration(0, 365 * 86400)
 _ROLE_ARN = re.compile(r"arn:[\w-]+:iam::\d*:role/[\w+=,.@/-]{1,512}", re.ASCII)
 # spec.md, CreateVolumeRequest.name: control characters but for white space.

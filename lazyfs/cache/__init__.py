@@ -10,7 +10,9 @@ All calls block: they are made in threads (`lazyfs/threads.py`).
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import logging
 import os
 import stat
 from collections import defaultdict
@@ -23,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from lazyfs import cache_place
 from lazyfs.cache.blockfile import Content
 from lazyfs.cache.directory import CacheDirectory
-from lazyfs.cache.index import IndexFailedError
+from lazyfs.cache.index import IndexFailedError, IndexFullError
 from lazyfs.cache.space import Limits
 from lazyfs.errors import CacheError
 from lazyfs.movers.pool import Movers
@@ -33,6 +35,8 @@ from lazyfs.options.mount_options import MountOptions
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+
+log = logging.getLogger(__name__)
 
 # How often users of a cache call `BlockCache.care`.
 CARE_S = 10.0
@@ -106,6 +110,8 @@ class BlockCache:
     def open(self) -> None:
         """Open all directories. Otherwise they are opened at first use.
 
+        A mount does without a directory whose disk is full, until there is room.
+
         Raises:
             CacheError: a directory cannot be made, written, or trusted.
         """
@@ -114,6 +120,12 @@ class BlockCache:
             try:
                 directory.open()
             except (OSError, IndexFailedError) as error:
+                if _is_full(error):
+                    log.warning(
+                        "--cache-dir: %s: its disk is full; blocks are cached when there is room",
+                        directory.path,
+                    )
+                    continue
                 raise CacheError(
                     f"--cache-dir: {directory.path}: cannot be used: {error}; "
                     "name another or 'none'"
@@ -282,3 +294,8 @@ def check_directory(directory: Path) -> None:
             f"--cache-dir: {directory}: other users could put bytes into it; "
             f"chown it to this user and chmod go-w"
         )
+
+
+def _is_full(error: Exception) -> bool:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or isinstance(error, IndexFullError)

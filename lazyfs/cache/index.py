@@ -37,6 +37,10 @@ class IndexFailedError(Exception):
     """The database did not answer: it is locked, full, not writable, or failing."""
 
 
+class IndexFullError(IndexFailedError):
+    """The disk of the database is full."""
+
+
 class IndexCorruptError(IndexFailedError):
     """The database is damaged and must be made again."""
 
@@ -131,6 +135,8 @@ def _from_sqlite(error: sqlite3.Error) -> IndexFailedError:
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_NOTADB) & 0xFF
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR):
         return IndexCorruptError(f"its index is damaged: {error}")
+    if code == sqlite3.SQLITE_FULL:
+        return IndexFullError("its disk is full")
     return IndexFailedError(f"its index does not work: {error}")
 
 

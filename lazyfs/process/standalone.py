@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-import queue
-import signal
 import socket
 import sys
 import threading
 from typing import Any
 
+from lazyfs.end_signals import EndSignals, end_signals
 from lazyfs.errors import LazyfsError, MountError
 from lazyfs.escaping import escaped
 from lazyfs.handover.keeper import Keeper, allow_many_descriptors
@@ -46,9 +45,16 @@ def main(
         str(spec.options.get("log-format", "text")),
         mountpoint=spec.mountpoint,
     )
-    news: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda got, _: news.put(got))
+    with end_signals() as signals:
+        return _run(spec, report_fd, waiting, signals)
+
+
+def _run(
+    spec: MountSpec,
+    report_fd: int | None,
+    waiting: tuple[StartedWorker, socket.socket],
+    signals: EndSignals,
+) -> int:
     keeper = Keeper()
 
     def serve(client: socket.socket) -> None:
@@ -66,7 +72,7 @@ def main(
     leave_no_core_dump()
     protect_from_oom()
     allow_many_descriptors()
-    supervisor = Supervisor(spec, connect, leash=False, on_end=lambda: news.put(None), first=first)
+    supervisor = Supervisor(spec, connect, leash=False, on_end=signals.wake, first=first)
     try:
         supervisor.start()
     except Exception as error:
@@ -80,8 +86,8 @@ def main(
     _report(report_fd, {"ready": True})
     manager = None if report_fd is not None else os.environ.pop("NOTIFY_SOCKET", None)
     _notify(manager, f"READY=1\nSTATUS=Serving {spec.source} at {spec.mountpoint}")
-    while (got := news.get()) is not None:
-        log.info("ending on %s", signal.Signals(got).name)
+    while (number := signals.wait()) is not None:
+        log.info("ending on %s", number.name)
         _notify(manager, "STOPPING=1")
         supervisor.stop()
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
@@ -407,6 +408,20 @@ def drop_pages(mounted: Mounted) -> None:
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     with tmpfs(tmp_path / "disk", "20m") as path:
         yield path
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small tmpfs")
+def test_a_mount_is_made_while_the_disk_is_full(
+    mount: Callable[..., Mounted], source: str, small_disk: Path
+) -> None:
+    (small_disk / "cache").mkdir()
+    with (small_disk / "others").open("wb", buffering=0) as others, contextlib.suppress(OSError):
+        while True:
+            others.write(bytes(4096))
+    mounted = mount(source, BLOCKS, f"--cache-dir={small_disk}/cache", "--cache-reserve=0")
+    assert sums(mounted) == SUMS
+    assert "its disk is full" in mounted.log()
+    assert "Traceback" not in mounted.log()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small tmpfs")

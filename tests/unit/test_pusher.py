@@ -17,9 +17,10 @@ from lazyfs.blocks.memory import BlockMemory, Held
 from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder
 from lazyfs.pagecache.page_cache import PageCache
-from lazyfs.pagecache.pusher import LONGEST_PUSH_S, MOST_BLOCKS, PUSHERS, BlockPusher
+from lazyfs.pagecache.pusher import LONGEST_PUSH_S, MOST_BLOCKS_OF_PUSHER, PUSHERS, BlockPusher
 
 SIZE = 100
+MOST = MOST_BLOCKS_OF_PUSHER * PUSHERS
 FILE = File(2, 1, "f", "f", 50 * SIZE, "e", 0)
 
 
@@ -136,9 +137,7 @@ def test_few_blocks_are_pushed_at_once_and_few_wait_for_it() -> None:
     play(scenario)
 
 
-@pytest.mark.parametrize(
-    "blocks, most", [(1, 1), (4, 1), (6, 2), (3 * MOST_BLOCKS, MOST_BLOCKS), (300, MOST_BLOCKS)]
-)
+@pytest.mark.parametrize("blocks, most", [(1, 1), (4, 1), (6, 2), (3 * MOST, MOST), (300, MOST)])
 def test_how_many_blocks_pushes_may_hold(blocks: int, most: int) -> None:
     async def scenario(desk: Desk) -> None:
         assert desk.pusher.most_blocks == most
