@@ -44,11 +44,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """How a volume is.
+    """The condition of a volume.
 
     Attributes:
-        trouble: what is wrong, in words; None if nothing is known to be.
-        status: of its daemon's worker; None if no daemon answers.
+        trouble: what is wrong, in words; None if nothing is known to be wrong.
+        status: the status of its daemon's worker; None if no daemon answers.
     """
 
     trouble: str | None
@@ -56,7 +56,7 @@ class Condition:
 
     @property
     def message(self) -> str:
-        """The same for people."""
+        """The condition as text."""
         if self.trouble:
             return self.trouble
         return told(self.status["snapshot"]) if self.status else "the volume is served"
@@ -79,7 +79,7 @@ class Attachments:
         state: the records on disk.
         directory: for the daemons' own mountpoints.
         keeper: the keeper's socket.
-        bounds: of each namespace.
+        bounds: the limits of each namespace.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class Attachments:
         is_in_use = daemon is not None and daemon.was_ready
         if daemon is None:
             if via is not None and via.has_lost_credentials and self.daemons.use(via, str(path)):
-                daemon = via  # its pods are told to go
+                daemon = via  # the condition tells users to delete its pods
             else:
                 given = Wanted(volume.source, volume.options, credentials, owner, wanted.namespace)
                 daemon = self.daemons.reserve(
@@ -211,7 +211,7 @@ class Attachments:
                 f"{path}: volume {volume_id} is there already, without credentials of its own",
             )
         elif not daemon.owner and daemon.spec.credentials and self._has_others(daemon, volume_id):
-            # A node-stage secret, and it is not told whose: others go on with what they had.
+            # A node-stage secret of unknown owner: other volumes keep their credentials.
             credentials = None
         try:
             if not is_known:
@@ -234,7 +234,7 @@ class Attachments:
         return daemon
 
     def restage(self, volume_id: str, path: Path, daemon: Daemon) -> None:
-        """Have a staging path hold the daemon of a newer snapshot, which the next pod shares.
+        """Let a staging path hold the daemon of a newer snapshot, which the next pod shares.
 
         Then the former daemon ends with its last pod, and not when the volume is unstaged.
         """
@@ -271,7 +271,7 @@ class Attachments:
         self._save(volume_id, path, None)
 
     def condition(self, path: Path, place: Place) -> Condition:
-        """How the volume at a place is."""
+        """The condition of the volume at a place."""
         if place.daemon is None:
             return Condition(None, None)
         daemon = self.daemons.get(place.daemon)
@@ -300,13 +300,13 @@ class Attachments:
         credentials: Credentials | None,
         until: float,
     ) -> tuple[Daemon, str]:
-        """Have a daemon run, or one of an older snapshot if it cannot be mounted.
+        """Ensure that a daemon runs: this one, or one of an older snapshot if it cannot be mounted.
 
         Returns:
-            The daemon that runs, and the device of its filesystem.
+            The running daemon, and the device of its filesystem.
 
         Raises:
-            LazyfsError, KeeperError: as of `Daemons.ensure`.
+            LazyfsError, KeeperError: like `Daemons.ensure`.
         """
         left_s = until - time.monotonic()
         older = None if daemon.was_ready else self.daemons.newest_mount(daemon)
@@ -327,7 +327,7 @@ class Attachments:
         return older, self.daemons.ensure(older, credentials, until - time.monotonic())
 
     def _has_others(self, daemon: Daemon, volume_id: str) -> bool:
-        """Whether a daemon serves other volumes, too."""
+        """Whether a daemon also serves other volumes."""
         return any(
             place.daemon == daemon.name
             for record in self._state.volumes()

@@ -1,4 +1,4 @@
-"""How much of a node the pods of one namespace may take."""
+"""The limits of each namespace on a node."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from csi.staged import VolumeRecord
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Of one namespace on this node; 0: no limit.
+    """The limits of one namespace on this node; 0: no limit.
 
     Attributes:
-        volumes: volumes of its pods.
-        daemons: daemons that were started for them. Each takes a process and its memory.
+        volumes: the most volumes of its pods.
+        daemons: the most daemons started for them. Each takes a process and its memory.
     """
 
     volumes: int = 0
@@ -28,10 +28,10 @@ class Bounds:
 
 
 class VolumeBound:
-    """Counts the volumes of namespaces, with those that are just being published.
+    """Counts the volumes of each namespace, including those that are being published.
 
     Args:
-        most: of one namespace; 0: no limit.
+        most: the limit of one namespace; 0: no limit.
     """
 
     def __init__(self, most: int) -> None:
@@ -43,10 +43,10 @@ class VolumeBound:
     def one_more(
         self, namespace: str, volume_id: str, records: Iterable[VolumeRecord]
     ) -> Iterator[None]:
-        """Hold the right to publish a volume that is in no record yet.
+        """Count a volume that has no record yet, while it is being published.
 
         Raises:
-            RpcError: RESOURCE_EXHAUSTED: the namespace has as many as it may.
+            RpcError: RESOURCE_EXHAUSTED: the namespace has reached its limit.
         """
         there = sum(
             any(place.namespace == namespace for place in record.places.values())
@@ -67,4 +67,4 @@ class VolumeBound:
         finally:
             with self._lock:
                 self._coming[namespace] -= 1
-                self._coming += Counter()  # forgets who has none
+                self._coming += Counter()  # removes zero counts

@@ -1,8 +1,8 @@
-"""Which credentials a volume is read with: those of a Secret, of a pod's service account, or none.
+"""The credentials of a volume: those of a Secret, of a pod's service account, or none.
 
-    secrets of the call           keys, as they are
-    roleArn of the volume         the pod's service-account token, for which STS gives keys of that
-                                  role (AssumeRoleWithWebIdentity)
+    secrets of the call           the keys in them
+    roleArn of the volume         the pod's service-account token, which STS exchanges for keys of
+                                  that role (AssumeRoleWithWebIdentity)
     neither                       the node plugin's own, as botocore finds them, or unsigned
                                   requests with noSignRequest
 
@@ -27,7 +27,7 @@ from lazyfs.store.credentials import Credentials, WebIdentity
 TOKENS = "csi.storage.k8s.io/serviceAccount.tokens"
 ACCOUNT = "csi.storage.k8s.io/serviceAccount.name"
 NAMESPACE = "csi.storage.k8s.io/pod.namespace"
-# What STS is called in tokens; with other providers the only token there is.
+# The audience of tokens for STS; with other providers, the only token is used.
 AUDIENCE = "sts.amazonaws.com"
 # https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRoleWithWebIdentity.html
 LONGEST_SESSION_NAME = 64
@@ -37,7 +37,7 @@ def of_stage(volume: Volume, secrets: Mapping[str, str]) -> Credentials | None:
     """The credentials of a NodeStageVolume call.
 
     Raises:
-        InvalidArgumentError: the secrets are malformed, or of no use.
+        InvalidArgumentError: the secrets are malformed, or contradict the volume.
     """
     credentials = credentials_of(secrets)
     if credentials is not None and volume.role_arn:
@@ -53,10 +53,10 @@ def of_publish(
     """The credentials of a NodePublishVolume call.
 
     Args:
-        attributes: `volume_context`, with what kubelet added.
+        attributes: `volume_context`, including what kubelet added.
 
     Raises:
-        InvalidArgumentError: what should be there is missing or malformed.
+        InvalidArgumentError: something required is missing or malformed.
     """
     if volume.role_arn is None:
         return of_stage(volume, secrets)
@@ -76,10 +76,10 @@ def of_publish(
 
 
 def session_name(namespace: str, account: str) -> str:
-    """One name for each service account, as STS and its logs are to see it.
+    """The session name of a service account in STS and its logs, unique for each account.
 
-    A namespace has no dots, so no two accounts have one name. A long one ends in a digest behind
-    an `@`, which is in no name of Kubernetes, so that no account can be given the name of another.
+    A namespace has no dots, so no two accounts share a name. A long name ends in `@` and a digest;
+    no name in Kubernetes contains an `@`, so no account can get the name of another.
     """
     name = f"{namespace}.{account}"
     if len(name) <= LONGEST_SESSION_NAME:
@@ -89,10 +89,10 @@ def session_name(namespace: str, account: str) -> str:
 
 
 def owner_of(volume_id: str, attributes: Mapping[str, str]) -> str:
-    """Whose credentials come with a NodePublishVolume call: those of a service account's pods.
+    """The owner of the credentials in a NodePublishVolume call: the pods of a service account.
 
     Args:
-        attributes: `volume_context`, with what kubelet added.
+        attributes: `volume_context`, including what kubelet added.
     """
     namespace, account = attributes.get(NAMESPACE), attributes.get(ACCOUNT)
     return f"{namespace}/{account}" if namespace and account else f"volume {volume_id}"

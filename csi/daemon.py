@@ -37,7 +37,7 @@ class Wanted:
         options: texts by option name.
         credentials: those given for the volume.
         owner: the owner of the credentials (`owner_of`); empty: a node-stage secret, or none.
-        namespace: of the pod; empty: none, or that is not known.
+        namespace: the pod's; empty: there is no pod, or its namespace is unknown.
     """
 
     source: str
@@ -53,10 +53,10 @@ class Daemon:
     Attributes:
         name: the daemon's own name.
         mountpoint: where it mounts.
-        spec: what it serves; without credentials if the keeper has lost them.
+        spec: what it serves; has no credentials if the keeper has lost them.
         needs_credentials: it was started with given credentials.
         owner: the owner of its credentials (`owner_of`); empty: a node-stage secret, or none.
-        namespace: of the pod that it was started for; empty: that is not known.
+        namespace: that of the pod that it was started for; empty: unknown.
         users: the paths that are bind mounts of it.
         retired: its last user left, and it is ending.
         refusal: why the last attempt to start it failed.
@@ -141,8 +141,8 @@ class Daemon:
 
     @property
     def mounted_ns(self) -> int:
-        """When it was mounted, in nanoseconds since the epoch: the future if it was not yet, and 0
-        if it was and is not known.
+        """When it was mounted, in nanoseconds since the epoch: in the future if it is not mounted
+        yet, and 0 if the time is unknown.
         """
         supervisor = self.supervisor
         if supervisor is None:
@@ -157,7 +157,7 @@ class Daemon:
         if wanted.credentials is not None and wanted.owner != self.owner:
             return False
         if self.has_lost_credentials:
-            return False  # whose it is is not known
+            return False  # the owner is unknown
         ours, theirs = self.spec, wanted
         return (ours.source, dict(ours.options)) == (theirs.source, dict(theirs.options)) and (
             _same(ours.credentials, theirs.credentials)
@@ -180,7 +180,7 @@ class Daemon:
             self._lock.release()
 
     def name_volumes(self, volume: str) -> None:
-        """Have its log name these volumes.
+        """Set the volumes that its log names.
 
         Raises:
             LazyfsError, KeeperError: the present worker cannot be told. Later workers know.
@@ -192,22 +192,22 @@ class Daemon:
                 supervisor.name_volumes(volume)
 
     def check_keys(self, credentials: Credentials) -> None:
-        """Refuse keys that do not work: pods read with those before, which may go on working.
+        """Refuse keys that do not work: pods read with the former ones, which may still work.
 
         A token is not tried: kubelet makes it, and a newer one is valid for longer.
 
         Raises:
-            SourceError: they do not.
+            SourceError: the keys do not work.
         """
         if not isinstance(credentials, StaticCredentials):
             return
-        from csi.key_check import check_keys  # which is needed when keys are rotated only
+        from csi.key_check import check_keys  # only needed when keys are rotated
 
         try:
             check_keys(self.spec, credentials)
         except SourceError as error:
             raise type(error)(
-                f"the new keys are not used, pods read with those before: {error}"
+                f"the new keys are not used, and pods read with the former ones: {error}"
             ) from error
 
     def adopt(self, supervisor: Supervisor) -> None:
@@ -227,6 +227,6 @@ def _same(ours: Credentials | None, theirs: Credentials | None) -> bool:
 
 
 def name_of(source: str) -> str:
-    """A new name for a daemon: unlike all others, and telling in logs and in lists of mounts."""
+    """A new name for a daemon: unique, and meaningful in logs and in lists of mounts."""
     readable = re.sub(r"[^A-Za-z0-9.]+", "-", source.removeprefix("s3://"))
     return f"{readable[-LONGEST_READABLE:].strip('-.')}-{secrets.token_hex(4)}"

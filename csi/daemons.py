@@ -1,14 +1,14 @@
-"""The daemons of this node: which there are, whom they serve; started, found, shared, resumed.
+"""The daemons of this node: starts, finds, shares, resumes and ends them.
 
-Each daemon mounts at a directory of its own below `--state-dir`, and every path at which a volume
-is published is a bind mount of that. So volumes of one source with the same options and credentials
-share a daemon, and with it one download and one copy in the page cache, and may come and go in any
+Each daemon mounts at its own directory below `--state-dir`, and every path at which a volume is
+published is a bind mount of that. So volumes of one source with the same options and credentials
+share a daemon, and with it one download and one copy in the page cache. They may come and go in any
 order; a daemon ends when its last user leaves. If the source has changed, there is one daemon for
 each snapshot that pods use (`csi/snapshots.py`).
 
-What a daemon needs to go on after this plugin is in the keeper, under the name of its mountpoint:
-the session with the kernel and the spec, credentials included, which are nowhere else. Its record
-on disk (`csi/staged.py`) is for the case that the keeper has lost it.
+The keeper holds what a daemon needs to continue after this plugin, under the name of its
+mountpoint: the session with the kernel, and the spec with the credentials, which are stored nowhere
+else. The record on disk (`csi/staged.py`) is used if the keeper has lost them.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from lazyfs.store.credentials import Credentials
 
 log = logging.getLogger(__name__)
 
-# Daemons started at once when the plugin starts: each takes about a second of a processor.
+# How many daemons start at once when the plugin starts: each takes about a second of a processor.
 RESUMED_AT_ONCE = 4
-# Between attempts to start a daemon that somebody uses.
+# The pause between attempts to start a daemon that is in use.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 # How soon a keeper that was replaced is noticed.
 KEEPER_POLL_S = 2.0
@@ -57,10 +57,10 @@ class Daemons:
     """All daemons of the node.
 
     Args:
-        state: where they are remembered.
-        directory: where each gets its mountpoint.
+        state: the records on disk.
+        directory: for the mountpoints of the daemons.
         keeper: the keeper's socket.
-        on_mount: called when the mount of a daemon is there, or there anew; from any thread.
+        on_mount: called from any thread when a daemon has mounted, or has mounted again.
         most_of_namespace: how many may be started for pods of one namespace; 0: no limit.
     """
 
@@ -84,10 +84,10 @@ class Daemons:
         directory.mkdir(mode=0o700, exist_ok=True)
 
     def recover(self, users: Mapping[str, Collection[str]]) -> None:
-        """Take up what a former plugin of this boot left; returns before all of it serves.
+        """Resume the daemons of a former plugin of this boot; returns before all of them serve.
 
         Args:
-            users: by the name of a daemon.
+            users: the users of each daemon, by its name.
         """
         for record in self._state.daemons():
             if record.name not in users:
@@ -104,7 +104,7 @@ class Daemons:
             if path.name not in known:
                 log.info("%s: left behind: cleaned up", path)
                 self._clear(path)
-        start_watching("looking after the keeper", self._watch_keeper)
+        start_watching("watching the keeper", self._watch_keeper)
         for daemon in list(self._daemons.values()):
             start_watching(f"resuming {daemon.name}", partial(self._resume, daemon))
 
@@ -114,12 +114,12 @@ class Daemons:
         with self._lock:
             each_one = [daemon.supervisor for daemon in self._daemons.values()]
         supervisors = [supervisor for supervisor in each_one if supervisor is not None]
-        # All at once: each takes as long as it takes to finish what it does.
+        # All at once, because each needs time to finish its work.
         with ThreadPoolExecutor(max(1, len(supervisors))) as threads:
             list(threads.map(Supervisor.leave, supervisors))
 
     def check_keeper(self) -> None:
-        """Raises KeeperError when the keeper does not answer."""
+        """Raises KeeperError if the keeper does not answer."""
         with self._client() as keeper:
             keeper.names()
 
@@ -129,15 +129,15 @@ class Daemons:
             return self._daemons.get(name)
 
     def reserve(self, wanted: Wanted, user: str, volume_id: str, look: Look) -> Daemon:
-        """A daemon for a volume, used by `user` from now on; it need not run yet: see `ensure`.
+        """A daemon for a volume, used by `user` from now on; it may not run yet: see `ensure`.
 
         Args:
-            look: says which snapshots are as S3 lists the source now.
+            look: tells whether a snapshot equals what S3 lists now.
 
         Raises:
-            StillStartingError: that is not known yet.
+            StillStartingError: S3 has not answered yet.
             RpcError: RESOURCE_EXHAUSTED: no other daemon may be started for the pod's namespace.
-            LazyfsError, KeeperError: a daemon that is there cannot be used, as of `ensure`.
+            LazyfsError, KeeperError: an existing daemon cannot be used, as for `ensure`.
         """
         old: set[Daemon] = set()
         while True:
@@ -164,14 +164,14 @@ class Daemons:
                 old.add(left[0])
 
     def use(self, daemon: Daemon, user: str) -> bool:
-        """That daemon is used by `user` as well from now on; False if it is ending."""
+        """Add a user to that daemon; False if it is ending."""
         with self._lock:
             if not daemon.retired:
                 daemon.users.add(user)
             return not daemon.retired
 
     def newest_mount(self, daemon: Daemon) -> Daemon | None:
-        """Another daemon that serves what this one is to serve, as an older snapshot."""
+        """Another daemon that serves an older snapshot of what this one should serve."""
         with self._lock:
             serving = self._serving(daemon.serving)
             mounted = (each for each in serving if each.supervisor and each is not daemon)
@@ -197,7 +197,7 @@ class Daemons:
         return daemon
 
     def _refusal(self, wanted: Wanted, snapshots: int) -> str | None:
-        """Why there may be no other daemon for a volume; None if there may be one."""
+        """Why no other daemon may be started for a volume; None if one may be started."""
         if snapshots >= MOST_SNAPSHOTS:
             return f"this node serves {snapshots} snapshots of the source: delete the oldest pods"
         name = wanted.namespace
@@ -214,10 +214,10 @@ class Daemons:
         """Whether a new pod gets the snapshot of a daemon.
 
         Args:
-            is_newest: there is no newer one, so it is the one to have if S3 gives no answer.
+            is_newest: there is no newer one, so a pod gets this one if S3 gives no answer.
         """
         try:
-            # What it asks S3 with is what this pod has.
+            # The daemon asks S3 with the credentials of this pod.
             self.ensure(daemon, wanted.credentials, look.left_s)
             same, why = look.ask(daemon)
         except (LazyfsError, KeeperError):
@@ -230,13 +230,13 @@ class Daemons:
         return same is True
 
     def ensure(self, daemon: Daemon, credentials: Credentials | None, timeout_s: float) -> str:
-        """Have a daemon run, with these credentials if any are given; its filesystem's device.
+        """Ensure that a daemon runs, with these credentials if any are given; returns its device.
 
         Raises:
-            StillStartingError: it is not ready yet, but will be as soon as that is possible.
-            SourceError: it runs, and cannot read with these credentials.
-            LazyfsError: it cannot be started, with its own reason.
-            KeeperError: the keeper is not there.
+            StillStartingError: it is not ready yet; its start continues.
+            SourceError: it runs, but cannot read with these credentials.
+            LazyfsError: it cannot be started; the error is the daemon's.
+            KeeperError: the keeper does not answer.
         """
         with daemon.locked(timeout_s):
             if daemon.retired:
@@ -256,7 +256,7 @@ class Daemons:
             return device
 
     def release(self, name: str, user: str) -> None:
-        """`user` is gone. The daemon ends if that was its last one."""
+        """Remove a user. The daemon ends if that was its last one."""
         with self._lock:
             daemon = self._daemons.get(name)
             if daemon is None:
@@ -279,7 +279,7 @@ class Daemons:
     def _wait_for_start(
         self, daemon: Daemon, credentials: Credentials | None, timeout_s: float
     ) -> None:
-        """Join the start that is under way, or begin one. Raises as `ensure` does."""
+        """Join the present start, or begin one. Raises like `ensure`."""
         start = daemon.start
         if start is not None:
             others = credentials not in (None, start.credentials)
@@ -294,10 +294,10 @@ class Daemons:
         daemon.start = None
 
     def _begin(self, daemon: Daemon, credentials: Credentials | None) -> Start:
-        """Begin to start a daemon, or to have one go on, and see that its record is there."""
+        """Begin to start or resume a daemon, and ensure that its record exists."""
         kept = self._kept_spec(daemon.mountpoint)
         if kept is None:
-            # Of a session that nobody has: what uses it gets an error and does not wait.
+            # The session is lost: its users get an error instead of waiting.
             mounts.detach(daemon.mountpoint)
         else:
             daemon.spec = replace(kept, volume=daemon.spec.volume or kept.volume)
@@ -333,7 +333,7 @@ class Daemons:
         return Start(spec.source, spec.credentials, supervise, daemon.adopt)
 
     def _resume(self, daemon: Daemon) -> None:
-        """Have a daemon of a former plugin run again, however long that takes."""
+        """Resume a daemon of a former plugin, however long that takes."""
         pause_s = FIRST_PAUSE_S
         while not (daemon.retired or self._closing.is_set()):
             try:
@@ -352,7 +352,7 @@ class Daemons:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def _watch_keeper(self) -> None:
-        """Whenever the keeper was replaced, give the next one what it is there for."""
+        """Whenever the keeper was replaced, give the sessions to the new one."""
         while not self._closing.wait(KEEPER_POLL_S):
             with self._lock:
                 daemons = list(self._daemons.values())
@@ -364,10 +364,10 @@ class Daemons:
                     if supervisor is not None and str(daemon.mountpoint) not in kept:
                         supervisor.give_back()
             except KeeperError as error:
-                log.debug("%s", error)  # Probe says so
+                log.debug("%s", error)  # Probe reports it
 
     def _kept_spec(self, mountpoint: Path) -> MountSpec | None:
-        """What the keeper has of a daemon."""
+        """What the keeper holds for a daemon."""
         with self._client() as keeper:
             kept = keeper.fetch(str(mountpoint))
         try:
@@ -377,14 +377,14 @@ class Daemons:
                 os.close(descriptor)
 
     def _clear(self, mountpoint: Path) -> None:
-        """Forget a daemon that does not run: its mount, its session, its directory."""
+        """Remove what is left of a daemon that does not run: mount, session, directory."""
         mounts.detach(mountpoint)
         try:
             with self._client() as keeper:
                 keeper.drop(str(mountpoint))
         except KeeperError as error:
             log.warning("%s: %s", mountpoint, error)
-        DaemonWatch(mountpoint).wait(timeout_s=0)  # takes away its record
+        DaemonWatch(mountpoint).wait(timeout_s=0)  # removes its record
         with suppress(MountError):
             mounts.remove_directory(mountpoint)
 
@@ -393,7 +393,7 @@ class Daemons:
 
 
 def _with_rights(spec: MountSpec) -> MountSpec:
-    """The spec of a mount with what its worker may do; its cache is prepared for that."""
+    """The spec of a mount with the rights of its worker; also prepares its cache for them."""
     options = MountOptions.parse(("{attribute}", spec.options))
     return replace(spec, rights=rights_of(spec, options).value)
 

@@ -1,7 +1,7 @@
-"""Which endpoints inline volumes may name: where a node connects to is not their authors' choice.
+"""The endpoints that inline volumes may name. The administrator decides where nodes connect to.
 
-The node plugin is in the network of its node. An endpoint that anybody may choose is a way into it:
-to a metadata service, to kubelet, to whatever listens in the cluster. Pure.
+The node plugin is in the network of its node. If authors of pods could choose any endpoint, they
+could reach a metadata service, kubelet, and all services in the cluster. Pure.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Endpoint:
     """An endpoint that may be used.
 
     Attributes:
-        url: as it is used; made of its parts, so that nobody reads other parts from it.
+        url: the URL to use; made from its parsed parts, so that all parsers agree on it.
         is_named: the administrator wrote exactly this, or it is AWS.
     """
 
@@ -61,7 +61,7 @@ class AllowedEndpoints:
         """The endpoint of that name; None if it may not be used.
 
         Args:
-            default: of volumes that name none.
+            default: the endpoint of volumes that name none.
         """
         if text == default:
             return Endpoint(text, is_named=True)
@@ -75,13 +75,13 @@ class AllowedEndpoints:
         return Endpoint(url, is_named=False) if ANY in self._texts else None
 
     def shown(self, default: str | None = None) -> str:
-        """For messages: which there are."""
+        """The allowed endpoints, for messages."""
         texts = [*([default] if default else []), *self._texts]
         return ", ".join("AWS" if each == AWS else each for each in texts) or "none"
 
 
 def _canonical(text: str) -> str | None:
-    """A URL in the one way in which it is compared; None if it is no endpoint."""
+    """The normal form of a URL, for comparisons; None if it is not an endpoint."""
     try:
         parts = urlsplit(text)
         host, port = (parts.hostname or "").rstrip("."), parts.port

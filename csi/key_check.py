@@ -1,7 +1,7 @@
 """Checks new keys of a daemon: `python -m csi.key_check DESCRIPTOR`, with a memory file of a spec.
 
-What the endpoint of a volume answers is parsed for that, so a process without rights does it, as a
-worker does, and not the node plugin.
+The check parses answers of the volume's endpoint. So it runs in a process without rights, like a
+worker, and not in the node plugin.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TIMEOUT_S = 100.0
 
 
 def check_keys(spec: MountSpec, credentials: Credentials) -> None:
-    """Check that other credentials than its own can read what a daemon serves.
+    """Check that new credentials can read what a daemon serves.
 
     Raises:
         SourceError: they cannot, or S3 does not answer.
@@ -58,7 +58,7 @@ def check_keys(spec: MountSpec, credentials: Credentials) -> None:
 
 
 def main(descriptor: int) -> None:
-    """Run the process: a line of JSON says what is wrong, or nothing is."""
+    """Run the process; it prints a line of JSON if something is wrong, and nothing otherwise."""
     confine()
     spec = MountSpec.from_descriptor(descriptor)
     options = MountOptions.parse(("{attribute}", spec.options))

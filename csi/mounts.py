@@ -30,7 +30,7 @@ _AT_FDCWD, _AT_EMPTY_PATH = -100, 0x1000
 _ATTRIBUTES = 1 | 2 | 4 | 8  # MOUNT_ATTR_RDONLY, _NOSUID, _NODEV, _NOEXEC
 # limits.h: PATH_MAX, with its ending zero byte.
 LONGEST_PATH_BYTES = 4095
-# More mounts at one path than are made by mistake.
+# More mounts at one path than can happen by mistake.
 _MOST_LAYERS = 32
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -133,7 +133,7 @@ def unbind(target: Path) -> None:
 
 
 def detach(mountpoint: Path) -> None:
-    """Take away a mount of ours that nobody serves; who waits for it gets an error."""
+    """Remove a mount of ours that has no daemon; processes that wait for it get an error."""
     entry = mount_syscalls.find_mount(mountpoint)
     if entry is not None and entry.filesystem_type == mount_syscalls.FILESYSTEM_TYPE:
         mount_syscalls.abort(entry.device)  # after the unmount it may be another mount's

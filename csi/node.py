@@ -38,10 +38,10 @@ EPHEMERAL = "csi.storage.k8s.io/ephemeral"
 POD_NAME, POD_NAMESPACE = "csi.storage.k8s.io/pod.name", "csi.storage.k8s.io/pod.namespace"
 # kubelet gives a call two minutes; calls without a deadline get the same.
 TIMEOUT_S = 115.0
-# Part of a deadline that is left for undoing things and for the answer.
+# The part of a deadline that is left for cleanup and for the answer.
 RESERVE_S = 3.0
 POLL_S = 0.2
-# If no request was in flight for so long, there is no room for more.
+# If no request was in flight for this long, there is no room for more.
 REST_S = 3.0
 
 _Rpc = csi_pb2.NodeServiceCapability.RPC
@@ -267,7 +267,7 @@ def _deadline(context: ServicerContext) -> float:
 
 
 def _patience_s(context: ServicerContext, until: float) -> float:
-    """How long an RPC waits for a daemon; kubelet, which sets a deadline, gets an early answer."""
+    """How long an RPC waits for a daemon; kubelet sets a deadline and gets an early answer."""
     remaining_s = until - time.monotonic()
     return remaining_s if context.time_remaining() is None else min(PATIENCE_S, remaining_s)
 

@@ -1,13 +1,13 @@
 """Which snapshot of a source a new pod gets.
 
 A mount is a snapshot, and the pods of a node that use the same source share it. So while one of
-them lives, each later one would see what S3 listed when the first one started. A new pod is a new
-look instead: S3 is asked whether it lists the same, and if it does not, the pod gets a new daemon,
+them lived, each later one would see what S3 listed when the first one started. Therefore S3 is
+asked for each new pod whether it still lists the same. If it does not, the pod gets a new daemon,
 which later pods share. Older daemons end with their pods. Content that snapshots have in common is
 in the node's cache once.
 
-Nothing of this fails or holds up a pod for long. If S3 gives no answer, or the new snapshot cannot
-be mounted, the pod gets the newest snapshot that is there, and the volume's condition says why.
+None of this fails a pod, or delays it for long. If S3 gives no answer, or the new snapshot cannot
+be mounted, the pod gets the newest existing snapshot, and the volume's condition says why.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from lazyfs.control.client import ControlError
 
 log = logging.getLogger(__name__)
 
-# How long S3 may take to say what it lists: a page takes a tenth of a second.
+# How long S3 may take for a listing: a page takes a tenth of a second.
 LOOK_S = 4.0
-# A call that may not wait takes an answer that is so old, or else it would ask again each time.
+# A call that may not wait accepts an answer of this age; otherwise each call would ask again.
 OLD_S = 2 * LOOK_S
 # Snapshots of one source with the same options and credentials: each has a daemon of its own, with
 # memory and page cache.
@@ -38,7 +38,7 @@ FALL_BACK_AFTER_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What a call for a new pod asks of S3.
+    """How a call for a new pod may ask S3 for the listing.
 
     Attributes:
         max_age_s: how old an answer may be.
@@ -52,14 +52,14 @@ class Look:
 
     @classmethod
     def within(cls, max_age_s: float, timeout_s: float) -> Look:
-        """For a call that may wait so long from now on."""
+        """Make one for a call that may wait this long from now on."""
         in_haste = timeout_s < LOOK_S
         oldest_s = max(max_age_s, OLD_S) if in_haste else max_age_s
         return cls(oldest_s, time.monotonic() + timeout_s, in_haste)
 
     @property
     def left_s(self) -> float:
-        """How long the call may still wait."""
+        """The time for which the call may still wait."""
         return max(0.0, self.until_s - time.monotonic())
 
     def ask(self, daemon: Daemon) -> tuple[bool | None, str]:
@@ -109,7 +109,7 @@ def doubts(snapshot: dict[str, Any]) -> str | None:
         f"{_time(snapshot['listed_at_s'])}, because: {snapshot['doubt']}"
     )
     if not snapshot["same"]:
-        text += "; S3 lists other objects now: delete the pod to have it see them"
+        text += "; S3 lists other objects now: delete the pod so that the next one sees them"
     return text
 
 

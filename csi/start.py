@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 PATIENCE_S = 8.0
 # Pauses between attempts of a start that may succeed later.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 15.0
-# The reason of a failed start is reported for so long; after that a new start is tried.
+# The reason of a failed start is reported for this long; after that a new start is tried.
 TOLD_FOR_S = 3.0
 
 

@@ -1,11 +1,12 @@
-"""What a volume is, read from what Kubernetes says of it: attributes, mount flags, secrets, ids.
+"""Parses what Kubernetes passes for a volume: attributes, mount flags, secrets, ids.
 
 Pure: no I/O, no state. The attributes of a volume (`volume_context`, a PersistentVolume's
 `volumeAttributes`, most parameters of a StorageClass) are
 
     source                  s3://BUCKET or s3://BUCKET/PREFIX, or in two parts:
     bucket or bucketName    and, if wanted, prefix
-    waitFor                 headers or model: what is here when staging returns; not given: nothing
+    waitFor                 headers or model: what must be here before staging returns; not set:
+                            nothing
     roleArn                 the role that a pod's service account takes on (web identity)
     snapshotMaxAge          how old the listing of S3 may be that a new pod sees
     each mount option       by its camelCase name, `blockSize`, as in docs/OPTIONS.md; patterns
@@ -38,8 +39,8 @@ LARGEST_MAP_BYTES = 4096
 # Keys that kubelet and external-provisioner add to what a user wrote.
 ADDED_KEYS = ("csi.storage.k8s.io/", "storage.kubernetes.io/")
 WAIT_FOR = ("headers", "model")
-# What concerns the whole node or reads and writes its files is the administrator's, not a volume's,
-# unless --allow-attributes names it.
+# Volumes may not set options that concern the whole node or that read or write its files, unless
+# --allow-attributes names them.
 OF_THE_NODE = frozenset(
     (
         "profile",
@@ -76,13 +77,13 @@ Texts = dict[str, str | list[str]]
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """One volume, as its attributes say.
+    """One volume, parsed from its attributes.
 
     Attributes:
         source: `s3://bucket/prefix`.
         options: texts by option name (`lazyfs/options/`), the driver's own defaults among them.
         wait_for: what staging waits for: `headers`, `model`, or None for nothing.
-        role_arn: to be taken on with the pod's service-account token.
+        role_arn: the role to assume with the pod's service-account token.
         snapshot_max_age_s: how old the listing of S3 may be that a new pod sees.
     """
 
@@ -100,7 +101,7 @@ class Volume:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What an administrator lets volumes set, and what they are otherwise.
+    """What the administrator allows volumes to set, and the defaults.
 
     Attributes:
         allowed: names of the options that a volume may set.
@@ -126,7 +127,7 @@ class Rules:
         """Read a volume's attributes (`volume_context`) and mount flags.
 
         Args:
-            inline: they are the words of whoever made the pod; else an administrator's.
+            inline: the author of the pod wrote them; otherwise an administrator did.
 
         Raises:
             InvalidArgumentError: one is unknown, not allowed here, or has a wrong value.
@@ -167,11 +168,11 @@ class Rules:
         return volume
 
     def _set(self, texts: Texts, what: str, key: str, value: str) -> None:
-        """Put one option's text where it belongs."""
+        """Store the text of one option."""
         option = _BY_CAMEL_CASE.get(key)
         if option is None:
             raise InvalidArgumentError(_unknown(what, key))
-        # A volume may do without the fleet's cache, but not name another one.
+        # A volume may disable the fleet's cache, but not name another one.
         if option.name not in self.allowed and (option.name, value) != ("fleet-cache", "off"):
             raise InvalidArgumentError(
                 f"{what} {key}: {option.kind.shown(value)} is not allowed: volumes may not set "
@@ -198,10 +199,10 @@ class Rules:
             ) from None
 
     def _where(self, texts: Texts) -> Texts:
-        """What follows from the endpoint that an inline volume names.
+        """The options that follow from the endpoint that an inline volume names.
 
         Raises:
-            InvalidArgumentError: it may not name that one.
+            InvalidArgumentError: the volume may not use that endpoint.
         """
         default = self.defaults.get("endpoint-url")
         named = texts.get("endpoint-url", default)
@@ -214,7 +215,7 @@ class Rules:
                 f"{self.endpoints.shown(None if default is None else str(default))} "
                 "(volumes.allowedEndpoints of the chart, --allowed-endpoint of the driver)"
             )
-        # Whose address a name BUCKET.HOST has is not the administrator's word either.
+        # The administrator has not vouched for the address of BUCKET.HOST either.
         is_virtual = texts.get("addressing-style") == "virtual"
         guarded: Texts = {"refuse-local": "true"} if is_virtual or not found.is_named else {}
         return {"endpoint-url": found.url, **guarded} if "endpoint-url" in texts else guarded
@@ -235,21 +236,21 @@ class Rules:
                 f"{what} is not allowed: at most {format_size(most)} (--max-memory-limit of the "
                 "driver)"
             )
-        if most is not None and options.memory_limit > most:  # chosen for this machine
+        if most is not None and options.memory_limit > most:  # the default for this machine
             texts = {**texts, "memory-limit": f"{most}B"}
         return merged(texts, self.defaults)
 
 
 def own_attributes(attributes: Mapping[str, str]) -> dict[str, str]:
-    """Those that a user or a StorageClass wrote, without what Kubernetes adds."""
+    """The attributes that a user or a StorageClass wrote, without those that Kubernetes adds."""
     return {key: value for key, value in attributes.items() if not key.startswith(ADDED_KEYS)}
 
 
 def source_of(attributes: Mapping[str, str]) -> SourceUrl:
-    """The source that attributes name, in one part or in two.
+    """The source that the attributes name, in one part or in two.
 
     Raises:
-        InvalidArgumentError: none, or one that cannot be.
+        InvalidArgumentError: there is none, or it is invalid.
     """
     given = {key: attributes[key] for key in _SOURCE_KEYS if attributes.get(key)}
     buckets = [key for key in ("source", "bucket", "bucketName") if key in given]
@@ -277,9 +278,9 @@ def source_of(attributes: Mapping[str, str]) -> SourceUrl:
 def credentials_of(secrets: Mapping[str, str]) -> StaticCredentials | None:
     """Keys from the secrets of a call; None if the call has none.
 
-    White space around a value, which a newline in a Secret often is, is taken off. Other keys of
-    the Secret are left alone; but a Secret without keys of ours is refused, because what it was to
-    give access to would be read with other credentials.
+    White space around a value, such as the newline at the end of many Secrets, is removed. Other
+    keys of the Secret are ignored. A Secret without keys of ours is refused, because the source
+    would then be read with other credentials.
 
     Raises:
         InvalidArgumentError: keys are missing or malformed; no value is in the message.
@@ -337,10 +338,10 @@ def check_size(what: str, texts: Mapping[str, str]) -> None:
 
 
 def check_capability(capability: VolumeCapability) -> None:
-    """Refuse a use of a volume that is not one as files.
+    """Refuse any use of a volume other than as a filesystem.
 
-    Every access mode is fine: people ask for ReadWriteOnce out of habit, and the mount is read-only
-    whatever was asked.
+    Every access mode is accepted: users often request ReadWriteOnce, and the mount is read-only in
+    any case.
 
     Raises:
         InvalidArgumentError: block access, or a field is missing.
@@ -365,7 +366,7 @@ def id_of(name: str) -> str:
 
 
 def digest_of(volume_id: str) -> str | None:
-    """The part of an id of `id_of` that tells it from all others; None if it is no such id."""
+    """The unique part of an id of `id_of`; None if it is not such an id."""
     found = _ID.fullmatch(volume_id)
     return found[1] if found else None
 
@@ -374,7 +375,7 @@ def _unknown(what: str, key: str) -> str:
     known = [*_SOURCE_KEYS, *_OTHER_KEYS, *_BY_CAMEL_CASE]
     near = difflib.get_close_matches(key, known, 1)
     hint = f"did you mean {near[0]}?" if near else "see docs/OPTIONS.md and docs/CSI.md for all"
-    return f"{what} {key!r}: there is none of this name; {hint}"
+    return f"{what} {key!r} is unknown; {hint}"
 
 
 def _wait_for(text: str | None) -> str | None:

@@ -1,7 +1,7 @@
-"""Which calls may wait: a pod with many volumes must not hold all threads of the plugin.
+"""Decides which calls may wait: a pod with many volumes must not occupy all threads of the plugin.
 
-A call that may not is answered soon, and what it asked for goes on (`csi/start.py`): kubelet calls
-again. So there is always a thread for Probe, for what ends and for the volumes of others.
+A call that may not wait is answered soon. Its work continues (`csi/start.py`), and kubelet calls
+again. So there are always threads for Probe, for unpublishing, and for other namespaces' volumes.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Of `THREADS` of `csi/server.py`: all calls together, and those for one namespace.
+# The most waiting calls, of the `THREADS` in `csi/server.py`: in total, and for one namespace.
 MOST, MOST_OF_ONE = 32, 8
-# How long a call takes that may not wait.
+# How long a call that may not wait takes at most.
 SHORT_S = 0.5
 
 
@@ -26,10 +26,10 @@ class WaitingCalls:
 
     @contextmanager
     def one_of(self, whose: str) -> Iterator[float]:
-        """For how many seconds a call may wait, at most.
+        """The maximum time for which a call may wait, in seconds.
 
         Args:
-            whose: a namespace, or a volume where that is not known.
+            whose: a namespace, or a volume if the namespace is unknown.
         """
         with self._lock:
             may_wait = self._waiting.total() < MOST and self._waiting[whose] < MOST_OF_ONE
@@ -41,4 +41,4 @@ class WaitingCalls:
             if may_wait:
                 with self._lock:
                     self._waiting[whose] -= 1
-                    self._waiting += Counter()  # forgets who has none
+                    self._waiting += Counter()  # removes zero counts

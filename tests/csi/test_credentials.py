@@ -141,7 +141,7 @@ def test_a_publish_secret_is_enough_and_is_renewed(node: TestNode, s3: S3) -> No
     target = node.publish("vol", context, secrets=secret("first"))
     assert shell("cat sub/file", target).stdout == "content"
     code, message = refused(lambda: node.publish("vol", context, secrets=secret("misspelt")))
-    assert (code, "pods read with those before" in message) == ("UNAUTHENTICATED", True), message
+    assert (code, "pods read with the former ones" in message) == ("UNAUTHENTICATED", True), message
     assert shell("cat config.json", target).stdout == "{}", "a wrong key harms no pod that runs"
     s3.let_in("second")
     node.publish("vol", context, secrets=secret("second"))

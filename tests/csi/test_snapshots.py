@@ -189,7 +189,7 @@ def test_s3_gives_no_answer(node: TestNode, model: Model, fault: dict[str, Any],
 
     wait_for(sees_it, 60)
     abnormal, text = message(node, "two", second)
-    assert abnormal and "delete the pod to have it see them" in text
+    assert abnormal and "delete the pod so that the next one sees them" in text
     assert not message(node, "three", node.target("csi-three", "three"))[0]
 
 

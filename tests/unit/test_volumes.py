@@ -60,7 +60,7 @@ def test_source_in_every_spelling(attributes: dict[str, str], source: str) -> No
         ({**SOURCE, "waitFor": "headers", "prefetchOn": "open"}, "do not bring it before a file"),
         ({**SOURCE, "roleArn": "admin"}, "roleArn: 'admin' is not allowed"),
         ({**SOURCE, "include": "x" * 4096}, "more than 4096"),
-        ({**SOURCE, "a b": "c"}, "'a b': there is none of this name"),
+        ({**SOURCE, "a b": "c"}, "'a b' is unknown"),
     ],
 )
 def test_wrong_attributes_are_refused(attributes: dict[str, str], said: str) -> None:
@@ -115,7 +115,7 @@ def test_options_come_from_attributes_flags_and_the_driver() -> None:
         (["allowOther"], "volumes may not set allowOther here"),
         (["blockSize=8MiB", "blockSize=4MiB"], "given several times"),
         (["region=eu-west-1"], "with other values"),
-        (["--endpoint-url=http://x"], "there is none of this name"),
+        (["--endpoint-url=http://x"], "is unknown"),
         (["prefix=other"], "mount option 'prefix'"),
     ],
 )
