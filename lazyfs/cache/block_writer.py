@@ -70,7 +70,8 @@ class BlockWriter:
         self._on_written = on_written
         self._held = held
         self._queue = BlockQueue()
-        # Bytes of blocks that wait or are being written.
+        # Blocks that wait or are being written, and their bytes.
+        self._coming: set[BlockId] = set()
         self._bytes = 0
         # Unread blocks for which the cache had no room.
         self._refused: list[BlockId] = []
@@ -84,12 +85,15 @@ class BlockWriter:
         Args:
             reader_waits: a reader waits for S3.
         """
+        if block in self._coming:
+            return  # skipped, dropped, fetched again, and queued since
         if reader_waits and self._bytes + len(held.data) > self._most_bytes():
             self._cache.release(held.file, block.number)
             self._skipped.append(block)
             return
         held.users += 1
         self._bytes += len(held.data)
+        self._coming.add(block)
         self._queue.put(block, held)
 
     def _most_bytes(self) -> int:
@@ -165,6 +169,7 @@ class BlockWriter:
         for (block, held), is_stored in zip(batch, stored, strict=True):
             held.on_disk = is_stored
             held.users -= 1
+            self._coming.remove(block)
             self._bytes -= len(held.data)
             self._recorder.written(len(held.data) if is_stored else 0)
             if not is_stored and held.unread:

@@ -148,6 +148,24 @@ def test_what_was_skipped_is_written_if_it_is_still_in_memory_when_there_is_time
     assert play(scenario).writer.skipped_blocks == 2
 
 
+def test_a_block_that_was_skipped_twice_is_written_once() -> None:
+    """Memory dropped it in between, and it was fetched again."""
+
+    async def scenario(desk: Desk) -> None:
+        for number in range(8):
+            desk.put(number, reader_waits=True)
+        desk.put(8, reader_waits=True)
+        held = desk.memory[BlockId(2, 8)] = desk.put(8, reader_waits=True)
+        for _ in range(10):
+            desk.disk.ready.release()
+        with trio.fail_after(10):
+            await desk.writer.finish()
+        assert (held.users, held.on_disk) == (0, True)
+
+    desk = play(scenario)
+    assert sorted(itertools.chain(*desk.disk.batches)) == list(range(9))
+
+
 def test_nothing_is_skipped_while_no_reader_waits() -> None:
     async def scenario(desk: Desk) -> None:
         held = [desk.put(number) for number in range(24)]
