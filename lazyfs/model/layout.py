@@ -139,6 +139,10 @@ class _Listing:
         self._groups: dict[str, str] = {}
         # The components that each pipeline names; None: it is not known.
         self._pipelines: dict[str, frozenset[str] | None] = {}
+        # The variant that a loader reads in each pipeline; empty: none.
+        self._variants: dict[str, str] = {}
+        # All directories, also those that only have directories.
+        self._places: set[str] = set()
         self._triton: set[str] = set()
         for file in files:
             self._add(file)
@@ -164,9 +168,15 @@ class _Listing:
             return
         if path not in self._directories:
             self._directories[path] = Directory(path)
+            self._add_places(path)
         self._directories[path].add(name, file)
         if name == TRITON_CONFIGURATION:
             self._triton.add(path)
+
+    def _add_places(self, path: str) -> None:
+        while path and path not in self._places:
+            self._places.add(path)
+            path = dirname(path)
 
     def layouts(self, include: Sequence[str]) -> tuple[ModelLayout, ...]:
         """Apply all rules. Call this once."""
@@ -178,6 +188,7 @@ class _Listing:
             # read.
             if path and path not in self._models and not directory.weights:
                 (self._nearest(path) or root).others += directory.others
+        self._find_variants()
         for path in sorted(self._models, key=lambda path: path.split("/")):
             self._decide(self._models[path])
         if root.others:
@@ -188,9 +199,12 @@ class _Listing:
         )
 
     def _layout(self, directory: Directory, include: Sequence[str]) -> ModelLayout:
+        names = set(directory.choice.names)
         chosen = [join(directory.path, name) for name in directory.choice.names]
-        after = [path for path in directory.included(include) if path not in chosen]
-        excluded = {path: why for path, why in directory.excluded.items() if path not in after}
+        expected = set(chosen)
+        after = [path for path in directory.included(include) if path not in expected]
+        added = set(after)
+        excluded = {path: why for path, why in directory.excluded.items() if path not in added}
         indexes = list(directory.indexes)
         if directory.path in self._pipelines:
             indexes.append(join(directory.path, PIPELINE_INDEX))
@@ -206,7 +220,7 @@ class _Listing:
                 join(directory.path, name)
                 for each in directory.choice.alternatives
                 for name in each.names
-                if name not in directory.choice.names
+                if name not in names
             ),
             index_paths=tuple(indexes),
             warnings=tuple(directory.warnings),
@@ -243,18 +257,12 @@ class _Listing:
         except MalformedIndexError as error:
             directory.warnings.append(f"{path} is ignored: {error}; all components are read")
             return None
-        absent = [name for name in named or () if not self._exists(directory.path, name)]
+        absent = [name for name in named or () if join(directory.path, name) not in self._places]
         if absent:
             directory.problems.append(
                 f"{path} names components that do not exist: {shown(sorted(absent))}; upload them"
             )
         return named
-
-    def _exists(self, path: str, name: str) -> bool:
-        beginning = join(path, name)
-        return beginning in self._directories or any(
-            each.startswith(f"{beginning}/") for each in self._directories
-        )
 
     def _pipeline_of(self, path: str) -> str | None:
         """The pipeline that a directory is in, or is."""
@@ -329,6 +337,15 @@ class _Listing:
     def _is_below(self, path: str, pipeline: str) -> bool:
         return path != pipeline and self._pipeline_of(path) == pipeline
 
+    def _find_variants(self) -> None:
+        below: dict[str, list[Directory]] = {}
+        for path, directory in self._models.items():
+            pipeline = self._pipeline_of(path)
+            if pipeline is not None and path != pipeline:
+                below.setdefault(pipeline, []).append(directory)
+        for pipeline, found in below.items():
+            self._variants[pipeline] = _the_one(each.variants for each in found)
+
     def _decide(self, directory: Directory) -> None:
         """Decide what is read of a model, after all models above it."""
         path = directory.path
@@ -345,8 +362,7 @@ class _Listing:
         variant = ""
         if pipeline is not None:
             is_one_model = path != pipeline  # beside its index lie single files: many models
-            read = [each for key, each in self._models.items() if self._is_below(key, pipeline)]
-            variant = _the_one(each.variants for each in read)
+            variant = self._variants.get(pipeline, "")
         directory.decide(
             self._indexes,
             is_one_model=is_one_model,

@@ -51,7 +51,7 @@ from lazyfs.model.filenames import (
 CORE: frozenset[Format] = frozenset({"safetensors", "pytorch"})
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class WeightSet:
     """Files of one directory that are read together.
 
@@ -130,10 +130,11 @@ class Choice:
         """All files that are read, in order."""
         return [name for each in self.sets for name in each.names]
 
-    def drop(self, each: WeightSet, reason: str) -> None:
-        """Exclude a set."""
-        self.sets.remove(each)
-        self.excluded.update(dict.fromkeys(each.names, reason))
+    def drop(self, reasons: Mapping[WeightSet, str]) -> None:
+        """Exclude sets, all at once: there may be 100,000."""
+        self.sets = [each for each in self.sets if each not in reasons]
+        for each, reason in reasons.items():
+            self.excluded.update(dict.fromkeys(each.names, reason))
 
 
 def choose(
@@ -226,13 +227,16 @@ def _leave_out_formats(choice: Choice, files: Mapping[str, int]) -> None:
     has_most = _bytes(others, files) > _bytes(known, files)
     present = {each.format for each in choice.sets}
     first = next((form for form in FORMAT_ORDER if form in present), "other")
-    for each in list(choice.sets):
+    reason = f"a copy in another format than {first}, which loaders read instead"
+    copies = {}
+    for each in choice.sets:
         if each.format == "other":
             is_copy = bool(known) and not has_most
         else:
             is_copy = each.is_whole and (bool(core) or each.format != first)
         if is_copy:
-            choice.drop(each, f"a copy in another format than {first}, which loaders read instead")
+            copies[each] = reason
+    choice.drop(copies)
 
 
 def _bytes(sets: Iterable[WeightSet], files: Mapping[str, int]) -> int:
@@ -245,13 +249,16 @@ def _leave_out_copies(choice: Choice) -> None:
     for each in sorted(choice.sets, key=_preference):
         best.setdefault(each.identity, each)
     models = [each for each in choice.sets if each.format in CORE and each.stem != "adapter_model"]
-    for each in list(choice.sets):
+    # Any better set makes Mistral's a second copy, so the best one decides.
+    first = min(
+        (each for each in models if not each.is_consolidated), key=_preference, default=None
+    )
+    copies = {}
+    for each in choice.sets:
         chosen = best[each.identity]
         if each.format != chosen.format:
             reason = f"a copy in another format than {chosen.format}, which loaders read instead"
-        elif each.is_consolidated and any(
-            not other.is_consolidated and _preference(other) < _preference(each) for other in models
-        ):
+        elif each.is_consolidated and first and _preference(first) < _preference(each):
             reason = "Mistral's second copy of the shards in this directory"
         elif each is chosen or each.variant != chosen.variant:
             continue  # see rule 3
@@ -261,7 +268,8 @@ def _leave_out_copies(choice: Choice) -> None:
             reason = f"a copy with another suffix than {chosen.suffix}, which loaders read instead"
         else:
             reason = f"a copy of {chosen.names[0]}, which loaders read instead"
-        choice.drop(each, reason)
+        copies[each] = reason
+    choice.drop(copies)
 
 
 def _preference(each: WeightSet) -> tuple[int, bool, bool, int, int, str]:
@@ -283,21 +291,24 @@ def _leave_out_variants(choice: Choice, preferred: str) -> None:
     found: defaultdict[str, list[WeightSet]] = defaultdict(list)
     for each in choice.sets:
         found[each.identity].append(each)
+    dropped: dict[WeightSet, str] = {}
+    data = [each for each in choice.sets if each.format == "other"]
     for sets in found.values():
         if len(sets) == 1:
             continue
         if sets[0].format == "onnx":
             choice.alternatives += sets
-            for each in sets:
-                choice.drop(each, f"one of {len(sets)} variants; {_WHEN}")
-            for each in [each for each in choice.sets if each.format == "other"]:
-                choice.drop(each, f"data of one of {len(sets)} variants, which are not read yet")
+            dropped |= dict.fromkeys(sets, f"one of {len(sets)} variants; {_WHEN}")
+            of_variants = f"data of one of {len(sets)} variants, which are not read yet"
+            dropped |= dict.fromkeys(data, of_variants)
+            data = []
             continue
         variants = {each.variant for each in sets}
         chosen = preferred if preferred in variants else "" if "" in variants else None
         for each in sets:
             if chosen is not None and each.variant != chosen:
-                choice.drop(each, "a variant, read only if a user asks for it")
+                dropped[each] = "a variant, read only if a user asks for it"
+    choice.drop(dropped)
 
 
 _WHEN = "one is fetched when it is loaded"
@@ -315,8 +326,7 @@ def _leave_out_alternatives(choice: Choice, is_one_model: bool) -> None:
         return  # an ONNX model and its external data
     choice.alternatives += models
     what = "GGUF models" if models[0].format == "gguf" else "models in this directory"
-    for each in list(choice.sets):
-        choice.drop(each, f"one of {len(models)} {what}; {_WHEN}")
+    choice.drop(dict.fromkeys(choice.sets, f"one of {len(models)} {what}; {_WHEN}"))
 
 
 def _follow(
@@ -325,7 +335,7 @@ def _follow(
     """Rule 6."""
     seen = {*read, *opened}
     for each in every:
-        if each in choice.sets or seen.isdisjoint(each.names):
+        if seen.isdisjoint(each.names) or each in choice.sets:
             continue
         rivals = [other for other in choice.sets if _are_rivals(each, other)]
         loaded = [name for name in read if name in each.names]
@@ -333,9 +343,9 @@ def _follow(
             if not rivals or any(not seen.isdisjoint(other.names) for other in rivals):
                 continue
             loaded = [name for name in opened if name in each.names]
-        for other in rivals:
-            if not set(other.names).intersection(read):
-                choice.drop(other, f"the loader reads {loaded[-1]} and similar files instead")
+        instead = f"the loader reads {loaded[-1]} and similar files instead"
+        unread = (other for other in rivals if not set(other.names).intersection(read))
+        choice.drop(dict.fromkeys(unread, instead))
         choice.sets.append(each)
         for name in each.names:
             del choice.excluded[name]

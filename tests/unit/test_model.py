@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -383,3 +384,42 @@ def test_any_bytes_as_an_index_do_no_harm(contents: bytes) -> None:
     except MalformedIndexError:
         return
     assert all(isinstance(name, str) for name in names)
+
+
+def calls_for(listed: Sequence[ModelFile], read: Sequence[str]) -> int:
+    """How many functions are called to sort a listing out."""
+    count = 0
+
+    def see(_frame: object, event: str, _argument: object) -> None:
+        nonlocal count
+        count += event == "call"
+
+    former = sys.getprofile()
+    sys.setprofile(see)
+    try:
+        layouts(listed, read=read, include=["*.pt"])
+    finally:
+        sys.setprofile(former)
+    return count
+
+
+@pytest.mark.parametrize(
+    "each",
+    [
+        ("x{0}q.safetensors",),
+        ("x{0}q.safetensors", "x{0}q.bin"),
+        ("config.json", "x{0}q.safetensors"),
+        ("m{0}/config.json", "m{0}/model.safetensors"),
+        ("model_index.json", "part{0}/model.safetensors", "part{0}/model.fp16.safetensors"),
+        ("p{0}/model_index.json", "p{0}/unet/model.safetensors", "p{0}/vae/model.safetensors"),
+    ],
+)
+def test_twice_the_files_take_no_more_than_twice_the_work(each: Sequence[str]) -> None:
+    """A bucket may have 100,000 models, and one interpreter answers its readers, too."""
+
+    def work(count: int) -> int:
+        paths = {text.format(f"{i:04}") for i in range(count) for text in each}
+        first = min(path for path in paths if path.endswith(".safetensors"))
+        return calls_for(listing(*sorted(paths)), [first])
+
+    assert work(400) < 2.3 * work(200)
