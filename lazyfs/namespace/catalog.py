@@ -93,6 +93,8 @@ class Catalog:
     def restore(self) -> None:
         """Restore the tree that former workers showed, from the journal."""
         for listing in self._journal.read():
+            # They were let in once, and count against what is listed from now on.
+            self._names_bytes += self._cost_bytes(listing)
             self._plant(listing)
 
     @property
@@ -228,12 +230,15 @@ class Catalog:
             )
 
     def _add(self, listing: Listing) -> None:
-        directory = self.tree.directory(listing.prefix)
-        cost = self.tree.cost_bytes(directory, listing.objects, listing.prefixes)
+        cost = self._cost_bytes(listing)
         self._check_room(listing.prefix, cost)
         self._names_bytes += cost
         self._journal.append(listing)
         self._tell_hidden(self._plant(listing))
+
+    def _cost_bytes(self, listing: Listing) -> int:
+        directory = self.tree.directory(listing.prefix)
+        return self.tree.cost_bytes(directory, listing.objects, listing.prefixes)
 
     def _tell_hidden(self, hidden: list[Hidden]) -> None:
         """Log and count hidden keys, each once, however often it is listed."""

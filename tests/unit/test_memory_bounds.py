@@ -18,9 +18,10 @@ from lazyfs.errors import TooManyNamesError
 from lazyfs.memory_file import memory_file
 from lazyfs.model.indexes import MalformedIndexError, parse_index
 from lazyfs.model.json_cost import json_cost
+from lazyfs.namespace import catalog as catalogs
 from lazyfs.namespace.catalog import NAMES_BYTES, NAMES_SHARE, Catalog
 from lazyfs.namespace.listing_log import ListingLog
-from lazyfs.namespace.tree import Tree
+from lazyfs.namespace.tree import Directory, Tree
 from lazyfs.objects import ListedObject
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
@@ -99,6 +100,30 @@ def test_more_names_than_fit_are_refused() -> None:
 
     assert taken(mount) < limit
     assert catalog.tree.file_count == 0
+
+
+def test_names_of_former_workers_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise each restart of a worker would let as many more in."""
+    store = MemoryStore({f"{place}/{number}": b"1" for place in "ab" for number in range(600)})
+    options = MountOptions(memory_limit=64 << 20)
+    monkeypatch.setattr(catalogs, "NAMES_SHARE", 0)
+    monkeypatch.setattr(catalogs, "NAMES_BYTES", 400_000)  # of one directory, not of both
+
+    def list_directory(mounted: Catalog, name: str) -> None:
+        directory = trio.run(mounted.children, mounted.tree.root)[name]
+        assert isinstance(directory, Directory)
+        trio.run(mounted.children, directory)
+
+    journal = ListingLog(None)
+    first = Catalog(store, options, journal, Recorder("off"))
+    trio.run(first.open)
+    list_directory(first, "a")
+    next_one = Catalog(store, options, ListingLog(journal.descriptor), Recorder("off"))
+    next_one.restore()
+    for mounted in (first, next_one):
+        with pytest.raises(TooManyNamesError):
+            list_directory(mounted, "b")
+    os.close(journal.descriptor)
 
 
 def test_marks_of_huge_files_are_read_without_their_holes() -> None:
