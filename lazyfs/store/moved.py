@@ -68,6 +68,7 @@ class _MovedBody:
 
 def exchange(
     movers: Movers,
+    transport: Transport,
     server: str,
     authorities: str,
     refuse_local: bool,
@@ -81,6 +82,7 @@ def exchange(
     """Like `Transport.exchange`, for a server that is reached without a proxy.
 
     Args:
+        transport: this process's connections to the server; told which address the mover reached.
         authorities: a file with trusted certificates.
         refuse_local: addresses of this machine are not contacted.
         into: for the body, if it has exactly this length. A view of a buffer of `take_buffer`.
@@ -105,6 +107,7 @@ def exchange(
         raise CancelledError
     if told is None:
         raise NotMovedError
+    transport.address = told["address"]
     filled = into if told["filled"] else None
     body: Body = _MovedBody(filled, base64.b64decode(told["text"]), told["more"])
     return handle(Answer(told["status"], told["headers"], told["length"], body))
@@ -140,6 +143,7 @@ def receive(
         return {
             "status": answer.status, "headers": dict(answer.headers), "length": answer.length,
             "filled": fills, "text": base64.b64encode(text).decode(), "more": has_more,
+            "address": transport.address,
         }  # fmt: skip
 
     try:

@@ -283,9 +283,9 @@ class Client:
                 if self.movers and request.into is not None and self._is_moved(server):
                     with contextlib.suppress(NotMovedError, MoverLostError, MoverFaultError):
                         return moved.exchange(
-                            self.movers, server, self.place.authorities, self._refuse_local,
-                            request.method, request.target, headers, handle_here, cancel,
-                            request.into,
+                            self.movers, transport, server, self.place.authorities,
+                            self._refuse_local, request.method, request.target, headers,
+                            handle_here, cancel, request.into,
                         )  # fmt: skip
                 return transport.exchange(
                     request.method, request.target, headers, handle_here, cancel

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import base64
 import gzip
+from collections.abc import Callable
+from typing import cast
 
 import pytest
 from test_source import ANSWER, DATA, Request, Serve, part, refusal, serve
 
+from lazyfs.movers.pool import Movers
 from lazyfs.store import moved
+from lazyfs.store.cancel import Cancel
+from lazyfs.store.http import Transport
 
 __all__ = ["serve"]
 LENGTH = 512
@@ -62,3 +67,22 @@ def test_what_fills_the_buffer_is_received(
     if filled is False:
         assert told is not None
         assert b"SlowDown" in base64.b64decode(told["text"])
+
+
+class Inline:
+    """In the place of movers: calls here."""
+
+    def call(self, function: Callable[..., object], *arguments: object, **given: object) -> object:
+        return function(*arguments, given["buffer"])
+
+
+def test_the_address_that_a_mover_reached_is_known(serve: Serve) -> None:
+    """Where a redirect may lead depends on it."""
+    url = serve(lambda request: refusal(503, "SlowDown")).url
+    transport = Transport(url)
+    assert transport.address is None
+    moved.exchange(
+        cast(Movers, Inline()), transport, url, "/none", False, "GET", "/bucket/m/k", {},
+        lambda answer: answer.status, Cancel(), memoryview(bytearray(LENGTH)),
+    )  # fmt: skip
+    assert transport.address == "127.0.0.1"
