@@ -18,7 +18,7 @@ EXAMPLES = sorted((ROOT / "deploy" / "examples").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", [*EXAMPLES, PLAIN], ids=lambda it: it.stem)
-def test_api_server_takes_each_object(driver: Driver, path: Path) -> None:
+def test_api_server_accepts_each_object(driver: Driver, path: Path) -> None:
     """Without a warning. What others of the file need to be tried is made before."""
     objects = [each for each in yaml.safe_load_all(path.read_text()) if each]
     first = [

@@ -40,7 +40,7 @@ def test_pods_of_one_source_share_a_worker(tenant: Tenant, driver: Driver) -> No
     tenant.reads_on("two")
 
 
-def test_two_pods_of_a_claim_one_is_made_again(tenant: Tenant) -> None:
+def test_one_of_two_pods_of_a_claim_is_recreated(tenant: Tenant) -> None:
     tenant.apply(
         claim("small", source="s3://models/small/"),
         *(pod(name, by_claim("small"), *WATCH) for name in ("stays", "goes")),
@@ -86,7 +86,7 @@ def test_sub_path_of_a_file(tenant: Tenant) -> None:
     assert tenant.logs("reader").strip() == '{"model_type": "llama"}'
 
 
-def test_nobody_can_write(tenant: Tenant) -> None:
+def test_no_pod_can_write(tenant: Tenant) -> None:
     """Nor run a file of the volume: there are no bits for it, whoever asks."""
     script = "touch /model/new; /model/config.json; find /model -perm /7333 -type f; echo end"
     tenant.apply(pod("writer", inline(), "sh", "-c", script, mount={"readOnly": False}))

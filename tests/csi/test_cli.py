@@ -31,7 +31,7 @@ CONTROLLER = ("controller", "--endpoint={directory}/csi.sock", "--state-dir={dir
         (["keeper", "--socket=/tmp/keeper.sock"], "/tmp: is not a directory that only this user"),
     ],
 )
-def test_what_cannot_work(tmp_path: Path, arguments: list[str], said: str) -> None:
+def test_options_that_cannot_work(tmp_path: Path, arguments: list[str], said: str) -> None:
     answer = subprocess.run(
         [
             Path(sys.executable).with_name("lazyfs-csi"),

@@ -120,7 +120,7 @@ def replicas(cluster: FakeApiServer, short_path: Path) -> Iterator[list[Controll
     made.stop()
 
 
-def test_a_volume_of_what_is_in_s3(controller: ControllerStub, model: S3) -> None:
+def test_a_volume_is_made_for_a_source_in_s3(controller: ControllerStub, model: S3) -> None:
     volume = controller.CreateVolume(request(model), timeout=60).volume
     assert volume.volume_id.startswith("pvc-1-")
     assert volume.capacity_bytes == SIZE
@@ -138,7 +138,7 @@ def test_a_volume_of_what_is_in_s3(controller: ControllerStub, model: S3) -> Non
     assert {each["Key"] for each in kept} == set(MODEL)
 
 
-def test_what_a_mount_would_not_show_does_not_count(controller: ControllerStub, model: S3) -> None:
+def test_hidden_objects_do_not_count(controller: ControllerStub, model: S3) -> None:
     asked = request(model, parameters={"exclude": "*.pth"})
     assert controller.CreateVolume(asked, timeout=60).volume.capacity_bytes == SIZE - MIB
 
@@ -212,7 +212,7 @@ def test_every_access_mode_but_no_device(controller: ControllerStub, model: S3) 
         ({"parameters": {"allowedPrefixes": "s3://models"}}, "FAILED_PRECONDITION", "in a cluster"),
     ],
 )  # fmt: skip
-def test_what_is_refused(
+def test_invalid_input_is_refused(
     controller: ControllerStub, model: S3, changes: dict[str, Any], code: str, said: str
 ) -> None:
     got, message = refused(controller.CreateVolume, request(model, **changes))
@@ -229,7 +229,7 @@ def test_a_source_that_may_be_listed_but_not_read(
     assert (code, "AccessDenied" in message) == ("PERMISSION_DENIED", True)
 
 
-def test_a_source_that_only_pods_can_read_is_not_asked_for(
+def test_a_source_that_only_pods_can_read_is_not_checked(
     controller: ControllerStub, model: S3, s3: S3
 ) -> None:
     role = {"roleArn": "arn:aws:iam::123456789012:role/models"}
@@ -321,7 +321,9 @@ def test_a_claim_chooses_its_model(
     assert SECRET["secretAccessKey"] not in secrets
 
 
-def test_a_claim_is_told_that_s3_is_silent(controller: ControllerStub, model: S3) -> None:
+def test_an_event_of_the_claim_says_that_s3_is_silent(
+    controller: ControllerStub, model: S3
+) -> None:
     """Before external-provisioner gives the call up, which would say nothing of S3."""
     model.fault(r"GET /models", "hang", 1000, seconds=600)
     code, message = refused(controller.CreateVolume, request(model))
@@ -339,7 +341,7 @@ def test_without_allowed_prefixes_an_annotation_means_nothing(
     assert not any("persistentvolumeclaims" in line for line in cluster.requests)
 
 
-def test_no_volume_without_its_record(
+def test_no_volume_is_made_without_its_record(
     replicas: list[ControllerStub], cluster: FakeApiServer, model: S3
 ) -> None:
     cluster.forbidden.add("configmaps")

@@ -155,7 +155,7 @@ def test_a_publish_secret_is_enough_and_is_renewed(node: TestNode, s3: S3) -> No
     assert node.leftovers() == []
 
 
-def test_the_nodes_role_and_none(make_node: Callable[..., TestNode], s3: S3) -> None:
+def test_the_nodes_role_and_no_credentials(make_node: Callable[..., TestNode], s3: S3) -> None:
     node = make_node(AWS_ACCESS_KEY_ID="of-the-node", AWS_SECRET_ACCESS_KEY="secret")
     s3.client.put_object_acl(Bucket="guarded", Key="m/sub/file", ACL="public-read")
     s3.let_in("of-the-node")
@@ -230,7 +230,7 @@ def test_service_account_tokens(make_node: Callable[..., TestNode], s3: S3, sts:
     assert node.leftovers() == []
 
 
-def test_a_token_brings_back_what_the_keeper_lost(
+def test_a_token_restores_credentials_that_the_keeper_lost(
     make_node: Callable[..., TestNode], s3: S3, sts: Sts
 ) -> None:
     node = make_node(AWS_ENDPOINT_URL_STS=sts.url)
@@ -259,7 +259,7 @@ def test_credentials_that_fail_are_abnormal(node: TestNode, s3: S3) -> None:
     assert condition is not None and "AccessDenied" in condition
 
 
-def test_what_cannot_be(node: TestNode) -> None:
+def test_unusable_credentials(node: TestNode) -> None:
     context = node.context("s3://guarded/m", roleArn=ROLE)
     code, message = refused(lambda: node.stage("vol", context, secrets=secret("key")))
     assert (code, "leave one out" in message) == ("INVALID_ARGUMENT", True)

@@ -54,7 +54,7 @@ def test_a_renewed_token_is_used(cluster: FakeApiServer, api: ApiServer) -> None
     api.claim_annotations("research", "llama")
 
 
-def test_what_the_api_server_refuses(cluster: FakeApiServer, api: ApiServer) -> None:
+def test_refusals_of_the_api_server(cluster: FakeApiServer, api: ApiServer) -> None:
     cluster.forbidden.add("persistentvolumeclaims")
     with pytest.raises(RpcError, match="403: persistentvolumeclaims is forbidden") as caught:
         api.claim_annotations("research", "llama")
@@ -65,7 +65,7 @@ def test_what_the_api_server_refuses(cluster: FakeApiServer, api: ApiServer) -> 
     assert "token-1" not in str(caught.value)
 
 
-def test_an_api_server_that_is_away(cluster: FakeApiServer, api: ApiServer) -> None:
+def test_an_unreachable_api_server(cluster: FakeApiServer, api: ApiServer) -> None:
     cluster.claim("research", "llama")
     cluster.failures = 2
     api.claim_annotations("research", "llama")

@@ -45,7 +45,7 @@ def device(path: Path) -> str:
     return entry.device
 
 
-def test_the_node_sees_the_flags_too(node: Path) -> None:
+def test_mount_flags_are_visible_on_the_node(node: Path) -> None:
     target = node / "target"
     subprocess.run(
         [
@@ -57,7 +57,7 @@ def test_the_node_sees_the_flags_too(node: Path) -> None:
     assert {"ro", "nosuid", "nodev", "noexec"} <= flags(target)
 
 
-def test_an_older_kernel_has_them_in_the_container(
+def test_older_kernels_set_mount_flags_only_in_the_container(
     node: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mounts, "_bind_guarded", lambda source, target: False)
@@ -71,6 +71,6 @@ def test_another_filesystem_is_refused(node: Path) -> None:
     assert mount_syscalls.find_mount(node / "target") is None
 
 
-def test_what_the_kernel_refuses_is_said(node: Path) -> None:
+def test_a_refusal_of_the_kernel_is_reported(node: Path) -> None:
     with pytest.raises(MountError, match="bind mount failed: No such file"):
         mounts.bind(node / "missing", node / "target", "0:4711")

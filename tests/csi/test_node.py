@@ -160,7 +160,7 @@ def test_inline_volumes(node: TestNode) -> None:
     assert node.leftovers() == []
 
 
-def test_what_it_says_of_itself(node: TestNode) -> None:
+def test_node_info_and_capabilities(node: TestNode) -> None:
     assert node.stub.NodeGetInfo(csi_pb2.NodeGetInfoRequest()).node_id == "node-1"
     answer = node.stub.NodeGetCapabilities(csi_pb2.NodeGetCapabilitiesRequest())
     kind = csi_pb2.NodeServiceCapability.RPC
@@ -208,7 +208,7 @@ def test_a_changed_object_is_abnormal(node: TestNode, s3: S3) -> None:
     assert condition is not None and "changing/m/file" in condition
 
 
-def test_waiting_for_the_model_keeps_to_the_deadline(node: TestNode, s3: S3) -> None:
+def test_waiting_for_the_model_respects_the_deadline(node: TestNode, s3: S3) -> None:
     s3.fault(r"GET /models/llama/model.*", "status", 10**6, status=503, code="SlowDown")
     context = node.context("s3://models/llama", waitFor="model", ioTimeout="1h")
     request = csi_pb2.NodeStageVolumeRequest(
@@ -232,7 +232,7 @@ def test_waiting_for_the_model_keeps_to_the_deadline(node: TestNode, s3: S3) -> 
     assert node.leftovers() == []
 
 
-def test_a_group_counts_where_modes_keep_others_out(node: TestNode) -> None:
+def test_fs_group_matters_only_if_modes_exclude_others(node: TestNode) -> None:
     for volume, mode, group in (("open", "444", "0"), ("closed", "440", "4711")):
         context = node.context("s3://models/llama", fileMode=mode)
         use = capability(group="4711")

@@ -58,7 +58,7 @@ def pods(port: int) -> set[tuple[str, str, str]]:
     return {(one[3], one[1], one[2]) for one in found if one}
 
 
-def test_who_uses_a_volume(make_node: Callable[..., TestNode], s3: S3) -> None:
+def test_metrics_name_the_pods_of_a_volume(make_node: Callable[..., TestNode], s3: S3) -> None:
     s3.put("shared", {"a/x.bin": b"x" * 1000})
     port = free_port()
     node = make_node(f"--http-address=127.0.0.1:{port}")
@@ -82,7 +82,7 @@ def test_who_uses_a_volume(make_node: Callable[..., TestNode], s3: S3) -> None:
     assert pods(port) == set()
 
 
-def test_a_place_of_a_plugin_that_knew_no_pods(make_node: Callable[..., TestNode], s3: S3) -> None:
+def test_places_recorded_without_pods(make_node: Callable[..., TestNode], s3: S3) -> None:
     s3.put("shared", {"a/x.bin": b"x" * 1000})
     port = free_port()
     node = make_node(f"--http-address=127.0.0.1:{port}")

@@ -72,7 +72,9 @@ def reader(target: Path, seconds: float) -> Iterator[subprocess.Popen[str]]:
     assert all(wanted[name] == digest for name, digest in seen)
 
 
-def test_pods_read_on_while_the_plugin_restarts(node: TestNode, context: dict[str, str]) -> None:
+def test_pods_keep_reading_while_the_plugin_restarts(
+    node: TestNode, context: dict[str, str]
+) -> None:
     """Three times in a row, by SIGKILL and as an upgrade does."""
     node.stage("vol", context)
     target = node.publish("vol", context)
@@ -96,7 +98,7 @@ def test_pods_read_on_while_the_plugin_restarts(node: TestNode, context: dict[st
     assert node.leftovers() == []
 
 
-def test_pods_read_on_when_daemons_are_killed(node: TestNode, context: dict[str, str]) -> None:
+def test_pods_keep_reading_when_daemons_are_killed(node: TestNode, context: dict[str, str]) -> None:
     node.stage("vol", context)
     target = node.publish("vol", context)
     with reader(target, 6):
@@ -108,7 +110,7 @@ def test_pods_read_on_when_daemons_are_killed(node: TestNode, context: dict[str,
             wait_for(lambda: node.condition("vol", target) is None)
 
 
-def test_everything_goes_on_after_a_restart(node: TestNode, context: dict[str, str]) -> None:
+def test_everything_continues_after_a_restart(node: TestNode, context: dict[str, str]) -> None:
     """What was staged is known; all of it can be taken away, also while it is being resumed."""
     for volume in ("one", "two"):
         node.stage(volume, {**context, "blockSize": "2MiB" if volume == "two" else "1MiB"})
@@ -135,7 +137,7 @@ def test_an_upgrade_may_change_defaults(node: TestNode, context: dict[str, str])
     assert hashes(target) == sha256(FILES)
 
 
-def test_unstage_of_what_nobody_serves(node: TestNode, context: dict[str, str]) -> None:
+def test_unstage_of_a_volume_without_a_daemon(node: TestNode, context: dict[str, str]) -> None:
     node.stage("vol", context)
     node.publish("vol", context)
     node.kill_plugin()
@@ -146,7 +148,7 @@ def test_unstage_of_what_nobody_serves(node: TestNode, context: dict[str, str]) 
     assert node.leftovers() == []
 
 
-def test_without_the_keeper_credentials_are_asked_for(
+def test_without_the_keeper_credentials_are_requested(
     node: TestNode, context: dict[str, str]
 ) -> None:
     """Keeper and plugin died: keys are nowhere. Staging again brings them, and all is repaired."""
@@ -171,7 +173,7 @@ def test_without_the_keeper_credentials_are_asked_for(
     assert node.leftovers() == []
 
 
-def test_without_the_keeper_what_needs_no_secret_is_mounted_anew(
+def test_without_the_keeper_volumes_without_secrets_are_mounted_again(
     make_node: Callable[..., TestNode],
 ) -> None:
     node = make_node(AWS_ACCESS_KEY_ID="testing", AWS_SECRET_ACCESS_KEY="testing")
@@ -188,9 +190,7 @@ def test_without_the_keeper_what_needs_no_secret_is_mounted_anew(
     assert node.leftovers() == []
 
 
-def test_a_keeper_that_was_replaced_is_given_the_sessions(
-    node: TestNode, context: dict[str, str]
-) -> None:
+def test_a_replaced_keeper_gets_the_sessions(node: TestNode, context: dict[str, str]) -> None:
     """Only the keeper died: nobody notices, and the next death of a worker is survived as well."""
     node.stage("vol", context)
     target = node.publish("vol", context)

@@ -92,7 +92,7 @@ def test_errors_have_their_code(
     assert SECRET not in caught.value.details()
 
 
-def test_an_rpc_that_is_not_there(channel: grpc.Channel) -> None:
+def test_unknown_rpcs(channel: grpc.Channel) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         ControllerStub(channel).GetCapacity(csi_pb2.GetCapacityRequest(), timeout=60)
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
@@ -125,9 +125,7 @@ def test_the_socket_is_for_its_user_alone(channel: grpc.Channel, tmp_path: Path)
     assert stat.S_IMODE((tmp_path / "csi.sock").stat().st_mode) & 0o077 == 0
 
 
-def test_a_second_plugin_and_what_is_no_socket_are_refused(
-    channel: grpc.Channel, tmp_path: Path
-) -> None:
+def test_a_second_plugin_and_other_files_are_refused(channel: grpc.Channel, tmp_path: Path) -> None:
     IdentityStub(channel).Probe(csi_pb2.ProbeRequest(), timeout=60)
     (tmp_path / "file").write_text("precious")
     for endpoint, said in (
@@ -240,6 +238,6 @@ for line in range(1, 30):
 """
 
 
-def test_it_ends_whenever_it_is_told_to(tmp_path: Path) -> None:
+def test_the_plugin_ends_on_sigterm_at_any_time(tmp_path: Path) -> None:
     """A signal may come while what waits for it holds a lock."""
     python(TOLD_TO_END, f"unix://{tmp_path}/s", timeout_s=100)

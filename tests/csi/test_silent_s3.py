@@ -56,7 +56,7 @@ def publish(node: TestNode, context: dict[str, str]) -> Path:
     return target
 
 
-def test_a_pod_is_told_early_and_starts_when_s3_answers(
+def test_an_event_comes_early_and_the_pod_starts_when_s3_answers(
     node: TestNode, context: dict[str, str], s3: S3
 ) -> None:
     """The same sentence each time, so that it is one event with a count."""
@@ -75,7 +75,7 @@ def test_a_pod_is_told_early_and_starts_when_s3_answers(
     assert node.leftovers() == []
 
 
-def test_a_volume_that_never_came_goes_at_once(
+def test_a_volume_that_never_started_is_removed_at_once(
     node: TestNode, context: dict[str, str], s3: S3
 ) -> None:
     """Its pod is deleted while S3 is silent, and S3 stays so."""
@@ -87,7 +87,9 @@ def test_a_volume_that_never_came_goes_at_once(
     assert node.leftovers() == []
 
 
-def test_it_comes_without_another_call(node: TestNode, context: dict[str, str], s3: S3) -> None:
+def test_a_volume_starts_without_another_call(
+    node: TestNode, context: dict[str, str], s3: S3
+) -> None:
     """kubelet pauses for up to two minutes between calls: the next one finds it ready."""
     s3.fault(r"GET /quiet", "hang", 1000, seconds=600)
     node.stage("vol", context, secrets={})

@@ -193,7 +193,7 @@ def test_s3_gives_no_answer(node: TestNode, model: Model, fault: dict[str, Any],
     assert not message(node, "three", node.target("csi-three", "three"))[0]
 
 
-def test_a_doubt_ends_when_s3_lists_the_same(node: TestNode, model: Model) -> None:
+def test_the_condition_clears_when_s3_lists_the_same(node: TestNode, model: Model) -> None:
     first = inline(node, model, "one")
     model.s3.fault(model.listings, "status", 1000, status=503, code="SlowDown")
     second = inline(node, model, "two")

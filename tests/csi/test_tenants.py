@@ -73,7 +73,7 @@ def test_a_pod_does_not_choose_the_endpoint(node: TestNode, inside: Inside, s3: 
     assert inside.connections == 0 and node.leftovers() == []
 
 
-def test_any_endpoint_is_none_of_the_node(
+def test_any_endpoint_excludes_addresses_of_the_node(
     make_node: Callable[..., TestNode], inside: Inside
 ) -> None:
     node = make_node("--allowed-endpoint=any")
@@ -99,7 +99,7 @@ def keys(name: str) -> dict[str, str]:
     return {"accessKeyId": name, "secretAccessKey": "secret"}
 
 
-def test_equal_keys_of_two_tenants_stay_their_own(node: TestNode, s3: S3) -> None:
+def test_equal_keys_of_two_tenants_share_no_daemon(node: TestNode, s3: S3) -> None:
     s3.put("common", {"m/first": b"first", "m/second": b"second"})
     context = node.context("s3://common/m", prefetch="off", ioTimeout="2s")
 
@@ -162,7 +162,7 @@ def test_many_waiting_volumes_leave_the_plugin_to_others(
     assert node.leftovers() == []
 
 
-def test_who_may_wait() -> None:
+def test_which_calls_may_wait() -> None:
     calls = WaitingCalls()
     with ExitStack() as stack:
         waits = [stack.enter_context(calls.one_of("greedy")) for _ in range(MOST_OF_ONE + 1)]

@@ -86,7 +86,7 @@ def test_committed_manifests_are_valid() -> None:
             schemas.check(each, version)
 
 
-def test_the_api_server_has_nothing_to_warn_of() -> None:
+def test_the_api_server_warns_of_nothing() -> None:
     """It warns of tokens among the attributes (registry/storage/csidriver/strategy.go)."""
     assert named(plain(), "CSIDriver")["spec"]["serviceAccountTokenInSecrets"] is True
 
@@ -148,7 +148,7 @@ def test_policies_let_probes_and_metrics_in_and_nothing_else(render: Render) -> 
     assert not [each for each in render("networkPolicy.enabled=false") if "Policy" in each["kind"]]
 
 
-def test_a_digest_goes_before_a_tag(render: Render) -> None:
+def test_a_digest_overrides_a_tag(render: Render) -> None:
     digest = "sha256:" + "a" * 64
     node = pods(render(f"images.lazyfs.digest={digest}"))["node"]
     assert node.container("lazyfs")["image"].endswith(f"/lazyfs@{digest}")
@@ -268,13 +268,13 @@ def test_fleet_cache_and_node_plugins_meet(render: Render) -> None:
     assert policy["ingress"][0]["from"] == [{"podSelector": policy["podSelector"]}]
 
 
-def test_a_fleet_cache_needs_to_know_its_stores(render: Render) -> None:
+def test_a_fleet_cache_needs_its_stores(render: Render) -> None:
     assert not any("fleet" in each["metadata"]["name"] for each in render())
     with pytest.raises(ValueError, match="/fleetCache/origins"):
         render("fleetCache.enabled=true")
 
 
-def test_nothing_points_nowhere(render: Render) -> None:
+def test_every_reference_exists(render: Render) -> None:
     for spec, container in all_pods(render(*EVERYTHING)):
         volumes = {each["name"] for each in spec.spec.get("volumes", [])}
         assert {each["name"] for each in container.get("volumeMounts", [])} <= volumes, spec.owner
@@ -350,7 +350,7 @@ def test_an_upgrade_leaves_the_keeper_alone() -> None:
     assert named(plain(), "DaemonSet", "-node")["spec"]["updateStrategy"]["type"] == "RollingUpdate"
 
 
-def test_where_a_plugin_runs_a_keeper_does(render: Render) -> None:
+def test_a_keeper_runs_on_every_node_of_the_plugin(render: Render) -> None:
     found = pods(render('node.nodeSelector={"nvidia.com/gpu.present":"true"}'))
     for key in ("nodeSelector", "tolerations", "affinity"):
         assert found["node"].spec[key] == found["keeper"].spec[key]
@@ -411,7 +411,7 @@ def test_without_disks_there_is_no_disk_cache(render: Render) -> None:
     assert option(arguments, "cache-dir") == "none"
 
 
-def test_without_a_controller_nothing_of_it_is_left(render: Render) -> None:
+def test_without_a_controller_none_of_its_objects_exist(render: Render) -> None:
     text = json.dumps(render("controller.enabled=false"))
     assert "provisioner" not in text
     assert "lazyfs-csi-controller" not in text

@@ -165,7 +165,7 @@ def test_pods_of_one_node_share_a_daemon_and_outlive_the_node_plugin(cluster: Cl
 
 @pytest.mark.fuse
 @pytest.mark.timeout(240)
-def test_what_the_job_warmed_is_not_fetched_by_a_pod(cluster: Cluster) -> None:
+def test_pods_do_not_fetch_what_the_job_warmed(cluster: Cluster) -> None:
     """The Job's own command, with the directory that the driver's cache is in."""
     cluster.apply((DEPLOY / "examples" / "warm-job.yaml").read_text())
     (pod,) = pod_specs(cluster.objects)

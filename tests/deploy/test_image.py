@@ -50,7 +50,7 @@ def test_it_carries_the_licences_of_what_is_in_it(container: image.Container) ->
     assert "LESSER GENERAL PUBLIC LICENSE" in notices
 
 
-def test_it_has_only_what_is_used_at_run_time(container: image.Container) -> None:
+def test_it_contains_only_files_used_at_run_time(container: image.Container) -> None:
     found = container.run(
         "sh", "-c", "for each in gcc cc pip pip3 fusermount3; do command -v $each; done; true"
     )

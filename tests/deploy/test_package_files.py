@@ -32,7 +32,7 @@ def parse(command: str, arguments: list[str]) -> None:
         found.make_context(command, arguments, parent=parent)
 
 
-def test_the_unit_runs_commands_that_there_are() -> None:
+def test_the_unit_runs_existing_commands() -> None:
     unit = configparser.RawConfigParser(strict=False)
     unit.optionxform = str  # type: ignore[assignment, method-assign]
     unit.read(PACKAGE / "lazyfs@.service")
@@ -54,7 +54,7 @@ def test_the_example_is_a_configuration(tmp_path: Path) -> None:
         MountOptions.parse(("{name}", config_layer(tmp_path / "more.toml")))
 
 
-def test_the_line_of_fstab_is_understood() -> None:
+def test_the_fstab_line_is_valid() -> None:
     lines = (PACKAGE / "fstab.example").read_text().splitlines()
     (line,) = (line for line in lines if line and not line.startswith("#"))
     source, mountpoint, kind, options, *_ = line.split()
@@ -90,7 +90,7 @@ def test_scripts_of_the_package_are_valid(file: Path) -> None:
     assert file.stat().st_mode & 0o111
 
 
-def test_all_say_the_same_version() -> None:
+def test_all_files_have_the_same_version() -> None:
     """It is written in lazyfs/__init__.py; the chart and the changelog must name it too."""
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert chart["version"] == chart["appVersion"] == __version__

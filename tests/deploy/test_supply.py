@@ -48,7 +48,7 @@ def test_every_package_is_pinned_with_hashes(file: Path) -> None:
     assert all(version.startswith("==") for _, version in pins(file))
 
 
-def test_everything_that_the_project_names_is_pinned() -> None:
+def test_every_dependency_of_the_project_is_pinned() -> None:
     project = PROJECT["project"]
     extras = project["optional-dependencies"]
     every = [*project["dependencies"], *(each for extra in extras.values() for each in extra)]
@@ -60,7 +60,7 @@ def test_everything_that_the_project_names_is_pinned() -> None:
     assert wanted(PROJECT["build-system"]["requires"]) <= names(LOCKED["build"])
 
 
-def test_the_image_has_what_was_tested() -> None:
+def test_the_image_has_the_tested_versions() -> None:
     assert pins(LOCKED["image"]) <= pins(LOCKED["all"])
 
 

@@ -101,7 +101,9 @@ def test_two_mounts_that_load_at_once_fetch_the_model_once(
     assert len(block_requests(s3)) <= 32  # of 31 blocks
 
 
-def test_a_killed_claimant_is_overtaken(mount: Callable[..., Mounted], s3: S3, source: str) -> None:
+def test_blocks_of_a_killed_claimant_are_fetched(
+    mount: Callable[..., Mounted], s3: S3, source: str
+) -> None:
     """Its answers hang in S3; it dies, and the other has the block soon."""
     s3.fault("GET /cached/m/model-00001", "hang", times=20, seconds=8)
     first = mount(source, BLOCKS, "--prefetch=off")
@@ -118,7 +120,7 @@ def test_a_killed_claimant_is_overtaken(mount: Callable[..., Mounted], s3: S3, s
     reader.wait(timeout=60)
 
 
-def test_who_waits_too_long_fetches_for_himself(
+def test_a_mount_fetches_a_block_itself_after_the_lease(
     mount: Callable[..., Mounted], s3: S3, source: str
 ) -> None:
     first = mount(source, BLOCKS, "--prefetch=off")
@@ -156,7 +158,7 @@ def test_warm_then_mount_fetches_nothing(
     assert s3.data_requests() == []
 
 
-def test_what_may_only_be_listed_does_not_come_from_the_disk(
+def test_objects_that_may_only_be_listed_do_not_come_from_the_disk(
     warm: Callable[..., subprocess.CompletedProcess[str]], mount: Callable[..., Mounted],
     s3: S3, source: str,
 ) -> None:  # fmt: skip
@@ -173,7 +175,7 @@ def test_what_may_only_be_listed_does_not_come_from_the_disk(
     assert sums(mounted) == SUMS
 
 
-def test_an_object_is_asked_about_once(
+def test_access_to_an_object_is_checked_once(
     warm: Callable[..., subprocess.CompletedProcess[str]], mount: Callable[..., Mounted],
     s3: S3, source: str,
 ) -> None:  # fmt: skip
@@ -187,7 +189,7 @@ def test_an_object_is_asked_about_once(
     assert s3.data_requests() == []
 
 
-def test_warm_goes_on_where_it_was_killed(
+def test_warm_resumes_after_it_was_killed(
     warm: Callable[..., subprocess.CompletedProcess[str]], s3: S3, source: str, cache: Path
 ) -> None:
     s3.fault("GET /cached/m/model-00003", "hang", times=100, seconds=30)
@@ -222,7 +224,7 @@ def test_two_warms_at_once_share_the_work(s3: S3, source: str, cache: Path) -> N
     assert len(block_requests(s3)) <= 32
 
 
-def test_warm_what_matches_of_a_mount(
+def test_warm_only_matching_files_of_a_mount(
     warm: Callable[..., subprocess.CompletedProcess[str]], mount: Callable[..., Mounted],
     s3: S3, source: str, cache: Path,
 ) -> None:  # fmt: skip
@@ -286,7 +288,7 @@ def test_warm_compares_whole_objects(
     assert block_files(cache) == []
 
 
-def test_what_cannot_be_verified_here_is_said_before_anything_is_fetched(
+def test_missing_checksum_code_is_reported_before_anything_is_fetched(
     s3: S3, source: str, cache: Path, tmp_path: Path
 ) -> None:
     """As where lazyfs was installed without the extra `verify`."""
@@ -333,7 +335,7 @@ def test_the_cache_is_shown_checked_and_pruned(
     assert sums(mounted) == SUMS
 
 
-def test_verify_takes_out_what_is_damaged(
+def test_verify_removes_damaged_blocks(
     warm: Callable[..., subprocess.CompletedProcess[str]], s3: S3, source: str, cache: Path
 ) -> None:
     assert warm(source).returncode == 0
@@ -441,7 +443,7 @@ def test_a_full_disk_and_a_read_only_one(
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=False)
 
 
-def test_an_index_that_is_locked_for_long_stops_nobody(
+def test_a_locked_index_stops_no_mount(
     mount: Callable[..., Mounted], source: str, cache: Path
 ) -> None:
     mounted = mount(source, BLOCKS, "--prefetch=off")

@@ -46,7 +46,7 @@ def test_status_says_what_happened(mount: Callable[..., Mounted]) -> None:
     assert status["trouble"] is None
 
 
-def test_trouble_is_told(mount: Callable[..., Mounted], server: S3) -> None:
+def test_status_reports_errors(mount: Callable[..., Mounted], server: S3) -> None:
     mounted = mount("s3://control/m", "--prefetch=off", "--io-timeout=1s", "--cache-dir=none")
     client = ControlClient(socket_of(mounted))
     server.put("control", {"m/file": CONTENT[::-1]})
@@ -107,7 +107,7 @@ def test_bad_requests_are_answered(
     connection.close()
 
 
-def test_heads_are_answered(mount: Callable[..., Mounted]) -> None:
+def test_head_requests_are_answered(mount: Callable[..., Mounted]) -> None:
     """As `curl -I` and probes ask; such a request ended the worker once."""
     mounted = mount("s3://control/m")
     worker = mounted.worker
@@ -123,7 +123,7 @@ def test_heads_are_answered(mount: Callable[..., Mounted]) -> None:
     assert ControlClient(socket_of(mounted)).get("/status")["pid"] == worker
 
 
-def test_credentials_of_boto3s_own_finding_are_not_replaced(mount: Callable[..., Mounted]) -> None:
+def test_credentials_that_botocore_found_are_not_replaced(mount: Callable[..., Mounted]) -> None:
     client = ControlClient(socket_of(mount("s3://control/m")))
     with pytest.raises(ControlError, match="mounted without credentials of its own"):
         client.put("/credentials", asdict(StaticCredentials("a", "b")))

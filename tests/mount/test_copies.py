@@ -72,7 +72,7 @@ print(view[:7].decode())
 
 
 @pytest.mark.parametrize("how", USERS)
-def test_a_copy_that_is_in_use_is_served_on(mount: Callable[..., Mounted], how: str) -> None:
+def test_a_copy_in_use_is_still_served(mount: Callable[..., Mounted], how: str) -> None:
     """The mountpoint can be used meanwhile, and the other mount is not disturbed."""
     mounted = mount("s3://copies/m")
     worker = mounted.worker
@@ -92,7 +92,7 @@ def test_a_copy_that_is_in_use_is_served_on(mount: Callable[..., Mounted], how: 
         assert lazyfs("umount", again.path).returncode == 0
 
 
-def test_force_ends_what_is_in_use(mount: Callable[..., Mounted]) -> None:
+def test_force_ends_a_copy_in_use(mount: Callable[..., Mounted]) -> None:
     mounted = mount("s3://copies/m", "--prefetch=off", "--cache-dir=none")
     with in_a_copy(USERS["open"].format(path=mounted.path)) as user:
         assert lazyfs("umount", mounted.path).returncode == 1
@@ -103,7 +103,7 @@ def test_force_ends_what_is_in_use(mount: Callable[..., Mounted]) -> None:
         assert "content" not in output and "cat" in output
 
 
-def test_force_ends_what_is_in_use_here(mount: Callable[..., Mounted]) -> None:
+def test_force_ends_a_mount_in_use_here(mount: Callable[..., Mounted]) -> None:
     mounted = mount("s3://copies/m")
     user = subprocess.Popen(["sleep", "60"], cwd=mounted.path)
     try:
@@ -117,7 +117,7 @@ def test_force_ends_what_is_in_use_here(mount: Callable[..., Mounted]) -> None:
         user.wait(timeout=60)
 
 
-def test_what_was_detached_leaves_its_place(mount: Callable[..., Mounted]) -> None:
+def test_a_detached_mount_frees_its_mountpoint(mount: Callable[..., Mounted]) -> None:
     mounted = mount("s3://copies/m")
     user = subprocess.Popen(["sleep", "60"], cwd=mounted.path)
     try:
@@ -135,7 +135,7 @@ def test_what_was_detached_leaves_its_place(mount: Callable[..., Mounted]) -> No
     wait_until_gone(mounted.pid)
 
 
-def test_a_bind_mount_is_no_forgotten_copy(mount: Callable[..., Mounted], tmp_path: Path) -> None:
+def test_a_bind_mount_is_not_an_unused_copy(mount: Callable[..., Mounted], tmp_path: Path) -> None:
     mounted = mount("s3://copies/m")
     other = tmp_path / "other"
     other.mkdir()

@@ -254,7 +254,7 @@ for path in sys.argv[1:]:
 SHARD = next(iter(MODEL))
 
 
-def test_who_may_not_read_gets_nothing_in_any_state_of_the_ring(
+def test_readers_without_permission_get_nothing_in_any_state_of_the_ring(
     s3: Store, fleet: Fleet, mounts: Mounts, prefix: str, expected: str
 ) -> None:
     lister = s3.user(f"lister-{prefix}", "s3:ListBucket")
@@ -343,7 +343,7 @@ class Stranger:
         return answer.status, answer.read()
 
 
-def test_doors_and_shelves_refuse_what_is_not_theirs(
+def test_doors_and_shelves_refuse_foreign_requests(
     s3: Store, fleet: Fleet, mounts: Mounts, prefix: str, reader: dict[str, str]
 ) -> None:
     mine = fleet.add("127.0.77.1")
@@ -414,7 +414,7 @@ def test_groups_of_a_large_fleet_take_one_copy_together(
         each.end()
 
 
-def test_nodes_that_know_each_other_by_certificates(
+def test_nodes_that_authenticate_by_certificates(
     s3: Store, fleet: Fleet, mounts: Mounts, prefix: str, expected: str, tmp_path: Path
 ) -> None:
     authority, certificate, key = make_certificates(tmp_path / "tls", "DNS:lazyfs-fleet")

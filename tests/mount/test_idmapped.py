@@ -82,7 +82,7 @@ def owner_and_content(path: Path) -> list[str]:
     return shell("stat -c %u:%g file; cat file", path).stdout.split()
 
 
-def test_files_have_the_owners_of_the_pods_user_namespace(
+def test_files_have_owners_in_the_pods_user_namespace(
     mount: Callable[..., Mounted], mapped: Callable[[Path], Path], s3: S3
 ) -> None:
     """Also after the worker was replaced: the kernel keeps what was agreed with the first."""
@@ -99,7 +99,7 @@ def test_files_have_the_owners_of_the_pods_user_namespace(
     assert owner_and_content(copy) == [f"{FIRST_ID}:{FIRST_ID}", "content"]
 
 
-def test_a_pods_user_reads_what_is_its_own(
+def test_a_pods_user_reads_its_own_files(
     mount: Callable[..., Mounted], mapped: Callable[[Path], Path], s3: S3
 ) -> None:
     """Files that only their owner may read, read by the user that is root in the pod."""

@@ -61,7 +61,7 @@ def test_awkward_keys(mount: Callable[..., Mounted], s3: S3, many: bool) -> None
     assert "keys that cannot be shown" in mounted.log()
 
 
-def test_names_that_are_not_there(mount: Callable[..., Mounted], s3: S3) -> None:
+def test_missing_names(mount: Callable[..., Mounted], s3: S3) -> None:
     s3.put("names", {"dir/file": b"x"})
     mounted = mount("s3://names")
     for name in ("nothing", "dir/nothing", "dir/file/below", "n" * 300):

@@ -60,7 +60,7 @@ def test_signals_unmount(mount: Callable[..., Mounted], number: signal.Signals, 
         reader.stdout.close()
 
 
-def test_a_background_mount_holds_nothing_of_the_command(s3: S3, tmp_path: Path) -> None:
+def test_a_background_mount_keeps_no_descriptors_of_the_command(s3: S3, tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
     ours, theirs = os.pipe()
     command = [sys.executable, "-m", "lazyfs", "mount", "s3://life/m", str(tmp_path / "mnt"),
@@ -140,7 +140,7 @@ def test_foreground_exits_with_zero(s3: S3, tmp_path: Path) -> None:
     assert not is_mounted(tmp_path / "mnt")
 
 
-def test_a_service_manager_is_told_of_a_mount_from_a_file(s3: S3, tmp_path: Path) -> None:
+def test_a_service_manager_is_notified_of_a_mount_from_a_file(s3: S3, tmp_path: Path) -> None:
     """As systemd starts it (Type=notify), with everything in a file."""
     (tmp_path / "mnt").mkdir()
     config = tmp_path / "life.toml"

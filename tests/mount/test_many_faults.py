@@ -68,7 +68,7 @@ def sums(server: S3, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (None, ["--prefetch=tensor"]),
     ],
 )
-def test_it_ends(
+def test_loads_by_many_threads_end(
     mount: Callable[..., Mounted],
     sums: Path,
     tmp_path: Path,

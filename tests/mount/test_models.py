@@ -45,7 +45,9 @@ def settle(s3: S3) -> set[str]:
     return {path.split("/", 2)[2] for path, _ in requests}
 
 
-def test_of_one_model_all_that_a_loader_reads(mount: Callable[..., Mounted], s3: S3) -> None:
+def test_all_files_that_a_loader_reads_are_fetched_of_one_model(
+    mount: Callable[..., Mounted], s3: S3
+) -> None:
     extra = ["consolidated.safetensors", "pytorch_model.bin", "original/weights.pth", "odd.gguf"]
     s3.put("one", model("") | dict.fromkeys(extra, bytes(1 << 20)))
     s3.forget()
@@ -57,7 +59,7 @@ def test_of_one_model_all_that_a_loader_reads(mount: Callable[..., Mounted], s3:
     assert shell("cat pytorch_model.bin | wc -c", mounted.path).stdout.strip() == str(1 << 20)
 
 
-def test_of_several_models_the_one_that_is_opened(mount: Callable[..., Mounted], s3: S3) -> None:
+def test_of_several_models_the_opened_one_is_fetched(mount: Callable[..., Mounted], s3: S3) -> None:
     s3.put("several", model("a/") | model("b/") | {"README.md": b"readme"})
     s3.forget()
     mounted = mount("s3://several", "--block-size=256KiB")
@@ -81,7 +83,7 @@ def test_the_only_model_among_the_first_objects_may_not_be_the_only_one(
     assert settle(s3) == set(model("a/"))
 
 
-def test_a_lying_index_costs_only_the_order(mount: Callable[..., Mounted], s3: S3) -> None:
+def test_a_wrong_index_costs_only_the_order(mount: Callable[..., Mounted], s3: S3) -> None:
     files = model("")
     lie = {"weight_map": {"a": "missing.safetensors", "b": "../../etc/passwd"}}
     files["model.safetensors.index.json"] = json.dumps(lie).encode()
@@ -105,7 +107,7 @@ def test_a_wrong_header_costs_only_the_prefetch(
     assert "its header is not valid" in mounted.log()
 
 
-def test_to_open_a_shard_and_read_its_header_asks_s3_for_nothing(
+def test_opening_a_shard_and_reading_its_header_needs_no_request(
     mount: Callable[..., Mounted], s3: S3
 ) -> None:
     """Also of the last of many shards, before their blocks are here."""

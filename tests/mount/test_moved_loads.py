@@ -114,7 +114,7 @@ def test_movers_that_are_killed_are_replaced(mount: Callable[..., Mounted], s3: 
     assert "Traceback" not in mounted.log()
 
 
-def test_they_end_with_a_killed_worker(mount: Callable[..., Mounted], s3: S3) -> None:
+def test_movers_end_with_a_killed_worker(mount: Callable[..., Mounted], s3: S3) -> None:
     s3.fault("GET /moved/m/", "slow", times=10**6, seconds=0.3)
     mounted = mount("s3://moved/m", *OPTIONS)
     loader = subprocess.Popen(
@@ -132,7 +132,7 @@ def test_they_end_with_a_killed_worker(mount: Callable[..., Mounted], s3: S3) ->
     assert output.strip() == DIGEST
 
 
-def test_what_s3_refuses_is_refused_once(mount: Callable[..., Mounted], s3: S3) -> None:
+def test_a_refusal_of_s3_is_not_repeated(mount: Callable[..., Mounted], s3: S3) -> None:
     """A mover hands the answer on; nobody asks a second time to understand it."""
     mounted = mount("s3://moved/m", *OPTIONS, "--prefetch=off")
     first = sorted(SHARDS)[0].removeprefix("m/")

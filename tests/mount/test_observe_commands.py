@@ -164,7 +164,7 @@ def test_doctor_of_a_healthy_source(server: S3, tmp_path: Path) -> None:
     assert code == 0 and "FUSE: /dev/fuse can be opened" in text and "\x1b[32m" in raw
 
 
-def test_doctor_of_what_is_wrong(server: S3, tmp_path: Path) -> None:
+def test_doctor_of_broken_setups(server: S3, tmp_path: Path) -> None:
     found = json.loads(
         lazyfs(
             "doctor", "s3://nowhere/m", f"--endpoint-url={server.url}", "--json",

@@ -53,7 +53,7 @@ def scrape(address: str) -> Sample:
     return value
 
 
-def test_they_agree_with_the_server(mount: Callable[..., Mounted], s3: S3, address: str) -> None:
+def test_metrics_agree_with_the_server(mount: Callable[..., Mounted], s3: S3, address: str) -> None:
     mounted = mount("s3://measured/m", "--block-size=256KiB", f"--metrics-address={address}")
     settle(s3)
     shell("cat * | wc -c", mounted.path)
@@ -95,7 +95,7 @@ def test_reads_and_waits(mount: Callable[..., Mounted], s3: S3, address: str) ->
     assert value("lazyfs_readers_waiting") == value("lazyfs_open_files") == 0
 
 
-def test_another_worker_goes_on_at_the_same_address(
+def test_the_next_worker_serves_metrics_at_the_same_address(
     mount: Callable[..., Mounted], address: str
 ) -> None:
     mounted = mount("s3://measured/m", f"--metrics-address={address}")
@@ -113,7 +113,7 @@ def test_another_worker_goes_on_at_the_same_address(
     assert value("lazyfs_mount_resumes_total") == 1
 
 
-def test_all_that_is_declared_is_measured(mount: Callable[..., Mounted], address: str) -> None:
+def test_all_declared_metrics_are_measured(mount: Callable[..., Mounted], address: str) -> None:
     nobody = f"--fleet-cache=http://127.0.0.1:{free_port()}"
     mount("s3://measured/m", f"--metrics-address={address}", nobody)
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as answer:
@@ -138,7 +138,7 @@ def test_an_address_that_is_taken(server: S3, tmp_path: Any, address: str) -> No
 
 
 @pytest.mark.parametrize("text", ["9464", "host:", "host:port", ":70000", "::1:80"])
-def test_an_address_that_is_none(tmp_path: Any, text: str) -> None:
+def test_an_invalid_address(tmp_path: Any, text: str) -> None:
     answer = lazyfs("mount", "s3://measured/m", tmp_path, f"--metrics-address={text}")
     assert answer.returncode == 2
     assert "HOST:PORT" in answer.stderr

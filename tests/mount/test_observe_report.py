@@ -124,7 +124,7 @@ def test_a_faulty_load(mount: Callable[..., Mounted], s3: S3) -> None:
     assert limit(mounted) == "errors"
 
 
-def test_a_warm_load_owes_nothing_to_the_network(mount: Callable[..., Mounted], s3: S3) -> None:
+def test_a_warm_load_does_not_wait_for_the_network(mount: Callable[..., Mounted], s3: S3) -> None:
     first = mount("s3://reported/m", "--block-size=1MiB")
     load(first)
     first.end()
@@ -171,7 +171,7 @@ def test_a_limit_that_was_asked_for(mount: Callable[..., Mounted]) -> None:
     assert "--bandwidth-limit allows 4MiB/s" in told["verdict"]["headline"]
 
 
-def test_nothing_read_and_something_still_open(mount: Callable[..., Mounted]) -> None:
+def test_a_report_before_any_read(mount: Callable[..., Mounted]) -> None:
     mounted = mount("s3://reported/m")
     assert limit(mounted) == "nothing"
 
@@ -226,7 +226,9 @@ def test_words_in_a_terminal_and_in_a_pipe(mount: Callable[..., Mounted]) -> Non
 
 
 @pytest.mark.parametrize("name", ["report.pdf", "no/where/report.html"])
-def test_files_that_cannot_be(mount: Callable[..., Mounted], tmp_path: Path, name: str) -> None:
+def test_report_files_that_cannot_be_written(
+    mount: Callable[..., Mounted], tmp_path: Path, name: str
+) -> None:
     answer = lazyfs("report", mount("s3://reported/m").path, "-o", tmp_path / name)
     assert answer.returncode == 2
     assert answer.stderr.startswith("lazyfs: --output: ")

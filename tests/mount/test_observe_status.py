@@ -48,7 +48,7 @@ def status_json(mounted: Mounted) -> dict[str, object]:
     return described
 
 
-def test_what_it_says_is_what_the_server_saw(mount: Callable[..., Mounted], s3: S3) -> None:
+def test_status_agrees_with_the_server(mount: Callable[..., Mounted], s3: S3) -> None:
     mounted = mount("s3://seen/plain", "--prefetch=off", "--block-size=1MiB")
     assert shell("cat file* | wc -c", mounted.path).stdout.strip() == str(3 * MIB)
     status = status_json(mounted)
@@ -61,7 +61,7 @@ def test_what_it_says_is_what_the_server_saw(mount: Callable[..., Mounted], s3: 
     assert status["trouble"] is status["last_error"] is None
 
 
-def test_a_person_reads_it(mount: Callable[..., Mounted]) -> None:
+def test_status_is_readable(mount: Callable[..., Mounted]) -> None:
     mounted = mount("s3://seen/plain", "--prefetch=off")
     shell("cat file*", mounted.path)
     one = lazyfs("status", mounted.path)
@@ -78,7 +78,7 @@ def test_a_person_reads_it(mount: Callable[..., Mounted]) -> None:
     assert "\x1b[3" not in raw
 
 
-def test_who_waits_for_what(mount: Callable[..., Mounted], s3: S3) -> None:
+def test_status_names_waiting_readers_and_the_reason(mount: Callable[..., Mounted], s3: S3) -> None:
     mounted = mount("s3://seen/plain", "--prefetch=off", "--block-size=1MiB")
     s3.fault("GET /seen/plain/file", "hang", seconds=20, times=2)
     reader = subprocess.Popen(["head", "-c", "100", mounted.path / "file [bold]"])
@@ -109,7 +109,7 @@ def test_errors_and_restarts_are_counted(mount: Callable[..., Mounted], s3: S3) 
     assert "1 restart of its worker" in lazyfs("status", mounted.path).stdout
 
 
-def test_what_is_not_mounted(tmp_path: Path) -> None:
+def test_status_without_a_mount(tmp_path: Path) -> None:
     answer = lazyfs("status", tmp_path)
     assert answer.returncode == 1
     assert answer.stderr.startswith(f"lazyfs: {tmp_path}: no lazyfs daemon serves it")
@@ -118,7 +118,7 @@ def test_what_is_not_mounted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["headers", "model"])
-def test_wait_returns_when_it_is_here(server: S3, s3: S3, place: Path, what: str) -> None:
+def test_wait_returns_when_the_model_is_here(server: S3, s3: S3, place: Path, what: str) -> None:
     answer = lazyfs(*mount_arguments(server, place, f"--wait={what}", "--json"))
     assert answer.returncode == 0, answer.stderr
     fetched = {path.rpartition("/")[2] for path, _ in s3.data_requests()}
@@ -131,7 +131,7 @@ def test_wait_returns_when_it_is_here(server: S3, s3: S3, place: Path, what: str
         assert lazyfs("status", place).stdout.count("(100%) on this machine") == 1
 
 
-def test_wait_tells_progress_in_a_pipe_and_in_a_terminal(server: S3, place: Path) -> None:
+def test_wait_shows_progress_in_a_pipe_and_in_a_terminal(server: S3, place: Path) -> None:
     answer = lazyfs(*mount_arguments(server, place, "--wait=model"))
     assert answer.returncode == 0
     assert answer.stdout == ""
@@ -143,7 +143,7 @@ def test_wait_tells_progress_in_a_pipe_and_in_a_terminal(server: S3, place: Path
     assert "MiB" in text and "━" in text and "\x1b[" in raw
 
 
-def test_wait_for_what_has_no_room(s3: S3, place: Path) -> None:
+def test_wait_for_a_model_without_room(s3: S3, place: Path) -> None:
     s3.put("roomy", {"m/model.safetensors": bytes(80 * MIB)})
     options = ["--wait=model", "--cache-dir=none", "--memory-limit=64MiB", "--page-cache=off"]
     arguments = mount_arguments(s3, place, "--block-size=8MiB", *options)
@@ -163,7 +163,9 @@ def test_wait_for_what_has_no_room(s3: S3, place: Path) -> None:
         ["--wait=headers", "--prefetch-on=open"],
     ],
 )
-def test_wait_for_what_cannot_come(server: S3, place: Path, options: list[str]) -> None:
+def test_wait_for_what_is_never_fetched_is_refused(
+    server: S3, place: Path, options: list[str]
+) -> None:
     answer = lazyfs(*mount_arguments(server, place, *options))
     assert answer.returncode == 2
     assert answer.stderr.startswith("lazyfs: --wait") and answer.stderr.count("\n") == 1
@@ -171,7 +173,7 @@ def test_wait_for_what_cannot_come(server: S3, place: Path, options: list[str]) 
 
 
 @pytest.mark.parametrize("policy", ["headers", "tensor"])
-def test_wait_for_headers_that_are_all_that_comes(
+def test_wait_for_headers_when_only_they_are_prefetched(
     server: S3, s3: S3, place: Path, policy: str
 ) -> None:
     options = [f"--prefetch={policy}", "--wait=headers"]
@@ -185,7 +187,7 @@ def test_wait_for_headers_that_are_all_that_comes(
 @pytest.mark.parametrize(
     "options", [["--prefetch=off"], ["--prefetch-on=open"], ["--preset=browse"]]
 )
-def test_wait_for_a_model_that_nothing_else_brings(
+def test_wait_fetches_a_model_that_is_not_prefetched(
     server: S3, s3: S3, place: Path, options: list[str]
 ) -> None:
     answer = lazyfs(*mount_arguments(server, place, "--wait=model", "--json", *options))
@@ -198,7 +200,7 @@ def test_wait_for_a_model_that_nothing_else_brings(
     assert not s3.data_requests(), "it was all in the cache"
 
 
-def test_wait_for_a_model_of_which_a_shard_cannot_be_read(s3: S3, place: Path) -> None:
+def test_wait_for_a_model_with_an_unreadable_shard(s3: S3, place: Path) -> None:
     shards = {f"m/model-0000{n}-of-00002.safetensors": bytes(300_000) for n in (1, 2)}
     s3.put("archived", shards)
     s3.forget()

@@ -31,7 +31,7 @@ def blocks_of(s3: S3, path: str) -> set[int]:
     }
 
 
-def test_nothing_before_a_file_is_opened(mount: Callable[..., Mounted], s3: S3) -> None:
+def test_nothing_is_fetched_before_a_file_is_opened(mount: Callable[..., Mounted], s3: S3) -> None:
     s3.put("onopen", model(""))
     s3.forget()
     mounted = mount("s3://onopen", "--block-size=256KiB", "--prefetch-on=open")
@@ -74,7 +74,7 @@ with safe_open(sys.argv[1], framework="np") as opened:
     assert len(asked) < 30, "of 161 blocks: the header, the tensor, a little of what follows"
 
 
-def test_what_a_rank_passes_over_is_told(mount: Callable[..., Mounted], s3: S3) -> None:
+def test_skipped_tensors_of_a_rank_are_reported(mount: Callable[..., Mounted], s3: S3) -> None:
     """The whole model is brought, and half of it is read."""
     s3.put("half", {"model.safetensors": layers(20)})
     mounted = mount("s3://half", "--block-size=256KiB", "--page-cache=off", "--read-ahead=0")
@@ -155,7 +155,7 @@ def test_inspect_a_source_and_a_mount(mount: Callable[..., Mounted], s3: S3) -> 
         ("--tensors=(?=a)", "no look-around"),
     ],
 )
-def test_what_is_refused(option: str, message: str, tmp_path) -> None:
+def test_invalid_input_is_refused(option: str, message: str, tmp_path) -> None:
     answer = lazyfs("mount", "s3://bucket", tmp_path, option)
     assert answer.returncode == 2
     assert message in answer.stderr

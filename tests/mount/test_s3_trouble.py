@@ -73,7 +73,7 @@ def bucket(s3: S3) -> None:
     ],
     ids=lambda fault: fault.get("code", fault["kind"]),
 )
-def test_a_reader_sees_nothing_of_passing_trouble(
+def test_readers_see_nothing_of_transient_errors(
     mount: Callable[..., Mounted], s3: S3, fault: dict[str, object]
 ) -> None:
     mounted = mount("s3://trouble/m", *OPTIONS)
@@ -213,7 +213,7 @@ def test_soak(mount: Callable[..., Mounted], s3: S3, gate: Gate, seconds: float)
         (400, "InvalidRequest", "EIO"),
     ],
 )
-def test_what_waiting_cannot_help_fails_at_once(
+def test_errors_that_a_retry_cannot_fix_are_reported_at_once(
     mount: Callable[..., Mounted], s3: S3, status: int, code: str, expected: str
 ) -> None:
     mounted = mount("s3://trouble/m", *OPTIONS)
@@ -224,9 +224,7 @@ def test_what_waiting_cannot_help_fails_at_once(
     assert python(READ_ERRNO, mounted.path / "file").strip() == str(len(BODY))
 
 
-def test_lasting_trouble_ends_in_an_error_with_its_cause(
-    mount: Callable[..., Mounted], s3: S3
-) -> None:
+def test_lasting_errors_end_with_their_cause(mount: Callable[..., Mounted], s3: S3) -> None:
     mounted = mount("s3://trouble/m", *OPTIONS, "--io-timeout=2s")
     s3.fault("GET /trouble/m/file", "status", status=503, code="SlowDown", times=10_000)
     assert python(READ_ERRNO, mounted.path / "file").strip() == "EIO"

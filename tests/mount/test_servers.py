@@ -129,7 +129,7 @@ except OSError as error:
 """
 
 
-def test_all_is_shown_and_every_byte_is_right(mounted: Path) -> None:
+def test_all_objects_are_shown_and_every_byte_is_right(mounted: Path) -> None:
     names = python(LIST, mounted).splitlines()
     assert names == sorted([*FILES, *(f"many/{number:04}" for number in range(MANY))])
     for name, body in FILES.items():

@@ -164,7 +164,7 @@ def test_readers_notice_nothing_of_dying_workers(
     assert "Traceback" not in mounted.log()
 
 
-def test_what_is_open_stays_open(mount: Callable[..., Mounted], s3: S3) -> None:
+def test_open_files_stay_open(mount: Callable[..., Mounted], s3: S3) -> None:
     """Handles, mapped files and working directories of before are good afterwards."""
     mounted = mount("s3://survival/m", "--prefetch=off", "--cache-dir=none")
     code = """
@@ -227,7 +227,7 @@ def test_upgrade_under_load(mount: Callable[..., Mounted]) -> None:
     assert "Traceback" not in mounted.log()
 
 
-def test_what_was_detached_while_in_use_is_served_on(mount: Callable[..., Mounted]) -> None:
+def test_a_detached_mount_in_use_is_still_served(mount: Callable[..., Mounted]) -> None:
     """Who still reads a mount that is in no tree any more would wait for a dead worker for ever."""
     mounted = mount("s3://survival/m", "--prefetch=off", "--cache-dir=none")
     code = """
@@ -253,13 +253,13 @@ for file in files:
     assert "ERROR" not in mounted.log()
 
 
-def test_upgrade_of_what_is_not_mounted(tmp_path: Path) -> None:
+def test_upgrade_without_a_mount(tmp_path: Path) -> None:
     answer = lazyfs("upgrade", tmp_path)
     assert answer.returncode == 1
     assert answer.stderr == f"lazyfs: {tmp_path}: no lazyfs daemon serves it\n"
 
 
-def test_without_a_supervisor_the_worker_serves_on(mount: Callable[..., Mounted]) -> None:
+def test_a_worker_keeps_serving_without_its_supervisor(mount: Callable[..., Mounted]) -> None:
     mounted = mount("s3://survival/m", "--prefetch=off")
     os.kill(mounted.pid, signal.SIGKILL)
     wait_until_gone(mounted.pid)
@@ -352,7 +352,7 @@ def test_the_end_while_a_worker_is_replaced(
         opened.wait(timeout=60)
 
 
-def test_the_end_of_a_mount_does_not_reach_another(
+def test_unmounting_does_not_affect_another_mount(
     supervised: tuple[Supervisor, KeeperClient],
     mount: Callable[..., Mounted],
     monkeypatch: pytest.MonkeyPatch,
@@ -400,7 +400,7 @@ supervisor.stop()
 """
 
 
-def test_a_leader_dies_and_another_goes_on(s3: S3, tmp_path: Path) -> None:
+def test_another_process_continues_if_the_leader_dies(s3: S3, tmp_path: Path) -> None:
     """As when the CSI node plugin is restarted: the keeper, a process of its own, has it all."""
     socket_path = Path(RUNTIME_DIRECTORY) / "keeper"
     code = "import lazyfs.handover.keeper, pathlib, sys; {}(pathlib.Path(sys.argv[1]))"

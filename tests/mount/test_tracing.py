@@ -74,7 +74,7 @@ def test_a_mount_its_requests_and_its_load(
     assert set(collector.services.values()) == {"lazyfs"}
 
 
-def test_what_failed_and_the_next_worker(
+def test_failures_and_the_next_worker_are_traced(
     mount_with: Callable[..., Mounted], s3: S3, collector: Collector
 ) -> None:
     variables = {**collector.environment, "OTEL_SERVICE_NAME": "models"}
@@ -113,14 +113,14 @@ def test_off(
     assert not collector.spans
 
 
-def test_a_collector_that_is_away(mount_with: Callable[..., Mounted]) -> None:
+def test_an_unreachable_collector(mount_with: Callable[..., Mounted]) -> None:
     mounted = mount_with({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"})
     assert shell("cat config.json", mounted.path).stdout == "{}"
     mounted.end()
     assert "WARNING" not in mounted.log()
 
 
-def test_protocols_that_are_not_spoken(mount_with: Callable[..., Mounted]) -> None:
+def test_unsupported_protocols(mount_with: Callable[..., Mounted]) -> None:
     variables = {"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}
     mounted = mount_with(variables)
     assert "no traces: OTLP over grpc is not supported" in mounted.log()

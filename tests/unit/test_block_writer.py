@@ -135,7 +135,7 @@ def test_more_may_wait_for_a_slow_disk_while_another_daemon_waits_for_it() -> No
     assert play(scenario).disk.released == [16, 17]
 
 
-def test_what_was_skipped_is_written_if_it_is_still_in_memory_when_there_is_time() -> None:
+def test_skipped_blocks_are_written_later_if_still_in_memory() -> None:
     async def scenario(desk: Desk) -> None:
         held = [desk.put(number, reader_waits=True) for number in range(12)]
         desk.memory[BlockId(2, 9)], desk.memory[BlockId(2, 11)] = held[9], held[11]
@@ -174,7 +174,7 @@ def test_nothing_is_skipped_while_no_reader_waits() -> None:
     assert play(scenario).writer.skipped_blocks == 0
 
 
-def test_what_a_full_cache_refused_is_offered_again_as_long_as_a_reader_needs_it() -> None:
+def test_blocks_that_a_full_cache_refused_are_offered_again_while_needed() -> None:
     async def scenario(desk: Desk) -> None:
         desk.disk.full = True
         held = [desk.put(number) for number in range(3)]

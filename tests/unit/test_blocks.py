@@ -34,7 +34,7 @@ PARTS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)).map(sorted), 
 
 
 @given(PARTS, st.integers(0, 50))
-def test_gaps_are_what_no_part_covers(parts: list[list[int]], length: int) -> None:
+def test_gaps_are_the_uncovered_parts(parts: list[list[int]], length: int) -> None:
     taken = [Span(3, start, stop) for start, stop in parts]
     covered = {byte for start, stop in parts for byte in range(start, stop)}
     found = [byte for gap in gaps(taken, length) for byte in range(gap.start, gap.stop)]

@@ -46,7 +46,7 @@ def test_a_view_of_a_part_keeps_it() -> None:
     assert part == b"keep"
 
 
-def test_not_more_is_kept_than_allowed() -> None:
+def test_idle_memory_is_bounded() -> None:
     size = MOST_IDLE_BYTES // 2 - HUGE_PAGE
     many = [take_buffer(size) for _ in range(20)]
     for buffer in many:

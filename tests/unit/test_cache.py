@@ -143,7 +143,9 @@ def test_files_that_were_exchanged_are_not_served(
     assert cache.directories[0].counters.damaged == 2
 
 
-def test_the_oldest_leave_first(open_cache: Callable[..., BlockCache], tmp_path: Path) -> None:
+def test_the_oldest_blocks_are_evicted_first(
+    open_cache: Callable[..., BlockCache], tmp_path: Path
+) -> None:
     cache = open_cache(size=8 * ROOM)
     old, older, new = (file(name) for name in ("old", "older", "new"))
     fill(cache, older, range(4))
@@ -157,7 +159,7 @@ def test_the_oldest_leave_first(open_cache: Callable[..., BlockCache], tmp_path:
     assert len(block_files(tmp_path / "cache")) == 8
 
 
-def test_a_load_does_not_forget_what_it_has_just_stored(
+def test_a_load_does_not_evict_its_own_blocks(
     open_cache: Callable[..., BlockCache],
 ) -> None:
     cache, one = open_cache(size=4 * ROOM), file(blocks=10)
@@ -171,7 +173,7 @@ def test_a_load_does_not_forget_what_it_has_just_stored(
         fill(cache, one, range(4, 10))
 
 
-def test_what_readers_have_had_makes_room_for_what_comes_in_the_same_load(
+def test_blocks_that_were_read_make_room_for_others_of_the_same_load(
     open_cache: Callable[..., BlockCache],
 ) -> None:
     cache, one = open_cache(size=4 * ROOM), file(blocks=10)
@@ -184,7 +186,7 @@ def test_what_readers_have_had_makes_room_for_what_comes_in_the_same_load(
     assert cache.present(one) == [2, 3, 4, 5]
 
 
-def test_nothing_is_given_up_that_another_mount_loads(
+def test_blocks_that_another_mount_loads_are_not_given_up(
     open_cache: Callable[..., BlockCache],
 ) -> None:
     cache, other, one = open_cache(size=4 * ROOM), open_cache(size=4 * ROOM), file(blocks=10)
@@ -195,7 +197,7 @@ def test_nothing_is_given_up_that_another_mount_loads(
     assert fill(cache, one, range(4, 6)) == [False, False]
 
 
-def test_what_is_needed_last_leaves_first(open_cache: Callable[..., BlockCache]) -> None:
+def test_blocks_needed_last_are_evicted_first(open_cache: Callable[..., BlockCache]) -> None:
     cache = open_cache(size=8 * ROOM)
     first, second = file("1"), file("2")
     fill(cache, second, range(4))
@@ -207,9 +209,7 @@ def test_what_is_needed_last_leaves_first(open_cache: Callable[..., BlockCache])
     assert cache.present(second) == [0]
 
 
-def test_free_space_is_left_to_others(
-    open_cache: Callable[..., BlockCache], tmp_path: Path
-) -> None:
+def test_reserved_space_stays_free(open_cache: Callable[..., BlockCache], tmp_path: Path) -> None:
     disk = os.statvfs(tmp_path)
     free = disk.f_bavail * disk.f_frsize
     cache = open_cache(reserve=free * 2)
@@ -375,7 +375,7 @@ def test_untrusted_directories_are_refused(
         open_cache()
 
 
-def test_only_its_user_reads_what_is_in_it(
+def test_only_its_user_can_read_the_cache(
     open_cache: Callable[..., BlockCache], tmp_path: Path
 ) -> None:
     directory = tmp_path / "cache"

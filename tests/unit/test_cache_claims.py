@@ -42,7 +42,7 @@ def test_a_claim_is_seen_by_others_and_ends_with_its_process(tmp_path: Path) -> 
         other.wait(timeout=10)
 
 
-def test_what_is_released_can_be_claimed_by_others(tmp_path: Path) -> None:
+def test_released_blocks_can_be_claimed_by_others(tmp_path: Path) -> None:
     ours, theirs = Claims(tmp_path), Claims(tmp_path)
     assert ours.claim("a")
     assert ours.claim("a")  # again, by the same process

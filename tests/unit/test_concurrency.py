@@ -65,7 +65,7 @@ def test_it_never_exceeds_the_most() -> None:
     assert limits.limit == 4
 
 
-def test_idle_times_are_no_measure() -> None:
+def test_idle_times_are_not_measured() -> None:
     limits = Concurrency(64)
     for now in range(1000):
         limits.answered(float(now), BLOCK, saturated=False)

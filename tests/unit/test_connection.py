@@ -133,7 +133,7 @@ def test_names_are_asked_of_libfuse() -> None:
     converse(script)
 
 
-def test_of_a_directory_so_much_is_asked_as_a_socket_takes() -> None:
+def test_directory_reads_are_limited_to_what_a_socket_takes() -> None:
     async def script(kernel: Kernel) -> None:
         for size, given in ((4096, 4096), (1 << 20, module.MOST_OF_DIRECTORY)):
             kernel.ask(READDIRPLUS, 4, struct.pack("<QQIIQII", 5, 0, size, 0, 0, 0, 0))
@@ -158,7 +158,7 @@ def test_more_requests_than_a_socket_holds_reach_libfuse() -> None:
     converse(script)
 
 
-def test_the_answer_to_what_the_kernel_was_answered_already_goes_nowhere() -> None:
+def test_second_answers_to_a_request_are_discarded() -> None:
     async def script(kernel: Kernel) -> None:
         kernel.libfuse.send(struct.pack("<IiQ", 20, 0, 2) + b"init")
         await trio.sleep(10)
@@ -167,7 +167,7 @@ def test_the_answer_to_what_the_kernel_was_answered_already_goes_nowhere() -> No
     converse(script)
 
 
-def test_who_is_being_killed_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readers_that_are_being_killed_are_released(monkeypatch: pytest.MonkeyPatch) -> None:
     killed: set[int] = set()
     monkeypatch.setattr(module, "is_being_killed", lambda thread: thread in killed)
     read, ends = never()
@@ -204,7 +204,7 @@ def test_a_harmless_signal_ends_no_wait(monkeypatch: pytest.MonkeyPatch) -> None
     converse(script, never()[0])
 
 
-def test_who_cannot_be_seen_is_let_go_after_an_interrupt() -> None:
+def test_invisible_readers_are_released_after_an_interrupt() -> None:
     async def script(kernel: Kernel) -> None:
         kernel.read(2, thread=0)
         kernel.read(4, thread=0)

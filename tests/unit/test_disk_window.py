@@ -81,7 +81,7 @@ def test_nothing_makes_room_while_the_disk_takes_blocks() -> None:
     play(scenario)
 
 
-def test_what_readers_have_had_makes_room_file_by_file() -> None:
+def test_blocks_that_were_read_make_room_file_by_file() -> None:
     async def scenario(desk: Desk) -> None:
         desk.consumed = [BlockId(2, 0), BlockId(2, 1), BlockId(3, 5)]
         desk.blocks.moved(BlockId(2, 0), Place.LOCAL)
@@ -98,7 +98,7 @@ def test_what_readers_have_had_makes_room_file_by_file() -> None:
     play(scenario)
 
 
-def test_what_another_daemon_loads_stays() -> None:
+def test_blocks_that_another_daemon_loads_stay() -> None:
     async def scenario(desk: Desk) -> None:
         desk.gives_up = False
         desk.consumed = [BlockId(2, 0)]

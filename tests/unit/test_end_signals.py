@@ -39,7 +39,7 @@ def test_a_signal_ends_the_wait_whichever_thread_gets_it(name: str, early: bool)
     assert done.stdout.split() == [name, "None"]
 
 
-def test_what_was_before_is_so_again() -> None:
+def test_former_handlers_are_restored() -> None:
     from lazyfs.end_signals import end_signals
 
     before = signal.getsignal(signal.SIGTERM)

@@ -47,11 +47,11 @@ def test_aws_may_be_named_by_default(text: str) -> None:
         "file:///etc/passwd",
     ],
 )
-def test_nothing_else_may(text: str) -> None:
+def test_other_endpoints_are_refused_by_default(text: str) -> None:
     assert AllowedEndpoints().find(text) is None
 
 
-def test_what_the_administrator_names_is_allowed_as_it_was_named() -> None:
+def test_endpoints_that_the_administrator_named_are_allowed() -> None:
     allowed = AllowedEndpoints([MINIO, "http://gateway:80/s3"])
     assert allowed.find("HTTPS://MINIO.storage:9000/") == Endpoint(MINIO, is_named=True)
     assert allowed.find("http://gateway/s3") == Endpoint("http://gateway/s3", is_named=True)
@@ -77,7 +77,7 @@ def test_rules_of_inline_volumes() -> None:
     assert rules.volume(elsewhere).mount_options.endpoint_url == elsewhere["endpointUrl"]
 
 
-def test_what_nobody_named_is_guarded() -> None:
+def test_endpoints_that_the_administrator_did_not_name_are_guarded() -> None:
     anywhere = Rules(endpoints=AllowedEndpoints(["any", MINIO]))
     named = anywhere.volume({**SOURCE, "endpointUrl": MINIO}, inline=True)
     assert not named.mount_options.refuse_local
@@ -92,7 +92,7 @@ def test_what_nobody_named_is_guarded() -> None:
         anywhere.volume({**SOURCE, "refuseLocal": "false"}, inline=True)
 
 
-def test_the_memory_limit_holds_for_what_a_preset_sets() -> None:
+def test_the_memory_limit_applies_to_presets() -> None:
     rules = Rules(max_memory_limit=600 << 20)
     with pytest.raises(InvalidArgumentError, match="preset: 'training', which sets memoryLimit"):
         rules.volume({**SOURCE, "preset": "training"})

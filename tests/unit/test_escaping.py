@@ -31,7 +31,7 @@ EVIL = "a\x1b]0;owned\x07\n2026-01-01 INFO all is well\x9b2J\u202egpj\u2028\r\ud
         ("\udc80", "\\udc80"),
     ],
 )
-def test_what_cannot_be_printed_is_escaped(text: str, shown: str) -> None:
+def test_unprintable_characters_are_escaped(text: str, shown: str) -> None:
     assert escaped(text) == shown
 
 
@@ -47,14 +47,16 @@ def test_a_log_line_is_one_line(formatter: logging.Formatter) -> None:
         assert fields["volume"] == escaped(EVIL)
 
 
-def test_a_table_shows_names_and_does_not_obey_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_in_tables_are_not_interpreted_as_markup(capsys: pytest.CaptureFixture[str]) -> None:
     print_rows([("waiting now", f"python{EVIL}")])
     shown = capsys.readouterr().out
     assert all(line.isprintable() for line in shown.split("\n"))
     assert "\\x1b]0;owned" in shown
 
 
-def test_no_cell_title_or_line_is_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cells_titles_and_lines_are_not_interpreted_as_markup(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Rich takes control characters out of strings, and leaves those in its own texts."""
     table = Table(title=Text(EVIL), caption=Text(EVIL))
     table.add_column(Text(EVIL))
@@ -69,7 +71,7 @@ def test_no_cell_title_or_line_is_obeyed(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()])
-def test_a_traceback_has_no_line_that_looks_like_another(formatter: logging.Formatter) -> None:
+def test_tracebacks_cannot_imitate_log_lines(formatter: logging.Formatter) -> None:
     try:
         raise ValueError(EVIL)
     except ValueError:
@@ -80,7 +82,7 @@ def test_a_traceback_has_no_line_that_looks_like_another(formatter: logging.Form
     assert "ValueError" in first + "".join(trace)
 
 
-def test_commands_print_in_no_other_way() -> None:
+def test_commands_print_only_through_tables() -> None:
     """What they print may name objects, processes and sources, which others chose."""
     own = {"tables.py", "__init__.py", "completion.py", "fleet.py"}
     for path in (Path(lazyfs.__path__[0]) / "cli").glob("*.py"):

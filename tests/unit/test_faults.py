@@ -103,7 +103,7 @@ def test_a_task_that_is_cancelled_ends() -> None:
     trio.run(run)
 
 
-def test_a_thread_that_looks_after_something_goes_on(
+def test_a_supervising_thread_continues_after_a_fault(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(faults, "FIRST_PAUSE_S", 0.001)
@@ -160,7 +160,7 @@ def test_no_operation_is_left_out() -> None:
     assert rest == set(OPERATIONS)
 
 
-def test_what_is_forgotten_has_no_answer(caplog: pytest.LogCaptureFixture) -> None:
+def test_forget_requests_get_no_answer(caplog: pytest.LogCaptureFixture) -> None:
     filesystem = Filesystem.__new__(Filesystem)
     filesystem._lookups = _Broken()  # type: ignore[assignment]
     trio.run(filesystem.forget, [(1, 1)])
@@ -197,7 +197,7 @@ def _fetcher(source: _FaultySource, prefetcher: Prefetcher) -> BlockFetcher:
     return BlockFetcher(source, None, page_cache, prefetcher, options, recorder)  # type: ignore[arg-type]
 
 
-def test_a_fault_while_a_block_is_brought_is_an_error_of_its_readers() -> None:
+def test_a_fault_while_a_block_is_fetched_fails_its_readers() -> None:
     async def run() -> None:
         async with trio.open_nursery() as nursery:
             fetcher = _fetcher(_FaultySource(faults=1), Prefetcher("off", BlockMap(8 << 20)))

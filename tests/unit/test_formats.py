@@ -69,7 +69,7 @@ def test_the_session(in_memory: Callable[[str], int]) -> None:
     assert InHand(in_hand).deaths(Request(*formats.REQUEST)) == 1
 
 
-def test_what_a_mount_is_told(in_memory: Callable[[str], int]) -> None:
+def test_the_instructions_of_a_mount(in_memory: Callable[[str], int]) -> None:
     for number, spec in enumerate(formats.SPECS):
         assert MountSpec.from_descriptor(in_memory(f"spec{number}")) == spec
 
@@ -97,7 +97,7 @@ def test_the_cache(stored: Path) -> None:
     assert cache.load(formats.CONTENT, 2) == formats.BLOCK
 
 
-def test_what_a_newer_version_adds_is_no_obstacle(stored: Path) -> None:
+def test_fields_of_newer_versions_are_ignored(stored: Path) -> None:
     """After a return to this version."""
     for path in (stored / "record.json", *(stored / "state").glob("*/*.json")):
         path.write_text(json.dumps({**json.loads(path.read_text()), "later": 1}))

@@ -220,7 +220,7 @@ def test_a_body_in_chunks() -> None:
         b"SSH-2.0-OpenSSH\r\n",
     ],
 )
-def test_half_an_answer(answer: bytes) -> None:
+def test_truncated_answers_are_errors(answer: bytes) -> None:
     def serve(_: int, request: Callable[[], str], send: Callable[[bytes], None]) -> None:
         request()
         send(answer)
@@ -229,7 +229,7 @@ def test_half_an_answer(answer: bytes) -> None:
         get(client)
 
 
-def test_an_answer_is_told_as_it_is() -> None:
+def test_status_and_headers_are_passed_on_unchanged() -> None:
     refusal = (
         b"HTTP/1.1 503 Slow Down\r\nX-Amz-Request-Id: R1\r\nContent-Length: 10\r\n\r\n<Code>Slow"
     )
@@ -259,14 +259,14 @@ def test_nothing_but_informational_answers() -> None:
         get(client)
 
 
-def test_a_connection_with_a_rest_of_a_body_is_closed() -> None:
+def test_a_connection_with_an_unread_body_is_closed() -> None:
     with serving(always(ANSWER, ANSWER)) as (server, client):
         assert exchange(client, lambda body: take(body, 10)) == DATA[:10]
         assert get(client) == DATA
         assert server.connections == 2
 
 
-def test_a_head_leaves_its_connection() -> None:
+def test_a_connection_is_reused_after_a_head() -> None:
     with serving(always(HEAD + LENGTH, ANSWER)) as (server, client):
         length = client.exchange(
             "HEAD", "/", {}, lambda answer: answer.headers["content-length"], Cancel()
@@ -320,7 +320,7 @@ def test_connections_that_fall_silent_together_cost_one_time_out(
         ("0.0.0.0", "10.0.0.1", False),
     ],
 )
-def test_where_a_server_may_send_us(address: str, before: str, allowed: bool) -> None:
+def test_allowed_redirects(address: str, before: str, allowed: bool) -> None:
     if allowed:
         may_be_redirected_to(address, before)
     else:
@@ -343,7 +343,7 @@ def test_where_a_server_may_send_us(address: str, before: str, allowed: bool) ->
         ("::", False),
     ],
 )
-def test_what_a_pod_may_not_have_asked(address: str, allowed: bool) -> None:
+def test_addresses_that_pods_may_not_reach(address: str, allowed: bool) -> None:
     if allowed:
         must_be_elsewhere(address)
     else:
@@ -351,7 +351,7 @@ def test_what_a_pod_may_not_have_asked(address: str, allowed: bool) -> None:
             must_be_elsewhere(address)
 
 
-def test_this_machines_own_addresses_are_not_elsewhere() -> None:
+def test_addresses_of_this_machine_are_refused() -> None:
     own = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=True).stdout
     for address in own.split():
         with pytest.raises(BadAddressError):
@@ -379,7 +379,7 @@ def test_a_name_with_a_bad_address_is_not_connected_to(monkeypatch: pytest.Monke
         assert server.heads == [] and lookups == ["two.test"]
 
 
-def test_silence_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_connection_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "SILENCE_TIMEOUT_S", 0.2)
     over = threading.Event()
 
@@ -418,7 +418,7 @@ def test_a_request_that_was_ended_before_is_not_made() -> None:
         assert server.heads == []
 
 
-def test_ending_what_is_over_leaves_its_connection() -> None:
+def test_ending_a_finished_request_keeps_its_connection() -> None:
     with serving(always(ANSWER, ANSWER)) as (server, client):
         cancel = Cancel()
         get(client, cancel)
@@ -434,7 +434,7 @@ def test_nobody_listens() -> None:
         get(Transport(f"http://127.0.0.1:{port}"))
 
 
-def test_a_proxy_is_given_the_whole_url_and_who_we_are() -> None:
+def test_a_proxy_gets_the_whole_url_and_our_credentials() -> None:
     with serving(always(ANSWER)) as (server, _):
         proxy = Proxy("127.0.0.1", server.port, {"Proxy-Authorization": "Basic c2VjcmV0"})
         assert "c2VjcmV0" not in repr(proxy)
@@ -469,7 +469,7 @@ def test_a_request_tells_how_much_has_come() -> None:
         assert cancel.received_bytes() is None
 
 
-def test_a_request_tells_what_comes_also_where_the_server_closes_after_it() -> None:
+def test_received_bytes_are_known_even_if_the_server_closes_the_connection() -> None:
     seen = []
 
     def receive(body: Body) -> None:

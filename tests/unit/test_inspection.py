@@ -80,13 +80,13 @@ def test_a_hostile_number_is_no_trouble() -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"x", b"\xff" * 64, bytes(64)], ids=repr)
-def test_a_wrong_header_is_told_of_its_shard(body: bytes) -> None:
+def test_invalid_headers_are_reported_for_their_shard(body: bytes) -> None:
     (model,) = look({**ONE, "model-3.safetensors": body})
     assert [item.tensors for item in model.shards] == [3, 3, None]
     assert ("its header is not valid" if body else "empty") in str(model.shards[2].trouble)
 
 
-def test_a_header_that_cannot_be_had_is_told_of_its_shard() -> None:
+def test_unreadable_headers_are_reported_for_their_shard() -> None:
     def read(path: str, offset: int, length: int) -> bytes:
         raise AccessDeniedError("denied")
 
@@ -160,12 +160,12 @@ def test_parts_are_missed_by_their_numbers(names: list[str], missing: str) -> No
     assert missing in "".join(model.broken) and bool(model.broken) == bool(missing)
 
 
-def test_of_many_models_a_pointer_is_told() -> None:
+def test_lfs_pointers_among_many_models_are_reported() -> None:
     (model,) = look({"q4.gguf": POINTER, "q8.gguf": POINTER})
     assert len(model.broken) == 2 and not model.shards
 
 
-def test_what_cannot_be_read_breaks_the_model() -> None:
+def test_unreadable_files_break_the_model() -> None:
     def read(path: str, offset: int, length: int) -> bytes:
         raise AccessDeniedError(f"{path}: denied")
 

@@ -57,7 +57,7 @@ def _files() -> list[Path]:
     return [path for path in (ROOT / PACKAGE).rglob("*.py") if path.name != "__main__.py"]
 
 
-def test_every_room_is_in_the_plan() -> None:
+def test_every_package_has_a_layer() -> None:
     found = {path.name for path in (ROOT / PACKAGE).iterdir() if (path / "__init__.py").exists()}
     assert found == set(ROOMS) - {FOUNDATION}
 
@@ -77,7 +77,7 @@ def test_lazyfs_does_not_know_the_driver() -> None:
     assert not [path for path in _files() for name in _imports(path) if name.startswith("csi")]
 
 
-def test_no_circle_of_modules() -> None:
+def test_there_are_no_import_cycles() -> None:
     """Modules that import each other, however far around, cannot be understood alone."""
     modules = {_module_name(path): path for path in _files()}
     needs = {name: set(_imports(path)) for name, path in modules.items()}
@@ -95,7 +95,7 @@ def test_no_circle_of_modules() -> None:
 
 
 @pytest.mark.parametrize("place", PURE)
-def test_pure_rooms_do_no_io(place: str) -> None:
+def test_pure_packages_do_no_io(place: str) -> None:
     here = ROOT / PACKAGE / place
     found = [
         f"{path.relative_to(ROOT)}: {imported}"

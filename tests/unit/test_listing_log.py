@@ -30,7 +30,9 @@ listings = st.builds(
 
 
 @given(st.lists(listings, max_size=5), st.integers(0, 2000), listings)
-def test_a_cut_journal_has_what_was_whole(written: list[Listing], cut: int, later: Listing) -> None:
+def test_a_truncated_log_keeps_its_complete_records(
+    written: list[Listing], cut: int, later: Listing
+) -> None:
     journal = ListingLog()
     ends = [0]
     for listing in written:

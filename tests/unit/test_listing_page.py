@@ -84,13 +84,13 @@ def test_a_prefix_of_the_namespace_makes_no_difference() -> None:
         b'<!DOCTYPE a [<!ENTITY b "c">]><ListBucketResult>&b;</ListBucketResult>',
     ],
 )
-def test_what_is_no_listing(body: bytes) -> None:
+def test_answers_that_are_not_listings_are_refused(body: bytes) -> None:
     with pytest.raises(NotAListingError):
         listing.parse(body)
 
 
 @given(st.integers(1, len(page(entry(), entry(), prefix("x/"))) - 1))
-def test_no_cut_goes_unnoticed(at: int) -> None:
+def test_every_truncation_is_noticed(at: int) -> None:
     with pytest.raises(NotAListingError):
         listing.parse(page(entry(), entry(), prefix("x/"))[:at])
 
@@ -111,7 +111,7 @@ def test_whether_more_follows(about: dict[str, str], truncated: bool) -> None:
     assert listing.parse(page(**about)).is_truncated is truncated
 
 
-def test_nobody_knows_whether_more_follows() -> None:
+def test_it_is_an_error_if_it_is_unclear_whether_more_follows() -> None:
     with pytest.raises(NotAListingError):
         _ = listing.parse(page(IsTruncated="maybe")).is_truncated
 
@@ -137,7 +137,7 @@ def test_nobody_knows_whether_more_follows() -> None:
         (prefix("y/z/"), "not below"),
     ],
 )
-def test_an_entry_without_sense_is_hidden_and_the_others_are_shown(item: str, reason: str) -> None:
+def test_invalid_entries_are_hidden_and_the_others_are_shown(item: str, reason: str) -> None:
     found = entries(entry("m/before"), item, entry("m/later"))
     assert [each.key for each in found.objects] == ["m/before", "m/later"]
     assert len(found.hidden) == 1
@@ -219,7 +219,7 @@ def test_keys_come_back_as_they_were(keys: list[str], encode: object) -> None:
 
 
 @pytest.mark.parametrize("key", ["m/a b+c", "m/100%", "m/%zz", "m/a b%20c"])
-def test_a_service_that_says_encoded_and_is_not(key: str) -> None:
+def test_a_service_that_claims_encoding_but_does_not_encode(key: str) -> None:
     parsed = listing.parse(page(entry(key), entry("m/x%41"), EncodingType="url"))
     assert not parsed.is_encoded
 
@@ -228,13 +228,13 @@ def objects_of(*keys: str) -> list[ListedObject]:
     return [ListedObject(key, 1, "", 0, key) for key in keys]
 
 
-def test_a_way_through_pages_has_an_end() -> None:
+def test_following_pages_ends() -> None:
     tokens = Tokens("x")
     pages = [Page(objects_of("a"), [], "1"), Page([], [], "2"), Page(objects_of("b"), [], None)]
     assert [tokens.after(each) for each in pages] == ["1", "2", None]
 
 
-def test_pages_of_a_service_that_gathers_nothing_may_look_the_same() -> None:
+def test_pages_of_services_without_delimiters_may_look_the_same() -> None:
     tokens = Tokens("x")
     pages = [Page([], ["p/"], "1"), Page([], ["p/"], "2"), Page(objects_of("q"), ["p/"], None)]
     assert [tokens.after(each) for each in pages] == ["1", "2", None]
@@ -250,7 +250,7 @@ def test_pages_of_a_service_that_gathers_nothing_may_look_the_same() -> None:
         [Page([], ["p/"], str(number)) for number in range(MOST_EMPTY + 2)],
     ],
 )
-def test_a_way_in_a_circle_is_an_error(pages: list[Page]) -> None:
+def test_a_repeated_page_token_is_an_error(pages: list[Page]) -> None:
     tokens = Tokens("x")
     with pytest.raises(BadRequestError, match="no end"):
         for each in pages:

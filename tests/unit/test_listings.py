@@ -137,7 +137,7 @@ def test_models_are_looked_for_once_however_many_are_opened(
     assert counted == [()]
 
 
-def test_of_very_many_files_without_weights_none_is_planned(
+def test_very_many_files_without_weights_are_not_planned(
     counted: list[tuple[str, ...]],
 ) -> None:
     keys = [f"{number:04}.txt" for number in range(2 * SMALL_COUNT)]
@@ -189,7 +189,7 @@ CHECKPOINTS = [f"{name}.gguf" for name in "abc"]
     ],
     ids=["followed", "read as pages", "read as well", "component", "looked at", "loaded"],
 )
-def test_what_is_read_is_followed(
+def test_lazyfs_reads_ahead_in_files_that_are_read(
     keys: list[str], near: list[str], reads: list[str], planned: list[str]
 ) -> None:
     assert trio.run(plan_of_reads, keys, near, reads) == sorted(planned)

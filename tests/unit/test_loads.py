@@ -16,7 +16,7 @@ from lazyfs.options.mount_options import MountOptions
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_load_takes_hardly_longer_than_it_must(name: str) -> None:
+def test_a_load_takes_little_longer_than_the_link_needs(name: str) -> None:
     case = CASES[name]
     report = case.run()
     assert report.stall <= case.most_stall
@@ -43,7 +43,7 @@ def test_a_model_of_2000_shards_begins_at_once(huge: models.Model) -> None:
     assert peak_bytes < 200 << 20
 
 
-def test_headers_of_2000_shards_are_there_when_they_are_looked_at(huge: models.Model) -> None:
+def test_headers_of_2000_shards_are_here_before_they_are_read(huge: models.Model) -> None:
     steps = [[[loaders.Read(path, 0, huge.headers[path], 1 << 20)]] for path in huge.shards]
     every = loaders.Loader([loaders.Queue([steps])])
     options = MountOptions.parse(("{name}", {"prefetch": "headers"}))
@@ -52,7 +52,7 @@ def test_headers_of_2000_shards_are_there_when_they_are_looked_at(huge: models.M
     assert report.requests == 0
 
 
-def test_shards_are_local_to_their_openers_while_the_model_comes(huge: models.Model) -> None:
+def test_opening_shards_is_local_while_the_model_loads(huge: models.Model) -> None:
     """Also the last ones, of which no block comes for minutes."""
     steps = [[[loaders.Read(path, 0, huge.headers[path], 1 << 20)]] for path in huge.shards]
     every = loaders.Loader([loaders.Queue([steps])])

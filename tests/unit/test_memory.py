@@ -41,7 +41,7 @@ def room() -> Room:
     return Room()
 
 
-def test_a_prefetch_never_drops_what_a_reader_is_still_to_have(room: Room) -> None:
+def test_prefetch_never_drops_unread_blocks(room: Room) -> None:
     for number in range(8):
         room.hold(number)
     assert not room.ask()
@@ -51,14 +51,14 @@ def test_a_prefetch_never_drops_what_a_reader_is_still_to_have(room: Room) -> No
 @pytest.mark.parametrize(
     "state", [{"on_disk": True}, {"unread": 0}, {"place": Place.NEAR}], ids=str
 )
-def test_what_can_be_had_again_goes_first_and_oldest_first(room: Room, state: dict) -> None:
+def test_blocks_that_are_on_disk_are_dropped_first_oldest_first(room: Room, state: dict) -> None:
     for number in range(8):
         room.hold(number, **(state if number in (3, 5) else {}))
     assert room.ask()
     assert room.left() == set(range(8)) - {3}
 
 
-def test_what_is_read_part_by_part_stays_for_its_reader_though_it_is_on_disk(room: Room) -> None:
+def test_partly_read_blocks_stay_even_if_they_are_on_disk(room: Room) -> None:
     for number in range(8):
         room.hold(number, on_disk=True, demanded=True)
     assert not room.ask()
@@ -70,21 +70,21 @@ def test_what_is_read_part_by_part_stays_for_its_reader_though_it_is_on_disk(roo
     assert 0 not in room.left()
 
 
-def test_demand_pays_no_fetch_while_others_are_served(room: Room) -> None:
+def test_demand_drops_no_block_while_others_are_served(room: Room) -> None:
     for number in range(10):
         room.hold(number)
     assert not room.memory.make_room(1, urgent=True, is_served=True)
     assert room.ask(urgent=True)
 
 
-def test_what_is_in_use_stays_even_for_demand(room: Room) -> None:
+def test_blocks_in_use_stay_even_for_demand(room: Room) -> None:
     for number in range(10):
         room.hold(number, users=1, on_disk=True)
     assert not room.ask(urgent=True)
     assert len(room.left()) == 10
 
 
-def test_demand_takes_what_was_fetched_ahead_last(room: Room) -> None:
+def test_demand_drops_the_last_prefetched_block(room: Room) -> None:
     for number in range(10):
         room.hold(number)
     assert room.ask(urgent=True)
@@ -100,21 +100,21 @@ def test_demand_finds_room_that_a_prefetch_must_leave(room: Room) -> None:
     assert len(room.left()) == 8
 
 
-def test_a_block_that_was_read_is_not_wished_for_again(room: Room) -> None:
+def test_a_block_that_was_read_is_not_wanted_again(room: Room) -> None:
     for number in range(8):
         room.hold(number, unread=0)
     assert room.ask()
     assert room.prefetcher.blocks.place(BlockId(2, 0)) == Place.USED
 
 
-def test_who_reads_a_block_in_parts_keeps_it_from_demand(room: Room) -> None:
+def test_demand_spares_partly_read_blocks(room: Room) -> None:
     for number in range(10):
         room.hold(number, demanded=number < 5)
     assert room.ask(urgent=True)
     assert room.left() == set(range(9)), "what was fetched ahead goes before what is being read"
 
 
-def test_blocks_of_readers_who_went_away_do_not_stay_for_ever(room: Room) -> None:
+def test_blocks_of_readers_that_ended_are_dropped(room: Room) -> None:
     for number in range(10):
         room.hold(number, demanded=number != 9)
     assert room.ask(urgent=True)
@@ -154,11 +154,11 @@ def test_a_part_counts_as_read_with_its_last_byte(read: tuple[int, int], left: l
     assert parts_left(3 * PART + 10, read) == left
 
 
-def test_what_was_read_stays_read() -> None:
+def test_parts_that_were_read_stay_read() -> None:
     assert parts_left(4 * PART, (0, PART), (2 * PART, 3 * PART), (0, PART)) == [1, 3]
 
 
-def test_what_is_let_go_is_counted(room: Room) -> None:
+def test_dropped_blocks_are_counted(room: Room) -> None:
     for number in range(10):
         room.hold(number)
     assert room.memory.used_bytes == 10
@@ -205,13 +205,13 @@ def memory_of(blocks: int, readers: int, **state: object) -> BlockMemory:
         (41, 30, 21),
     ],
 )
-def test_what_a_prefetch_leaves_to_demand(blocks: int, readers: int, left_to_demand: int) -> None:
+def test_prefetch_leaves_room_for_demand(blocks: int, readers: int, left_to_demand: int) -> None:
     memory = memory_of(blocks, readers, unread=0)
     assert memory.make_room(BLOCK, urgent=False)
     assert memory.unused_bytes // BLOCK == left_to_demand + 1
 
 
-def test_what_comes_from_disk_soon_leaves_the_least() -> None:
+def test_blocks_needed_soon_from_disk_leave_the_least_room() -> None:
     memory = memory_of(40, 15, unread=0)
     assert memory.make_room(BLOCK, urgent=False, soon=True)
     assert memory.unused_bytes == 3 * BLOCK
@@ -222,7 +222,7 @@ def test_what_comes_from_disk_soon_leaves_the_least() -> None:
 @pytest.mark.parametrize(
     ("blocks", "readers", "may_go"), [(8, 0, 0), (9, 0, 1), (12, 12, 0), (13, 12, 1)]
 )
-def test_what_is_begun_and_on_disk_is_kept_for_so_many_readers(
+def test_partly_read_blocks_on_disk_are_kept_for_several_readers(
     blocks: int, readers: int, may_go: int
 ) -> None:
     memory = memory_of(blocks, readers, on_disk=True, demanded=True)
@@ -235,7 +235,7 @@ def test_what_is_begun_and_on_disk_is_kept_for_so_many_readers(
 @pytest.mark.parametrize(
     ("blocks", "readers", "first"), [(8, 0, 8), (9, 0, 0), (12, 12, 12), (13, 12, 0)]
 )
-def test_demand_spares_what_is_begun_of_so_many_readers(
+def test_demand_spares_partly_read_blocks_of_several_readers(
     blocks: int, readers: int, first: int
 ) -> None:
     memory = memory_of(blocks, readers, demanded=True)
@@ -246,7 +246,7 @@ def test_demand_spares_what_is_begun_of_so_many_readers(
     assert gone == [first]
 
 
-def test_demand_gets_room_when_all_is_begun() -> None:
+def test_demand_gets_room_if_all_blocks_are_partly_read() -> None:
     memory = memory_of(4, 0, demanded=True)
     assert memory.make_room(2 * BLOCK, urgent=True)
     gone = [number for number in range(4) if memory.get(BlockId(2, number)) is None]
@@ -255,7 +255,7 @@ def test_demand_gets_room_when_all_is_begun() -> None:
     assert memory.used_bytes == 2 * BLOCK
 
 
-def test_nothing_is_counted_of_what_is_on_disk() -> None:
+def test_dropped_blocks_on_disk_are_not_counted() -> None:
     memory = memory_of(4, 0, on_disk=True)
     assert memory.make_room(BLOCK, urgent=True)
     assert memory.dropped_bytes == 0

@@ -103,7 +103,7 @@ def test_the_index_says_which_shards_are_read() -> None:
     assert left_out(layout) == {"model.safetensors"}
 
 
-def test_an_index_that_lies_is_believed_as_far_as_it_is_true() -> None:
+def test_a_wrong_index_is_used_as_far_as_it_is_right() -> None:
     named = ["a.safetensors", "gone.safetensors", "../b.safetensors", "d/b.safetensors", "..", ""]
     layout = only(INDEX, "a.safetensors", "b.safetensors", indexes={INDEX: index(*named)})
     assert layout.shards[0] == "a.safetensors"
@@ -305,7 +305,7 @@ SECOND = ("consolidated-1.safetensors", "consolidated-2.safetensors")
     ],
     ids=str,
 )
-def test_what_is_included_by_name_is_wanted_after_the_shards(
+def test_files_included_by_name_come_after_the_shards(
     include: list[str], included: tuple[str, ...]
 ) -> None:
     files = listing(*SECOND, *SHARDS, "q8.gguf", "original/a.pth", "config.json")
@@ -325,7 +325,7 @@ def test_a_pattern_of_several_gguf_models_does_not_say_which() -> None:
     assert layout.shards == ("q8.gguf",) and left_out(layout) == {"q4.gguf"}
 
 
-def test_what_is_included_by_name_stays_when_other_weights_are_read() -> None:
+def test_files_included_by_name_stay_if_other_weights_are_read() -> None:
     files = listing(*SECOND, *SHARDS, "a.gguf")
     (layout,) = layouts(files, include=["*.safetensors", "*.gguf"], read=[SECOND[0]])
     assert layout.shards == (*SECOND, "a.gguf") and left_out(layout) == set(SHARDS)
@@ -358,7 +358,7 @@ PATTERNS = st.sampled_from(["*", "*.gguf", "consolidated*", "*.fp16.*", "m/*", "
     st.lists(PATTERNS),
     st.data(),
 )
-def test_any_listing_is_sorted_out_once(
+def test_every_file_of_a_listing_is_classified_once(
     paths: list[str], named: list[str], include: list[str], data: st.DataObject
 ) -> None:
     indexes = {path: index(*named) for path in paths if path.endswith(INDEX)}

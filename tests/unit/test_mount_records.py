@@ -43,7 +43,7 @@ def test_a_mountpoint_has_one_supervisor() -> None:
     RunningMount(RECORD).close()
 
 
-def test_a_record_that_is_taken_away_before_it_is_locked(
+def test_a_record_that_is_removed_before_it_is_locked(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The former supervisor removes its file just when the next one has opened it."""
@@ -94,7 +94,7 @@ def test_many_at_once_one_wins(directory: Path) -> None:
     assert most == 1
 
 
-def test_who_watches_a_former_daemon_leaves_the_next_one_alone(directory: Path) -> None:
+def test_watching_a_former_daemon_does_not_affect_the_next_one(directory: Path) -> None:
     first = RunningMount(RECORD)
     watch = DaemonWatch(MOUNTPOINT)
     first.close()
@@ -136,7 +136,7 @@ def test_a_path_that_is_too_long_for_sockets(
     assert not Path(f"{fits}yyy").exists()
 
 
-def test_what_others_can_write_is_no_record() -> None:
+def test_records_that_others_can_write_are_ignored() -> None:
     directory = mount_records.runtime_directory()
     directory.mkdir(mode=0o700, exist_ok=True)
     path = control_socket(MOUNTPOINT).with_suffix(".json")
@@ -146,7 +146,7 @@ def test_what_others_can_write_is_no_record() -> None:
     assert last_record(MOUNTPOINT) is None and records() == []
 
 
-def test_without_a_session_records_are_where_nobody_else_can_be_first(
+def test_without_a_session_records_are_where_only_this_user_can_create_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("LAZYFS_RUNTIME_DIR")

@@ -55,7 +55,7 @@ def no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda request: refusal(503, "SlowDown"), False),
     ],
 )
-def test_what_fills_the_buffer_is_received(
+def test_a_body_that_fills_the_buffer_is_received(
     serve: Serve, answer: object, filled: bool | None
 ) -> None:
     into = memoryview(bytearray(LENGTH))

@@ -126,7 +126,7 @@ def test_errors_come_back_as_what_they_are(
     assert movers.lost == 0
 
 
-def test_one_that_dies_is_replaced(movers: Movers) -> None:
+def test_a_mover_that_dies_is_replaced(movers: Movers) -> None:
     called(movers, fill, 0)
     with pytest.raises(MoverLostError):
         movers.call(end, buffer=take_buffer(SIZE))
@@ -134,7 +134,7 @@ def test_one_that_dies_is_replaced(movers: Movers) -> None:
     assert isinstance(called(movers, fill, 1), int)
 
 
-def test_what_is_not_shared_is_not_called(movers: Movers) -> None:
+def test_calls_on_unshared_memory_are_refused(movers: Movers) -> None:
     called(movers, fill, 0)
     for buffer in (memoryview(bytearray(SIZE)), take_buffer(LEAST_SHARED // 4)):
         assert shared_offset(buffer) is None
@@ -196,7 +196,9 @@ def test_a_long_call_is_not_idle(movers: Movers, monkeypatch: pytest.MonkeyPatch
     assert movers.running == 0, "now it is"
 
 
-def test_one_that_ended_before_its_first_call_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mover_that_ended_before_its_first_call_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(pool, "FIRST_PAUSE_S", 0.0)
     movers = Movers(1)
     try:
@@ -215,7 +217,9 @@ def test_one_that_ended_before_its_first_call_is_replaced(monkeypatch: pytest.Mo
         buffers.share(None)
 
 
-def test_too_few_descriptors_are_no_end(movers: Movers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_movers_survive_a_lack_of_descriptors(
+    movers: Movers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever calls then does it without a mover, and movers go on."""
     pid = called(movers, fill, 0)
     taken = [movers._take() for _ in range(2)]
@@ -236,7 +240,9 @@ def test_too_few_descriptors_are_no_end(movers: Movers, monkeypatch: pytest.Monk
     assert isinstance(called(movers, fill, 0), int), pid
 
 
-def test_they_get_no_keys_and_show_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_movers_get_no_keys_and_their_memory_cannot_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalr")
     monkeypatch.setenv("HTTPS_PROXY", "http://user:word@proxy:1")
     movers = Movers(1)
@@ -252,7 +258,7 @@ def test_they_get_no_keys_and_show_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         buffers.share(None)
 
 
-def test_they_end_with_the_pool(movers: Movers) -> None:
+def test_movers_end_with_the_pool(movers: Movers) -> None:
     pid = called(movers, fill, 0)
     assert isinstance(pid, int)
     movers.close()
@@ -264,7 +270,7 @@ def test_they_end_with_the_pool(movers: Movers) -> None:
         movers.call(fill, 0, buffer=take_buffer(SIZE))
 
 
-def test_memory_of_buffers_that_nobody_needs_goes_back(movers: Movers) -> None:
+def test_memory_of_unused_buffers_is_freed(movers: Movers) -> None:
     many = [take_buffer(SIZE) for _ in range(3 * MOST_IDLE_BYTES // SIZE)]
     for buffer in many:
         buffer[:] = b"x" * SIZE

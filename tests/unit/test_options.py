@@ -39,7 +39,7 @@ def test_sizes(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "MiB", "-1", "8XB", "1e9", "8 M B"])
-def test_what_is_no_size(text: str) -> None:
+def test_invalid_sizes(text: str) -> None:
     with pytest.raises(ValueError):
         parse_size(text)
 
@@ -132,7 +132,7 @@ def test_the_reference_is_made_from_the_table() -> None:
     assert made == (root / "docs/OPTIONS.md").read_text(), "run: make docs"
 
 
-def test_a_preset_lies_under_what_is_given() -> None:
+def test_given_options_override_a_preset() -> None:
     options = MountOptions.parse(
         ("--{name}", {"preset": "browse"}), ("{environment}", {"block-size": "2MiB"})
     )

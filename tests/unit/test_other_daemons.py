@@ -100,7 +100,7 @@ def test_a_daemon_that_takes_too_long_is_not_waited_for_again() -> None:
     play(scenario)
 
 
-def test_a_block_that_came_as_the_lease_ended_is_found() -> None:
+def test_a_block_that_arrives_as_the_lease_ends_is_found() -> None:
     async def scenario(node: Node) -> None:
         node.leave()
         await trio.sleep(LEASE_S)
@@ -142,7 +142,7 @@ def test_a_block_taken_back_during_the_last_look_is_not_found() -> None:
     play(scenario)
 
 
-def test_nothing_is_looked_for_while_no_block_is_left() -> None:
+def test_the_disk_is_not_checked_while_no_block_is_left_to_others() -> None:
     async def scenario(node: Node) -> None:
         await trio.sleep(10)
         assert node.disk.looks == 0

@@ -43,7 +43,7 @@ moves = st.lists(st.tuples(keys, st.integers(0, 399), st.sampled_from(Place)), m
 
 
 @given(moves, st.integers(0, 500), moves)
-def test_what_was_cut_off_is_not_known_and_what_follows_is(
+def test_truncated_marks_are_unknown_and_later_ones_are_known(
     before: list[tuple[str, int, Place]], cut: int, after: list[tuple[str, int, Place]]
 ) -> None:
     tree = tree_of(SIZES)
@@ -71,7 +71,7 @@ def test_what_was_cut_off_is_not_known_and_what_follows_is(
     os.close(descriptor)
 
 
-def test_nothing_is_said_of_other_bytes() -> None:
+def test_other_bytes_stay_unknown() -> None:
     descriptor = new_near()
     near = PageMap(descriptor, BLOCK)
     for file in files_of(tree_of(SIZES)).values():

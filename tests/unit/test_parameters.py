@@ -73,7 +73,7 @@ def test_a_claim_may_choose(chosen: str) -> None:
         ("s3://models/${pvc.namespace}", "is not allowed"),
     ],
 )
-def test_but_only_within_what_is_allowed(chosen: str, said: str) -> None:
+def test_a_claim_may_choose_only_below_allowed_prefixes(chosen: str, said: str) -> None:
     with pytest.raises(MendableError, match=said) as caught:
         attributes(ALLOWED, chosen)
     assert str(caught.value).startswith("the claim's annotation: ")

@@ -62,7 +62,7 @@ def test_workers_that_die_before_they_are_asked_change_nothing(file: int) -> Non
     assert again.deaths(Request(READ, 7, 0)) == 0, "the last one did not die"
 
 
-def test_what_was_answered_after_a_death_is_innocent(file: int) -> None:
+def test_requests_answered_after_a_death_are_not_blamed(file: int) -> None:
     InHand(file).take(READ, 7, 0)
     note_death(file)
     second = InHand(file)
@@ -95,7 +95,7 @@ def test_more_requests_than_there_are_slots(file: int) -> None:
 
 
 @pytest.mark.parametrize("content", [b"x", b"another form" * 10_000, b""])
-def test_what_is_of_another_form_is_forgotten(file: int, content: bytes) -> None:
+def test_records_of_another_format_are_dropped(file: int, content: bytes) -> None:
     os.write(file, content)
     slot = InHand(file).take(READ, 7, 0)
     assert slot is not None and slot >= 0

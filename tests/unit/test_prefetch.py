@@ -58,7 +58,7 @@ def test_small_files_come_before_all_shards() -> None:
     assert take(made, 9) == [(4, 0), (4, 1), (2, 0), (2, 1), (3, 0)]
 
 
-def test_headers_are_wished_for_by_themselves_once_and_not_where_the_block_comes() -> None:
+def test_headers_are_requested_once_and_not_if_their_block_is_coming() -> None:
     made = prefetcher("model", 2, 3, 3)
     take(made, 1)
     made.set_order((), [2, 3, 4], [2, 3, 4])
@@ -81,7 +81,7 @@ def test_headers_alone() -> None:
     assert take(made, 9) == []
 
 
-def test_a_reader_moves_the_focus_and_what_was_passed_over_comes_last() -> None:
+def test_a_reader_moves_the_focus_and_skipped_blocks_come_last() -> None:
     made = prefetcher("model", 2, 3, 2)
     made.was_read(3, BLOCK, 1)
     assert take(made, 3) == [(3, 0), (3, 1), (3, 2)]
@@ -97,7 +97,7 @@ def test_a_touched_tensor_is_fetched_whole_wherever_it_was_touched() -> None:
     assert take(made, 1) == [(2, 25)]
 
 
-def test_off_wishes_nothing() -> None:
+def test_off_requests_nothing() -> None:
     made = prefetcher("off", 5)
     made.was_read(2, 0, 1)
     assert take(made, 1) == []
@@ -132,7 +132,7 @@ def test_a_block_that_was_used_is_fetched_again_only_for_a_second_pass() -> None
     assert take(made, 9) == [(2, 1), (2, 2), (2, 3)]
 
 
-def test_who_reads_a_file_again_gets_his_tensor_before_those_of_the_first_reading() -> None:
+def test_a_second_reading_of_a_file_goes_before_the_first() -> None:
     made = prefetcher("model", 7)
     made.set_tensors(2, tensors(5, 40, end=67))
     take(made, 7)
@@ -146,7 +146,7 @@ def test_who_reads_a_file_again_gets_his_tensor_before_those_of_the_first_readin
     assert take(made, 9) == [(2, 2), (2, 3), (2, 4), (2, 5), (2, 6)]
 
 
-def test_a_tensor_that_is_read_again_by_its_last_reader_is_had_whole_again() -> None:
+def test_a_tensor_that_its_last_reader_reads_again_is_fetched_whole_again() -> None:
     made = prefetcher("tensor", 7)
     made.set_tensors(2, tensors(5, 60, end=67))
     made.was_read(2, BLOCK, BLOCK // 2)
@@ -171,7 +171,7 @@ def test_only_blocks_of_inodes_that_the_kernel_knows_are_loaded() -> None:
     assert made.next_load(10**9) == (3, 0)
 
 
-def test_what_the_kernel_forgets_is_on_the_disk_or_in_memory_or_only_in_s3() -> None:
+def test_blocks_that_the_kernel_dropped_are_on_disk_in_memory_or_in_s3() -> None:
     made = prefetcher("model", 3)
     made.blocks.set_known(2, True)
     made.blocks.is_held = lambda block: block.number == 1
@@ -195,7 +195,7 @@ def test_a_model_that_the_kernel_forgot_is_wanted_again_when_a_reader_begins() -
     assert take(made, 9) == [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)], "4 is still in its place"
 
 
-def test_what_could_not_be_fetched_is_wanted_and_not_here() -> None:
+def test_blocks_that_failed_are_wanted_and_not_here() -> None:
     made = prefetcher("model", 1, 3)
     size = BLOCK - 3 + 3 * BLOCK - 3
     for block in ((2, 0), (3, 0), (3, 1)):
@@ -211,7 +211,7 @@ def test_what_could_not_be_fetched_is_wanted_and_not_here() -> None:
     assert made.blocks.progress() == (size, there)
 
 
-def test_what_is_not_wanted_is_not_waited_for() -> None:
+def test_unwanted_blocks_are_not_waited_for() -> None:
     made = Prefetcher("model", BlockMap(BLOCK), wanted=lambda name: name.startswith("a"))
     made.blocks.add_file(2, 25)
     made.set_order((), [2])
@@ -228,7 +228,7 @@ def test_progress_does_not_run_backwards_while_blocks_are_put_into_the_page_cach
     assert there == [0, BLOCK, BLOCK, BLOCK]
 
 
-def test_to_open_a_shard_and_read_its_header_says_nothing() -> None:
+def test_reading_the_header_of_a_shard_is_not_a_load() -> None:
     made = prefetcher("model", 2, 4, 4)
     take(made, 1)
     for inode in (2, 3, 4):
@@ -236,7 +236,7 @@ def test_to_open_a_shard_and_read_its_header_says_nothing() -> None:
     assert take(made, 1) == [(2, 1)], "still the first shard"
 
 
-def test_where_a_mapped_page_is_missed_the_middle_of_the_request_is_meant() -> None:
+def test_a_missed_mapped_page_is_in_the_middle_of_its_request() -> None:
     made = prefetcher("model", 40)
     made.set_tensors(2, tensors(2, 100, 250, end=397))
     take(made, 1)
@@ -278,7 +278,7 @@ def layered(policy: str, layers: int = 20) -> Prefetcher:
     return made
 
 
-def test_what_a_loader_passes_over_again_and_again_is_not_fetched() -> None:
+def test_tensors_that_a_loader_keeps_skipping_are_not_fetched() -> None:
     made = layered("tensor")
     for layer in range(3):
         made.was_read(2, 100 * layer + 20, 4)
@@ -287,7 +287,7 @@ def test_what_a_loader_passes_over_again_and_again_is_not_fetched() -> None:
     assert not {36, 37, 38} & ahead, "layers.3.b"
 
 
-def test_what_was_fetched_and_passed_over_is_counted_until_it_is_read() -> None:
+def test_skipped_bytes_that_were_fetched_are_counted_until_they_are_read() -> None:
     made = layered("model")
     for number in range(200):
         made.blocks.moved(BlockId(2, number), Place.LOCAL)
@@ -298,7 +298,7 @@ def test_what_was_fetched_and_passed_over_is_counted_until_it_is_read() -> None:
     assert made.passed_over_bytes == 0
 
 
-def test_what_was_passed_over_is_wanted_again_once_it_is_read() -> None:
+def test_skipped_tensors_are_wanted_again_once_they_are_read() -> None:
     made = layered("tensor")
     for layer in range(3):
         made.was_read(2, 100 * layer + 20, 4)
@@ -306,7 +306,7 @@ def test_what_was_passed_over_is_wanted_again_once_it_is_read() -> None:
     assert {45, 46, 47, 48} <= {number for _, number in take(made, 99)}, "layers.4.b"
 
 
-def test_a_model_has_what_is_passed_over_last() -> None:
+def test_model_fetches_skipped_tensors_last() -> None:
     made = layered("model")
     for layer in range(3):
         made.was_read(2, 100 * layer + 20, 4)
@@ -315,7 +315,7 @@ def test_a_model_has_what_is_passed_over_last() -> None:
     assert order.index(38) > order.index(190)
 
 
-def test_what_was_fetched_for_nothing_is_bounded() -> None:
+def test_wasted_bytes_are_bounded() -> None:
     """A reader of every seventh tensor, of names without any pattern."""
     made = prefetcher("tensor", 3000)
     take(made, 1)
@@ -346,7 +346,7 @@ def test_a_file_without_tensors_is_wanted_whole() -> None:
     assert take(made, 99) == [(2, 0), (2, 1), (2, 2)]
 
 
-def test_strays_and_heads_are_told() -> None:
+def test_reads_out_of_order_and_of_headers_are_reported() -> None:
     made = prefetcher("model", 2)
     made.blocks.add_file(9, 100)
     told: list[int] = []
@@ -374,7 +374,7 @@ def test_pages_count_as_unread_until_a_request_from_behind_them() -> None:
     assert made.near_ahead_bytes == BLOCK
 
 
-def test_each_wish_is_found_without_a_walk_over_all_blocks() -> None:
+def test_the_next_block_is_found_without_a_scan_of_all_blocks() -> None:
     """Or this would not end before the test's timeout."""
     made = prefetcher("model", *[8] * 2000)
     wishes = 0
@@ -386,7 +386,7 @@ def test_each_wish_is_found_without_a_walk_over_all_blocks() -> None:
     assert wishes == 16_000
 
 
-def test_blocks_on_disk_are_spent_once_all_readers_have_had_them() -> None:
+def test_blocks_on_disk_are_given_up_once_all_readers_have_read_them() -> None:
     made = prefetcher("model", 60, 60)
     for number in range(60):
         made.blocks.stored(BlockId(2, number))

@@ -79,7 +79,7 @@ HARDEST = {
 
 @pytest.mark.parametrize("disk", [False, True])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_the_model_stops_where_pushes_may_hold_all_memory(
+def test_a_load_stops_if_pushes_may_hold_all_memory(
     policy: str, disk: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise it would prove nothing."""

@@ -145,7 +145,7 @@ def test_how_many_blocks_pushes_may_hold(blocks: int, most: int) -> None:
     play(scenario, blocks)
 
 
-def test_what_the_kernel_does_not_know_stays_in_memory() -> None:
+def test_blocks_of_unknown_inodes_stay_in_memory() -> None:
     async def scenario(desk: Desk) -> None:
         desk.pages.takes = False
         held = desk.put(1)
@@ -204,7 +204,7 @@ def test_a_reader_waits_for_a_stuck_push_only_a_moment() -> None:
     play(scenario)
 
 
-def test_what_the_page_cache_may_take_ahead_of_readers() -> None:
+def test_how_far_the_page_cache_is_filled_ahead_of_readers() -> None:
     async def scenario(desk: Desk) -> None:
         desk.blocks.opened(2, direct=False)
         desk.memory.reserve(300)

@@ -53,7 +53,7 @@ def test_taken(status, headers, length, start, wanted, before):
 
 
 @pytest.mark.parametrize(("last", "length"), [(100, 1), (198, 99), (150, None)])
-def test_a_part_of_what_was_asked_for_is_taken(last, length):
+def test_a_part_of_the_range_is_accepted(last, length):
     assert check(206, part(100, last) | SAME, length) == (0, last - 99)
 
 
@@ -69,9 +69,7 @@ def test_a_part_of_what_was_asked_for_is_taken(last, length):
     ],
 )
 @pytest.mark.parametrize("coding", ["gzip", "BR", " zstd"])
-def test_what_is_compressed_on_the_way_is_told_from_what_is_stored_so(
-    headers, length, taken, coding
-):
+def test_compression_by_proxies_is_told_from_stored_compression(headers, length, taken, coding):
     status = 206 if "content-range" in headers else 200
     answer = status, headers | {"content-encoding": coding}, length
     if taken:
@@ -81,7 +79,7 @@ def test_what_is_compressed_on_the_way_is_told_from_what_is_stored_so(
             check(*answer, may_be_packed=True)
 
 
-def test_what_may_not_be_compressed_is_stored_so():
+def test_compressed_answers_count_as_stored_if_compression_was_not_allowed():
     answer = part(100, 199) | SAME | {"content-encoding": "gzip"}
     assert check(206, answer, None) == (0, 100)
     with pytest.raises(PackedError):
@@ -129,12 +127,12 @@ def test_another_range(headers, length):
 
 
 @pytest.mark.parametrize("length", [0, 18, 100, SIZE + 1, None])
-def test_the_page_of_a_proxy_is_no_other_version(length):
+def test_the_page_of_a_proxy_is_not_taken_for_another_version(length):
     with pytest.raises(OtherRangeError):
         check(200, {"content-type": "text/html"}, length)
 
 
-def test_a_service_that_always_sends_everything_is_not_asked_for_gigabytes():
+def test_services_that_ignore_ranges_do_not_send_gigabytes():
     huge = ListedObject("k", 1 << 40, '"v1"', 0, "k")
     with pytest.raises(IgnoresRangeError):
         check(200, SAME, 1 << 40, pin=huge, start=1 << 30)
@@ -163,7 +161,7 @@ def test_without_an_etag_size_and_time_pin(modified, changed):
         check(206, part(100, 199, SIZE + 1), pin=BARE)
 
 
-def test_another_service_has_tags_of_its_own_but_no_other_size():
+def test_behind_a_redirect_tags_may_differ_but_not_sizes():
     assert check(206, part(100, 199) | OTHER, elsewhere=True) == (0, 100)
     with pytest.raises(ChangedError):
         check(206, part(100, 199, 999) | OTHER, elsewhere=True)
@@ -181,7 +179,7 @@ def test_another_service_has_tags_of_its_own_but_no_other_size():
     tells_length=st.booleans(),
     data=st.data(),
 )
-def test_never_a_byte_of_another_version(
+def test_bytes_of_another_version_are_never_accepted(
     size, other_size, version, status, knows_ranges, tells_length, data
 ):
     """Of an honest server, whatever headers it leaves out, only right bytes are taken."""

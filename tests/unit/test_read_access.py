@@ -39,7 +39,7 @@ def run(test: Callable[[ReadAccess], object], lasts_s: float = LASTS_S) -> None:
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
-def test_it_is_asked_once_in_a_while() -> None:
+def test_access_is_checked_once_in_a_while() -> None:
     async def test(access: ReadAccess) -> None:
         ask = Asked(None)
         for _ in range(3):
@@ -52,7 +52,7 @@ def test_it_is_asked_once_in_a_while() -> None:
     run(test)
 
 
-def test_what_s3_gave_anyway_is_not_asked_about() -> None:
+def test_objects_that_s3_delivered_are_not_checked() -> None:
     async def test(access: ReadAccess) -> None:
         access.shown(FILE)
         await access.check(FILE, Asked(AccessDeniedError("no")))
@@ -60,7 +60,7 @@ def test_what_s3_gave_anyway_is_not_asked_about() -> None:
     run(test)
 
 
-def test_all_who_wait_share_a_question() -> None:
+def test_concurrent_checks_share_one_request() -> None:
     async def test(access: ReadAccess) -> None:
         ask = Asked(AccessDeniedError("no"), takes_s=1)
         denied = 0
@@ -81,7 +81,7 @@ def test_all_who_wait_share_a_question() -> None:
 
 
 @pytest.mark.parametrize("trouble", [UnavailableError("away"), CredentialsExpiredError("old")])
-def test_s3_away_takes_nothing_from_who_could_read(trouble: SourceError) -> None:
+def test_access_stays_while_s3_does_not_answer(trouble: SourceError) -> None:
     async def test(access: ReadAccess) -> None:
         with pytest.raises(type(trouble)):
             await access.check(FILE, Asked(trouble))
@@ -96,7 +96,7 @@ def test_s3_away_takes_nothing_from_who_could_read(trouble: SourceError) -> None
     run(test)
 
 
-def test_many_are_asked_about_ahead() -> None:
+def test_many_objects_are_checked_in_advance() -> None:
     async def test(access: ReadAccess) -> None:
         files = [File(inode, 1, "", f"{inode}", 1, "", 0) for inode in range(3 * AHEAD)]
         ask = Asked(AccessDeniedError("no"), None, takes_s=1)

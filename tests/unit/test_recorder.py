@@ -78,7 +78,7 @@ def test_seconds_of_waits_at_the_same_time_count_once(clock: Clock) -> None:
         (Activity.DONE, False, Tier.S3, Cause.NO_PREFETCH),
     ],
 )
-def test_what_a_wait_is_put_down_to(
+def test_causes_of_waits(
     clock: Clock, activity: Activity, coming: bool, tier: Tier, cause: Cause
 ) -> None:
     recorder = Recorder(now_s=clock)

@@ -86,7 +86,7 @@ def test_final_errors_are_not() -> None:
     assert source.asked == 1
 
 
-def test_patience_ends() -> None:
+def test_retries_end() -> None:
     source = Source(*[failing(ThrottledError("slow down"))] * 100)
     with pytest.raises(ThrottledError):
         get(source, patience_s=lambda: 60.0 if source.asked < 3 else 0.0)

@@ -67,7 +67,7 @@ def test_host_and_path(source, options, at):
         ("AWS_DEFAULT_REGION", "eu-south-2", "https://m-x.s3.eu-south-2.amazonaws.com"),
     ],
 )
-def test_the_environment_is_heard(monkeypatch, name, value, server):
+def test_the_environment_is_used(monkeypatch, name, value, server):
     monkeypatch.setenv(name, value)
     assert place("s3://m-x").server == server
 
@@ -84,13 +84,13 @@ def test_the_environment_is_heard(monkeypatch, name, value, server):
          "https://m-x.s3-fips.eu-west-1.amazonaws.com/"),
     ],
 )  # fmt: skip
-def test_the_profile_is_heard(tmp_path, lines, at):
+def test_the_profile_is_used(tmp_path, lines, at):
     (tmp_path / "config").write_text(f"[default]\n{lines}\n")
     found = place("s3://m-x")
     assert found.server + found.path == at
 
 
-def test_a_region_that_s3_told_counts_more_than_the_configuration(monkeypatch):
+def test_the_region_from_s3_overrides_the_configuration(monkeypatch):
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
     assert place("s3://m-x", "eu-west-1").region == "eu-west-1"
     assert place("s3://m-x").region == "us-west-2"
@@ -114,13 +114,13 @@ def test_a_region_that_s3_told_counts_more_than_the_configuration(monkeypatch):
         ("s3://team:models", "endpoint"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_read_is_refused_by_name(source, words):
+def test_unsupported_kinds_of_buckets_are_refused_by_name(source, words):
     with pytest.raises(OptionError, match=words):
         place(source)
 
 
 @pytest.mark.parametrize("endpoint", ["minio:9000", "http://", "ftp://x"])
-def test_an_endpoint_that_is_none(endpoint):
+def test_invalid_endpoints_are_refused(endpoint):
     with pytest.raises(OptionError):
         place("s3://m-x", endpoint_url=endpoint)
 
@@ -140,7 +140,7 @@ def test_an_endpoint_that_is_none(endpoint):
         ("https://minio.example:9000", None),
     ],
 )
-def test_who_was_asked_is_the_identity_of_what_is_cached(server, identity):
+def test_the_identity_of_cached_content_is_the_service(server, identity):
     found = Place("eu-west-1", "s3", server, "/b/", "ca", None)
     assert found.identity == (identity or f"{server}/b/")
 
@@ -159,7 +159,7 @@ def test_no_credentials_anywhere():
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n", " "])
-def test_a_line_break_behind_a_key_is_none_of_it(monkeypatch, ending):
+def test_line_breaks_after_keys_are_removed(monkeypatch, ending):
     for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN"):
         monkeypatch.setenv(f"AWS_{name}", name + ending)
     found = Resolver(SourceUrl.parse("s3://m-x"), MountOptions()).credentials()
@@ -168,7 +168,7 @@ def test_a_line_break_behind_a_key_is_none_of_it(monkeypatch, ending):
 
 @pytest.mark.parametrize("text", ["a b", "a\r\nX-Evil: 1", "ключ"])
 @pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN"])
-def test_what_is_no_key_is_refused_and_not_shown(monkeypatch, name, text):
+def test_invalid_keys_are_refused_and_not_shown(monkeypatch, name, text):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv(name, text)

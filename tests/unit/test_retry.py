@@ -39,15 +39,15 @@ def test_pauses_double() -> None:
     assert times_asked([0, 0, 0], 60) == pytest.approx([0, 0.1, 0.3, 0.7])
 
 
-def test_a_service_that_says_how_long_to_wait_is_heard() -> None:
+def test_retry_after_is_obeyed() -> None:
     assert times_asked([7, 0], 60) == pytest.approx([0, 7.1, 7.3])
 
 
-def test_no_service_makes_a_reader_wait_for_a_day() -> None:
+def test_long_retry_after_is_bounded() -> None:
     assert times_asked([86400], 60) == pytest.approx([0, retry.LONGEST_TOLD_S + 0.1])
 
 
-def test_the_reader_waits_no_longer_than_it_was_told() -> None:
+def test_retries_end_at_the_timeout() -> None:
     assert times_asked([20], 5) == pytest.approx([0, 5])
     with pytest.raises(SourceError):
         times_asked([20, 20], 5)

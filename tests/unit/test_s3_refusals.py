@@ -97,7 +97,7 @@ def test_a_refusal_says_what_to_do(status: int, code: str, advice: str) -> None:
     assert ("permission" in text) == (code == "AccessDenied")
 
 
-def test_nothing_is_advised_where_waiting_helps() -> None:
+def test_there_is_no_advice_if_waiting_helps() -> None:
     assert ";" not in str(told(503, "<Code>SlowDown</Code>"))
 
 
@@ -106,13 +106,13 @@ def test_a_code_may_be_in_a_header() -> None:
     assert isinstance(error, errors.ObjectGoneError)
 
 
-def test_a_gateway_is_named_as_what_it_is() -> None:
+def test_errors_of_gateways_say_so() -> None:
     error = told(404, "default backend - 404")
     assert error.transient
     assert "proxy or gateway" in str(error)
 
 
-def test_a_head_has_no_body_to_have_a_code() -> None:
+def test_refused_head_requests_have_no_error_code() -> None:
     refusal = Refusal.of(403, {}, b"", headed=True)
     assert isinstance(refusal.error("x"), errors.AccessDeniedError)
     assert "gateway" not in str(refusal.error("x"))
@@ -139,7 +139,7 @@ def test_how_long_the_service_says_to_wait(headers: dict[str, str], after_s: flo
     assert told(503, "<html>", **headers).retry_after_s == after_s
 
 
-def test_text_of_others_stays_one_line_of_bounded_length() -> None:
+def test_foreign_text_is_one_line_of_bounded_length() -> None:
     error = told(400, "<Code>A\x1b[31mB</Code><Message>" + "x\u202e" * 5000 + "</Message>")
     assert str(error).isprintable()
     assert len(str(error)) < 500

@@ -275,7 +275,7 @@ def test_a_header_over_the_limit_is_refused_by_its_length() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_wrong_is_said(file: bytes, said: str) -> None:
+def test_errors_say_what_is_wrong(file: bytes, said: str) -> None:
     assert said in refused(file)
 
 
@@ -297,7 +297,7 @@ def test_unknown_fields_are_ignored(value: str, reference_takes_it: bool) -> Non
     assert (reference(file) is not None) == reference_takes_it
 
 
-def test_the_differences_to_the_reference_that_are_listed() -> None:
+def test_listed_differences_to_the_reference() -> None:
     for taken_by_the_crate_only in (
         in_file("  {}"),
         in_file('{"a":' + U8 + ',"a":' + U8 + "}", b"ab"),

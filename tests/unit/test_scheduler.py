@@ -164,7 +164,7 @@ async def read(machine: Machine, number: int) -> None:
     await machine.fetcher.read(MODEL, Span(number, 0, 10))
 
 
-def test_what_comes_is_stored_once_and_its_room_can_be_used_again() -> None:
+def test_fetched_blocks_are_stored_once_and_their_room_is_reused() -> None:
     machine = Machine()
     machine.order(MODEL)
 
@@ -175,7 +175,7 @@ def test_what_comes_is_stored_once_and_its_room_can_be_used_again() -> None:
     play(machine, scenario)
 
 
-def test_what_another_daemon_brings_takes_no_room_here() -> None:
+def test_blocks_that_another_daemon_fetches_take_no_room() -> None:
     machine = Machine()
     machine.disk.claimed = set(range(BLOCKS))
     machine.order(MODEL)
@@ -207,7 +207,7 @@ def test_a_reader_tells_other_daemons_that_it_waits_for_their_block() -> None:
     play(machine, scenario)
 
 
-def test_a_daemon_that_brings_nothing_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_daemon_that_does_not_deliver_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(other_daemons, "LEASE_S", 0.1)
     machine = Machine()
     machine.disk.claimed = set(range(BLOCKS))  # and stays so
@@ -234,7 +234,7 @@ def test_a_block_that_is_found_on_the_disk_is_on_this_machine(place: Place) -> N
     play(machine, scenario)
 
 
-def test_a_block_that_cannot_be_had_takes_no_room_and_no_claim() -> None:
+def test_a_block_that_failed_takes_no_room_and_no_claim() -> None:
     machine = Machine()
     machine.source.error = AccessDeniedError("no")
     machine.order(MODEL)

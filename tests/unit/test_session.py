@@ -42,7 +42,7 @@ def test_idmapped_mounts_are_allowed_where_the_kernel_offers_them() -> None:
 
 
 @pytest.mark.parametrize("asked", [question(EXT, 1), question(0, IDMAP), question(EXT, 0)[:56]])
-def test_nothing_is_added_that_the_kernel_does_not_offer(asked: bytes) -> None:
+def test_only_flags_that_the_kernel_offers_are_set(asked: bytes) -> None:
     assert with_idmap(asked, answer(OTHER, 0)) == answer(OTHER, 0)
 
 

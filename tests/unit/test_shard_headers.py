@@ -176,7 +176,7 @@ def test_no_more_is_requested_than_a_file_has() -> None:
     play(scenario, HEAD_BYTES + 2)
 
 
-def test_a_header_that_is_too_long_is_left() -> None:
+def test_a_header_that_is_too_long_is_not_fetched() -> None:
     async def scenario(desk: Desk) -> None:
         assert await desk.headers.header(shard()) is None
         assert len(desk.s3.asked) == 1
@@ -192,7 +192,7 @@ def test_the_longest_header_that_is_fetched() -> None:
     play(scenario, LONGEST_HEADER - 8, 300)
 
 
-def test_a_header_that_memory_has_no_room_for_is_left() -> None:
+def test_a_header_without_room_in_memory_is_not_fetched() -> None:
     async def scenario(desk: Desk) -> None:
         assert await desk.headers.header(shard()) is None
         assert len(desk.s3.asked) == 1
@@ -228,7 +228,7 @@ def test_an_error_leaves_no_memory_in_use(caplog: pytest.LogCaptureFixture) -> N
     assert "away" in caplog.text
 
 
-def test_wanted_headers_are_fetched_some_at_once() -> None:
+def test_a_few_wanted_headers_are_fetched_at_once() -> None:
     async def scenario(desk: Desk) -> None:
         desk.s3.gate = trio.Event()
         wanted = range(2, 2 + 3 * AT_ONCE)
@@ -286,7 +286,7 @@ def test_few_headers_are_pushed_at_once() -> None:
     play(scenario)
 
 
-def test_nothing_is_pushed_where_the_kernel_takes_no_pages() -> None:
+def test_nothing_is_pushed_if_the_kernel_accepts_no_pages() -> None:
     async def scenario(desk: Desk) -> None:
         desk.policy.known = {2}
         desk.pages.supported = False

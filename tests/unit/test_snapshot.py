@@ -74,7 +74,7 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("page_size", [2, 1000])
-def test_what_is_noticed(change: dict[str, bytes | None], page_size: int) -> None:
+def test_changes_that_are_noticed(change: dict[str, bytes | None], page_size: int) -> None:
     async def test() -> None:
         store = Store({"a": b"1", "b": b"2", "d/c": b"3", "d/e/f": b"4"}, page_size)
         catalog = await catalog_of(store)
@@ -100,7 +100,7 @@ async def directories(catalog: Catalog, root: Directory) -> list[Directory]:
     return found
 
 
-def test_what_does_not_count() -> None:
+def test_changes_that_do_not_count() -> None:
     """Files that the mount does not show, and directories that nobody has seen."""
 
     async def test() -> None:
@@ -142,7 +142,7 @@ def snapshot_of(catalog: Catalog, carried: RuntimeChanges | None = None) -> Snap
     return Snapshot(catalog, carried or RuntimeChanges(new_carried()), 0, time.monotonic())
 
 
-def test_an_answer_is_as_old_as_it_may_be() -> None:
+def test_an_answer_is_reused_up_to_its_allowed_age() -> None:
     async def test() -> None:
         store = Store({"a": b""})
         snapshot = snapshot_of(await catalog_of(store))
@@ -160,7 +160,7 @@ def test_an_answer_is_as_old_as_it_may_be() -> None:
     run(test)
 
 
-def test_who_asks_at_the_same_time_shares_an_answer() -> None:
+def test_concurrent_questions_share_an_answer() -> None:
     async def test() -> None:
         store = Store({"a": b""})
         snapshot = snapshot_of(await catalog_of(store))
@@ -174,7 +174,7 @@ def test_who_asks_at_the_same_time_shares_an_answer() -> None:
     run(test)
 
 
-def test_no_answer_is_no_reason_to_ask_again_at_once() -> None:
+def test_a_failed_listing_is_not_repeated_at_once() -> None:
     async def test() -> None:
         store = Store({"a": b""})
         snapshot = snapshot_of(await catalog_of(store))
@@ -241,7 +241,7 @@ def test_a_doubt_is_carried_on_and_settled(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("body", [{}, {"max_age_s": "1", "timeout_s": 1}, {"max_age_s": 1}])
-def test_what_is_no_request(body: dict[str, Any]) -> None:
+def test_invalid_requests(body: dict[str, Any]) -> None:
     async def test() -> None:
         snapshot = snapshot_of(await catalog_of(Store({"a": b""})))
         with pytest.raises(ValueError):

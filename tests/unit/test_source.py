@@ -137,7 +137,7 @@ def part(request: Request, etag: str = '"v1"', data: bytes = DATA) -> ANSWER:
                 [Hidden("%ff", "not UTF-8")])],
 )  # fmt: skip
 @pytest.mark.parametrize("proxy", [None, PROXY])
-def test_what_was_found_goes_to_another_process(
+def test_a_resolved_source_can_be_passed_to_another_process(
     timed: TimedCredentials | None, first: Page | None, proxy: Proxy | None
 ) -> None:
     place = Place("eu-west-1", "s3", "https://host", "/", "/etc/ca.pem", proxy)
@@ -145,7 +145,7 @@ def test_what_was_found_goes_to_another_process(
     assert ResolvedSource.of_json(json.loads(json.dumps(found.as_json()))) == found
 
 
-def test_no_secret_in_what_is_shown() -> None:
+def test_secrets_are_not_shown() -> None:
     timed = TimedCredentials(SigningCredentials("the-id", "the-secret", "the-token"))
     found = ResolvedSource(PLACE, timed, None)
     assert not [word for word in ("the-id", "the-secret", "the-token") if word in repr(found)]
@@ -260,7 +260,7 @@ def test_truncated_without_a_token_goes_on_after_the_last_key(
     assert keys(serve(without_token(*names)).source()) == STORED
 
 
-def test_a_listing_that_does_not_go_on_is_an_error(serve: Serve) -> None:
+def test_a_listing_that_does_not_advance_is_an_error(serve: Serve) -> None:
     with pytest.raises(SourceError, match="does not go on"):
         keys(serve(without_token()).source())
 
@@ -304,7 +304,7 @@ def test_version_1_where_version_2_is_not_known(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("encode", [lambda key: quote(key, safe="/+"), lambda key: key])
-def test_what_plus_means_is_asked_where_a_page_does_not_show_it(
+def test_the_meaning_of_plus_is_tested_if_a_page_does_not_show_it(
     serve: Serve, encode: Callable[[str], str]
 ) -> None:
     def answer(request: Request) -> ANSWER:
@@ -328,7 +328,7 @@ def test_a_plus_of_aws_is_a_space(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"<html/>", b"{}", page(entry())[:-30]])
-def test_what_is_no_listing_may_be_one_later(serve: Serve, body: bytes) -> None:
+def test_answers_that_are_not_listings_are_retried(serve: Serve, body: bytes) -> None:
     source = serve(lambda _: (200, {}, body)).source()
     with pytest.raises(SourceError, match="not a listing of S3") as raised:
         source.list_page("m/")
@@ -373,7 +373,7 @@ def test_range_and_condition_are_sent_and_not_signed(serve: Serve) -> None:
     assert signed == "host;x-amz-content-sha256;x-amz-date;x-amz-request-payer"
 
 
-def test_an_answer_of_another_version_reaches_nobody(
+def test_answers_of_another_version_reach_no_reader(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def nobody(body: object, into: memoryview) -> None:
@@ -426,7 +426,7 @@ def test_a_service_that_ignores_ranges(serve: Serve) -> None:
     assert read(source, 0, len(DATA)) == DATA
 
 
-def test_what_is_stored_packed_comes_as_it_is_stored(serve: Serve) -> None:
+def test_objects_stored_compressed_arrive_as_stored(serve: Serve) -> None:
     def answer(request: Request) -> ANSWER:
         if "gzip" not in request.headers.get("accept-encoding", ""):
             return 200, {"ETag": '"v1"'}, DATA * 3
@@ -476,7 +476,7 @@ def test_parts_of_two_versions_are_not_put_together(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("size", [18, 5000])
-def test_the_page_of_a_proxy_in_the_place_of_a_range(serve: Serve, size: int) -> None:
+def test_the_page_of_a_proxy_instead_of_a_range(serve: Serve, size: int) -> None:
     body = (b"<html>sign in</html>" * 300)[:size]
     source = serve(lambda _: (200, {"Content-Type": "text/html"}, body)).source()
     with pytest.raises(errors.BadResponseError):
@@ -493,7 +493,7 @@ def test_a_page_of_no_length_is_no_object(serve: Serve) -> None:
         read(serve(answer).source(), 0, len(DATA))
 
 
-def test_the_time_of_the_service_is_used_where_it_refuses_ours(
+def test_the_time_of_the_service_is_used_if_it_refuses_ours(
     serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     def answer(request: Request) -> ANSWER:
@@ -590,7 +590,7 @@ def test_an_object_of_another_size_behind_a_redirect(serve: Serve) -> None:
     "location",
     ["ftp://x/", "http://u:p@x/", "http:///", "http://[::1/", "http://169.254.169.254/latest"],
 )
-def test_where_no_redirect_is_followed(
+def test_redirects_that_are_not_followed(
     serve: Serve, location: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transport, "CONNECT_TIMEOUT_S", 0.2)
@@ -633,7 +633,7 @@ def listed(answer: Callable[[Request], ANSWER]) -> Callable[[Request], ANSWER]:
     return either
 
 
-def test_a_range_shows_the_way(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_readable_range_is_enough_to_mount(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     service = serve(listed(part))
     assert len(begin(service, monkeypatch).objects) == 1
     assert [request.path for request in service.requests] == ["/bucket", "/bucket/m/k"]
@@ -662,7 +662,7 @@ def test_ranges_may_show_the_region_that_listings_do_not(
     [(403, "AccessDenied"), (403, "InvalidObjectState"), (400, "KMS.DisabledException"),
      (404, "NoSuchKey"), (503, "SlowDown"), (500, "InternalError"), (403, "")],
 )  # fmt: skip
-def test_what_s3_says_of_one_object_does_not_refuse_the_mount(
+def test_errors_of_one_object_do_not_refuse_the_mount(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     status: int, code: str,
 ) -> None:  # fmt: skip
@@ -679,14 +679,14 @@ def test_what_s3_says_of_one_object_does_not_refuse_the_mount(
         (206, {}, b"x"),
     ],
 )
-def test_a_way_that_leads_nowhere_refuses_the_mount(
+def test_an_endpoint_without_s3_refuses_the_mount(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, answer: ANSWER
 ) -> None:
     with pytest.raises(SourceError):
         begin(serve(listed(lambda _: answer)), monkeypatch)
 
 
-def test_trouble_of_a_moment_does_not_refuse_the_mount(
+def test_transient_errors_do_not_refuse_the_mount(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     troubles = [refusal(503, "SlowDown"), (200, {}, b"")]
@@ -697,7 +697,7 @@ def test_trouble_of_a_moment_does_not_refuse_the_mount(
     assert begin(serve(answer), monkeypatch).objects
 
 
-def test_objects_without_etags_are_told_of(
+def test_objects_without_etags_are_logged(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def answer(request: Request) -> ANSWER:

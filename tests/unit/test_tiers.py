@@ -89,7 +89,7 @@ DATA = memoryview(b"0123456789")
 HELD = Held(FILE, DATA)
 
 
-def test_the_first_tier_that_has_a_block_gives_it_and_those_above_are_given_it() -> None:
+def test_a_block_comes_from_the_first_tier_that_has_it_and_is_stored_above() -> None:
     async def scenario() -> None:
         getter = Getter()
         near, far = Cache(Tier.DISK, Claim.OURS), Cache(Tier.FLEET, DATA)
@@ -106,7 +106,7 @@ def test_the_first_tier_that_has_a_block_gives_it_and_those_above_are_given_it()
 
 
 @pytest.mark.parametrize("tier", [Tier.S3, Tier.FLEET])
-def test_the_origin_is_asked_last_and_says_where_a_block_came_from(tier: Tier) -> None:
+def test_the_origin_is_asked_last_and_names_the_source_of_a_block(tier: Tier) -> None:
     async def scenario() -> None:
         getter, disk = Getter(), Cache(Tier.DISK, Claim.OURS)
         getter.tier = tier
@@ -119,7 +119,7 @@ def test_the_origin_is_asked_last_and_says_where_a_block_came_from(tier: Tier) -
     run(scenario)
 
 
-def test_a_block_that_another_daemon_brings_is_asked_of_nobody_else() -> None:
+def test_a_block_that_another_daemon_fetches_is_not_requested() -> None:
     async def scenario() -> None:
         getter = Getter()
         tiers = Tiers([Cache(Tier.DISK, Claim.THEIRS)], origin(getter))
@@ -155,7 +155,7 @@ def test_requests_are_repeated_longer_for_readers(waiting: bool, patience_s: flo
     run(scenario)
 
 
-def test_what_s3_gave_need_not_be_asked_for() -> None:
+def test_access_to_objects_that_s3_delivered_is_not_checked() -> None:
     async def scenario() -> None:
         for show in (
             lambda tier: tier.get(job()),
@@ -172,7 +172,7 @@ def test_what_s3_gave_need_not_be_asked_for() -> None:
     run(scenario)
 
 
-def test_access_is_asked_for_with_one_byte_that_is_no_block() -> None:
+def test_access_is_checked_with_one_byte() -> None:
     async def scenario() -> None:
         getter = Getter()
         tier = origin(getter)
@@ -282,7 +282,7 @@ def test_a_block_on_the_disk_is_not_given_when_s3_refuses() -> None:
     run(scenario)
 
 
-def test_a_block_that_is_nowhere_is_claimed_until_it_is_given_up() -> None:
+def test_a_missing_block_is_claimed_until_it_is_given_up() -> None:
     async def scenario() -> None:
         on_disk, wanted = OnDisk(), job()
         assert await on_disk.get(wanted) is Claim.OURS
@@ -338,7 +338,7 @@ def test_a_reader_waits_for_a_daemon_no_longer_than_its_lease() -> None:
     run(scenario)
 
 
-def test_files_with_blocks_on_the_disk_are_announced_and_asked_about_ahead() -> None:
+def test_files_with_blocks_on_disk_are_announced_and_checked_in_advance() -> None:
     async def scenario() -> None:
         on_disk = OnDisk()
         on_disk.disk.stored = {0: DATA, 2: DATA}
@@ -358,7 +358,7 @@ def test_files_with_blocks_on_the_disk_are_announced_and_asked_about_ahead() -> 
     run(scenario)
 
 
-def test_a_disk_without_blocks_is_not_told_of_a_plan() -> None:
+def test_plans_are_not_announced_to_an_empty_disk_cache() -> None:
     async def scenario() -> None:
         on_disk = OnDisk()
         async with trio.open_nursery() as nursery:
@@ -371,7 +371,7 @@ def test_a_disk_without_blocks_is_not_told_of_a_plan() -> None:
     run(scenario)
 
 
-def test_the_cache_is_cared_for_with_the_present_plan() -> None:
+def test_cache_maintenance_gets_the_present_plan() -> None:
     async def scenario() -> None:
         on_disk, plan = OnDisk(), [FILE]
         async with trio.open_nursery() as nursery:
@@ -398,7 +398,7 @@ def test_blocks_are_written_to_the_disk() -> None:
     run(scenario)
 
 
-def test_errors_that_pass_leave_what_is_known_of_access() -> None:
+def test_transient_errors_do_not_change_known_access() -> None:
     async def scenario() -> None:
         on_disk = OnDisk()
         on_disk.disk.stored[1] = DATA

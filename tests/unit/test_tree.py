@@ -35,7 +35,7 @@ def test_a_listing_of_one_directory_leaves_those_below_unlisted() -> None:
     assert paths(tree) == {"a", "d/x"}
 
 
-def test_what_cannot_be_named_is_hidden_with_the_reason() -> None:
+def test_keys_that_no_path_can_name_are_hidden_with_the_reason() -> None:
     tree = Tree("")
     keys = ["a//b", "./a", "b/../c", "n\0ul", "x" * 256, "fine"]
     hidden = tree.plant(tree.root, listed(*keys), ["ok/", "//", "../"], whole=False)
@@ -98,7 +98,7 @@ def test_directories_that_a_page_has_from_begin_to_end() -> None:
     assert list(whole_directories("p/", page, ended=True)) == ["a", "b", "c"]
 
 
-def test_of_keys_in_disorder_nothing_is_taken_for_whole() -> None:
+def test_unordered_keys_complete_no_directory() -> None:
     assert whole_directories("", listed("a/1", "b/1", "a/2"), ended=True) == {}
 
 

@@ -125,7 +125,7 @@ def test_wrong_mount_flags_are_refused(flags: list[str], said: str) -> None:
     assert said in str(caught.value)
 
 
-def test_the_fleet_cache_is_the_node_s() -> None:
+def test_volumes_cannot_choose_a_fleet_cache() -> None:
     """A volume may do without it, and not be sent elsewhere."""
     rules = Rules(defaults={"fleet-cache": "http://10.0.0.1:8780"})
     assert rules.volume(SOURCE).mount_options.fleet_cache == "http://10.0.0.1:8780"
@@ -136,7 +136,7 @@ def test_the_fleet_cache_is_the_node_s() -> None:
             rules.volume({**SOURCE, "fleetCache": other})
 
 
-def test_an_administrator_decides() -> None:
+def test_the_administrator_limits_what_volumes_set() -> None:
     rules = Rules(options_of("memoryLimit, cacheDir"), max_memory_limit=GIB)
     assert rules.volume({**SOURCE, "cacheDir": "/nvme"}).options == {"cache-dir": "/nvme"}
     with pytest.raises(InvalidArgumentError, match=r"'2GiB' is not allowed: at most 1GiB"):
@@ -147,7 +147,7 @@ def test_an_administrator_decides() -> None:
         options_of("cachedir")
 
 
-def test_what_a_large_machine_chooses_is_capped_not_refused(
+def test_defaults_of_large_machines_are_capped_not_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(machine, "usable_processors", lambda: 96)
@@ -198,7 +198,7 @@ def test_wrong_secrets_are_refused_without_showing_them(secret: dict[str, str], 
     assert "very-secret" not in str(caught.value)
 
 
-def test_every_way_of_use_but_as_a_device() -> None:
+def test_every_access_mode_except_block_devices() -> None:
     mount = VolumeCapability.MountVolume()
     modes = VolumeCapability.AccessMode.Mode.values()
     for mode in modes[1:]:

@@ -147,7 +147,7 @@ def test_guesses_what_a_worker_needs_as_the_command_says(tmp_path, monkeypatch):
         shutil.rmtree(place)
 
 
-def test_serves_on_when_nobody_hears_that_it_is_ready():
+def test_serves_on_if_its_readiness_report_is_lost():
     """Its supervisor was killed while it began."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     theirs.close()
