@@ -103,21 +103,33 @@ def share(directory: Path) -> None:
         raise PermissionError(f"{directory}: is used by the group {status.st_gid}")
     # Until the last step nobody else can change anything here.
     for path in _content(directory):
-        os.chown(path, -1, group, follow_symlinks=False)
-        path.chmod(_SHARED if path.is_dir() else 0o660)
+        _give(path, group)
     os.chown(directory, -1, group)
     directory.chmod(_SHARED | status.st_mode & (stat.S_IROTH | stat.S_IXOTH))
     if not is_shared(directory.stat()):
         raise PermissionError(f"{directory}: its filesystem does not keep groups and modes")
 
 
+def _give(path: Path, group: int) -> None:
+    """Have a group use a file or a folder. Raises OSError, also if it has become a link."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags)
+    try:
+        os.fchown(descriptor, -1, group)
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        os.fchmod(descriptor, _SHARED if is_folder else 0o660)
+    finally:
+        os.close(descriptor)
+
+
 def _content(directory: Path) -> Iterator[Path]:
-    """Files and folders of a cache (`cache/directory.py`)."""
+    """Files and folders of a cache (`cache/directory.py`), and nothing that links lead to."""
     for path in directory.iterdir():
         if path.is_symlink():
             continue
         if path.is_dir() and _FOLDER.fullmatch(path.name):
-            yield from (inner for inner in path.iterdir() if _BLOCK.fullmatch(inner.name))
+            blocks = (inner for inner in path.iterdir() if _BLOCK.fullmatch(inner.name))
+            yield from (inner for inner in blocks if inner.is_file() and not inner.is_symlink())
             yield path
         elif path.is_file() and _FILE.fullmatch(path.name):
             yield path
