@@ -25,6 +25,8 @@ LOOK_S = 5.0
 # The pause after nginx ended by itself.
 PAUSE_S = 1.0
 END_WITHIN_S = 20.0
+# For a look at the configuration.
+CHECK_S = 60.0
 MOST_FILES = 65536
 _PROGRAMS = ("nginx", "/usr/sbin/nginx")
 
@@ -75,6 +77,12 @@ class FleetService:
         text, stamps = self.configuration(), self._stamps()
         self._write(text)
         self._check()
+        try:
+            self._follow(text, stamps)
+        finally:
+            self._stop()  # nginx would go on alone, with nodes that come and go unseen
+
+    def _follow(self, text: str, stamps: tuple[int, ...]) -> None:
         while not self._ends:
             if self._process is None or self._process.poll() is not None:
                 self._start()
@@ -85,7 +93,6 @@ class FleetService:
             if (now, now_stamps) != (text, stamps):
                 text, stamps = now, now_stamps
                 self._change(text)
-        self._stop()
 
     def prepare(self) -> None:
         """Make the directories. Raises OptionError if others could write to them."""
@@ -124,9 +131,15 @@ class FleetService:
 
     def _check(self) -> None:
         """Raises LazyfsError if nginx refuses the configuration."""
-        ran = subprocess.run(
-            [*self._nginx, "-t", "-q"], capture_output=True, text=True, timeout=60, check=False
-        )
+        try:
+            ran = subprocess.run(
+                [*self._nginx, "-t", "-q"], capture_output=True, text=True, timeout=CHECK_S,
+                check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise LazyfsError(
+                f"nginx did not check its configuration within {CHECK_S:.0f} s"
+            ) from None
         if ran.returncode:
             raise LazyfsError(f"nginx refuses its configuration: {' '.join(ran.stderr.split())}")
 
@@ -169,7 +182,11 @@ class FleetService:
             process.wait(END_WITHIN_S)
         except subprocess.TimeoutExpired:
             process.terminate()
-            process.wait(END_WITHIN_S)
+            try:
+                process.wait(END_WITHIN_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
     def _end(self, number: int, _frame: object) -> None:
         log.info("ending on %s", signal.Signals(number).name)

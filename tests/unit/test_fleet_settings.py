@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from certificates import make_certificates
 from ports import free_port
 
 from lazyfs.errors import OptionError
+from lazyfs.fleet import service as service_of_fleet
 from lazyfs.fleet.groups import groups
 from lazyfs.fleet.members import MembersError, members
 from lazyfs.fleet.nginx import render
@@ -201,6 +203,40 @@ def test_a_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(OptionError, match="belongs to another user"):
         service.prepare()
+
+
+# In the place of nginx: takes any configuration, and serves until it is told to end.
+FAKE_NGINX = """#!/bin/sh
+case "$*" in *-q) exit 0;; esac
+echo $$ > "$0.pid"
+exec sleep 600
+"""
+
+
+def test_nginx_ends_with_its_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the service ends with: an nginx that is left alone knows no new nodes."""
+    program = tmp_path / "nginx"
+    program.write_text(FAKE_NGINX)
+    program.chmod(0o755)
+    (tmp_path / "members").write_text("10.0.0.5\n")
+    service = FleetService(
+        settings(
+            run_dir=str(tmp_path / "run"), cache_dir=str(tmp_path / "cache"), user="root",
+            members_file=str(tmp_path / "members"), door=f"unix:{tmp_path}/door",
+        ),
+        str(program),
+    )  # fmt: skip
+
+    def fail(_seconds: float) -> None:
+        while not (told := tmp_path / "nginx.pid").exists() or not told.read_text():
+            time.sleep(0.01)
+        raise OptionError("the disk of the cache is gone")
+
+    monkeypatch.setattr(service, "_wait", fail)
+    monkeypatch.setattr(service_of_fleet.signal, "signal", lambda *_: None)
+    with pytest.raises(OptionError, match="is gone"):
+        service.run()
+    assert not Path("/proc", (tmp_path / "nginx.pid").read_text().strip()).exists()
 
 
 def test_the_files_for_a_rack() -> None:
