@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,8 @@ T = TypeVar("T")
 MOST_HEADERS = 16 << 10
 
 _transports = threading.local()
+# Shared by the threads of a mover: to load all authorities takes 17 ms of a processor.
+_tls = functools.cache(tls_context)
 
 
 class NotMovedError(Exception):
@@ -168,7 +171,7 @@ def _transport(server: str, authorities: str, refuse_local: bool) -> Transport:
     if about not in known:
         while len(known) >= 4:
             known.pop(next(iter(known))).close_idle(0.0)
-        tls = tls_context(authorities) if server.startswith("https:") else None
+        tls = _tls(authorities) if server.startswith("https:") else None
         known[about] = Transport(
             server, tls, may_connect=must_be_elsewhere if refuse_local else lambda address: None
         )
