@@ -67,7 +67,7 @@ class BlockMemory:
     Args:
         limit_bytes: for blocks in memory and on their way together.
         block_size: the mount's, in bytes.
-        blocks: knows where else a block is, and is told when one was dropped.
+        blocks: the block map, which also records dropped blocks.
         readers: says how many readers there seem to be at once.
     """
 

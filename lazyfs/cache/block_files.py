@@ -54,7 +54,7 @@ class BlockFiles:
     def path(self, filename: str) -> Path:
         """The path of a block file. Raises IndexCorruptError if no block file has such a name."""
         if not _FILENAME.fullmatch(filename):
-            raise IndexCorruptError(f"its index names files that nobody wrote: {filename!r}")
+            raise IndexCorruptError(f"its index names invalid files: {filename!r}")
         return self._path / filename
 
     def names(self) -> list[str]:

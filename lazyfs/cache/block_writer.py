@@ -45,7 +45,7 @@ class BlockWriter:
         cache: the cache.
         memory_limit: the mount's, in bytes.
         threads: run the writes.
-        recorder: is told of written blocks.
+        recorder: records written blocks.
         on_written: called with a block that the disk no longer needs, and whether it was stored.
         held: returns a block, if it is still in memory.
         movers: how many processes may write.

@@ -210,7 +210,7 @@ class CacheDirectory:
         return self._index.claims is not None and self._index.claims.is_taken(_key(content, number))
 
     def set_waiting(self, content: Content, number: int, waiting: bool) -> None:
-        """Let other processes see whether this one waits for a block of theirs."""
+        """Let other processes see whether this one waits for one of their blocks."""
         if self._index.claims is not None:
             self._index.claims.set_waiting(_key(content, number), waiting)
 

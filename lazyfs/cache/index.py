@@ -127,7 +127,7 @@ def _index_errors() -> Iterator[None]:
     except sqlite3.Error as error:
         raise _from_sqlite(error) from error
     except (TypeError, ValueError) as error:
-        raise IndexCorruptError(f"its index has rows that nobody wrote: {error}") from error
+        raise IndexCorruptError(f"its index has invalid rows: {error}") from error
 
 
 def _from_sqlite(error: sqlite3.Error) -> IndexFailedError:

@@ -45,7 +45,7 @@ class Catalog:
         source: the source to list.
         options: which files are wanted, and how long to wait for S3.
         journal: listings are written to it before they are shown.
-        recorder: is told of requests and retries.
+        recorder: records requests and retries.
     """
 
     def __init__(

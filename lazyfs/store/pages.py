@@ -57,7 +57,7 @@ class Lister:
         found = listing.entries(page, prefix, delimiter, encoded=encoded, plus=plus)
         following = self._next_token(page, found, encoded=encoded, plus=plus, what=what)
         if following is not None and following == token:
-            raise BadRequestError(f"{what}: it does not go on: the same page would follow")
+            raise BadRequestError(f"{what}: the listing does not advance: a page would repeat")
         return Page(found.objects, found.prefixes, following, found.hidden)
 
     def _list(

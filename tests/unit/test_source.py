@@ -261,7 +261,7 @@ def test_truncated_without_a_token_goes_on_after_the_last_key(
 
 
 def test_a_listing_that_does_not_advance_is_an_error(serve: Serve) -> None:
-    with pytest.raises(SourceError, match="does not go on"):
+    with pytest.raises(SourceError, match="does not advance"):
         keys(serve(without_token()).source())
 
 

@@ -1,7 +1,7 @@
-"""What botocore does for lazyfs: it decides where a bucket is, and finds credentials.
+"""lazyfs's use of botocore, which decides where a bucket is, and finds credentials.
 
 botocore takes a tenth of a second to load and to make a client. So this package is imported only
-where it is needed: a worker that begins has another process do that
+if it is needed: a starting worker lets another process do that
 (`lazyfs/process/source_probe.py`).
 """
 
@@ -16,10 +16,10 @@ from pathlib import Path
 
 @contextmanager
 def _without_awscrt() -> Iterator[None]:
-    """Let botocore not load a library of twelve megabytes that lazyfs has no use for there.
+    """Prevent botocore from loading awscrt, a library of twelve megabytes, if it is not needed.
 
-    botocore does that wherever it is installed (botocore/compat.py), and needs it for credentials
-    of `aws login` only, which a profile of the configuration file names (`login_session`).
+    botocore loads it if it is installed (botocore/compat.py), but needs it only for credentials of
+    `aws login`, which a profile of the configuration file names (`login_session`).
     """
     if _may_use_aws_login() or "awscrt" in sys.modules:
         yield
@@ -35,7 +35,7 @@ def _may_use_aws_login() -> bool:
     path = Path(os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config")
     try:
         return b"login_session" in path.expanduser().read_bytes()
-    except (OSError, RuntimeError):  # there is none, or no home
+    except (OSError, RuntimeError):  # there is no such file, or no home directory
         return False
 
 

@@ -1,4 +1,4 @@
-"""Credentials that were given for a mount, as botocore wants them, and replaced while it runs."""
+"""Credentials given for a mount, in botocore's form, which can be replaced while the mount runs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ METHOD = "lazyfs"
 
 
 class GivenCredentials(botocore.credentials.CredentialProvider):
-    """The only credentials of a mount: where they fail, no others are tried.
+    """The only credentials of a mount: if they fail, no others are tried.
 
     Args:
-        credentials: to begin with.
-        region: where STS is asked, if it has to be.
+        credentials: the first credentials.
+        region: the region for STS, if STS is needed.
     """
 
     METHOD = METHOD
@@ -40,12 +40,12 @@ class GivenCredentials(botocore.credentials.CredentialProvider):
             and credentials.role_arn == self._given.role_arn
         )
         self._given = credentials
-        # A new token of the same role is for the next refresh; the keys at hand are still good.
+        # A new token of the same role is for the next refresh; the present keys are still valid.
         if not renewed:
             self._loaded.behind = self._make()
 
     def renew(self) -> None:
-        """What was made of them was refused: have other keys given for them, where they are had."""
+        """The keys made from these credentials were refused: get other keys, if STS gives them."""
         if isinstance(self._given, WebIdentity):
             self._loaded.behind = self._make()
 
@@ -83,7 +83,7 @@ class GivenCredentials(botocore.credentials.CredentialProvider):
 
 
 class Replaceable(botocore.credentials.Credentials):
-    """What botocore holds on to; what it asks for comes from `behind`."""
+    """The object that botocore keeps; all its values come from `behind`."""
 
     def __init__(self, behind: botocore.credentials.Credentials) -> None:
         self.behind = behind

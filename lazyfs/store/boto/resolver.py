@@ -1,8 +1,8 @@
-"""What botocore decides of a source: where it is, how requests are signed, and with what.
+"""botocore's decisions about a source: where it is, and how requests are signed with which keys.
 
-botocore is asked for the request that it would send for an object; what it says there (host, path,
-style, region, FIPS, dual stack, access points, endpoints of the environment and of profiles) is
-what lazyfs uses for all requests. Nothing is sent: finding that out needs no network.
+lazyfs lets botocore prepare the request for an object, and takes from it what all requests need
+(host, path, style, region, FIPS, dual stack, access points, endpoints of the environment and of
+profiles). The request is not sent, so this needs no network.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ from lazyfs.store.signing import SigningCredentials
 from lazyfs.store.url import SourceUrl
 
 DEFAULT_REGION = "us-east-1"
-# How long credentials that will be replaced are used before they are asked for again. botocore
-# replaces them ten minutes before they end (botocore/credentials.py, _mandatory_refresh_timeout).
+# How long temporary credentials are used before botocore is asked again. botocore replaces
+# them ten minutes before they expire (botocore/credentials.py, _mandatory_refresh_timeout).
 CREDENTIALS_LAST_S = 300.0
-# So long before they end others are asked for, where they last for less than that.
+# Credentials that expire sooner are renewed this long before their end.
 BEFORE_THE_END_S = 10.0
 _KEY = "k"
 _SCOPE = re.compile(r"AWS4-HMAC-SHA256 Credential=[^/]+/\d{8}/([^/]+)/([^/]+)/aws4_request,")
 
 
 class Resolver:
-    """What botocore knows of one source.
+    """What botocore knows about one source.
 
     Args:
         url: the source.
         options: how to reach it.
-        credentials: given for this source; None: botocore finds them.
-        region: of the bucket, when it is known from before.
+        credentials: the credentials for this source; None: botocore finds them.
+        region: the bucket's region, if it is already known.
 
     Raises:
         OptionError: there is no such profile.
@@ -83,10 +83,10 @@ class Resolver:
         """Where the bucket is.
 
         Args:
-            region: that S3 says it is in; None: the one that options or configuration name.
+            region: the region according to S3; None: the one of the options or configuration.
 
         Raises:
-            OptionError: options or configuration are not usable.
+            OptionError: the options or the configuration cannot be used.
         """
         with _as_option_error(str(self._url)):
             request = self._request(region)
@@ -101,21 +101,21 @@ class Resolver:
         given = self._options.ca_bundle or self._session.get_config_variable("ca_bundle")
         authorities = str(given) if given else botocore.httpsession.where()
         if given:
-            tls_context(authorities)  # is refused now, if it is not usable
+            tls_context(authorities)  # raises now if it cannot be used
         path = url.path.removesuffix(_KEY)
         place = Place(scope[1], scope[2], server, path, authorities, _proxy(server))
         if ":" in self._url.bucket and "%3A" in path and place.is_of_aws:
-            raise OptionError(f"{self._url}: TENANT:BUCKET is of Ceph, and needs --endpoint-url")
+            raise OptionError(f"{self._url}: TENANT:BUCKET is for Ceph, and needs --endpoint-url")
         return place
 
     def credentials(self, anew: bool = False) -> TimedCredentials | None:
-        """What requests are signed with now; None if they are not signed.
+        """The present credentials; None if requests are not signed.
 
         Args:
-            anew: forget what is remembered of them: files are read and services asked again.
+            anew: ignore cached credentials: files are read and services are asked again.
 
         Raises:
-            SourceError: there are none, or they cannot be had.
+            SourceError: there are none, or they are not available.
         """
         if self._options.no_sign_request:
             return None
@@ -138,7 +138,7 @@ class Resolver:
         return TimedCredentials(signing, _until_s(found))
 
     def replace_credentials(self, credentials: Credentials) -> None:
-        """Use others from now on, in the place of those given at first."""
+        """Use other credentials from now on, instead of those given at first."""
         assert self._given is not None
         self._given.replace(credentials)
 
@@ -151,7 +151,7 @@ class Resolver:
             raise OptionError(f"--profile: there is no profile {self._options.profile!r}") from None
 
     def _request(self, region: str | None) -> Any:
-        """What botocore would send for an object."""
+        """The request that botocore would send for an object."""
         options = self._options
         region = region or options.region or self._session.get_config_variable("region")
         style: Any = options.addressing_style
@@ -159,7 +159,7 @@ class Resolver:
             "s3",
             region_name=region or DEFAULT_REGION,
             endpoint_url=options.endpoint_url,
-            # What is sent is signed by us, so that these are never looked at.
+            # lazyfs signs requests itself, so these are never used.
             aws_access_key_id="none",
             aws_secret_access_key="none",  # noqa: S106
             config=botocore.config.Config(
@@ -182,29 +182,29 @@ class Resolver:
 
 
 class _NoBody(io.BytesIO):
-    """The body of an answer that nobody sent."""
+    """The empty body of an answer that was never received."""
 
     def stream(self, **_: object) -> Iterator[bytes]:
         return iter(())
 
 
 def _until_s(credentials: botocore.credentials.Credentials) -> float | None:
-    """When to ask for others; None: these stay."""
+    """When to renew the credentials; None: never."""
     if isinstance(credentials, Replaceable):
         credentials = credentials.behind
     if not isinstance(credentials, botocore.credentials.RefreshableCredentials):
         return None
     now_s = time.time()
-    ends = getattr(credentials, "_expiry_time", None)  # botocore does not show it
+    ends = getattr(credentials, "_expiry_time", None)  # botocore does not publish it
     last_s = now_s + CREDENTIALS_LAST_S
     return min(last_s, max(now_s + 1, ends.timestamp() - BEFORE_THE_END_S)) if ends else last_s
 
 
 def _proxy(url: str) -> Proxy | None:
-    """The proxy that the environment names for a URL (`HTTPS_PROXY`, `NO_PROXY`, ...).
+    """The proxy for a URL according to the environment (`HTTPS_PROXY`, `NO_PROXY`, ...).
 
     Raises:
-        OptionError: it is one of a kind that is not supported.
+        OptionError: this kind of proxy is not supported.
     """
     proxies = botocore.httpsession.ProxyConfiguration(botocore.utils.get_environ_proxies(url))
     text = proxies.proxy_url_for(url)
@@ -222,7 +222,7 @@ def _text(value: str | bytes) -> str:
 
 @contextmanager
 def _as_option_error(what: str) -> Iterator[None]:
-    """What botocore says of a request that it cannot make, in the project's words."""
+    """The project's error for a request that botocore cannot make."""
     try:
         yield
     except (botocore.exceptions.BotoCoreError, ValueError) as error:
@@ -231,9 +231,9 @@ def _as_option_error(what: str) -> Iterator[None]:
 
 @contextmanager
 def _as_source_error(what: str) -> Iterator[None]:
-    """Turn what botocore raises while it looks for credentials into the project's errors.
+    """Turn exceptions of botocore's search for credentials into the project's errors.
 
-    Nearly all of it passes: an agent that starts, a program that fails, a login that ended.
+    Nearly all of them are transient: an agent is starting, a program fails, a login has expired.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Sessions of botocore that are begun quickly."""
+"""Sessions of botocore that start quickly."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from botocore.loaders import Loader, create_loader
 
 
 def new_session(profile: str | None = None) -> botocore.session.Session:
-    """A session of its own: credentials and configuration are found when they are needed.
+    """A new session, which finds credentials and configuration when they are needed.
 
     Raises:
-        botocore.exceptions.ProfileNotFound: of this name, or of the one in the environment.
+        botocore.exceptions.ProfileNotFound: there is no profile of this name, or of the name in the
+            environment.
     """
     session = botocore.session.Session(profile=profile)
     paths = create_loader(session.get_config_variable("data_path")).search_paths
@@ -24,10 +25,10 @@ def new_session(profile: str | None = None) -> botocore.session.Session:
 
 
 class _Loader(Loader):
-    """Finds a service without looking into the directories of four hundred others (20 ms)."""
+    """Finds a service without reading the directories of four hundred others (20 ms)."""
 
     def list_available_services(self, type_name: str) -> list[str]:
-        # Of root's home directory a worker of root sees nothing.
+        # A worker of root cannot read root's home directory.
         readable = [path for path in self.search_paths if os.access(path, os.R_OK | os.X_OK)]
         directories = [path for path in map(Path, readable) if path.is_dir()]
         return sorted({service.name for path in directories for service in path.iterdir()})
