@@ -24,6 +24,9 @@ FIXED = 80
 PER_REQUEST = 4
 # Requests beyond `max_concurrency`: of waiting readers (8), second ones (4), headers (16).
 EXTRA_REQUESTS = 28
+# Of each process that moves bytes: it may push, write and load at once, and each of these takes a
+# line to it, what it waits for, and the index.
+PER_MOVER = 12
 LEAST_REQUESTS = 4
 
 
@@ -37,7 +40,9 @@ def fit(options: MountOptions) -> MountOptions:
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     if limit == resource.RLIM_INFINITY:
         return options
-    requests = (limit - FIXED) // PER_REQUEST - EXTRA_REQUESTS
+    spare = max(0, limit - needed(LEAST_REQUESTS))
+    options = dataclasses.replace(options, movers=min(options.movers, spare // 2 // PER_MOVER))
+    requests = (limit - FIXED - PER_MOVER * options.movers) // PER_REQUEST - EXTRA_REQUESTS
     if requests < LEAST_REQUESTS:
         raise MountError(
             f"only {limit} open files are allowed here (ulimit -Hn), too few for lazyfs; allow at "
@@ -49,11 +54,11 @@ def fit(options: MountOptions) -> MountOptions:
     log.warning(
         "only %d open files are allowed here (ulimit -Hn): at most %d requests at once instead of "
         "%d; allow %d open files", limit, requests, options.max_concurrency,
-        needed(options.max_concurrency),
+        needed(options.max_concurrency, options.movers),
     )  # fmt: skip
     return dataclasses.replace(options, max_concurrency=requests)
 
 
-def needed(requests: int) -> int:
-    """The number of open files that a worker needs for this number of concurrent requests."""
-    return FIXED + PER_REQUEST * (requests + EXTRA_REQUESTS)
+def needed(requests: int, movers: int = 0) -> int:
+    """The number of open files that a worker needs for so many requests and movers at once."""
+    return FIXED + PER_REQUEST * (requests + EXTRA_REQUESTS) + PER_MOVER * movers

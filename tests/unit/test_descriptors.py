@@ -21,8 +21,9 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return limits
 
 
-def options(requests: int) -> MountOptions:
-    return MountOptions.parse(("--{name}", {"max-concurrency": str(requests)}))
+def options(requests: int, movers: int = 0) -> MountOptions:
+    texts = {"max-concurrency": str(requests), "movers": str(movers)}
+    return MountOptions.parse(("--{name}", texts))
 
 
 def test_the_soft_limit_is_raised(limited: list[tuple[int, int]]) -> None:
@@ -51,3 +52,13 @@ def test_too_few_are_refused(limited: list[tuple[int, int]], hard: int) -> None:
     limited.append((hard, hard))
     with pytest.raises(MountError, match=rf"only {hard} open files .*ulimit -Hn.*at least"):
         fit(options(64))
+
+
+def test_processes_that_move_bytes_count(limited: list[tuple[int, int]]) -> None:
+    limited.append((64, needed(64, 20)))
+    assert fit(options(64, 20)) == options(64, 20)
+    fitted = fit(options(1024, 64))
+    assert 0 < fitted.movers < 64
+    assert needed(fitted.max_concurrency, fitted.movers) <= needed(64, 20)
+    limited.append((64, needed(LEAST_REQUESTS)))
+    assert fit(options(64, 8)) == options(LEAST_REQUESTS, 0)
