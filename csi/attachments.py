@@ -168,9 +168,8 @@ class Attachments:
         """
         with ExitStack() as held:
             if self.place(volume_id, path) is None:
-                records = self._state.volumes()
                 held.enter_context(
-                    self._volume_bound.one_more(wanted.namespace, volume_id, records)
+                    self._volume_bound.one_more(wanted.namespace, volume_id, self._state.volumes)
                 )
             return self._put(
                 volume_id, path, wanted, volume, credentials, timeout_s, via, owner, held.close

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -41,19 +41,20 @@ class VolumeBound:
 
     @contextmanager
     def one_more(
-        self, namespace: str, volume_id: str, records: Iterable[VolumeRecord]
+        self, namespace: str, volume_id: str, records: Callable[[], Iterable[VolumeRecord]]
     ) -> Iterator[None]:
         """Count a volume that has no record yet, while it is being published.
 
         Raises:
             RpcError: RESOURCE_EXHAUSTED: the namespace has reached its limit.
         """
-        there = sum(
-            any(place.namespace == namespace for place in record.places.values())
-            for record in records
-            if record.volume_id != volume_id
-        )
         with self._lock:
+            # Not before: a volume is in a record, or is counted as coming, or both.
+            there = sum(
+                any(place.namespace == namespace for place in record.places.values())
+                for record in records()
+                if record.volume_id != volume_id
+            )
             if namespace and 0 < self._most <= there + self._coming[namespace]:
                 raise RpcError(
                     StatusCode.RESOURCE_EXHAUSTED,
