@@ -102,11 +102,16 @@ class ObjectStore:
 
     # Users and roles.
 
-    def make_user(self, name: str, buckets: Sequence[str] = ("*",)) -> Key:
-        """A user that may list and read buckets; its key, as a Secret has it."""
+    def make_user(
+        self, name: str, buckets: Sequence[str] = ("*",), *, may_read: bool = True
+    ) -> Key:
+        """A user that may list and, if so, read buckets; its key, as a Secret has it."""
+        policy = reading(buckets)
+        if not may_read:
+            policy["Statement"][0]["Action"] = ["s3:ListBucket"]
         self.iam.create_user(UserName=name)
         self.iam.put_user_policy(
-            UserName=name, PolicyName="read", PolicyDocument=json.dumps(reading(buckets))
+            UserName=name, PolicyName="read", PolicyDocument=json.dumps(policy)
         )
         return self.new_key(name)
 
