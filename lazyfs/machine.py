@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 # By `--memory-limit auto`, for each processor: clouds give machines about 1 Gbit/s for each.
 MEMORY_OF_PROCESSOR = 128 << 20
-# And of the free memory, at most.
-MEMORY_SHARE = 0.05
+# And of all memory, at most: there may be many mounts. Not of what is free now, so that each worker
+# of a mount chooses the same.
+MEMORY_SHARE = 0.025
 LEAST_MEMORY, MOST_MEMORY = 256 << 20, 16 << 30
 # By `--max-concurrency auto`.
 LEAST_REQUESTS, MOST_REQUESTS = 64, 1024
@@ -42,11 +43,11 @@ _VERSION_2 = _MemoryFiles("memory.max", "memory.current", "inactive_file")
 
 
 def auto_memory(
-    block_size: int, processors: int | None = None, free_bytes: int | None = None
+    block_size: int, processors: int | None = None, memory_bytes: int | None = None
 ) -> int:
     """Bytes for the blocks of one mount, on this machine or another one."""
     processors = processors or usable_processors()
-    most = min(MOST_MEMORY, (free_bytes or free_memory()) * MEMORY_SHARE)
+    most = min(MOST_MEMORY, (memory_bytes or all_memory()) * MEMORY_SHARE)
     wanted = max(LEAST_MEMORY, min(most, MEMORY_OF_PROCESSOR * processors))
     return max(4 * block_size, int(wanted) // block_size * block_size)
 
@@ -78,9 +79,15 @@ def usable_processors() -> int:
     return max(1, int(count))
 
 
+def all_memory() -> int:
+    """Bytes that this process can use at most: the machine's, or less if a cgroup limits us."""
+    limits = [_number(group / files.limit) for group, files in _own_cgroups()]
+    return min([_meminfo("MemTotal"), *(limit for limit in limits if limit is not None)])
+
+
 def free_memory() -> int:
     """Bytes that can be used without swapping: the machine's, or less if a cgroup limits us."""
-    free = _machine_free()
+    free = _meminfo("MemAvailable")
     for group, files in _own_cgroups():
         limit, used = _number(group / files.limit), _number(group / files.used)
         if limit is not None and used is not None:
@@ -88,9 +95,9 @@ def free_memory() -> int:
     return max(0, free)
 
 
-def _machine_free() -> int:
+def _meminfo(name: str) -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     return 0
 

@@ -244,7 +244,7 @@ class MountOptions:
         Size(64 * MIB, 1 << 40, words=("auto",)),
         "Reading",
         "Maximum memory for blocks, requests in flight included. At least 4 blocks. auto: 128 MiB "
-        "for each processor, at most 5 % of the free memory or 16 GiB, at least 256 MiB.",
+        "for each processor, at most 2.5 % of the memory or 16 GiB, at least 256 MiB.",
         "auto",
     )
     prefetch: str = _option(

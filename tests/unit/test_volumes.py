@@ -151,7 +151,7 @@ def test_defaults_of_large_machines_are_capped_not_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(machine, "usable_processors", lambda: 96)
-    monkeypatch.setattr(machine, "free_memory", lambda: 1 << 40)
+    monkeypatch.setattr(machine, "all_memory", lambda: 1 << 40)
     assert Rules().volume(SOURCE).mount_options.memory_limit == 12 * GIB
     assert Rules(max_memory_limit=GIB).volume(SOURCE).mount_options.memory_limit == GIB
 
