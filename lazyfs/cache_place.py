@@ -106,8 +106,10 @@ def share(directory: Path) -> None:
         _give(path, group)
     os.chown(directory, -1, group)
     directory.chmod(_SHARED | status.st_mode & (stat.S_IROTH | stat.S_IXOTH))
-    if not is_shared(directory.stat()):
-        raise PermissionError(f"{directory}: its filesystem does not keep groups and modes")
+    if not is_shared(directory.stat()):  # without CAP_FSETID the kernel drops a bit silently
+        directory.chmod(stat.S_IMODE(status.st_mode))
+        os.chown(directory, -1, status.st_gid)
+        raise PermissionError(f"{directory}: group and mode cannot be set (needs CAP_FSETID)")
 
 
 def _give(path: Path, group: int) -> None:

@@ -40,3 +40,18 @@ def test_what_is_there_is_shared_and_nothing_else(tmp_path: Path) -> None:
     for untouched in (outside, other):
         assert (untouched.stat().st_gid, mode(untouched)) == (0, 0o600)
     assert link.lstat().st_gid == 0
+
+
+def test_what_cannot_be_shared_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel drops the set-group-ID bit silently, where a capability is missing."""
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o755)
+    before = cache.stat()
+    chmod = Path.chmod
+    monkeypatch.setattr(Path, "chmod", lambda path, mode: chmod(path, mode & ~stat.S_ISGID))
+    with pytest.raises(PermissionError, match="CAP_FSETID"):
+        cache_place.share(cache)
+    after = cache.stat()
+    assert (after.st_mode, after.st_gid) == (before.st_mode, before.st_gid)
