@@ -102,7 +102,6 @@ class Movers:
         self._used_s = 0.0
         self._pause_s = 0.0
         self._not_before_s = 0.0
-        self.calls = 0
         self.lost = 0
         if count:
             self._arena = Arena()
@@ -141,7 +140,6 @@ class Movers:
         if not self.count or offset is None:
             raise MoverLostError("not shared")
         line = self._take()
-        self.calls += 1
         try:
             told = _exchange(line, function, arguments, offset, len(buffer), wire)
         except OSError as error:
