@@ -39,7 +39,12 @@ class Threads:
     """
 
     def __init__(self, requests: int) -> None:
-        self._limit = trio.CapacityLimiter(FOR_A_REQUEST * requests + FOR_THE_REST)
+        self._limit = trio.CapacityLimiter(1)
+        self.allow(requests)
+
+    def allow(self, requests: int) -> None:
+        """Have threads for so many requests from now on."""
+        self._limit.total_tokens = FOR_A_REQUEST * requests + FOR_THE_REST
 
     async def run(self, function: Callable[[*Ts], T], *arguments: *Ts) -> T:
         """Call a function in a thread. If the task is cancelled, the call goes on without it."""

@@ -20,16 +20,23 @@ log = logging.getLogger(__name__)
 TUNABLE = ("log-level", "max-concurrency", "bandwidth-limit")
 
 
-def tune(status: Status, texts: Mapping[str, Any]) -> None:
+def tune(status: Status, texts: Mapping[str, Any], most_requests: int) -> None:
     """Change options of a running mount.
 
     Args:
         texts: by option name.
+        most_requests: how many requests the limit of open files allows.
 
     Raises:
         OptionError: an option cannot be changed, or not to this value; then none is changed.
     """
-    before, status.options = status.options, _changed(status.options, texts)
+    changed = _changed(status.options, texts)
+    if changed.max_concurrency > max(most_requests, status.options.max_concurrency):
+        raise OptionError(
+            f"max-concurrency: {changed.max_concurrency} is too many for the files that may be "
+            f"open here (ulimit -Hn); at most {most_requests}"
+        )
+    before, status.options = status.options, changed
     _use_log_level(status.options)
     if dataclasses.replace(before, log_level=status.options.log_level) != status.options:
         status.fetcher.tune(status.options)

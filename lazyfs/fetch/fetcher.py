@@ -168,6 +168,7 @@ class BlockFetcher:
 
     def tune(self, options: MountOptions) -> None:
         """Use other limits of requests and bandwidth from now on."""
+        self._threads.allow(options.max_concurrency)
         self._getter.tune(options)
         self.pump()
 

@@ -16,6 +16,7 @@ call starts another one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -207,20 +208,25 @@ class Movers:
         line.close()
 
     def _lose(self, line: _Line) -> None:
-        """A call broke off: end its mover."""
-        line.close()
+        """A call broke off: end its mover, and wait until it can use the buffer no longer."""
         with self._lock:
             line.mover.busy -= 1
             self.lost += 1
-            if line.mover not in self._movers:
-                return
-            self._movers.remove(line.mover)
-            self._rest()
-        _end(line.mover)
-        log.warning(
-            "a process that moves bytes ended unexpectedly (exit code %s); another one is started",
-            line.mover.process.poll(),
-        )
+            is_first = line.mover in self._movers
+            if is_first:
+                self._movers.remove(line.mover)
+                self._rest()
+        if is_first:
+            _end(line.mover)
+        with contextlib.suppress(OSError):  # the other side is closed
+            while line.channel.recv(MOST_BYTES):
+                pass
+        line.close()
+        if is_first:
+            log.warning(
+                "a process that moves bytes ended unexpectedly (exit code %s); another is started",
+                line.mover.process.poll(),
+            )
 
     def _rest(self) -> None:
         self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LONGEST_PAUSE_S)

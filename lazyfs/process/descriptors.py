@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import resource
+import sys
 
 from lazyfs.errors import MountError
 from lazyfs.options.mount_options import MountOptions
@@ -42,7 +43,7 @@ def fit(options: MountOptions) -> MountOptions:
         return options
     spare = max(0, limit - needed(LEAST_REQUESTS))
     options = dataclasses.replace(options, movers=min(options.movers, spare // 2 // PER_MOVER))
-    requests = (limit - FIXED - PER_MOVER * options.movers) // PER_REQUEST - EXTRA_REQUESTS
+    requests = most_requests(options.movers)
     if requests < LEAST_REQUESTS:
         raise MountError(
             f"only {limit} open files are allowed here (ulimit -Hn), too few for lazyfs; allow at "
@@ -57,6 +58,14 @@ def fit(options: MountOptions) -> MountOptions:
         needed(options.max_concurrency, options.movers),
     )  # fmt: skip
     return dataclasses.replace(options, max_concurrency=requests)
+
+
+def most_requests(movers: int) -> int:
+    """How many requests a worker with so many movers can make at once; may be negative."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return sys.maxsize
+    return (limit - FIXED - PER_MOVER * movers) // PER_REQUEST - EXTRA_REQUESTS
 
 
 def needed(requests: int, movers: int = 0) -> int:

@@ -56,6 +56,7 @@ from lazyfs.pagecache.page_map import PageMap
 from lazyfs.pagecache.walker import Walker
 from lazyfs.prefetch.planner import Planner
 from lazyfs.prefetch.prefetcher import Prefetcher
+from lazyfs.process import descriptors
 from lazyfs.process.worker_line import SupervisorLine
 from lazyfs.store.credentials import Credentials, credentials_from
 from lazyfs.store.s3_source import Source
@@ -143,7 +144,7 @@ async def _serve(
     recorder: Recorder,
 ) -> None:
     carried = RuntimeChanges(former.carried if former else new_carried())
-    options = with_former_changes(mount.options, carried)
+    options = descriptors.fit(with_former_changes(mount.options, carried))
     cache = BlockCache.of(options, "", mount.url.bucket)
     if cache and not former:
         # A resumed mount continues without a failing cache.
@@ -275,7 +276,9 @@ def _routes(source: Source, status: Status, mount: Mount) -> dict[tuple[str, str
         ("GET", "/metrics"): lambda _: _metrics(status),
         ("GET", "/metrics.json"): lambda _: _measured(status),
         ("PUT", "/prefetch"): lambda body: pause(status, body.get("paused")),
-        ("PUT", "/tunables"): lambda body: tune(status, body),
+        ("PUT", "/tunables"): lambda body: tune(
+            status, body, descriptors.most_requests(status.options.movers)
+        ),
         ("PUT", "/log"): lambda body: now_about(volume=str(body.get("volume", ""))),
         ("PUT", "/credentials"): lambda body: source.set_credentials(credentials_from(body)),
     }

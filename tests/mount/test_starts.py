@@ -202,5 +202,10 @@ def test_few_open_files(s3: S3, tmp_path: Path, limits: str) -> None:
         seen = shell("cat * | sha256sum", tmp_path / "mnt").stdout
         assert seen.split()[0] == wanted.hexdigest()
         assert "Too many open files" not in (tmp_path / "log").read_text()
+        if limits == "-n 256":
+            more = lazyfs("set", tmp_path / "mnt", "max-concurrency=64")
+            assert more.returncode == 2
+            assert "max-concurrency: 64 is too many for the files" in more.stderr
+            assert lazyfs("set", tmp_path / "mnt", "max-concurrency=8").returncode == 0
     finally:
         assert lazyfs("umount", tmp_path / "mnt").returncode == 0

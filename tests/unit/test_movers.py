@@ -62,6 +62,16 @@ def wait_for(port: int, data: memoryview) -> int:
         return connection.recv_into(data)
 
 
+def write_for_ever(port: int, data: memoryview) -> None:
+    from lazyfs.movers.context import tell_wire
+
+    data[:8] = os.getpid().to_bytes(8, "little")
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        tell_wire(connection)
+        while True:
+            data[8:16] = os.urandom(8)
+
+
 def secrets_of(data: memoryview) -> list[object]:
     """Its environment, and whether others may look into it."""
     dumpable = ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)  # PR_GET_DUMPABLE
@@ -131,6 +141,33 @@ def test_a_mover_that_dies_is_replaced(movers: Movers) -> None:
     with pytest.raises(MoverLostError):
         movers.call(end, buffer=take_buffer(SIZE))
     assert movers.lost == 1
+    assert isinstance(called(movers, fill, 1), int)
+
+
+def test_a_call_that_breaks_off_leaves_the_buffer_alone(
+    movers: Movers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its caller uses the buffer again at once, so nobody else may still write into it."""
+
+    class Refusing:
+        def use(self, connection: socket.socket | None) -> None:
+            if connection is not None:
+                raise RuntimeError("refused")
+
+    end_mover = pool._end
+    # A process does not end at once.
+    monkeypatch.setattr(
+        pool, "_end", lambda mover: threading.Timer(0.3, end_mover, [mover]).start()
+    )
+    called(movers, fill, 0)
+    buffer = take_buffer(SIZE)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(RuntimeError):
+            movers.call(write_for_ever, port, buffer=buffer, wire=Refusing())
+    pid = int.from_bytes(buffer[:8], "little")
+    status = Path(f"/proc/{pid}/status")
+    assert pid and not (status.exists() and "\nVmSize" in status.read_text()), "its memory is gone"
     assert isinstance(called(movers, fill, 1), int)
 
 
