@@ -21,10 +21,11 @@ test: lint
 	@./.ci/s3-servers
 	@./.ci/tests $(JOBS)
 
-# Mutation tests of the unit tests: make mutants ROOM=blocks. Minutes to an hour for each room.
+# Mutation tests of the unit tests: make mutants ROOM=blocks SAMPLE=20. Hours for a whole room.
 .PHONY: mutants
 mutants: setup
-	@./.ci/mutants $(or $(ROOM),blocks prefetch cache fetch pagecache store)
+	@for room in $(or $(ROOM),blocks prefetch cache fetch pagecache store); do \
+	    .venv/bin/python .ci/mutants $$room || exit; done
 
 # The references of options and metrics, made from the tables in the code.
 docs: setup
