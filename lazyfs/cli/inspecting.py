@@ -103,6 +103,8 @@ def models_of_mount(
         lambda path: (
             client.put("/files/cached", {"path": path}) if options.cache_dir != "none" else None
         ),
+        # The daemon would fetch a block of each.
+        look_at_alternatives=False,
     )
 
 
@@ -131,6 +133,8 @@ def _models(
     read: Reader,
     options: MountOptions,
     cached: Callable[[str], int | None],
+    *,
+    look_at_alternatives: bool = True,
 ) -> list[Model]:
     wanted = compile_pattern(options.tensors).search if options.tensors else None
     return inspect_files(
@@ -141,6 +145,7 @@ def _models(
         include=options.include,
         wanted=None if wanted is None else lambda name: wanted(name) is not None,
         cached=cached,
+        look_at_alternatives=look_at_alternatives,
     )
 
 

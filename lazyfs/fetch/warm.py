@@ -22,6 +22,7 @@ from lazyfs.cache.other_daemons import LEASE_S
 from lazyfs.errors import LazyfsError, ObjectChangedError, ObjectGoneError, SourceError
 from lazyfs.fetch.request import BlockGetter
 from lazyfs.model.directory import ModelFile
+from lazyfs.model.filenames import format_of
 from lazyfs.model.layout import ModelLayout, layouts
 from lazyfs.model.soundness import is_pointer, look_at
 from lazyfs.namespace.catalog import Catalog
@@ -152,6 +153,9 @@ class Warmer:
         include = self._include
         found = _models(layouts(listed, include=include))
         if not found:
+            self._weights = {
+                file.inode for file in files.values() if file.size_bytes and format_of(file.name)
+            }
             return list(files.values())
         paths = [path for layout in found for path in layout.index_paths]
         indexes = {path: await self._content(files[path]) for path in paths}

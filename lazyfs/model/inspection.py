@@ -111,6 +111,7 @@ def inspect_files(
     wanted: Callable[[str], bool] | None = None,
     include: Sequence[str] = (),
     cached: Callable[[str], int | None] = lambda path: None,
+    look_at_alternatives: bool = True,
 ) -> list[Model]:
     """Describe the models in a listing.
 
@@ -120,6 +121,8 @@ def inspect_files(
         prefetch, prefetch_on, include: as in `MountOptions`.
         wanted: whether a tensor matches `--tensors`; None if that is not given.
         cached: returns how many bytes of a file are in the cache of this machine.
+        look_at_alternatives: look at each of many models in a directory, not only at those that
+            are so small that they may be pointers.
 
     What cannot be read makes a model `broken`, and shows as the `trouble` of its shard.
     """
@@ -141,11 +144,15 @@ def inspect_files(
             looks = pool.map(lambda path: look_at(path, files[path], read), layout.shards)
             pointers = pool.map(lambda path: is_pointer(path, files[path], read), layout.small)
             broken += filter(None, pointers)
-            # Nobody knows which of the others is read, but a pointer is none.
-            tiny = [path for path in layout.alternatives if files[path] <= LONGEST_POINTER]
+            # Nobody knows which of them is read, but one that is broken can be by nobody.
+            others = [
+                path
+                for path in layout.alternatives
+                if look_at_alternatives or files[path] <= LONGEST_POINTER
+            ]
             broken += (
                 look.broken
-                for look in pool.map(lambda path: look_at(path, files[path], read), tiny)
+                for look in pool.map(lambda path: look_at(path, files[path], read), others)
                 if look.broken
             )
         layers: dict[str, Layer] = {}

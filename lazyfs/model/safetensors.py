@@ -82,7 +82,7 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
 
 
 class MalformedHeaderError(ValueError):
-    """The file is not a valid safetensors file. The message is one line."""
+    """The header of a file is not valid in its format. The message is one line."""
 
 
 class CutOffError(MalformedHeaderError):

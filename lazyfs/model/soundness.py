@@ -3,7 +3,7 @@
 A loader finds out minutes after it was started. This is for the commands that say so before:
 
 - Git LFS pointers instead of files: a repository was copied without `git lfs pull`;
-- safetensors files and ZIP files of torch.save that an upload cut off;
+- safetensors and GGUF files, and ZIP files of torch.save, that an upload cut off;
 - empty weights, and objects that cannot be read: denied, archived, deleted.
 
 A header that is not valid is `odd`: no loader of today reads the file, but formats change.
@@ -19,6 +19,7 @@ from typing import TypeAlias
 
 from lazyfs.errors import SourceError
 from lazyfs.model.filenames import format_of
+from lazyfs.model.gguf import check_is_whole
 from lazyfs.model.json_cost import MOST_PARSED_BYTES, json_cost
 from lazyfs.model.safetensors import (
     HEAD_BYTES,
@@ -73,6 +74,8 @@ def look_at(path: str, size_bytes: int, read: Reader) -> Look:
             return Look(broken=_pointer(path), odd="it is a Git LFS pointer")
         if format_of(basename(path)) == "safetensors":
             return _look_at_safetensors(path, size_bytes, first, read)
+        if format_of(basename(path)) == "gguf":
+            return _look_at_gguf(path, size_bytes, first, read)
         if _TORCH_ZIP.match(first):
             end = read(path, max(0, size_bytes - ZIP_END_BYTES), min(size_bytes, ZIP_END_BYTES))
             if _ZIP_END not in end:
@@ -113,3 +116,13 @@ def _look_at_safetensors(path: str, size: int, first: bytes, read: Reader) -> Lo
         return Look(broken=f"{path}: {error}; upload it again", odd=str(error))
     except MalformedHeaderError as error:
         return Look(odd=f"its header is not valid, so it is prefetched by offset: {error}")
+
+
+def _look_at_gguf(path: str, size: int, first: bytes, read: Reader) -> Look:
+    try:
+        check_is_whole(first, size, lambda offset, length: read(path, offset, length))
+    except CutOffError as error:
+        return Look(broken=f"{path}: {error}; upload it again", odd=str(error))
+    except MalformedHeaderError as error:
+        return Look(odd=f"its header is not valid: {error}")
+    return Look()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGUFWriter
 from mounting import Mounted, lazyfs, python, shell
 from s3 import S3
 from safetensors.numpy import save
@@ -131,3 +133,29 @@ for path in sys.argv[1:]:
     told = python(code, *(mounted.path / name for name in names))
     assert told.split() == ["['w']"] * 20
     assert s3.data_requests() == []
+
+
+def test_a_gguf_that_an_upload_cut_off_is_told_before_it_is_loaded(s3: S3, tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "whole.gguf", "llama")
+    writer.add_token_list([f"word {at}" for at in range(9000)])
+    writer.add_tensor("weights", np.ones((256, 1024), np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    whole = (tmp_path / "whole.gguf").read_bytes()
+    s3.put("many", {"one/q4.gguf": whole, "cut/q4.gguf": whole[:-1], "folder/q2.gguf": whole,
+                    "folder/q4.gguf": whole, "folder/q8.gguf": whole[:100_000]})  # fmt: skip
+    options = [f"--endpoint-url={s3.url}", f"--cache-dir={tmp_path / 'cache'}"]
+    for prefix, name in (("one", None), ("cut", "q4.gguf"), ("folder", "q8.gguf")):
+        for command in ("doctor", "inspect", "warm"):
+            answer = lazyfs(command, f"s3://many/{prefix}", *options)
+            said = answer.stdout + answer.stderr
+            assert answer.returncode == (name is not None), said
+            assert name is None or (name in said and "cut off" in said), said
+    (tmp_path / "mnt").mkdir()
+    waiting = lazyfs("mount", "s3://many/cut", tmp_path / "mnt", "--wait", "model", *options)
+    try:
+        assert waiting.returncode == 1 and "q4.gguf: the tensors end at byte" in waiting.stderr
+    finally:
+        lazyfs("umount", tmp_path / "mnt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 
 import pytest
 
@@ -111,6 +112,8 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0123" *
 INDEX = json.dumps(
     {"weight_map": {"a": "model-1.safetensors", "b": "model-7.safetensors"}}
 ).encode()
+# No values, and one tensor of 512 numbers in F32.
+GGUF = b"GGUF" + struct.pack("<IQQ Q1sIQIQ", 3, 1, 0, 1, b"t", 1, 512, 0, 0) + bytes(7 + 2048)
 TORCH = b"PK\3\4\0\0\x08\x08\0\0" + bytes(16) + b"\x10\0\x12\0archive/data.pkl" + bytes(300)
 
 
@@ -142,6 +145,28 @@ TORCH = b"PK\3\4\0\0\x08\x08\0\0" + bytes(16) + b"\x10\0\x12\0archive/data.pkl" 
 def test_a_broken_model_is_told_from_a_whole_one(files: dict[str, bytes], said: str | None) -> None:
     (model,) = look({**ONE, **files})
     assert [*model.broken] == [] if said is None else re.search(said, "; ".join(model.broken))
+
+
+def test_a_gguf_that_is_cut_off_is_told_from_a_whole_one() -> None:
+    assert [*look({"q4.gguf": GGUF})[0].broken] == []
+    for size in (len(GGUF) - 1, 40, 10):
+        (why,) = look({"q4.gguf": GGUF[:size]})[0].broken
+        assert re.match(r"q4\.gguf: .*it is cut off; upload it again", why)
+
+
+def test_one_of_many_models_that_is_cut_off_is_named() -> None:
+    many = {"q4.gguf": GGUF, "q6.gguf": GGUF[:-1], "q8.gguf": GGUF}
+    (model,) = look(many)
+    assert not model.shards
+    (why,) = model.broken
+    assert why.startswith("q6.gguf: ")
+    assert [*look(many, look_at_alternatives=False)[0].broken] == []
+
+
+def test_a_gguf_with_an_odd_header_is_a_warning() -> None:
+    (model,) = look({"q4.gguf": b"ggml" + bytes(2000)})
+    assert [*model.broken] == []
+    assert "its header is not valid" in str(model.shards[0].trouble)
 
 
 @pytest.mark.parametrize(
