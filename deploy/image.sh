@@ -101,12 +101,9 @@ store bud --isolation chroot --layers $pull ${STAGE:+--target "$STAGE"} --tag "$
     "${arguments[@]}" . > "$here/build.log" 2>&1 || { tail -20 "$here/build.log" >&2; exit 1; }
 [ -z "${ARCHIVE:-}" ] || store push --quiet "$image" "docker-archive:$ARCHIVE:$image"
 [ -z "${OCI_ARCHIVE:-}" ] || store push --quiet "$image" "oci-archive:$OCI_ARCHIVE:$image"
-# Without Go, go-tool says that there is no SBOM.
-if [ -n "${SBOM:-}" ] && syft=$(.ci/go-tool github.com/anchore/syft/cmd/syft@v1.57.1); then
+if [ -n "${SBOM:-}" ]; then
     container=$(store from --pull-never "$image")
-    # Packages: their files would be a list thirty times as long.
-    SYFT_FILE_METADATA_SELECTION=none "$syft" scan --quiet "dir:$(store mount "$container")" --source-name lazyfs \
-        --source-version "$version" --output "cyclonedx-json=$SBOM"
+    deploy/sbom.sh "$(store mount "$container")" "$version" "$SBOM" || [ $? = 77 ]
     store rm "$container" >/dev/null
 fi
 store images "$image"

@@ -6,6 +6,7 @@
 #     lazyfs-VERSION-py3-none-any.whl, lazyfs-VERSION.tar.gz    for pip
 #     lazyfs_VERSION_amd64.deb                                  for Debian 12, Ubuntu 24.04 and newer
 #     lazyfs-VERSION-linux-x86_64.tar.gz                        a folder that runs anywhere
+#     lazyfs-VERSION-linux-x86_64.cdx.json                      the SBOM of that folder, and of the package
 #     lazyfs-VERSION-image.oci.tar, lazyfs-VERSION-image.cdx.json    the image, and its SBOM
 #     lazyfs-csi-VERSION.tgz                                    the chart
 #     NOTES.md, SHA256SUMS
@@ -62,7 +63,9 @@ STAGE=package IMAGE=lazyfs-package:$version deploy/image.sh >"$work/image.log" |
 STAGE_STORAGE=(--root build/image/storage --runroot build/image/run)
 container=$(buildah "${STAGE_STORAGE[@]}" from --pull-never "lazyfs-package:$version")
 trap 'buildah "${STAGE_STORAGE[@]}" rm "$container" >/dev/null' EXIT
-cp -a "$(buildah "${STAGE_STORAGE[@]}" mount "$container")/tree/lazyfs" "$work/lazyfs"
+tree=$(buildah "${STAGE_STORAGE[@]}" mount "$container")/tree
+cp -a "$tree/lazyfs" "$work/lazyfs"
+deploy/sbom.sh "$tree" "$version" "$PWD/$dist/lazyfs-$version-linux-x86_64.cdx.json"
 find "$work/lazyfs" "$share" -exec touch --no-dereference --date=@"$SOURCE_DATE_EPOCH" {} +
 
 step "Debian package"

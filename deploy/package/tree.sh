@@ -3,6 +3,9 @@
 # Debian's Python, the packages of constraints/image.txt without those of the CSI driver, and the
 # libraries that these need. It can be moved. Run in the stage `package` of the Dockerfile.
 #
+# Beside the folder, TARGET.debian says which packages of Debian its files are from, in the form of
+# dpkg's status: the SBOM is made from it.
+#
 #   tree.sh TARGET SITE_PACKAGES...
 set -euo pipefail
 target=$1
@@ -28,9 +31,24 @@ find "$packages" -name '*.so' -exec strip --strip-debug {} +
 
 # The libraries that Python, its modules and the packages name, but those that every distribution has.
 everywhere='/(ld-linux.*|lib(c|m|dl|rt|pthread|util|resolv|nsl|gcc_s|stdc\+\+))\.so'
-find "$python" -type f \( -name '*.so*' -o -name python3 \) -exec ldd {} + 2>/dev/null \
-    | awk '$2 == "=>" && $3 ~ /^\/(usr\/)?lib/ {print $3}' | sort -u | grep -Ev "$everywhere" \
-    | xargs -I{} cp -L {} "$python/lib/"
+libraries=$(find "$python" -type f \( -name '*.so*' -o -name python3 \) -exec ldd {} + 2>/dev/null \
+    | awk '$2 == "=>" && $3 ~ /^\/(usr\/)?lib/ {print $3}' | sort -u | grep -Ev "$everywhere")
+xargs -I{} cp -L {} "$python/lib/" <<< "$libraries"
+
+# dpkg knows a library by the path that it had before /lib became a link, or after.
+owner() { # owner FILE
+    { dpkg-query --search "$1" || dpkg-query --search "$(realpath "$1")" \
+        || dpkg-query --search "/usr$1"; } 2>/dev/null | sed 's/:.*//'
+}
+owners=$(for file in $libraries "/usr/bin/$version" "/usr/lib/$version"/{os,ssl}.py; do
+    owner "$file" || { echo "tree: no package of Debian owns $file" >&2; exit 1; }
+done | sort -u)
+mkdir -p "$target.debian/var/lib/dpkg" "$target/licences"
+for package in $owners; do
+    dpkg-query --status "$package" >> "$target.debian/var/lib/dpkg/status"
+    echo >> "$target.debian/var/lib/dpkg/status"
+    cp -L "/usr/share/doc/$package/copyright" "$target/licences/$package"
+done
 # All of them are found from the program, by the modules that it loads too.
 patchelf --force-rpath --set-rpath '$ORIGIN/../lib' "$python/bin/python3"
 

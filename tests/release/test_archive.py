@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import tarfile
 from pathlib import Path
 
 import pytest
 from machine import Machine
-from release_files import MODEL
+from release_files import MODEL, built
 from s3 import CREDENTIALS
 
 from lazyfs import __version__
@@ -34,3 +36,14 @@ def test_an_ordinary_user_unpacks_and_mounts(
         f"env {environment} ~/lazyfs doctor s3://release/m --endpoint-url {endpoint}", user="ann"
     )
     machine.run(f"env {environment} ~/lazyfs umount ~/model", user="ann")
+
+
+def test_the_sbom_and_the_licences_name_what_is_bundled(archive: Path) -> None:
+    sbom = json.loads(built("lazyfs-*-linux-x86_64.cdx.json").read_text())
+    found = {part["purl"].split("@")[0] for part in sbom["components"] if "purl" in part}
+    debian = {url.rpartition("/")[2] for url in found if url.startswith("pkg:deb/")}
+    assert {"libfuse3-3", "libssl3", "libsqlite3-0", "python3.11-minimal"} <= debian
+    assert {"pkg:pypi/boto3", "pkg:pypi/pyfuse3", "pkg:pypi/trio"} <= found
+    with tarfile.open(archive) as files:
+        licences = {Path(name).name for name in files.getnames() if "/licences/" in name}
+    assert licences == debian
