@@ -23,7 +23,7 @@ work=build/release
 same() {
     local place=$work/same
     rm -rf "$place" && mkdir "$place"
-    tar -xzf "$1" -C "$place"
+    tar -xzmf "$1" -C "$place"
     pack "$place" "$(ls "$place")" "$1"
 }
 # pack DIRECTORY MEMBER FILE
