@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -116,3 +117,39 @@ def test_it_can_be_turned_off() -> None:
         await access.check(FILE, Asked(AccessDeniedError("no")))
 
     run(test, lasts_s=0)
+
+
+@pytest.mark.parametrize("was_shown", [False, True])
+def test_without_an_answer_readers_are_served_only_if_access_was_shown_before(
+    was_shown: bool,
+) -> None:
+    async def test(access: ReadAccess) -> None:
+        if was_shown:
+            access.shown(FILE)
+            await trio.sleep(LASTS_S)
+        ask = Asked(UnavailableError("away"), takes_s=1)
+        served = 0
+
+        async def reader() -> None:
+            nonlocal served
+            with contextlib.suppress(UnavailableError):
+                await access.check(FILE, ask)
+                served += 1
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(reader)
+        assert (ask.times, served) == ((1, 3) if was_shown else (3, 0))
+
+    run(test)
+
+
+def test_concurrent_checks_share_an_answer_that_allows_it() -> None:
+    async def test(access: ReadAccess) -> None:
+        ask = Asked(None, takes_s=1)
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(access.check, FILE, ask)
+        assert ask.times == 1
+
+    run(test)
