@@ -198,11 +198,13 @@ class Attachments:
             if via is not None and via.has_lost_credentials and self.daemons.use(via, str(path)):
                 daemon = via  # the condition tells users to delete its pods
             else:
-                given = Wanted(volume.source, volume.options, credentials, owner, wanted.namespace)
+                given = Wanted(volume.source, volume.options, credentials, owner)
                 daemon = self.daemons.reserve(
-                    via.serving if via else given, str(path), volume_id,
-                    Look.within(volume.snapshot_max_age_s, timeout_s),
+                    replace(via.serving if via else given, namespace=wanted.namespace),
+                    str(path), volume_id, Look.within(volume.snapshot_max_age_s, timeout_s),
                 )  # fmt: skip
+                if not daemon.namespace:  # staged for a claim whose namespace is unknown
+                    daemon.namespace = wanted.namespace
             until = max(until, time.monotonic() + timeout_s - LOOK_S)
         elif credentials is not None and not daemon.needs_credentials:
             raise RpcError(

@@ -285,7 +285,7 @@ def _check_context(
         ("volume_context", request.volume_context, record.attributes),
         ("parameters", request.parameters, record.parameters),
     ):
-        if given and own_attributes(given) != known:
+        if given and own_attributes(given) != own_attributes(known):
             raise InvalidArgumentError(f"{what}: differs from the volume's")
     if request.mutable_parameters:
         raise InvalidArgumentError("lazyfs volumes have no mutable parameters")

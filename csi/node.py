@@ -24,6 +24,7 @@ from csi.csi_pb2_grpc import NodeServicer
 from csi.daemon import Daemon
 from csi.errors import InvalidArgumentError, RpcError, without_ids
 from csi.mounts import safe_path
+from csi.parameters import CLAIM_NAMESPACE
 from csi.staged import Place
 from csi.start import PATIENCE_S
 from csi.volumes import Rules, Volume, check_capability, check_text, own_attributes
@@ -81,17 +82,18 @@ class Node(NodeServicer):
         volume = self._volume(request.volume_context, request.volume_capability)
         given = credentials.of_stage(volume, request.secrets)
         asked = _digest(request.volume_context, request.volume_capability)
+        namespace = request.volume_context.get(CLAIM_NAMESPACE, "")
         with (
             self._attachments.locks.held(request.volume_id),
-            self._waiting.one_of(f"volume {request.volume_id}") as at_most_s,
+            self._waiting.one_of(namespace or f"volume {request.volume_id}") as at_most_s,
         ):
             until = min(until, time.monotonic() + at_most_s)
             if given is None:
                 self._attachments.note(request.volume_id, path, asked)
                 return csi_pb2.NodeStageVolumeResponse()
             daemon = self._attachments.put(
-                request.volume_id, path, Place("staging", None, asked), volume, given,
-                min(_patience_s(context, until), at_most_s),
+                request.volume_id, path, Place("staging", None, asked, namespace=namespace),
+                volume, given, min(_patience_s(context, until), at_most_s),
             )  # fmt: skip
             _wait_for(volume, daemon, until)
         return csi_pb2.NodeStageVolumeResponse()

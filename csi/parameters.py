@@ -26,9 +26,10 @@ from lazyfs.options.option_types import Flag
 from lazyfs.store.url import SourceUrl
 
 # Parameters that external-provisioner adds with --extra-create-metadata.
+CLAIM_NAMESPACE = "csi.storage.k8s.io/pvc/namespace"
 _METADATA = {
     "pvc.name": "csi.storage.k8s.io/pvc/name",
-    "pvc.namespace": "csi.storage.k8s.io/pvc/namespace",
+    "pvc.namespace": CLAIM_NAMESPACE,
     "pv.name": "csi.storage.k8s.io/pv/name",
 }
 _TEMPLATED = ("source", "bucket", "bucketName", "prefix")
@@ -81,7 +82,7 @@ class Parameters:
         return any(self.own.get(key) for key in _TEMPLATED)
 
     def attributes(self, chosen: str | None) -> dict[str, str]:
-        """The attributes of the volume.
+        """The attributes of the volume, and the namespace of its claim, by which nodes bound it.
 
         Args:
             chosen: the source that the claim's annotation requests, if any.
@@ -97,6 +98,8 @@ class Parameters:
         }
         if chosen:
             attributes["source"] = str(self._allowed(chosen))
+        if "pvc.namespace" in self.names:
+            attributes[CLAIM_NAMESPACE] = self._name("pvc.namespace")
         return attributes
 
     def _allowed(self, chosen: str) -> SourceUrl:

@@ -127,6 +127,7 @@ def test_a_volume_is_made_for_a_source_in_s3(controller: ControllerStub, model: 
     assert dict(volume.volume_context) == {
         "source": "s3://models/public/llama",
         "endpointUrl": model.url,
+        "csi.storage.k8s.io/pvc/namespace": "research",
     }
     listed = controller.ListVolumes(csi_pb2.ListVolumesRequest(), timeout=60)
     assert [entry.volume for entry in listed.entries] == [volume]

@@ -64,7 +64,11 @@ def gone(node: TestNode, *names: str) -> None:
 
 
 def message(node: TestNode, name: str, target: Path) -> tuple[bool, str]:
-    condition = node.stats(f"csi-{name}", target).volume_condition
+    return message_of(node, f"csi-{name}", target)
+
+
+def message_of(node: TestNode, volume: str, target: Path) -> tuple[bool, str]:
+    condition = node.stats(volume, target).volume_condition
     return condition.abnormal, condition.message
 
 
@@ -265,6 +269,25 @@ def test_the_bound_of_a_namespace_fails_no_pod_that_has_a_snapshot(
     assert names(second) == {*OLD}
     abnormal, text = message(node, "two", second)
     assert abnormal and "--max-daemons-per-namespace" in text
+
+
+def test_snapshots_of_a_staged_volume_count_for_the_namespace_of_its_pods(
+    make_node: Callable[..., TestNode], model: Model
+) -> None:
+    node = make_node("--max-daemons-per-namespace=2")
+    context = node.context(model.source)
+    node.stage("vol", context)
+    for pod, added in (("a", {}), ("b", ADDED), ("c", {"third": b"too many"})):
+        model.put(added)
+        node.publish("vol", context, pod)
+    assert names(node.target("vol", "c")) == {*OLD, *ADDED}
+    assert len(node.workers()) == 2
+    abnormal, text = message_of(node, "vol", node.target("vol", "c"))
+    assert abnormal and "--max-daemons-per-namespace" in text
+    for pod in ("a", "b", "c"):
+        node.unpublish("vol", pod)
+    node.unstage("vol")
+    assert node.leftovers() == []
 
 
 def test_snapshots_outlive_the_plugin(node: TestNode, model: Model) -> None:

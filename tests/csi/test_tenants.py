@@ -21,6 +21,7 @@ from nodes import SECRETS, TestNode, capability, refused, wait_for
 from s3 import S3
 
 from csi import csi_pb2
+from csi.parameters import CLAIM_NAMESPACE
 from csi.server import THREADS
 from csi.waiting import MOST, MOST_OF_ONE, SHORT_S, WaitingCalls
 
@@ -203,6 +204,31 @@ def test_workers_of_two_tenants_are_two_users(make_node: Callable[..., TestNode]
         assert node.leftovers() == []
     finally:
         shutil.rmtree(directory)
+
+
+def test_claims_of_a_namespace_are_bounded_before_a_pod_uses_them(
+    make_node: Callable[..., TestNode], s3: S3
+) -> None:
+    s3.put("claims", {"m/file": b"content"})
+    node = make_node("--max-volumes-per-namespace=3", "--max-daemons-per-namespace=2")
+
+    def stage(volume: str, namespace: str, **options: str) -> None:
+        context = node.context("s3://claims/m", prefetch="off", **options)
+        node.stage(volume, context | {CLAIM_NAMESPACE: namespace})
+
+    stage("greedy-0", "greedy")
+    stage("greedy-1", "greedy", blockSize="1MiB")
+    code, message = refused(lambda: stage("greedy-2", "greedy", blockSize="2MiB"))
+    assert code == "RESOURCE_EXHAUSTED" and "--max-daemons-per-namespace" in message
+    stage("greedy-2", "greedy")
+    code, message = refused(lambda: stage("greedy-3", "greedy"))
+    assert code == "RESOURCE_EXHAUSTED" and "--max-volumes-per-namespace" in message
+    stage("modest-0", "modest", blockSize="2MiB")
+    node.unstage("greedy-1")
+    stage("greedy-3", "greedy", blockSize="4MiB")
+    for volume in ("greedy-0", "greedy-2", "greedy-3", "modest-0"):
+        node.unstage(volume)
+    assert node.leftovers() == []
 
 
 def test_one_namespace_does_not_take_the_node(make_node: Callable[..., TestNode], s3: S3) -> None:

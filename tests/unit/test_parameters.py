@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from csi.errors import InvalidArgumentError, MendableError
-from csi.parameters import Parameters
+from csi.parameters import CLAIM_NAMESPACE, Parameters
 
 METADATA = {
     "csi.storage.k8s.io/pvc/name": "llama-3",
@@ -17,7 +17,10 @@ METADATA = {
 def attributes(
     parameters: dict[str, str], chosen: str | None = None, metadata: dict[str, str] = METADATA
 ) -> dict[str, str]:
-    return Parameters.read({**parameters, **metadata}).attributes(chosen)
+    made = Parameters.read({**parameters, **metadata}).attributes(chosen)
+    # By it, nodes bound what a namespace may have.
+    assert made.pop(CLAIM_NAMESPACE, None) == metadata.get(CLAIM_NAMESPACE)
+    return made
 
 
 def test_templates() -> None:
