@@ -16,6 +16,7 @@ import click
 from lazyfs import __version__
 from lazyfs.errors import LazyfsError, OptionError
 from lazyfs.escaping import escaped, escaped_lines
+from lazyfs.faults import the_error
 
 # The module of each command.
 COMMANDS = {
@@ -59,6 +60,15 @@ class OneLineErrors(click.Group):
             self._fail(OptionError(error.format_message()))
         except LazyfsError as error:
             self._fail(error)
+        except (MemoryError, BaseExceptionGroup) as error:
+            if not isinstance(the_error(error), MemoryError):
+                raise
+            self._fail(
+                LazyfsError(
+                    "there is no more memory for this command: what it reads is too large for "
+                    "--memory-limit or for the machine"
+                )
+            )
 
     def _fail(self, error: LazyfsError) -> None:
         click.echo(f"{self.program}: {escaped(str(error))}", err=True)

@@ -27,6 +27,7 @@ from lazyfs.namespace.tree import Tree
 from lazyfs.objects import File, ListedObject
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.options.option_types import compile_pattern, format_size
+from lazyfs.process import privileges
 from lazyfs.process.mount_records import control_socket
 from lazyfs.store.objects import Tokens
 from lazyfs.store.protocol import Store
@@ -64,12 +65,14 @@ def inspect(what: str, as_json: bool, config: Path | None, **given: Any) -> None
     """
     if is_url(what):
         options, _ = settings(config, given)
+        privileges.limit_memory(options.memory_limit)
         url = what
         sizes, models = models_of_source(Source(SourceUrl.parse(url), options), options)
     else:
         record = record_at(Path(what))
         client = ControlClient(control_socket(Path(record.mountpoint)), MOUNT_TIMEOUT_S)
         options = MountOptions.parse(("--{name}", client.get("/options")))
+        privileges.limit_memory(options.memory_limit)
         url = record.source
         sizes, models = models_of_mount(client, options)
     if as_json:

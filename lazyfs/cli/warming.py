@@ -25,7 +25,7 @@ from lazyfs.namespace.listing_log import ListingLog
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.options.option_types import format_size
-from lazyfs.process import descriptors
+from lazyfs.process import descriptors, privileges
 from lazyfs.process.mount_records import control_socket
 from lazyfs.store.s3_source import Source
 from lazyfs.store.url import SourceUrl, is_url
@@ -60,6 +60,7 @@ def warm(
     """
     if is_url(source_or_mountpoint):
         options = descriptors.fit(settings(config, given)[0])
+        privileges.limit_memory(options.memory_limit)
         _warm_source(SourceUrl.parse(source_or_mountpoint), options, verify, as_json)
         return
     include = given.pop("include")

@@ -102,11 +102,12 @@ def limit_memory(memory_limit_bytes: int) -> None:
 
     Names and parsed data have their own limits (`namespace/catalog.py`, `prefetch/planner.py`);
     this one covers everything else. Beyond it an allocation fails, and with it one request, or this
-    process alone. Stacks of threads count.
+    process alone. Stacks count, so those of threads that start later are small.
 
     Args:
         memory_limit_bytes: the limit for blocks.
     """
+    threading.stack_size(STACK_BYTES)
     most = MEMORY_BYTES + MEMORY_SHARE * memory_limit_bytes
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if hard != resource.RLIM_INFINITY:

@@ -105,7 +105,6 @@ import asyncio, threading
 from lazyfs import faults
 from lazyfs.process import privileges
 privileges.MEMORY_BYTES = 200 << 20
-threading.stack_size(privileges.STACK_BYTES)
 privileges.limit_memory(1 << 20)
 threads = [threading.Thread(target=threading.Event().wait, daemon=True) for _ in range(50)]
 [each.start() for each in threads]
