@@ -99,8 +99,13 @@ def make_folder(path: Path) -> None:
         path.mkdir(mode=mode)
     except FileExistsError:
         return
-    if path.stat().st_mode & 0o7777 != mode:
-        path.chmod(mode)
+    # Whoever else may write to a shared cache could put a link there meanwhile.
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if os.fstat(descriptor).st_mode & 0o7777 != mode:
+            os.fchmod(descriptor, mode)
+    finally:
+        os.close(descriptor)
 
 
 def _open(path: Path, flags: int, mode: int = 0) -> int:
