@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 
 from csi.attachments import Attachments, Served
@@ -11,10 +12,15 @@ from lazyfs.observe.exposition import exposition
 from lazyfs.observe.metrics import Values
 from lazyfs.process.mount_records import control_socket
 
+log = logging.getLogger(__name__)
+
 # A node has few daemons. A worker answers in milliseconds, or is stopped and does not answer.
 ASKED_AT_ONCE = 16
 # Prometheus waits 10 s for the answers of all workers together.
 TIMEOUT_S = 3.0
+# The metrics of one mount are some 50 KiB.
+MOST_BYTES = 2 << 20
+_DOWN: Values = {"lazyfs_up": [({}, 0)]}
 
 
 def mount_metrics(attachments: Attachments) -> str:
@@ -48,8 +54,13 @@ def _pods(served: Served) -> Values:
 
 def _ask(daemon: Daemon) -> Values:
     try:
-        client = ControlClient(control_socket(daemon.mountpoint), TIMEOUT_S)
+        client = ControlClient(control_socket(daemon.mountpoint), TIMEOUT_S, MOST_BYTES)
         values: Values = client.get("/metrics.json")
     except ControlError:
-        return {"lazyfs_up": [({}, 0)]}
+        return _DOWN
+    try:
+        exposition([({}, values)])
+    except Exception as error:  # a worker that was taken over says what it likes
+        log.warning("%s: its metrics cannot be understood: %r", daemon.spec.source, error)
+        return _DOWN
     return values

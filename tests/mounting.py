@@ -211,7 +211,7 @@ from lazyfs.pagecache.mincore import dropped
 path, block = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 status = path.stat()
 parts = [(at, min(block, status.st_size - at)) for at in range(0, status.st_size, block)]
-print(len(dropped(path, status.st_ino, parts)))
+print(len(dropped(path.parent, path.name, status.st_ino, parts)))
 """
 
 

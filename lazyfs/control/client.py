@@ -1,16 +1,23 @@
-"""A blocking client of a worker's control socket. Uses only the standard library."""
+"""A blocking client of a worker's control socket. Uses only the standard library.
+
+A worker may have been taken over, and the plugin asks the workers of all tenants. So the size of an
+answer and the time for it are limited.
+"""
 
 from __future__ import annotations
 
 import http.client
 import json
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
 from lazyfs.errors import LazyfsError
 
 TIMEOUT_S = 10.0
+# The longest answer, in bytes: the names of all files of a mount may be asked for.
+MOST_BYTES = 256 << 20
 
 
 class ControlError(LazyfsError):
@@ -30,12 +37,16 @@ class ControlClient:
 
     Args:
         path: the socket.
-        timeout_s: how long to wait for an answer.
+        timeout_s: how long to wait for the whole answer.
+        most_bytes: the longest answer that is read.
     """
 
-    def __init__(self, path: Path, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self, path: Path, timeout_s: float = TIMEOUT_S, most_bytes: int = MOST_BYTES
+    ) -> None:
         self._path = path
         self._timeout_s = timeout_s
+        self._most_bytes = most_bytes
 
     def get(self, what: str) -> Any:
         """The answer to `GET what`, from JSON. Raises ControlError."""
@@ -50,7 +61,10 @@ class ControlClient:
         return self._exchange("GET", what, None).decode()
 
     def _ask(self, method: str, what: str, body: Any) -> Any:
-        return json.loads(self._exchange(method, what, body) or "null")
+        try:
+            return json.loads(self._exchange(method, what, body) or "null")
+        except (ValueError, RecursionError) as error:
+            raise ControlError(f"{self._path}: the daemon's answer is not JSON") from error
 
     def _exchange(self, method: str, what: str, body: Any) -> bytes:
         connection = _UnixConnection(self._path, self._timeout_s)
@@ -58,7 +72,9 @@ class ControlClient:
             content = None if body is None else json.dumps(body)
             connection.request(method, what, content)
             response = connection.getresponse()
-            answer = response.read()
+            answer = response.read(self._most_bytes + 1)
+            if len(answer) > self._most_bytes:
+                raise ControlError(f"{self._path}: the daemon's answer is too long")
         except (OSError, http.client.HTTPException) as error:
             raise ControlError(f"{self._path}: the daemon does not answer: {error}") from error
         finally:
@@ -78,10 +94,26 @@ def _refusal(answer: bytes, status: int) -> ControlError:
 
 class _UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: Path, timeout_s: float) -> None:
-        super().__init__("lazyfs", timeout=timeout_s)
+        super().__init__("lazyfs")
         self._path = path
+        self._timeout_s = timeout_s
 
     def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
+        self.sock = _TimedSocket(self._timeout_s)
         self.sock.connect(str(self._path))
+
+
+class _TimedSocket(socket.socket):
+    """A unix socket whose timeout is for all that is received together."""
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(socket.AF_UNIX)
+        self.settimeout(timeout_s)
+        self._until_s = time.monotonic() + timeout_s
+
+    def recv_into(self, *arguments: Any) -> int:
+        left_s = self._until_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("timed out")
+        self.settimeout(left_s)
+        return super().recv_into(*arguments)

@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 # linux/mount.h
 MS_RDONLY, MS_NOSUID, MS_NODEV = 1, 2, 4
+# A mount has no links. If its worker is taken over, it could make some for root to follow. Linux
+# before 5.10 ignores the flag.
+MS_NOSYMFOLLOW = 256
 MNT_DETACH = 2
 FILESYSTEM_TYPE = "fuse.lazyfs"
 # The first kernel that can resend the requests of a dead worker (FUSE_NOTIFY_RESEND).
@@ -238,7 +241,7 @@ def _mount_as_root(source: str, mountpoint: Path, allow_other: bool) -> int:
         raise MountError(f"/dev/fuse: {error.strerror}; is the device allowed here?") from error
     options = [f"fd={descriptor}", "rootmode=40000", "user_id=0", "group_id=0"]
     options += ["default_permissions", *(["allow_other"] if allow_other else [])]
-    flags = MS_RDONLY | MS_NOSUID | MS_NODEV
+    flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOSYMFOLLOW
     arguments = (source, mountpoint, FILESYSTEM_TYPE)
     encoded = [os.fsencode(argument) for argument in arguments]
     if _libc.mount(*encoded, ctypes.c_ulong(flags), ",".join(options).encode()) != 0:

@@ -23,7 +23,8 @@ from lazyfs.handover.keeper import KeeperClient
 from lazyfs.known_fields import known_fields
 from lazyfs.memory_file import memory_file, read_whole
 
-SPEC, LOG, LOCK = "spec", "log", "lock"
+# Only the supervisor stores these. It obeys the spec, which names files and rights.
+OF_SUPERVISOR = SPEC, LOG, LOCK = "spec", "log", "lock"
 FUSE = "fuse"
 IN_HAND = "in_hand"
 _SESSION, _LISTING, _CARRIED, _NEAR = "session", "listing", "carried", "near"

@@ -11,12 +11,13 @@ descriptors travel beside it as SCM_RIGHTS (unix(7)), and each request has one a
     {"do": "fetch", "name": N}                                     {"labels": [...]} + descriptors
     {"do": "drop", "name": N}                                      {}
     {"do": "names", "after": N}                                    {"names": [...]}
-    {"do": "only", "name": N}                                      {}
+    {"do": "only", "name": N, "fixed": [L, ...]}                   {}
 
 An answer with `error` says what was wrong with the request. `store` adds descriptors to a name and
 replaces those with equal labels; `fetch` of an unknown name returns no labels. `names` are sorted,
 as many as fit into a message; `"more": true` says that others follow. After `only`, this connection
-is about that name alone: a supervisor asks for that before it gives the connection to a worker.
+is about that name alone, and cannot store the labels that are `fixed`: a supervisor asks for that
+before it gives the connection to a worker.
 
 This module imports only the standard library and knows nothing of FUSE: it is never upgraded under
 running mounts, so it has to be small and final.
@@ -35,7 +36,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 LONGEST_MESSAGE = 1 << 16
 # Of one name; SCM_RIGHTS itself allows 253.
@@ -49,6 +50,13 @@ PAUSE_S = 0.2
 
 class KeeperError(Exception):
     """The keeper is not running, or refused a request."""
+
+
+class _Only(NamedTuple):
+    """What a restricted connection is about, and the labels that it cannot store."""
+
+    name: str
+    fixed: frozenset[str]
 
 
 class Keeper:
@@ -105,7 +113,7 @@ class Keeper:
 
     def serve(self, connection: socket.socket) -> None:
         """Answer one client until it hangs up."""
-        only: str | None = None
+        only: _Only | None = None
         with connection, contextlib.suppress(OSError):
             while True:
                 data, received, flags, _ = socket.recv_fds(
@@ -127,9 +135,9 @@ class Keeper:
                     _close(descriptors)
 
     def _answer(
-        self, data: bytes, received: list[int], only: str | None
-    ) -> tuple[dict[str, Any], list[int], str | None]:
-        """The answer to a message, descriptors to send with it, and the only name from now on.
+        self, data: bytes, received: list[int], only: _Only | None
+    ) -> tuple[dict[str, Any], list[int], _Only | None]:
+        """The answer to a message, descriptors to send with it, and what is allowed from now on.
 
         The caller owns both lists.
         """
@@ -138,14 +146,17 @@ class Keeper:
             action, name = message["do"], message.get("name")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise KeeperError("not a request") from None
-        if only is not None and name != only:
-            raise KeeperError(f"this connection is about {only} alone")
+        if only is not None and (name != only.name or action in ("names", "only")):
+            raise KeeperError(f"this connection is about {only.name} alone")
         if action == "names":
             return self._names(message.get("after") or ""), [], only
         if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
             raise KeeperError("a request needs a name")
         if action == "store":
-            self._store(name, message.get("labels"), received)
+            labels = _texts(message.get("labels"))
+            if only is not None and (fixed := only.fixed.intersection(labels)):
+                raise KeeperError(f"this connection cannot store {', '.join(sorted(fixed))}")
+            self._store(name, labels, received)
         elif action == "fetch":
             with self._lock:
                 kept = self._kept.get(name, {})
@@ -154,7 +165,7 @@ class Keeper:
             with self._lock:
                 _close(self._kept.pop(name, {}).values())
         elif action == "only":
-            only = name
+            only = _Only(name, frozenset(_texts(message.get("fixed", []))))
         else:
             raise KeeperError(f"no such request: {action!r}")
         return {}, [], only
@@ -173,9 +184,7 @@ class Keeper:
             names.append(name)
         return {"names": names} | ({"more": True} if len(names) < len(known) else {})
 
-    def _store(self, name: str, labels: Any, received: list[int]) -> None:
-        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-            raise KeeperError("labels must be a list of texts")
+    def _store(self, name: str, labels: list[str], received: list[int]) -> None:
         if len(labels) != len(received) or len(set(labels)) != len(labels):
             raise KeeperError(f"{len(labels)} labels for {len(received)} descriptors")
         with self._lock:
@@ -240,13 +249,16 @@ class KeeperClient:
             return _ask(self._connection, message, descriptors or [])
 
 
-def restrict_to(connection: socket.socket, name: str) -> None:
+def restrict_to(connection: socket.socket, name: str, fixed: Iterable[str] = ()) -> None:
     """Have the keeper answer this connection about one name alone, from now on.
+
+    Args:
+        fixed: the labels that cannot be stored over this connection.
 
     Raises:
         KeeperError: it does not; a keeper of a version before this cannot.
     """
-    _ask(connection, {"do": "only", "name": name}, [])
+    _ask(connection, {"do": "only", "name": name, "fixed": list(fixed)}, [])
 
 
 def _ask(
@@ -346,6 +358,12 @@ def allow_many_descriptors() -> None:
     """Raise the limit of open descriptors to the hard limit: each mount needs several."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _texts(labels: Any) -> list[str]:
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise KeeperError("labels must be a list of texts")
+    return labels
 
 
 def _duplicates(descriptors: Iterable[int]) -> list[int]:

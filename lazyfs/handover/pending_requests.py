@@ -133,6 +133,12 @@ class InHand:
 
 
 def note_death(descriptor: int) -> None:
-    """Count the death of a worker that one of its requests may have caused."""
+    """Count the death of a worker that one of its requests may have caused.
+
+    The worker may have stored any file here, with any number in it.
+
+    Raises:
+        OSError: it is no file that can be read and written.
+    """
     (counted,) = _NUMBER.unpack(os.pread(descriptor, _NUMBER.size, _COUNTED_AT).ljust(8, b"\0"))
-    os.pwrite(descriptor, _NUMBER.pack(counted + 1), _COUNTED_AT)
+    os.pwrite(descriptor, _NUMBER.pack((counted + 1) % (1 << 64)), _COUNTED_AT)

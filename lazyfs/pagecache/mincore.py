@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 _PAGE = mmap.PAGESIZE
+_SAFELY = os.O_CLOEXEC | os.O_NOFOLLOW
+_STEP = os.O_PATH | os.O_DIRECTORY | _SAFELY
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [
@@ -25,15 +27,31 @@ _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
-def open_known(path: Path, inode: int) -> int | None:
+def open_known(mountpoint: Path, path: str, inode: int) -> int | None:
     """A descriptor of a file, if it has that inode and mincore(2) tells the truth about it.
 
     To users other than its owner the kernel reports all pages as present.
 
+    Args:
+        path: below the mountpoint. No link is followed: a worker that was taken over can answer the
+            kernel with links to anywhere.
+
     Raises:
-        OSError: it cannot be opened.
+        OSError: it cannot be opened, or leads out of the mount.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    *directories, name = path.split("/")
+    if Path(path).is_absolute() or ".." in (*directories, name):
+        raise PermissionError(path)
+    here = os.open(mountpoint, _STEP)
+    try:
+        for each in directories:
+            below = os.open(each, _STEP, dir_fd=here)
+            os.close(here)
+            here = below
+        # A pipe would wait for a writer.
+        descriptor = os.open(name, os.O_RDONLY | _SAFELY | os.O_NONBLOCK, dir_fd=here)
+    finally:
+        os.close(here)
     status = os.fstat(descriptor)
     if status.st_ino == inode and status.st_uid == os.geteuid():
         return descriptor
@@ -63,14 +81,15 @@ def all_resident(descriptor: int, offset: int, length: int) -> bool:
         _libc.munmap(address, length)
 
 
-def dropped(path: Path, inode: int, parts: Iterable[tuple[int, int]]) -> list[int]:
+def dropped(mountpoint: Path, path: str, inode: int, parts: Iterable[tuple[int, int]]) -> list[int]:
     """The indices of the parts that are not completely in the page cache; none if not known.
 
     Args:
+        path: below the mountpoint.
         parts: offset and length of each part.
     """
     try:
-        descriptor = open_known(path, inode)
+        descriptor = open_known(mountpoint, path, inode)
         if descriptor is None:
             return []
         try:
@@ -88,11 +107,7 @@ def main(mountpoint: Path, wanted: Sequence[tuple[str, int, list[tuple[int, int]
         mountpoint: no file is looked at that is not below it.
         wanted: path, inode and parts of each file.
     """
-    found = []
-    for path, inode, parts in wanted:
-        is_below = not Path(path).is_absolute() and ".." not in path.split("/")
-        found.append(dropped(mountpoint / path, inode, parts) if is_below else [])
-    print(json.dumps(found))
+    print(json.dumps([dropped(mountpoint, *each) for each in wanted]))
 
 
 if __name__ == "__main__":

@@ -24,13 +24,23 @@ from lazyfs.process.privileges import WorkerUser, start
 log = logging.getLogger(__name__)
 
 # The helpers, as arguments of Python: each one also gets the mountpoint. `walker.py` explains the
-# first one.
+# first one. A worker that was taken over can answer the kernel with links to anywhere, so they are
+# not followed.
 LOOK_UP = (
     "import os, sys\n"
+    "step = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW\n"
     "for directory in sys.stdin.buffer.read().split(b'\\0'):\n"
-    "    if os.path.isabs(directory) or b'..' in directory.split(b'/'): continue\n"
-    "    path = os.path.join(os.fsencode(sys.argv[1]), directory)\n"
-    "    for name in os.listdir(path): os.lstat(os.path.join(path, name))\n"
+    "    here = os.open(sys.argv[1], step)\n"
+    "    for part in directory.split(b'/'):\n"
+    "        if part == b'..': sys.exit('leads out of the mount')\n"
+    "        if part:\n"
+    "            below = os.open(part, step, dir_fd=here)\n"
+    "            os.close(here)\n"
+    "            here = below\n"
+    "    inside = os.open('.', os.O_RDONLY | os.O_DIRECTORY, dir_fd=here)\n"
+    "    for name in os.listdir(inside): os.lstat(name, dir_fd=inside)\n"
+    "    os.close(inside)\n"
+    "    os.close(here)\n"
 )
 _PROGRAMS = {
     "look_up": ["-I", "-S", "-c", LOOK_UP],
@@ -81,7 +91,7 @@ class MountHelpers:
         try:
             arguments = _PROGRAMS[json.loads(data)["help"]]
             printed_by, read_by = descriptors
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return
         if len(self._running) >= MOST_HELPERS or not self._is_there():
             return

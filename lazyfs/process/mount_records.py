@@ -81,11 +81,15 @@ class RunningMount:
         self.write(record)
 
     def write(self, record: MountRecord) -> None:
-        """Replace the record."""
+        """Replace the record, unless the mountpoint is another mount's now. Raises OSError."""
         content = json.dumps(asdict(record)).encode()
-        # Longer than before or padded, so that a concurrent reader gets one of the two records.
-        size = os.fstat(self._descriptor).st_size
-        os.pwrite(self._descriptor, content.ljust(size), 0)
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            if os.path.samestat(os.fstat(descriptor), os.fstat(self._descriptor)):
+                # Longer than before or padded: a concurrent reader gets one of the two records.
+                os.pwrite(descriptor, content.ljust(os.fstat(descriptor).st_size), 0)
+        finally:
+            os.close(descriptor)
 
     @property
     def is_current(self) -> bool:
@@ -290,9 +294,14 @@ def _lock(path: Path) -> int | None:
 
     A process removes the file only while it holds the lock. So the lock is useless if the file was
     removed after it was opened here: then the file that is there now counts.
+
+    Workers of root get the descriptor, and must not be able to write: root believes the record. For
+    other users it is also open for writing, because NFS, where their homes may be, needs that for
+    an exclusive lock (flock(2)).
     """
+    access = os.O_RDONLY if os.geteuid() == 0 else os.O_RDWR
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(path, access | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(path, descriptor):

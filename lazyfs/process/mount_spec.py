@@ -36,8 +36,8 @@ class MountSpec:
     rights: str = Rights.USER.value
 
     def to_descriptor(self) -> int:
-        """A memory file that contains it."""
-        return memory_file("lazyfs-spec", json.dumps(asdict(self)).encode())
+        """A memory file that contains it. A worker gets it, and cannot change it."""
+        return memory_file("lazyfs-spec", json.dumps(asdict(self)).encode(), final=True)
 
     @classmethod
     def from_descriptor(cls, descriptor: int) -> MountSpec:

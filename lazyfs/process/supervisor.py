@@ -32,7 +32,7 @@ from lazyfs import user
 from lazyfs.errors import DaemonError, LazyfsError, MountError
 from lazyfs.faults import report_fault, start_watching
 from lazyfs.fuse import mount_syscalls
-from lazyfs.handover.handover import FUSE, IN_HAND, LOCK, LOG, SPEC, is_complete
+from lazyfs.handover.handover import FUSE, IN_HAND, LOCK, LOG, OF_SUPERVISOR, SPEC, is_complete
 from lazyfs.handover.keeper import KeeperClient, KeeperError, restrict_to
 from lazyfs.handover.pending_requests import note_death
 from lazyfs.log import within
@@ -77,6 +77,8 @@ READY_TIMEOUT_S = 120.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S, LONGEST_PAUSE_AFTER_READY_S = 0.25, 30.0, 1.0
 # Time for an answer that is not waited for much longer.
 SOON_S = 1.0
+# The longest answer of a worker to its supervisor, which has many: a status is a few KiB.
+MOST_ANSWERED_BYTES = 2 << 20
 # A worker that lived this long did not die for the same reason as its predecessor.
 LONG_LIFE_S = 60.0
 
@@ -283,7 +285,7 @@ class Supervisor:
         from lazyfs.control.client import TIMEOUT_S, ControlClient
 
         patience_s = TIMEOUT_S if timeout_s is None else timeout_s
-        return ControlClient(control_socket(self._mountpoint), patience_s)
+        return ControlClient(control_socket(self._mountpoint), patience_s, MOST_ANSWERED_BYTES)
 
     @property
     def trouble(self) -> str | None:
@@ -352,7 +354,7 @@ class Supervisor:
     def _start_process(self) -> StartedWorker:
         with self._connect() as connection:
             try:
-                restrict_to(connection, self.name)
+                restrict_to(connection, self.name, OF_SUPERVISOR)
             except KeeperError as error:
                 log.warning("%s: the worker can ask for other mounts too: %s", self.name, error)
             leash = self._leash[0] if self._leash else None
@@ -463,9 +465,12 @@ class Supervisor:
         self._note(self.pid)  # the next worker reads the count there
         # A kill from outside says nothing about the requests that the worker had.
         if code != -signal.SIGKILL or oom_kills() > self._oom_kills:
-            with self._kept_lock:
-                if IN_HAND in self._kept:
-                    note_death(self._kept[IN_HAND])
+            try:
+                with self._kept_lock:
+                    if IN_HAND in self._kept:
+                        note_death(self._kept[IN_HAND])
+            except OSError as error:
+                log.warning("%s: its death cannot be counted: %s", self._mountpoint, error)
         log.warning(
             "%s: the worker %s %s; another one continues%s",
             self._mountpoint, self.pid, how_it_ended(code),

@@ -53,8 +53,8 @@ class WorkerLine:
             return None
         try:
             message = json.loads(self._connection.recv(LONGEST_MESSAGE) or b"{}")
-        except (OSError, ValueError):
-            return {}  # it was killed
+        except (OSError, ValueError, RecursionError):
+            return {}  # it was killed, or sent nonsense
         return message if isinstance(message, dict) else {}
 
     def give(self, descriptor: int, init_message: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import resource
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -78,6 +80,14 @@ def watched(mountpoint: str) -> Iterator[list[dict[str, str]]]:
         watcher.join()
 
 
+def descendants(pid: int) -> Iterator[int]:
+    """The processes that a process has started, and those that they have."""
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, children.read_text().split()):
+            yield child
+            yield from descendants(child)
+
+
 def check(status: dict[str, str], allowed: int = 0) -> None:
     assert set(status["Uid"].split()) == set(status["Gid"].split()), status
     assert int(status["Uid"].split()[0]) >= 61184, status
@@ -107,6 +117,68 @@ def test_no_process_of_a_mount_has_rights(
     for path in (open_cache, *open_cache.rglob("*")):
         assert path.stat().st_mode & 0o007 == 0
         assert path.stat().st_gid >= 61184
+
+
+@pytest.mark.parametrize("is_private", [False, True])
+def test_processes_that_move_bytes_have_the_rights_of_the_worker(
+    mount: Callable[..., Mounted], open_cache: Path, tmp_path: Path, s3: S3, is_private: bool
+) -> None:
+    """Of a worker without any, and of one whose cache only root can reach."""
+    s3.fault("GET /rights/m/", "slow", times=10**6, seconds=0.05)
+    cache = tmp_path / "cache" if is_private else open_cache
+    mounted = mount("s3://rights/m", f"--cache-dir={cache}", "--movers=2", "--block-size=1MiB")
+    shell("cat * | wc -c", mounted.path)
+    movers: dict[int, list[dict[str, str]]] = {}
+
+    def are_there() -> bool:  # they stay for half a minute
+        for pid in descendants(mounted.worker):
+            if b"lazyfs.movers.process" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                movers[pid] = list(statuses(pid))
+        return len(movers) == 2
+
+    until_s = time.monotonic() + 60
+    while not are_there():
+        assert time.monotonic() < until_s
+        time.sleep(0.05)
+    allowed = DAC_READ_SEARCH if is_private else 0
+    has = ("Uid", "Gid", "Groups", "Seccomp", "NoNewPrivs", *CAPABILITIES)
+    (worker,) = {tuple(status[name] for name in has) for status in statuses(mounted.worker)}
+    for each in movers.values():
+        for status in each:
+            check(status, allowed)
+            assert tuple(status[name] for name in has) == worker
+    mounted.end()
+
+
+def test_what_a_worker_holds_gives_no_power_over_root(
+    mount: Callable[..., Mounted], open_cache: Path
+) -> None:
+    """If it is taken over: not the record, by which root signals processes, nor the spec."""
+    mounted = mount("s3://rights/m", f"--cache-dir={open_cache}")
+    worker = Path(f"/proc/{mounted.worker}")
+    found = set()
+    for link in (worker / "fd").iterdir():
+        try:
+            target = str(link.readlink())
+            info = (worker / "fdinfo" / link.name).read_text()
+        except FileNotFoundError:
+            continue  # it was closed just now
+        flags = int(re.findall(r"flags:\t(\d+)", info)[0], 8)
+        if target.endswith(".json"):
+            found.add("record")
+            assert flags & os.O_ACCMODE == os.O_RDONLY, target
+        elif "lazyfs-spec" in target:
+            found.add("spec")
+            with link.open("rb") as spec:
+                assert fcntl.fcntl(spec, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE
+    assert found == {"record", "spec"}
+    # The kernel follows no link with which it could answer.
+    line = next(
+        line for line in Path("/proc/self/mountinfo").read_text().splitlines()
+        if line.split()[4] == str(mounted.path)
+    )  # fmt: skip
+    assert "nosymfollow" in line.split()[5].split(",")
+    mounted.end()
 
 
 def test_each_mount_has_a_user_of_its_own(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import socket
@@ -17,7 +18,14 @@ from pathlib import Path
 import pytest
 from mounting import descriptors
 
-from lazyfs.handover.handover import Beginning, Handover, new_carried, new_in_hand, new_near
+from lazyfs.handover.handover import (
+    OF_SUPERVISOR,
+    Beginning,
+    Handover,
+    new_carried,
+    new_in_hand,
+    new_near,
+)
 from lazyfs.handover.keeper import (
     LONGEST_MESSAGE,
     MOST_LABELS,
@@ -28,6 +36,7 @@ from lazyfs.handover.keeper import (
 )
 from lazyfs.handover.runtime_changes import RuntimeChanges
 from lazyfs.memory_file import memory_file, read_whole
+from lazyfs.process.mount_spec import MountSpec
 
 
 def connection_to(keeper: Keeper) -> socket.socket:
@@ -88,6 +97,40 @@ def test_a_worker_s_connection_is_about_its_own_name(keeper: Keeper, client: Kee
             attempt()
     assert contents(client.fetch("theirs")) == {"spec": b"secret"}
     worker.close()
+
+
+def test_a_worker_cannot_change_what_its_supervisor_obeys(
+    keeper: Keeper, client: KeeperClient
+) -> None:
+    spec = MountSpec("s3://ours", "/ours", {"cache-dir": "/ours"})
+    client.store("ours", {"spec": spec.to_descriptor(), "fuse": memory_file("fuse", b"")})
+    connection = connection_to(keeper)
+    restrict_to(connection, "ours", OF_SUPERVISOR)
+    worker = KeeperClient(connection)
+    other = MountSpec("s3://ours", "/ours", {"cache-dir": "/etc"}).to_descriptor()
+    for labels in ({"spec": other}, {"fuse": other, "lock": other}, {"log": other}):
+        with pytest.raises(KeeperError, match="cannot store"):
+            worker.store("ours", labels)
+    for release in (lambda: restrict_to(connection, "ours"), lambda: names_of(connection, "ours")):
+        with pytest.raises(KeeperError, match="about ours alone"):
+            release()
+    kept = worker.fetch("ours")
+    with pytest.raises(PermissionError):
+        os.pwrite(kept["spec"], b"x", 0)
+    with pytest.raises(PermissionError):
+        os.ftruncate(kept["spec"], 0)
+    worker.store("ours", {"fuse": memory_file("fuse", b"newer"), "listing": memory_file("x", b"")})
+    kept = client.fetch("ours")
+    assert MountSpec.from_descriptor(kept["spec"]) == spec
+    assert set(kept) == {"spec", "fuse", "listing"}
+    worker.close()
+
+
+def names_of(connection: socket.socket, name: str) -> None:
+    """Ask for the names of all mounts in a message that has the allowed name."""
+    connection.send(json.dumps({"do": "names", "name": name}).encode())
+    answer = json.loads(connection.recv(1 << 16))
+    raise KeeperError(answer.get("error", f"told {answer}"))
 
 
 def test_descriptors_do_not_leak(client: KeeperClient) -> None:

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -134,6 +134,30 @@ def test_a_path_that_is_too_long_for_sockets(
     ):
         RunningMount(RECORD)
     assert not Path(f"{fits}yyy").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="others have no workers of another user")
+def test_the_lock_of_root_does_not_let_its_holder_write() -> None:
+    """Workers hold it; what is in the record decides which processes get signals."""
+    running = RunningMount(RECORD)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.pwrite(running.descriptor, b"{}", 0)
+    running.write(replace(RECORD, worker=1234))
+    found = record_of(MOUNTPOINT)
+    assert found is not None and found.worker == 1234
+    running.close()
+
+
+def test_a_record_of_the_next_mount_stays() -> None:
+    """A mount that was detached while in use writes no more into the record of that place."""
+    detached = RunningMount(RECORD)
+    mount_records._path(MOUNTPOINT).unlink()
+    following = RunningMount(replace(RECORD, source="s3://bucket/next"))
+    detached.write(replace(RECORD, restarts=1))
+    found = record_of(MOUNTPOINT)
+    assert found is not None and (found.source, found.restarts) == ("s3://bucket/next", 0)
+    detached.close()
+    following.close()
 
 
 def test_records_that_others_can_write_are_ignored() -> None:

@@ -20,7 +20,7 @@ from lazyfs.errors import MountError
 from lazyfs.helper_process import HelperProcesses
 from lazyfs.objects import File
 from lazyfs.pagecache.walker import Walker
-from lazyfs.process.mount_helpers import MountHelpers
+from lazyfs.process.mount_helpers import LOOK_UP, MountHelpers
 from lazyfs.process.privileges import Rights
 from lazyfs.process.worker_files import early_rights
 from lazyfs.process.worker_line import SupervisorLine, WorkerLine
@@ -102,6 +102,7 @@ def test_helpers_stay_below_the_mountpoint(tmp_path):
         hole.truncate(1 << 20)
     with (tmp_path / "hole").open("wb") as hole:
         hole.truncate(1 << 20)
+    os.mkfifo(tmp_path / "mnt/in/pipe")
 
     def asked(path, real):
         return [str(path), real.stat().st_ino, [[0, 4096]]]
@@ -110,12 +111,35 @@ def test_helpers_stay_below_the_mountpoint(tmp_path):
         asked("in/hole", tmp_path / "mnt/in/hole"),
         asked("../hole", tmp_path / "hole"),
         asked(tmp_path / "hole", tmp_path / "hole"),
+        # Links, with which the filesystem of a worker that was taken over can answer.
+        asked("in/link", tmp_path / "hole"),
+        asked("out/hole", tmp_path / "hole"),
+        asked("in/pipe", tmp_path / "mnt/in/pipe"),
     ]
+    (tmp_path / "mnt/in/link").symlink_to(tmp_path / "hole")
+    (tmp_path / "mnt/out").symlink_to(tmp_path)
     found = trio.run(HelperProcesses(ours).run, "dropped", json.dumps(wanted).encode())
-    assert json.loads(found) == [[0], [], []]
+    assert json.loads(found) == [[0], [], [], [], [], []]
     assert trio.run(HelperProcesses(ours).run, "another", b"") == b""
     ours.close()
     serving.join(timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("directories", "is_inside"),
+    [("", True), ("in", True), ("\0in/deep\0", True), ("out", False), ("in/out", False),
+     ("..", False), ("in/../..", False)],
+)  # fmt: skip
+def test_names_are_looked_up_below_the_mountpoint(tmp_path, directories, is_inside):
+    """`out` and `in/out` are links out of the mount."""
+    (tmp_path / "mnt/in/deep").mkdir(parents=True)
+    (tmp_path / "mnt/out").symlink_to("/etc")
+    (tmp_path / "mnt/in/out").symlink_to(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", LOOK_UP, tmp_path / "mnt"],
+        input=directories.encode(), capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode == 0) == is_inside, done.stderr
 
 
 def test_guesses_what_a_worker_needs_as_the_command_says(tmp_path, monkeypatch):
