@@ -14,6 +14,7 @@ from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.file_blocks import Place
 from lazyfs.cache import BlockCache, Claim, other_daemons
 from lazyfs.errors import AccessDeniedError, SourceError
+from lazyfs.fetch import scheduler
 from lazyfs.fetch.fetcher import BlockFetcher
 from lazyfs.fetch.scheduler import URGENT_EXTRA
 from lazyfs.objects import File
@@ -28,6 +29,8 @@ BLOCK = 256 << 10
 BLOCKS = 20
 MODEL = File(2, 1, "f", "f", BLOCKS * BLOCK, "e", 0)
 ON_DISK = File(3, 1, "g", "g", 4 * BLOCK, "e", 0)
+# More than fits into memory.
+LARGE = File(4, 1, "h", "h", 300 * BLOCK, "e", 0)
 
 
 class Source:
@@ -59,6 +62,7 @@ class Disk:
         self.released: list[int] = []
         self.stored: list[int] = []
         self.loaded: list[int] = []
+        self.keeps = True
 
     def load_or_claim(self, file: File, number: int) -> memoryview | Claim:
         if file.inode == ON_DISK.inode:
@@ -67,8 +71,9 @@ class Disk:
         return Claim.THEIRS if number in self.claimed else Claim.OURS
 
     def put_all(self, blocks: Sequence[tuple[File, int, memoryview]]) -> list[bool]:
-        self.stored += [number for _, number, _ in blocks]
-        return [True] * len(blocks)
+        if self.keeps:
+            self.stored += [number for _, number, _ in blocks]
+        return [self.keeps] * len(blocks)
 
     def present(self, file: File) -> list[int]:
         return [0, 1, 2, 3] if file.inode == ON_DISK.inode else []
@@ -300,5 +305,103 @@ def test_what_is_read_ahead_from_the_disk_waits_for_demand() -> None:
             assert machine.disk.loaded == [], "one reader has not got a request yet"
             machine.source.open.set()
         await until(lambda: len(machine.disk.loaded) == 4)
+
+    play(machine, scenario)
+
+
+async def until_memory_is_full(machine: Machine) -> None:
+    """All is prefetched for which there is room; nobody reads it, and the disk does not keep it."""
+    machine.disk.keeps = False
+    machine.order(LARGE)
+    machine.fetcher.pump()
+    await until(lambda: len(machine.source.asked) > 150 and machine.fetcher.in_flight == 0)
+
+
+def test_a_reader_gets_the_room_of_what_was_prefetched_last() -> None:
+    machine = Machine()
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        await until_memory_is_full(machine)
+        for number in range(299, 220, -1):
+            await machine.fetcher.read(LARGE, Span(number, 0, 10))
+        await machine.fetcher.read(LARGE, Span(0, 0, 10))
+        assert machine.source.asked.count(0) == 1, "what is read first is still there"
+
+    play(machine, scenario)
+
+
+def test_the_room_of_a_block_that_was_read_is_used_at_once() -> None:
+    machine = Machine()
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        await until_memory_is_full(machine)
+        count = len(machine.source.asked)
+        await machine.fetcher.read(LARGE, Span(0, 0, BLOCK // 2))
+        await for_a_while()
+        assert len(machine.source.asked) == count, "half of it is still to be read"
+        await machine.fetcher.read(LARGE, Span(0, BLOCK // 2, BLOCK))
+        await until(lambda: len(machine.source.asked) > count)
+
+    play(machine, scenario)
+
+
+def test_what_is_on_the_disk_is_read_ahead_although_memory_is_full() -> None:
+    machine = Machine()
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        await until_memory_is_full(machine)
+        await machine.fetcher.scan([ON_DISK])
+        machine.order(ON_DISK, LARGE)
+        machine.fetcher.set_known(ON_DISK, True)
+        await until(lambda: machine.pages.pushed == [ON_DISK.inode] * 4)
+
+    play(machine, scenario)
+
+
+def test_a_fault_of_the_policy_ends_prefetching_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine = Machine()
+    calls = 0
+
+    def fail() -> None:
+        nonlocal calls
+        calls += 1
+        raise LookupError
+
+    monkeypatch.setattr(machine.prefetcher, "next_fetch", fail)
+    monkeypatch.setattr(scheduler, "AHEAD_REST_S", 0.1)
+    machine.order(MODEL)
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        await until(lambda: calls == 1)
+        for number in range(3):
+            await read(machine, number)
+        assert calls == 1
+        await trio.sleep(0.2)
+        machine.fetcher.pump()
+        assert calls == 2
+
+    play(machine, scenario)
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_reader_that_goes_away_leaves_nothing_behind(has_begun: bool) -> None:
+    machine = Machine(**{"max-concurrency": "1", "prefetch": "off"})
+    machine.source.open.clear()
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        others = 0 if has_begun else URGENT_EXTRA + 1
+        async with trio.open_nursery() as readers:
+            for number in range(others):
+                readers.start_soon(read, machine, number)
+            await until(lambda: len(machine.source.asked) == others)
+            with trio.move_on_after(0.1):
+                await read(machine, 15)
+            assert (15 in machine.source.asked) == has_begun
+            machine.source.open.set()
+        await until(lambda: machine.fetcher.in_flight == 0)
+        await read(machine, 15)
+        assert machine.source.asked.count(15) == 1
 
     play(machine, scenario)
