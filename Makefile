@@ -60,8 +60,8 @@ s3-matrix: setup
 soak: setup
 	@.venv/bin/python tests/soak.py $(or $(SECONDS),120)
 
-# 1 to 1,024 threads fault at once, with --prefetch model, tensor, headers and off, with and without
-# a disk: two minutes or more.
+# 1 to 1,024 threads fault at once, with each policy of --prefetch, with and without a disk: two
+# minutes or more.
 .PHONY: faults
 faults: setup
 	@LAZYFS_FAULTS=1 .venv/bin/python -m pytest -v tests/mount/test_many_faults.py

@@ -94,20 +94,23 @@ class BlockMap:
         """Whether a block is known to be on the disk, wherever else it is."""
         return bool(self.files[block.inode].stored[block.number])
 
+    def is_here(self, block: BlockId) -> bool:
+        """Whether a block is known to be on the disk, or is in memory."""
+        return self.is_stored(block) or self.is_held(block)
+
     def set_known(self, inode: int, known: bool) -> None:
         """Whether the kernel knows the inode, so that blocks can be put into the page cache.
 
         The kernel drops the pages of an inode with it. Nobody reads the file then: a block that is
-        only in S3 is wanted again when it is read again.
+        not on the disk is wanted again when it is read again, and until then memory may drop it.
         """
         blocks = self.files[inode]
         blocks.known = known
         if known:
             return
         for number in blocks.all_at(Place.NEAR):
-            block = BlockId(inode, number)
-            is_here = blocks.stored[number] or self.is_held(block)
-            self.moved(block, Place.LOCAL if is_here else Place.USED)
+            place = Place.LOCAL if blocks.stored[number] else Place.USED
+            self.moved(BlockId(inode, number), place)
 
     def opened(self, inode: int, *, direct: bool) -> None:
         """A file was opened; `direct`: with O_DIRECT, which bypasses the page cache."""

@@ -21,7 +21,8 @@ class Place(IntEnum):
     in the kernel's page cache, where a reader gets it without a request to us. USED: only in S3
     again, after it was read or the kernel dropped it; a load reads each block once. PASSED: only in
     S3, and part of tensors that this loader skips. LEFT: only in S3, and only fetched on demand: it
-    was not wanted, or could not be fetched.
+    was not wanted, or could not be fetched. Blocks that are not LOCAL or LOADING may still be in
+    the worker's memory, until their room is needed.
     """
 
     ABSENT = 0

@@ -122,6 +122,7 @@ class BlockMemory:
         urgent: bool,
         soon: bool = False,
         is_served: bool = False,
+        keep_local: bool = False,
     ) -> bool:
         """Drop blocks until there is room; False if not enough can be dropped.
 
@@ -130,11 +131,13 @@ class BlockMemory:
             is_served: enough blocks are on their way to readers that demand can wait for them.
             soon: the room is for a block that is read before prefetched ones and is on disk, so
                 that it needs the room only briefly.
+            keep_local: blocks that nobody has read stay even if they are on the disk: they are
+                about to be pushed into the page cache.
         """
         least = LEAST_RESERVE * self._block_size
         limit = self._limit_bytes - (0 if urgent else least if soon else self._reserve())
         while self.used_bytes + size_bytes > limit:
-            victim = self._costs_nothing()
+            victim = self._costs_nothing(keep_local=keep_local)
             if victim is None and urgent:
                 victim = self._costs_the_disk() or (None if is_served else self._costs_a_fetch())
             if victim is None:
@@ -151,13 +154,15 @@ class BlockMemory:
         for_readers = min(self._limit_bytes // 2, self._readers() * self._block_size)
         return max(LEAST_RESERVE * self._block_size, self._limit_bytes // 4, for_readers)
 
-    def _costs_nothing(self) -> BlockId | None:
+    def _costs_nothing(self, *, keep_local: bool) -> BlockId | None:
         begun: list[BlockId] = []
         not_stored: BlockId | None = None
         for block, held in self._held.items():
-            if held.users or not (held.on_disk or not held.unread or self._is_near(block)):
+            if keep_local and held.unread and not self._is_spare(block):
                 continue
-            if held.demanded and held.unread and not self._is_near(block):
+            if held.users or not (held.on_disk or not held.unread or self._is_spare(block)):
+                continue
+            if held.demanded and held.unread and not self._is_spare(block):
                 begun.append(block)  # its reader is about to ask for the next part
             elif held.on_disk:
                 return block
@@ -183,8 +188,9 @@ class BlockMemory:
         ahead = [block for block, held in spare if not held.demanded]
         return ahead[-1] if ahead else begun[0] if begun else None
 
-    def _is_near(self, block: BlockId) -> bool:
-        return self._blocks.place(block) == Place.NEAR
+    def _is_spare(self, block: BlockId) -> bool:
+        """Whether it does not count as local: it is in the page cache, or was read and left it."""
+        return self._blocks.place(block) not in (Place.LOCAL, Place.LOADING)
 
     def _drop(self, block: BlockId) -> None:
         held = self._held.pop(block)

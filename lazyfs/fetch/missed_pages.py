@@ -64,9 +64,9 @@ class MissedPages:
         return list(islice(self._map.near_after(block), count))
 
     def wish_again(self, blocks: Iterable[BlockId]) -> None:
-        """Blocks have left the page cache: they are on the disk, or only in S3."""
+        """Blocks have left the page cache."""
         for block in blocks:
             if self._map.place(block) == Place.NEAR:
-                is_stored = self._map.is_stored(block)
-                self._map.moved(block, Place.LOCAL if is_stored else Place.ABSENT)
+                is_here = self._map.is_here(block)
+                self._map.moved(block, Place.LOCAL if is_here else Place.ABSENT)
         self._on_change()

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import trio
 
 from lazyfs.blocks import BlockId, Span, block_length
+from lazyfs.blocks.file_blocks import Place
 from lazyfs.blocks.memory import BlockMemory
 from lazyfs.faults import report_fault
 from lazyfs.fetch.disk_window import DiskWindow
@@ -132,7 +133,7 @@ class Scheduler:
 
     def _work_ahead(self, nursery: trio.Nursery) -> None:
         """Start prefetch jobs, as far as there is room."""
-        self._push_ahead(nursery, from_disk=not self._urgent and not self.paused)
+        pushes_lag = self._push_ahead(nursery, from_disk=not self._urgent and not self.paused)
         if self._window:
             self._window.slide(nursery)
         if self._urgent:
@@ -140,18 +141,21 @@ class Scheduler:
         elif self.paused:
             self._recorder.prefetch_is(Activity.PAUSED)
         else:
-            self._recorder.prefetch_is(self._fetch_ahead(nursery))
+            self._recorder.prefetch_is(self._fetch_ahead(nursery, pushes_lag=pushes_lag))
             self._heads.pump(nursery, self._files)
 
-    def _push_ahead(self, nursery: trio.Nursery, *, from_disk: bool) -> None:
+    def _push_ahead(self, nursery: trio.Nursery, *, from_disk: bool) -> bool:
         """Push what is on this machine into the page cache, in the order in which it is wanted.
 
         A block that has just come waits for blocks before it that must be loaded from the disk.
+
+        Returns:
+            Whether as many blocks wait to be pushed as may.
         """
         while self._pusher.is_ready:
             block = self._prefetcher.next_load(self._pusher.allowance)
             if block is None:
-                return
+                return False
             held = self._memory.get(block)
             if held is not None:
                 self._pusher.put(block, held)
@@ -162,24 +166,39 @@ class Scheduler:
             ):
                 self._jobs.start(nursery, self._new_job(block), from_disk=True)
             else:
-                return
+                return False
+        return not self._pusher.has_room
 
-    def _fetch_ahead(self, nursery: trio.Nursery) -> Activity:
-        """Fetch absent blocks, in the order in which they are wanted."""
+    def _fetch_ahead(self, nursery: trio.Nursery, *, pushes_lag: bool) -> Activity:
+        """Fetch absent blocks, in the order in which they are wanted.
+
+        Args:
+            pushes_lag: blocks wait to be pushed. They keep their room, even if they are on the
+                disk: to load them from there takes longer than to wait for their push.
+        """
         while self._jobs.fetching < self._getter.limit:
             block = self._prefetcher.next_fetch()
             if block is None:
                 return Activity.DONE
-            if not self._make_room(self._length(block), urgent=False):
+            if self._memory.peek(block) is not None:
+                # The kernel forgot its pages, and nobody has needed its room since.
+                self._prefetcher.blocks.moved(block, Place.LOCAL)
+                self._push_ahead(nursery, from_disk=False)
+                continue
+            if not self._make_room(self._length(block), urgent=False, keep_local=pushes_lag):
                 # Blocks on their way take room too; with enough of them, room is not what lacks.
                 enough = 2 * self._jobs.fetching >= self._getter.limit
                 return Activity.FETCHING if enough else Activity.NO_ROOM
             self._jobs.start(nursery, self._new_job(block))
         return Activity.FETCHING
 
-    def _make_room(self, length: int, *, urgent: bool, soon: bool = False) -> bool:
+    def _make_room(
+        self, length: int, *, urgent: bool, soon: bool = False, keep_local: bool = False
+    ) -> bool:
         is_served = self._jobs.demanded >= URGENT_EXTRA
-        return self._memory.make_room(length, urgent=urgent, soon=soon, is_served=is_served)
+        return self._memory.make_room(
+            length, urgent=urgent, soon=soon, is_served=is_served, keep_local=keep_local
+        )
 
     def _new_job(self, block: BlockId) -> Job:
         return self._jobs.new(self._files[block.inode], block, self._length(block))

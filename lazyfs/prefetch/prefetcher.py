@@ -90,7 +90,7 @@ class Prefetcher:
         self._wanted = wanted
         self.on_stray: Callable[[int], None] = lambda inode: None
         self.on_head: Callable[[int], None] = lambda inode: None
-        # Files of which the kernel forgot pages that are nowhere else on this machine.
+        # Files of which the kernel forgot pages that are not on the disk.
         self._forgotten: set[int] = set()
         self._files = blocks.files
         # Files of which more was read than their header, in the order in which that was seen.
@@ -234,6 +234,7 @@ class Prefetcher:
         number = offset // self._block_size
         if number >= len(blocks.places):
             return False  # at the end of the file
+        is_again = blocks.places[number] in (Place.USED, Place.LEFT)
         if blocks.places[number] == Place.USED:
             self._begin_again(inode, number)
         elif blocks.places[number] == Place.LEFT:
@@ -243,13 +244,13 @@ class Prefetcher:
             blocks.last_read = number
             blocks.blocks_read += 1
         if blocks.piece_at(offset) < 0 if blocks.roles else blocks.rank >= 0 and number == 0:
-            return False  # the header
+            return is_again  # the header
         # Where a page of a mapped file is missed, the kernel reads as much before it as behind it
         # (Linux, mm/filemap.c, do_sync_mmap_readahead), so the middle is what is meant.
         middle = min(offset + size // 2, blocks.size_bytes - 1)
         if inode not in self._loaded and _is_load(blocks, middle):
             self._is_read(inode, blocks, offset)
-        return self._touch(inode, blocks, blocks.piece_at(middle))
+        return self._touch(inode, blocks, blocks.piece_at(middle)) or is_again
 
     def _is_read(self, inode: int, blocks: FileBlocks, offset: int) -> None:
         """A request beyond the header of a file.
@@ -460,7 +461,10 @@ class Prefetcher:
     def _want_again(self, inode: int, number: int) -> None:
         """What was read of a file from a block on is wanted as if it had not been."""
         for used in self._files[inode].all_at(Place.USED, number):
-            self.blocks.moved(BlockId(inode, used), Place.ABSENT)
+            block = BlockId(inode, used)
+            # If it is still in memory, `Scheduler` sees that when its turn has come.
+            place = Place.LOCAL if self.blocks.is_stored(block) else Place.ABSENT
+            self.blocks.moved(block, place)
 
 
 def _is_load(blocks: FileBlocks, offset: int) -> bool:

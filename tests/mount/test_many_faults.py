@@ -84,11 +84,11 @@ def test_loads_by_many_threads_end(
     copy_all(mounted, sums, RANKS, THREADS)
 
 
-# Forty loads, for `make faults`.
+# Fifty loads, for `make faults`.
 CASES = [
     pytest.param(ranks, threads, policy, disk, id=f"{ranks * threads}-{policy}-{disk}")
     for ranks, threads in ((1, 1), (1, 8), (4, 16), (4, 64), (4, 256))
-    for policy in ("model", "tensor", "headers", "off")
+    for policy in ("model", "tensor", "sequential", "headers", "off")
     for disk in ("disk", "none")
     if os.environ.get("LAZYFS_FAULTS")
 ]

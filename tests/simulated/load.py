@@ -87,10 +87,15 @@ def simulate(
     options: MountOptions | None = None,
     *,
     starts_s: float = 0.0,
+    again: bool = False,
 ) -> Report:
-    """Mount a model, let a loader begin after `starts_s`, and measure until it has all it wants."""
+    """Mount a model, let a loader begin after `starts_s`, and measure until it has all it wants.
+
+    Args:
+        again: measure another load in the same mount, after the kernel has forgotten all inodes.
+    """
     options = options or MountOptions.parse(("{name}", SMALL))
-    load = _Load(model, loader, machine or Machine(), options, starts_s)
+    load = _Load(model, loader, machine or Machine(), options, starts_s, again)
     clock = trio.testing.MockClock(autojump_threshold=0)
     with (
         mock.patch("trio.to_thread.run_sync", load.threads.run_sync),
@@ -114,9 +119,11 @@ class _Catalog:
 
 class _Load:
     def __init__(
-        self, model: Model, loader: Loader, machine: Machine, options: MountOptions, starts_s: float
-    ) -> None:
+        self, model: Model, loader: Loader, machine: Machine, options: MountOptions,
+        starts_s: float, again: bool,
+    ) -> None:  # fmt: skip
         self._loader = loader
+        self._again = again
         self._machine = machine
         self._starts_s = starts_s
         # What can be on this machine before anyone has read anything; a part of the memory is for
@@ -169,14 +176,28 @@ class _Load:
                     nursery.start_soon(self._planner.run)
                 nursery.start_soon(self._become_known)
                 await trio.sleep(self._starts_s)
-                began_s = trio.current_time()
-                async with trio.open_nursery() as workers:
-                    for queue in self._loader.queues:
-                        jobs = iter(queue.jobs)
-                        for _ in range(queue.workers):
-                            workers.start_soon(self._work, jobs)
-                self._seconds = trio.current_time() - began_s
+                await self._load()
+                if self._again:
+                    self._forget_inodes()
+                    await self._load()
                 nursery.cancel_scope.cancel()
+
+    async def _load(self) -> None:
+        began_s = trio.current_time()
+        async with trio.open_nursery() as workers:
+            for queue in self._loader.queues:
+                jobs = iter(queue.jobs)
+                for _ in range(queue.workers):
+                    workers.start_soon(self._work, jobs)
+        self._seconds = trio.current_time() - began_s
+
+    def _forget_inodes(self) -> None:
+        """What the kernel does when it is short of memory: the pages go with the inodes."""
+        for file in self._files.values():
+            self._pages.forget(file.inode)
+            self._fetcher.set_known(file, False)
+        self._opened.clear()
+        self._bucket.forget()
 
     async def _become_known(self) -> None:
         await trio.sleep(KNOWN_S)

@@ -192,6 +192,11 @@ class Bucket:
         await self._movers.take(length, self._machine.receive)
         await self._worker.take(length)
 
+    def forget(self) -> None:
+        """Count from here on."""
+        self.asked.clear()
+        self.sent_bytes = 0
+
     def close_idle(self) -> None:
         """There are no connections."""
 
@@ -356,6 +361,12 @@ class Pages:
             start = number * self._block_size // PAGE
             stop = min(start + self._block_size // PAGE, len(self._files[old]))
             self._files[old][start:stop] = self._files[old][start:stop].translate(_DROP)
+
+    def forget(self, inode: int) -> None:
+        """Drop the pages of a file that nobody has open."""
+        self._files[inode] = bytearray(len(self._files[inode]))
+        for block in [block for block in self._blocks if block[0] == inode]:
+            self._used -= self._blocks.pop(block)
 
     def has(self, inode: int, offset: int, size: int) -> bool:
         """Whether a range is there; it counts as used just now."""

@@ -72,6 +72,16 @@ def test_a_header_of_100_mb_costs_only_the_prefetch() -> None:
     assert report.twice == 0
 
 
+def test_a_model_that_the_kernel_forgot_loads_as_fast_as_at_first() -> None:
+    """Its blocks are nowhere but in S3, and it is asked for many at once."""
+    model = models.llama(4 * 10**9, 4)
+    machine = Machine(disk=None)
+    first = simulate(model, loaders.lazy(model), machine)
+    second = simulate(model, loaders.lazy(model), machine, again=True)
+    assert second.twice == 0
+    assert second.seconds <= first.seconds * 1.05
+
+
 @pytest.mark.parametrize("answers", range(1, 100, 7))
 @pytest.mark.parametrize("steps", range(5))
 def test_a_mount_may_end_while_an_answer_is_taken(

@@ -107,6 +107,30 @@ def test_a_block_that_was_read_is_not_wanted_again(room: Room) -> None:
     assert room.prefetcher.blocks.place(BlockId(2, 0)) == Place.USED
 
 
+def test_a_prefetch_can_leave_blocks_that_are_about_to_be_pushed(room: Room) -> None:
+    """They are on the disk, but to load them from there would cost more than to wait."""
+    for number in range(8):
+        room.hold(number, on_disk=True)
+    assert not room.memory.make_room(1, urgent=False, keep_local=True)
+    assert room.left() == set(range(8))
+    room.prefetcher.blocks.moved(BlockId(2, 3), Place.NEAR)
+    room.memory.get(BlockId(2, 6)).unread = 0  # type: ignore[union-attr]
+    assert room.memory.make_room(2, urgent=False, keep_local=True)
+    assert room.left() == set(range(8)) - {3, 6}
+    assert room.ask(), "otherwise they cost nothing"
+
+
+@pytest.mark.parametrize("place", [Place.NEAR, Place.USED, Place.ABSENT])
+def test_a_prefetch_drops_what_does_not_count_as_local(room: Room, place: Place) -> None:
+    """It was in the page cache, and nobody is known to have read it there."""
+    for number in range(8):
+        room.hold(number)
+    room.prefetcher.blocks.moved(BlockId(2, 5), place)
+    assert room.ask()
+    assert room.left() == set(range(8)) - {5}
+    assert room.prefetcher.blocks.place(BlockId(2, 5)) == place
+
+
 def test_demand_spares_partly_read_blocks(room: Room) -> None:
     for number in range(10):
         room.hold(number, demanded=number < 5)
@@ -241,6 +265,7 @@ def test_demand_spares_partly_read_blocks_of_several_readers(
     memory = memory_of(blocks, readers, demanded=True)
     memory.reserve(BLOCK)
     memory.hold(BlockId(2, blocks), Held(FILE, memoryview(bytes(BLOCK)), unread=1))
+    memory._blocks.moved(BlockId(2, blocks), Place.LOCAL)
     assert memory.make_room(0, urgent=True)
     gone = [number for number in range(blocks + 1) if memory.get(BlockId(2, number)) is None]
     assert gone == [first]

@@ -99,3 +99,15 @@ def test_dropped_blocks_are_wanted_again_from_where_they_are() -> None:
         assert (desk.pages.block_size, desk.pages.file(2)) == (10, FILE)
 
     play(scenario)
+
+
+def test_dropped_blocks_that_wait_for_the_disk_are_still_here() -> None:
+    """The kernel may drop a page sooner than the disk has the block. S3 is not asked again."""
+
+    async def scenario(desk: Desk) -> None:
+        desk.blocks.is_held = lambda block: block.number == 2
+        desk.pages.wish_again([BlockId(2, 1), BlockId(2, 2)])
+        places = [desk.blocks.place(BlockId(2, number)) for number in (1, 2)]
+        assert places == [Place.ABSENT, Place.LOCAL]
+
+    play(scenario)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import cast
 
@@ -235,6 +236,57 @@ def test_a_block_that_is_found_on_the_disk_is_on_this_machine(place: Place) -> N
         machine.prefetcher.blocks.moved(block, place)
         await machine.fetcher.scan([ON_DISK])
         assert machine.prefetcher.blocks.place(block) is Place.LOCAL
+
+    play(machine, scenario)
+
+
+def test_blocks_are_not_loaded_from_the_disk_because_pushes_are_slow() -> None:
+    """They were in memory. A fast link waits for the page cache instead."""
+    machine = Machine()
+    machine.fetcher._memory._limit_bytes = 16 * BLOCK  # less than the model
+    machine.order(MODEL)
+    machine.fetcher.set_known(MODEL, True)
+    loads: list[int] = []
+    machine.disk.load_or_claim = (  # type: ignore[method-assign]
+        lambda file, number: (
+            loads.append(number) or memoryview(bytes(BLOCK))  # type: ignore[func-returns-value]
+            if number in machine.disk.stored
+            else Claim.OURS
+        )
+    )
+    push = machine.pages.push
+
+    def push_slowly(inode: int, offset: int, data: memoryview) -> bool:
+        time.sleep(0.01)
+        return push(inode, offset, data)
+
+    machine.pages.push = push_slowly  # type: ignore[method-assign]
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        near = machine.prefetcher.blocks.files[MODEL.inode].counts
+        await until(lambda: near[Place.NEAR] == BLOCKS)
+        assert loads == []
+
+    play(machine, scenario)
+
+
+def test_a_block_in_memory_is_not_fetched_again() -> None:
+    """The kernel forgot a file that lay in the page cache, and then it is read again."""
+    machine = Machine()
+    machine.order(MODEL)
+    machine.disk.put_all = lambda blocks: [False] * len(blocks)  # type: ignore[method-assign]
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        blocks = machine.prefetcher.blocks
+        machine.fetcher.set_known(MODEL, True)
+        await until(lambda: blocks.files[MODEL.inode].counts[Place.NEAR] == BLOCKS)
+        machine.fetcher.set_known(MODEL, False)
+        assert blocks.files[MODEL.inode].counts[Place.USED] == BLOCKS
+        machine.fetcher.set_known(MODEL, True)
+        machine.fetcher.was_read(MODEL, 0, 10)
+        await read(machine, 0)
+        await until(lambda: blocks.files[MODEL.inode].counts[Place.NEAR] == BLOCKS)
+        assert sorted(machine.source.asked) == list(range(BLOCKS))
 
     play(machine, scenario)
 
