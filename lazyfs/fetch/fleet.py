@@ -2,9 +2,13 @@
 
 The cache (`store/fleet_cache.py`) is asked first, for blocks and headers, while it serves. What it
 does not give, S3 is asked for in the same attempt, so a reader never sees its trouble. If S3 then
-gives what the cache did not, or there is no connection, the cache *rests*: nothing goes there for
-`REST_S`, or until there is a connection again. Then one request is made of it as a trial, and the
-others go on to S3 until that one succeeds.
+gives what the cache did not, the cache *rests*: nothing goes there for `REST_S`. Then one request
+is made of it as a trial, and the others go on to S3 until that one succeeds.
+
+If there is no connection, the cache rests until there is one, or as long. A cache that was there a
+moment ago is most likely being started again. If all requests of this node went to S3 meanwhile,
+each of them would be one more copy for the fleet, over a link that the other nodes share. So they
+wait for `RETURN_S` first, and then go to S3 a few at a time, more the longer it takes.
 
 The cache makes one request of S3 for all nodes that want the same range. To ask it twice because an
 answer is late would only reach the same place, and to ask S3 would have the range sent once more
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import random
 from collections import Counter
 from enum import StrEnum
@@ -31,7 +36,12 @@ log = logging.getLogger(__name__)
 
 REST_S = 30.0
 # How often a connection is tried while there is none: a door that comes back is used at once.
-KNOCK_S = 2.0
+KNOCK_S = 0.25
+# For how long requests wait for a door that was there and is gone.
+RETURN_S = 2.0
+# How many requests S3 then gets at a time, and after how long twice as many.
+FIRST_DIRECT = 2
+DOUBLES_S = 2.0
 # For how long the first requests of a mount wait to hear whether the cache can be connected to.
 FIRST_WORD_S = 0.25
 # Of what is asked twice in vain because the answer ended early, how much in a row is too much.
@@ -75,22 +85,49 @@ class Fleet:
         self._cut_off = 0
         self._told = False
         self._knocks = False
+        # Requests of S3 under way, and the most of them: limited while the cache is lost.
+        self._direct = 0
+        self._most_direct: float = math.inf
+        self._turns = trio.lowlevel.ParkingLot()
         trio.lowlevel.spawn_system_task(
             contained, "connecting to the cache of the fleet", self._connect
         )
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether it was there a moment ago, and is waited for."""
+        return self._most_direct != math.inf
+
     async def may_be_asked(self) -> bool:
-        """Whether a request is to be made of it now; if so, `gave` or `failed` must follow."""
-        if self.state is State.UNKNOWN:
-            with trio.move_on_at(self._waits_until_s):
-                await self._heard.wait()
-        now_s = trio.current_time()
-        if self.state is State.RESTING and now_s >= self._rests_until_s:
-            self.state = State.ON_TRIAL
-        if self.state is State.ON_TRIAL and now_s >= self._trial_until_s:
-            self._trial_until_s = now_s + TRIAL_S
-            return True
-        return self.state is State.USED
+        """Wait for the turn of a request, and say of whom it is to be made now.
+
+        True: of the cache; `gave`, `failed` or `let_go` must follow. False: of S3; `asked_s3` must
+        follow.
+        """
+        with trio.move_on_at(self._waits_until_s):
+            await self._heard.wait()
+        while True:
+            now_s = trio.current_time()
+            if self.state is State.RESTING and now_s >= self._rests_until_s:
+                self.state = State.ON_TRIAL
+            if self.state is State.ON_TRIAL and now_s >= self._trial_until_s:
+                self._trial_until_s = now_s + TRIAL_S
+                return True
+            if self.state is State.USED:
+                return True
+            if self._direct < self._most_direct:
+                self._direct += 1
+                return False
+            await self._turns.park()
+
+    def goes_to_s3(self) -> None:
+        """What it did not give is asked of S3 now; `asked_s3` must follow."""
+        self._direct += 1
+
+    def asked_s3(self) -> None:
+        """S3 has answered."""
+        self._direct -= 1
+        self._turns.unpark()
 
     def gave(self) -> None:
         """It gave what was asked for."""
@@ -120,9 +157,9 @@ class Fleet:
         """S3 gave what the cache has said several times that S3 has trouble with."""
         self._rest("it passes on trouble that S3 does not have")
 
-    def was_cut_off(self) -> None:
-        """An answer of it ended early; it is asked again."""
-        self.results[Trouble.CUT_OFF.value] += 1
+    def is_asked_again(self, error: FleetCacheError) -> None:
+        """It did not give what was asked for, and may do so the next time."""
+        self.results[error.trouble.value] += 1
 
     def let_go(self) -> None:
         """What was asked of it is not wanted any more."""
@@ -132,6 +169,8 @@ class Fleet:
         # Nodes that saw the same trouble do not come back together.
         self._rests_until_s = trio.current_time() + REST_S * random.uniform(1, 1.2)  # noqa: S311
         self._cut_off = 0
+        if is_away and self.state is State.USED:
+            self._lose()
         if self.state is not State.RESTING:
             level = logging.DEBUG if self._told else logging.WARNING
             self._told = True
@@ -144,16 +183,31 @@ class Fleet:
             self._knocks = True
             trio.lowlevel.spawn_system_task(contained, "knocking at the cache", self._knock)
 
+    def _lose(self) -> None:
+        """It was there a moment ago: let requests wait."""
+        self._heard = trio.Event()
+        self._waits_until_s = trio.current_time() + RETURN_S
+        self._most_direct = FIRST_DIRECT
+
     async def _knock(self) -> None:
         """Try for a connection while it rests, for as long as it would."""
         try:
             while self.state is State.RESTING and trio.current_time() < self._rests_until_s:
                 await trio.sleep(KNOCK_S)
+                if self.is_lost:
+                    gone_s = trio.current_time() - self._waits_until_s
+                    self._most_direct = FIRST_DIRECT * 2 ** max(0, int(gone_s / DOUBLES_S))
+                    self._turns.unpark_all()
                 with contextlib.suppress(FleetCacheError):
                     await trio.to_thread.run_sync(self.cache.connect, abandon_on_cancel=True)
-                    self._rests_until_s = trio.current_time()
+                    if self.state is State.RESTING:
+                        self.state, self.trouble = State.USED, None
+                        log.info("the fleet cache %s is there again", self.cache.url)
         finally:
             self._knocks = False
+            self._most_direct = math.inf
+            self._heard.set()
+            self._turns.unpark_all()
 
     async def _connect(self) -> None:
         try:

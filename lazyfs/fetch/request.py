@@ -61,6 +61,8 @@ class _Attempt:
     Attributes:
         cache: that is asked; None: S3.
         trouble: why the cache did not give it.
+        is_direct: S3 is asked, and the fleet counts it.
+        returns: how often it was made of the cache again, because that came back.
     """
 
     operation: str
@@ -68,6 +70,8 @@ class _Attempt:
     cache: FleetCache | None
     cancel: Cancel = field(default_factory=Cancel)
     trouble: FleetCacheError | None = None
+    is_direct: bool = False
+    returns: int = 0
 
     @property
     def s3_refusal(self) -> Refusal | None:
@@ -85,6 +89,7 @@ class _Request:
         began_s: when it was made.
         overtaken: by how many that were made well after it and are no shorter.
         is_elsewhere: the fleet's cache has it.
+        is_direct: the fleet has let it go to S3.
     """
 
     file: File
@@ -95,6 +100,7 @@ class _Request:
     under_way: list[Cancel] = field(default_factory=list)
     hedged: bool = False
     is_elsewhere: bool = False
+    is_direct: bool = False
 
 
 class BlockGetter:
@@ -190,6 +196,7 @@ class BlockGetter:
             request = _Request(file, start, length, began_s)
             if self.fleet and asked_of_cache < MOST_ASKED_OF_CACHE:
                 request.is_elsewhere = await self.fleet.may_be_asked()
+                request.is_direct = not request.is_elsewhere
                 asked_of_cache += request.is_elsewhere
             got = await self._first_answer(request)
             now_s = trio.current_time()
@@ -282,31 +289,42 @@ class BlockGetter:
             cache = self.fleet.cache
         operation = "fleet" if cache else "get"
         attempt = _Attempt(operation, self._recorder.asked(operation), cache)
+        if not request.hedged:
+            attempt.is_direct = request.is_direct
         request.under_way.append(attempt.cancel)
         token = trio.lowlevel.current_trio_token()
+        try:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        except trio.Cancelled:
+            self._ended(request, attempt, 0)  # no thread will do so
+            raise
 
         def get() -> _Answer:
             size = 0
             wanted = request.file, request.start, request.length
             try:
-                if cache is not None:
+                asks_cache = cache is not None
+                while asks_cache:
+                    assert cache is not None
+                    attempt.trouble = data = None
                     try:
                         data = self._ask_cache(cache, request, attempt.cancel, token)
                     except FleetCacheError as error:
                         attempt.trouble = error
-                        data = None
                     if data is not None:
                         size = request.length
                         return Got(data, Tier.FLEET)
                     if refusal := attempt.s3_refusal:
                         return refusal.error(self._source.name(request.file.key))
-                    token.run_sync_soon(self._turns_to_s3, request, attempt)
+                    asks_cache = trio.from_thread.run(
+                        self._may_ask_cache_again, request, attempt, trio_token=token
+                    )
                 data = self._source.read_range(*wanted, attempt.cancel)
                 size = request.length
                 return Got(data, Tier.S3)
             except SourceError as error:
                 return error
-            except CancelledError:
+            except (CancelledError, trio.RunFinishedError, trio.Cancelled):
                 return UnavailableError("not wanted any more")
             finally:
                 with contextlib.suppress(trio.RunFinishedError):  # the mount has ended
@@ -321,26 +339,33 @@ class BlockGetter:
         cancel: Cancel,
         token: trio.lowlevel.TrioToken,
     ) -> memoryview | None:
-        """Ask the fleet's cache, and again if the answer is cut off: one of its machines may have
-        died, in whose place another one answers now. None: it is not to be asked for this file.
+        """Ask the fleet's cache, and again if what came cannot be used.
+
+        An answer is cut off if one of its machines dies, in whose place another one answers the
+        next time. What is wrong or cut off again may be so on the disk of a machine: then the cache
+        is told to get it anew. None: it is not to be asked for this file.
 
         Raises:
             FleetCacheError: it did not give it.
             SourceError: no credentials.
         """
         wanted = request.file, request.start, request.length
-        try:
-            return self._source.read_cached(cache, *wanted, cancel)
-        except FleetCacheError as error:
-            if error.trouble is not Trouble.CUT_OFF:
-                raise
-            assert self.fleet
-            token.run_sync_soon(self.fleet.was_cut_off)
-            return self._source.read_cached(cache, *wanted, cancel)
+        assert self.fleet
+        may_be_dead = True
+        while True:
+            try:
+                return self._source.read_cached(cache, *wanted, cancel)
+            except FleetCacheError as error:
+                if error.trouble not in (Trouble.CUT_OFF, Trouble.WRONG):
+                    raise
+                token.run_sync_soon(self.fleet.is_asked_again, error)
+                if error.trouble is Trouble.WRONG or not may_be_dead:
+                    return self._source.read_cached(cache, *wanted, cancel, fresh=True)
+                may_be_dead = False
 
     def _may_hedge(self, request: _Request) -> bool:
         """Reserve room for a second attempt, unless many are under way already."""
-        if self._hedges_running >= HEDGES:
+        if self._hedges_running >= HEDGES or (self.fleet and self.fleet.is_lost):
             return False
         if request.is_elsewhere and (
             self._hedges_running
@@ -357,23 +382,37 @@ class BlockGetter:
         request.hedged = True
         return True
 
-    def _turns_to_s3(self, request: _Request, attempt: _Attempt) -> None:
-        """The cache of the fleet did not give it; S3 is asked."""
+    async def _may_ask_cache_again(self, request: _Request, attempt: _Attempt) -> bool:
+        """The cache of the fleet did not give it; say whether it is asked again, or S3 is."""
+        assert self.fleet
         self._recorder.answered(
             attempt.operation, attempt.began_s, key=request.file.key, failed=bool(attempt.trouble)
         )
-        attempt.operation, attempt.began_s = "get", self._recorder.asked("get")
-        request.is_elsewhere = False
-        if self.fleet and attempt.trouble and attempt.trouble.is_certain:
+        attempt.operation = ""  # nothing is asked while it waits
+        is_elsewhere = False
+        if attempt.trouble and attempt.trouble.is_certain:
             # Told now: until S3 has answered, the cache may be there again.
             self.fleet.failed(attempt.trouble, s3_gave=False)
+        is_away = attempt.trouble and attempt.trouble.trouble is Trouble.AWAY
+        if is_away and attempt.returns < MOST_ASKED_OF_CACHE:
+            is_elsewhere = await self.fleet.may_be_asked()
+            attempt.returns += is_elsewhere
+        else:
+            self.fleet.goes_to_s3()
+        request.is_elsewhere, attempt.is_direct = is_elsewhere, not is_elsewhere
+        attempt.operation = "fleet" if is_elsewhere else "get"
+        attempt.began_s = self._recorder.asked(attempt.operation)
+        return is_elsewhere
 
     def _ended(self, request: _Request, attempt: _Attempt, size: int) -> None:
         """The thread of an attempt came back, wanted or not."""
         failed = not size and not attempt.cancel.called
-        self._recorder.answered(
-            attempt.operation, attempt.began_s, size, key=request.file.key, failed=failed
-        )
+        if attempt.operation:
+            self._recorder.answered(
+                attempt.operation, attempt.began_s, size, key=request.file.key, failed=failed
+            )
+        if attempt.is_direct and self.fleet:
+            self.fleet.asked_s3()
         if attempt.cache is not None and self.fleet:
             if attempt.trouble and attempt.trouble.is_certain:
                 pass  # it was told when S3 was asked

@@ -3,13 +3,18 @@
 The configuration ensures that the cache never does this:
 
 - *Give a reader what S3 denies it.* For each request, the door sends S3 a request for one byte of
-  the same version with the reader's own signature (`auth_request`). The answer is cached under the
-  signature, so it never applies to another reader. In doubt the door refuses: then lazyfs asks S3.
+  the same version with the reader's own signature (`auth_request`). Only that byte, of that
+  version, permits the request; any other answer does not, whatever its status. The answer is cached
+  under the signature, so it never applies to another reader. In doubt the door refuses: then lazyfs
+  asks S3.
 - *Store anything but S3's answer to the key.* A key is host, path, ETag and range, separated by
   line feeds, which none of them can contain. Only GETs of one range of one version, without a
   query, are accepted; only the headers named here are passed on; only a 206 with the requested ETag
-  is stored; and the administrator must have named the host, which is reached by TLS if its URL says
-  so.
+  and range is stored; and the administrator must have named the host, which is reached by TLS if
+  its URL says so.
+- *Keep a bad answer.* lazyfs finds what nginx cannot compare, such as a length that differs from
+  the range. It then repeats the request with `X-Lazyfs-Refresh: 1`: shelves get the range anew, and
+  the new answer replaces the stored one.
 - *Answer strangers.* A shelf does not ask S3 about readers, because doors do. So it answers only
   the doors of the fleet, which it knows by address, and by certificate if there is one.
 - *Follow S3's hints.* `X-Accel-*`, `Cache-Control` and similar headers of an object are ignored.
@@ -52,6 +57,7 @@ http {{
     fastcgi_temp_path {run}/tmp;
     uwsgi_temp_path {run}/tmp;
     scgi_temp_path {run}/tmp;
+    root {run}/tmp; # nothing of it is served
     {resolver}
 
     map $http_host $origin {{
@@ -67,10 +73,24 @@ http {{
         "~^bytes=[0-9]{{1,19}}-[0-9]{{1,19}} $" 1;
     }}
     map "$has_version$has_range" $is_taken {{ default 0; 11 1; }}
-    map "$upstream_http_etag\n$http_if_match" $is_other {{
+    map "$upstream_http_etag\n$http_if_match" $is_other_version {{
         default 1;
         '~^("[!#-~]+")\n\1$' 0;
     }}
+    map "$upstream_http_content_range\n$http_range" $is_other_range {{
+        default 1;
+        "~^bytes[ =]([0-9]+-[0-9]+)/[0-9]+\nbytes=\1$" 0;
+    }}
+    map $upstream_http_content_range $is_other_byte {{
+        default 1;
+        "~^bytes[ =]0-0/[0-9]+$" 0;
+    }}
+    # A verdict that was stored has no status: only 206 is stored.
+    map "$verdict\n$verdict_range\n$verdict_etag\n$http_if_match" $is_permitted {{
+        default 0;
+        '~^(206)?\nbytes[ =]0-0/[0-9]+\n("[!#-~]+")\n\2$' 1;
+    }}
+    map $http_x_lazyfs_refresh $is_refresh {{ default ""; 1 1; }}
 
     proxy_cache_path {cache} levels=2:2 use_temp_path=off keys_zone=blocks:{keys}m
         max_size={size} min_free={reserve} inactive=365d loader_files=1000;
@@ -106,7 +126,14 @@ http {{
         location / {{
             auth_request /.lazyfs-verdict;
             auth_request_set $verdict $upstream_status;
+            auth_request_set $verdict_range $upstream_http_content_range;
+            auth_request_set $verdict_etag $upstream_http_etag;
             error_page 401 403 500 = @refused;
+            # It comes after the verdict; there is no such file.
+            try_files /.lazyfs-none @permitted;
+        }}
+        location @permitted {{
+            if ($is_permitted = 0) {{ return 403; }}
             proxy_max_temp_file_size 0;
 {to_shelves}
         }}
@@ -115,7 +142,7 @@ http {{
             proxy_cache verdicts;
             proxy_cache_key "$http_host\n$request_uri\n$http_if_match\n$http_authorization";
             proxy_cache_valid 206 {verdict}s;
-            proxy_no_cache $is_other;
+            proxy_no_cache $is_other_version $is_other_byte;
             proxy_cache_lock on;
             proxy_cache_lock_timeout 20s;
             proxy_cache_lock_age 20s;
@@ -126,12 +153,11 @@ http {{
             proxy_pass $origin$request_uri;
         }}
         location @refused {{
-            if ($verdict = 401) {{ return 403; }}
             if ($verdict = 404) {{ return 404; }}
             if ($verdict = 412) {{ return 412; }}
             if ($verdict = 503) {{ return 503 "<Error><Code>SlowDown</Code></Error>"; }}
-            if ($verdict ~ ^5) {{ return 502; }}
-            return 403;
+            if ($verdict ~ ^[34]) {{ return 403; }}
+            return 502; # S3 cannot be reached
         }}
     }}
 
@@ -144,7 +170,8 @@ http {{
         if ($origin = "") {{ return 421; }}
         if ($is_taken = 0) {{ return 400; }}
         proxy_cache_valid 206 365d;
-        proxy_no_cache $is_other;
+        proxy_no_cache $is_other_version $is_other_range;
+        proxy_cache_bypass $is_refresh;
         proxy_cache_lock on;
         proxy_cache_lock_timeout 90s;
         proxy_cache_lock_age 90s;
@@ -154,7 +181,7 @@ http {{
     }}
 }}
 """
-# The headers that are passed on to shelves and to S3, besides the range.
+# The headers that are passed on to shelves and to S3, besides the range. Empty ones are not sent.
 _HEADERS = (
     "Host $http_host",
     'Connection ""',
@@ -167,6 +194,7 @@ _HEADERS = (
     "X-Amz-Security-Token $http_x_amz_security_token",
     "X-Amz-Request-Payer $http_x_amz_request_payer",
     "If-Match $http_if_match",
+    "X-Lazyfs-Refresh $is_refresh",
 )
 _RING = """
     upstream {name} {{
@@ -257,6 +285,9 @@ def render(
         )
         return _RING.format(name=name, servers=servers)
 
+    # Some DNS servers say "no such name" where a name has IPv4 addresses only, and nginx then uses
+    # none of these. Nodes with IPv4 addresses need no others.
+    family = " ipv6=off" if ipaddress.ip_address(settings.address).version == 4 else ""
     of_group = groups([*nodes, settings.address], settings.group_size)
     near = [each for each in nodes if of_group[each] == of_group[settings.address]]
     rings, levels = ring("shelves", near or nodes), ""
@@ -278,7 +309,7 @@ def render(
         size=size_bytes,
         reserve=reserve_bytes,
         verdict=f"{settings.verdict_time:.0f}",
-        resolver=f"resolver {' '.join(resolvers)} valid=30s;" if resolvers else "",
+        resolver=f"resolver {' '.join(resolvers)} valid=30s{family};" if resolvers else "",
         origins="\n".join(f"        {_mapped(each)}" for each in settings.origins),
         rings=rings,
         levels=levels,

@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 # The cache is on this machine, or next to it.
 CONNECT_TIMEOUT_S = 2.0
+# Asks shelves to get the range from S3 again, in the place of what they have (`fleet/nginx.py`).
+REFRESH = {"X-Lazyfs-Refresh": "1"}
 # Another node may still be fetching the range over a slow link before the first byte arrives here.
 SILENCE_TIMEOUT_S = 60.0
 
@@ -82,7 +84,7 @@ class _UnixConnections(Transport):
     """Args: path: the path of the socket."""
 
     def __init__(self, path: str) -> None:
-        super().__init__("http://localhost")
+        super().__init__("http://localhost", asks_silent_again=False)
         self._path = path
 
     def _connect(self) -> HTTPConnection:
@@ -109,7 +111,7 @@ class FleetCache:
             self._connections = _UnixConnections(url.removeprefix("unix:"))
         else:
             timeouts_s = CONNECT_TIMEOUT_S, SILENCE_TIMEOUT_S
-            self._connections = _Connections(url, timeouts_s=timeouts_s)
+            self._connections = _Connections(url, timeouts_s=timeouts_s, asks_silent_again=False)
 
     def connect(self) -> None:
         """Check that a connection can be made. Raises FleetCacheError."""

@@ -161,6 +161,8 @@ class Transport:
             if the address must not be connected to.
         timeouts_s: how long to wait for a connection, and for more of an answer; None: as
             long as for S3.
+        asks_silent_again: a request over a kept connection that falls silent is repeated over a new
+            one, because a router on the way may have forgotten the connection.
     """
 
     def __init__(
@@ -170,7 +172,10 @@ class Transport:
         proxy: Proxy | None = None,
         may_connect: Callable[[str], None] = lambda address: None,
         timeouts_s: tuple[float, float] | None = None,
+        *,
+        asks_silent_again: bool = True,
     ) -> None:
+        self._asks_silent_again = asks_silent_again
         self._url = urlsplit(server)
         self._timeouts_s = timeouts_s
         self._tls = tls
@@ -260,6 +265,8 @@ class Transport:
                 return kept, kept.sock, _answer_of(kept, method, target, headers, cancel)
             except TimeoutError:
                 self._close_idle_since(began_s)  # they fall silent together
+                if not self._asks_silent_again:
+                    raise
             except (ConnectionError, ssl.SSLError):
                 self.close_idle(0.0)  # the server has closed it, and the other idle ones are older
         connection = self._connect()

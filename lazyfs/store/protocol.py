@@ -57,9 +57,19 @@ class Store(Protocol):
         """
 
     def read_cached(
-        self, cache: FleetCache, pin: Pinned, start: int, length: int, cancel: Cancel
+        self,
+        cache: FleetCache,
+        pin: Pinned,
+        start: int,
+        length: int,
+        cancel: Cancel,
+        *,
+        fresh: bool = False,
     ) -> memoryview | None:
         """Like `read_range`, from the cache of a fleet, which passes the request on to the store.
+
+        Args:
+            fresh: the cache must get it from the store, because what it has is wrong.
 
         None: the cache cannot be used for this object.
 

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
@@ -33,7 +33,7 @@ from lazyfs.options.mount_options import MountOptions
 from lazyfs.store import entity_tag, ranges
 from lazyfs.store.cancel import Cancel
 from lazyfs.store.credentials import Credentials, StaticCredentials, WebIdentity
-from lazyfs.store.fleet_cache import FleetCache
+from lazyfs.store.fleet_cache import REFRESH, FleetCache
 from lazyfs.store.http import (
     Answer,
 )
@@ -263,9 +263,19 @@ class Source:
         raise BadResponseError(f"{self.url.name(pin.key)}: {MOST_PARTS} answers gave {done} bytes")
 
     def read_cached(
-        self, cache: FleetCache, pin: Pinned, start: int, length: int, cancel: Cancel
+        self,
+        cache: FleetCache,
+        pin: Pinned,
+        start: int,
+        length: int,
+        cancel: Cancel,
+        *,
+        fresh: bool = False,
     ) -> memoryview | None:
         """Like `read_range`, from the cache of a fleet.
+
+        Args:
+            fresh: the cache must get it from S3, because what it has is wrong.
 
         None: the cache cannot be used, because requests cannot name the version of this object.
 
@@ -279,6 +289,8 @@ class Source:
         into = take_buffer(length)
 
         request = self._request(pin, start, into, pin.etag)
+        if fresh:
+            request = replace(request, headers={**request.headers, **REFRESH})
 
         def handle(answer: Answer, elsewhere: bool) -> memoryview:
             if self._receive(answer, elsewhere, request, pin, start, into) < length:
