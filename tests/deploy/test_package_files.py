@@ -43,6 +43,24 @@ def test_the_unit_runs_existing_commands() -> None:
         parse(command, arguments)
 
 
+def test_the_package_has_the_files_of_a_fleet_where_its_unit_and_SCALE_expect_them() -> None:
+    contents = yaml.safe_load((PACKAGE / "nfpm.yaml").read_text())["contents"]
+    place = {each["src"]: each["dst"] for each in contents}
+    doc = "/usr/share/doc/lazyfs/fleet"
+    for name in ("fleet.toml", "fleet.members"):
+        assert place[f"deploy/fleet/{name}"] == f"{doc}/{name}"
+    unit = "deploy/fleet/lazyfs-fleet.service"
+    assert place[unit] == "/usr/lib/systemd/system/lazyfs-fleet.service"
+    parsed = configparser.RawConfigParser(strict=False)
+    parsed.optionxform = str  # type: ignore[assignment, method-assign]
+    parsed.read(ROOT / unit)
+    program, command, *arguments = shlex.split(parsed["Service"]["ExecStart"])
+    assert program == "/usr/bin/lazyfs"
+    parse(command, arguments)
+    assert doc in (ROOT / "docs" / "SCALE.md").read_text()
+    assert "lazyfs-fleet.service" in (PACKAGE / "scripts" / "prerm").read_text()
+
+
 def test_the_example_is_a_configuration(tmp_path: Path) -> None:
     """As it is, and with each line that it offers."""
     MountOptions.parse(("{name}", config_layer(EXAMPLE)))
