@@ -1,6 +1,6 @@
 """Fleets that fit no machine, in modelled time (`tests/simulated/fleet.py`).
 
-bench/fleet_plan.py              100 and 1,000 nodes, 140 GB; some minutes
+bench/fleet_plan.py              8, 100 and 1,000 nodes, 140 GB; some minutes
 bench/fleet_plan.py --nodes 20
 """
 
