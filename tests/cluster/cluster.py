@@ -139,6 +139,7 @@ class Cluster:
     def _write_configuration(self) -> None:
         (self.run / "resolv.conf").write_text("nameserver 10.96.0.10\n")
         (self.run / "cni").mkdir()
+        (self.run / "hosts").mkdir()
         for name, target in {
             "containerd.toml": self.run,
             "kubelet.yaml": self.run,
@@ -245,9 +246,16 @@ class Cluster:
                 "--address=/kubernetes.default.svc.cluster.local/10.96.0.1",
                 "--address=/minio.storage.svc.cluster.local/10.96.0.20",
                 "--address=/sts.storage.svc.cluster.local/10.96.0.21",
+                f"--hostsdir={self.run / 'hosts'}",
             ],
         )
         self.s3.start()
+
+    def resolve(self, name: str, addresses: Iterable[str]) -> None:
+        """Have DNS know a name, as of a headless Service; dnsmasq sees the file at once."""
+        new = self.run / f"{name}.new"
+        new.write_text("".join(f"{each} {name}\n" for each in addresses))
+        new.rename(self.run / "hosts" / name)
 
     def _answers(self) -> bool:
         return self.try_kubectl("get", "--raw", "/readyz").returncode == 0
