@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -193,37 +194,47 @@ class Bench:
     # Rows
 
     def herd(self) -> None:
-        """Nodes that start at once, over a scarce link, against one alone."""
+        """Nodes that start at once, over a scarce link, against one alone: interleaved rounds."""
         rate = self.arguments.rate * 10**6
+        counts = sorted(self.arguments.nodes)
         prefix = self.prefix()
         self.network.limit(1, rate)
-        (alone,), copies = self.together(prefix, {0: ()})
-        self.say("one node alone, without", seconds=alone.seconds, copies=copies,
-                 least=self.size / rate)  # fmt: skip
+        alone: list[float] = []
+        slowest: dict[int, list[float]] = {count: [] for count in [1, *counts]}
+        for number in range(self.arguments.rounds):
+            (one,), copies = self.together(prefix, {0: ()})
+            alone.append(one.seconds)
+            self.say(f"{number}: one node alone, without", seconds=one.seconds, copies=copies,
+                     least=self.size / rate)  # fmt: skip
+            for count in slowest:
+                with self.fleet(count) as made:
+                    doors = {node: (each.option,) for node, each in enumerate(made.nodes)}
+                    loads, copies = self.together(prefix, doors)
+                    self._herd_row(f"{number}: {count} nodes at once, with", loads, copies, one)
+                    slowest[count].append(max(each.seconds for each in loads))
+                    if (number, count) == (0, counts[-1]):
+                        self._late(made, prefix)
+        self.say("medians", alone=statistics.median(alone),
+                 **{f"of_one_{count}": statistics.median(them) / statistics.median(alone)
+                    for count, them in slowest.items()})  # fmt: skip
+
+    def _late(self, made: machines.Fleet, prefix: str) -> None:
+        """A node that comes when the fleet has the model; and one that has a shelf since before."""
+        count = len(made.nodes)
+        new = made.add(*self.host(count))
+        made.know()
+        for row in ("a new node, fleet warm", "the same once more"):
+            (late,), copies = self.together(prefix, {count: (new.option,)})
+            self.say(row, seconds=late.seconds, copies=copies)
+
+    def without(self) -> None:
+        """The same nodes without a cache."""
+        prefix = self.prefix()
+        self.network.limit(1, self.arguments.rate * 10**6)
+        (alone,), _ = self.together(prefix, {0: ()})
         for count in self.arguments.nodes:
-            prefix = self.prefix()
-            self.network.limit(1, rate)
             loads, copies = self.together(prefix, dict.fromkeys(range(count), ()))
             self._herd_row(f"{count} nodes at once, without", loads, copies, alone)
-        with self.fleet(1) as made:
-            prefix = self.prefix()
-            self.network.limit(1, rate)
-            (one,), copies = self.together(prefix, {0: (made.nodes[0].option,)})
-        self.say("one node alone, with its own door", seconds=one.seconds, copies=copies)
-        for count in self.arguments.nodes:
-            with self.fleet(count) as made:
-                prefix = self.prefix()
-                self.network.limit(1, rate)
-                doors = {number: (each.option,) for number, each in enumerate(made.nodes)}
-                loads, copies = self.together(prefix, doors)
-                self._herd_row(f"{count} nodes at once, with", loads, copies, alone)
-                if count == max(self.arguments.nodes):
-                    new = made.add(*self.host(count))
-                    made.know()
-                    (late,), copies = self.together(prefix, {count: (new.option,)})
-                    self.say("a new node, fleet warm", seconds=late.seconds, copies=copies)
-                    (again,), copies = self.together(prefix, {count: (new.option,)})
-                    self.say("the same once more", seconds=again.seconds, copies=copies)
 
     def _herd_row(self, row: str, loads: list[Load], copies: float, alone: Load) -> None:
         slowest = max(each.seconds for each in loads)
@@ -235,10 +246,10 @@ class Bench:
         rate = self.arguments.rate * 10**6
         count = min(self.arguments.nodes)
         usual = 0.0
+        prefix = self.prefix()
+        self.network.limit(1, rate)
         for which in ("nothing", "a peer", "one's own door"):
             with self.fleet(count) as made:
-                prefix = self.prefix()
-                self.network.limit(1, rate)
                 doors = {number: (each.option,) for number, each in enumerate(made.nodes)}
                 if which == "a peer":
                     doors.pop(count - 1)  # its node only keeps a shelf
@@ -259,12 +270,13 @@ class Bench:
                          failed=sum(each.failed for each in loads))  # fmt: skip
 
     def hop(self) -> None:
-        """What the engine costs one node on an unlimited link, where the shelf has it or not."""
+        """What the engine costs one node on a fast link, where the shelf has it or not."""
         rates: dict[str, list[float]] = {"without": [], "cold": [], "warm": []}
         processor_s = {"cold": 0.0, "warm": 0.0}
+        prefix = self.prefix()
+        self.network.limit(1, self.arguments.hop_rate * 10**6)
         for _ in range(self.arguments.rounds):
             with self.fleet(1) as made:
-                prefix = self.prefix()
                 door = (made.nodes[0].option,)
                 for what, options in (("without", ()), ("cold", door), ("warm", door)):
                     before = _processor_s(made.nodes[0].nginx())
@@ -272,9 +284,9 @@ class Bench:
                     rates[what].append(self.size / one.seconds)
                     if what in processor_s:
                         processor_s[what] += _processor_s(made.nodes[0].nginx()) - before
-        middle = {name: sorted(them)[len(them) // 2] / 1e6 for name, them in rates.items()}
+        middle = {name: statistics.median(them) / 1e6 for name, them in rates.items()}
         gigabytes = self.size * self.arguments.rounds / 1e9
-        self.say("one node, unlimited link (MB/s)", **middle,
+        self.say(f"one node, link of {self.arguments.hop_rate or 'any number of'} MB/s", **middle,
                  cold_of_without=middle["cold"] / middle["without"],
                  warm_of_without=middle["warm"] / middle["without"],
                  cpu_s_a_gb_cold=processor_s["cold"] / gigabytes,
@@ -294,7 +306,7 @@ class Bench:
             for what, options in ways.items():
                 (one,), _ = self.together(prefix, {0: options})
                 times[what].append(one.seconds)
-        middle = {what: sorted(them)[len(them) // 2] for what, them in times.items()}
+        middle = {what: statistics.median(them) for what, them in times.items()}
         self.say("a door that is dead from the start (s)", **middle)
 
 
@@ -309,10 +321,11 @@ def _processor_s(pids: list[int]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    rows = ("herd", "kills", "hop", "dead")
+    rows = ("herd", "without", "kills", "hop", "dead")
     parser.add_argument("rows", nargs="*", help=f"of {', '.join(rows)}; all if none is named")
     parser.add_argument("--nodes", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--rate", type=int, default=25, help="MB/s of the scarce link")
+    parser.add_argument("--hop-rate", type=int, default=0, help="MB/s in `hop`; 0: no limit")
     parser.add_argument("--shards", type=int, default=6)
     parser.add_argument("--shard-mib", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)

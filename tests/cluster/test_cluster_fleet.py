@@ -14,7 +14,7 @@ from objectstore import ENDPOINT
 from tenant import WATCH, Tenant, inline, pod, secret
 
 COUNT = itertools.count(1)
-MODEL_BYTES = 4 * (48 << 20)
+MODEL_BYTES = 3 * (16 << 20)
 
 
 def with_fleet(driver: Driver) -> Object:
@@ -58,7 +58,7 @@ def fleet(driver: Driver) -> Iterator[Driver]:
 def uncached(driver: Driver) -> str:
     """A model that no scenario has read."""
     prefix = f"fleet-{next(COUNT)}/"
-    driver.cluster.s3.put_model("models", prefix, shards=4, shard_mib=48)
+    driver.cluster.s3.put_model("models", prefix, shards=3, shard_mib=16)
     return f"s3://models/{prefix}"
 
 

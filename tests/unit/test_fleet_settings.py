@@ -140,6 +140,14 @@ def test_only_nodes_reach_a_shelf() -> None:
     assert allowed == ["allow 10.0.0.5;", "allow 10.0.0.7;", "allow 10.0.0.9;", "deny all;"]
 
 
+def test_nginx_asks_for_addresses_of_the_family_of_the_node() -> None:
+    """Some DNS servers say that there is no such name where a name has no IPv6 address."""
+    one = settings(address="10.0.0.5")
+    assert "resolver 10.0.0.2 valid=30s ipv6=off;" in render(one, [], ["10.0.0.2"], 1 << 30, 0)
+    six = settings(address="fd00::5")
+    assert "resolver 10.0.0.2 valid=30s;" in render(six, [], ["10.0.0.2"], 1 << 30, 0)
+
+
 def test_members(tmp_path: Path) -> None:
     path = tmp_path / "members"
     found = settings(members_file=str(path))
