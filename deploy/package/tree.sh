@@ -3,8 +3,8 @@
 # Debian's Python, the packages of constraints/image.txt without those of the CSI driver, and the
 # libraries that these need. It can be moved. Run in the stage `package` of the Dockerfile.
 #
-# Beside the folder, TARGET.debian says which packages of Debian its files are from, in the form of
-# dpkg's status: the SBOM is made from it.
+# Beside TARGET, var/lib/dpkg/status and etc/os-release say which packages of which Debian its files
+# are from: the SBOM is made from them.
 #
 #   tree.sh TARGET SITE_PACKAGES...
 set -euo pipefail
@@ -34,6 +34,8 @@ everywhere='/(ld-linux.*|lib(c|m|dl|rt|pthread|util|resolv|nsl|gcc_s|stdc\+\+))\
 libraries=$(find "$python" -type f \( -name '*.so*' -o -name python3 \) -exec ldd {} + 2>/dev/null \
     | awk '$2 == "=>" && $3 ~ /^\/(usr\/)?lib/ {print $3}' | sort -u | grep -Ev "$everywhere")
 xargs -I{} cp -L {} "$python/lib/" <<< "$libraries"
+# All of them are found from the program, by the modules that it loads too.
+patchelf --force-rpath --set-rpath '$ORIGIN/../lib' "$python/bin/python3"
 
 # dpkg knows a library by the path that it had before /lib became a link, or after.
 owner() { # owner FILE
@@ -43,14 +45,14 @@ owner() { # owner FILE
 owners=$(for file in $libraries "/usr/bin/$version" "/usr/lib/$version"/{os,ssl}.py; do
     owner "$file" || { echo "tree: no package of Debian owns $file" >&2; exit 1; }
 done | sort -u)
-mkdir -p "$target.debian/var/lib/dpkg" "$target/licences"
+around=$(dirname "$target")
+mkdir -p "$around/var/lib/dpkg" "$around/etc" "$target/licences"
+cp -L /etc/os-release "$around/etc"
 for package in $owners; do
-    dpkg-query --status "$package" >> "$target.debian/var/lib/dpkg/status"
-    echo >> "$target.debian/var/lib/dpkg/status"
+    dpkg-query --status "$package" >> "$around/var/lib/dpkg/status"
+    echo >> "$around/var/lib/dpkg/status"
     cp -L "/usr/share/doc/$package/copyright" "$target/licences/$package"
 done
-# All of them are found from the program, by the modules that it loads too.
-patchelf --force-rpath --set-rpath '$ORIGIN/../lib' "$python/bin/python3"
 
 # Two starters: the environment of another Python must not reach this one.
 starter() { # starter NAME MODULE

@@ -43,7 +43,7 @@ def test_the_sbom_and_the_licences_name_what_is_bundled(archive: Path) -> None:
     found = {part["purl"].split("@")[0] for part in sbom["components"] if "purl" in part}
     debian = {url.rpartition("/")[2] for url in found if url.startswith("pkg:deb/")}
     assert {"libfuse3-3", "libssl3", "libsqlite3-0", "python3.11-minimal"} <= debian
-    assert {"pkg:pypi/boto3", "pkg:pypi/pyfuse3", "pkg:pypi/trio"} <= found
+    assert {"pkg:pypi/botocore", "pkg:pypi/pyfuse3", "pkg:pypi/trio"} <= found
     with tarfile.open(archive) as files:
         licences = {Path(name).name for name in files.getnames() if "/licences/" in name}
     assert licences == debian
