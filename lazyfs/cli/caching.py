@@ -23,6 +23,7 @@ from lazyfs.cli.settings import settings, with_cache_options
 from lazyfs.cli.tables import console, print_rows, tell
 from lazyfs.errors import CacheError, OptionError
 from lazyfs.options.option_types import Duration, Size, format_duration, format_size
+from lazyfs.process.worker_files import become_worker
 
 _AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _AGES = Duration(1, 10 * 365 * 86400)
@@ -196,6 +197,7 @@ def _opened(given: dict[str, Any]) -> list[CacheDirectory]:
     limits = Limits(options.cache_size, options.cache_reserve)
     paths = cache_place.directories(options.cache_dir)
     cache_place.share_all(path for path in paths if path.is_dir())
+    become_worker(paths)
     directories = [CacheDirectory(path, limits) for path in paths]
     if not directories:
         raise OptionError("--cache-dir: none: there is no cache")

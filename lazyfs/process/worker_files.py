@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import lazyfs
 from lazyfs import cache_place, user
-from lazyfs.process.privileges import Rights
+from lazyfs.process.privileges import Rights, worker_user
 
 if TYPE_CHECKING:
     from lazyfs.options.mount_options import MountOptions
@@ -50,6 +50,27 @@ def prepare_cache(cache: Iterable[Path]) -> bool:
         log.warning("the worker runs as root: %s", error)
         return False
     return True
+
+
+def become_worker(cache: Sequence[Path]) -> None:
+    """Let this command of root go on as a user like a worker's, if that suffices for its caches.
+
+    A worker that was taken over can put links and a forged index into a cache that workers share.
+    Root would follow and change what they lead to; such a user cannot. The whole process changes.
+    """
+    if user.worker_ids() is None or not all(path.is_dir() for path in cache):
+        return
+    is_open = all(map(is_open_to_all, _installation())) and all(map(_is_reachable, cache))
+    if not is_open or not all(cache_place.is_shared(path.stat()) for path in cache):
+        return
+    given = worker_user(Rights.NONE)
+    if given.uid is None or given.group is None:
+        return
+    os.setgroups([given.group])
+    os.setresgid(given.uid, given.uid, given.uid)
+    os.setresuid(given.uid, given.uid, given.uid)
+    user.works_for(0, 0, given.group)
+    os.umask(0o007)
 
 
 def rights_of(spec: MountSpec, options: MountOptions) -> Rights:

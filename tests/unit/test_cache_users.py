@@ -7,6 +7,8 @@ import grp
 import os
 import pwd
 import shutil
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -117,6 +119,40 @@ def test_root_shares_its_cache_with_its_workers_alone(place: Path) -> None:
     assert "not writable" in as_user(OTHER, [0, COMMON], lambda: put(cache))
     for path in cache.rglob("*"):
         assert (path.stat().st_mode & 0o007, path.stat().st_gid) == (0, group)
+
+
+COMMAND = """
+import os, sys
+from lazyfs.cli import caching
+caching._opened({"cache_dir": sys.argv[1]})
+print(len({*os.getresuid(), *os.getresgid()}), os.getuid(), *os.getgroups())
+"""
+
+
+def opened_by_command(cache: Path) -> list[int]:
+    """How many ids a command has that has opened a cache, its user, and its groups."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, cache], capture_output=True, text=True, timeout=60,
+        check=True,
+    )  # fmt: skip
+    return [int(word) for word in done.stdout.split()]
+
+
+def test_a_command_of_root_opens_a_shared_cache_as_a_worker_does(place: Path) -> None:
+    """Links that a worker left there lead it to nothing that is root's."""
+    cache, group = place / "cache", user.cache_group()
+    assert group is not None
+    cache_place.share(cache)
+    assert as_user(group - 5, [group], lambda: put_as_worker(cache)) == "put: True"
+    ids, uid, *groups = opened_by_command(cache)
+    assert (ids, groups) == (1, [group]) and 0 < uid < group
+    lazyfs = [sys.executable, "-m", "lazyfs", "cache"]
+    for words in (["verify"], ["clear"]):
+        subprocess.run([*lazyfs, *words, f"--cache-dir={cache}"], check=True, timeout=60)
+    assert [path for path in cache.rglob("*") if len(path.name) == 30] == []
+    assert as_user(group - 6, [group], lambda: put_as_worker(cache)) == "put: True"
+    place.chmod(0o700)  # a worker could not reach it without a capability
+    assert opened_by_command(cache)[1] == 0
 
 
 def test_a_user_shares_a_cache_with_nobody(place: Path) -> None:
