@@ -15,21 +15,20 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from grpc import StatusCode
 
 from csi import mounts
 from csi.bounds import Bounds, VolumeBound
 from csi.daemon import Daemon, Wanted
+from csi.daemon_users import DaemonUsers
 from csi.daemons import Daemons
 from csi.errors import RpcError
-from csi.snapshots import FALL_BACK_AFTER_S, LOOK_S, Look, doubt, doubts, told
+from csi.snapshots import FALL_BACK_AFTER_S, LOOK_S, Look, doubt
 from csi.staged import Kind, Place, State, VolumeRecord
 from csi.start import StillStartingError
 from csi.volume_locks import VolumeLocks
@@ -43,31 +42,31 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Condition:
-    """The condition of a volume.
+class Attachment:
+    """A volume at a path, as an RPC asks for it.
 
     Attributes:
-        trouble: what is wrong, in words; None if nothing is known to be wrong.
-        status: the status of its daemon's worker; None if no daemon answers.
+        place: the record to make, without a daemon; repeated calls have the same `asked`.
+        volume: the parsed volume.
+        credentials: newer ones replace those that the daemon has.
+        owner: the owner of the credentials.
+        via: the daemon of the staged volume, if that has the credentials: the volume gets it, or
+            one that differs only in its snapshot.
     """
 
-    trouble: str | None
-    status: dict[str, Any] | None
+    volume_id: str
+    path: Path
+    place: Place
+    volume: Volume
+    credentials: Credentials | None
+    owner: str = ""
+    via: Daemon | None = None
 
     @property
-    def message(self) -> str:
-        """The condition as text."""
-        if self.trouble:
-            return self.trouble
-        return told(self.status["snapshot"]) if self.status else "the volume is served"
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """The users of a daemon: volumes by id, and pods by namespace and name."""
-
-    volumes: set[str]
-    pods: set[tuple[str, str]]
+    def wanted(self) -> Wanted:
+        """What a daemon must serve."""
+        given = Wanted(self.volume.source, self.volume.options, self.credentials, self.owner)
+        return replace(self.via.serving if self.via else given, namespace=self.place.namespace)
 
 
 class Attachments:
@@ -90,8 +89,8 @@ class Attachments:
         self.locks = VolumeLocks()
         self._state = state
         self._to_repair: queue.SimpleQueue[Daemon] = queue.SimpleQueue()
-        self._to_name: queue.SimpleQueue[Daemon] = queue.SimpleQueue()
         self.daemons = Daemons(state, directory, keeper, self._to_repair.put, bounds.daemons)
+        self.users = DaemonUsers(state, self.daemons)
 
     def recover(self) -> None:
         """Resume what a former plugin left. Called once, before any other call."""
@@ -105,24 +104,8 @@ class Attachments:
             for place in record.places.values():
                 if place.namespace and (daemon := self.daemons.get(place.daemon or "")):
                     daemon.namespace = place.namespace
-        for daemon in self.served():
-            self._to_name.put(daemon)
         start_watching("repairing mounts", self._repair_forever)
-        start_watching("naming volumes", self._name_forever)
-
-    def served(self) -> dict[Daemon, Served]:
-        """The volumes and pods that each daemon serves."""
-        found: dict[Daemon, Served] = {}
-        for record in self._state.volumes():
-            for place in record.places.values():
-                daemon = self.daemons.get(place.daemon) if place.daemon else None
-                if daemon is None:
-                    continue
-                served = found.setdefault(daemon, Served(set(), set()))
-                served.volumes.add(record.volume_id)
-                if place.pod:
-                    served.pods.add((place.namespace, place.pod))
-        return found
+        self.users.watch()
 
     def place(self, volume_id: str, path: Path) -> Place | None:
         """The volume's place at a path."""
@@ -138,25 +121,8 @@ class Attachments:
         if self.place(volume_id, path) is None:
             self._save(volume_id, path, Place("staging", None, asked))
 
-    def put(
-        self,
-        volume_id: str,
-        path: Path,
-        wanted: Place,
-        volume: Volume,
-        credentials: Credentials | None,
-        timeout_s: float,
-        via: Daemon | None = None,
-        owner: str = "",
-    ) -> Daemon:
+    def put(self, wanted: Attachment, timeout_s: float) -> Daemon:
         """Serve a volume at a path; repair an existing attachment.
-
-        Args:
-            wanted: the place, without a daemon; repeated calls have the same `asked`.
-            credentials: newer ones replace those that the daemon has.
-            via: the daemon of the staged volume, if that has the credentials: the volume gets it,
-                or one that differs only in its snapshot.
-            owner: the owner of the credentials.
 
         Returns:
             The daemon that serves it.
@@ -166,72 +132,76 @@ class Attachments:
             StillStartingError: the daemon is not ready yet; the place is kept for the next call.
             LazyfsError, KeeperError: it cannot be mounted. Then nothing has changed.
         """
-        with ExitStack() as held:
-            if self.place(volume_id, path) is None:
-                held.enter_context(
-                    self._volume_bound.one_more(wanted.namespace, volume_id, self._state.volumes)
-                )
-            return self._put(
-                volume_id, path, wanted, volume, credentials, timeout_s, via, owner, held.close
-            )
-
-    def _put(
-        self,
-        volume_id: str,
-        path: Path,
-        wanted: Place,
-        volume: Volume,
-        credentials: Credentials | None,
-        timeout_s: float,
-        via: Daemon | None,
-        owner: str,
-        on_saved: Callable[[], None],
-    ) -> Daemon:
         until = time.monotonic() + timeout_s
-        self._check_free(volume_id, path, wanted.kind, wanted.asked)
-        present = self.place(volume_id, path)
+        self._check_free(wanted.volume_id, wanted.path, wanted.place.kind, wanted.place.asked)
+        present = self.place(wanted.volume_id, wanted.path)
         daemon = self.daemons.get(present.daemon) if present and present.daemon else None
-        is_known = daemon is not None
-        # A pod may be using an existing place: a failure of this call leaves it alone.
-        is_in_use = daemon is not None and daemon.was_ready
         if daemon is None:
-            if via is not None and via.has_lost_credentials and self.daemons.use(via, str(path)):
-                daemon = via  # the condition tells users to delete its pods
-            else:
-                given = Wanted(volume.source, volume.options, credentials, owner)
-                daemon = self.daemons.reserve(
-                    replace(via.serving if via else given, namespace=wanted.namespace),
-                    str(path), volume_id, Look.within(volume.snapshot_max_age_s, timeout_s),
-                )  # fmt: skip
-                if not daemon.namespace:  # staged for a claim whose namespace is unknown
-                    daemon.namespace = wanted.namespace
+            return self._attach(wanted, present, until, timeout_s)
+        return self._renew(wanted, daemon, until)
+
+    def _attach(
+        self, wanted: Attachment, present: Place | None, until: float, timeout_s: float
+    ) -> Daemon:
+        """Serve a volume at a path where no daemon serves it yet. Raises like `put`."""
+        volume_id, path, place = wanted.volume_id, wanted.path, wanted.place
+        with ExitStack() as counted:  # until the volume is recorded
+            if present is None:
+                counted.enter_context(
+                    self._volume_bound.one_more(place.namespace, volume_id, self._state.volumes)
+                )
+            daemon = self._daemon_for(wanted, timeout_s)
             until = max(until, time.monotonic() + timeout_s - LOOK_S)
-        elif credentials is not None and not daemon.needs_credentials:
+            try:
+                self._save(volume_id, path, replace(place, daemon=daemon.name))
+                counted.close()
+                daemon, device = self._ensure(volume_id, path, daemon, wanted.credentials, until)
+                if place.is_mounted:
+                    mounts.bind(daemon.mountpoint, path, device)
+            except StillStartingError:
+                raise  # kubelet calls again, or takes the volume away
+            except BaseException:
+                self._roll_back(volume_id, path, present, place.kind)
+                raise
+        log.info("volume %s is at %s, served at %s", volume_id, path, daemon.mountpoint)
+        return daemon
+
+    def _renew(self, wanted: Attachment, daemon: Daemon, until: float) -> Daemon:
+        """Repair an attachment, with the credentials of this call. Raises like `put`."""
+        volume_id, path, credentials = wanted.volume_id, wanted.path, wanted.credentials
+        if credentials is not None and not daemon.needs_credentials:
             raise RpcError(
                 StatusCode.ALREADY_EXISTS,
                 f"{path}: volume {volume_id} is there already, without credentials of its own",
             )
-        elif not daemon.owner and daemon.spec.credentials and self._has_others(daemon, volume_id):
+        if not daemon.owner and daemon.spec.credentials and self._has_others(daemon, volume_id):
             # A node-stage secret of unknown owner: other volumes keep their credentials.
             credentials = None
+        # A pod may be using the place: then a failure of this call leaves it alone.
+        is_in_use = daemon.was_ready
         try:
-            if not is_known:
-                self._save(volume_id, path, replace(wanted, daemon=daemon.name))
-                on_saved()
             daemon, device = self._ensure(volume_id, path, daemon, credentials, until)
-            if is_known:
-                self._mount_again(volume_id, path, daemon, device)
-                self._note_pod(volume_id, path, wanted)
-            elif wanted.is_mounted:
-                mounts.bind(daemon.mountpoint, path, device)
-            if not is_in_use:
-                log.info("volume %s is at %s, served at %s", volume_id, path, daemon.mountpoint)
+            self._mount_again(volume_id, path, daemon, device)
+            self._note_pod(volume_id, path, wanted.place)
         except StillStartingError:
-            raise  # kubelet calls again, or takes the volume away
+            raise
         except BaseException:
             if not is_in_use:
-                self._roll_back(volume_id, path, None if is_known else present, wanted.kind)
+                self._roll_back(volume_id, path, None, wanted.place.kind)
             raise
+        if not is_in_use:
+            log.info("volume %s is at %s, served at %s", volume_id, path, daemon.mountpoint)
+        return daemon
+
+    def _daemon_for(self, wanted: Attachment, timeout_s: float) -> Daemon:
+        """A daemon for a new attachment, which uses it from now on. Raises like `put`."""
+        via, user = wanted.via, str(wanted.path)
+        if via is not None and via.has_lost_credentials and self.daemons.use(via, user):
+            return via  # the condition tells users to delete its pods
+        look = Look.within(wanted.volume.snapshot_max_age_s, timeout_s)
+        daemon = self.daemons.reserve(wanted.wanted, user, wanted.volume_id, look)
+        if not daemon.namespace:  # staged for a claim whose namespace is unknown
+            daemon.namespace = wanted.place.namespace
         return daemon
 
     def restage(self, volume_id: str, path: Path, daemon: Daemon) -> None:
@@ -270,28 +240,6 @@ class Attachments:
         if place.daemon is not None:
             self.daemons.release(place.daemon, str(path))
         self._save(volume_id, path, None)
-
-    def condition(self, path: Path, place: Place) -> Condition:
-        """The condition of the volume at a place."""
-        if place.daemon is None:
-            return Condition(None, None)
-        daemon = self.daemons.get(place.daemon)
-        if daemon is None:
-            return Condition("its daemon is gone", None)
-        status, trouble = daemon.report()
-        troubles = [trouble] if trouble else []
-        if status is not None and (is_old := doubts(status["snapshot"])):
-            troubles.append(is_old)
-        lost = place.is_mounted and daemon.device and not mounts.shows(path, daemon.device)
-        if lost:
-            troubles.append(f"it is not mounted at {path} any more")
-        if place.renewed is not None:
-            troubles.append(
-                f"it was mounted again at {place.renewed}: containers that started before have the "
-                "old mount, which is dead, unless they have mountPropagation HostToContainer; "
-                "delete the pod"
-            )
-        return Condition("; ".join(troubles) or None, status)
 
     def _ensure(
         self,
@@ -376,7 +324,7 @@ class Attachments:
         for each in (before, place):
             daemon = self.daemons.get(each.daemon) if each and each.daemon else None
             if daemon is not None:
-                self._to_name.put(daemon)
+                self.users.changed(daemon)
 
     def _note_pod(self, volume_id: str, path: Path, wanted: Place) -> None:
         """Record the pod of a path, if a plugin that did not know it attached the volume."""
@@ -384,20 +332,6 @@ class Attachments:
         if place is not None and (place.namespace, place.pod) != (wanted.namespace, wanted.pod):
             whose = replace(place, namespace=wanted.namespace, pod=wanted.pod)
             self._save(volume_id, path, whose)
-
-    def _name_forever(self) -> None:
-        """Tell daemons which volumes they serve, for their logs, if that changed.
-
-        This runs in its own thread, so that no call waits for a stopped worker.
-        """
-        while True:
-            daemon = self._to_name.get()
-            served = self.served().get(daemon)
-            try:
-                if served is not None and not daemon.retired:
-                    daemon.name_volumes(",".join(sorted(served.volumes)))
-            except (LazyfsError, KeeperError) as error:
-                log.debug("%s: cannot be told its volumes: %s", daemon.mountpoint, error)
 
     def _repair_forever(self) -> None:
         while True:

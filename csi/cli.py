@@ -366,6 +366,6 @@ def node(
         check_fuse, check_runtime_directory, attachments.daemons.check_keeper, check_cache,
     ]  # fmt: skip
     services = [lambda it: add_NodeServicer_to_server(servicer, it)]
-    metrics = partial(mount_metrics, attachments)
+    metrics = partial(mount_metrics, attachments.users)
     serve(endpoint, driver_name, http_address, services, checks, metrics, registration_dir)
     attachments.daemons.close()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from concurrent.futures import ThreadPoolExecutor
 
-from csi.attachments import Attachments, Served
 from csi.daemon import Daemon
+from csi.daemon_users import DaemonUsers, Served
 from lazyfs.control.client import ControlClient, ControlError
 from lazyfs.observe.exposition import exposition
 from lazyfs.observe.metrics import Values
@@ -23,12 +23,12 @@ MOST_BYTES = 2 << 20
 _DOWN: Values = {"lazyfs_up": [({}, 0)]}
 
 
-def mount_metrics(attachments: Attachments) -> str:
+def mount_metrics(users: DaemonUsers) -> str:
     """The metrics of all mounts, as text; the label `volume` has the ids of a mount's volumes.
 
     If the worker of a mount does not answer, its `lazyfs_up` is 0, and only its users are known.
     """
-    served = attachments.served()
+    served = users.served()
     with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
         values = list(threads.map(_ask, served))
     mounts = [

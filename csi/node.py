@@ -19,7 +19,8 @@ from typing import Any
 from grpc import ServicerContext, StatusCode
 
 from csi import credentials, csi_pb2
-from csi.attachments import Attachments
+from csi.attachments import Attachment, Attachments
+from csi.condition import condition_of
 from csi.csi_pb2_grpc import NodeServicer
 from csi.daemon import Daemon
 from csi.errors import InvalidArgumentError, RpcError, without_ids
@@ -91,10 +92,11 @@ class Node(NodeServicer):
             if given is None:
                 self._attachments.note(request.volume_id, path, asked)
                 return csi_pb2.NodeStageVolumeResponse()
+            place = Place("staging", None, asked, namespace=namespace)
             daemon = self._attachments.put(
-                request.volume_id, path, Place("staging", None, asked, namespace=namespace),
-                volume, given, min(_patience_s(context, until), at_most_s),
-            )  # fmt: skip
+                Attachment(request.volume_id, path, place, volume, given),
+                min(_patience_s(context, until), at_most_s),
+            )
             _wait_for(volume, daemon, until)
         return csi_pb2.NodeStageVolumeResponse()
 
@@ -118,7 +120,7 @@ class Node(NodeServicer):
         attributes = request.volume_context
         volume = self._volume(attributes, request.volume_capability)
         given = credentials.of_publish(volume, request.secrets, attributes)
-        wanted = Place(
+        place = Place(
             "target", None, _digest(attributes, request.volume_capability),
             namespace=attributes.get(POD_NAMESPACE, ""), pod=attributes.get(POD_NAME, ""),
         )  # fmt: skip
@@ -135,11 +137,11 @@ class Node(NodeServicer):
             else:
                 staged = self._staged(request.volume_id, request.staging_target_path)
                 via = staged if given is None else None
+            owner = credentials.owner_of(request.volume_id, attributes)
             daemon = self._attachments.put(
-                request.volume_id, target, wanted, volume, given,
-                min(_patience_s(context, until), at_most_s), via,
-                credentials.owner_of(request.volume_id, attributes),
-            )  # fmt: skip
+                Attachment(request.volume_id, target, place, volume, given, owner, via),
+                min(_patience_s(context, until), at_most_s),
+            )
             if via is not None and daemon is not via:
                 self._attachments.restage(
                     request.volume_id, Path(request.staging_target_path), daemon
@@ -168,7 +170,7 @@ class Node(NodeServicer):
         """
         check_text("volume_id", request.volume_id)
         path, place = self._place(request.volume_id, request.volume_path)
-        found = self._attachments.condition(path, place)
+        found = condition_of(path, place, self._attachments.daemons)
         condition = csi_pb2.VolumeCondition(
             abnormal=found.trouble is not None, message=without_ids(found.message)
         )
