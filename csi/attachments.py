@@ -28,8 +28,8 @@ from csi.daemon import Daemon, Wanted
 from csi.daemon_users import DaemonUsers
 from csi.daemons import Daemons
 from csi.errors import RpcError
+from csi.node_records import Kind, NodeRecords, Place, VolumeRecord
 from csi.snapshots import FALL_BACK_AFTER_S, LOOK_S, Look, doubt
-from csi.staged import Kind, Place, State, VolumeRecord
 from csi.start import StillStartingError
 from csi.volume_locks import VolumeLocks
 from csi.volumes import Volume
@@ -82,7 +82,7 @@ class Attachments:
     """
 
     def __init__(
-        self, state: State, directory: Path, keeper: Path, bounds: Bounds | None = None
+        self, state: NodeRecords, directory: Path, keeper: Path, bounds: Bounds | None = None
     ) -> None:
         bounds = bounds or Bounds()
         self._volume_bound = VolumeBound(bounds.volumes)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from grpc import StatusCode
 
 from csi.errors import RpcError
-from csi.staged import VolumeRecord
+from csi.node_records import VolumeRecord
 
 
 @dataclass(frozen=True, slots=True)

@@ -222,10 +222,9 @@ def controller(
 ) -> None:
     """Make volumes for claims. Mount options are defaults for all volumes."""
     from csi.controller import Controller
+    from csi.controller_records import ConfigMapRecords, DirectoryRecords, Records, id_of
     from csi.csi_pb2_grpc import add_ControllerServicer_to_server
     from csi.kubernetes import ApiServer
-    from csi.records import ConfigMapRecords, DirectoryRecords, Records
-    from csi.volumes import id_of
     from lazyfs.errors import OptionError
 
     options, defaults = settings(config, given)
@@ -338,7 +337,7 @@ def node(
     from csi.csi_pb2_grpc import add_NodeServicer_to_server
     from csi.metrics import mount_metrics
     from csi.node import Node
-    from csi.staged import State
+    from csi.node_records import NodeRecords
     from lazyfs import cache_place
     from lazyfs.cache import check_directory
     from lazyfs.fuse.mount_syscalls import check_fuse
@@ -352,7 +351,7 @@ def node(
     volume_rules = rules(allow_attributes, max_memory_limit, defaults, endpoints, snapshot_max_age)
     allow_many_descriptors()
     bounds = Bounds(max_volumes_per_namespace, max_daemons_per_namespace)
-    attachments = Attachments(State(state_dir), state_dir / "mounts", keeper_socket, bounds)
+    attachments = Attachments(NodeRecords(state_dir), state_dir / "mounts", keeper_socket, bounds)
     attachments.recover()
     servicer = Node(node_id, volume_rules, attachments, inline_node_role=inline_node_role)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from csi import mounts
 from csi.daemons import Daemons
+from csi.node_records import Place
 from csi.snapshots import doubts, told
-from csi.staged import Place
 
 
 @dataclass(frozen=True, slots=True)

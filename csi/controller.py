@@ -10,21 +10,17 @@ from concurrent.futures import Future
 from grpc import ServicerContext, StatusCode
 
 from csi import csi_pb2
+from csi.controller_records import ProvisionedVolume, Records, digest_of, id_of
 from csi.csi_pb2_grpc import ControllerServicer
 from csi.errors import InvalidArgumentError, MendableError, RpcError
 from csi.kubernetes import ApiServer
 from csi.parameters import Parameters
-from csi.records import ProvisionedVolume, Records
+from csi.request_fields import check_capability, check_size, check_text
 from csi.survey import Survey, survey
 from csi.volumes import (
     Rules,
     Volume,
-    check_capability,
-    check_size,
-    check_text,
     credentials_of,
-    digest_of,
-    id_of,
     own_attributes,
 )
 from lazyfs.errors import SourceError, UnavailableError

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from csi.daemon import Daemon
 from csi.daemons import Daemons
-from csi.staged import State
+from csi.node_records import NodeRecords
 from lazyfs.errors import LazyfsError
 from lazyfs.faults import start_watching
 from lazyfs.handover.keeper import KeeperError
@@ -32,7 +32,7 @@ class DaemonUsers:
         daemons: the daemons of this node.
     """
 
-    def __init__(self, state: State, daemons: Daemons) -> None:
+    def __init__(self, state: NodeRecords, daemons: Daemons) -> None:
         self._state = state
         self._daemons = daemons
         self._changed: queue.SimpleQueue[Daemon] = queue.SimpleQueue()

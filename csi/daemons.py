@@ -8,7 +8,7 @@ each snapshot that pods use (`csi/snapshots.py`).
 
 The keeper holds what a daemon needs to continue after this plugin, under the name of its
 mountpoint: the session with the kernel, and the spec with the credentials, which are stored nowhere
-else. The record on disk (`csi/staged.py`) is used if the keeper has lost them.
+else. The record on disk (`csi/node_records.py`) is used if the keeper has lost them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from grpc import StatusCode
 from csi import mounts
 from csi.daemon import LOCK_TIMEOUT_S, Daemon, Wanted, name_of
 from csi.errors import RpcError, without_ids
+from csi.node_records import DaemonRecord, NodeRecords
 from csi.snapshots import MOST_SNAPSHOTS, Look, doubt
-from csi.staged import DaemonRecord, State
 from csi.start import PATIENCE_S, Start
 from lazyfs.errors import LazyfsError, MountError
 from lazyfs.faults import start_watching
@@ -66,7 +66,7 @@ class Daemons:
 
     def __init__(
         self,
-        state: State,
+        state: NodeRecords,
         directory: Path,
         keeper: Path,
         on_mount: Callable[[Daemon], None],

@@ -25,10 +25,11 @@ from csi.csi_pb2_grpc import NodeServicer
 from csi.daemon import Daemon
 from csi.errors import InvalidArgumentError, RpcError, without_ids
 from csi.mounts import safe_path
+from csi.node_records import Place
 from csi.parameters import CLAIM_NAMESPACE
-from csi.staged import Place
+from csi.request_fields import check_capability, check_text
 from csi.start import PATIENCE_S
-from csi.volumes import Rules, Volume, check_capability, check_text, own_attributes
+from csi.volumes import Rules, Volume, own_attributes
 from csi.waiting import WaitingCalls
 from lazyfs.errors import LazyfsError
 from lazyfs.store.credentials import Credentials

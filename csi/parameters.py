@@ -20,7 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from csi.errors import InvalidArgumentError, MendableError
-from csi.volumes import check_size, own_attributes
+from csi.request_fields import check_size
+from csi.volumes import own_attributes
 from lazyfs.errors import OptionError
 from lazyfs.options.option_types import Flag
 from lazyfs.store.url import SourceUrl

@@ -1,4 +1,4 @@
-"""Parses what Kubernetes passes for a volume: attributes, mount flags, secrets, ids.
+"""Parses what Kubernetes passes for a volume: attributes, mount flags, secrets.
 
 Pure: no I/O, no state. The attributes of a volume (`volume_context`, a PersistentVolume's
 `volumeAttributes`, most parameters of a StorageClass) are
@@ -19,23 +19,19 @@ Everything that is wrong raises InvalidArgumentError, naming key, value and what
 from __future__ import annotations
 
 import difflib
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from csi.csi_pb2 import VolumeCapability
 from csi.endpoints import AllowedEndpoints
 from csi.errors import InvalidArgumentError
+from csi.request_fields import check_size, has_control_characters
 from lazyfs.errors import OptionError
 from lazyfs.options.mount_options import OPTIONS, MountOptions, Option, merged
 from lazyfs.options.option_types import Duration, Size, format_size
 from lazyfs.store.credentials import StaticCredentials
 from lazyfs.store.url import SourceUrl
 
-# spec.md, "Size Limits": of a string, and of a map of strings.
-LONGEST_TEXT_BYTES = 128
-LARGEST_MAP_BYTES = 4096
 # Keys that kubelet and external-provisioner add to what a user wrote.
 ADDED_KEYS = ("csi.storage.k8s.io/", "storage.kubernetes.io/")
 WAIT_FOR = ("headers", "model")
@@ -63,9 +59,6 @@ _OTHER_KEYS = ("waitFor", "roleArn", "snapshotMaxAge")
 MAX_MEMORY_LIMIT = Size(64 << 20, 1 << 40)
 SNAPSHOT_MAX_AGE = Duration(0, 365 * 86400)
 _ROLE_ARN = re.compile(r"arn:[\w-]+:iam::\d*:role/[\w+=,.@/-]{1,512}", re.ASCII)
-# spec.md, CreateVolumeRequest.name: control characters but for white space.
-_BANNED = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-_ID = re.compile(r"[A-Za-z0-9.-]{0,64}-([0-9a-f]{20})")
 _SECRET_KEYS = {
     "access_key_id": ("accessKeyId", "AWS_ACCESS_KEY_ID", "aws_access_key_id"),
     "secret_access_key": ("secretAccessKey", "AWS_SECRET_ACCESS_KEY", "aws_secret_access_key"),
@@ -267,7 +260,7 @@ def source_of(attributes: Mapping[str, str]) -> SourceUrl:
                 f"{buckets[0]}: {text!r} is not allowed: the name of a bucket, without s3:// or /"
             )
         text = f"s3://{text}/{given.get('prefix', '').removeprefix('/')}"
-    if _BANNED.search(text):
+    if has_control_characters(text):
         raise InvalidArgumentError(f"{buckets[0]}: {text!r} has control characters")
     try:
         return SourceUrl.parse(text)
@@ -310,65 +303,6 @@ def credentials_of(secrets: Mapping[str, str]) -> StaticCredentials | None:
             f"the secret has no {' and no '.join(missing)}; its keys are {', '.join(sorted(own))}"
         )
     return StaticCredentials(**found)
-
-
-def check_text(what: str, text: str) -> None:
-    """Refuse a required text that is empty, too long or has control characters.
-
-    Raises:
-        InvalidArgumentError: `what` names the field in the message.
-    """
-    if not text:
-        raise InvalidArgumentError(f"{what} is missing")
-    if len(text.encode()) > LONGEST_TEXT_BYTES:
-        raise InvalidArgumentError(f"{what} is longer than {LONGEST_TEXT_BYTES} bytes")
-    if _BANNED.search(text):
-        raise InvalidArgumentError(f"{what} has control characters: {text!r}")
-
-
-def check_size(what: str, texts: Mapping[str, str]) -> None:
-    """Refuse a map that is larger than the specification allows.
-
-    Raises:
-        InvalidArgumentError: `what` names the map in the message.
-    """
-    size = sum(len(key.encode()) + len(value.encode()) for key, value in texts.items())
-    if size > LARGEST_MAP_BYTES:
-        raise InvalidArgumentError(f"{what}: {size} bytes, more than {LARGEST_MAP_BYTES}")
-
-
-def check_capability(capability: VolumeCapability) -> None:
-    """Refuse any use of a volume other than as a filesystem.
-
-    Every access mode is accepted: users often request ReadWriteOnce, and the mount is read-only in
-    any case.
-
-    Raises:
-        InvalidArgumentError: block access, or a field is missing.
-    """
-    kind = capability.WhichOneof("access_type")
-    if kind == "block":
-        raise InvalidArgumentError(
-            "block access is not possible: a lazyfs volume is a directory; "
-            "use volumeMode: Filesystem"
-        )
-    if kind is None:
-        raise InvalidArgumentError("volume_capability has no access type")
-    mode = capability.access_mode.mode
-    if mode not in VolumeCapability.AccessMode.Mode.values() or mode == 0:
-        raise InvalidArgumentError("volume_capability has no access mode")
-
-
-def id_of(name: str) -> str:
-    """The id of the volume that CreateVolume makes for a name: readable, and one for each name."""
-    readable = re.sub(r"[^A-Za-z0-9.-]", "-", name)[:64]
-    return f"{readable}-{hashlib.blake2b(name.encode(), digest_size=10).hexdigest()}"
-
-
-def digest_of(volume_id: str) -> str | None:
-    """The unique part of an id of `id_of`; None if it is not such an id."""
-    found = _ID.fullmatch(volume_id)
-    return found[1] if found else None
 
 
 def _unknown(what: str, key: str) -> str:

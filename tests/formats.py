@@ -15,8 +15,8 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from csi.records import ProvisionedVolume
-from csi.staged import DaemonRecord, Place, State, VolumeRecord
+from csi.controller_records import ProvisionedVolume
+from csi.node_records import DaemonRecord, NodeRecords, Place, VolumeRecord
 from lazyfs import __version__
 from lazyfs.blocks.file_blocks import Place as BlockPlace
 from lazyfs.cache.blockfile import Content
@@ -99,7 +99,7 @@ def write(directory: Path) -> None:
         descriptor = spec.to_descriptor()
         (directory / f"spec{number}").write_bytes(read_whole(descriptor))
         os.close(descriptor)
-    state = State(directory / "state")
+    state = NodeRecords(directory / "state")
     state.save_volume(VOLUME)
     state.save_daemon(DAEMON)
     (directory / "volume.json").write_text(PROVISIONED.to_text())

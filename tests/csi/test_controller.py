@@ -17,13 +17,13 @@ from s3 import CREDENTIALS, S3
 
 from csi import csi_pb2
 from csi.controller import Controller
+from csi.controller_records import ConfigMapRecords
 from csi.csi_pb2_grpc import (
     ControllerStub,
     IdentityStub,
     add_ControllerServicer_to_server,
 )
 from csi.kubernetes import ApiServer
-from csi.records import ConfigMapRecords
 from csi.server import Server
 from csi.volumes import Rules
 

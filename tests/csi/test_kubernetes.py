@@ -9,10 +9,15 @@ import pytest
 from api_server import NAMESPACE, FakeApiServer
 from certificates import make_certificates
 
+from csi.controller_records import (
+    ConfigMapRecords,
+    DirectoryRecords,
+    ProvisionedVolume,
+    Records,
+    id_of,
+)
 from csi.errors import RpcError
 from csi.kubernetes import ApiServer
-from csi.records import ConfigMapRecords, DirectoryRecords, ProvisionedVolume, Records
-from csi.volumes import id_of
 
 
 def record(name: str, driver: str = "") -> ProvisionedVolume:

@@ -8,7 +8,7 @@ import pytest
 
 from csi.bounds import VolumeBound
 from csi.errors import RpcError
-from csi.staged import Place, VolumeRecord
+from csi.node_records import Place, VolumeRecord
 
 
 def test_a_volume_that_is_saved_during_another_call_counts() -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 import formats
 import pytest
 
-from csi.records import ProvisionedVolume
-from csi.staged import State
+from csi.controller_records import ProvisionedVolume
+from csi.node_records import NodeRecords
 from lazyfs import __version__
 from lazyfs.blocks.file_blocks import Place
 from lazyfs.cache.directory import CacheDirectory
@@ -83,7 +83,7 @@ def test_the_node_plugin_and_the_controller(stored: Path) -> None:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     for path in (stored / "state").glob("*/*.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "boot_id": boot}))
-    state = State(stored / "state")
+    state = NodeRecords(stored / "state")
     assert state.volumes() == [formats.VOLUME]
     assert state.daemons() == [formats.DAEMON]
     text = (stored / "volume.json").read_text()

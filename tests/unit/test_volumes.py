@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from csi import volumes
+from csi import controller_records, request_fields
 from csi.csi_pb2 import VolumeCapability
 from csi.errors import InvalidArgumentError
 from csi.volumes import Rules, credentials_of, options_of
@@ -202,7 +202,7 @@ def test_every_access_mode_except_block_devices() -> None:
     mount = VolumeCapability.MountVolume()
     modes = VolumeCapability.AccessMode.Mode.values()
     for mode in modes[1:]:
-        volumes.check_capability(
+        request_fields.check_capability(
             VolumeCapability(mount=mount, access_mode=VolumeCapability.AccessMode(mode=mode))
         )
     writer = VolumeCapability.AccessMode(mode=VolumeCapability.AccessMode.SINGLE_NODE_WRITER)
@@ -212,17 +212,17 @@ def test_every_access_mode_except_block_devices() -> None:
         (VolumeCapability(mount=mount), "no access mode"),
     ):
         with pytest.raises(InvalidArgumentError, match=said):
-            volumes.check_capability(wrong)
+            request_fields.check_capability(wrong)
 
 
 def test_ids() -> None:
-    volumes.check_text("volume_id", "s3://any/thing ü")
+    request_fields.check_text("volume_id", "s3://any/thing ü")
     for wrong, said in (("", "is missing"), ("ü" * 65, "longer than 128"), ("a\nb\0", "control")):
         with pytest.raises(InvalidArgumentError, match=said):
-            volumes.check_text("volume_id", wrong)
-    made = volumes.id_of("pvc-6dd9a5a6-6b0c-4f8c-8e60-8d9d6a1c6d6c")
+            request_fields.check_text("volume_id", wrong)
+    made = controller_records.id_of("pvc-6dd9a5a6-6b0c-4f8c-8e60-8d9d6a1c6d6c")
     assert made.startswith("pvc-6dd9a5a6-6b0c-4f8c-8e60-8d9d6a1c6d6c-")
-    longest = {volumes.id_of("x" * 127 + last) for last in "ab"}
+    longest = {controller_records.id_of("x" * 127 + last) for last in "ab"}
     assert len(longest) == 2
     for each in longest:
-        volumes.check_text("volume_id", each)
+        request_fields.check_text("volume_id", each)

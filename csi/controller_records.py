@@ -13,8 +13,10 @@ Only the controller reads records: mounts continue and volumes can be deleted wi
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -25,11 +27,23 @@ from grpc import StatusCode
 
 from csi.errors import RpcError
 from csi.kubernetes import ApiServer
-from csi.volumes import digest_of
 from lazyfs.errors import OptionError
 
 LABEL = "app.kubernetes.io/managed-by"
 CONTENT = "volume.json"
+_ID = re.compile(r"[A-Za-z0-9.-]{0,64}-([0-9a-f]{20})")
+
+
+def id_of(name: str) -> str:
+    """The id of the volume that CreateVolume makes for a name: readable, and one for each name."""
+    readable = re.sub(r"[^A-Za-z0-9.-]", "-", name)[:64]
+    return f"{readable}-{hashlib.blake2b(name.encode(), digest_size=10).hexdigest()}"
+
+
+def digest_of(volume_id: str) -> str | None:
+    """The unique part of an id of `id_of`; None if it is not such an id."""
+    found = _ID.fullmatch(volume_id)
+    return found[1] if found else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,7 @@ class DaemonRecord:
     owner: str = ""
 
 
-class State:
+class NodeRecords:
     """The records in one directory.
 
     Raises:
