@@ -21,7 +21,9 @@ from typing import Any
 from csi.daemon import Daemon
 from csi.errors import without_ids
 from csi.start import StillStartingError
-from lazyfs.control.client import ControlError
+from lazyfs.control.client import ControlClient, ControlError
+from lazyfs.process.mount_records import control_socket
+from lazyfs.process.supervisor import MOST_ANSWERED_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,8 @@ log = logging.getLogger(__name__)
 LOOK_S = 4.0
 # A call that may not wait accepts an answer of this age; otherwise each call would ask again.
 OLD_S = 2 * LOOK_S
+# How long a worker has to answer a message that it may also read later.
+SOON_S = 1.0
 # Snapshots of one source with the same options and credentials: each has a daemon of its own, with
 # memory and page cache.
 MOST_SNAPSHOTS = 4
@@ -68,11 +72,13 @@ class Look:
         Raises:
             StillStartingError: S3 has not answered yet, and this call may not wait.
         """
-        supervisor = daemon.supervisor
-        if supervisor is None:
+        if daemon.supervisor is None:
             return None, "its daemon has ended"
+        timeout_s = min(self.left_s, LOOK_S + 1)
+        client = ControlClient(control_socket(daemon.mountpoint), timeout_s, MOST_ANSWERED_BYTES)
         try:
-            return supervisor.compare(self.max_age_s, LOOK_S, min(self.left_s, LOOK_S + 1))
+            answer = client.put("/snapshot", {"max_age_s": self.max_age_s, "timeout_s": LOOK_S})
+            return answer["same"], answer["why"]
         except ControlError as error:
             if self.in_haste:
                 raise StillStartingError(
@@ -84,10 +90,12 @@ class Look:
 def doubt(daemon: Daemon, why: str) -> None:
     """Record that a pod gets this snapshot although S3 may list something else."""
     log.warning("%s: a pod gets the snapshot of %s: %s", daemon.spec.source, daemon.name, why)
-    supervisor = daemon.supervisor
+    if daemon.supervisor is None:
+        return
+    client = ControlClient(control_socket(daemon.mountpoint), SOON_S, MOST_ANSWERED_BYTES)
     try:
-        if supervisor is not None:
-            supervisor.note_doubt(without_ids(why))
+        # A stopped worker reads it when it continues.
+        client.put("/doubt", {"why": without_ids(why)})
     except ControlError as error:
         log.debug("%s", error)  # the condition says that the worker does not answer
 

@@ -18,7 +18,7 @@ from lazyfs.errors import MountError
 from lazyfs.fuse import mount_syscalls
 from lazyfs.process.mount_records import DaemonWatch, MountRecord, is_detached, record_of
 from lazyfs.process.mount_users import named, users_of
-from lazyfs.process.supervisor import end_daemon
+from lazyfs.process.running_daemon import end_daemon
 
 END_TIMEOUT_S = 15.0
 # A process that has just ended may be seen to have a copy. Then the session ends soon.

@@ -11,7 +11,7 @@ from lazyfs.cli.tables import tell
 from lazyfs.errors import MountError, OptionError
 from lazyfs.options.mount_options import config_places
 from lazyfs.process.mount_records import MountRecord, record_of, records
-from lazyfs.process.supervisor import replace_worker
+from lazyfs.process.running_daemon import replace_worker
 
 
 @click.command()

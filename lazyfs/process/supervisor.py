@@ -23,45 +23,39 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lazyfs import user
-from lazyfs.errors import DaemonError, LazyfsError, MountError
+from lazyfs.errors import DaemonError, LazyfsError
 from lazyfs.faults import report_fault, start_watching
 from lazyfs.fuse import mount_syscalls
-from lazyfs.handover.handover import FUSE, IN_HAND, LOCK, LOG, OF_SUPERVISOR, SPEC, is_complete
-from lazyfs.handover.keeper import KeeperClient, KeeperError, restrict_to
-from lazyfs.handover.pending_requests import note_death
+from lazyfs.handover.handover import LOCK, LOG, OF_SUPERVISOR, SPEC
+from lazyfs.handover.keeper import KeeperError, restrict_to
 from lazyfs.log import within
-from lazyfs.process.mount_helpers import MountHelpers
 from lazyfs.process.mount_records import (
     MountRecord,
     RunningMount,
     control_socket,
-    listen_at,
-    record_of,
 )
 from lazyfs.process.mount_spec import MountSpec
+from lazyfs.process.mounted_session import MountedSession
 from lazyfs.process.privileges import Rights, worker_user
-from lazyfs.process.worker_line import WorkerLine
 from lazyfs.process.worker_process import (
     END_TIMEOUT_S,
     EXIT_CANNOT_RESUME,
     POLL_S,
+    READY_TIMEOUT_S,
     StartedWorker,
     end_former,
-    end_within,
     how_it_ended,
     oom_kills,
-    parent_of,
-    send,
     start_worker,
     wait_for_end,
     was_told_to_end,
 )
+from lazyfs.process.worker_requests import WorkerRequests
 from lazyfs.store.credentials import Credentials
 
 if TYPE_CHECKING:
@@ -70,13 +64,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STDERR = 2
-# A worker that has neither become ready nor failed by then is given up.
-READY_TIMEOUT_S = 120.0
 # Pauses between the death of a worker and the next one. The long pause is for workers that do not
 # become ready; otherwise readers are waiting.
 FIRST_PAUSE_S, LONGEST_PAUSE_S, LONGEST_PAUSE_AFTER_READY_S = 0.25, 30.0, 1.0
-# Time for an answer that is not waited for much longer.
-SOON_S = 1.0
 # The longest answer of a worker to its supervisor, which has many: a status is a few KiB.
 MOST_ANSWERED_BYTES = 2 << 20
 # A worker that lived this long did not die for the same reason as its predecessor.
@@ -88,8 +78,7 @@ class Supervisor:
 
     Args:
         spec: what to mount; it is kept with the session.
-        connect: returns a new connection to the keeper; raises KeeperError if there is none. The
-            kept descriptors are held here as well, and given to a replaced keeper again.
+        connect: returns a new connection to the keeper; raises KeeperError if there is none.
         leash: whether the worker ends with this process; otherwise it keeps serving alone.
         on_end: called from another thread when the mount has ended, for whatever reason.
         on_new_mount: called from another thread when a mount that could not be resumed was mounted
@@ -112,15 +101,12 @@ class Supervisor:
         self._spec = spec
         self._mountpoint = Path(spec.mountpoint)
         self._connect = connect
-        self._kept: dict[str, int] = {}
-        self._kept_lock = threading.Lock()
+        self._session = MountedSession(self._mountpoint, connect)
         self._leash = os.pipe() if leash else None
         self._on_end = on_end
         self._on_new_mount = on_new_mount
         self._first = first
         self._refusal: str | None = None
-        # Both the stopping thread and the watcher may unmount.
-        self._unmounting = threading.Lock()
         self._stopping = threading.Event()
         self._leaving = threading.Event()
         self._worker: subprocess.Popen[bytes] | None = None
@@ -128,7 +114,6 @@ class Supervisor:
         self._counted: subprocess.Popen[bytes] | None = None
         self._oom_kills = 0
         self._record: RunningMount | None = None
-        self._device: str | None = None
         self._version = ""
         self._mounted_ns = 0
         self._about = {"mountpoint": spec.mountpoint, "volume": spec.volume}
@@ -147,7 +132,7 @@ class Supervisor:
     @property
     def device(self) -> str | None:
         """The mount's device number, `major:minor`; None while it was never ready."""
-        return self._device
+        return self._session.device
 
     @property
     def mounted_ns(self) -> int:
@@ -175,13 +160,13 @@ class Supervisor:
         try:
             if former is not None and former.worker is not None:
                 end_former(former.worker, self.name)
-            self._fetch_kept()
+            self._session.fetch()
         except BaseException:
             self._release()  # an existing mount stays
             raise
         try:
-            if is_complete(self._kept) and not mount_syscalls.session_ended(self._kept[FUSE]):
-                self._find_device()
+            if self._session.can_be_resumed:
+                self._session.find_device()
                 self._start_another()
             else:
                 self._start_first(timeout_s)
@@ -202,12 +187,10 @@ class Supervisor:
         self._end_workers()
 
     def _start_first(self, timeout_s: float) -> None:
-        if FUSE in self._kept and not mount_syscalls.session_ended(self._kept[FUSE]):
-            self._unmount()  # it was never complete
-            self._abort()
-        self._let_go()
-        with self._keeper() as keeper:
-            keeper.drop(self.name)
+        if not self._session.has_ended:
+            self._session.unmount()  # it was never complete
+            self._session.abort()
+        self._session.drop()
         self._store_spec()
         if mount_syscalls.clear_stale(self._mountpoint):
             log.warning("%s: unmounted a mount whose daemon was gone", self._mountpoint)
@@ -244,48 +227,18 @@ class Supervisor:
 
     def give_back(self) -> None:
         """Give a replaced keeper the descriptors of the former one. Raises KeeperError."""
-        with self._keeper() as keeper, self._kept_lock:
-            if FUSE in self._kept and self.name not in keeper.names():
-                log.warning("%s: the keeper was replaced: gave it the session", self._mountpoint)
-                keeper.store(self.name, self._kept)
+        self._session.give_back()
 
     def status(self) -> dict[str, Any]:
         """The worker's status (`GET /status`). Raises ControlError."""
         answer: dict[str, Any] = self._client().get("/status")
         return answer
 
-    def compare(
-        self, max_age_s: float, timeout_s: float, patience_s: float
-    ) -> tuple[bool | None, str]:
-        """Whether S3 lists what the mount shows; or None, and why that is not known.
-
-        Args:
-            max_age_s: how old an answer of S3 may be.
-            timeout_s: how long the worker waits for S3.
-            patience_s: how long to wait for the worker.
-
-        Raises:
-            ControlError: the worker does not answer.
-        """
-        asked = {"max_age_s": max_age_s, "timeout_s": timeout_s}
-        answer = self._client(patience_s).put("/snapshot", asked)
-        return answer["same"], answer["why"]
-
-    def note_doubt(self, why: str) -> None:
-        """Record that a pod gets this snapshot although S3 may list something else.
-
-        Raises:
-            ControlError: the worker does not answer.
-        """
-        # A stopped worker reads it when it continues.
-        self._client(SOON_S).put("/doubt", {"why": why})
-
-    def _client(self, timeout_s: float | None = None) -> ControlClient:
+    def _client(self) -> ControlClient:
         # Only the CSI driver uses it and has imported it; other mounts start faster without.
         from lazyfs.control.client import TIMEOUT_S, ControlClient
 
-        patience_s = TIMEOUT_S if timeout_s is None else timeout_s
-        return ControlClient(control_socket(self._mountpoint), patience_s, MOST_ANSWERED_BYTES)
+        return ControlClient(control_socket(self._mountpoint), TIMEOUT_S, MOST_ANSWERED_BYTES)
 
     @property
     def trouble(self) -> str | None:
@@ -302,7 +255,7 @@ class Supervisor:
     def stop(self) -> None:
         """Unmount, even if it is in use, and end the worker, which finishes its writes first."""
         self._stopping.set()
-        self._unmount()
+        self._session.unmount()
         self._end_workers()
 
     def _start_worker(self, timeout_s: float) -> None:
@@ -316,25 +269,20 @@ class Supervisor:
         self._oom_kills = oom_kills()
         if self._stopping.is_set():
             self._worker.kill()  # `give_up` came just before it existed
+        owner = int(str(self._spec.options.get("uid", user.uid())))
+        assert self._record is not None
+        requests = WorkerRequests(self._mountpoint, self._session, self._record, owner)
         try:
-            self._wait_until_ready(started, time.monotonic() + timeout_s)
-            self._fetch_kept()
+            ready = requests.serve_until_ready(started, time.monotonic() + timeout_s)
+            self._version = ready["version"]
+            self._mounted_ns = ready.get("mounted_ns", 0)  # unknown to workers of older versions
+            self._note(self.pid)
+            self._session.fetch()
         except BaseException:
             started.process.kill()
             started.line.close()
             raise
-        threading.Thread(target=self._help, args=[started.line], daemon=True).start()
-
-    def _help(self, line: socket.socket) -> None:
-        """Start helper processes for a worker until it ends."""
-        with line:
-            uid = str(self._spec.options.get("uid", user.uid()))
-            MountHelpers(self._mountpoint, int(uid), self._is_there).serve(line)
-
-    def _is_there(self) -> bool:
-        """Whether our mount is at the mountpoint."""
-        entry = mount_syscalls.find_mount(self._mountpoint)
-        return entry is not None and entry.device == self._device
+        threading.Thread(target=requests.help_until_end, args=[started.line], daemon=True).start()
 
     def _waiting_worker(self) -> StartedWorker | None:
         """The worker that was started early, before it was known what to mount, if it lives."""
@@ -361,65 +309,10 @@ class Supervisor:
             as_user = worker_user(Rights(self._spec.rights))
             return start_worker(self.name, connection, as_user, leash, self.restarts)
 
-    def _wait_until_ready(self, started: StartedWorker, until_s: float) -> None:
-        line = WorkerLine(started.line)
-        while (said := line.receive(until_s)) and not said.keys() & {"ready", "error"}:
-            if "control" in said:
-                self._give_control_socket(line)
-            else:
-                self._mount(line, said["mount"])
-        if said is None:
-            raise MountError(f"{self._mountpoint}: the daemon was not ready in time")
-        if said.get("ready"):
-            self._version = said["version"]
-            self._mounted_ns = said.get("mounted_ns", 0)  # workers of older versions do not send it
-            self._note(self.pid)
-            return
-        code = end_within(started.process, END_TIMEOUT_S)
-        if said:
-            raise DaemonError(said["error"], said["exit_code"], said["kind"], code)
-        raise MountError(
-            f"{self._mountpoint}: the daemon {how_it_ended(code)} before the mount was ready"
-        )
-
-    def _mount(self, line: WorkerLine, wanted: dict[str, Any]) -> None:
-        """Mount for a worker that is ready to serve."""
-        try:
-            descriptor, init_message = mount_syscalls.begin_mount(
-                wanted["source"], self._mountpoint, allow_other=wanted["allow_other"]
-            )
-        except MountError as error:
-            line.refuse(error)
-            return
-        with self._kept_lock:
-            self._kept[FUSE] = descriptor
-        self._find_device()
-        if self._device:
-            # Before the worker answers FUSE_INIT: the kernel uses the smaller of both values.
-            mount_syscalls.set_read_ahead(self._device, wanted["read_ahead"])
-        line.give(descriptor, init_message)
-
-    def _give_control_socket(self, line: WorkerLine) -> None:
-        # A mount that was detached while in use is still served, but the socket is the next one's.
-        if self._record is None or not self._record.is_current:
-            line.give_socket(None)
-            return
-        try:
-            with listen_at(control_socket(self._mountpoint)) as listener:
-                line.give_socket(listener)
-        except MountError as error:
-            line.refuse(error)
-
-    def _find_device(self) -> None:
-        entry = mount_syscalls.find_mount(self._mountpoint)
-        # No entry: it was detached, and its users are still served. It must not be looked up later,
-        # because another mount may be there by then.
-        self._device = entry.device if entry else None
-
     def _describe(self, worker: int | None = None) -> MountRecord:
         return MountRecord(
             self.name, self._spec.source, os.getpid(), worker, self._version, self.restarts,
-            self._device or "",
+            self._session.device or "",
         )  # fmt: skip
 
     def _look_after(self) -> None:
@@ -433,10 +326,10 @@ class Supervisor:
             began = time.monotonic()
             code = wait_for_end(self._worker) if self._worker else 0
             if self._leaving.is_set():
-                self._let_go()
+                self._session.let_go()
                 self._release()
                 return
-            if self._stopping.is_set() or self._has_ended():
+            if self._stopping.is_set() or self._session.has_ended:
                 break
             if time.monotonic() - began >= LONG_LIFE_S:
                 pause_s = 0.0
@@ -465,12 +358,7 @@ class Supervisor:
         self._note(self.pid)  # the next worker reads the count there
         # A kill from outside says nothing about the requests that the worker had.
         if code != -signal.SIGKILL or oom_kills() > self._oom_kills:
-            try:
-                with self._kept_lock:
-                    if IN_HAND in self._kept:
-                        note_death(self._kept[IN_HAND])
-            except OSError as error:
-                log.warning("%s: its death cannot be counted: %s", self._mountpoint, error)
+            self._session.note_death()
         log.warning(
             "%s: the worker %s %s; another one continues%s",
             self._mountpoint, self.pid, how_it_ended(code),
@@ -511,7 +399,7 @@ class Supervisor:
         except Exception as error:
             if not isinstance(error, LazyfsError | KeeperError | OSError):
                 report_fault("starting a worker", error)
-            elif not (self._is_told_to_end() or self._has_ended()):
+            elif not (self._is_told_to_end() or self._session.has_ended):
                 log.error("%s: the worker could not resume: %s", self._mountpoint, error)
             self._refusal = str(error)
             return False
@@ -521,25 +409,6 @@ class Supervisor:
     def _is_told_to_end(self) -> bool:
         return self._stopping.is_set() or self._leaving.is_set()
 
-    def _has_ended(self) -> bool:
-        """Whether the kernel has ended the session, or is about to."""
-        return FUSE not in self._kept or mount_syscalls.session_ended(self._kept[FUSE])
-
-    def _keeper(self) -> closing[KeeperClient]:
-        return closing(KeeperClient(self._connect()))
-
-    def _fetch_kept(self) -> None:
-        """Fetch the kept descriptors from the keeper and hold them."""
-        with self._keeper() as keeper:
-            kept = keeper.fetch(self.name)
-        self._let_go(kept)
-
-    def _let_go(self, instead: dict[str, int] | None = None) -> None:
-        with self._kept_lock:
-            for descriptor in self._kept.values():
-                os.close(descriptor)
-            self._kept = instead or {}
-
     def _store_spec(self) -> None:
         descriptor = self._spec.to_descriptor()
         kept = {SPEC: descriptor}
@@ -548,8 +417,7 @@ class Supervisor:
         if self._leash is None and self._record is not None:
             kept |= {LOG: STDERR, LOCK: self._record.descriptor}
         try:
-            with self._keeper() as keeper:
-                keeper.store(self.name, kept)
+            self._session.store(kept)
         finally:
             os.close(descriptor)
 
@@ -570,46 +438,16 @@ class Supervisor:
 
     def _forget_session(self) -> None:
         """Detach the mount and close our descriptor: its users get an error instead of waiting."""
-        self._unmount()
-        self._abort()
-        self._let_go()
-        with self._keeper() as keeper:
-            keeper.drop(self.name)
+        self._session.unmount()
+        self._session.abort()
+        self._session.drop()
         self._store_spec()
 
-    def _unmount(self) -> None:
-        """Unmount our mount, if it is still the one at the mountpoint.
-
-        Even if this fails, the session ends with its descriptor.
-        """
-        with self._unmounting:
-            for lazy in (False, True):
-                entry = mount_syscalls.find_mount(self._mountpoint)
-                if FUSE not in self._kept or entry is None or not self._is_ours(entry):
-                    return
-                try:
-                    mount_syscalls.unmount(self._mountpoint, lazy=lazy)
-                except MountError as error:
-                    if lazy and mount_syscalls.find_mount(self._mountpoint) is not None:
-                        log.error("%s", error)
-
-    def _is_ours(self, entry: mount_syscalls.MountEntry) -> bool:
-        is_of_type = entry.filesystem_type == mount_syscalls.FILESYSTEM_TYPE
-        return is_of_type and self._device in (None, entry.device)
-
-    def _abort(self) -> None:
-        """Give remaining users of the mount an error, and end threads of a killed worker."""
-        # After the session has ended, another mount may have its device number.
-        if self._device is not None and not self._has_ended():
-            mount_syscalls.abort(self._device)
-
     def _clean_up(self) -> None:
-        self._unmount()
-        self._abort()
-        self._let_go()
+        self._session.unmount()
+        self._session.abort()
         try:
-            with self._keeper() as keeper:
-                keeper.drop(self.name)
+            self._session.drop()
         except KeeperError as error:
             log.warning("%s: %s", self._mountpoint, error)
         self._release()
@@ -621,41 +459,3 @@ class Supervisor:
         record, self._record = self._record, None
         if record is not None:
             record.close()
-
-
-def end_daemon(record: MountRecord) -> None:
-    """End the daemon of a mount; remaining users of copies of the mount get an error.
-
-    The supervisor ends the kernel's session. If the supervisor was killed, the session ends with
-    the worker, which has its last descriptor.
-    """
-    if record.worker is not None and parent_of(record.worker) != record.supervisor:
-        send(record.worker, signal.SIGTERM)
-    else:
-        send(record.supervisor, signal.SIGTERM)
-
-
-def replace_worker(record: MountRecord) -> MountRecord:
-    """End the worker of a mount, wherever its supervisor runs, and wait for the next one.
-
-    Raises:
-        MountError: there is no supervisor to start another one, or none became ready.
-    """
-    worker = record.worker
-    if worker is None or parent_of(worker) != record.supervisor:
-        raise MountError(
-            f"{record.mountpoint}: its worker has no supervisor that would start another one: "
-            "unmount it, and mount it again"
-        )
-    send(worker, signal.SIGTERM)
-    began = time.monotonic()
-    while time.monotonic() - began < READY_TIMEOUT_S:
-        time.sleep(POLL_S)
-        now = record_of(Path(record.mountpoint))
-        if now is None:
-            raise MountError(f"{record.mountpoint}: was unmounted meanwhile")
-        if now.worker != worker:
-            return now
-        if time.monotonic() - began > END_TIMEOUT_S and parent_of(worker) == record.supervisor:
-            send(worker, signal.SIGKILL)
-    raise MountError(f"{record.mountpoint}: no new worker became ready; its log says why")

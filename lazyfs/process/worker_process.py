@@ -19,6 +19,8 @@ from typing import Any, NamedTuple, Protocol
 
 from lazyfs.process.privileges import WorkerUser, protect_from_oom, start
 
+# A worker that has neither become ready nor failed by then is given up.
+READY_TIMEOUT_S = 120.0
 # Time for a worker to finish after it was told to end, or its mount ended.
 END_TIMEOUT_S = 8.0
 POLL_S = 0.1
