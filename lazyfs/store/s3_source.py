@@ -14,14 +14,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
-from lazyfs.blocks.buffers import take_buffer
 from lazyfs.errors import (
     BadRequestError,
-    BadResponseError,
     NotSupportedError,
     ObjectChangedError,
     SourceError,
@@ -30,19 +28,20 @@ from lazyfs.errors import (
 )
 from lazyfs.movers.pool import Movers
 from lazyfs.options.mount_options import MountOptions
-from lazyfs.store import entity_tag, ranges
+from lazyfs.store import ranges
 from lazyfs.store.cancel import Cancel
 from lazyfs.store.credentials import Credentials, StaticCredentials, WebIdentity
-from lazyfs.store.fleet_cache import REFRESH, FleetCache
+from lazyfs.store.fleet_cache import FleetCache
 from lazyfs.store.http import (
     Answer,
 )
 from lazyfs.store.live_credentials import LiveCredentials
 from lazyfs.store.objects import Page, Pinned
 from lazyfs.store.pages import Lister
+from lazyfs.store.range_reader import AS_STORED, RangeReader
 from lazyfs.store.refusals import Refusal
 from lazyfs.store.resolved_source import Place, ResolvedSource, TimedCredentials
-from lazyfs.store.signed_client import Client, RefusedError, Request, refuse
+from lazyfs.store.signed_client import Client, RefusedError, Request
 from lazyfs.store.signing import SigningCredentials, canonical_query
 from lazyfs.store.url import SourceUrl
 
@@ -60,13 +59,6 @@ FIRST_PAUSE_S = 0.3
 FIRST_LONGEST_PAUSE_S = 5.0
 # How long a resumed mount waits for credentials before it serves reads that need none.
 CREDENTIALS_SOON_S = 2.0
-# A stored gzip file is sent unchanged only to clients that accept gzip
-# (cloud.google.com/storage/docs/transcoding).
-_AS_STORED = "identity, gzip"
-# For a proxy that compresses everything that the client accepts compressed.
-_UNPACKED = "identity"
-# The most answers for one range.
-MOST_PARTS = 128
 
 
 def resolve(
@@ -129,9 +121,6 @@ class Source:
         self._credentials = LiveCredentials(
             self._fetch_credentials, resolved.credentials, had=goes_on
         )
-        # What this service was seen to refuse.
-        self._sends_if_match = True
-        self._coding = _AS_STORED
         self._movers: Movers | None = None
         self._set_place(resolved.place)
 
@@ -253,14 +242,7 @@ class Source:
             ObjectChangedError, ObjectGoneError: the object is no longer what was listed.
             SourceError: any other failure.
         """
-        into = take_buffer(length)
-        done = 0
-        for _ in range(MOST_PARTS):
-            done += self._ask_for_range(pin, start + done, into[done:], cancel or Cancel())
-            if done == length:
-                return into
-            self._client.note("answers a range with a part of it")
-        raise BadResponseError(f"{self.url.name(pin.key)}: {MOST_PARTS} answers gave {done} bytes")
+        return self._ranges.read(pin, start, length, cancel or Cancel())
 
     def read_cached(
         self,
@@ -284,96 +266,7 @@ class Source:
             FleetCacheError: the cache did not deliver the range of that version.
             SourceError: there are no credentials.
         """
-        if not self._matches(pin):
-            return None
-        into = take_buffer(length)
-
-        request = self._request(pin, start, into, pin.etag)
-        if fresh:
-            request = replace(request, headers={**request.headers, **REFRESH})
-
-        def handle(answer: Answer, elsewhere: bool) -> memoryview:
-            if self._receive(answer, elsewhere, request, pin, start, into) < length:
-                raise ranges.OtherRangeError("got a part of what was asked for")
-            return into
-
-        return self._client.ask_cache(cache, request, handle, cancel)
-
-    def _matches(self, pin: Pinned) -> bool:
-        """Whether a request can say which version of an object is wanted."""
-        return self._sends_if_match and entity_tag.is_strong(pin.etag)
-
-    def _request(self, pin: Pinned, start: int, into: memoryview, tag: str) -> Request:
-        """The request for the range from `start` that fills a buffer, of the version of a tag."""
-        headers = {
-            "Range": f"bytes={start}-{start + len(into) - 1}", "Accept-Encoding": self._coding,
-        }  # fmt: skip
-        if tag:
-            headers["If-Match"] = tag
-        path = self._client.place.path + quote(pin.key, safe="/~")
-        return Request("GET", path, "", headers, into)
-
-    def _ask_for_range(self, pin: Pinned, start: int, into: memoryview, cancel: Cancel) -> int:
-        """Request the range that fills a buffer; returns how many bytes of it came.
-
-        If the service refuses a header of the request, the request is repeated without it.
-        """
-        what = self.url.name(pin.key)
-        tag = pin.etag if self._matches(pin) else ""
-
-        def ask(tag: str) -> int:
-            request = self._request(pin, start, into, tag)
-
-            def handle(answer: Answer, elsewhere: bool) -> int:
-                return self._receive(answer, elsewhere, request, pin, start, into)
-
-            return self._client.ask(request, handle, what, cancel)
-
-        try:
-            return ask(tag)
-        except SourceError as error:
-            cause = error.__cause__
-            if isinstance(cause, ranges.PackedError) and self._coding != _UNPACKED:
-                self._coding = _UNPACKED
-                self._client.note("or a proxy compresses answers: requests no longer allow that")
-                return ask(tag)
-            refused = isinstance(error, ObjectChangedError | BadRequestError)
-            if not (tag and refused and isinstance(cause, RefusedError)):
-                raise
-            # Either the object changed, or the service does not know `If-Match`.
-            count = ask("")
-            self._sends_if_match = False
-            log.warning(
-                "%s: the service does not support If-Match (%s); its answers are compared",
-                what,
-                error,
-            )
-            return count
-
-    def _receive(
-        self,
-        answer: Answer,
-        elsewhere: bool,
-        request: Request,
-        pin: Pinned,
-        start: int,
-        into: memoryview,
-    ) -> int:
-        """Receive an answer into a buffer; returns the size. Raises like `ranges.check`."""
-        if answer.status not in (200, 206):
-            refuse(answer)
-        before, count = ranges.check(
-            answer.status, answer.headers, answer.length, pin, start, len(into),
-            elsewhere=elsewhere, may_be_packed=request.headers["Accept-Encoding"] == _AS_STORED,
-        )  # fmt: skip
-        if answer.status == 200:
-            self._client.note("answers a range with 200 instead of 206")
-        answer.body.skip(before)
-        answer.body.read_into(into[:count])
-        ends = answer.status == 206 or start + count == pin.size_bytes
-        if ends and not answer.body.is_at_end:
-            raise ranges.OtherRangeError("got more bytes than were asked for")
-        return count
+        return self._ranges.read_cached(cache, pin, start, length, cancel, fresh=fresh)
 
     def checksum(self, pin: Pinned) -> ObjectSum | None:
         """The checksum of a whole object, to be compared; None if S3 keeps no comparable one.
@@ -390,7 +283,7 @@ class Source:
             return ObjectSum.of(answer.headers)
 
         path = self._client.place.path + quote(pin.key, safe="/~")
-        request = Request("HEAD", path, "", {"Accept-Encoding": _AS_STORED})
+        request = Request("HEAD", path, "", {"Accept-Encoding": AS_STORED})
         signed, what = {"x-amz-checksum-mode": "ENABLED"}, self.url.name(pin.key)
         try:
             return self._client.ask(request, handle, what, Cancel(), signed)
@@ -460,6 +353,7 @@ class Source:
             movers=self._movers,
         )
         self._lister = Lister(self.url, self._client)
+        self._ranges = RangeReader(self.url, self._client)
 
     # botocore
 

@@ -20,7 +20,7 @@ from lazyfs.errors import BadRequestError, SourceError
 from lazyfs.objects import ListedObject
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store import http as transport
-from lazyfs.store import listing
+from lazyfs.store import listing, range_reader
 from lazyfs.store import s3_source as sources
 from lazyfs.store import signed_client as client
 from lazyfs.store.credentials import StaticCredentials, WebIdentity
@@ -460,7 +460,7 @@ def test_a_range_may_come_in_parts(serve: Serve, monkeypatch: pytest.MonkeyPatch
     source = service.source()
     assert read(source) == DATA[256:768]
     assert [request.range[0] for request in service.requests] == [256, 456, 656]
-    monkeypatch.setattr(sources, "MOST_PARTS", 2)
+    monkeypatch.setattr(range_reader, "MOST_PARTS", 2)
     with pytest.raises(errors.BadResponseError, match="2 answers gave 400 bytes"):
         read(source)
 

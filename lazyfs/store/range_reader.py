@@ -1,0 +1,160 @@
+"""Reads ranges of objects, of the version that was listed, and learns what a service refuses.
+
+A request names the version (`If-Match`) and accepts gzip, so that stored gzip files come unchanged.
+Where a service or a proxy does not support one of them, requests leave it out from then on.
+`ranges.py` checks every answer.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from urllib.parse import quote
+
+from lazyfs.blocks.buffers import take_buffer
+from lazyfs.errors import BadRequestError, BadResponseError, ObjectChangedError, SourceError
+from lazyfs.store import entity_tag, ranges
+from lazyfs.store.cancel import Cancel
+from lazyfs.store.fleet_cache import REFRESH, FleetCache
+from lazyfs.store.http import Answer
+from lazyfs.store.objects import Pinned
+from lazyfs.store.signed_client import Client, RefusedError, Request, refuse
+from lazyfs.store.url import SourceUrl
+
+log = logging.getLogger(__name__)
+
+# A stored gzip file is sent unchanged only to clients that accept gzip
+# (cloud.google.com/storage/docs/transcoding).
+AS_STORED = "identity, gzip"
+# For a proxy that compresses everything that the client accepts compressed.
+_UNPACKED = "identity"
+# The most answers for one range.
+MOST_PARTS = 128
+
+
+class RangeReader:
+    """Reads ranges of the objects of one source.
+
+    Args:
+        url: the source.
+        client: sends the requests.
+    """
+
+    def __init__(self, url: SourceUrl, client: Client) -> None:
+        self._url = url
+        self._client = client
+        self._sends_if_match = True
+        self._coding = AS_STORED
+
+    def read(self, pin: Pinned, start: int, length: int, cancel: Cancel) -> memoryview:
+        """See `Source.read_range`."""
+        into = take_buffer(length)
+        done = 0
+        for _ in range(MOST_PARTS):
+            done += self._ask_for_range(pin, start + done, into[done:], cancel)
+            if done == length:
+                return into
+            self._client.note("answers a range with a part of it")
+        raise BadResponseError(f"{self._url.name(pin.key)}: {MOST_PARTS} answers gave {done} bytes")
+
+    def read_cached(
+        self,
+        cache: FleetCache,
+        pin: Pinned,
+        start: int,
+        length: int,
+        cancel: Cancel,
+        *,
+        fresh: bool = False,
+    ) -> memoryview | None:
+        """See `Source.read_cached`."""
+        if not self._matches(pin):
+            return None
+        into = take_buffer(length)
+
+        request = self._request(pin, start, into, pin.etag)
+        if fresh:
+            request = replace(request, headers={**request.headers, **REFRESH})
+
+        def handle(answer: Answer, elsewhere: bool) -> memoryview:
+            if self._receive(answer, elsewhere, request, pin, start, into) < length:
+                raise ranges.OtherRangeError("got a part of what was asked for")
+            return into
+
+        return self._client.ask_cache(cache, request, handle, cancel)
+
+    def _matches(self, pin: Pinned) -> bool:
+        """Whether a request can say which version of an object is wanted."""
+        return self._sends_if_match and entity_tag.is_strong(pin.etag)
+
+    def _request(self, pin: Pinned, start: int, into: memoryview, tag: str) -> Request:
+        """The request for the range from `start` that fills a buffer, of the version of a tag."""
+        headers = {
+            "Range": f"bytes={start}-{start + len(into) - 1}", "Accept-Encoding": self._coding,
+        }  # fmt: skip
+        if tag:
+            headers["If-Match"] = tag
+        path = self._client.place.path + quote(pin.key, safe="/~")
+        return Request("GET", path, "", headers, into)
+
+    def _ask_for_range(self, pin: Pinned, start: int, into: memoryview, cancel: Cancel) -> int:
+        """Request the range that fills a buffer; returns how many bytes of it came.
+
+        If the service refuses a header of the request, the request is repeated without it.
+        """
+        what = self._url.name(pin.key)
+        tag = pin.etag if self._matches(pin) else ""
+
+        def ask(tag: str) -> int:
+            request = self._request(pin, start, into, tag)
+
+            def handle(answer: Answer, elsewhere: bool) -> int:
+                return self._receive(answer, elsewhere, request, pin, start, into)
+
+            return self._client.ask(request, handle, what, cancel)
+
+        try:
+            return ask(tag)
+        except SourceError as error:
+            cause = error.__cause__
+            if isinstance(cause, ranges.PackedError) and self._coding != _UNPACKED:
+                self._coding = _UNPACKED
+                self._client.note("or a proxy compresses answers: requests no longer allow that")
+                return ask(tag)
+            refused = isinstance(error, ObjectChangedError | BadRequestError)
+            if not (tag and refused and isinstance(cause, RefusedError)):
+                raise
+            # Either the object changed, or the service does not know `If-Match`.
+            count = ask("")
+            self._sends_if_match = False
+            log.warning(
+                "%s: the service does not support If-Match (%s); its answers are compared",
+                what,
+                error,
+            )
+            return count
+
+    def _receive(
+        self,
+        answer: Answer,
+        elsewhere: bool,
+        request: Request,
+        pin: Pinned,
+        start: int,
+        into: memoryview,
+    ) -> int:
+        """Receive an answer into a buffer; returns the size. Raises like `ranges.check`."""
+        if answer.status not in (200, 206):
+            refuse(answer)
+        before, count = ranges.check(
+            answer.status, answer.headers, answer.length, pin, start, len(into),
+            elsewhere=elsewhere, may_be_packed=request.headers["Accept-Encoding"] == AS_STORED,
+        )  # fmt: skip
+        if answer.status == 200:
+            self._client.note("answers a range with 200 instead of 206")
+        answer.body.skip(before)
+        answer.body.read_into(into[:count])
+        ends = answer.status == 206 or start + count == pin.size_bytes
+        if ends and not answer.body.is_at_end:
+            raise ranges.OtherRangeError("got more bytes than were asked for")
+        return count
