@@ -14,8 +14,9 @@ from http.client import HTTPConnection
 from typing import TypeVar
 
 from lazyfs.store import ranges
+from lazyfs.store.addresses import BadAddressError
 from lazyfs.store.cancel import Cancel
-from lazyfs.store.http import Answer, BadAddressError, Transport
+from lazyfs.store.http import Answer, Transport
 from lazyfs.store.refusals import MOST_TEXT, Refusal
 
 T = TypeVar("T")

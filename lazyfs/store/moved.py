@@ -17,14 +17,13 @@ from typing import Any, TypeVar
 from lazyfs.movers.context import tell_wire
 from lazyfs.movers.pool import Movers
 from lazyfs.store import ranges
+from lazyfs.store.addresses import BadAddressError, must_be_elsewhere
 from lazyfs.store.cancel import Cancel, CancelledError
 from lazyfs.store.http import (
     Answer,
-    BadAddressError,
     Body,
     CutOffError,
     Transport,
-    must_be_elsewhere,
     tls_context,
 )
 from lazyfs.store.refusals import MOST_TEXT

@@ -27,16 +27,20 @@ from lazyfs.errors import (
 )
 from lazyfs.movers.pool import MoverFaultError, MoverLostError, Movers
 from lazyfs.store import moved, ranges
+from lazyfs.store.addresses import (
+    BadAddressError,
+    BadRedirectError,
+    anywhere,
+    is_same_service,
+    may_be_redirected_to,
+    must_be_elsewhere,
+)
 from lazyfs.store.cancel import Cancel
 from lazyfs.store.fleet_cache import FleetCache
 from lazyfs.store.http import (
     SILENCE_TIMEOUT_S,
     Answer,
-    BadAddressError,
-    BadRedirectError,
     Transport,
-    may_be_redirected_to,
-    must_be_elsewhere,
     tls_context,
 )
 from lazyfs.store.live_credentials import LiveCredentials
@@ -318,7 +322,7 @@ class Client:
         if server.startswith("https:") and url.scheme != "https":
             raise BadRedirectError("redirected from https to http")
         to = f"{url.scheme}://{url.netloc}"
-        ours = _is_same_service(self.place.server, to) and not _SIGNED_URL.search(f"?{url.query}")
+        ours = is_same_service(self.place.server, to) and not _SIGNED_URL.search(f"?{url.query}")
         elsewhere = elsewhere or not ours
         path, query = url.path or "/", url.query
         if not elsewhere:  # it is signed, so it is sent as S3 escapes it
@@ -328,11 +332,7 @@ class Client:
         if elsewhere:  # another service has its own entity tags
             headers = {name: value for name, value in headers.items() if name != "If-Match"}
         self.note(f"redirects to {printable(to)}")
-        return (
-            to,
-            replace(request, path=path, query=query, headers=headers),
-            elsewhere,
-        )
+        return to, replace(request, path=path, query=query, headers=headers), elsewhere
 
     def _server(self, server: str) -> tuple[Transport, Signer]:
         """Connections to a server, and the signer of requests for it."""
@@ -340,7 +340,7 @@ class Client:
         if found is None:
             if server.startswith("https:") and self._tls is None:
                 self._tls = tls_context(self.place.authorities)
-            may_connect = must_be_elsewhere if self._refuse_local else _anywhere
+            may_connect = must_be_elsewhere if self._refuse_local else anywhere
             if self._servers:
                 first = next(iter(self._servers.values()))[0]
                 if not self._refuse_local:
@@ -373,10 +373,6 @@ class Client:
         raise refused from error
 
 
-def _anywhere(address: str) -> None:
-    """Allow every address: the options name the endpoint."""
-
-
 def _unless_redirected(answer: Answer, handle: Callable[[Answer], T]) -> T:
     """Handle an answer, or raise _RedirectedError."""
     location = answer.headers.get("location")
@@ -391,19 +387,6 @@ def _unless_redirected(answer: Answer, handle: Callable[[Answer], T]) -> T:
 
 def refuse(answer: Answer) -> NoReturn:
     raise RefusedError(Refusal.of(answer.status, answer.headers, answer.body.read_all(MOST_TEXT)))
-
-
-def _is_same_service(ours: str, other: str) -> bool:
-    """Whether two servers belong to one service, so that both may get its signatures."""
-    one, two = urlsplit(ours), urlsplit(other)
-    if one.netloc == two.netloc:
-        return True
-    a, b = one.hostname or "", two.hostname or ""
-    of_aws = (".amazonaws.com", ".amazonaws.com.cn")
-    if a.endswith(of_aws) and b.endswith(of_aws):
-        return True
-    # BUCKET.HOST and HOST, on the same port.
-    return one.port == two.port and (a.endswith(f".{b}") or b.endswith(f".{a}"))
 
 
 def _cause(error: OSError) -> str:

@@ -16,17 +16,19 @@ from typing import Any, TypeVar
 import pytest
 
 from lazyfs.store import http as transport
+from lazyfs.store.addresses import (
+    BadAddressError,
+    BadRedirectError,
+    may_be_redirected_to,
+    must_be_elsewhere,
+)
 from lazyfs.store.cancel import Cancel, CancelledError
 from lazyfs.store.http import (
     Answer,
-    BadAddressError,
-    BadRedirectError,
     Body,
     CutOffError,
     Proxy,
     Transport,
-    may_be_redirected_to,
-    must_be_elsewhere,
     tls_context,
 )
 
