@@ -20,7 +20,7 @@ from lazyfs.namespace.listing_log import ListingLog
 from lazyfs.objects import File, ListedObject
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
-from lazyfs.prefetch import planner
+from lazyfs.prefetch import survey
 from lazyfs.prefetch.planner import Planner
 from lazyfs.prefetch.prefetcher import Prefetcher
 from lazyfs.store.objects import Page
@@ -97,13 +97,13 @@ def test_requests_are_answered_between_the_directories_of_a_page() -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """What was taken as read, of each time that models were looked for."""
     looked: list[tuple[str, ...]] = []
-    find = planner.layouts
+    find = survey.layouts
 
     def layouts(files: Any, **about: Any) -> Any:
         looked.append(tuple(about["read"]))
         return find(files, **about)
 
-    monkeypatch.setattr(planner, "layouts", layouts)
+    monkeypatch.setattr(survey, "layouts", layouts)
     return looked
 
 
