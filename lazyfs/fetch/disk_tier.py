@@ -68,9 +68,9 @@ class DiskTier:
         await self._threads.run(self._cache.care, plan)
 
     async def present(self, files: Sequence[File]) -> list[tuple[File, list[int]]]:
-        """The files of which blocks are on disk, with the numbers of these blocks.
+        """The files that have blocks on disk, with the numbers of these blocks.
 
-        The cache is told that they are needed, and S3 is asked whether the mount may read them.
+        The cache records that they are needed, and S3 is asked whether the mount may read them.
         """
         present = await self._threads.run(_find_present, self._cache, files)
         if present and self._nursery is not None:
@@ -91,7 +91,7 @@ class DiskTier:
         self._cache.set_loading(file)
 
     def begin(self, job: Job) -> None:
-        """See `CacheTier`. The block is not left to another daemon any more."""
+        """See `CacheTier`. The block is no longer left to another daemon."""
         job.lease_until = self._others.take_back(job.file, job.block)
 
     async def get(self, job: Job) -> memoryview | Claim:
@@ -130,7 +130,7 @@ class DiskTier:
 
 
 def _find_present(cache: BlockCache, files: Sequence[File]) -> list[tuple[File, list[int]]]:
-    """The files of which blocks are on disk, and which; the cache is told that they are needed."""
+    """The files that have blocks on disk, with their numbers; the cache keeps them."""
     present = [(file, numbers) for file in files if (numbers := cache.present(file))]
     if present:
         cache.announce([file for file, _ in present])

@@ -1,7 +1,7 @@
 """A cache smaller than the model keeps a window of it.
 
-Blocks that all readers have consumed are given up on the disk, and blocks that are read next are
-written in their place.
+Blocks that all readers have consumed are removed from the disk, and the blocks that are read next
+take their place.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lazyfs.objects import File
 from lazyfs.prefetch.prefetcher import Prefetcher
 from lazyfs.threads import Threads
 
-# Blocks that are given up at once.
+# How many blocks are removed at a time.
 SLIDE_BLOCKS = 8
 
 
@@ -55,7 +55,7 @@ class DiskWindow:
         self._sliding = False
 
     def slide(self, nursery: trio.Nursery) -> None:
-        """If the cache had no room for a block, give up consumed blocks for it."""
+        """If the cache had no room for a block, remove consumed blocks to make room."""
         if self._sliding or not self._writer.has_refused:
             return
         spent = self._prefetcher.take_spent(SLIDE_BLOCKS)

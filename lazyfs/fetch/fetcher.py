@@ -74,7 +74,7 @@ class BlockFetcher:
         self._block_size = options.block_size
         self._files: dict[int, File] = {}
         self.missed_pages = MissedPages(self._map, self._files, self.pump)
-        # Since the last `pump`: more may be wanted now, or pushed into the page cache.
+        # Whether, since the last `pump`, more blocks may be wanted, or pushed into the page cache.
         self._reader_moved = False
         self._nursery: trio.Nursery | None = None
         self._threads = Threads(options.max_concurrency)
@@ -120,11 +120,11 @@ class BlockFetcher:
         )  # fmt: skip
 
     def carry(self, near: PageMap, tree: Tree) -> None:
-        """Continue with what former workers put into the page cache, and note what is put there.
+        """Continue with the pages that former workers put into the page cache.
 
         Args:
-            near: what former workers noted, and where it is noted.
-            tree: as it was restored.
+            near: the record of these pages, which is kept up to date from now on.
+            tree: the restored tree.
         """
         for file, block, place in near.read(tree):
             self.add_file(file)
@@ -141,8 +141,8 @@ class BlockFetcher:
         """Serve in the tasks of a nursery until it is cancelled.
 
         Args:
-            nursery: of all that asks for blocks. A nursery of its own could end before them, when
-                all are cancelled, and take no more tasks while they are still at their last steps.
+            nursery: the one in which all readers of blocks run. A separate nursery could end before
+                them on cancellation, and take no more tasks while they still need some.
         """
         self._nursery = nursery
         self._pusher.start(nursery)
@@ -207,7 +207,7 @@ class BlockFetcher:
         """The bytes of a part of a block, fetched if necessary.
 
         Args:
-            reader: it is for a reader, not for our own planning.
+            reader: whether a reader wants it, or only the planner.
 
         Raises:
             SourceError: they cannot be read within `--io-timeout`.
@@ -244,7 +244,7 @@ class BlockFetcher:
         """Wait for a block. Returns it, and where it came from; its `users` count the waiter."""
         block = BlockId(file.inode, span.number)
         wait = self._recorder.begin_wait(file, span, coming=block in self._jobs) if reader else None
-        # While blocks are on their way, the reader may have asked just before this one came.
+        # If other blocks are on their way, the reader may have asked just before this one arrived.
         if reader and not self.in_flight:
             self.missed_pages.requested(block)
         job = self._scheduler.demand(block, span)
@@ -265,9 +265,9 @@ class BlockFetcher:
     # Headers of shards.
 
     async def header(self, file: File) -> memoryview | None:
-        """The header of a safetensors file; without fetching a block for it if it has many.
+        """The header of a safetensors file; no block is fetched for it if the file has many.
 
-        None: it is too long, see `LONGEST_HEADER`.
+        None: the header is too long, see `LONGEST_HEADER`.
 
         Raises:
             SourceError: it cannot be read.
@@ -292,7 +292,7 @@ class BlockFetcher:
         return is_local or self._map.is_stored(first) or self._memory.get(first) is not None
 
     def head(self, file: File) -> memoryview:
-        """As much of the beginning of a file as was fetched for its header and is in memory."""
+        """The beginning of a file that was fetched for its header and is in memory."""
         return self._heads.get(file.inode)
 
     def is_coming(self, file: File) -> bool:
@@ -320,7 +320,7 @@ class BlockFetcher:
         return sum(block_length(file.size_bytes, self._block_size, number) for number in numbers)
 
     def _written(self, block: BlockId, stored: bool) -> None:
-        """The disk needs a block no longer; `stored`: it is there."""
+        """A block no longer waits for the disk; `stored`: it is there now."""
         if stored:
             self._map.stored(block)
         self.pump()

@@ -10,10 +10,10 @@ moment ago is most likely being started again. If all requests of this node went
 each of them would be one more copy for the fleet, over a link that the other nodes share. So they
 wait for `RETURN_S` first, and then go to S3 a few at a time, more the longer it takes.
 
-The cache makes one request of S3 for all nodes that want the same range. To ask it twice because an
-answer is late would only reach the same place, and to ask S3 would have the range sent once more
-for each node. So no second request is made of what the cache was asked for, but for one at a time
-that many others have overtaken: a part of the cache on a slow machine must not stop a load.
+The cache makes one request of S3 for all nodes that want the same range. A second request of the
+cache would join the first one, and a request of S3 would send the range once more for each node. So
+requests of the cache are not hedged. The exception is one request at a time that many others have
+overtaken: a slow machine of the cache must not stop a load.
 
 The state is kept in the trio thread, like all decisions of this room.
 """
@@ -35,20 +35,20 @@ from lazyfs.store.fleet_cache import FleetCache, FleetCacheError, Trouble
 log = logging.getLogger(__name__)
 
 REST_S = 30.0
-# How often a connection is tried while there is none: a door that comes back is used at once.
+# The time between two attempts to connect, so that a cache that is back is used soon.
 KNOCK_S = 0.25
 # For how long requests wait for a door that was there and is gone.
 RETURN_S = 2.0
 # How many requests S3 then gets at a time, and after how long twice as many.
 FIRST_DIRECT = 2
 DOUBLES_S = 2.0
-# For how long the first requests of a mount wait to hear whether the cache can be connected to.
+# How long the first requests of a mount wait for the connection to the cache.
 FIRST_WORD_S = 0.25
-# Of what is asked twice in vain because the answer ended early, how much in a row is too much.
+# The cache rests after this many requests in a row that were cut off twice.
 MOST_CUT_OFF = 3
-# A trial that says nothing for so long will not.
+# A trial that takes longer has failed.
 TRIAL_S = 60.0
-# A request that so many others have overtaken, and that has taken so long, is made of S3 as well.
+# A request that this many others have overtaken, and that is this old, is also made of S3.
 FAR_OVERTAKEN = 16
 LATE_S = 10.0
 
@@ -63,7 +63,7 @@ class State(StrEnum):
 
 
 class Fleet:
-    """What a mount knows of the cache of its fleet; to be made in the trio thread.
+    """What a mount knows of the cache of its fleet. Created in the trio thread.
 
     Args:
         cache: connections to it.
@@ -130,7 +130,7 @@ class Fleet:
         self._turns.unpark()
 
     def gave(self) -> None:
-        """It gave what was asked for."""
+        """The cache delivered."""
         self.results["served"] += 1
         self._cut_off = 0
         self._trial_until_s = 0.0
@@ -140,10 +140,10 @@ class Fleet:
             log.info("the fleet cache %s serves again", self.cache.url)
 
     def failed(self, error: FleetCacheError, *, s3_gave: bool) -> None:
-        """It did not give what was asked for.
+        """The cache did not deliver.
 
         Args:
-            s3_gave: S3 did.
+            s3_gave: whether S3 delivered instead.
         """
         self.results[error.trouble.value] += 1
         self._trial_until_s = 0.0
@@ -154,19 +154,19 @@ class Fleet:
             self._rest(str(error), is_away=error.trouble is Trouble.AWAY)
 
     def outdone(self) -> None:
-        """S3 gave what the cache has said several times that S3 has trouble with."""
-        self._rest("it passes on trouble that S3 does not have")
+        """S3 delivered what the cache, several times, reported S3 to have trouble with."""
+        self._rest("it reports trouble with S3 that S3 does not have")
 
     def is_asked_again(self, error: FleetCacheError) -> None:
         """It did not give what was asked for, and may do so the next time."""
         self.results[error.trouble.value] += 1
 
     def let_go(self) -> None:
-        """What was asked of it is not wanted any more."""
+        """A request of the cache was cancelled."""
         self._trial_until_s = 0.0
 
     def _rest(self, trouble: str, *, is_away: bool = False) -> None:
-        # Nodes that saw the same trouble do not come back together.
+        # At random, so that nodes that saw the same trouble do not return at the same time.
         self._rests_until_s = trio.current_time() + REST_S * random.uniform(1, 1.2)  # noqa: S311
         self._cut_off = 0
         if is_away and self.state is State.USED:
@@ -181,7 +181,7 @@ class Fleet:
         self.state, self.trouble = State.RESTING, trouble
         if is_away and not self._knocks:
             self._knocks = True
-            trio.lowlevel.spawn_system_task(contained, "knocking at the cache", self._knock)
+            trio.lowlevel.spawn_system_task(contained, "trying the fleet cache", self._knock)
 
     def _lose(self) -> None:
         """It was there a moment ago: let requests wait."""
@@ -190,7 +190,7 @@ class Fleet:
         self._most_direct = FIRST_DIRECT
 
     async def _knock(self) -> None:
-        """Try for a connection while it rests, for as long as it would."""
+        """Try to connect while the cache rests."""
         try:
             while self.state is State.RESTING and trio.current_time() < self._rests_until_s:
                 await trio.sleep(KNOCK_S)

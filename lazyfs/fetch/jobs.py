@@ -30,8 +30,8 @@ from lazyfs.pagecache.pusher import BlockPusher
 log = logging.getLogger(__name__)
 
 
-# A reader that has waited counts as waiting for so long. It reads at the pace of the link, or it
-# would not have waited; between two waits the disk must not set the pace.
+# After a wait, a reader counts as waiting for this long. It reads at the speed of the link, because
+# otherwise it would not have waited; between two waits the disk must not slow it down.
 WAITING_S = 1.0
 
 

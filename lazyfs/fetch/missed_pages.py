@@ -52,7 +52,7 @@ class MissedPages:
             self._miss.set()
 
     async def missed(self) -> BlockId:
-        """A block that was missed since the last call; waits for one if there was none."""
+        """The first block that was missed since the last call; waits until there is one."""
         await self._miss.wait()
         missed, self._missed = self._missed, None
         self._miss = trio.Event()

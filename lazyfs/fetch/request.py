@@ -31,7 +31,7 @@ from lazyfs.threads import Threads
 
 log = logging.getLogger(__name__)
 
-# Of a request, how often the fleet's cache is asked before S3 is, if S3 had trouble behind it.
+# How often a request asks the fleet's cache before it asks S3, if the cache had trouble with S3.
 MOST_ASKED_OF_CACHE = 3
 
 # Requests at the beginning, for each process that moves bytes: a sign of how large the machine is.
@@ -75,7 +75,7 @@ class _Attempt:
 
     @property
     def s3_refusal(self) -> Refusal | None:
-        """What S3 said to the cache, which is no answer of the cache's own."""
+        """S3's answer to the cache, if the trouble is S3's and not the cache's."""
         if self.trouble and self.trouble.trouble is Trouble.S3_TROUBLE:
             return self.trouble.refusal
         return None
@@ -107,11 +107,11 @@ class BlockGetter:
     """Gets blocks from S3.
 
     Args:
-        source: where from.
-        memory: where second attempts reserve room.
+        source: the object store.
+        memory: second attempts reserve room there.
         options: limits of concurrency and bandwidth.
         threads: run the requests.
-        room_made: called when an attempt that nobody waits for has given back its room.
+        room_made: called when an attempt whose answer is no longer wanted has freed its room.
         recorder: is told of requests and retries.
     """
 
@@ -139,7 +139,7 @@ class BlockGetter:
         self.fleet: Fleet | None = None
         if options.fleet_cache:
             self.fleet = Fleet(FleetCache(options.fleet_cache))
-        # Those of which no second attempt was made.
+        # Requests without a second attempt.
         self._first_attempts: set[_Request] = set()
         # S3's last error for each object that cannot be read.
         self.troubles: dict[str, str] = {}
@@ -176,12 +176,13 @@ class BlockGetter:
     ) -> Got:
         """`length` bytes of a file from `start`.
 
-        A single byte is a question to S3 whether the file may be read, which no cache answers.
+        A single byte always comes from S3: it shows whether the mount may read the file.
 
         Args:
-            patience_s: how long to go on after transient errors; asked anew each time.
-            saturated: whether as much is under way as `limit` allows; else speed says nothing.
-            is_block: what is got is a block; how long less takes says nothing of blocks.
+            patience_s: returns for how long transient errors are still retried.
+            saturated: whether as many requests are in flight as `limit` allows; only then does the
+                rate say whether the limit is right.
+            is_block: whether a whole block is requested; only blocks count for usual times.
 
         Raises:
             SourceError: they could not be fetched in that time.
@@ -346,8 +347,8 @@ class BlockGetter:
         is told to get it anew. None: it is not to be asked for this file.
 
         Raises:
-            FleetCacheError: it did not give it.
-            SourceError: no credentials.
+            FleetCacheError: it did not deliver.
+            SourceError: there are no credentials.
         """
         wanted = request.file, request.start, request.length
         assert self.fleet
@@ -405,7 +406,7 @@ class BlockGetter:
         return is_elsewhere
 
     def _ended(self, request: _Request, attempt: _Attempt, size: int) -> None:
-        """The thread of an attempt came back, wanted or not."""
+        """The thread of an attempt has ended, whether or not its answer is still wanted."""
         failed = not size and not attempt.cancel.called
         if attempt.operation:
             self._recorder.answered(

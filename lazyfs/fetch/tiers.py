@@ -51,7 +51,7 @@ class CacheTier(Protocol):
 
     @property
     def kind(self) -> Tier:
-        """What it is called in events and metrics."""
+        """The name in events and metrics."""
 
     def begin(self, job: Job) -> None:
         """A job starts. Does not block."""
@@ -71,11 +71,11 @@ class CacheTier(Protocol):
         """Take a block that came from a tier below. Does not block.
 
         Args:
-            reader_waits: a reader waits for some block.
+            reader_waits: whether a reader waits for any block.
         """
 
     def give_up(self, job: Job) -> None:
-        """Nobody could get a block that was not here. Does not block."""
+        """The tiers below could not deliver a block. Does not block."""
 
 
 class OriginTier:

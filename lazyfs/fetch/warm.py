@@ -1,4 +1,4 @@
-"""Fills the cache before mounts need it: with what a loader will read, or with named files.
+"""Fills the cache before mounts need it, with the files that a loader will read or with named ones.
 
 It can run beside mounts and beside itself: blocks that other processes fetch are left to them and
 checked again. Started again, it continues where it stopped, because it fetches only missing blocks.
@@ -40,19 +40,19 @@ log = logging.getLogger(__name__)
 
 # How often a block that another process claimed is checked again.
 LOOK_S = 0.05
-# A damaged block is fetched again, and what was fetched is verified again.
+# A damaged block is fetched and verified again.
 ROUNDS = 2
 # Files of which the beginnings are read from the cache concurrently.
 READERS = 4
 
 
 class IncompleteError(LazyfsError):
-    """Not everything that was to be in the cache is there."""
+    """Something is missing in the cache."""
 
 
 @dataclass
 class Progress:
-    """How far it is. Bytes, unless the name says otherwise."""
+    """The progress. In bytes, unless the name says otherwise."""
 
     total_bytes: int = 0
     done_bytes: int = 0
@@ -106,7 +106,7 @@ class Warmer:
         self._has_no_room = False
 
     async def run(self, include: tuple[str, ...], *, verify: bool) -> None:
-        """Bring everything that matches, and see that it is there.
+        """Fetch everything that matches, and check that it is in the cache.
 
         Args:
             include: patterns of paths or names; none: what a loader of the models reads, or
@@ -226,7 +226,7 @@ class Warmer:
                     await self._ended.wait()
 
     async def _see_what_is_there(self) -> list[BlockId]:
-        """Count what is on disk; the blocks that are not."""
+        """Count the blocks on disk; returns those that are missing."""
         missing = []
         self.progress.done_bytes = 0
         for file in self._plan:
@@ -280,7 +280,7 @@ class Warmer:
         return got.data
 
     async def _verify(self) -> int:
-        """Read everything back; how many blocks were damaged, and are gone now."""
+        """Read everything back. Returns how many blocks were damaged and have been removed."""
         self.progress.verified_bytes = self.progress.compared_files = 0
         damaged = 0
         for file in self._plan:
@@ -343,7 +343,7 @@ class Warmer:
 
 
 def _nothing() -> None:
-    """Nobody waits for the room of a second attempt."""
+    """Does nothing: no request waits for the room of a second attempt."""
 
 
 def _models(found: Sequence[ModelLayout]) -> list[ModelLayout]:

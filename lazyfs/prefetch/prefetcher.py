@@ -1,6 +1,6 @@
 """The policy of one mount: which block to fetch next.
 
-One class, although long: every rule below needs the same places of blocks.
+This module is long because it is one class: all rules below look at the same places of blocks.
 
 Theory of operation. The prefetcher is told the files in the order in which a loader reads them, the
 reads, and where blocks are (`Place`). It answers two questions: which absent block to fetch from S3
@@ -23,10 +23,10 @@ The policies:
 
 - `model`: all five rules, as soon as the order is known.
 - `tensor`: rules 1 and 2, and rule 3 in small amounts (`UNREAD_SHARE`). Once too much was skipped,
-  rule 3 leaves out tensors of which nothing is known yet (`WASTED_SHARE`). Only rule 1 pushes into
+  rule 3 leaves out tensors whose role is still unknown (`WASTED_SHARE`). Only rule 1 pushes into
   the page cache, so that the first read of the next tensor is a request, and shows what the loader
   skips.
-- `sequential`: of a file that is being read, twice as much as was read. So a look at the end of a
+- `sequential`: twice as much of a file as has been read of it. So a look at the end of a
   large file costs little, and a copy of the file runs at full speed. The other policies do the same
   with files that have no place in the order, from their third block on; `tensor` also with files
   that have no tensors.
@@ -53,11 +53,12 @@ from lazyfs.prefetch.skip_learner import SkipLearner
 from lazyfs.prefetch.skip_rules import role_of
 from lazyfs.prefetch.streams import Streams
 
-# Pieces of which something was read and that are not whole yet; the oldest is given up.
+# The most pieces that were read in part and are still incomplete; beyond that, the oldest is
+# dropped.
 TOUCHED_PIECES = 64
-# Of a file whose header is not known: a program that looks at it, but does not load it, reads as
-# much of its beginning (the vocabulary of a GGUF model takes 15 MB) and of its end (the directory
-# of a ZIP file), at most a quarter of it.
+# A program that looks at a file without loading it reads at most this much of its beginning (the
+# vocabulary of a GGUF model takes 15 MB) and of its end (the directory of a ZIP file), and at most
+# a quarter of the file. Applies to files whose header is not known.
 LOOK_BYTES = 16 << 20
 LOOK_AT_END_BYTES = 1 << 20
 _ON_ITS_WAY = (Place.COMING, Place.LOADING)
@@ -72,9 +73,9 @@ class Prefetcher:
         wanted: which tensors may be fetched ahead, by name; None: all.
 
     Attributes:
-        on_stray: told of a file's inode when it is read, and more of it than its header, and has no
-            place in the order. Told once.
-        on_head: told of a file's inode when its header has come, and is in memory.
+        on_stray: called once with the inode of a file that is read beyond its header although it
+            has no place in the order.
+        on_head: called with the inode of a file whose header has arrived in memory.
     """
 
     def __init__(
@@ -93,18 +94,18 @@ class Prefetcher:
         # Files of which the kernel forgot pages that are not on the disk.
         self._forgotten: set[int] = set()
         self._files = blocks.files
-        # Files of which more was read than their header, in the order in which that was seen.
+        # Files that were read beyond their header, in this order.
         self._loaded: dict[int, None] = {}
         # Where the first request beyond the header of a file was.
         self._beyond_header: dict[int, int] = {}
-        # It is known what belongs to models; before that any file may be one of them.
+        # Whether the files of models are known; before that, any file may belong to one.
         self._has_order = False
-        # Files of which it is known what tensors are in them, if any.
+        # Files whose tensors are known; there may be none.
         self._tabled: set[int] = set()
         # To be fetched, and to be put into the page cache, before all others.
         self._first: deque[BlockId] = deque()
         self._first_pages: deque[BlockId] = deque()
-        # Files whose headers are wanted by themselves, and those that were named already.
+        # Files whose headers are fetched with requests of their own, and those already returned.
         self._heads: deque[int] = deque()
         self._named_heads: set[int] = set()
         self._touched: OrderedDict[tuple[int, int], None] = OrderedDict()
@@ -118,7 +119,7 @@ class Prefetcher:
     def set_order(
         self, small: Iterable[int], shards: Iterable[int], headed: Iterable[int] = ()
     ) -> None:
-        """The order in which a loader reads; files that are not named are not fetched whole.
+        """Set the order in which a loader reads. Other files are not fetched as a whole.
 
         All of them must have been added.
 
@@ -152,7 +153,7 @@ class Prefetcher:
         return len(self._streams)
 
     def loaded(self) -> list[int]:
-        """The files of which more was read than their header, or may have been.
+        """The files that were read beyond their header, or may have been.
 
         A file that was opened and lies in the page cache may have been read without a request. It
         comes before the others, which come in the order in which they were read.
@@ -165,7 +166,7 @@ class Prefetcher:
         return [*may_be, *self._loaded]
 
     def knows_tensors(self, inode: int) -> bool:
-        """Whether it was said what tensors are in a file."""
+        """Whether `set_tensors` was called for a file."""
         return inode in self._tabled
 
     def is_ordered(self, inode: int) -> bool:
@@ -173,7 +174,7 @@ class Prefetcher:
         return inode in self._files and self._files[inode].rank >= 0
 
     def set_tensors(self, inode: int, tensors: Sequence[Tensor]) -> None:
-        """What is in a file, in the order of bytes. Nothing: it is prefetched by offset."""
+        """Set the tensors of a file, in the order of bytes. None: it is prefetched by offset."""
         blocks = self._files[inode]
         filled = [tensor for tensor in tensors if tensor.end > tensor.begin]
         if inode in self._tabled:
@@ -203,15 +204,15 @@ class Prefetcher:
 
     @property
     def passed_over_bytes(self) -> int:
-        """What was fetched and passed over by a reader, as far as requests show that.
+        """Bytes that were fetched and then skipped by a reader, as far as requests show that.
 
-        Of what lies in the page cache nothing shows whether it was read.
+        Reads from the page cache make no requests, so blocks there are not counted.
         """
         return self._taste.passed_by_blocks * self._block_size
 
     @property
     def near_ahead_bytes(self) -> int:
-        """About how much lies in the page cache that nobody has read yet (`PagesAhead`)."""
+        """An estimate of the unread bytes in the page cache (`PagesAhead`)."""
         return self._ahead.blocks * self._block_size
 
     def _has_moved(self, block: BlockId, before: Place, now: Place) -> None:
@@ -224,12 +225,12 @@ class Prefetcher:
     def take_spent(self, count: int) -> list[BlockId]:
         """Blocks on the disk that all readers have consumed, in order; each is returned once.
 
-        The caller records that they are not on the disk any more.
+        The caller then removes them from the disk.
         """
         return self._spent.take(self.blocks.order, count)
 
     def was_read(self, inode: int, offset: int, size: int) -> bool:
-        """A reader asked for `size` bytes at `offset`; whether that changes what is wished for."""
+        """A reader read `size` bytes at `offset`. Returns whether other blocks are wanted now."""
         blocks = self._files[inode]
         number = offset // self._block_size
         if number >= len(blocks.places):
@@ -245,18 +246,18 @@ class Prefetcher:
             blocks.blocks_read += 1
         if blocks.piece_at(offset) < 0 if blocks.roles else blocks.rank >= 0 and number == 0:
             return is_again  # the header
-        # Where a page of a mapped file is missed, the kernel reads as much before it as behind it
-        # (Linux, mm/filemap.c, do_sync_mmap_readahead), so the middle is what is meant.
+        # On a fault in a mapped file, the kernel reads as much before the page as after it (Linux,
+        # mm/filemap.c, do_sync_mmap_readahead), so the reader wants the middle.
         middle = min(offset + size // 2, blocks.size_bytes - 1)
         if inode not in self._loaded and _is_load(blocks, middle):
             self._is_read(inode, blocks, offset)
         return self._touch(inode, blocks, blocks.piece_at(middle)) or is_again
 
     def _is_read(self, inode: int, blocks: FileBlocks, offset: int) -> None:
-        """A request beyond the header of a file.
+        """Handle a request beyond the header of a file.
 
-        One alone may be the kernel's, which reads ahead of a look at the header from where its
-        pages end (Linux, mm/readahead.c, page_cache_async_ra).
+        A single one may be the kernel's read-ahead after a look at the header (Linux,
+        mm/readahead.c, page_cache_async_ra).
         """
         if blocks.rank < 0 and self._beyond_header.setdefault(inode, offset) == offset:
             return
@@ -274,7 +275,7 @@ class Prefetcher:
         return None
 
     def head_came(self, inode: int) -> None:
-        """The header of a file is here."""
+        """The header of a file has arrived."""
         self._files[inode].has_head = True
         self.on_head(inode)
 
@@ -283,7 +284,7 @@ class Prefetcher:
         return self._files[inode].takes_pages
 
     def next_fetch(self) -> BlockId | None:
-        """The absent block to bring from S3 next, or None."""
+        """The absent block to fetch from S3 next, or None."""
         if self._policy == "off":
             return None
         block = self._next(Place.ABSENT)
@@ -366,7 +367,7 @@ class Prefetcher:
             return
         if self._policy != "model" or blocks.rank < 0:
             is_look = self._has_order and inode not in self._loaded
-            # A look is two blocks: the header, and what the kernel reads ahead.
+            # A look takes two blocks: the header, and the kernel's read-ahead.
             read = max(0, blocks.blocks_read - 2) if is_look else blocks.blocks_read
             stop = min(stop, blocks.last_read + 1 + 2 * read)
         number = self._find(blocks, place, first, stop)
@@ -413,9 +414,9 @@ class Prefetcher:
         return self._policy == "tensor" and bool(blocks.roles)
 
     def _touch(self, inode: int, blocks: FileBlocks, piece: int) -> bool:
-        """Something of a piece was read; whether its reader was elsewhere before."""
+        """A piece was read in part. Returns whether its reader was elsewhere before."""
         if self._by_tensor(blocks) or (self._policy == "model" and blocks.rank >= 0):
-            # Also where its reader is already: it may have been let go of since.
+            # Even if its reader is there already: the piece may have been dropped since.
             self._touched[inode, piece] = None
             self._touched.move_to_end((inode, piece))
             if len(self._touched) > TOUCHED_PIECES:
@@ -424,7 +425,7 @@ class Prefetcher:
         if passed is None:
             return False
         if self._by_tensor(blocks) and not blocks.is_touched_at_all:
-            passed = range(piece)  # who begins a file there does not want what is before
+            passed = range(piece)  # a reader that begins here does not want what comes before
         self._taste.read(inode, piece, passed, partial(self._may_be_pages, blocks))
         self._ahead.locate(self.blocks.order, self._streams)
         return True
@@ -436,7 +437,7 @@ class Prefetcher:
         return blocks.places[number] in (Place.NEAR, *_ON_ITS_WAY)
 
     def _leave(self, inode: int, wanted: Iterable[tuple[int, int]] | None) -> None:
-        """Leave all but these blocks to their readers; None: leave none."""
+        """Prefetch only these blocks of a file; None: all of them."""
         blocks = self._files[inode]
         blocks.want(wanted)
         for place in (Place.ABSENT, Place.LEFT):
@@ -444,22 +445,22 @@ class Prefetcher:
                 self.blocks.moved(BlockId(inode, number), Place.ABSENT)
 
     def _begin_again(self, inode: int, number: int) -> None:
-        """A file is read a second time: what follows is wanted again, in its turn."""
+        """A file is read a second time: its following blocks are wanted again, in their turn."""
         blocks = self._files[inode]
         for piece in [piece for other, piece in self._touched if other == inode]:
             first, stop = blocks.blocks_of(piece)
             if stop > number and blocks.find(Place.ABSENT, first, stop) < 0:
-                del self._touched[inode, piece]  # for who read it before, all of it came
+                del self._touched[inode, piece]  # it was complete for the former reader
         self._want_again(inode, number)
         if inode in self._forgotten:
             self._forgotten.discard(inode)
-            # A loader goes on with the files after this one, which the kernel forgot as well.
+            # A loader continues with the files after this one, which the kernel dropped as well.
             rest = self.blocks.after(inode)
             for following in self._forgotten.intersection(rest):
                 self._want_again(following, 0)
 
     def _want_again(self, inode: int, number: int) -> None:
-        """What was read of a file from a block on is wanted as if it had not been."""
+        """Treat blocks from this one on as unread."""
         for used in self._files[inode].all_at(Place.USED, number):
             block = BlockId(inode, used)
             # If it is still in memory, `Scheduler` sees that when its turn has come.
@@ -468,7 +469,7 @@ class Prefetcher:
 
 
 def _is_load(blocks: FileBlocks, offset: int) -> bool:
-    """Whether to read a file there, behind its header if that is known, is to load it."""
+    """Whether a read at this offset, beyond a known header, shows that the file is being loaded."""
     if blocks.roles or blocks.rank >= 0:
         return True
     quarter = blocks.size_bytes // 4

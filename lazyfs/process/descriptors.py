@@ -25,8 +25,8 @@ FIXED = 80
 PER_REQUEST = 4
 # Requests beyond `max_concurrency`: of waiting readers (8), second ones (4), headers (16).
 EXTRA_REQUESTS = 28
-# Of each process that moves bytes: it may push, write and load at once, and each of these takes a
-# line to it, what it waits for, and the index.
+# For each mover: it may push, write and load at once, and each of these takes a line to the mover,
+# a file or connection, and the index.
 PER_MOVER = 12
 LEAST_REQUESTS = 4
 
@@ -61,7 +61,7 @@ def fit(options: MountOptions) -> MountOptions:
 
 
 def most_requests(movers: int) -> int:
-    """How many requests a worker with so many movers can make at once; may be negative."""
+    """How many requests a worker with this many movers can make at once; may be negative."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return sys.maxsize
@@ -69,5 +69,5 @@ def most_requests(movers: int) -> int:
 
 
 def needed(requests: int, movers: int = 0) -> int:
-    """The number of open files that a worker needs for so many requests and movers at once."""
+    """The number of open files that a worker needs for this many concurrent requests and movers."""
     return FIXED + PER_REQUEST * (requests + EXTRA_REQUESTS) + PER_MOVER * movers

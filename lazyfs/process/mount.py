@@ -109,11 +109,11 @@ def run(
         former: what the keeper had when this worker started.
         opening: the source, once it is connected.
         restarts: how many workers died before this one.
-        on_ready: called once the mount can be used, with the time since when it is mounted, in
+        on_ready: called once the mount can be used, with the time at which it was mounted, in
             nanoseconds since the epoch.
 
     Raises:
-        LazyfsError: it could not be mounted, or not be resumed.
+        LazyfsError: it could not be mounted or resumed.
         KeeperError: the session cannot be kept.
     """
     recorder = _recorder(mount)
@@ -231,7 +231,7 @@ async def _serve(
             snapshot = Snapshot(
                 catalog, carried, beginning.mounted_ns, None if former else mount.began_s
             )
-            nursery.start_soon(keep_running, "looking into doubts", snapshot.settle)
+            nursery.start_soon(keep_running, "settling doubts about snapshots", snapshot.settle)
             status = Status(
                 str(mount.url), str(mount.mountpoint), beginning.mounted_ns,
                 restarts, options, catalog, snapshot,
@@ -327,7 +327,7 @@ def _log_summary(
 ) -> None:
     log.info(
         "served %s: %d reads; %s from S3 in %d blocks, %s from disk; %s put into the page "
-        "cache, %s written to disk, %d blocks not during the load",
+        "cache, %s written to disk, %d blocks not written",
         mount.mountpoint,
         filesystem.reads,
         format_size(recorder.fetched_bytes.total()),

@@ -1,4 +1,4 @@
-"""Records of the mounts on this machine, each locked by its daemon as long as that lives.
+"""Records of the mounts on this machine, each locked by its daemon while the daemon runs.
 
 A record is a small JSON file in a directory that only its owner can read. The lock on it, not the
 file, shows that the daemon runs: the lock ends with the process, however it ends.
@@ -114,7 +114,7 @@ def record_of(mountpoint: Path) -> MountRecord | None:
 
 
 def last_record(mountpoint: Path) -> MountRecord | None:
-    """The record of a mount that is served, or was by a supervisor that was killed."""
+    """The record of a mount that is served, or whose supervisor was killed."""
     return _read(_path(mountpoint))
 
 
@@ -187,7 +187,7 @@ def runtime_directory() -> Path:
         return Path("/run/lazyfs")
     if base := os.environ.get("XDG_RUNTIME_DIR"):
         return Path(base, "lazyfs")
-    # Without a login session of its own (su, cron, batch jobs). In /tmp anybody can be there first.
+    # Without a login session (su, cron, batch jobs). In /tmp another user could create it first.
     session, state = Path(f"/run/user/{os.geteuid()}"), Path("~/.local/state").expanduser()
     if is_private(session):
         return session / "lazyfs"

@@ -25,8 +25,8 @@ class MountUser:
 
     Attributes:
         command: as ps(1) shows it.
-        is_here: it is in the mount namespace of this process.
-        uses: it has a file open or mapped, or its working or root directory, in the mount.
+        is_here: whether it is in the mount namespace of this process.
+        uses: whether it has a file open or mapped in the mount, or its working or root directory.
     """
 
     pid: int

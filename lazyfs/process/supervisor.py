@@ -10,7 +10,8 @@ the CSI node plugin. When a worker ends, the supervisor reacts:
     anything else                     the same, at once, then after growing pauses; it is a death
 
 A mount that existed when a supervisor started is never given up: if its worker cannot resume it
-yet, another one is tried later.
+yet, another worker is started later. This module is one class because each of its steps may happen
+while another thread stops the mount.
 """
 
 from __future__ import annotations
@@ -351,7 +352,7 @@ class Supervisor:
             return  # no other worker could be started after it
         self._counted = self._worker
         if was_told_to_end(code):
-            log.info("%s: the worker %s ended as it was told to; another one continues",
+            log.info("%s: worker %s ended as told; another one continues",
                      self._mountpoint, self.pid)  # fmt: skip
             return
         self.restarts += 1
@@ -360,7 +361,7 @@ class Supervisor:
         if code != -signal.SIGKILL or oom_kills() > self._oom_kills:
             self._session.note_death()
         log.warning(
-            "%s: the worker %s %s; another one continues%s",
+            "%s: worker %s %s; another one continues%s",
             self._mountpoint, self.pid, how_it_ended(code),
             f" in {pause_s:g} s" if pause_s else "",
         )  # fmt: skip

@@ -29,7 +29,7 @@ _NEW_NAMESPACES = 0x7E020000
 _X32 = 0x40000000
 _INSTRUCTION = struct.Struct("=HBBI")
 
-# Name: number on x86-64 (asm/unistd_64.h), on arm64 (asm-generic/unistd.h); -1: it has none.
+# Name: number on x86-64 (asm/unistd_64.h), on arm64 (asm-generic/unistd.h); -1: there is none.
 _DENIED = {
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
     "kcmp": (312, 272), "pidfd_getfd": (438, 438), "process_madvise": (440, 440),

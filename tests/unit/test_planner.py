@@ -24,7 +24,7 @@ from lazyfs.objects import File, ListedObject
 from lazyfs.observe.events import EventKind
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
-from lazyfs.prefetch import planner
+from lazyfs.prefetch import model_contents
 from lazyfs.prefetch.planner import MOST_BLOCKS, TABLES_AHEAD, Planner
 from lazyfs.prefetch.prefetcher import Prefetcher
 from lazyfs.store.objects import Page
@@ -268,7 +268,7 @@ class TestPlan:
         run(nothing, mount)
         assert mount.blocks.scans == [[]]
         assert mount.planner.planned
-        assert caplog.messages == ["nothing is prefetched from the start: denied"]
+        assert caplog.messages == ["prefetching does not begin with the mount: denied"]
 
     def test_a_shard_of_an_impossible_size_is_left_out(
         self, caplog: pytest.LogCaptureFixture
@@ -276,7 +276,7 @@ class TestPlan:
         first, second = shards(2)
         mount = run(nothing, Mount({first: MOST_BLOCKS * MIB, second: MOST_BLOCKS * MIB + 1}))
         assert mount.blocks.scans == [[first]]
-        told = f"{second}: is not prefetched, it has {MOST_BLOCKS * MIB + 1} bytes"
+        told = f"{second}: not prefetched, because it has {MOST_BLOCKS * MIB + 1} bytes"
         assert told in caplog.messages
 
     def test_what_is_odd_with_a_model_is_said_once(self, caplog: pytest.LogCaptureFixture) -> None:
@@ -316,7 +316,9 @@ class TestIndex:
         costly = index(f"{n}.safetensors" for n in range(10_000))
         name = "model.safetensors.index.json"
         run(nothing, Mount({**model(), name: costly}))
-        assert f"{name} is ignored: parsing it takes too much of --memory-limit" in caplog.text
+        assert (
+            f"{name} is ignored, because parsing it takes too much of --memory-limit" in caplog.text
+        )
 
     def test_an_index_that_cannot_be_read_leaves_the_names(
         self, caplog: pytest.LogCaptureFixture
@@ -475,7 +477,7 @@ class TestTensors:
     def test_without_a_usable_header_a_shard_is_fetched_by_offset(
         self, caplog: pytest.LogCaptureFixture, found: bytes | None, reason: str
     ) -> None:
-        caplog.set_level("INFO", planner.__name__)
+        caplog.set_level("INFO", model_contents.__name__)
         first, second = shards(2)
         mount = Mount(model())
         mount.blocks.headers[first] = found
@@ -490,7 +492,9 @@ class TestTensors:
         assert not mount.has_tensors(first)
         assert not mount.knows(second)
         assert mount.blocks.asked == [first], "it is not read again and again"
-        assert [f"{first}: prefetched by offset, {reason}" in m for m in caplog.messages] == [True]
+        assert [
+            f"{first}: prefetched by offset, because {reason}" in m for m in caplog.messages
+        ] == [True]
 
     def test_an_empty_shard_has_no_header(self, caplog: pytest.LogCaptureFixture) -> None:
         async def steps(mount: Mount) -> None:
@@ -515,7 +519,7 @@ class TestTensors:
     def test_only_as_many_tensors_are_known_as_memory_allows(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(planner, "TENSORS_PER_MIB", 16)
+        monkeypatch.setattr(model_contents, "TENSORS_PER_MIB", 16)
         first, second = shards(2)
 
         async def steps(mount: Mount) -> None:
