@@ -1,4 +1,4 @@
-"""Where block caches are, and who may use them.
+"""Where block caches are, and which processes may use them.
 
 A cache belongs to one user. Root's is shared by its workers, each of which is a user of its own:
 then the directory is root's, and its group is one that only workers have (`user.cache_group`). What
@@ -40,7 +40,7 @@ def directories(cache_dir: tuple[Path, ...] | Literal["none"] | None) -> tuple[P
 
 
 def is_shared(status: os.stat_result) -> bool:
-    """Whether a directory is shared by workers of root, and nobody else can write to it."""
+    """Whether a directory is shared by workers of root, and no other user can write to it."""
     is_roots = (status.st_uid, status.st_gid) == (0, user.cache_group())
     return is_roots and status.st_mode & (_SHARED | stat.S_IWOTH) == _SHARED
 

@@ -44,7 +44,7 @@ class EndSignals:
 
 @contextlib.contextmanager
 def end_signals() -> Iterator[EndSignals]:
-    """Signals do no more than end waits. To be called in the main thread."""
+    """Make signals end `wait` and do nothing else. Call this in the main thread."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     fd_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

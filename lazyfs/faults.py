@@ -1,8 +1,7 @@
-"""What happens after an exception that nobody foresaw.
+"""What happens after an unexpected exception.
 
-Failures that are foreseen are the errors of `lazyfs/errors.py`. Everything else is a fault: a bug,
-or input that got past the checks where it came in. A fault costs one answer or one attempt, never
-the process:
+Expected failures are the errors of `lazyfs/errors.py`. Everything else is a fault: a bug, or input
+that got past the checks. A fault costs one answer or one attempt, never the process:
 
     a request of the kernel           EIO for that request (`answered`)
     a background task of a worker     it runs again after a pause (`keep_running`)
@@ -122,8 +121,8 @@ async def keep_running(what: str, task: Callable[..., Awaitable[Any]], *argument
 def start_watching(what: str, watch: Callable[[], None]) -> threading.Thread:
     """Start a daemon thread that looks after something; it ends when `watch` returns.
 
-    Such a thread must not end silently: nobody would notice that what it looks after is left alone.
-    After a fault it runs again, after a pause. `watch` must be able to begin anew at any moment.
+    Such a thread must not end silently, so after a fault it runs again, after a pause. `watch` must
+    be able to start over at any moment.
     """
     thread = threading.Thread(target=_watch_on, args=[what, watch], name=what, daemon=True)
     thread.start()

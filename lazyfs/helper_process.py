@@ -26,7 +26,7 @@ class HelperProcesses:
         """Run a helper and return what it prints; nothing if it was not started, or failed.
 
         It may wait for a FUSE answer that only the next worker can give, and cannot be killed until
-        then. So on cancellation nobody waits for it.
+        then. So a cancelled caller does not wait for it.
 
         Args:
             helper: its name.

@@ -8,5 +8,5 @@ from typing import Any
 
 
 def known_fields(record: type, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the stored fields that a dataclass has: a newer version may have written more."""
+    """The stored fields that a dataclass has; a newer version may have stored others, too."""
     return {each.name: stored[each.name] for each in fields(record) if each.name in stored}

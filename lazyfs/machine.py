@@ -13,10 +13,10 @@ import resource
 from pathlib import Path
 from typing import NamedTuple
 
-# By `--memory-limit auto`, for each processor: clouds give machines about 1 Gbit/s for each.
+# `--memory-limit auto`: bytes for each processor. Clouds give machines about 1 Gbit/s for each.
 MEMORY_OF_PROCESSOR = 128 << 20
-# And of all memory, at most: there may be many mounts. Not of what is free now, so that each worker
-# of a mount chooses the same.
+# The largest share of all memory, because there may be many mounts. Free memory does not count, so
+# that each worker of a mount chooses the same limit.
 MEMORY_SHARE = 0.025
 LEAST_MEMORY, MOST_MEMORY = 256 << 20, 16 << 30
 # By `--max-concurrency auto`.

@@ -43,7 +43,7 @@ class Threads:
         self.allow(requests)
 
     def allow(self, requests: int) -> None:
-        """Have threads for so many requests from now on."""
+        """Have threads for this many requests from now on."""
         self._limit.total_tokens = FOR_A_REQUEST * requests + FOR_THE_REST
 
     async def run(self, function: Callable[[*Ts], T], *arguments: *Ts) -> T:

@@ -271,7 +271,7 @@ class BlockCache:
 def check_directory(directory: Path) -> None:
     """Make the directory if necessary, and refuse one that others can write to.
 
-    Workers of root are no others: they share root's.
+    Workers of root share root's directory, so they do not count as others.
 
     Raises:
         CacheError: it cannot be made, written, or trusted.

@@ -25,7 +25,7 @@ _FILENAME = re.compile("[0-9a-f]{2}/[0-9a-f]{30}")
 
 
 class Described(NamedTuple):
-    """What a block file says of itself; `modified_s`: when it was written, since the epoch."""
+    """The description at the end of a block file; `modified_s`: when it was written (epoch)."""
 
     content: Content
     number: int
@@ -77,7 +77,7 @@ class BlockFiles:
         write_block(self.path(filename), content, number, data, self.movers)
 
     def describe(self, filename: str) -> Described | None:
-        """What a file says of itself, without a check of its bytes; None if it is damaged."""
+        """The description in a block file, without checking the block; None if it is damaged."""
         try:
             with open(self.path(filename), "rb") as file:
                 status = os.fstat(file.fileno())

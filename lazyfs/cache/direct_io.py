@@ -34,7 +34,7 @@ def read_file(path: Path, data: memoryview, tail_length: int) -> memoryview | No
     try:
         if os.fstat(descriptor).st_size != size:
             return None
-        # Not with RWF_NOWAIT first: on a miss that reads ahead for nothing.
+        # Not with RWF_NOWAIT first, which starts a useless read-ahead on a miss.
         tail = take_buffer(align(tail_length))
         done = os.preadv(descriptor, [data, tail], 0)
         return tail[:tail_length] if done >= size else None

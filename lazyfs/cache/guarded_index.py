@@ -1,4 +1,4 @@
-"""The index of a cache directory, guarded against all that can happen to it.
+"""The index of a cache directory, guarded against damage, loss and failing disks.
 
 Other processes and programs may replace or delete the index or the whole directory at any time, and
 the disk may fail. So each operation on the index is an *attempt*: it opens the index if there is

@@ -68,7 +68,7 @@ class OtherDaemons:
         self._cache.set_waiting(file, number, False)
 
     async def follow(self) -> None:
-        """Check, for ever, whether blocks left to others have arrived, or never will."""
+        """Check, until cancelled, whether blocks left to others have arrived, or never will."""
         while True:
             await self._news.wait()
             await trio.sleep(LOOK_S)

@@ -214,7 +214,7 @@ def _show(model: Model, url: str, options: MountOptions) -> None:
 
 
 def _show_others(sizes: Mapping[str, int], models: Sequence[Model]) -> None:
-    """Say what is there beside the models, so that no bytes go without a word."""
+    """Print what is there beside the models, so that all bytes are accounted for."""
     of_models = {path for model in models for path in model.layout.paths}
     of_models.update(item.path for model in models for item in model.layout.excluded)
     others = sizes.keys() - of_models

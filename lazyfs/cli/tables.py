@@ -18,7 +18,7 @@ PIPE_WIDTH = 10_000
 
 
 class _SafeConsole(Console):
-    """Shows what is in cells, which others may have written, and does nothing that it says."""
+    """Escapes control characters in cells, which others may have written."""
 
     def render(self, *arguments: Any, **options: Any) -> Iterable[Segment]:
         """Called for all that is printed, cells of tables and titles included."""
@@ -36,7 +36,7 @@ def console() -> Console:
 
 
 def tell(text: str, *, err: bool = False) -> None:
-    """Print a text that may have parts that others wrote.
+    """Print a text; control characters in it are escaped, because others may have written it.
 
     Args:
         err: to standard error.

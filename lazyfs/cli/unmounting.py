@@ -1,4 +1,4 @@
-"""`lazyfs umount`: unmounts, and sees to it that the daemon ends.
+"""`lazyfs umount`: unmounts, and ensures that the daemon ends.
 
 The kernel ends a FUSE session with its last mount. Other mount namespaces may have copies of a
 mount: container runtimes make them without knowing. A copy that no process uses must not keep a
@@ -46,8 +46,8 @@ def unmount(mountpoint: Path, *, lazy: bool, force: bool) -> None:
     """Unmount what is mounted at a path, and wait for its daemon to end.
 
     Args:
-        lazy: detach it even if it is in use; its daemon serves on until the last user has ended.
-        force: end it even if it is in use, anywhere; who uses it gets an error.
+        lazy: detach it even if it is in use; its daemon keeps serving until its last user ends.
+        force: end it even if it is in use, in any mount namespace; its users get an error.
 
     Raises:
         MountError: nothing of ours is mounted there, it is in use, or the daemon does not end.
@@ -83,10 +83,10 @@ def _unmount_here(mountpoint: Path, device: str, *, lazy: bool) -> None:
 
 
 def _end_unused(mountpoint: Path, device: str, record: MountRecord, watch: DaemonWatch) -> None:
-    """Have the daemon of what is not mounted here any more end, unless somebody needs a copy.
+    """End the daemon of a mount that is gone from here, unless a copy of the mount is in use.
 
     Raises:
-        MountError: somebody does.
+        MountError: a copy is in use.
     """
     elsewhere = [
         str(entry.mountpoint) for entry in mount_syscalls.mounts() if entry.device == device

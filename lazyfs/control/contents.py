@@ -25,7 +25,7 @@ class Contents:
     """The files of one mount.
 
     Args:
-        source: where the bytes are.
+        source: the object store.
         catalog: the listings so far.
         fetcher: knows the blocks on this machine.
     """

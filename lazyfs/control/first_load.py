@@ -1,4 +1,4 @@
-"""Logs one line after the first load of a model: how long it took, from where, and why."""
+"""Logs one line after the first load of a model: duration, sources, and what limited it."""
 
 from __future__ import annotations
 

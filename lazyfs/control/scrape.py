@@ -29,7 +29,7 @@ async def listen(address: Address) -> list[trio.SocketListener]:
         return await trio.open_tcp_listeners(port, host=host or None)
     except OSError as error:
         raise MountError(
-            f"--metrics-address: {host}:{port}: cannot be listened at: {error}; choose another port"
+            f"--metrics-address: {host}:{port}: cannot listen there: {error}; choose another port"
         ) from error
 
 

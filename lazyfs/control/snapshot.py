@@ -1,8 +1,8 @@
-"""The snapshot that a mount shows: since when, and whether S3 lists the same now.
+"""The snapshot that a mount shows: its time, and whether S3 still lists the same objects.
 
 A mount is a snapshot, and pods of a node share one. So before a new pod gets it, the CSI driver
-asks here, with `PUT /snapshot`, whether a new mount would show something else. What is found out is
-carried on to later workers.
+asks here, with `PUT /snapshot`, whether a new mount would show something else. Later workers
+inherit the result.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from lazyfs.namespace.relisting import lists_the_same
 
 log = logging.getLogger(__name__)
 
-# After a failure S3 is not asked for so long, so that pods that start together wait once.
+# After a failure S3 is not asked again for this long, so that pods that start together wait once.
 REST_S = 5.0
-# A doubt is looked into again after each such pause: usually nothing has changed.
+# While there is a doubt, S3 is asked again after each of these pauses.
 PAUSE_S = 30.0
 LONGEST_LOOK_S = 60.0
 
@@ -36,9 +36,9 @@ class Compared:
     Attributes:
         at_s: when S3 answered last, in seconds since the epoch; None: it was not asked yet.
         same: whether it listed what the mount shows.
-        doubt: why somebody got this snapshot although S3 may list something else; None if nobody
-            did, or if S3 has listed the same since.
-        doubt_at_s: since when.
+        doubt: why a pod got this snapshot although S3 may list something else; None if no pod did,
+            or if S3 has listed the same since.
+        doubt_at_s: the time of the doubt.
     """
 
     at_s: float | None = None
@@ -105,7 +105,7 @@ class Snapshot:
         return {"same": None, "why": self._failure}
 
     def note_doubt(self, body: dict[str, Any]) -> None:
-        """Somebody gets this snapshot although S3 may list something else; `why` says why.
+        """Record that a pod gets this snapshot although S3 may list something else, and `why`.
 
         Raises:
             ValueError: the body is invalid.
@@ -117,7 +117,7 @@ class Snapshot:
         self._save(self._compared.at_s, self._compared.same, why, time.time())
 
     async def settle(self) -> None:
-        """Look into doubts, for as long as the mount lives."""
+        """Settle doubts, as long as the mount exists."""
         while True:
             await trio.sleep(PAUSE_S)
             if self._compared.doubt is not None:

@@ -1,7 +1,7 @@
 """The status of a worker, `GET /status` on its control socket.
 
-Numbers are plain; names end in their unit. Counts begin at zero with each worker; `restarts` says
-how many workers there were before.
+Names of numbers end in their unit. Counts begin at zero with each worker; `restarts` is the number
+of workers that ended before this one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lazyfs.pagecache.page_cache import PageCache
 from lazyfs.prefetch.planner import Planner
 from lazyfs.prefetch.prefetcher import Prefetcher
 
-# The readers that have waited longest are described, at most so many.
+# How many readers are described: those that have waited longest.
 WAITS_SHOWN = 20
 
 

@@ -62,7 +62,7 @@ def with_former_changes(options: MountOptions, carried: RuntimeChanges) -> Mount
     try:
         options = _changed(options, carried.options)
     except OptionError as error:  # from another version, which had more options
-        log.warning("what was set is left out: %s", error)
+        log.warning("options that were set at run time are ignored: %s", error)
     _use_log_level(options)
     return options
 

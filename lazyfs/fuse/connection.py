@@ -106,7 +106,7 @@ class KernelConnection:
         self._libfuse.setblocking(False)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._pass_answers)
-            nursery.start_soon(keep_running, "letting go of killed readers", self._look_after)
+            nursery.start_soon(keep_running, "releasing killed readers", self._look_after)
             await self._take_requests(nursery)
             nursery.cancel_scope.cancel()
         pyfuse3.terminate()
@@ -192,9 +192,9 @@ class KernelConnection:
         try:
             os.writev(self._device, parts)
         except OSError as error:
-            # ENOENT: the kernel does not wait any more. ENODEV: for nothing at all.
+            # ENOENT: the request was withdrawn. ENODEV: the session has ended.
             if error.errno not in (errno.ENOENT, errno.ENODEV):
-                log.error("an answer was not taken by the kernel: %s", error)
+                log.error("the kernel did not take an answer: %s", error)
 
     async def _look_after(self) -> None:
         """Release threads that are being killed."""

@@ -16,7 +16,7 @@ descriptors travel beside it as SCM_RIGHTS (unix(7)), and each request has one a
 An answer with `error` says what was wrong with the request. `store` adds descriptors to a name and
 replaces those with equal labels; `fetch` of an unknown name returns no labels. `names` are sorted,
 as many as fit into a message; `"more": true` says that others follow. After `only`, this connection
-is about that name alone, and cannot store the labels that are `fixed`: a supervisor asks for that
+is restricted to that name, and cannot store the labels that are `fixed`: a supervisor does this
 before it gives the connection to a worker.
 
 This module imports only the standard library and knows nothing of FUSE: it is never upgraded under
@@ -147,7 +147,7 @@ class Keeper:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise KeeperError("not a request") from None
         if only is not None and (name != only.name or action in ("names", "only")):
-            raise KeeperError(f"this connection is about {only.name} alone")
+            raise KeeperError(f"this connection is restricted to {only.name}")
         if action == "names":
             return self._names(message.get("after") or ""), [], only
         if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
@@ -250,7 +250,7 @@ class KeeperClient:
 
 
 def restrict_to(connection: socket.socket, name: str, fixed: Iterable[str] = ()) -> None:
-    """Have the keeper answer this connection about one name alone, from now on.
+    """Restrict a connection to one name, from now on.
 
     Args:
         fixed: the labels that cannot be stored over this connection.
@@ -278,7 +278,7 @@ def _ask(
     except BaseException as error:
         _close(received)
         if isinstance(error, ValueError):
-            raise KeeperError("the keeper's answer is not one") from error
+            raise KeeperError("the keeper's answer is not valid") from error
         raise
     return answer, received
 
@@ -310,7 +310,7 @@ def private_directory(directory: Path) -> None:
 
 
 def is_private(directory: Path) -> bool:
-    """Whether a path is a directory of this user, and nobody else can write to it."""
+    """Whether a path is a directory of this user that no other user can write to."""
     try:
         status = directory.lstat()
     except OSError:

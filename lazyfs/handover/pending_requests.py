@@ -2,7 +2,7 @@
 
 After the death of a worker, the kernel resends its requests to the next one. A request that crashes
 workers would end one after another, and its reader could not even be killed. So each worker records
-the requests that it has in hand. If `MOST_DEATHS` workers died with a request in hand, the next one
+its pending requests. If `MOST_DEATHS` workers died with a request in hand, the next one
 answers it with EIO.
 
 Only deaths that a request may have caused count: crashes, and kills for lack of memory. A worker

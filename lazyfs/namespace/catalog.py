@@ -93,7 +93,7 @@ class Catalog:
     def restore(self) -> None:
         """Restore the tree that former workers showed, from the journal."""
         for listing in self._journal.read():
-            # They were let in once, and count against what is listed from now on.
+            # They were within the limit once, and count against later listings.
             self._names_bytes += self._cost_bytes(listing)
             self._plant(listing)
 

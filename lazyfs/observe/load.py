@@ -1,7 +1,7 @@
-"""A load, reconstructed from recorded events: when blocks arrived, who waited, at what rate. Pure.
+"""A load, reconstructed from recorded events: arrivals of blocks, waits of readers, rates. Pure.
 
-A load begins when the first file is opened or read. It ends with the last action of a reader, and
-goes on while files are open. Fetching begins at mount, before the load, and is part of the chart.
+A load begins when the first file is opened or read. It lasts while files are open, and ends with
+the last action of a reader. Fetching begins at mount, before the load, and is part of the chart.
 Times are seconds since the worker started.
 """
 

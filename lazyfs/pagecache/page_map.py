@@ -30,7 +30,7 @@ _HEAD = struct.Struct("<8sQ")
 _FORM = b"near 1\n\0"
 # Inode number, number of blocks.
 _RECORD = struct.Struct("<QQ")
-# Read at once. It is the unit of memory files, so that what follows a hole is read from its begin.
+# The size of one read: the unit of memory files, so that data after a hole is read from its start.
 _PART_BYTES = 4096
 _MARKS = {Place.NEAR: 1, Place.USED: 2}
 _PLACES = {mark: place for place, mark in _MARKS.items()}

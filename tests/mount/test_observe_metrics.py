@@ -133,7 +133,7 @@ def test_an_address_that_is_taken(server: S3, tmp_path: Any, address: str) -> No
             f"--log-file={tmp_path}.log", "--cache-dir=none", f"--metrics-address={address}",
         )  # fmt: skip
     assert answer.returncode == 1
-    assert answer.stderr.startswith(f"lazyfs: --metrics-address: {address}: cannot be listened at")
+    assert answer.stderr.startswith(f"lazyfs: --metrics-address: {address}: cannot listen there")
     assert "Address already in use" in answer.stderr
 
 
