@@ -74,14 +74,14 @@ def folder_mode(directory: Path) -> int:
 
 
 class UnusableError(PermissionError):
-    """Nobody can use the directory as a cache, whoever the worker is."""
+    """No worker can use the directory as a cache."""
 
 
 def share(directory: Path) -> None:
-    """Have workers of root share a directory; it is made if it is missing. To be called by root.
+    """Let workers of root share a directory, which is made if it is missing. Only root can do this.
 
-    What a cache in it already has becomes theirs, too. Other files are not touched, and who can
-    look into the directory still can.
+    They also get the files of a cache that is already there. Other files are not touched, and users
+    who could list the directory still can.
 
     Raises:
         UnusableError: it cannot be made, or others than root can write to it.
@@ -101,7 +101,7 @@ def share(directory: Path) -> None:
         raise UnusableError(f"{directory}: is not a directory that only root can write to")
     if status.st_gid not in (0, group) and status.st_mode & stat.S_IRWXG:
         raise PermissionError(f"{directory}: is used by the group {status.st_gid}")
-    # Until the last step nobody else can change anything here.
+    # Until the last step, no other user can change anything here.
     for path in _content(directory):
         _give(path, group)
     os.chown(directory, -1, group)

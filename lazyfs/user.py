@@ -12,8 +12,8 @@ from pathlib import Path
 
 # linux/capability.h
 SETGID, SETUID = 1 << 6, 1 << 7
-# Ids that are otherwise unused (https://systemd.io/UIDS-GIDS/). Where only a part of all ids exists,
-# as in a user namespace: ids that systemd assigns to services dynamically.
+# Ids that are otherwise unused (https://systemd.io/UIDS-GIDS/). Where only a part of all ids
+# exists, as in a user namespace: ids that systemd assigns to services dynamically.
 _RANGES = ((0x70000000, 1 << 28), (61184, 4336))
 
 # User, group, and the group of shared caches.

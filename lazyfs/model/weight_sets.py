@@ -13,7 +13,8 @@ files that differ only in their suffix or variant. The rules, in the order in wh
    `consolidated*` comes last and a set with an index first. vLLM's `_prepare_weights` and
    `filter_duplicate_safetensors_files` choose so.
 3. **Variants** (`model.fp16.safetensors`) are read if a loader has read one in this pipeline, or if
-   there is no plain file. Of ONNX variants nobody knows which is read: none, until one is.
+   there is no plain file. It is not known which of several ONNX variants a loader reads, so none
+   is fetched until it reads one.
 4. **Many models.** Several GGUF models are alternatives. So are several sets of a directory that
    nothing configures (`config.json`, an index, a tokenizer, YAML; not one with the name of a
    single file): checkpoints, LoRA adapters. None of them is fetched before it is loaded.

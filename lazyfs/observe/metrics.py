@@ -140,7 +140,7 @@ METRICS = (
         "cause.", ("cause",),
     ),
     Metric(
-        "lazyfs_prefetch_wasted_bytes_total", "counter", "Bytes received from S3 for nothing: by "
+        "lazyfs_prefetch_wasted_bytes_total", "counter", "Bytes received from S3 and not used: by "
         "the slower of two requests (duplicate), or dropped before they were read "
         "(dropped).", ("reason",),
     ),
