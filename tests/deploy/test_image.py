@@ -32,7 +32,7 @@ def container(built: str) -> Iterator[image.Container]:
     made.remove()
 
 
-def test_it_says_its_version_and_labels(built: str, container: image.Container) -> None:
+def test_version_and_labels(built: str, container: image.Container) -> None:
     assert __version__ in container.run("lazyfs", "--version")
     assert __version__ in container.run("lazyfs-csi", "--version")
     config = json.loads(image.inspect(built))["OCIv1"]["config"]
@@ -41,7 +41,7 @@ def test_it_says_its_version_and_labels(built: str, container: image.Container) 
     assert config["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
 
 
-def test_it_carries_the_licences_of_what_is_in_it(container: image.Container) -> None:
+def test_the_image_carries_the_licences_of_its_packages(container: image.Container) -> None:
     documents = "/usr/share/doc/lazyfs"
     assert "Apache License" in container.run("head", "-3", f"{documents}/copyright")
     notices = container.run("cat", f"{documents}/THIRD-PARTY-NOTICES")
@@ -50,7 +50,7 @@ def test_it_carries_the_licences_of_what_is_in_it(container: image.Container) ->
     assert "LESSER GENERAL PUBLIC LICENSE" in notices
 
 
-def test_it_contains_only_files_used_at_run_time(container: image.Container) -> None:
+def test_the_image_contains_only_files_used_at_run_time(container: image.Container) -> None:
     found = container.run(
         "sh", "-c", "for each in gcc cc pip pip3 fusermount3; do command -v $each; done; true"
     )
@@ -63,7 +63,7 @@ def test_it_contains_only_files_used_at_run_time(container: image.Container) -> 
 
 
 @pytest.mark.fuse
-def test_it_mounts_a_model(container: image.Container, s3: S3) -> None:
+def test_a_container_of_the_image_mounts_a_model(container: image.Container, s3: S3) -> None:
     body = bytes(range(256)) * 20000
     s3.put("images", {"model/weights.bin": body, "model/config.json": b"{}"})
     out = container.run(

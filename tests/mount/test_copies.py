@@ -40,7 +40,7 @@ def in_a_copy(command: str) -> Iterator[subprocess.Popen[str]]:
         process.communicate(timeout=60)
 
 
-def test_a_copy_that_nobody_uses(mount: Callable[..., Mounted]) -> None:
+def test_an_unused_copy(mount: Callable[..., Mounted]) -> None:
     mounted = mount("s3://copies/m")
     worker = mounted.worker
     with in_a_copy("cd /; echo begun; read") as holder:

@@ -163,7 +163,7 @@ def test_an_object_that_changes_is_stale(peer: Peer, tmp_path: Path, change: Any
         end(path, peer)
 
 
-def test_what_is_cached_can_be_verified(peer: Peer, tmp_path: Path) -> None:
+def test_a_warmed_cache_can_be_verified(peer: Peer, tmp_path: Path) -> None:
     answer = peer.lazyfs("warm", "s3://models/m", f"--cache-dir={tmp_path}", "--verify",
                          "--include=*.safetensors")  # fmt: skip
     assert answer.returncode == 0, answer.stderr

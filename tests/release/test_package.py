@@ -52,7 +52,7 @@ def configure(machine: Machine, endpoint: str, name: str = "model") -> None:
     )
 
 
-def test_it_is_installed_and_used(machine: Machine, package: Path, endpoint: str) -> None:
+def test_the_package_is_installed_and_used(machine: Machine, package: Path, endpoint: str) -> None:
     """By hand, as an ordinary user, by mount(8) and by fstab."""
     install(machine, package)
     assert machine.run("lazyfs --version").stdout.split()[-1] == __version__

@@ -42,7 +42,7 @@ async def _see(queue: BlockQueue, seen: list[BlockId]) -> None:
     seen.append(queue.take()[0])
 
 
-def test_all_who_wait_are_woken_as_blocks_come() -> None:
+def test_all_waiters_are_woken_as_blocks_arrive() -> None:
     async def run() -> None:
         queue = BlockQueue()
         seen: list[BlockId] = []
@@ -61,7 +61,7 @@ def test_all_who_wait_are_woken_as_blocks_come() -> None:
     trio.run(run)
 
 
-def test_who_comes_late_does_not_wait() -> None:
+def test_a_late_waiter_does_not_wait() -> None:
     async def run() -> None:
         queue = BlockQueue()
         queue.put(BlockId(2, 1), held(b"a"))

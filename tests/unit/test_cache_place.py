@@ -19,7 +19,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_what_is_there_is_shared_and_nothing_else(tmp_path: Path) -> None:
+def test_only_the_files_of_a_cache_are_shared(tmp_path: Path) -> None:
     """A worker that was taken over may have left links to files of root."""
     cache, outside = tmp_path / "cache", tmp_path / "outside"
     folder = cache / "a0"
@@ -42,7 +42,7 @@ def test_what_is_there_is_shared_and_nothing_else(tmp_path: Path) -> None:
     assert link.lstat().st_gid == 0
 
 
-def test_what_cannot_be_shared_stays_as_it_was(
+def test_a_directory_that_cannot_be_shared_stays_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel drops the set-group-ID bit silently, where a capability is missing."""

@@ -24,19 +24,19 @@ def settle(limits: Concurrency, per_connection: float, link: float, seconds: flo
             heapq.heappush(running, now + 0.03 + BLOCK / rate)
 
 
-def test_it_grows_while_that_pays() -> None:
+def test_the_limit_grows_while_throughput_does() -> None:
     limits = Concurrency(64)
     settle(limits, per_connection=90 * MIB, link=100_000 * MIB)
     assert limits.limit == 64
 
 
-def test_it_stays_where_the_link_is_full() -> None:
+def test_the_limit_stays_where_the_link_is_full() -> None:
     limits = Concurrency(64)
     settle(limits, per_connection=90 * MIB, link=250 * MIB)
     assert limits.limit <= 24
 
 
-def test_it_halves_once_for_all_that_was_in_flight_together() -> None:
+def test_throttled_requests_in_flight_together_halve_the_limit_once() -> None:
     limits = Concurrency(64)
     for _ in range(16):
         limits.throttled()
@@ -59,7 +59,7 @@ def test_answers_end_a_burst_of_refusals_too() -> None:
     assert limits.limit == 4
 
 
-def test_it_never_exceeds_the_most() -> None:
+def test_the_limit_never_exceeds_the_maximum() -> None:
     limits = Concurrency(4)
     settle(limits, per_connection=1 * MIB, link=1000 * MIB)
     assert limits.limit == 4

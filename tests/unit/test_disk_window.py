@@ -136,7 +136,7 @@ def test_one_exchange_at_a_time() -> None:
     play(scenario)
 
 
-def test_what_is_written_after_an_exchange() -> None:
+def test_unread_local_blocks_are_written_after_an_exchange() -> None:
     async def scenario(desk: Desk) -> None:
         desk.consumed = [BlockId(2, 0)]
         await desk.slide()

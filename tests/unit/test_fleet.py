@@ -210,7 +210,7 @@ def test_one_byte_is_asked_of_s3_alone() -> None:
         (hang_up, "cut_off"),
     ],
 )
-def test_what_the_cache_does_not_give_comes_from_s3(answer: Answer, trouble: str) -> None:
+def test_blocks_that_the_cache_does_not_deliver_come_from_s3(answer: Answer, trouble: str) -> None:
     with servers(part(), answer) as (s3, cache):
 
         async def two(mount: Mount) -> None:
@@ -526,7 +526,7 @@ def test_after_its_rest_one_request_tries() -> None:
         assert REST_S == 30
 
 
-def test_what_the_cache_has_is_not_asked_for_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_of_the_cache_are_not_hedged(monkeypatch: pytest.MonkeyPatch) -> None:
     """However late it is: another request of each node would reach S3."""
     monkeypatch.setattr("lazyfs.fetch.concurrency.HedgeTimer.delay_s", 0.05)
     hold = threading.Event()

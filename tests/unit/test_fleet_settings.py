@@ -65,7 +65,7 @@ def test_origins(text: str, origin: Origin) -> None:
      'https://a";', "https://a b", "https://a$b", "https://a;b", "x=https://*.a", "https://A",
      'a";}=https://a', "https://a:port", "https://a\n", "https://*.*.a"],
 )  # fmt: skip
-def test_what_is_no_origin(text: str) -> None:
+def test_invalid_origins(text: str) -> None:
     with pytest.raises(OptionError, match=r"origins: .* is not allowed: a list of stores"):
         settings(origins=[text])
 

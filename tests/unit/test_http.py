@@ -429,7 +429,7 @@ def test_ending_a_finished_request_keeps_its_connection() -> None:
         assert server.connections == 1
 
 
-def test_nobody_listens() -> None:
+def test_a_server_that_is_not_listening() -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
         port = listener.getsockname()[1]
     with pytest.raises(ConnectionRefusedError):

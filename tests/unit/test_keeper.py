@@ -65,7 +65,9 @@ def contents(kept: dict[str, int]) -> dict[str, bytes]:
     return found
 
 
-def test_what_is_stored_can_be_fetched_by_others(keeper: Keeper, client: KeeperClient) -> None:
+def test_stored_descriptors_can_be_fetched_by_other_clients(
+    keeper: Keeper, client: KeeperClient
+) -> None:
     for labels in ({"a": b"1", "b": b"2"}, {"b": b"3", "c": b"4"}):
         client.store("volume", {key: memory_file(key, value) for key, value in labels.items()})
     client.close()
@@ -216,7 +218,7 @@ def connect(path: Path) -> KeeperClient:
             time.sleep(0.02)
 
 
-def test_what_is_carried_is_kept_with_the_session(client: KeeperClient) -> None:
+def test_runtime_changes_are_kept_with_the_session(client: KeeperClient) -> None:
     carried = RuntimeChanges(new_carried())
     assert (carried.paused, carried.options, carried.resumes) == (False, {}, 0)
     beginning = Beginning("00", "01", "us-east-1", 7)
@@ -251,7 +253,7 @@ def test_a_session_of_a_version_that_carried_nothing(client: KeeperClient) -> No
     assert os.fstat(again.near).st_ino == os.fstat(handover.near).st_ino
 
 
-def test_what_was_never_complete_cannot_be_taken_up(client: KeeperClient) -> None:
+def test_an_incomplete_session_cannot_be_resumed(client: KeeperClient) -> None:
     """The supervisor died after it had mounted, before a worker had told how the mount began."""
     client.store("half", {"fuse": memory_file("fuse", b"")})
     assert Handover.fetch(client, "half") is None

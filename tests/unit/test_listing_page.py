@@ -111,7 +111,7 @@ def test_whether_more_follows(about: dict[str, str], truncated: bool) -> None:
     assert listing.parse(page(**about)).is_truncated is truncated
 
 
-def test_it_is_an_error_if_it_is_unclear_whether_more_follows() -> None:
+def test_a_page_must_say_whether_more_follows() -> None:
     with pytest.raises(NotAListingError):
         _ = listing.parse(page(IsTruncated="maybe")).is_truncated
 

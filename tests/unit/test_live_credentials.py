@@ -37,7 +37,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_what_was_found_is_used_until_it_ends() -> None:
+def test_credentials_are_used_until_they_expire() -> None:
     giver = Giver(B)
     live = LiveCredentials(giver, TimedCredentials(A, None))
     assert live.current() == live.current() == A
@@ -62,7 +62,7 @@ def test_each_renewal_is_noticed(clock: list[float]) -> None:
     assert giver.asked == [True] * 3
 
 
-def test_what_is_refused_is_asked_for_once_a_moment(clock: list[float]) -> None:
+def test_refused_credentials_are_renewed_once_at_a_time(clock: list[float]) -> None:
     giver = Giver(A)
     live = LiveCredentials(giver, TimedCredentials(A, None))
     for _ in range(50):
@@ -74,7 +74,9 @@ def test_what_is_refused_is_asked_for_once_a_moment(clock: list[float]) -> None:
     assert len(giver.asked) == 2
 
 
-def test_who_gives_them_may_fail_while_the_old_ones_are_good(clock: list[float]) -> None:
+def test_a_failed_renewal_is_harmless_while_the_old_credentials_are_valid(
+    clock: list[float],
+) -> None:
     giver = Giver(AccessDeniedError("the agent is starting"))
     live = LiveCredentials(giver, TimedCredentials(A, time.time() - 1))
     for _ in range(3):
@@ -84,7 +86,9 @@ def test_who_gives_them_may_fail_while_the_old_ones_are_good(clock: list[float])
     assert live.current() == B
 
 
-def test_who_gives_them_may_fail_when_the_old_ones_are_refused(clock: list[float]) -> None:
+def test_a_failed_renewal_is_reported_when_the_old_credentials_are_refused(
+    clock: list[float],
+) -> None:
     giver = Giver(AccessDeniedError("the agent is starting"))
     live = LiveCredentials(giver, TimedCredentials(A, None))
     for _ in range(2):

@@ -48,7 +48,7 @@ def play(scenario: Callable[[Desk], Awaitable[None]]) -> None:
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
-def test_a_miss_is_told_to_who_waits_for_it() -> None:
+def test_a_miss_wakes_its_waiter() -> None:
     async def scenario(desk: Desk) -> None:
         async with trio.open_nursery() as nursery:
 
@@ -76,7 +76,7 @@ def test_a_miss_between_two_looks_is_not_forgotten() -> None:
     play(scenario)
 
 
-def test_what_is_not_in_the_page_cache_is_not_missed_there() -> None:
+def test_only_blocks_in_the_page_cache_can_be_missed() -> None:
     async def scenario(desk: Desk) -> None:
         desk.request(5)
         desk.blocks.opened(2, direct=True)

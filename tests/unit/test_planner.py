@@ -279,7 +279,9 @@ class TestPlan:
         told = f"{second}: not prefetched, because it has {MOST_BLOCKS * MIB + 1} bytes"
         assert told in caplog.messages
 
-    def test_what_is_odd_with_a_model_is_said_once(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_each_warning_about_a_model_is_logged_once(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
         async def steps(mount: Mount) -> None:
             await mount.load("consolidated.00.pth")
 

@@ -67,7 +67,7 @@ except PermissionError:
 
 
 @pytest.mark.parametrize("rights", [Rights.NONE, Rights.READ_ALL_FILES, Rights.USER])
-def test_what_a_worker_can_ask_of_the_kernel(rights: Rights) -> None:
+def test_system_calls_that_a_worker_may_make(rights: Rights) -> None:
     """Threads, programs and the network; no namespaces, tracing and odd sockets."""
     user = worker_user(rights)
     read, write = os.pipe()

@@ -112,7 +112,7 @@ def test_many_objects_are_checked_in_advance() -> None:
     run(test)
 
 
-def test_it_can_be_turned_off() -> None:
+def test_the_access_check_can_be_turned_off() -> None:
     async def test(access: ReadAccess) -> None:
         await access.check(FILE, Asked(AccessDeniedError("no")))
 

@@ -21,7 +21,7 @@ LOOK_S = 0.4
 
 
 @pytest.mark.parametrize("repository", TABLE, ids=lambda each: each.name)
-def test_what_is_planned_at_mount(repository: Repository) -> None:
+def test_the_plan_at_mount(repository: Repository) -> None:
     files = [ModelFile(path, size) for path, size in repository.sizes.items()]
     before = layouts(files)
     indexes = {path: repository.indexes[path] for each in before for path in each.index_paths}
@@ -32,7 +32,7 @@ def test_what_is_planned_at_mount(repository: Repository) -> None:
 
 
 @pytest.mark.parametrize("repository", TABLE, ids=lambda each: each.name)
-def test_what_is_fetched_is_what_is_read(repository: Repository) -> None:
+def test_only_the_files_that_are_read_are_fetched(repository: Repository) -> None:
     model = repository.model()
     report = simulate(model, repository.loader(model))
     # What was asked for before a loader showed that it reads other weights comes for nothing.

@@ -68,7 +68,7 @@ def told(status: int, body: str, **headers: str) -> SourceError:
     return Refusal.of(status, named, body.encode()).error("s3://b/k")
 
 
-def test_what_s3_says_is_in_the_message() -> None:
+def test_messages_contain_the_answer_of_s3() -> None:
     error = told(
         400,
         "<Error><Code>KMS.DisabledException</Code><Message>arn:aws:kms:x &amp; y is\n disabled."

@@ -340,7 +340,7 @@ def test_a_pause_stops_what_is_read_ahead_from_the_disk_too() -> None:
     play(machine, scenario)
 
 
-def test_what_is_read_ahead_from_the_disk_waits_for_demand() -> None:
+def test_read_ahead_from_the_disk_waits_for_demand() -> None:
     machine = Machine(**{"max-concurrency": "1"})
     machine.source.open.clear()
     demanded = URGENT_EXTRA + 2
