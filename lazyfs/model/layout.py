@@ -37,13 +37,8 @@ from types import MappingProxyType
 
 from lazyfs.model.directory import Directory, ModelFile
 from lazyfs.model.filenames import BLOB, COPY_DIRECTORIES, LEFTOVER, Format
-from lazyfs.model.indexes import (
-    MAX_INDEX_BYTES,
-    PIPELINE_INDEX,
-    MalformedIndexError,
-    parse_pipeline,
-    shown,
-)
+from lazyfs.model.indexes import PIPELINE_INDEX
+from lazyfs.model.pipelines import Pipelines
 from lazyfs.model.weight_sets import CORE
 
 NO_INDEXES: Mapping[str, bytes] = MappingProxyType({})
@@ -137,17 +132,12 @@ class _Listing:
         self._directories: dict[str, Directory] = {}
         self._models: dict[str, Directory] = {}
         self._groups: dict[str, str] = {}
-        # The components that each pipeline names; None: it is not known.
-        self._pipelines: dict[str, frozenset[str] | None] = {}
-        # The variant that a loader reads in each pipeline; empty: none.
-        self._variants: dict[str, str] = {}
-        # All directories, also those that only have directories.
-        self._places: set[str] = set()
         self._triton: set[str] = set()
         for file in files:
             self._add(file)
         for path, directory in self._directories.items():
             directory.take_unknown(self._directories.get(dirname(path)) if path else None)
+        self._pipelines = Pipelines(self._directories, indexes)
         for path in read:
             if found := self._weights_at(path):
                 found.read.append(basename(path))
@@ -168,19 +158,12 @@ class _Listing:
             return
         if path not in self._directories:
             self._directories[path] = Directory(path)
-            self._add_places(path)
         self._directories[path].add(name, file)
         if name == TRITON_CONFIGURATION:
             self._triton.add(path)
 
-    def _add_places(self, path: str) -> None:
-        while path and path not in self._places:
-            self._places.add(path)
-            path = dirname(path)
-
     def layouts(self, include: Sequence[str]) -> tuple[ModelLayout, ...]:
         """Apply all rules. Call this once."""
-        self._find_pipelines()
         self._find_models()
         root = self._directories.setdefault("", Directory(""))
         for path, directory in self._directories.items():
@@ -188,7 +171,7 @@ class _Listing:
             # read.
             if path and path not in self._models and not directory.weights:
                 (self._nearest(path) or root).others += directory.others
-        self._find_variants()
+        self._pipelines.find_variants(self._models)
         for path in sorted(self._models, key=lambda path: path.split("/")):
             self._decide(self._models[path])
         if root.others:
@@ -227,61 +210,19 @@ class _Listing:
             problems=tuple(directory.problems),
         )
 
-    def _find_pipelines(self) -> None:
-        below: dict[str, list[Directory]] = {}
-        for path, directory in self._directories.items():
-            if path and directory.weights:
-                below.setdefault(dirname(path), []).append(directory)
-        for path, directory in self._directories.items():
-            if not directory.has_pipeline_index or path not in below:
-                continue
-            named = self._named_by(directory)
-            if named is not None:
-                there = any(basename(each.path) in named for each in below[path])
-            else:
-                there = any(
-                    each.formats & CORE and basename(each.path) not in COPY_DIRECTORIES
-                    for each in below[path]
-                )
-            if there:
-                self._pipelines[path] = named
-
-    def _named_by(self, directory: Directory) -> frozenset[str] | None:
-        """The components that a `model_index.json` names; None if it is not known."""
-        path = join(directory.path, PIPELINE_INDEX)
-        size = next(file.size_bytes for file in directory.others if file.path == path)
-        try:
-            if size > MAX_INDEX_BYTES:
-                raise MalformedIndexError(f"it has {size} bytes, the limit is {MAX_INDEX_BYTES}")
-            named = parse_pipeline(self._indexes[path]) if path in self._indexes else None
-        except MalformedIndexError as error:
-            directory.warnings.append(f"{path} is ignored: {error}; all components are read")
-            return None
-        absent = [name for name in named or () if join(directory.path, name) not in self._places]
-        if absent:
-            directory.problems.append(
-                f"{path} names components that do not exist: {shown(sorted(absent))}; upload them"
-            )
-        return named
-
-    def _pipeline_of(self, path: str) -> str | None:
-        """The pipeline that a directory is in, or is."""
-        while True:
-            if path in self._pipelines:
-                return path
-            if not path:
-                return None
-            path = dirname(path)
-
     def _find_models(self) -> None:
         """Find the directories of which weights are read, and exclude the others."""
         for path, directory in self._directories.items():
-            pipeline = self._pipeline_of(path)
+            pipeline = self._pipelines.of(path)
             if owner := self._owner_of_copy(directory):
                 place = owner.path or "the root"
                 reason = f"a copy of the model in {place}, which loaders read instead"
                 owner.exclude(directory, reason)
-            elif pipeline is not None and path != pipeline and self._is_foreign(pipeline, path):
+            elif (
+                pipeline is not None
+                and path != pipeline
+                and self._pipelines.is_foreign(pipeline, path)
+            ):
                 reason = f"in a directory that {PIPELINE_INDEX} does not name"
                 self._directories[pipeline].exclude(directory, reason)
             elif directory.weights or directory.indexes or path == pipeline:
@@ -291,16 +232,6 @@ class _Listing:
                 self._replace(directory)
             elif (above := self._nearest(path)) is not None:
                 above.excluded |= directory.excluded
-
-    def _is_foreign(self, pipeline: str, path: str) -> bool:
-        """Whether a directory in a pipeline is no component that a loader reads."""
-        directory, named = self._directories[path], self._pipelines[pipeline]
-        if directory.is_seen or not directory.weights:
-            return False
-        component = path[len(pipeline) :].lstrip("/").partition("/")[0]
-        if named is not None:
-            return component not in named
-        return dirname(path) == pipeline and not directory.formats & {*CORE, "gguf"}
 
     def _owner_of_copy(self, directory: Directory) -> Directory | None:
         """The model of which this directory is a copy: `m` for `m/original/x`. None: no copy.
@@ -326,7 +257,9 @@ class _Listing:
         replaced = [self._models[owner] for owner in owners if owner in self._models]
         if directory.path in self._pipelines:
             replaced += [
-                each for path, each in self._models.items() if self._is_below(path, directory.path)
+                each
+                for path, each in self._models.items()
+                if self._pipelines.is_below(path, directory.path)
             ]
         if any(each.is_seen for each in replaced):
             return
@@ -334,23 +267,11 @@ class _Listing:
         for each in replaced:
             each.exclude(each, f"the loader reads {join(directory.path, name)} instead")
 
-    def _is_below(self, path: str, pipeline: str) -> bool:
-        return path != pipeline and self._pipeline_of(path) == pipeline
-
-    def _find_variants(self) -> None:
-        below: dict[str, list[Directory]] = {}
-        for path, directory in self._models.items():
-            pipeline = self._pipeline_of(path)
-            if pipeline is not None and path != pipeline:
-                below.setdefault(pipeline, []).append(directory)
-        for pipeline, found in below.items():
-            self._variants[pipeline] = _the_one(each.variants for each in found)
-
     def _decide(self, directory: Directory) -> None:
         """Decide what is read of a model, after all models above it."""
         path = directory.path
         above = self._directories.get(dirname(path)) if path else None
-        pipeline = self._pipeline_of(path)
+        pipeline = self._pipelines.of(path)
         if path == pipeline and not directory.is_seen:
             directory.exclude(directory, "a single-file copy of the pipeline in this directory")
             directory.decide(self._indexes, is_one_model=True)
@@ -362,7 +283,7 @@ class _Listing:
         variant = ""
         if pipeline is not None:
             is_one_model = path != pipeline  # beside its index lie single files: many models
-            variant = self._variants.get(pipeline, "")
+            variant = self._pipelines.variant(pipeline)
         directory.decide(
             self._indexes,
             is_one_model=is_one_model,
@@ -373,7 +294,7 @@ class _Listing:
     def _group_of(self, directory: Directory) -> str:
         """The topmost directory of the model that a directory is a part of."""
         path, name = directory.path, basename(directory.path)
-        if (pipeline := self._pipeline_of(path)) is not None:
+        if (pipeline := self._pipelines.of(path)) is not None:
             return pipeline
         if not path:
             return path
@@ -412,16 +333,3 @@ class _Listing:
             if path in self._models:
                 return self._models[path]
         return None
-
-
-def _the_one(variants: Iterable[tuple[set[str], set[str]]]) -> str:
-    """The variant that a loader reads, of those that it has read and opened; empty: none."""
-    read: set[str] = set()
-    opened: set[str] = set()
-    for one, other in variants:
-        read |= one
-        opened |= other
-    for found in (opened, read):
-        if len(found) == 1:
-            return found.pop()
-    return ""
