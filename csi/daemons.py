@@ -249,7 +249,7 @@ class Daemons:
             if credentials is not None and credentials != daemon.spec.credentials:
                 daemon.check_keys(credentials)
                 supervisor.replace_credentials(credentials)
-                daemon.spec = _with(daemon.spec, credentials)
+                daemon.spec = replace(daemon.spec, credentials=credentials)
             device = daemon.device
             if device is None:
                 raise MountError(f"{daemon.mountpoint}: the daemon's mount is not there")
@@ -302,7 +302,7 @@ class Daemons:
         else:
             daemon.spec = replace(kept, volume=daemon.spec.volume or kept.volume)
         if credentials is not None:
-            daemon.spec = _with(daemon.spec, credentials)
+            daemon.spec = replace(daemon.spec, credentials=credentials)
         if daemon.needs_credentials and daemon.spec.credentials is None:
             raise RpcError(
                 StatusCode.FAILED_PRECONDITION,
@@ -396,7 +396,3 @@ def _with_rights(spec: MountSpec) -> MountSpec:
     """The spec of a mount with the rights of its worker; also prepares its cache for them."""
     options = MountOptions.parse(("{attribute}", spec.options))
     return replace(spec, rights=rights_of(spec, options).value)
-
-
-def _with(spec: MountSpec, credentials: Credentials) -> MountSpec:
-    return replace(spec, credentials=credentials)

@@ -276,9 +276,7 @@ class CacheDirectory:
     def _announce(self, index: BlockIndex, plan: Sequence[Content]) -> None:
         now = time.time()
         keys = (
-            _key_of(content.digest, number)
-            for content in plan
-            for number in index.numbers(content.digest)
+            _key(content, number) for content in plan for number in index.numbers(content.digest)
         )
         needed = (key for key in keys if key not in self._given_up)
         index.touch([(now - rank * 1e-6, key) for rank, key in enumerate(needed)])
@@ -291,9 +289,8 @@ class CacheDirectory:
         used = index.used_bytes()
         allowed = self.limits.allowed_bytes(os.statvfs(self.path), used)
         self.filling = used, allowed
-        excess = used - allowed
-        if excess > 0:
-            self._evict(index.shrink(excess, time.time()))
+        if used > allowed:
+            self._evict(index.shrink(used - allowed, time.time()))
         with locked(self.path / "care", wait=False) as care:
             if care is not None and (self._index.is_anew or _is_older(care, SWEEP_S)):
                 self.sweep(index)
@@ -387,11 +384,7 @@ class CacheDirectory:
 
 
 def _key(content: Content, number: int) -> str:
-    return _key_of(content.digest, number)
-
-
-def _key_of(digest: str, number: int) -> str:
-    return f"{digest}:{number}"
+    return f"{content.digest}:{number}"
 
 
 def _entry(filename: str, content: Content, number: int) -> Entry:
