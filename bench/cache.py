@@ -26,7 +26,7 @@ from pathlib import Path
 import origin as origins
 from model import write_model
 
-from lazyfs.cache.blockfile import Content
+from lazyfs.cache.block_format import Content
 from lazyfs.cache.direct_io import read_file, write_file
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.space import Limits

@@ -31,8 +31,8 @@ from csi.errors import RpcError
 from csi.node_records import Kind, NodeRecords, Place, VolumeRecord
 from csi.snapshots import FALL_BACK_AFTER_S, LOOK_S, Look, doubt
 from csi.start import StillStartingError
+from csi.volume_attributes import Volume
 from csi.volume_locks import VolumeLocks
-from csi.volumes import Volume
 from lazyfs.errors import LazyfsError
 from lazyfs.faults import start_watching
 from lazyfs.handover.keeper import KeeperError

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import grpc
 
     from csi.identity import Check
-    from csi.volumes import Rules
+    from csi.volume_attributes import Rules
     from lazyfs.options.mount_options import MountOptions
 
 DRIVER_NAME = "csi.lazyfs.io"
@@ -129,7 +129,7 @@ def rules(
         OptionError: a name, the size, the time or a default is invalid.
     """
     from csi.endpoints import AllowedEndpoints
-    from csi.volumes import MAX_MEMORY_LIMIT, SNAPSHOT_MAX_AGE, Rules, options_of
+    from csi.volume_attributes import MAX_MEMORY_LIMIT, SNAPSHOT_MAX_AGE, Rules, options_of
     from lazyfs.errors import OptionError
 
     for name, instead in NOT_FOR_PLUGINS.items():

@@ -17,7 +17,7 @@ from csi.kubernetes import ApiServer
 from csi.parameters import Parameters
 from csi.request_fields import check_capability, check_size, check_text
 from csi.survey import Survey, survey
-from csi.volumes import (
+from csi.volume_attributes import (
     Rules,
     Volume,
     credentials_of,

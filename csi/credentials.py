@@ -19,7 +19,7 @@ import json
 from collections.abc import Mapping
 
 from csi.errors import InvalidArgumentError
-from csi.volumes import Volume, credentials_of
+from csi.volume_attributes import Volume, credentials_of
 from lazyfs.store.credentials import Credentials, WebIdentity
 
 # Keys of a publish call's attributes; the tokens may be among its secrets instead (CSIDriver,

@@ -29,7 +29,7 @@ from csi.node_records import Place
 from csi.parameters import CLAIM_NAMESPACE
 from csi.request_fields import check_capability, check_text
 from csi.start import PATIENCE_S
-from csi.volumes import Rules, Volume, own_attributes
+from csi.volume_attributes import Rules, Volume, own_attributes
 from csi.waiting import WaitingCalls
 from lazyfs.errors import LazyfsError
 from lazyfs.store.credentials import Credentials

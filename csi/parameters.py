@@ -1,7 +1,7 @@
 """Turns the parameters of a StorageClass into the attributes of one volume.
 
-Pure. Parameters are the attributes of its volumes (`csi/volumes.py`), with templates in the names
-of the source:
+Pure. Parameters are the attributes of its volumes (`csi/volume_attributes.py`), with templates in
+the names of the source:
 
     ${pvc.name} ${pvc.namespace} ${pv.name}     of the claim, and of the volume made for it
 
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from csi.errors import InvalidArgumentError, MendableError
 from csi.request_fields import check_size
-from csi.volumes import own_attributes
+from csi.volume_attributes import own_attributes
 from lazyfs.errors import OptionError
 from lazyfs.options.option_types import Flag
 from lazyfs.store.url import SourceUrl

@@ -6,7 +6,7 @@ import logging
 import time
 from dataclasses import dataclass
 
-from csi.volumes import Volume
+from csi.volume_attributes import Volume
 from lazyfs.errors import ObjectGoneError
 from lazyfs.store.credentials import Credentials
 from lazyfs.store.objects import Page, Tokens

@@ -19,7 +19,7 @@ from csi.controller_records import ProvisionedVolume
 from csi.node_records import DaemonRecord, NodeRecords, Place, VolumeRecord
 from lazyfs import __version__
 from lazyfs.blocks.file_blocks import Place as BlockPlace
-from lazyfs.cache.blockfile import Content
+from lazyfs.cache.block_format import Content
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.space import Limits
 from lazyfs.handover.handover import Beginning, new_carried, new_in_hand, new_near

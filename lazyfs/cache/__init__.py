@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lazyfs import cache_place
-from lazyfs.cache.blockfile import Content
+from lazyfs.cache.block_format import Content
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.index import IndexFailedError, IndexFullError
 from lazyfs.cache.space import Limits

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lazyfs.blocks.buffers import ALIGNMENT
+from lazyfs.cache.block_format import Content, DamagedBlockError, parse_tail
 from lazyfs.cache.block_io import read_block, write_block
-from lazyfs.cache.blockfile import Content, DamagedBlockError, parse_tail
 from lazyfs.cache.direct_io import make_folder
 from lazyfs.cache.index import FOLDERS, IndexCorruptError
 from lazyfs.movers.pool import Movers

@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 
 from lazyfs.blocks.buffers import align, take_buffer
-from lazyfs.cache.blockfile import Content, DamagedBlockError, check, make_tail
+from lazyfs.cache.block_format import Content, DamagedBlockError, check, make_tail
 from lazyfs.cache.direct_io import read_file, write_file
 from lazyfs.movers.pool import MoverFaultError, MoverLostError, Movers
 

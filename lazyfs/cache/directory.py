@@ -1,7 +1,7 @@
 """One cache directory: block files, their index and claims.
 
     cache.db          the index (`index.py`), and its -wal and -shm
-    00/ ... ff/       block files (`block_files.py`, `blockfile.py`) under random names
+    00/ ... ff/       block files (`block_files.py`, `block_format.py`) under random names
     claims, waiting, loading   locked, never written (`claims.py`)
     care              locked by the process that sweeps the directory; its time is the last sweep
     opening           locked by the process that opens, makes or deletes the index
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lazyfs.cache.block_files import BlockFiles, new_name
-from lazyfs.cache.blockfile import Content, DamagedBlockError
+from lazyfs.cache.block_format import Content, DamagedBlockError
 from lazyfs.cache.current_load import CurrentLoad
 from lazyfs.cache.guarded_index import GuardedIndex, Side, locked
 from lazyfs.cache.index import BlockIndex, Entered, Entry, Stored

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lazyfs.cache.blockfile import Content
+from lazyfs.cache.block_format import Content
 from lazyfs.cache.directory import CacheDirectory
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lazyfs import cache_place
 from lazyfs.cache import check_directory
-from lazyfs.cache.blockfile import Content
+from lazyfs.cache.block_format import Content
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.index import IndexFailedError
 from lazyfs.cache.inventory import models, objects

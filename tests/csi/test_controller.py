@@ -25,7 +25,7 @@ from csi.csi_pb2_grpc import (
 )
 from csi.kubernetes import ApiServer
 from csi.server import Server
-from csi.volumes import Rules
+from csi.volume_attributes import Rules
 
 MIB = 1 << 20
 SECRET = {

@@ -22,7 +22,7 @@ from rehearsal import Cluster
 from s3 import S3
 
 from csi.parameters import Parameters
-from csi.volumes import Rules
+from csi.volume_attributes import Rules
 from lazyfs.options.mount_options import OPTIONS
 
 every_example = pytest.mark.parametrize("path", EXAMPLES, ids=lambda each: each.stem)

@@ -6,7 +6,7 @@ import pytest
 
 from csi.endpoints import AllowedEndpoints, Endpoint
 from csi.errors import InvalidArgumentError
-from csi.volumes import Rules
+from csi.volume_attributes import Rules
 from lazyfs.errors import OptionError
 
 MINIO = "https://minio.storage:9000"

@@ -9,7 +9,7 @@ import pytest
 from csi import controller_records, request_fields
 from csi.csi_pb2 import VolumeCapability
 from csi.errors import InvalidArgumentError
-from csi.volumes import Rules, credentials_of, options_of
+from csi.volume_attributes import Rules, credentials_of, options_of
 from lazyfs import machine
 from lazyfs.errors import OptionError
 from lazyfs.options.option_types import GIB
