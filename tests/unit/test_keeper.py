@@ -95,7 +95,7 @@ def test_a_worker_s_connection_is_about_its_own_name(keeper: Keeper, client: Kee
         lambda: restrict_to(connection, "theirs"),
     ]
     for attempt in attempts:
-        with pytest.raises(KeeperError, match="about ours alone"):
+        with pytest.raises(KeeperError, match="restricted to ours"):
             attempt()
     assert contents(client.fetch("theirs")) == {"spec": b"secret"}
     worker.close()
@@ -114,7 +114,7 @@ def test_a_worker_cannot_change_what_its_supervisor_obeys(
         with pytest.raises(KeeperError, match="cannot store"):
             worker.store("ours", labels)
     for release in (lambda: restrict_to(connection, "ours"), lambda: names_of(connection, "ours")):
-        with pytest.raises(KeeperError, match="about ours alone"):
+        with pytest.raises(KeeperError, match="restricted to ours"):
             release()
     kept = worker.fetch("ours")
     with pytest.raises(PermissionError):
