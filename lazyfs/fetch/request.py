@@ -59,8 +59,8 @@ class _Attempt:
     """A GET, in a thread.
 
     Attributes:
-        cache: that is asked; None: S3.
-        trouble: why the cache did not give it.
+        cache: the fleet's cache, if it is asked; None: S3.
+        trouble: why the cache did not deliver.
         is_direct: S3 is asked, and the fleet counts it.
         returns: how often it was made of the cache again, because that came back.
     """
@@ -87,8 +87,8 @@ class _Request:
 
     Attributes:
         began_s: when it was made.
-        overtaken: by how many that were made well after it and are no shorter.
-        is_elsewhere: the fleet's cache has it.
+        overtaken: how many requests that were made well after it, and are no shorter, have ended.
+        is_elsewhere: whether the fleet's cache is asked.
         is_direct: the fleet has let it go to S3.
     """
 
@@ -392,7 +392,7 @@ class BlockGetter:
         attempt.operation = ""  # nothing is asked while it waits
         is_elsewhere = False
         if attempt.trouble and attempt.trouble.is_certain:
-            # Told now: until S3 has answered, the cache may be there again.
+            # At once: when S3 has answered, the cache may be back already.
             self.fleet.failed(attempt.trouble, s3_gave=False)
         is_away = attempt.trouble and attempt.trouble.trouble is Trouble.AWAY
         if is_away and attempt.returns < MOST_ASKED_OF_CACHE:
