@@ -189,7 +189,7 @@ class BlockFetcher:
         self.pump()
 
     def opened(self, file: File, *, direct: bool) -> None:
-        """A file was opened; `direct`: with O_DIRECT, which bypasses the page cache."""
+        """A file was opened; `direct`: its reads bypass the page cache."""
         self.add_file(file)
         if self._disk:
             self._disk.opened(file)
@@ -203,6 +203,15 @@ class BlockFetcher:
         except Exception as error:
             report_fault("following a reader", error)  # which is answered all the same
 
+    def is_read_directly(self, file: File) -> None:
+        """A read of a file bypassed the page cache: nothing more is pushed for its readers."""
+        self._map.opened(file.inode, direct=True)
+
+    async def fetch(self, file: File, offset: int) -> None:
+        """Wait until the block at an offset of a file is in memory. Raises SourceError."""
+        number, at = divmod(offset, self._block_size)
+        await self.read(file, Span(number, at, at + 1), reader=False)
+
     async def read(self, file: File, span: Span, *, reader: bool = True) -> memoryview:
         """The bytes of a part of a block, fetched if necessary.
 
@@ -215,6 +224,9 @@ class BlockFetcher:
         self.add_file(file)
         began_s = self._recorder.clock()
         block = BlockId(file.inode, span.number)
+        # Pages that a reader waits for are locked, and not pushed. Those of our own reads are:
+        # otherwise the push would begin within a page, which stays incomplete.
+        locked = span if reader else Span(span.number, 0, 0)
         held = self._memory.get(block)
         tier = Tier.MEMORY
         head = self._heads.get(file.inode)
@@ -223,12 +235,12 @@ class BlockFetcher:
                 self._recorder.read(file, span, tier, began_s)
             return head[span.start : span.stop]
         if held is None:
-            held, tier = await self._wait_for(file, span, reader)
+            held, tier = await self._wait_for(file, locked, reader)
             held.users -= 1
         elif self._pusher.withdraw(block, held):
             held.users += 1
             try:
-                await self._pusher.push_around(block, held, [span])
+                await self._pusher.push_around(block, held, [locked])
             finally:
                 held.users -= 1
         data = held.data[span.start : span.stop]  # from here on the block may be dropped

@@ -44,11 +44,15 @@ Buffer = bytes | memoryview
 # linux/fuse.h: fuse_in_header, fuse_out_header, fuse_read_in, fuse_interrupt_in.
 _IN_HEADER = struct.Struct("<IIQQIIII")
 _OUT_HEADER = struct.Struct("<IiQ")
-_READ_IN = struct.Struct("<QQI")
+_READ_IN = struct.Struct("<QQIIQI")
 _INTERRUPT_IN = struct.Struct("<Q")
 _SIZE_AT = _IN_HEADER.size + 16  # of `size` in fuse_read_in
 _READ, _READDIR, _INTERRUPT, _READDIRPLUS = 15, 28, 36, 44
 _UNANSWERED = {2, 42}  # FORGET, BATCH_FORGET
+# In `read_flags`, FUSE_READ_LOCKOWNER: the kernel sets it for direct reads, and not for those that
+# fill the page cache (`fuse_send_read` and `fuse_send_readpages` in Linux). The flags of the file
+# are the same for both.
+_IS_DIRECT = 1 << 1
 
 # The kernel requires room for the longest write that was negotiated, 1 MiB, and its header.
 REQUEST_BYTES = (1 << 20) + (64 << 10)
@@ -87,6 +91,8 @@ class KernelConnection:
         device: a descriptor of `/dev/fuse`.
         libfuse: the other end of what libfuse takes for the kernel.
         read: serves a read: handle, offset and size; raises FUSEError.
+        answers_empty: whether a direct read (handle, offset, size, flags of the file) is answered
+            with no bytes, so that the kernel continues it in the page cache.
     """
 
     def __init__(
@@ -94,10 +100,12 @@ class KernelConnection:
         device: int,
         libfuse: socket.socket,
         read: Callable[[FileHandleT, int, int], Awaitable[Buffer]],
+        answers_empty: Callable[[FileHandleT, int, int, int], bool],
     ) -> None:
         self._device = device
         self._libfuse = libfuse
         self._read = read
+        self._answers_empty = answers_empty
         self._waiting: dict[int, _Waiting] = {}
 
     async def run(self) -> None:
@@ -131,7 +139,10 @@ class KernelConnection:
     async def _take(self, nursery: trio.Nursery, message: memoryview) -> None:
         _, operation, unique, _, _, _, thread, _ = _IN_HEADER.unpack_from(message)
         if operation == _READ:
-            handle, offset, size = _READ_IN.unpack_from(message, _IN_HEADER.size)
+            handle, offset, size, kind, _, flags = _READ_IN.unpack_from(message, _IN_HEADER.size)
+            if kind & _IS_DIRECT and self._answers_empty(FileHandleT(handle), offset, size, flags):
+                self._send([_OUT_HEADER.pack(_OUT_HEADER.size, 0, unique)])
+                return
             scope = trio.CancelScope()
             self._waiting[unique] = _Waiting(thread, trio.current_time(), scope)
             nursery.start_soon(

@@ -33,6 +33,7 @@ from lazyfs.namespace.tree import NAME_MAX_BYTES, ROOT_INODE, Directory, Node
 from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
+from lazyfs.pagecache.direct_reads import DirectReads
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Filesystem(pyfuse3.Operations):
         on_open: called with each opened file.
         recorder: is told of opened and closed files.
         in_hand: records requests until they are answered.
+        direct: says what becomes of direct reads.
     """
 
     supports_dot_lookup = False
@@ -69,6 +71,7 @@ class Filesystem(pyfuse3.Operations):
         on_open: Callable[[File], None],
         recorder: Recorder,
         in_hand: InHand,
+        direct: DirectReads,
     ) -> None:
         super().__init__()
         self.in_hand = in_hand
@@ -82,6 +85,7 @@ class Filesystem(pyfuse3.Operations):
         self._on_init = on_init
         self._on_open = on_open
         self._recorder = recorder
+        self._direct = direct
         # How often each inode was given to the kernel, minus how often the kernel forgot it.
         self._lookups: Counter[int] = Counter()
         self.reads = 0
@@ -143,11 +147,28 @@ class Filesystem(pyfuse3.Operations):
         file = self._file(inode)
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise FUSEError(errno.EROFS)
-        self._fetcher.opened(file, direct=bool(flags & os.O_DIRECT))
+        is_direct = bool(flags & os.O_DIRECT)
+        self._fetcher.opened(file, direct=is_direct and self._direct.continued is False)
         self._on_open(file)
         self._recorder.opened(file, ctx.pid)
         # An inode's bytes never change, so its pages stay valid from one open to the next.
         return FileInfo(fh=FileHandleT(inode), keep_cache=True)
+
+    def answers_empty(self, handle: FileHandleT, offset: int, size: int, flags: int) -> bool:
+        """Whether a direct read is answered with no bytes: see `DirectReads`.
+
+        Args:
+            flags: with which the file was opened.
+        """
+        file = self._tree.get(handle)
+        if not isinstance(file, File):
+            return False
+        if self._direct.answers_empty(file, offset, flags):
+            self._fetcher.was_read(file, offset, size)
+            return True
+        if self._direct.continued is False:
+            self._fetcher.is_read_directly(file)
+        return False
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         file = self._file(InodeT(fh))

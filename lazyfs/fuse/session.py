@@ -42,10 +42,9 @@ INIT_EXT, ALLOW_IDMAP = 1 << 30, 1 << 8
 # (FUSE_SPLICE_WRITE, _MOVE, _READ).
 SPLICE = 1 << 7 | 1 << 8 | 1 << 9
 # Direct reads with several concurrent requests (FUSE_ASYNC_DIO). For these the kernel sends no
-# interrupts for signals to the waiting thread.
+# interrupts for signals to the waiting thread, and an asynchronous read that is answered with fewer
+# bytes ends there (`pagecache/direct_reads.py`).
 ASYNC_DIRECT = 1 << 15
-# linux/proc_ns.h, PROC_PID_INIT_INO: the PID namespace in which all threads are visible.
-_FIRST_PROCESSES = "pid:[4026531836]"
 # Background reads (read-ahead, which includes page faults) that the kernel sends at once. With its
 # default of 12, threads that fault at the same time wait for each other, and pushes for them.
 MAX_BACKGROUND = 1024
@@ -116,7 +115,7 @@ class Session:
         (flags,) = struct.unpack_from("<I", message, ASKED_FLAGS)
         struct.pack_into("<I", message, ASKED_FLAGS, flags & ~SPLICE)
         ours.send(message)
-        return KernelConnection(self.descriptor, ours, operations.read)
+        return KernelConnection(self.descriptor, ours, operations.read, operations.answers_empty)
 
     def resend(self) -> None:
         """Have the kernel resend the requests that the former worker had taken and not answered.
@@ -168,9 +167,8 @@ def with_limits(answer: bytes, read_ahead_bytes: int) -> bytes:
     message = bytearray(answer)
     (ahead,) = struct.unpack_from("<I", message, ANSWERED_READ_AHEAD)
     struct.pack_into("<I", message, ANSWERED_READ_AHEAD, max(ahead, read_ahead_bytes))
-    if str(Path("/proc/self/ns/pid").readlink()) != _FIRST_PROCESSES:
-        (flags,) = struct.unpack_from("<I", message, ANSWERED_FLAGS)
-        struct.pack_into("<I", message, ANSWERED_FLAGS, flags & ~ASYNC_DIRECT)
+    (flags,) = struct.unpack_from("<I", message, ANSWERED_FLAGS)
+    struct.pack_into("<I", message, ANSWERED_FLAGS, flags & ~ASYNC_DIRECT)
     limits = MAX_BACKGROUND, MAX_BACKGROUND * 3 // 4
     struct.pack_into("<HH", message, ANSWERED_BACKGROUND, *limits)
     return bytes(message)

@@ -27,7 +27,7 @@ _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
-def open_known(mountpoint: Path, path: str, inode: int) -> int | None:
+def open_known(mountpoint: Path, path: str, inode: int, flags: int = 0) -> int | None:
     """A descriptor of a file, if it has that inode and mincore(2) tells the truth about it.
 
     To users other than its owner the kernel reports all pages as present.
@@ -35,6 +35,7 @@ def open_known(mountpoint: Path, path: str, inode: int) -> int | None:
     Args:
         path: below the mountpoint. No link is followed: a worker that was taken over can answer the
             kernel with links to anywhere.
+        flags: more of open(2).
 
     Raises:
         OSError: it cannot be opened, or leads out of the mount.
@@ -49,7 +50,7 @@ def open_known(mountpoint: Path, path: str, inode: int) -> int | None:
             os.close(here)
             here = below
         # A pipe would wait for a writer.
-        descriptor = os.open(name, os.O_RDONLY | _SAFELY | os.O_NONBLOCK, dir_fd=here)
+        descriptor = os.open(name, os.O_RDONLY | _SAFELY | os.O_NONBLOCK | flags, dir_fd=here)
     finally:
         os.close(here)
     status = os.fstat(descriptor)

@@ -50,6 +50,7 @@ from lazyfs.observe import tracing
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import PLANNED, MountOptions
 from lazyfs.options.option_types import compile_pattern, format_size
+from lazyfs.pagecache.direct_reads import DirectReads
 from lazyfs.pagecache.dropped_pages import DroppedPages
 from lazyfs.pagecache.page_cache import DEVICE, PageCache
 from lazyfs.pagecache.page_map import PageMap
@@ -202,8 +203,9 @@ async def _serve(
         movers.lend(DEVICE, page_cache.device)
         fetcher.pump()
 
+    direct = DirectReads(catalog.tree.path, helpers, fetcher.fetch, enabled=page_cache.supported)
     filesystem = Filesystem(
-        catalog, fetcher, options, beginning.mounted_ns, begin, on_open, recorder, in_hand
+        catalog, fetcher, options, beginning.mounted_ns, begin, on_open, recorder, in_hand, direct
     )
     try:
         connection = session.attach(filesystem)
@@ -219,6 +221,7 @@ async def _serve(
             fetcher.start(nursery)
             if movers.count:
                 nursery.start_soon(keep_running, "ending idle movers", _end_idle, movers)
+            nursery.start_soon(keep_running, "testing direct reads", direct.run)
             routes: dict[tuple[str, str], Route] = {}
             if page_cache.supported and options.prefetch != "off":
                 missing = DroppedPages(catalog.tree.path, helpers, fetcher.missed_pages)

@@ -45,6 +45,7 @@ LOOK_UP = (
 _PROGRAMS = {
     "look_up": ["-I", "-S", "-c", LOOK_UP],
     "dropped": ["-P", "-m", "lazyfs.pagecache.mincore"],
+    "direct": ["-P", "-m", "lazyfs.pagecache.direct_probe"],
 }
 # The most helpers of one mount. A worker asks for one of each; helpers that wait for a dead worker
 # count too.

@@ -19,6 +19,7 @@ from lazyfs.fuse import connection as module
 from lazyfs.fuse.connection import KernelConnection, is_being_killed
 
 LOOKUP, READ, INTERRUPT, FORGET, READDIRPLUS = 1, 15, 36, 2, 44
+LOCK_OWNER, FLAGS = 2, os.O_DIRECT
 DATA = b"some bytes of a block"
 
 
@@ -37,8 +38,9 @@ class Kernel:
         self.device.send(message)
         return message
 
-    def read(self, unique: int, size: int = 9, thread: int = 7) -> None:
-        self.ask(READ, unique, struct.pack("<QQIIQII", 5, 100, size, 0, 0, 0, 0), thread)
+    def read(self, unique: int, size: int = 9, thread: int = 7, *, direct: bool = False) -> None:
+        kind = LOCK_OWNER if direct else 0
+        self.ask(READ, unique, struct.pack("<QQIIQII", 5, 100, size, kind, 1, FLAGS, 0), thread)
 
     def interrupt(self, unique: int) -> None:
         self.ask(INTERRUPT, unique | 1, struct.pack("<Q", unique))
@@ -71,13 +73,22 @@ async def at_once(handle: int, offset: int, size: int) -> bytes:
     return DATA[:size]
 
 
-def converse(script: Callable[[Kernel], Awaitable[None]], read: Read = at_once) -> None:
+def with_bytes(handle: int, offset: int, size: int, flags: int) -> bool:
+    assert (handle, offset, size, flags) == (5, 100, 9, FLAGS)
+    return False
+
+
+def converse(
+    script: Callable[[Kernel], Awaitable[None]],
+    read: Read = at_once,
+    answers_empty: Callable[[int, int, int, int], bool] = with_bytes,
+) -> None:
     """Let a connection serve while a script plays the kernel and libfuse."""
 
     async def run() -> None:
         ends = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
         with ends[0][0], ends[0][1], ends[1][0], ends[1][1]:
-            served = KernelConnection(ends[0][0].fileno(), ends[1][0], read)  # type: ignore[arg-type]
+            served = KernelConnection(ends[0][0].fileno(), ends[1][0], read, answers_empty)  # type: ignore[arg-type]
             with trio.fail_after(1000):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(served.run)
@@ -105,6 +116,24 @@ def never() -> tuple[Read, list[str]]:
 def test_a_read_is_answered_with_its_bytes() -> None:
     async def script(kernel: Kernel) -> None:
         kernel.read(2)
+        assert await kernel.answer() == (2, 0, DATA[:9])
+
+    converse(script)
+
+
+def test_direct_reads_may_be_answered_empty_and_others_are_not() -> None:
+    async def script(kernel: Kernel) -> None:
+        kernel.read(2, direct=True)
+        assert await kernel.answer() == (2, 0, b"")
+        kernel.read(4)
+        assert await kernel.answer() == (4, 0, DATA[:9])
+
+    converse(script, answers_empty=lambda *_: True)
+
+
+def test_a_direct_read_is_answered_with_its_bytes_where_it_must() -> None:
+    async def script(kernel: Kernel) -> None:
+        kernel.read(2, direct=True)
         assert await kernel.answer() == (2, 0, DATA[:9])
 
     converse(script)

@@ -111,12 +111,14 @@ class Pages:
 
     def __init__(self) -> None:
         self.pushed: list[int] = []
+        self.parts: list[tuple[int, int]] = []
 
     def budget(self, planned_bytes: object, unused_bytes: int) -> int:
         return 1 << 40
 
     def push(self, inode: int, offset: int, data: memoryview) -> bool:
         self.pushed.append(inode)
+        self.parts.append((offset, len(data)))
         return True
 
 
@@ -177,6 +179,21 @@ def test_fetched_blocks_are_stored_once_and_their_room_is_reused() -> None:
     async def scenario(nursery: trio.Nursery) -> None:
         await until(lambda: len(machine.disk.stored) == BLOCKS)
         assert sorted(machine.source.asked) == sorted(machine.disk.stored) == list(range(BLOCKS))
+
+    play(machine, scenario)
+
+
+@pytest.mark.parametrize(("reader", "pushed"), [(False, (0, BLOCK)), (True, (10, BLOCK - 10))])
+def test_only_what_a_reader_waits_for_is_left_out_of_a_push(
+    reader: bool, pushed: tuple[int, int]
+) -> None:
+    """What the planner reads of a header is no part of a page that the kernel locks."""
+    machine = Machine(prefetch="off")
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        machine.fetcher.set_known(MODEL, True)
+        await machine.fetcher.read(MODEL, Span(0, 0, 10), reader=reader)
+        await until(lambda: machine.pages.parts == [pushed])
 
     play(machine, scenario)
 

@@ -11,11 +11,10 @@ from typing import cast
 import pyfuse3
 import pytest
 
-from lazyfs.fuse import session as module
 from lazyfs.fuse.filesystem import Filesystem
-from lazyfs.fuse.session import MAX_BACKGROUND, Session, with_idmap, with_limits
+from lazyfs.fuse.session import ASYNC_DIRECT, MAX_BACKGROUND, Session, with_idmap, with_limits
 
-FLAGS = 1 << 7 | 1 << 8 | 1 << 9 | 1 << 15 | 1
+FLAGS = 1 << 7 | 1 << 8 | 1 << 9 | ASYNC_DIRECT | 1
 
 
 def question(flags: int, flags2: int) -> bytes:
@@ -56,18 +55,13 @@ def limits(read_ahead_bytes: int) -> tuple[int, int, int, int]:
 
 def test_the_kernel_gets_our_limits() -> None:
     answered = limits(1 << 20)
-    assert answered == (1 << 20, FLAGS, MAX_BACKGROUND, MAX_BACKGROUND * 3 // 4)
+    assert answered == (
+        1 << 20, FLAGS & ~ASYNC_DIRECT, MAX_BACKGROUND, MAX_BACKGROUND * 3 // 4
+    )  # fmt: skip
 
 
 def test_read_ahead_is_not_made_smaller_than_libfuse_allows() -> None:
     assert limits(64 << 10)[0] == 128 << 10
-
-
-def test_threads_that_cannot_all_be_seen_read_directly_by_one_request_at_a_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(module, "_FIRST_PROCESSES", "pid:[1]")
-    assert limits(1 << 20)[1] == FLAGS & ~(1 << 15)
 
 
 def test_a_session_that_began_or_ended_is_not_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +85,7 @@ def test_libfuse_moves_no_messages_by_splice(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(pyfuse3, "init", init)
     message = struct.pack("<40xIIII", 7, 45, 128 << 10, FLAGS)
-    filesystem = cast(Filesystem, type("Nothing", (), {"read": None})())
+    filesystem = cast(Filesystem, type("Nothing", (), {"read": None, "answers_empty": None})())
     Session(Path("/mnt"), 0, message).attach(filesystem)
     with socket.socket(fileno=int.from_bytes(given[0], "little")) as libfuse:
         got = libfuse.recv(1 << 16)

@@ -1,0 +1,124 @@
+"""Direct reads (O_DIRECT) get their bytes from the page cache, and always the right ones."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mounting import TIMEOUT_S, Mounted, lazyfs, python
+from s3 import S3
+
+pytestmark = pytest.mark.fuse
+
+MIB = 1 << 20
+# Its end is in the middle of a block, of a page and of a sector.
+CONTENT = os.urandom(9 * MIB + 4099)
+# More than fits into the worker's memory.
+LONG = os.urandom(96 * MIB + 4099)
+# Of its 13 blocks. A kernel that reclaims memory proactively (DAMON) drops single pages meanwhile.
+SOME = 4
+
+# Reads a file directly in pieces of 2 MiB: waits for each one, or submits all at once.
+READ = """
+import ctypes, hashlib, mmap, os, sys
+sys.path.insert(0, sys.argv[4])
+from lazyfs.pagecache.direct_probe import read_asynchronously
+how, path, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
+fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+digest = hashlib.sha256()
+for offset in range(0, size, 2 << 20):
+    buffer = mmap.mmap(-1, 2 << 20)
+    if how == "waiting":
+        n = os.preadv(fd, [buffer], offset)
+    else:
+        n = read_asynchronously(fd, buffer, offset)
+    assert n == min(2 << 20, size - offset), (offset, n)
+    digest.update(buffer[:n])
+print(digest.hexdigest())
+"""
+PIECE = """
+import mmap, os, sys
+fd = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT)
+assert os.preadv(fd, [mmap.mmap(-1, 4096)], int(sys.argv[2])) == 4096
+"""
+BUFFERED = "import sys; assert len(open(sys.argv[1], 'rb').read()) == int(sys.argv[2])"
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _objects(server: S3) -> None:
+    server.put("direct", {"m/file": CONTENT, "long/file": LONG})
+
+
+def check(how: str, mounted: Mounted, content: bytes) -> None:
+    digest = python(READ, how, mounted.path / "file", len(content), ROOT).strip()
+    assert digest == hashlib.sha256(content).hexdigest()
+
+
+def wait_until_continued(mounted: Mounted, times: int = 1) -> None:
+    """Have the worker find out what the kernel does with direct reads."""
+    python(PIECE, mounted.path / "file", 0)
+    deadline = time.monotonic() + TIMEOUT_S
+    while mounted.log().count("direct reads use the page cache") < times:
+        assert time.monotonic() < deadline, mounted.log()
+        time.sleep(0.05)
+
+
+NO_DISK = ("--cache-dir=none", "--memory-limit=64MiB", "--prefetch=off")
+
+
+@pytest.mark.parametrize("how", ["waiting", "asynchronous"])
+def test_what_is_in_the_page_cache_is_not_fetched_for_a_direct_read(
+    how: str, mount: Callable[..., Mounted], s3: S3
+) -> None:
+    mounted = mount("s3://direct/long", *NO_DISK)
+    python(BUFFERED, mounted.path / "file", len(LONG))
+    wait_until_continued(mounted)
+    s3.forget_requests()
+    check(how, mounted, LONG)
+    assert len(s3.data_requests()) < SOME
+
+
+def test_a_direct_read_fills_the_page_cache_for_others(
+    mount: Callable[..., Mounted], s3: S3
+) -> None:
+    mounted = mount("s3://direct/long", *NO_DISK)
+    wait_until_continued(mounted)
+    check("waiting", mounted, LONG)
+    s3.forget_requests()
+    python(BUFFERED, mounted.path / "file", len(LONG))
+    assert len(s3.data_requests()) < SOME
+
+
+@pytest.mark.parametrize("how", ["waiting", "asynchronous"])
+@pytest.mark.parametrize("options", [(), ("--page-cache=off",), ("--prefetch=off",)])
+def test_every_byte_is_right(
+    how: str, options: tuple[str, ...], mount: Callable[..., Mounted]
+) -> None:
+    mounted = mount("s3://direct/m", "--block-size=256KiB", *options)
+    for _ in range(3):  # before, while and after the kernel is tested
+        check(how, mounted, CONTENT)
+
+
+def test_the_next_worker_finds_out_for_itself(mount: Callable[..., Mounted]) -> None:
+    mounted = mount("s3://direct/m")
+    wait_until_continued(mounted)
+    os.kill(mounted.worker, signal.SIGKILL)
+    check("waiting", mounted, CONTENT)
+    wait_until_continued(mounted, 2)
+    check("asynchronous", mounted, CONTENT)
+
+
+def test_a_direct_reader_leaves_nothing_that_holds_the_mount(
+    mount: Callable[..., Mounted],
+) -> None:
+    mounted = mount("s3://direct/m")
+    python(PIECE, mounted.path / "file", 0)
+    deadline = time.monotonic() + TIMEOUT_S
+    while (answer := lazyfs("umount", mounted.path)).returncode != 0:
+        assert time.monotonic() < deadline, answer.stderr
