@@ -305,12 +305,14 @@ class TestIndex:
         assert mount.blocks.scans[0][-2:] == ["a.safetensors", "b.safetensors"]
 
     def test_an_index_is_read_block_by_block(self) -> None:
-        long = index(f"{'x' * 900}-{n}.safetensors" for n in range(2_400))
+        missing = [f"{'x' * 900}-{n}.safetensors" for n in range(2_400)]
+        long = index([*missing, "b.safetensors", "a.safetensors"])
         assert len(long) > 2 * MIB
         name = "model.safetensors.index.json"
-        options = replace(OPTIONS, memory_limit=512 * MIB)
-        mount = run(nothing, Mount({"x.safetensors": SHARD_BYTES, name: long}, options))
+        files = {"a.safetensors": SHARD_BYTES, "b.safetensors": SHARD_BYTES, name: long}
+        mount = run(nothing, Mount(files, replace(OPTIONS, memory_limit=512 * MIB)))
         assert mount.blocks.read_blocks == [name] * 3
+        assert mount.blocks.scans[0][-2:] == ["a.safetensors", "b.safetensors"]
 
     def test_an_index_that_takes_too_much_memory_is_ignored(
         self, caplog: pytest.LogCaptureFixture

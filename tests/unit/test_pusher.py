@@ -133,6 +133,11 @@ def test_few_blocks_are_pushed_at_once_and_few_wait_for_it() -> None:
         assert desk.pusher.is_ready
         assert desk.pusher.takes(BlockId(2, 40), SIZE)
         assert desk.threads.most == PUSHERS
+        desk.threads.hold()
+        for number in range(desk.pusher.most_blocks):
+            assert desk.pusher.has_room, "that of all blocks that were pushed"
+            desk.put(number)
+        assert not desk.pusher.has_room
 
     play(scenario)
 
