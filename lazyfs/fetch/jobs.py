@@ -143,7 +143,8 @@ class Jobs:
             self._memory.release(job.length)
             return
         purpose = Purpose.DEMAND if job.waiting else Purpose.AHEAD
-        self._recorder.landed(job.file, job.block, job.length, job.tier, purpose, began_s)
+        came = job.length - job.headed_bytes
+        self._recorder.landed(job.file, job.block, came, job.tier, purpose, began_s)
         self._hold(job, data)
 
     def _hold(self, job: Job, data: memoryview) -> None:

@@ -38,8 +38,10 @@ log = logging.getLogger(__name__)
 
 # Concurrent requests.
 AT_ONCE = 16
-# The share of the memory limit for heads.
+# The share of the memory limit for heads, and of that for one of them: one that is dropped before
+# its block comes is fetched twice.
 SHARE = 1 / 16
+SHARE_OF_ONE = 1 / 4
 # Concurrent pushes of heads. Each may be stuck and holds a thread (`pagecache/pusher.py`).
 PUSHERS = 2
 # There must be memory for this many blocks beside heads.
@@ -118,10 +120,14 @@ class ShardHeaders:
         if head and not head.pushed:
             nursery.start_soon(contained, "pushing a header", self._push, head)
 
-    async def header(self, file: File) -> memoryview | None:
+    async def header(self, file: File, *, ahead: bool = False) -> memoryview | None:
         """The header of a file, with the 8 bytes of its length; None: it is too long.
 
         Only the part that is not in memory is fetched.
+
+        Args:
+            ahead: nobody needs it yet. If it is long, and the first block is on its way, that
+                brings it: None.
 
         Raises:
             SourceError: it cannot be fetched.
@@ -131,9 +137,11 @@ class ShardHeaders:
         if not data:
             data = await self._fetch(file, data, min(HEAD_BYTES, file.size_bytes))
         length = header_size(data[:LENGTH_BYTES], file.size_bytes)
-        if length > max(HEAD_BYTES, min(LONGEST_HEADER, self._limit_bytes)):
+        if length > max(HEAD_BYTES, min(LONGEST_HEADER, self._limit_bytes * SHARE_OF_ONE)):
             return None
         if length > len(data):
+            if ahead and not self._prefetcher.needs_head(file.inode):
+                return None
             data = await self._fetch(file, data, length)
         return data[:length]
 
@@ -160,7 +168,7 @@ class ShardHeaders:
     async def _bring(self, nursery: trio.Nursery, files: Mapping[int, File], file: File) -> None:
         self.used_bytes -= HEAD_BYTES
         try:
-            await self.header(file)
+            await self.header(file, ahead=True)
         except (SourceError, MalformedHeaderError) as error:
             # The planner says so when it needs the tensors; readers get the block.
             log.debug("%s: %s", file.key, error)

@@ -15,11 +15,13 @@ from typing import Protocol
 import trio
 
 from lazyfs.blocks import BlockId, Span
+from lazyfs.blocks.buffers import take_buffer
 from lazyfs.blocks.memory import Held
 from lazyfs.cache import Claim
 from lazyfs.errors import SourceError
 from lazyfs.fetch.read_access import ReadAccess
 from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter, Got
+from lazyfs.model.safetensors import HEAD_BYTES
 from lazyfs.objects import File
 from lazyfs.observe.recorder import Tier
 
@@ -32,6 +34,7 @@ class Job:
         waiting: the spans that readers wait for; empty: a prefetch.
         lease_until: how long it is left to another daemon that has claimed it.
         tier: where it came from.
+        headed_bytes: how much of it was not asked for, because it came before, as a header.
     """
 
     file: File
@@ -43,6 +46,7 @@ class Job:
     done: trio.Event = field(default_factory=trio.Event)
     held: Held | None = None
     tier: Tier = Tier.S3
+    headed_bytes: int = 0
     error: SourceError | None = None
 
 
@@ -87,6 +91,7 @@ class OriginTier:
         block_size: the mount's, in bytes.
         io_timeout_s: how long readers wait for S3.
         saturated: whether as many requests are in flight as S3 answers at once.
+        head: the beginning of a file as far as it is in memory, by inode.
     """
 
     def __init__(
@@ -96,24 +101,36 @@ class OriginTier:
         block_size: int,
         io_timeout_s: float,
         saturated: Callable[[], bool],
+        head: Callable[[int], memoryview],
     ) -> None:
         self._getter = getter
         self._access = ReadAccess(access_check_s)
         self._block_size = block_size
         self._io_timeout_s = io_timeout_s
         self._saturated = saturated
+        self._head = head
 
     async def get(self, job: Job) -> Got:
-        """The bytes of a block. Raises SourceError."""
+        """The bytes of a block. Raises SourceError.
+
+        Of a long header, what came by itself is not fetched again with the block.
+        """
+        start = job.block.number * self._block_size
+        head = self._head(job.file.inode)
+        have = head[start : start + job.length] if len(head) > HEAD_BYTES else head[:0]
+        job.headed_bytes = len(have)
+        if len(have) == job.length:
+            return Got(_joined(have, have[:0]), Tier.S3)
         got = await self._getter.get(
             job.file,
-            job.block.number * self._block_size,
-            job.length,
+            start + len(have),
+            job.length - len(have),
             patience_s=self._patience_of(job),
             saturated=self._saturated,
+            is_block=not have,
         )
         self._access.shown(job.file)
-        return got
+        return got._replace(data=_joined(have, got.data)) if have else got
 
     async def get_part(
         self, file: File, start: int, length: int, patience_s: Callable[[], float]
@@ -191,3 +208,11 @@ class Tiers:
             if cache.kind is job.tier:
                 return
             cache.put(job.block, held, reader_waits=reader_waits)
+
+
+def _joined(first: memoryview, rest: memoryview) -> memoryview:
+    """Both in one buffer that can be written to the disk."""
+    data = take_buffer(len(first) + len(rest))
+    data[: len(first)] = first
+    data[len(first) :] = rest
+    return data

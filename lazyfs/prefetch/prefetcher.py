@@ -270,9 +270,13 @@ class Prefetcher:
         while self._policy != "off" and self._heads:
             inode = self._heads.popleft()
             self._named_heads.add(inode)
-            if self._files[inode].places[0] in (Place.ABSENT, Place.LEFT):
+            if self.needs_head(inode):
                 return inode
         return None
+
+    def needs_head(self, inode: int) -> bool:
+        """Whether the header of a file does not come with its first block now."""
+        return self._files[inode].places[0] in (Place.ABSENT, Place.LEFT)
 
     def head_came(self, inode: int) -> None:
         """The header of a file has arrived."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -139,3 +140,25 @@ def test_pages_that_are_dropped_in_mid_load_come_from_the_disk(
     again = mount("s3://once/m", *options)
     assert python(DIGEST, again.path) == loaded
     assert skipped or fetched(s3) <= NEEDED * 1.01 + repeated * MIB, "it is on the disk"
+
+
+def test_a_long_header_is_fetched_once(mount: Callable[..., Mounted], s3: S3) -> None:
+    names = [f"model.layers.{n}.{'expert' * 50}.weight" for n in range(14_000)]
+    shards = {
+        f"h/model-{shard:05}-of-00002.safetensors": save(
+            dict.fromkeys(names[shard::2], np.full(600, shard, np.uint8))
+        )
+        for shard in (0, 1)
+    }
+    assert all(int.from_bytes(body[:8], "little") > 2 * MIB for body in shards.values())
+    s3.put("headers", shards)
+    s3.forget()
+    mounted = mount("s3://headers/h", "--memory-limit=256MiB")
+    directory = mounted.path
+    digest = hashlib.md5()
+    for body in shards.values():
+        digest.update(body)
+    assert python(DIGEST, directory).strip() == digest.hexdigest()
+    ranges = [asked.removeprefix("bytes=").split("-") for _, asked in s3.data_requests() if asked]
+    fetched = sum(int(last) - int(first) + 1 for first, last in ranges)
+    assert fetched <= 1.02 * sum(map(len, shards.values()))  # 64 KiB of each come twice

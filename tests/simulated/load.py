@@ -270,12 +270,15 @@ class _Load:
         return spans(offset, size, file.size_bytes, self._block_size)
 
     def report(self) -> Report:
-        asked = [
-            (key, start // self._block_size)
+        # A block may lack its beginning, which came as a long header.
+        parts = [
+            ((key, start // self._block_size), length)
             for key, start, length in self._bucket.asked
-            if length == self._length(key, start // self._block_size)
+            if (start + length) % self._block_size == 0
+            or start + length == self._files[key].size_bytes
         ]
-        heads = self._bucket.sent_bytes - sum(self._length(*block) for block in asked)
+        asked = [block for block, _ in parts]
+        heads = self._bucket.sent_bytes - sum(length for _, length in parts)
         needed = sum(self._length(*block) for block in self._touched)
         early = min(self._starts_s * self._machine.link, self._room) if self._has_all else 0.0
         link_s = self._machine.latency_s + max(0.0, needed - early) / self._machine.link

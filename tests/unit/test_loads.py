@@ -146,3 +146,14 @@ def test_nothing_is_started_when_the_mount_has_ended(monkeypatch: pytest.MonkeyP
         made[0].pump()
 
     trio.run(come_back)
+
+
+@pytest.mark.parametrize("header_bytes", [100 << 10, 900 << 10, 3 << 20])
+def test_a_long_header_is_fetched_once(header_bytes: int) -> None:
+    model = models.Model()
+    for number in range(8):
+        tensors = [(f"layers.{number * 8 + at:03}.w", 4 << 20) for at in range(8)]
+        model.add_shard(f"model-{number + 1:05}-of-00008.safetensors", tensors, header_bytes)
+    report = simulate(model, loaders.lazy(model))
+    assert report.fetched_bytes <= 1.01 * report.needed_bytes
+    assert report.twice == 0

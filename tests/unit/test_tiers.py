@@ -19,6 +19,7 @@ from lazyfs.errors import AccessDeniedError, SourceError, UnavailableError
 from lazyfs.fetch.disk_tier import DiskTier
 from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter, Got
 from lazyfs.fetch.tiers import Job, OriginTier, Tiers
+from lazyfs.model.safetensors import HEAD_BYTES
 from lazyfs.objects import File
 from lazyfs.observe.recorder import Tier
 
@@ -75,9 +76,10 @@ class Getter:
         return Got(memoryview(bytes(length)), self.tier)
 
 
-def origin(getter: Getter, access_check_s: float = 60.0) -> OriginTier:
+def origin(getter: Getter, access_check_s: float = 60.0, *, head: bytes = b"") -> OriginTier:
     return OriginTier(
-        cast(BlockGetter, getter), access_check_s, SIZE, IO_TIMEOUT_S, lambda: False
+        cast(BlockGetter, getter), access_check_s, SIZE, IO_TIMEOUT_S, lambda: False,
+        lambda inode: memoryview(head),
     )  # fmt: skip
 
 
@@ -115,6 +117,42 @@ def test_the_origin_is_asked_last_and_names_the_source_of_a_block(tier: Tier) ->
         assert (wanted.tier, getter.asked) == (tier, [(3 * SIZE, SIZE, True)])
         tiers.put(wanted, HELD, reader_waits=False)
         assert disk.calls == ["get", "put 3 False"]
+
+    run(scenario)
+
+
+LONG = b"h" * (HEAD_BYTES + 15)
+
+
+@pytest.mark.parametrize(
+    ("number", "begin", "asked"),
+    [
+        (HEAD_BYTES // 10, b"", []),  # all of it is header
+        (len(LONG) // 10, b"h" * (len(LONG) % 10), [(len(LONG), 10 - len(LONG) % 10, False)]),
+        (len(LONG) // 10 + 1, b"", [(len(LONG) // 10 * 10 + 10, 10, True)]),
+    ],
+)
+def test_a_long_header_is_not_fetched_again(
+    number: int, begin: bytes, asked: list[tuple[int, int, bool]]
+) -> None:
+    async def scenario() -> None:
+        getter = Getter()
+        wanted = job(number)
+        got = await origin(getter, head=LONG).get(wanted)
+        assert getter.asked == asked
+        came = sum(length for _, length, _ in asked)
+        assert wanted.headed_bytes == SIZE - came
+        assert got.data == b"h" * wanted.headed_bytes + bytes(came)
+        assert got.data[: len(begin)] == begin
+
+    run(scenario)
+
+
+def test_a_short_header_comes_with_its_block() -> None:
+    async def scenario() -> None:
+        getter = Getter()
+        got = await origin(getter, head=b"h" * HEAD_BYTES).get(job(0))
+        assert (getter.asked, got.data) == ([(0, SIZE, True)], bytes(SIZE))
 
     run(scenario)
 
