@@ -103,8 +103,9 @@ cluster: setup
 cluster-down:
 	@.venv/bin/python tests/cluster/main.py down
 
-# Loaders that others wrote (transformers, safetensors, Run:ai) on real mounts: see docs/LOADERS.md.
-# Needs root, strace, and 6 GB of disk for the loaders; `make loaders ARGS='--rounds 1 -k runai'`.
+# Loaders that others wrote (vLLM, transformers, diffusers, ...) on real mounts: see docs/LOADERS.md.
+# Needs root, strace, and 7 GB of disk for the loaders; `make loaders ARGS='--rounds 1 -k runai'`;
+# ARGS=--write puts the results into that page.
 .PHONY: loaders
 loaders: setup
 	@./.ci/s3-servers

@@ -34,26 +34,29 @@ pytestmark = [
 def model(server: S3, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama in shards, in a directory and in S3."""
     root = tmp_path_factory.mktemp("loaders")
-    subprocess.run([PYTHON, LOADERS / "models.py", root], check=True, timeout=LOAD_S)
+    subprocess.run(
+        [PYTHON, LOADERS / "models.py", root, "--only", "llm"], check=True, timeout=LOAD_S
+    )
     files = {f"llm/{path.name}": path.read_bytes() for path in (root / "llm").iterdir()}
     server.put("loaders", files)
     return root / "llm"
 
 
-def load(client: str, directory: Path) -> str:
-    """The digest of what a client has loaded."""
+def load(client: str, *directories: Path) -> list[str]:
+    """The digests of what a client has loaded from each."""
     done = subprocess.run(
-        [PYTHON, LOADERS / "clients.py", client, directory],
+        [PYTHON, LOADERS / "clients.py", client],
+        input="".join(f"{client} {directory}\n" for directory in directories),
         capture_output=True, text=True, timeout=LOAD_S, check=False,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return str(json.loads(done.stdout.splitlines()[-1])["digest"])
+    return [json.loads(line)["digest"] for line in done.stdout.splitlines() if line]
 
 
 @pytest.mark.parametrize("client", ["transformers", "safetensors", "runai"])
 def test_loads_the_same_as_from_a_directory(
     client: str, model: Path, mount: Callable[..., Mounted]
 ) -> None:
-    mounted = mount("s3://loaders/llm")
-    assert load(client, mounted.path) == load(client, model)
+    local, mounted = load(client, model, mount("s3://loaders/llm").path)
+    assert local == mounted
