@@ -18,8 +18,9 @@ from lazyfs.objects import File
 
 log = logging.getLogger(__name__)
 
-# Objects that are asked about concurrently, before a reader needs them.
-AHEAD = 16
+# Objects that are asked about concurrently, before a reader needs them. An answer takes 30 to 100
+# ms and has no content; the shards of a load are needed some milliseconds after each other.
+AHEAD = 64
 
 
 @dataclass(slots=True)
@@ -69,9 +70,13 @@ class ReadAccess:
                 return
 
     async def check_ahead(
-        self, files: Iterable[File], ask: Callable[[File], Awaitable[object]]
+        self, files: Iterable[File], ask: Callable[[File], Awaitable[object]], at_once: int
     ) -> None:
-        """Ask about objects in advance, so that readers do not wait for the answer."""
+        """Ask about objects in advance, so that readers do not wait for the answer.
+
+        Args:
+            at_once: how many requests may be in flight.
+        """
         waiting = iter(files)
 
         async def work() -> None:
@@ -82,7 +87,7 @@ class ReadAccess:
                     log.info("%s is not served from the disk: %s", file.key, error)
 
         async with trio.open_nursery() as nursery:
-            for _ in range(AHEAD):
+            for _ in range(min(AHEAD, at_once)):
                 nursery.start_soon(work)
 
     def _is_fresh(self, file: File) -> bool:

@@ -150,6 +150,11 @@ class BlockGetter:
         return self._concurrency.limit
 
     @property
+    def most(self) -> int:
+        """The highest value that `limit` may have."""
+        return self._concurrency.most
+
+    @property
     def trouble(self) -> str | None:
         """What is wrong with S3, in words; None if all requests succeeded."""
         if not self.troubles:

@@ -150,7 +150,9 @@ class OriginTier:
     async def check_access_ahead(self, files: Iterable[File]) -> None:
         """Ask S3 about files, none of them empty, before a reader needs them."""
         await self._access.check_ahead(
-            files, lambda file: self.get_part(file, 0, 1, lambda: PREFETCH_PATIENCE_S)
+            files,
+            lambda file: self.get_part(file, 0, 1, lambda: PREFETCH_PATIENCE_S),
+            self._getter.most,
         )
 
     def shown(self, file: File) -> None:

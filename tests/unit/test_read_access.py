@@ -102,12 +102,22 @@ def test_many_objects_are_checked_in_advance() -> None:
         files = [File(inode, 1, "", f"{inode}", 1, "", 0) for inode in range(3 * AHEAD)]
         ask = Asked(AccessDeniedError("no"), None, takes_s=1)
         began_s = trio.current_time()
-        await access.check_ahead(files, ask)
+        await access.check_ahead(files, ask, at_once=10**6)
         assert (ask.times, trio.current_time() - began_s) == (3 * AHEAD, 3)
         refused = Asked(AccessDeniedError("no"))
         with pytest.raises(AccessDeniedError):
             await access.check(files[0], refused)
         await access.check(files[1], refused)
+
+    run(test)
+
+
+def test_no_more_are_checked_at_once_than_requests_are_allowed() -> None:
+    async def test(access: ReadAccess) -> None:
+        files = [File(inode, 1, "", f"{inode}", 1, "", 0) for inode in range(9)]
+        began_s = trio.current_time()
+        await access.check_ahead(files, Asked(None, takes_s=1), at_once=3)
+        assert trio.current_time() - began_s == 3
 
     run(test)
 

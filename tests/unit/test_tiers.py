@@ -59,6 +59,8 @@ class Cache:
 class Getter:
     """S3, with what was asked of it."""
 
+    most = 16
+
     def __init__(self) -> None:
         self.error: SourceError | None = None
         self.tier = Tier.S3
