@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import trio
 
-from lazyfs.blocks import BlockId
+from lazyfs.blocks import BlockId, Span
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.file_blocks import Place
 from lazyfs.blocks.memory import BlockMemory, Held, all_unread
@@ -67,6 +67,8 @@ class Jobs:
         self._recorder = recorder
         self._on_end = on_end
         self._jobs: dict[BlockId, Job] = {}
+        # Those that readers wait for: few, where hundreds may be running.
+        self._waited_for: set[BlockId] = set()
         # When a reader waited last.
         self._waited_s = -math.inf
         self.fetching = 0
@@ -82,16 +84,25 @@ class Jobs:
     @property
     def demanded(self) -> int:
         """How many started jobs have readers that wait for them."""
-        return sum(job.started and bool(job.waiting) for job in self._jobs.values())
+        return sum(self._jobs[block].started for block in self._waited_for)
 
     def new(self, file: File, block: BlockId, length: int) -> Job:
         """A job that may be started later."""
         job = self._jobs[block] = Job(file, block, length)
         return job
 
-    def forget(self, job: Job) -> None:
-        """A job is not started, because its readers went away."""
-        del self._jobs[job.block]
+    def wait(self, job: Job, span: Span) -> None:
+        """A reader waits for a job."""
+        job.waiting.append(span)
+        self._waited_for.add(job.block)
+
+    def leave(self, job: Job, span: Span) -> None:
+        """A reader that waited for a job goes away; without readers, it is forgotten or goes on."""
+        job.waiting.remove(span)
+        if not job.waiting:
+            self._waited_for.discard(job.block)
+            if not job.started:
+                del self._jobs[job.block]
 
     def start(self, nursery: trio.Nursery, job: Job, *, from_disk: bool = False) -> None:
         """Run a job in a task of a nursery. There must be room in memory.
@@ -121,6 +132,7 @@ class Jobs:
                 else:
                     self.fetching -= 1
                 del self._jobs[job.block]
+                self._waited_for.discard(job.block)
             if job.held and job.waiting and self._pusher.takes(job.block, job.length):
                 await self._pusher.push_around(job.block, job.held, job.waiting)
         finally:
@@ -160,7 +172,7 @@ class Jobs:
         self._memory.hold(job.block, job.held)
         self._map.moved(job.block, Place.LOCAL)
         now_s = trio.current_time()
-        if any(job.waiting for job in self._jobs.values()):
+        if self._waited_for:
             self._waited_s = now_s
         reader_waits = now_s - self._waited_s < WAITING_S
         self._tiers.put(job, job.held, reader_waits=reader_waits)

@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import trio
 
@@ -87,6 +87,7 @@ class _Request:
 
     Attributes:
         began_s: when it was made.
+        has_time: whether no reader waits for it.
         overtaken: how many requests that were made well after it, and are no shorter, have ended.
         is_elsewhere: whether the fleet's cache is asked.
         is_direct: the fleet has let it go to S3.
@@ -96,6 +97,7 @@ class _Request:
     start: int
     length: int
     began_s: float
+    has_time: Callable[[], bool]
     overtaken: int = 0
     under_way: list[Cancel] = field(default_factory=list)
     hedged: bool = False
@@ -135,12 +137,13 @@ class BlockGetter:
         self._timer = HedgeTimer()
         self._pacer = Pacer(options.bandwidth_limit)
         self._block_size = options.block_size
+        self._has_movers = options.movers > 0
         self._hedges_running = 0
         self.fleet: Fleet | None = None
         if options.fleet_cache:
             self.fleet = Fleet(FleetCache(options.fleet_cache))
         # Requests without a second attempt.
-        self._first_attempts: set[_Request] = set()
+        self._first_attempts: dict[_Request, None] = {}
         # S3's last error for each object that cannot be read.
         self.troubles: dict[str, str] = {}
 
@@ -177,6 +180,7 @@ class BlockGetter:
         *,
         patience_s: Callable[[], float],
         saturated: Callable[[], bool],
+        has_time: Callable[[], bool] = lambda: False,
         is_block: bool = True,
     ) -> Got:
         """`length` bytes of a file from `start`.
@@ -187,6 +191,7 @@ class BlockGetter:
             patience_s: returns for how long transient errors are still retried.
             saturated: whether as many requests are in flight as `limit` allows; only then does the
                 rate say whether the limit is right.
+            has_time: whether no reader waits for it.
             is_block: whether a whole block is requested; only blocks count for usual times.
 
         Raises:
@@ -199,7 +204,7 @@ class BlockGetter:
             nonlocal asked_of_cache
             await trio.sleep(self._pacer.delay_s(trio.current_time(), length))
             began_s = trio.current_time()
-            request = _Request(file, start, length, began_s)
+            request = _Request(file, start, length, began_s, has_time)
             if self.fleet and asked_of_cache < MOST_ASKED_OF_CACHE:
                 request.is_elsewhere = await self.fleet.may_be_asked()
                 request.is_direct = not request.is_elsewhere
@@ -267,7 +272,7 @@ class BlockGetter:
         overtaken it.
         """
         came: int | None = None
-        self._first_attempts.add(request)
+        self._first_attempts[request] = None
         try:
             while True:
                 delay_s = self._timer.delay_s
@@ -280,14 +285,16 @@ class BlockGetter:
                 if is_late and is_stuck and self._may_hedge(request):
                     return None
         finally:
-            self._first_attempts.remove(request)
+            del self._first_attempts[request]
             self._overtakes(request)
 
     def _overtakes(self, request: _Request) -> None:
         """A request was answered: those that were made well before it are slower."""
         before_s = request.began_s - self._timer.delay_s / 2
-        for other in self._first_attempts:
-            other.overtaken += other.began_s <= before_s and other.length <= request.length
+        for other in self._first_attempts:  # in the order in which they were made
+            if other.began_s > before_s:
+                break
+            other.overtaken += other.length <= request.length
 
     async def _attempt(self, request: _Request, answers: trio.MemorySendChannel[_Answer]) -> None:
         cache = None
@@ -298,6 +305,13 @@ class BlockGetter:
         if not request.hedged:
             attempt.is_direct = request.is_direct
         request.under_way.append(attempt.cancel)
+        asked: Any = None
+        if self._has_movers and cache is None:
+            found = await self._moved(request, attempt)
+            if isinstance(found, Got | SourceError):
+                answers.send_nowait(found)
+                return
+            asked = found
         token = trio.lowlevel.current_trio_token()
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
@@ -325,7 +339,9 @@ class BlockGetter:
                     asks_cache = trio.from_thread.run(
                         self._may_ask_cache_again, request, attempt, trio_token=token
                     )
-                data = self._source.read_range(*wanted, attempt.cancel)
+                data = self._source.read_range(
+                    *wanted, attempt.cancel, **({"asked": asked} if asked else {})
+                )
                 size = request.length
                 return Got(data, Tier.S3)
             except SourceError as error:
@@ -337,6 +353,39 @@ class BlockGetter:
                     token.run_sync_soon(self._ended, request, attempt, size)
 
         answers.send_nowait(await self._threads.run(get))
+
+    async def _moved(self, request: _Request, attempt: _Attempt) -> _Answer | Any:
+        """Have a mover make the request.
+
+        Returns:
+            The answer; or what `read_range` needs to go on with it, or None to begin.
+        """
+        is_left = is_over = False
+
+        def ended() -> None:
+            nonlocal is_over
+            is_over = True
+            if is_left:
+                self._ended(request, attempt, 0)
+
+        try:
+            found = await self._source.read_moved(
+                request.file, request.start, request.length, attempt.cancel,
+                request.has_time, ended,
+            )  # fmt: skip
+        except CancelledError:
+            self._ended(request, attempt, 0)
+            return UnavailableError("not wanted any more")
+        except BaseException:
+            if is_over:
+                self._ended(request, attempt, 0)
+            else:  # a mover still writes into the memory, which counts until it is done
+                is_left = True
+            raise
+        if not isinstance(found, memoryview):
+            return found
+        self._ended(request, attempt, request.length)
+        return Got(found, Tier.S3)
 
     def _ask_cache(
         self,

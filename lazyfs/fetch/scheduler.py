@@ -102,7 +102,7 @@ class Scheduler:
         job = self._jobs.get(block) or self._new_job(block)
         if not job.waiting and not job.started:
             self._urgent.append(job)
-        job.waiting.append(span)
+        self._jobs.wait(job, span)
         return job
 
     def leave(self, job: Job, span: Span) -> None:
@@ -110,10 +110,9 @@ class Scheduler:
         if job.held is not None:
             job.held.users -= 1
             return
-        job.waiting.remove(span)
+        self._jobs.leave(job, span)
         if not job.waiting and not job.started:
             self._urgent.remove(job)
-            self._jobs.forget(job)
 
     def pump(self) -> None:
         """Start all jobs that may start now. Called after every change that may allow one."""

@@ -128,6 +128,7 @@ class OriginTier:
             patience_s=self._patience_of(job),
             saturated=self._saturated,
             is_block=not have,
+            has_time=lambda: not job.waiting,
         )
         self._access.shown(job.file)
         return got._replace(data=_joined(have, got.data)) if have else got

@@ -6,7 +6,8 @@ store pages or write blocks to *movers*: processes, each with its own interprete
 place of the bytes in the arena (`blocks/arena.py`); bytes never cross a socket.
 
 A *line* is a socket between a thread of the worker and a thread of a mover, which runs one call at
-a time. So a call blocks like any other function, and a stuck call does not delay others. Each
+a time. So a call blocks like any other function, and a stuck call does not delay others. A task
+can await a call without a thread (`run`), which costs a quarter of the processor time. Each
 function can also be called in the worker itself, and is if there are no movers.
 
 Movers start with the first calls, more of them if there are more concurrent calls, and end when
@@ -29,6 +30,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import trio
+
 from lazyfs.blocks import buffers
 from lazyfs.blocks.arena import Arena
 from lazyfs.movers.context import WIRE
@@ -43,6 +46,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 MOST_BYTES = 192 << 10
 # Concurrent calls of each mover before another one is started: they share an interpreter.
 CALLS_OF_EACH = 6
+# How long a task that is in no hurry waits for a mover that is starting.
+LONGEST_START_S = 5.0
 # Prefixes of environment variables that movers inherit. Other variables may contain keys.
 _PASSED_ON = ("PATH", "PYTHON", "LD_", "LANG", "LC_", "TZ", "OPENSSL_")
 
@@ -137,12 +142,10 @@ class Movers:
             OSError: raised by the function: one of `OS_ERRORS`.
             MoverFaultError: another exception of the function.
         """
-        offset = buffers.shared_offset(buffer)
-        if not self.count or offset is None:
-            raise MoverLostError("not shared")
+        asked = self._asked(function, arguments, buffer)
         line = self._take()
         try:
-            told = _exchange(line, function, arguments, offset, len(buffer), wire)
+            told = _exchange(line, asked, wire)
         except OSError as error:
             self._lose(line)
             raise MoverLostError(str(error)) from error
@@ -150,11 +153,103 @@ class Movers:
             self._lose(line)
             raise
         self._give_back(line)
-        if "errno" in told:
-            raise OS_ERRORS[told["kind"]](told["errno"], told["text"])
-        if "fault" in told:
-            raise MoverFaultError(told["fault"])
-        return told["value"]
+        return _value(told)
+
+    async def run(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        buffer: memoryview,
+        wire: Wire | None = None,
+        ended: Callable[[], None] = lambda: None,
+    ) -> Any:
+        """Like `call`, for a task of the trio thread.
+
+        Args:
+            ended: called when the mover is done, even if the task was cancelled before that: then
+                the call goes on without it, and the buffer stays in use.
+
+        Raises:
+            MoverLostError, MoverFaultError, OSError: as by `call`.
+        """
+        try:
+            asked = self._asked(function, arguments, buffer)
+            line = self._take()
+        except BaseException:
+            ended()
+            raise
+        try:
+            line.channel.send(asked)
+            if wire is not None:
+                wire.use(line.wire)
+            told = await self._told(line, wire)
+        except trio.Cancelled:
+            trio.lowlevel.spawn_system_task(self._drain, line, buffer, wire, ended)
+            raise
+        except OSError as error:
+            self._done(line, wire, ended, lost=True)
+            raise MoverLostError(str(error)) from error
+        except BaseException:
+            self._done(line, wire, ended, lost=True)
+            raise
+        self._done(line, wire, ended, lost=False)
+        return _value(told)
+
+    async def _told(self, line: _Line, wire: Wire | None) -> dict[str, Any]:
+        while True:
+            await trio.lowlevel.wait_readable(line.channel)
+            if (told := _message(line, wire)) is not None:
+                return told
+
+    def _done(
+        self, line: _Line, wire: Wire | None, ended: Callable[[], None], *, lost: bool
+    ) -> None:
+        if wire is not None:
+            wire.use(None)
+        (self._lose if lost else self._give_back)(line)
+        ended()
+
+    async def _drain(
+        self, line: _Line, buffer: memoryview, wire: Wire | None, ended: Callable[[], None]
+    ) -> None:
+        """Wait for the end of a call whose task was cancelled; until then `buffer` is in use."""
+        lost = True
+        try:
+            await self._told(line, wire)
+            lost = False
+        except OSError as error:
+            log.debug("a call that nobody waits for was lost: %s", error)
+        finally:
+            self._done(line, wire, ended, lost=lost)
+
+    def _asked(
+        self, function: Callable[..., Any], arguments: tuple[Any, ...], buffer: memoryview
+    ) -> bytes:
+        """The message that makes a call. Raises MoverLostError."""
+        offset = buffers.shared_offset(buffer)
+        if not self.count or offset is None:
+            raise MoverLostError("not shared")
+        name = f"{function.__module__}:{function.__qualname__}"
+        return json.dumps([name, arguments, offset, len(buffer)]).encode()
+
+    def start(self) -> None:
+        """Start the first movers ahead of a load. Returns at once."""
+        with self._lock:
+            self._used_s = time.monotonic()
+            while not self._ended and len(self._movers) + self._starting < min(2, self.count):
+                before = self._starting
+                self._start_another()
+                if self._starting == before:
+                    return  # they rest
+
+    async def wait_for_first(self, has_time: Callable[[], bool]) -> None:
+        """Return when a mover runs, or none will for a while, or `has_time` is false."""
+        if self._movers or not self.count:
+            return
+        self.start()
+        until_s = time.monotonic() + LONGEST_START_S
+        while self._starting and not self._movers and has_time() and time.monotonic() < until_s:
+            await trio.sleep(0.01)
 
     def close_idle(self) -> None:
         """End the movers and free idle memory if they were not used for a while."""
@@ -303,34 +398,46 @@ def _end(mover: _Mover) -> None:
     threading.Thread(target=mover.process.wait, name="end of a mover", daemon=True).start()
 
 
-def _exchange(
-    line: _Line,
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
-    offset: int,
-    length: int,
-    wire: Wire | None,
-) -> dict[str, Any]:
+def _exchange(line: _Line, asked: bytes, wire: Wire | None) -> dict[str, Any]:
     """Make one call in a line's thread; returns its answer. Raises OSError: the line is closed."""
-    asked = [f"{function.__module__}:{function.__qualname__}", arguments, offset, length]
-    line.channel.send(json.dumps(asked).encode())
+    line.channel.send(asked)
     if wire is not None:
         wire.use(line.wire)
     try:
         while True:
-            message, descriptors, _, _ = socket.recv_fds(line.channel, MOST_BYTES, 1)
-            if not message:
-                raise ConnectionResetError("it ended")
-            if message == WIRE and not descriptors:
-                continue  # this process may open no more files
-            if not descriptors:
-                told: dict[str, Any] = json.loads(message)
+            if (told := _message(line, wire)) is not None:
                 return told
-            former, line.wire = line.wire, socket.socket(fileno=descriptors[0])
-            if wire is not None:
-                wire.use(line.wire)
-            if former is not None:
-                former.close()
     finally:
         if wire is not None:
             wire.use(None)
+
+
+def _message(line: _Line, wire: Wire | None) -> dict[str, Any] | None:
+    """The next message of a call: its answer; or None, if it was the connection that it waits for.
+
+    Raises:
+        OSError: the mover has ended.
+    """
+    message, descriptors, _, _ = socket.recv_fds(line.channel, MOST_BYTES, 1)
+    if not message:
+        raise ConnectionResetError("it ended")
+    if descriptors:
+        former, line.wire = line.wire, socket.socket(fileno=descriptors[0])
+        if wire is not None:
+            wire.use(line.wire)
+        if former is not None:
+            former.close()
+        return None
+    if message == WIRE:
+        return None  # this process may open no more files
+    told: dict[str, Any] = json.loads(message)
+    return told
+
+
+def _value(told: dict[str, Any]) -> Any:
+    """The value of a call. Raises what its function raised: OSError, MoverFaultError."""
+    if "errno" in told:
+        raise OS_ERRORS[told["kind"]](told["errno"], told["text"])
+    if "fault" in told:
+        raise MoverFaultError(told["fault"])
+    return told["value"]

@@ -102,48 +102,60 @@ class PageCache:
         Returns:
             False if the kernel does not know the inode, or the mount has ended.
         """
-        if self.movers is None or len(data) <= PIECE:
-            return self._push(inode, offset, data, self._store)
-        return self._push(inode, offset, data, self._store_elsewhere)
+        if not self._begins():
+            return False
+        try:
+            self._store(inode, offset, data)
+        except OSError as error:
+            return self._failed(inode, error)
+        finally:
+            self._ends()
+        self.pushed_bytes += len(data)
+        return True
+
+    async def push_elsewhere(self, inode: int, offset: int, data: memoryview) -> bool | None:
+        """Like `push`, for a task of the trio thread: a mover stores the block.
+
+        None: it is to be stored here, because there is no mover, or it is not worth the call.
+        """
+        if self.movers is None or len(data) <= PIECE or not self._begins():
+            return None
+        try:
+            await self.movers.run(store_pieces, inode, offset, buffer=data, ended=self._ends)
+        except (MoverLostError, MoverFaultError):
+            return None
+        except OSError as error:
+            return self._failed(inode, error)
+        self.pushed_bytes += len(data)
+        return True
 
     def _store(self, inode: int, offset: int, data: memoryview) -> None:
+        """Raises OSError."""
         assert self.device is not None
         for start in range(0, len(data), PIECE):
             if self._stopped:
                 raise InterruptedError(errno.EINTR, "the mount ends")
             store(self.device, inode, offset + start, data[start : start + PIECE])
 
-    def _store_elsewhere(self, inode: int, offset: int, data: memoryview) -> None:
-        assert self.movers is not None
-        try:
-            self.movers.call(store_pieces, inode, offset, buffer=data)
-        except (MoverLostError, MoverFaultError):
-            self._store(inode, offset, data)
-
-    def _push(
-        self, inode: int, offset: int, data: memoryview,
-        store: Callable[[int, int, memoryview], None],
-    ) -> bool:  # fmt: skip
+    def _begins(self) -> bool:
+        """Count a push; False if there must be none."""
         with self._lock:
             if self._stopped or self.device is None:
                 return False
             self._pushing += 1
-        try:
-            store(inode, offset, data)
-        except OSError as error:
-            if error.errno == errno.ENOSYS:
-                self.supported = False
-                log.info("this kernel accepts no pages ahead of reads; mapped reads are slower")
-            elif error.errno not in (errno.ENOENT, errno.ENODEV, errno.EINTR, errno.EBADF):
-                log.warning(
-                    "pages of inode %d could not be put into the page cache: %s", inode, error
-                )
-            return False
-        finally:
-            with self._lock:
-                self._pushing -= 1
-        self.pushed_bytes += len(data)
-        return True
+            return True
+
+    def _ends(self) -> None:
+        with self._lock:
+            self._pushing -= 1
+
+    def _failed(self, inode: int, error: OSError) -> bool:
+        if error.errno == errno.ENOSYS:
+            self.supported = False
+            log.info("this kernel accepts no pages ahead of reads; mapped reads are slower")
+        elif error.errno not in (errno.ENOENT, errno.ENODEV, errno.EINTR, errno.EBADF):
+            log.warning("pages of inode %d could not be put into the page cache: %s", inode, error)
+        return False
 
 
 def store(device: int, inode: int, offset: int, piece: memoryview) -> None:

@@ -175,7 +175,7 @@ class BlockPusher:
             for span in spans:
                 data = held.data[span.start : span.stop]
                 at = offset + span.start
-                if not await self._threads.run(self._page_cache.push, block.inode, at, data):
+                if not await self._stored(block.inode, at, data):
                     self._map.set_known(block.inode, False)
                     self._map.moved(block, Place.LOCAL)
                     break
@@ -188,6 +188,12 @@ class BlockPusher:
             if pushed is not None:
                 pushed.set()
         self._on_change()
+
+    async def _stored(self, inode: int, offset: int, data: memoryview) -> bool:
+        stored = await self._page_cache.push_elsewhere(inode, offset, data)
+        if stored is None:
+            return await self._threads.run(self._page_cache.push, inode, offset, data)
+        return stored
 
     def _hold(self, held: Held) -> None:
         held.users += 1

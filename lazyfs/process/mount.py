@@ -197,10 +197,13 @@ async def _serve(
         ).store(keeper, str(mount.mountpoint))
     session.answer(bytes.fromhex(beginning.init_answer), options.read_ahead)
     helpers = HelperProcesses(line.connection)
+    device = os.dup(session.descriptor)
+    movers.lend(DEVICE, device)
+    if options.prefetch in PLANNED:
+        movers.start()  # they begin as soon as there is a plan
 
     def begin() -> None:
-        page_cache.device = os.dup(session.descriptor)
-        movers.lend(DEVICE, page_cache.device)
+        page_cache.device = device
         fetcher.pump()
 
     direct = DirectReads(catalog.tree.path, helpers, fetcher.fetch, enabled=page_cache.supported)

@@ -72,6 +72,11 @@ class LiveCredentials:
                 raise self._trouble
             return held.credentials
 
+    def present(self) -> SigningCredentials | None:
+        """The credentials to sign with, if that needs no waiting."""
+        held = self._held
+        return held.credentials if held is not None and self._is_good(held) else None
+
     def timed(self) -> TimedCredentials | None:
         """The present credentials, for another process."""
         return self._held

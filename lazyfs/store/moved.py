@@ -33,6 +33,9 @@ T = TypeVar("T")
 # The longest head of an answer, in characters. Answers with longer ones are read in this process.
 MOST_HEADERS = 16 << 10
 
+# What `receive` returned or raised.
+Told = dict[str, Any] | OSError | None
+
 _transports = threading.local()
 # Shared by the threads of a mover: to load all authorities takes 17 ms of a processor.
 _tls = functools.cache(tls_context)
@@ -93,22 +96,32 @@ def exchange(
         NotMovedError, MoverLostError, MoverFaultError: the request must be made in this process.
         CancelledError, OSError: as `Transport.exchange`.
     """
+    told: Told
     try:
         told = movers.call(
             receive, server, authorities, refuse_local, method, target, dict(headers),
             buffer=into, wire=cancel,
         )  # fmt: skip
-    except (TimeoutError, ConnectionError):
-        if cancel.called:
-            raise CancelledError from None
-        raise
     except OSError as error:
-        # In this process, the library's exception tells more, for example about a certificate.
-        raise NotMovedError from error
+        told = error
+    return understand(told, transport, handle, cancel, into)
+
+
+def understand(
+    told: Told,
+    transport: Transport,
+    handle: Callable[[Answer], T],
+    cancel: Cancel,
+    into: memoryview,
+) -> T:
+    """Handle what a mover told of an answer. Raises as `exchange`."""
     if cancel.called:
         raise CancelledError
-    if told is None:
-        raise NotMovedError
+    if isinstance(told, TimeoutError | ConnectionError):
+        raise told
+    if told is None or isinstance(told, OSError):
+        # In this process, the library's exception tells more, for example about a certificate.
+        raise NotMovedError from told
     transport.address = told["address"]
     filled = into if told["filled"] else None
     body: Body = _MovedBody(filled, base64.b64decode(told["text"]), told["more"])

@@ -8,7 +8,8 @@ reader gets and whether waiting may help; its message names the object.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from lazyfs.store.cancel import Cancel
 from lazyfs.store.checksum import ObjectSum
@@ -46,14 +47,45 @@ class Store(Protocol):
         """
 
     def read_range(
-        self, pin: Pinned, start: int, length: int, cancel: Cancel | None = None
+        self,
+        pin: Pinned,
+        start: int,
+        length: int,
+        cancel: Cancel | None = None,
+        asked: Any = None,
     ) -> memoryview:
         """Exactly `length` bytes of an object from `start`, of the version that was listed.
+
+        Args:
+            asked: what `read_moved` returned for the same range.
 
         Raises:
             CancelledError: by `cancel`, from another thread.
             ObjectChangedError, ObjectGoneError: the object is no longer what was listed.
             SourceError: any other failure.
+        """
+
+    async def read_moved(
+        self,
+        pin: Pinned,
+        start: int,
+        length: int,
+        cancel: Cancel,
+        has_time: Callable[[], bool],
+        ended: Callable[[], None],
+    ) -> memoryview | Any:
+        """Like `read_range`, for a task of the trio thread: a mover makes the request.
+
+        Args:
+            has_time: whether it may wait for the first mover to start.
+            ended: called when no mover uses the memory any more, even if the task was cancelled
+                before.
+
+        Returns:
+            The bytes; or what `read_range` needs as `asked` to go on; None if it is to begin.
+
+        Raises:
+            CancelledError: by `cancel`.
         """
 
     def read_cached(

@@ -8,7 +8,9 @@ Where a service or a proxy does not support one of them, requests leave it out f
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 from urllib.parse import quote
 
 from lazyfs.blocks.buffers import take_buffer
@@ -18,7 +20,7 @@ from lazyfs.store.cancel import Cancel
 from lazyfs.store.fleet_cache import REFRESH, FleetCache
 from lazyfs.store.http import Answer
 from lazyfs.store.objects import Pinned
-from lazyfs.store.signed_client import Client, RefusedError, Request, refuse
+from lazyfs.store.signed_client import Asked, Client, RefusedError, Request, refuse
 from lazyfs.store.url import SourceUrl
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,13 @@ AS_STORED = "identity, gzip"
 _UNPACKED = "identity"
 # The most answers for one range.
 MOST_PARTS = 128
+
+
+class AskedRange(NamedTuple):
+    """A range that a mover has requested, and that is not simply there."""
+
+    into: memoryview
+    asked: Asked
 
 
 class RangeReader:
@@ -46,16 +55,44 @@ class RangeReader:
         self._sends_if_match = True
         self._coding = AS_STORED
 
-    def read(self, pin: Pinned, start: int, length: int, cancel: Cancel) -> memoryview:
+    def read(
+        self,
+        pin: Pinned,
+        start: int,
+        length: int,
+        cancel: Cancel,
+        already: AskedRange | None = None,
+    ) -> memoryview:
         """See `Source.read_range`."""
-        into = take_buffer(length)
+        into, asked = already or (take_buffer(length), None)
         done = 0
         for _ in range(MOST_PARTS):
-            done += self._ask_for_range(pin, start + done, into[done:], cancel)
+            done += self._ask_for_range(pin, start + done, into[done:], cancel, asked)
+            asked = None
             if done == length:
                 return into
             self._client.note("answers a range with a part of it")
         raise BadResponseError(f"{self._url.name(pin.key)}: {MOST_PARTS} answers gave {done} bytes")
+
+    async def read_moved(
+        self,
+        pin: Pinned,
+        start: int,
+        length: int,
+        cancel: Cancel,
+        ended: Callable[[], None],
+    ) -> memoryview | AskedRange | None:
+        """See `Store.read_moved`."""
+        into = take_buffer(length)
+        request = self._request(pin, start, into, pin.etag if self._matches(pin) else "")
+
+        def handle(answer: Answer, elsewhere: bool) -> int:
+            return self._receive(answer, elsewhere, request, pin, start, into)
+
+        found = await self._client.ask_mover(request, handle, cancel, ended)
+        if isinstance(found, Asked):
+            return AskedRange(into, found)
+        return into if found == length else None
 
     def read_cached(
         self,
@@ -97,7 +134,9 @@ class RangeReader:
         path = self._client.place.path + quote(pin.key, safe="/~")
         return Request("GET", path, "", headers, into)
 
-    def _ask_for_range(self, pin: Pinned, start: int, into: memoryview, cancel: Cancel) -> int:
+    def _ask_for_range(
+        self, pin: Pinned, start: int, into: memoryview, cancel: Cancel, asked: Asked | None
+    ) -> int:
         """Request the range that fills a buffer; returns how many bytes of it came.
 
         If the service refuses a header of the request, the request is repeated without it.
@@ -105,8 +144,8 @@ class RangeReader:
         what = self._url.name(pin.key)
         tag = pin.etag if self._matches(pin) else ""
 
-        def ask(tag: str) -> int:
-            request = self._request(pin, start, into, tag)
+        def ask(tag: str, asked: Asked | None = None) -> int:
+            request = replace(self._request(pin, start, into, tag), asked=asked)
 
             def handle(answer: Answer, elsewhere: bool) -> int:
                 return self._receive(answer, elsewhere, request, pin, start, into)
@@ -114,7 +153,7 @@ class RangeReader:
             return self._client.ask(request, handle, what, cancel)
 
         try:
-            return ask(tag)
+            return ask(tag, asked)
         except SourceError as error:
             cause = error.__cause__
             if isinstance(cause, ranges.PackedError) and self._coding != _UNPACKED:

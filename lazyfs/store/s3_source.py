@@ -18,6 +18,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
+from lazyfs.blocks.buffers import LEAST_SHARED
 from lazyfs.errors import (
     BadRequestError,
     NotSupportedError,
@@ -38,7 +39,7 @@ from lazyfs.store.http import (
 from lazyfs.store.live_credentials import LiveCredentials
 from lazyfs.store.objects import Page, Pinned
 from lazyfs.store.pages import Lister
-from lazyfs.store.range_reader import AS_STORED, RangeReader
+from lazyfs.store.range_reader import AS_STORED, AskedRange, RangeReader
 from lazyfs.store.refusals import Refusal
 from lazyfs.store.resolved_source import Place, ResolvedSource, TimedCredentials
 from lazyfs.store.signed_client import Client, RefusedError, Request
@@ -230,19 +231,45 @@ class Source:
         return email.utils.parsedate_to_datetime(told).timestamp() - time.time() if told else None
 
     def read_range(
-        self, pin: Pinned, start: int, length: int, cancel: Cancel | None = None
+        self,
+        pin: Pinned,
+        start: int,
+        length: int,
+        cancel: Cancel | None = None,
+        asked: AskedRange | None = None,
     ) -> memoryview:
         """Exactly `length` bytes of an object from `start`, of the version that was listed.
 
         Args:
             cancel: lets another thread end it.
+            asked: what `read_moved` returned for the same range.
 
         Raises:
             CancelledError: by `cancel`.
             ObjectChangedError, ObjectGoneError: the object is no longer what was listed.
             SourceError: any other failure.
         """
-        return self._ranges.read(pin, start, length, cancel or Cancel())
+        return self._ranges.read(pin, start, length, cancel or Cancel(), asked)
+
+    async def read_moved(
+        self,
+        pin: Pinned,
+        start: int,
+        length: int,
+        cancel: Cancel,
+        has_time: Callable[[], bool],
+        ended: Callable[[], None],
+    ) -> memoryview | AskedRange | None:
+        """See `Store`."""
+        if length < LEAST_SHARED or self._movers is None:
+            ended()
+            return None
+        try:
+            await self._movers.wait_for_first(has_time)
+        except BaseException:
+            ended()
+            raise
+        return await self._ranges.read_moved(pin, start, length, cancel, ended)
 
     def read_cached(
         self,

@@ -81,6 +81,18 @@ class _RedirectedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """What a mover told of a request that was made already.
+
+    Attributes:
+        credentials: with which it was signed.
+    """
+
+    told: moved.Told
+    credentials: SigningCredentials | None
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """A request before it is signed.
 
@@ -88,6 +100,7 @@ class Request:
         path: the encoded path.
         headers: headers that are not signed.
         into: for the body, if it has exactly this length: then a mover may receive it.
+        asked: it was made already.
     """
 
     method: str
@@ -95,6 +108,7 @@ class Request:
     query: str
     headers: Mapping[str, str]
     into: memoryview | None = None
+    asked: Asked | None = None
 
     @property
     def target(self) -> str:
@@ -177,13 +191,17 @@ class Client:
         """
         credentials = None
         try:
-            credentials = self._credentials.current() if self._credentials else None
+            if request.asked is not None:
+                credentials = request.asked.credentials
+            elif self._credentials:
+                credentials = self._credentials.current()
             answer = self._follow(request, handle, cancel, credentials, signed or {})
         except RefusedError as error:
             if not error.refusal.code:
                 self.be_vague(what, error)
             if trusts_clock and self._takes_clock_of(error.refusal):
-                return self.ask(request, handle, what, cancel, signed, trusts_clock=False)
+                again = replace(request, asked=None)
+                return self.ask(again, handle, what, cancel, signed, trusts_clock=False)
             self._raise_refused(what, error, credentials)
         except ranges.ChangedError as error:
             raise ObjectChangedError(f"{what}: {error}") from error
@@ -207,6 +225,75 @@ class Client:
         if self._credentials and credentials:
             self._credentials.worked(credentials)
         return answer
+
+    async def ask_mover(
+        self,
+        request: Request,
+        handle: Callable[[Answer, bool], T],
+        cancel: Cancel,
+        ended: Callable[[], None],
+    ) -> T | Asked | None:
+        """Make a request without a thread of this process, if a mover can make it.
+
+        Args:
+            ended: called when the mover is done, see `Movers.run`.
+
+        Returns:
+            What `handle` returns for an ordinary answer. Any other answer is for `ask`, which may
+            have to wait. None: the request was not made.
+        """
+        credentials = self._credentials.present() if self._credentials else None
+        server = self.place.server
+        if (
+            self.movers is None
+            or request.into is None
+            or not self._is_moved(server)
+            or (self._credentials and credentials is None)
+        ):
+            ended()
+            return None
+        transport, signer = self._server(server)
+        headers = self._headers(request, signer, credentials, {})
+        told: moved.Told
+        try:
+            told = await self.movers.run(
+                moved.receive, server, self.place.authorities, self._refuse_local,
+                request.method, request.target, headers,
+                buffer=request.into, wire=cancel, ended=ended,
+            )  # fmt: skip
+        except OSError as error:
+            return Asked(error, credentials)
+        except (MoverLostError, MoverFaultError):
+            return None
+        if isinstance(told, dict) and told["filled"]:
+            with contextlib.suppress(
+                NotMovedError, _RedirectedError, ranges.ChangedError, ranges.OtherRangeError,
+                ranges.IgnoresRangeError, OSError,
+            ):  # fmt: skip
+                answer = moved.understand(
+                    told, transport, lambda answer: handle(answer, False), cancel, request.into
+                )
+                if self._credentials and credentials:
+                    self._credentials.worked(credentials)
+                return answer
+        return Asked(told, credentials)
+
+    def _headers(
+        self,
+        request: Request,
+        signer: Signer,
+        credentials: SigningCredentials | None,
+        signed: Mapping[str, str],
+    ) -> dict[str, str]:
+        """The headers of a request to our own service."""
+        if self._requester_pays:
+            signed = {**signed, "x-amz-request-payer": "requester"}
+        headers = {**request.headers, "User-Agent": _AGENT, **signed}
+        if credentials is not None:
+            headers |= signer.headers(
+                request.method, request.path, request.query, signed, credentials
+            )
+        return headers
 
     def ask_cache(
         self,
@@ -268,24 +355,23 @@ class Client:
         signed: Mapping[str, str],
     ) -> T:
         server, elsewhere = self.place.server, False
-        if self._requester_pays:
-            signed = {**signed, "x-amz-request-payer": "requester"}
         refusal: Refusal | None = None
         for _ in range(MOST_REDIRECTS + 1):
             transport, signer = self._server(server)
-            headers = {**request.headers, "User-Agent": _AGENT}
-            if not elsewhere:
-                headers |= signed
-                if credentials is not None:
-                    headers |= signer.headers(
-                        request.method, request.path, request.query, signed, credentials
-                    )
+            if elsewhere:
+                headers = {**request.headers, "User-Agent": _AGENT}
+            else:
+                headers = self._headers(request, signer, credentials, signed)
             handle_here = lambda answer, elsewhere=elsewhere: _unless_redirected(  # noqa: E731
                 answer, lambda answer: handle(answer, elsewhere)
             )
             try:
                 if self.movers and request.into is not None and self._is_moved(server):
                     with contextlib.suppress(NotMovedError, MoverLostError, MoverFaultError):
+                        if request.asked is not None:
+                            return moved.understand(
+                                request.asked.told, transport, handle_here, cancel, request.into
+                            )
                         return moved.exchange(
                             self.movers, transport, server, self.place.authorities,
                             self._refuse_local, request.method, request.target, headers,
@@ -332,7 +418,8 @@ class Client:
         if elsewhere:  # another service has its own entity tags
             headers = {name: value for name, value in headers.items() if name != "If-Match"}
         self.note(f"redirects to {printable(to)}")
-        return to, replace(request, path=path, query=query, headers=headers), elsewhere
+        request = replace(request, path=path, query=query, headers=headers, asked=None)
+        return to, request, elsewhere
 
     def _server(self, server: str) -> tuple[Transport, Signer]:
         """Connections to a server, and the signer of requests for it."""

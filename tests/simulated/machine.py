@@ -178,10 +178,23 @@ class Bucket:
         return key
 
     def read_range(self, pin: File, start: int, length: int, cancel: object) -> memoryview:
-        key = pin.key
+        self._threads.takes(self._receive(length))
+        return self._bytes(pin.key, start, length)
+
+    async def read_moved(
+        self, pin: File, start: int, length: int, cancel: object, has_time: object,
+        ended: Callable[[], None],
+    ) -> memoryview:  # fmt: skip
+        try:
+            data = self._bytes(pin.key, start, length)
+            await self._receive(length)
+            return data
+        finally:
+            ended()
+
+    def _bytes(self, key: str, start: int, length: int) -> memoryview:
         self.asked.append((key, start, length))
         self.sent_bytes += length
-        self._threads.takes(self._receive(length))
         head = self._contents.get(key, b"")[start : start + length]
         if not head:
             return self._zeros[:length]
@@ -305,6 +318,14 @@ class Pages:
 
     def budget(self, planned_bytes: Callable[[], int], unused_bytes: int) -> int:
         return self._space // 2
+
+    async def push_elsewhere(self, inode: int, offset: int, data: memoryview) -> bool | None:
+        """By a mover, if there are any."""
+        if not self._machine.movers:
+            return None
+        await self._store(inode, offset // PAGE, -(-(offset + len(data)) // PAGE))
+        self.pushed_bytes += len(data)
+        return True
 
     def push(self, inode: int, offset: int, data: memoryview) -> bool:
         self._threads.takes(self._store(inode, offset // PAGE, -(-(offset + len(data)) // PAGE)))

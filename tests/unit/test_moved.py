@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import base64
+import email.utils
 import gzip
+import time
 from collections.abc import Callable
 from typing import cast
 
 import pytest
-from test_source import ANSWER, DATA, Request, Serve, part, refusal, serve
+import trio
+from test_source import ANSWER, DATA, PIN, Request, Serve, part, refusal, serve
 
+from lazyfs.errors import ObjectChangedError, ObjectGoneError, SourceError, ThrottledError
 from lazyfs.movers.pool import Movers
-from lazyfs.store import moved
+from lazyfs.store import moved, s3_source
 from lazyfs.store.cancel import Cancel
 from lazyfs.store.http import Transport
+from lazyfs.store.objects import Pinned
+from lazyfs.store.s3_source import Source
 
 __all__ = ["serve"]
 LENGTH = 512
@@ -74,6 +80,90 @@ class Inline:
 
     def call(self, function: Callable[..., object], *arguments: object, **given: object) -> object:
         return function(*arguments, given["buffer"])
+
+    async def wait_for_first(self, has_time: Callable[[], bool]) -> None: ...
+
+    async def run(
+        self, function: Callable[..., object], *arguments: object,
+        ended: Callable[[], None], **given: object,
+    ) -> object:  # fmt: skip
+        try:
+            return function(*arguments, given["buffer"])
+        finally:
+            ended()
+
+
+def read(source: Source, pin: Pinned) -> tuple[bytes, bool]:
+    """A range, and whether a mover alone brought it."""
+    calls: list[int] = []
+
+    async def ask() -> object:
+        return await source.read_moved(
+            pin, 0, LENGTH, Cancel(), lambda: True, lambda: calls.append(1)
+        )
+
+    source.use(cast(Movers, Inline()))
+    found = trio.run(ask)
+    assert calls == [1]
+    if isinstance(found, memoryview):
+        return bytes(found), True
+    return bytes(source.read_range(pin, 0, LENGTH, asked=found)), False  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_source, "LEAST_SHARED", 1)
+
+
+@pytest.mark.usefixtures("any_length")
+def test_an_ordinary_answer_needs_no_thread(serve: Serve) -> None:
+    service = serve(part)
+    assert read(service.source(), PIN) == (DATA[:LENGTH], True)
+    assert len(service.requests) == 1
+    assert "authorization" in service.requests[0].headers
+
+
+@pytest.mark.usefixtures("any_length")
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (lambda request: refusal(503, "SlowDown"), ThrottledError),
+        (lambda request: refusal(404, "NoSuchKey"), ObjectGoneError),
+        (lambda request: part(request, etag='"v2"'), ObjectChangedError),
+    ],
+)
+def test_any_other_answer_is_judged_and_not_asked_for_again(
+    serve: Serve, answer: Callable[[Request], ANSWER], error: type[SourceError]
+) -> None:
+    service = serve(answer)
+    with pytest.raises(error):
+        read(service.source(), PIN)
+    assert len(service.requests) == 1
+
+
+@pytest.mark.usefixtures("any_length")
+def test_a_refused_clock_is_corrected_after_a_mover_too(serve: Serve) -> None:
+    told = email.utils.formatdate(time.time() + 7200, usegmt=True)
+
+    def answer(request: Request) -> ANSWER:
+        if len(service.requests) == 1:
+            return refusal(403, "RequestTimeTooSkewed", Date=told)
+        return part(request)
+
+    service = serve(answer)
+    assert read(service.source(), PIN) == (DATA[:LENGTH], False)
+    assert len(service.requests) == 2
+
+
+@pytest.mark.usefixtures("any_length")
+def test_a_range_in_parts_goes_on_after_the_first(serve: Serve) -> None:
+    def answer(request: Request) -> ANSWER:
+        start, end = request.range
+        request.headers["range"] = f"bytes={start}-{min(end, start + LENGTH // 2 - 1)}"
+        return part(request)
+
+    service = serve(answer)
+    assert read(service.source(), PIN) == (DATA[:LENGTH], False)
 
 
 def test_the_address_that_a_mover_reached_is_known(serve: Serve) -> None:

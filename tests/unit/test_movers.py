@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import trio
 
 from lazyfs.blocks import buffers
 from lazyfs.blocks.buffers import LEAST_SHARED, MOST_IDLE_BYTES, shared_offset, take_buffer
@@ -207,6 +208,80 @@ def test_the_connection_that_a_call_waits_for_can_be_ended(movers: Movers) -> No
         wire.connection.shutdown(socket.SHUT_RDWR)
         thread.join(30)
     assert came == [0]
+
+
+def test_a_task_awaits_calls_without_threads(movers: Movers) -> None:
+    called(movers, fill, 0)
+    threads = threading.active_count()
+    many = [take_buffer(SIZE) for _ in range(8)]
+
+    async def run() -> None:
+        async def call(value: int) -> None:
+            assert await movers.run(fill, value, buffer=many[value]) != os.getpid()
+            assert many[value] == bytes([value]) * SIZE
+            assert threading.active_count() <= threads
+
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                for value in range(len(many)):
+                    nursery.start_soon(call, value)
+            with pytest.raises(FileNotFoundError):
+                await movers.run(fail, "file", buffer=many[0])
+            with pytest.raises(MoverFaultError):
+                await movers.run(fail, "bug", buffer=many[0])
+            with pytest.raises(MoverLostError):
+                await movers.run(end, buffer=many[0])
+
+    trio.run(run)
+    assert movers.lost == 1
+    assert sum(mover.busy for mover in movers._movers) == 0
+
+
+def test_a_call_goes_on_without_its_task(movers: Movers) -> None:
+    """Its buffer and its line stay in use until the mover is done."""
+    called(movers, fill, 0)
+
+    async def run(server: socket.socket) -> None:
+        wire, ended = Wire(), trio.Event()
+        port = server.getsockname()[1]
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+
+                async def call() -> None:
+                    await movers.run(
+                        wait_for, port, buffer=take_buffer(SIZE), wire=wire, ended=ended.set
+                    )
+
+                nursery.start_soon(call)
+                while not wire.told.is_set():
+                    await trio.sleep(0.01)
+                nursery.cancel_scope.cancel()
+            assert not ended.is_set()
+            assert sum(mover.busy for mover in movers._movers) == 1
+            connection, _ = server.accept()
+            with connection:
+                connection.send(b"abc")
+            await ended.wait()
+        assert sum(mover.busy for mover in movers._movers) == 0
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        trio.run(run, server)
+    assert movers.lost == 0
+
+
+def test_movers_can_be_started_ahead(movers: Movers) -> None:
+    """A prefetch waits for the first; a reader does not."""
+
+    async def run() -> None:
+        with trio.fail_after(60):
+            await movers.wait_for_first(lambda: False)
+            assert movers.running == 0
+            await movers.wait_for_first(lambda: True)
+            assert movers.running
+            while movers.running < 2:
+                await trio.sleep(0.01)
+
+    trio.run(run)
 
 
 def test_a_long_call_is_not_idle(movers: Movers, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import cast
 
 import pytest
+import trio
 
 from lazyfs.movers.pool import MoverFaultError, MoverLostError, Movers
 from lazyfs.pagecache import page_cache
@@ -138,27 +139,39 @@ class TestPush:
                 self.calls: list[tuple[object, ...]] = []
                 self.error: Exception | None = None
 
-            def call(self, function: object, *arguments: object, buffer: memoryview) -> None:
+            async def run(
+                self, function: object, *arguments: object,
+                buffer: memoryview, ended: Callable[[], None],
+            ) -> None:  # fmt: skip
                 self.calls.append((function, *arguments, len(buffer)))
+                assert made.busy
+                ended()
                 if self.error is not None:
                     raise self.error
 
         made, movers = opened(), FakeMovers()
+
+        def push(offset: int, size: int) -> bool | None:
+            return trio.run(made.push_elsewhere, 9, offset, memoryview(bytes(size)))
+
+        assert push(0, 2 * PIECE) is None, "there are no movers"
         made.movers = cast(Movers, movers)
-        assert made.push(9, 0, memoryview(bytes(PIECE)))
-        assert movers.calls == [], "a call costs more than that"
-        assert made.push(9, 4096, memoryview(bytes(PIECE + 1)))
+        assert push(0, PIECE) is None, "a call costs more than that"
+        assert movers.calls == []
+        assert push(4096, PIECE + 1)
         assert movers.calls == [(page_cache.store_pieces, 9, 4096, PIECE + 1)]
-        assert made.pushed_bytes == 2 * PIECE + 1
-        count = len(kernel.stored)
+        assert made.pushed_bytes == PIECE + 1
         for error in (MoverLostError("died"), MoverFaultError("fault")):
             movers.error = error
-            assert made.push(9, 0, memoryview(bytes(2 * PIECE)))
-            count += 2
-            assert len(kernel.stored) == count, "the worker stores it"
+            assert push(0, 2 * PIECE) is None, "the worker stores it"
         movers.error = OSError(errno.ENOENT, "unknown")
-        assert not made.push(9, 0, memoryview(bytes(2 * PIECE)))
-        assert len(kernel.stored) == count, "the mover had the kernel's answer"
+        assert push(0, 2 * PIECE) is False, "the mover had the kernel's answer"
+        assert not made.busy
+        assert made.pushed_bytes == PIECE + 1
+        made.stop()
+        assert push(0, 2 * PIECE) is None
+        assert len(movers.calls) == 4, "the mount ends"
+        assert kernel.stored == []
 
     def test_what_a_mover_does(self, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(page_cache, "lent", {page_cache.DEVICE: 5}.__getitem__)

@@ -38,6 +38,9 @@ class Pages:
         self.asked.append((planned_bytes(), unused_bytes))
         return self.room
 
+    async def push_elsewhere(self, inode: int, offset: int, data: memoryview) -> None:
+        """There are no movers."""
+
     def push(self, inode: int, offset: int, data: memoryview) -> bool:
         self.pushed.append((offset, bytes(data)))
         return self.takes
