@@ -28,6 +28,7 @@ from lazyfs.errors import CannotResumeError
 from lazyfs.fuse import mount_syscalls
 from lazyfs.fuse.connection import KernelConnection
 from lazyfs.fuse.filesystem import Filesystem
+from lazyfs.movers.pool import Movers
 
 # linux/fuse.h: struct fuse_out_header with FUSE_NOTIFY_RESEND in place of an error.
 RESEND = struct.pack("<IiQ", 16, 7, 0)
@@ -106,7 +107,7 @@ class Session:
             if error.errno not in (errno.ENOENT, errno.ENODEV):
                 raise
 
-    def attach(self, operations: Filesystem) -> KernelConnection:
+    def attach(self, operations: Filesystem, movers: Movers) -> KernelConnection:
         """Give libfuse its socket and our operations; returns the connection to run."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # libfuse closes its end.
@@ -115,7 +116,9 @@ class Session:
         (flags,) = struct.unpack_from("<I", message, ASKED_FLAGS)
         struct.pack_into("<I", message, ASKED_FLAGS, flags & ~SPLICE)
         ours.send(message)
-        return KernelConnection(self.descriptor, ours, operations.read, operations.answers_empty)
+        return KernelConnection(
+            self.descriptor, ours, operations.read, operations.answers_empty, movers
+        )
 
     def resend(self) -> None:
         """Have the kernel resend the requests that the former worker had taken and not answered.

@@ -211,7 +211,7 @@ async def _serve(
         catalog, fetcher, options, beginning.mounted_ns, begin, on_open, recorder, in_hand, direct
     )
     try:
-        connection = session.attach(filesystem)
+        connection = session.attach(filesystem, movers)
         if former:
             filesystem.remember_all()
             recorder.resumed()

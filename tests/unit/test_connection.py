@@ -17,6 +17,8 @@ from pyfuse3 import FUSEError
 
 from lazyfs.fuse import connection as module
 from lazyfs.fuse.connection import KernelConnection, is_being_killed
+from lazyfs.fuse.reply import reply_in_mover
+from lazyfs.movers.pool import MoverFaultError, MoverLostError
 
 LOOKUP, READ, INTERRUPT, FORGET, READDIRPLUS = 1, 15, 36, 2, 44
 LOCK_OWNER, FLAGS = 2, os.O_DIRECT
@@ -82,13 +84,14 @@ def converse(
     script: Callable[[Kernel], Awaitable[None]],
     read: Read = at_once,
     answers_empty: Callable[[int, int, int, int], bool] = with_bytes,
+    movers: object = None,
 ) -> None:
     """Let a connection serve while a script plays the kernel and libfuse."""
 
     async def run() -> None:
         ends = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
         with ends[0][0], ends[0][1], ends[1][0], ends[1][1]:
-            served = KernelConnection(ends[0][0].fileno(), ends[1][0], read, answers_empty)  # type: ignore[arg-type]
+            served = KernelConnection(ends[0][0].fileno(), ends[1][0], read, answers_empty, movers)  # type: ignore[arg-type]
             with trio.fail_after(1000):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(served.run)
@@ -137,6 +140,46 @@ def test_a_direct_read_is_answered_with_its_bytes_where_it_must() -> None:
         assert await kernel.answer() == (2, 0, DATA[:9])
 
     converse(script)
+
+
+class Mover:
+    """A mover that writes an answer, or does not."""
+
+    running = 1
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.asked: list[tuple[int, int]] = []
+
+    async def run(self, function: object, unique: int, *, buffer: memoryview) -> None:
+        assert function is reply_in_mover
+        self.asked.append((unique, len(buffer)))
+        await trio.lowlevel.checkpoint()
+        if self.error:
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "is_answered_here"),
+    [(None, False), (MoverLostError(), True), (MoverFaultError(), True),
+     (OSError(errno.ENOENT, "withdrawn"), False)],
+)  # fmt: skip
+def test_long_answers_are_written_by_movers(
+    error: Exception | None, is_answered_here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LEAST_MOVED", 9)
+    mover = Mover(error)
+
+    async def script(kernel: Kernel) -> None:
+        kernel.read(2, size=9)
+        kernel.read(4, size=8)
+        answers = [await kernel.answer() for _ in range(1 + is_answered_here)]
+        assert sorted(unique for unique, _, _ in answers) == [2, 4][-len(answers) :]
+        await trio.sleep(1)
+        assert not kernel.has_answer()
+
+    converse(script, movers=mover)
+    assert mover.asked == [(2, 9)]
 
 
 def test_a_read_that_fails_is_answered_with_its_error() -> None:

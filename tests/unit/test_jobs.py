@@ -90,7 +90,8 @@ class Machine:
         self, nursery: trio.Nursery, *waiting: Span, number: int = 1, from_disk: bool = False
     ) -> Job:
         job = self.jobs.new(FILE, BlockId(FILE.inode, number), BLOCK)
-        job.waiting += waiting
+        for span in waiting:
+            self.jobs.wait(job, span)
         self.jobs.start(nursery, job, from_disk=from_disk)
         return job
 
@@ -112,7 +113,7 @@ def test_a_job_has_room_and_a_place_from_its_start() -> None:
     async def steps(machine: Machine, nursery: trio.Nursery) -> None:
         machine.map.stored(BlockId(FILE.inode, 3))
         waiting = machine.jobs.new(FILE, BlockId(FILE.inode, 0), BLOCK)
-        waiting.waiting.append(PART)
+        machine.jobs.wait(waiting, PART)
         machine.start(nursery, PART)
         machine.start(nursery, number=2, from_disk=True)
         machine.start(nursery, number=3)
@@ -122,7 +123,7 @@ def test_a_job_has_room_and_a_place_from_its_start() -> None:
         assert machine.memory.used_bytes == 3 * BLOCK
         assert (machine.jobs.fetching, machine.jobs.loading) == (2, 1)
         assert machine.jobs.demanded == 1, "one is not started, and for two nobody waits"
-        machine.jobs.forget(waiting)
+        machine.jobs.leave(waiting, PART)
         assert waiting.block not in machine.jobs
         await machine.end()
         assert (machine.jobs.fetching, machine.jobs.loading) == (0, 0)

@@ -13,6 +13,7 @@ import pytest
 
 from lazyfs.fuse.filesystem import Filesystem
 from lazyfs.fuse.session import ASYNC_DIRECT, MAX_BACKGROUND, Session, with_idmap, with_limits
+from lazyfs.movers.pool import Movers
 
 FLAGS = 1 << 7 | 1 << 8 | 1 << 9 | ASYNC_DIRECT | 1
 
@@ -86,7 +87,7 @@ def test_libfuse_moves_no_messages_by_splice(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(pyfuse3, "init", init)
     message = struct.pack("<40xIIII", 7, 45, 128 << 10, FLAGS)
     filesystem = cast(Filesystem, type("Nothing", (), {"read": None, "answers_empty": None})())
-    Session(Path("/mnt"), 0, message).attach(filesystem)
+    Session(Path("/mnt"), 0, message).attach(filesystem, Movers(0))
     with socket.socket(fileno=int.from_bytes(given[0], "little")) as libfuse:
         got = libfuse.recv(1 << 16)
     assert struct.unpack_from("<I", got, 52) == (1 << 15 | 1,)

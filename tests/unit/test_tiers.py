@@ -69,7 +69,7 @@ class Getter:
 
     async def get(
         self, file: File, start: int, length: int, *, patience_s: Callable[[], float],
-        saturated: Callable[[], bool], is_block: bool = True,
+        saturated: Callable[[], bool], has_time: Callable[[], bool] = bool, is_block: bool = True,
     ) -> Got:  # fmt: skip
         self.asked.append((start, length, is_block))
         self.patience_s = patience_s()
