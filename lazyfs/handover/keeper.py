@@ -52,7 +52,7 @@ class KeeperError(Exception):
     """The keeper is not running, or refused a request."""
 
 
-class _Only(NamedTuple):
+class Only(NamedTuple):
     """What a restricted connection is about, and the labels that it cannot store."""
 
     name: str
@@ -111,9 +111,12 @@ class Keeper:
         finally:
             self._clients.release()
 
-    def serve(self, connection: socket.socket) -> None:
-        """Answer one client until it hangs up."""
-        only: _Only | None = None
+    def serve(self, connection: socket.socket, only: Only | None = None) -> None:
+        """Answer one client until it hangs up.
+
+        Args:
+            only: what the connection is about; None: everything, until it asks for less.
+        """
         with connection, contextlib.suppress(OSError):
             while True:
                 data, received, flags, _ = socket.recv_fds(
@@ -135,8 +138,8 @@ class Keeper:
                     _close(descriptors)
 
     def _answer(
-        self, data: bytes, received: list[int], only: _Only | None
-    ) -> tuple[dict[str, Any], list[int], _Only | None]:
+        self, data: bytes, received: list[int], only: Only | None
+    ) -> tuple[dict[str, Any], list[int], Only | None]:
         """The answer to a message, descriptors to send with it, and what is allowed from now on.
 
         The caller owns both lists.
@@ -165,7 +168,7 @@ class Keeper:
             with self._lock:
                 _close(self._kept.pop(name, {}).values())
         elif action == "only":
-            only = _Only(name, frozenset(_texts(message.get("fixed", []))))
+            only = Only(name, frozenset(_texts(message.get("fixed", []))))
         else:
             raise KeeperError(f"no such request: {action!r}")
         return {}, [], only

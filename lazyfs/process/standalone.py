@@ -17,7 +17,8 @@ from typing import Any
 from lazyfs.end_signals import EndSignals, end_signals
 from lazyfs.errors import LazyfsError, MountError
 from lazyfs.escaping import escaped
-from lazyfs.handover.keeper import Keeper, allow_many_descriptors
+from lazyfs.handover.handover import OF_SUPERVISOR
+from lazyfs.handover.keeper import Keeper, Only, allow_many_descriptors
 from lazyfs.log import configure
 from lazyfs.process.mount_spec import MountSpec
 from lazyfs.process.privileges import leave_no_core_dump, protect_from_oom
@@ -57,8 +58,8 @@ def _run(
 ) -> int:
     keeper = Keeper()
 
-    def serve(client: socket.socket) -> None:
-        threading.Thread(target=keeper.serve, args=[client], daemon=True).start()
+    def serve(client: socket.socket, only: Only | None = None) -> None:
+        threading.Thread(target=keeper.serve, args=[client, only], daemon=True).start()
 
     def connect() -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -66,7 +67,7 @@ def _run(
         return theirs
 
     def first() -> StartedWorker:
-        serve(waiting[1])
+        serve(waiting[1], Only(spec.mountpoint, frozenset(OF_SUPERVISOR)))
         return waiting[0]
 
     leave_no_core_dump()

@@ -32,6 +32,7 @@ from lazyfs.handover.keeper import (
     Keeper,
     KeeperClient,
     KeeperError,
+    Only,
     restrict_to,
 )
 from lazyfs.handover.runtime_changes import RuntimeChanges
@@ -125,6 +126,19 @@ def test_a_worker_cannot_change_what_its_supervisor_obeys(
     kept = client.fetch("ours")
     assert MountSpec.from_descriptor(kept["spec"]) == spec
     assert set(kept) == {"spec", "fuse", "listing"}
+    worker.close()
+
+
+def test_a_connection_can_be_restricted_from_the_start(keeper: Keeper) -> None:
+    """That of a worker that was started before it was known what to mount."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    only = Only("ours", frozenset(OF_SUPERVISOR))
+    threading.Thread(target=keeper.serve, args=[ours, only], daemon=True).start()
+    worker = KeeperClient(theirs)
+    with pytest.raises(KeeperError, match="restricted to ours"):
+        worker.fetch("theirs")
+    with pytest.raises(KeeperError, match="cannot store spec"):
+        worker.store("ours", {"spec": memory_file("x", b"x")})
     worker.close()
 
 
