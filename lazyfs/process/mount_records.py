@@ -81,9 +81,16 @@ class RunningMount:
         self.write(record)
 
     def write(self, record: MountRecord) -> None:
-        """Replace the record, unless the mountpoint is another mount's now. Raises OSError."""
+        """Replace the record, unless it was removed or replaced: this mount was detached.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         content = json.dumps(asdict(record)).encode()
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
         try:
             if os.path.samestat(os.fstat(descriptor), os.fstat(self._descriptor)):
                 # Longer than before or padded: a concurrent reader gets one of the two records.

@@ -152,6 +152,8 @@ def test_a_record_of_the_next_mount_stays() -> None:
     """A mount that was detached while in use writes no more into the record of that place."""
     detached = RunningMount(RECORD)
     mount_records._path(MOUNTPOINT).unlink()
+    detached.write(replace(RECORD, restarts=1))
+    assert not mount_records._path(MOUNTPOINT).exists()
     following = RunningMount(replace(RECORD, source="s3://bucket/next"))
     detached.write(replace(RECORD, restarts=1))
     found = record_of(MOUNTPOINT)
