@@ -237,13 +237,8 @@ def vllm_threads(directory: Path) -> Loaded:
 
 
 @client(*VLLM)
-def vllm_tp(directory: Path) -> Loaded:
-    return _vllm(directory, tensor_parallel_size=2)
-
-
-@client(*VLLM)
 def vllm_bin(directory: Path) -> Loaded:
-    return _vllm(directory, load_format="pt")
+    return _vllm(directory)
 
 
 @client(*VLLM, "vllm.model_executor.models.mixtral")

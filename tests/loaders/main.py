@@ -6,7 +6,7 @@ round strace shows the system calls that fail on the mount: only lookups of name
 
     main.py                all clients, medians of 3
     main.py --rounds 1 -k runai -k serve
-    main.py -k torch --write            replaces the lines of these clients in the table
+    main.py -k 'torch*' --write         replaces the lines of these clients in the table
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -49,8 +50,8 @@ TOKENS = 24
 # What a loader may ask in vain for: files that a model may have and this one has not.
 LOOKUPS = {"open", "openat", "stat", "lstat", "newfstatat", "statx", "access", "faccessat2"}
 HEADER = (
-    "| loader | local | mount | same | failed calls on the mount |",
-    "|---|---|---|---|---|",
+    "| loader | local | mount | rounds | same | failed calls on the mount |",
+    "|---|---|---|---|---|---|",
 )
 
 
@@ -59,7 +60,7 @@ class Client:
     """A client, and what it loads.
 
     Attributes:
-        name: of `clients.py`, or `serve`: vLLM's server.
+        name: of `clients.py`, or `serve*`: vLLM's server.
         model: a directory of `models.py`.
         label: in the table.
     """
@@ -68,18 +69,18 @@ class Client:
     model: str
     label: str
 
-    def is_like(self, words: list[str]) -> bool:
-        """Whether its name has one of these words."""
-        return any(word in self.name for word in words)
+    def is_like(self, patterns: list[str]) -> bool:
+        """Whether its name is like one of these."""
+        return any(fnmatchcase(self.name, pattern) for pattern in patterns)
 
 
 CLIENTS = (
-    Client("serve", "llm", "vLLM's server, until it is ready"),
+    Client("serve", "llm", "vLLM's server"),
+    Client("serve_tp", "llm", "vLLM's server, two ranks"),
     Client("vllm", "llm", "vLLM"),
     Client("vllm_eager", "llm", "vLLM, strategy `eager`"),
     Client("vllm_prefetch", "llm", "vLLM, strategy `prefetch`"),
     Client("vllm_threads", "llm", "vLLM, `enable_multithread_load`"),
-    Client("vllm_tp", "llm", "vLLM, two ranks"),
     Client("vllm_moe", "moe", "vLLM, mixture of experts"),
     Client("vllm_lora", "lora", "vLLM, LoRA adapter"),
     Client("vllm_bin", "bin", "vLLM, `.bin`"),
@@ -166,6 +167,7 @@ class Server:
             *traced, PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1",
             "--served-model-name", "model", "--enforce-eager", "--max-model-len", "128",
             "--max-num-seqs", "2",
+            *(["--tensor-parallel-size", "2"] if clients[0].name == "serve_tp" else ()),
         ]  # fmt: skip
 
     def load(self, client: Client, directory: Path) -> Loaded:
@@ -273,7 +275,7 @@ class Trial:
     @contextlib.contextmanager
     def loaders(self, clients: list[Client]) -> Iterator[tuple[Loader | Server, Loader | Server]]:
         """A process for these clients, and one under strace."""
-        kind = Server if clients[0].name == "serve" else Loader
+        kind = Server if clients[0].name.startswith("serve") else Loader
         strace = ["strace", "-f", "--seccomp-bpf", "-e", "trace=%file,%desc", "-y", "-Z", "-qq",
                   "-o", str(self.root / "trace")]  # fmt: skip
         plain = kind(clients, self.root / "log", [])
@@ -335,6 +337,12 @@ def failures(trace: Path, mountpoint: str) -> set[tuple[str, str]]:
     return found
 
 
+def as_group(client: Client) -> str:
+    """Clients of one group are in one process."""
+    first, _, _ = client.name.partition("_")
+    return client.name if first == "serve" else first
+
+
 def as_line(
     client: Client, rounds: list[tuple[Loaded, Loaded]], traced: Loaded, failed: str
 ) -> tuple[str, bool]:
@@ -342,7 +350,8 @@ def as_line(
     digests = {loaded.digest for pair in rounds for loaded in pair} | {traced.digest}
     same = len(digests) == 1
     local, mounted = (_medians([pair[at] for pair in rounds]) for at in (0, 1))
-    line = f"| {client.label} | {local} | {mounted} | {'yes' if same else 'NO'} | {failed} |"
+    words = [client.label, local, mounted, str(len(rounds)), "yes" if same else "NO", failed]
+    line = f"| {' | '.join(words)} |"
     return line, same and failed in ("none", "lookups only")
 
 
@@ -367,7 +376,7 @@ def main() -> int:
     """Run the clients; prints the table; 0 if all of them held."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--rounds", type=int, default=3)
-    arguments.add_argument("-k", action="append", metavar="WORD", help="only clients with WORD")
+    arguments.add_argument("-k", action="append", metavar="NAME", help="only clients like NAME")
     arguments.add_argument("--write", action="store_true", help="into docs/LOADERS.md")
     given = arguments.parse_args()
     kind = next(each for each in (KINDS["versitygw"], KINDS["moto"]) if is_there(each))
@@ -381,7 +390,7 @@ def main() -> int:
             trial.make({each.model for each in clients})
             print(*HEADER, sep="\n", flush=True)
             # All of vLLM in one process: to import it takes half a minute.
-            for _, group in itertools.groupby(clients, lambda each: each.name.split("_")[0]):
+            for _, group in itertools.groupby(clients, as_group):
                 several = list(group)
                 with trial.loaders(several) as (loader, traced_loader):
                     for client in several:
