@@ -12,7 +12,8 @@ from lazyfs.store.cancel import Cancel
 from lazyfs.store.http import Answer
 from lazyfs.store.objects import Page
 from lazyfs.store.refusals import MOST_TEXT, Refusal
-from lazyfs.store.signed_client import Client, Request, refuse
+from lazyfs.store.request import Request, refuse
+from lazyfs.store.signed_client import Client
 from lazyfs.store.signing import canonical_query
 from lazyfs.store.url import SourceUrl
 

@@ -20,7 +20,8 @@ from lazyfs.store.cancel import Cancel
 from lazyfs.store.fleet_cache import REFRESH, FleetCache
 from lazyfs.store.http import Answer
 from lazyfs.store.objects import Pinned
-from lazyfs.store.signed_client import Asked, Client, RefusedError, Request, refuse
+from lazyfs.store.request import Asked, RefusedError, Request, refuse
+from lazyfs.store.signed_client import Client
 from lazyfs.store.url import SourceUrl
 
 log = logging.getLogger(__name__)

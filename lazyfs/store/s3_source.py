@@ -41,8 +41,9 @@ from lazyfs.store.objects import Page, Pinned
 from lazyfs.store.pages import Lister
 from lazyfs.store.range_reader import AS_STORED, AskedRange, RangeReader
 from lazyfs.store.refusals import Refusal
+from lazyfs.store.request import RefusedError, Request
 from lazyfs.store.resolved_source import Place, ResolvedSource, TimedCredentials
-from lazyfs.store.signed_client import Client, RefusedError, Request
+from lazyfs.store.signed_client import Client
 from lazyfs.store.signing import SigningCredentials, canonical_query
 from lazyfs.store.url import SourceUrl
 

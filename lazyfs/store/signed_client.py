@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import ssl
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NoReturn, TypeVar
-from urllib.parse import parse_qsl, quote, unquote_to_bytes, urljoin, urlsplit
 
 from lazyfs import __version__
 from lazyfs.errors import (
@@ -30,89 +28,35 @@ from lazyfs.store import moved, ranges
 from lazyfs.store.addresses import (
     BadAddressError,
     BadRedirectError,
-    anywhere,
-    is_same_service,
-    may_be_redirected_to,
-    must_be_elsewhere,
 )
 from lazyfs.store.cancel import Cancel
 from lazyfs.store.fleet_cache import FleetCache
 from lazyfs.store.http import (
     SILENCE_TIMEOUT_S,
     Answer,
-    Transport,
-    tls_context,
 )
 from lazyfs.store.live_credentials import LiveCredentials
 from lazyfs.store.moved import NotMovedError
-from lazyfs.store.refusals import MOST_TEXT, Refusal, printable
+from lazyfs.store.refusals import Refusal, printable
+from lazyfs.store.request import (
+    Asked,
+    RedirectedError,
+    RefusedError,
+    Request,
+    redirected,
+    unless_redirected,
+)
 from lazyfs.store.resolved_source import Place
-from lazyfs.store.signing import Signer, SigningCredentials, canonical_query
+from lazyfs.store.servers import Servers
+from lazyfs.store.signing import Signer, SigningCredentials
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 MOST_REDIRECTS = 5
-# How many servers that redirects led to are kept with their connections.
-MOST_SERVERS = 16
 # How many peculiarities of a service are logged.
 MOST_NOTED = 50
 _AGENT = f"lazyfs/{__version__}"
-# Characters that stay unchanged in a URL that is already escaped (RFC 3986, 2.2 and 2.3).
-_OF_URLS = "%:/?#[]@!$&'()*+,;=-._~"
-_SIGNED_URL = re.compile(r"[?&](X-Amz-Signature|X-Goog-Signature|Signature|sig)=", re.IGNORECASE)
-
-
-class RefusedError(Exception):
-    """An error answer."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.status)
-        self.refusal = refusal
-
-
-class _RedirectedError(Exception):
-    """The answer is a redirect."""
-
-    def __init__(self, location: str, refusal: Refusal) -> None:
-        super().__init__(location)
-        self.location = location
-        self.refusal = refusal
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a mover told of a request that was made already.
-
-    Attributes:
-        credentials: with which it was signed.
-    """
-
-    told: moved.Told
-    credentials: SigningCredentials | None
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A request before it is signed.
-
-    Attributes:
-        path: the encoded path.
-        headers: headers that are not signed.
-        into: for the body, if it has exactly this length: then a mover may receive it.
-        asked: it was made already.
-    """
-
-    method: str
-    path: str
-    query: str
-    headers: Mapping[str, str]
-    into: memoryview | None = None
-    asked: Asked | None = None
-
-    @property
-    def target(self) -> str:
-        return f"{self.path}?{self.query}" if self.query else self.path
 
 
 class Client:
@@ -146,12 +90,8 @@ class Client:
         self._credentials = credentials
         self._requester_pays = requester_pays
         self._refuse_local = refuse_local
-        self._servers: dict[str, tuple[Transport, Signer]] = {}
-        self._tls: ssl.SSLContext | None = None
+        self._servers = Servers(place, refuse_local=refuse_local)
         self._noted: set[str] = set()
-        # How far the clock of the service is ahead of ours, if the service has refused our time.
-        self._ahead_s = 0.0
-        self._server(place.server)
 
     @property
     def bucket_path(self) -> str:
@@ -160,8 +100,7 @@ class Client:
 
     def close_idle(self) -> None:
         """Close connections that have been idle for a while."""
-        for transport, _ in list(self._servers.values()):
-            transport.close_idle()
+        self._servers.close_idle()
 
     def note(self, words: str) -> None:
         """Log once what the service does differently."""
@@ -252,7 +191,7 @@ class Client:
         ):
             ended()
             return None
-        transport, signer = self._server(server)
+        transport, signer = self._servers.get(server)
         headers = self._headers(request, signer, credentials, {})
         told: moved.Told
         try:
@@ -267,7 +206,7 @@ class Client:
             return None
         if isinstance(told, dict) and told["filled"]:
             with contextlib.suppress(
-                NotMovedError, _RedirectedError, ranges.ChangedError, ranges.OtherRangeError,
+                NotMovedError, RedirectedError, ranges.ChangedError, ranges.OtherRangeError,
                 ranges.IgnoresRangeError, OSError,
             ):  # fmt: skip
                 answer = moved.understand(
@@ -309,7 +248,7 @@ class Client:
             SourceError: there are no credentials.
         """
         credentials = self._credentials.current() if self._credentials else None
-        _, signer = self._server(self.place.server)
+        _, signer = self._servers.get(self.place.server)
         headers = {**request.headers, "User-Agent": _AGENT, "Host": signer.host}
         signed = {"x-amz-request-payer": "requester"} if self._requester_pays else {}
         headers |= signed
@@ -331,9 +270,7 @@ class Client:
             "%s: the clock of this machine differs by %.0f s from that of the service, whose time "
             "is used to sign requests: set the clock", self._what, ahead_s,
         )  # fmt: skip
-        self._ahead_s = ahead_s
-        for _, signer in list(self._servers.values()):
-            signer.ahead_s = ahead_s
+        self._servers.set_clock(ahead_s)
         return True
 
     def be_vague(self, what: str, error: Exception) -> None:
@@ -357,12 +294,12 @@ class Client:
         server, elsewhere = self.place.server, False
         refusal: Refusal | None = None
         for _ in range(MOST_REDIRECTS + 1):
-            transport, signer = self._server(server)
+            transport, signer = self._servers.get(server)
             if elsewhere:
                 headers = {**request.headers, "User-Agent": _AGENT}
             else:
                 headers = self._headers(request, signer, credentials, signed)
-            handle_here = lambda answer, elsewhere=elsewhere: _unless_redirected(  # noqa: E731
+            handle_here = lambda answer, elsewhere=elsewhere: unless_redirected(  # noqa: E731
                 answer, lambda answer: handle(answer, elsewhere)
             )
             try:
@@ -380,72 +317,18 @@ class Client:
                 return transport.exchange(
                     request.method, request.target, headers, handle_here, cancel
                 )
-            except _RedirectedError as error:
+            except RedirectedError as error:
                 refusal = error.refusal
-                server, request, elsewhere = self._redirected(
-                    server, request, error.location, elsewhere
+                server, request, elsewhere = redirected(
+                    self.place.server, server, request, error.location, elsewhere
                 )
+                self.note(f"redirects to {printable(server)}")
         assert refusal is not None
         raise BadRedirectError(f"redirected more than {MOST_REDIRECTS} times")
 
     def _is_moved(self, server: str) -> bool:
         """Whether a mover may contact that server: only the endpoint, and only without a proxy."""
         return server == self.place.server and not self.place.proxy
-
-    def _redirected(
-        self, server: str, request: Request, location: str, elsewhere: bool
-    ) -> tuple[str, Request, bool]:
-        """Where a redirect leads, the request to make there, and whether it is another service."""
-        # Headers are decoded as Latin-1; characters beyond ASCII must be escaped.
-        location = quote(location.encode("latin-1"), safe=_OF_URLS)
-        try:
-            url = urlsplit(urljoin(f"{server}{request.target}", location))
-            host, _ = url.hostname, url.port
-        except ValueError:
-            host = None
-        if not host or url.scheme not in ("http", "https") or url.username is not None:
-            raise BadRedirectError(f"redirected to {location[:100]!r}")
-        if server.startswith("https:") and url.scheme != "https":
-            raise BadRedirectError("redirected from https to http")
-        to = f"{url.scheme}://{url.netloc}"
-        ours = is_same_service(self.place.server, to) and not _SIGNED_URL.search(f"?{url.query}")
-        elsewhere = elsewhere or not ours
-        path, query = url.path or "/", url.query
-        if not elsewhere:  # it is signed, so it is sent as S3 escapes it
-            path = quote(unquote_to_bytes(path), safe="/~")
-            query = canonical_query(dict(parse_qsl(query, keep_blank_values=True)))
-        headers = request.headers
-        if elsewhere:  # another service has its own entity tags
-            headers = {name: value for name, value in headers.items() if name != "If-Match"}
-        self.note(f"redirects to {printable(to)}")
-        request = replace(request, path=path, query=query, headers=headers, asked=None)
-        return to, request, elsewhere
-
-    def _server(self, server: str) -> tuple[Transport, Signer]:
-        """Connections to a server, and the signer of requests for it."""
-        found = self._servers.get(server)
-        if found is None:
-            if server.startswith("https:") and self._tls is None:
-                self._tls = tls_context(self.place.authorities)
-            may_connect = must_be_elsewhere if self._refuse_local else anywhere
-            if self._servers:
-                first = next(iter(self._servers.values()))[0]
-                if not self._refuse_local:
-                    may_connect = lambda address: may_be_redirected_to(address, first.address)  # noqa: E731
-                self._forget_servers()
-            transport = Transport(server, self._tls, self.place.proxy, may_connect)
-            found = transport, Signer(server, self.place.region, self.place.service)
-            found[1].ahead_s = self._ahead_s
-            self._servers[server] = found
-        return found
-
-    def _forget_servers(self) -> None:
-        """Drop a server if there are too many. The first one is the endpoint, which stays."""
-        for server in list(self._servers)[1:]:
-            if len(self._servers) < MOST_SERVERS:
-                return
-            if dropped := self._servers.pop(server, None):
-                dropped[0].close_idle(0.0)
 
     def _raise_refused(
         self, what: str, error: RefusedError, credentials: SigningCredentials | None
@@ -458,22 +341,6 @@ class Client:
                 if not self._credentials.may_be_replaced(credentials):
                     raise AccessDeniedError(str(refused)) from error
         raise refused from error
-
-
-def _unless_redirected(answer: Answer, handle: Callable[[Answer], T]) -> T:
-    """Handle an answer, or raise _RedirectedError."""
-    location = answer.headers.get("location")
-    if location and answer.status in (301, 302, 303, 307, 308):
-        refusal = Refusal.of(answer.status, answer.headers, answer.body.read_all(MOST_TEXT))
-        # A 301 of S3 itself reports the region of the bucket.
-        if answer.status != 301 or not (refusal.code or refusal.region):
-            raise _RedirectedError(location, refusal)
-        raise RefusedError(refusal)
-    return handle(answer)
-
-
-def refuse(answer: Answer) -> NoReturn:
-    raise RefusedError(Refusal.of(answer.status, answer.headers, answer.body.read_all(MOST_TEXT)))
 
 
 def _cause(error: OSError) -> str:

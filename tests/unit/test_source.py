@@ -20,9 +20,8 @@ from lazyfs.errors import BadRequestError, SourceError
 from lazyfs.objects import ListedObject
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store import http as transport
-from lazyfs.store import listing, range_reader
+from lazyfs.store import listing, range_reader, servers
 from lazyfs.store import s3_source as sources
-from lazyfs.store import signed_client as client
 from lazyfs.store.credentials import StaticCredentials, WebIdentity
 from lazyfs.store.http import Proxy
 from lazyfs.store.objects import Hidden, Page
@@ -544,15 +543,15 @@ def test_another_service_is_asked_without_credentials(serve: Serve, status: int)
 def test_any_number_of_servers_behind_redirects(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "MOST_SERVERS", 3)
+    monkeypatch.setattr(servers, "MOST_SERVERS", 3)
     cdns = [serve(lambda request: part(request, '"c"')) for _ in range(5)]
     turns = iter(cdns * 2)
     gateway = serve(lambda _: (302, {"Location": f"{next(turns).url}/x?sig=1"}, b""))
     source = gateway.source()
     for _ in range(10):
         assert read(source) == DATA[256:768]
-    assert len(source._client._servers) == 3
-    assert next(iter(source._client._servers)) == gateway.url
+    assert len(source._client._servers._servers) == 3
+    assert next(iter(source._client._servers._servers)) == gateway.url
 
 
 def test_another_path_of_the_same_service_is_signed_anew(serve: Serve) -> None:

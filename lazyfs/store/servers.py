@@ -1,0 +1,68 @@
+"""The servers of one service: the endpoint, and those that redirects lead to."""
+
+from __future__ import annotations
+
+import ssl
+
+from lazyfs.store.addresses import anywhere, may_be_redirected_to, must_be_elsewhere
+from lazyfs.store.http import Transport, tls_context
+from lazyfs.store.resolved_source import Place
+from lazyfs.store.signing import Signer
+
+# How many servers that redirects led to are kept with their connections.
+MOST_SERVERS = 16
+
+
+class Servers:
+    """Connections to each server, and a signer of requests for it.
+
+    Args:
+        place: has the endpoint.
+        refuse_local: addresses of this machine are not contacted.
+    """
+
+    def __init__(self, place: Place, *, refuse_local: bool) -> None:
+        self._place = place
+        self._refuse_local = refuse_local
+        self._servers: dict[str, tuple[Transport, Signer]] = {}
+        self._tls: ssl.SSLContext | None = None
+        # How far the clock of the service is ahead of ours, if the service has refused our time.
+        self._ahead_s = 0.0
+        self.get(place.server)
+
+    def close_idle(self) -> None:
+        """Close connections that have been idle for a while."""
+        for transport, _ in list(self._servers.values()):
+            transport.close_idle()
+
+    def set_clock(self, ahead_s: float) -> None:
+        """Sign with the time of the service, whose clock is ahead of ours by this."""
+        self._ahead_s = ahead_s
+        for _, signer in list(self._servers.values()):
+            signer.ahead_s = ahead_s
+
+    def get(self, server: str) -> tuple[Transport, Signer]:
+        """Connections to a server, and the signer of requests for it."""
+        found = self._servers.get(server)
+        if found is None:
+            if server.startswith("https:") and self._tls is None:
+                self._tls = tls_context(self._place.authorities)
+            may_connect = must_be_elsewhere if self._refuse_local else anywhere
+            if self._servers:
+                first = next(iter(self._servers.values()))[0]
+                if not self._refuse_local:
+                    may_connect = lambda address: may_be_redirected_to(address, first.address)  # noqa: E731
+                self._forget()
+            transport = Transport(server, self._tls, self._place.proxy, may_connect)
+            found = transport, Signer(server, self._place.region, self._place.service)
+            found[1].ahead_s = self._ahead_s
+            self._servers[server] = found
+        return found
+
+    def _forget(self) -> None:
+        """Drop a server if there are too many. The first one is the endpoint, which stays."""
+        for server in list(self._servers)[1:]:
+            if len(self._servers) < MOST_SERVERS:
+                return
+            if dropped := self._servers.pop(server, None):
+                dropped[0].close_idle(0.0)
