@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-from lazyfs import __version__
+from lazyfs import __version__, machine
 from lazyfs.control.status import Status
 
 
@@ -20,6 +20,10 @@ def recording(status: Status) -> dict[str, Any]:
             "mountpoint": status.mountpoint,
             "version": __version__,
             "mounted_at_s": status.mounted_ns / 10**9,
+            "processors": machine.usable_processors(),
+            "processor_s": recorder.processor_s,
+            # None: no file was read with O_DIRECT.
+            "direct_reads_use_page_cache": status.filesystem.direct.continued,
             "options": {
                 "prefetch": options.prefetch,
                 "block_size": options.block_size,
@@ -29,6 +33,7 @@ def recording(status: Status) -> dict[str, Any]:
                 "max_concurrency": options.max_concurrency,
                 "requests_limit": status.fetcher.requests_limit,
                 "bandwidth_limit": options.bandwidth_limit,
+                "movers": options.movers,
             },
         },
         "now_s": recorder.uptime_s,

@@ -85,7 +85,7 @@ class Filesystem(pyfuse3.Operations):
         self._on_init = on_init
         self._on_open = on_open
         self._recorder = recorder
-        self._direct = direct
+        self.direct = direct
         # How often each inode was given to the kernel, minus how often the kernel forgot it.
         self._lookups: Counter[int] = Counter()
         self.reads = 0
@@ -148,9 +148,9 @@ class Filesystem(pyfuse3.Operations):
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise FUSEError(errno.EROFS)
         is_direct = bool(flags & os.O_DIRECT)
-        self._fetcher.opened(file, direct=is_direct and self._direct.continued is False)
+        self._fetcher.opened(file, direct=is_direct and self.direct.continued is False)
         self._on_open(file)
-        self._recorder.opened(file, ctx.pid)
+        self._recorder.opened(file, ctx.pid, direct=is_direct)
         # An inode's bytes never change, so its pages stay valid from one open to the next.
         return FileInfo(fh=FileHandleT(inode), keep_cache=True)
 
@@ -163,10 +163,10 @@ class Filesystem(pyfuse3.Operations):
         file = self._tree.get(handle)
         if not isinstance(file, File):
             return False
-        if self._direct.answers_empty(file, offset, flags):
+        if self.direct.answers_empty(file, offset, flags):
             self._fetcher.was_read(file, offset, size)
             return True
-        if self._direct.continued is False:
+        if self.direct.continued is False:
             self._fetcher.is_read_directly(file)
         return False
 

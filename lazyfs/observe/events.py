@@ -18,7 +18,7 @@ CAPACITY = 1 << 18
 class EventKind(IntEnum):
     """What happened. The comments say what an event's `detail`, `size` and `seconds` hold."""
 
-    OPENED = 1  # a file was opened
+    OPENED = 1  # a file was opened; detail: 1 with O_DIRECT
     CLOSED = 2  # a file was closed
     FETCHED = 3  # a block arrived from S3; detail: purpose; size: of the block; seconds: duration
     LOADED = 4  # a block arrived from disk; detail: purpose; size: of the block; seconds: duration

@@ -57,7 +57,7 @@ def figures(load: Load) -> list[tuple[str, str]]:
     """The figures of a load, each with its name."""
     duration_s = load.duration_s
     total = sum(life.size for life in load.lives)
-    span_s = max(load.last_s - load.begin_s, 1e-9)
+    span_s = max(load.arriving_s, 1e-9)
     rows = [
         ("reading took", format_duration(duration_s) + ("" if load.is_over else ", so far")),
         ("readers waited", format_duration(sum(load.stalled_s.values()))),
@@ -66,15 +66,9 @@ def figures(load: Load) -> list[tuple[str, str]]:
         ("from disk", format_size(load.bytes_from(Tier.DISK))),
         ("average rate", f"{format_size(total / span_s)}/s over {format_duration(span_s)}"),
         ("best rate over a second", f"{format_size(load.best_rate())}/s"),
-        ("blocks", str(len(load.lives))),
-        (
-            "blocks put into the page cache",
-            str(sum(life.pushed_s is not None for life in load.lives)),
-        ),
-        (
-            "blocks read through the daemon",
-            str(sum(life.read_s is not None for life in load.lives)),
-        ),
+        ("blocks", str(load.count(lambda life: True))),
+        ("blocks put into the page cache", str(load.count(lambda life: life.pushed_s is not None))),
+        ("blocks read through the daemon", str(load.count(lambda life: life.read_s is not None))),
     ]
     for cause, seconds in sorted(load.stalled_s.items(), key=lambda item: -item[1]):
         rows.append((f"readers waited: {cause.label.replace('_', ' ')}", format_duration(seconds)))

@@ -1,7 +1,8 @@
 """A load, reconstructed from recorded events: arrivals of blocks, waits of readers, rates. Pure.
 
 A load begins when the first file is opened or read. It lasts while files are open, and ends with
-the last action of a reader. Fetching begins at mount, before the load, and is part of the chart.
+the last action of a reader. A pause in which no file is open, between two loads of a mount, does
+not count as reading. Fetching begins at mount, before the load, and is part of the chart.
 Times are seconds since the worker started.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import base64
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,10 +87,13 @@ class Load:
 
     Attributes:
         start_s, end_s: when reading began and ended; `start_s` is None if nothing was read.
+        duration_s: how long reading took.
         is_over: all files are closed.
         stalled_s: seconds in which at least one reader waited, by cause.
         activity_s: seconds that prefetching spent on each activity during the load.
         refetched_bytes: bytes of blocks that were fetched over the network more than once.
+        reloaded_bytes: bytes of blocks that were read from the disk more than once.
+        has_direct: a file was opened with O_DIRECT.
     """
 
     recording: Recording
@@ -102,12 +106,17 @@ class Load:
     stalled_s: dict[Cause, float] = field(default_factory=dict)
     activity_s: dict[Activity, float] = field(default_factory=dict)
     refetched_bytes: int = 0
+    reloaded_bytes: int = 0
+    has_direct: bool = False
+    duration_s: float = 0.0
 
     @classmethod
     def of(cls, recording: Recording) -> Load:
         """Reconstruct the load from a recording."""
         load = cls(recording)
         latest: dict[tuple[int, int], BlockLife] = {}
+        was_loaded: set[tuple[int, int]] = set()
+        spells = _Spells()
         open_files = 0
         for event in recording.events:
             kind, key = event.kind, (event.file, event.block)
@@ -119,6 +128,9 @@ class Load:
                 )  # fmt: skip
                 if tier is not Tier.DISK and key in latest and latest[key].tier is not Tier.DISK:
                     load.refetched_bytes += event.size
+                if tier is Tier.DISK:
+                    load.reloaded_bytes += event.size if key in was_loaded else 0
+                    was_loaded.add(key)
                 latest[key] = life
                 load.lives.append(life)
             elif kind == EventKind.PUSHED and key in latest:
@@ -130,7 +142,10 @@ class Load:
                 load.stalls.append(Stall(begin_s, event.at_s, Cause(event.detail), *key))
             elif kind == EventKind.RETRIED:
                 load.retries[Cause(event.detail)] += 1
+            load.has_direct |= kind == EventKind.OPENED and event.detail == 1
             open_files += (kind == EventKind.OPENED) - (kind == EventKind.CLOSED and open_files > 0)
+            if kind in READING or kind == EventKind.CLOSED:
+                spells.add(event.at_s - event.seconds, event.at_s, is_open=open_files > 0)
             if kind in READING or kind == EventKind.CLOSED:
                 load.end_s = event.at_s
             if kind in READING and load.start_s is None:
@@ -138,14 +153,23 @@ class Load:
         load.is_over = not open_files
         if open_files:
             load.end_s = recording.now_s
+            spells.add(load.end_s, load.end_s, is_open=False)
+        load.duration_s = spells.sum_s
         load.stalled_s = _without_overlap(load.stalls)
         load.activity_s = load._activities()
         return load
 
     @property
-    def duration_s(self) -> float:
-        """How long reading took."""
-        return 0.0 if self.start_s is None else max(0.0, self.end_s - self.start_s)
+    def firsts(self) -> list[BlockLife]:
+        """How each block came for the first time."""
+        firsts: dict[tuple[int, int], BlockLife] = {}
+        for life in self.lives:
+            firsts.setdefault((life.file, life.block), life)
+        return list(firsts.values())
+
+    def count(self, is_true: Callable[[BlockLife], bool]) -> int:
+        """How many blocks there are of which that is true, however often each of them came."""
+        return len({(life.file, life.block) for life in self.lives if is_true(life)})
 
     @property
     def begin_s(self) -> float:
@@ -161,6 +185,14 @@ class Load:
     def bytes_from(self, tier: Tier) -> int:
         """Bytes of blocks that arrived from a tier."""
         return sum(life.size for life in self.lives if life.tier is tier)
+
+    @property
+    def arriving_s(self) -> float:
+        """For how long blocks were on their way."""
+        spells = _Spells()
+        for life in sorted(self.lives, key=lambda life: life.begun_s):
+            spells.add(life.begun_s, life.landed_s, is_open=False)
+        return spells.sum_s
 
     def rates(self, tier: Tier, begin_s: float, end_s: float, count: int) -> list[float]:
         """Bytes per second from a tier, in each of `count` equal parts of a time span.
@@ -213,6 +245,23 @@ class Load:
     def path(self, file: int) -> str:
         """Path of a file of the recording; empty for NO_FILE."""
         return "" if file == NO_FILE else self.recording.files[file][0]
+
+
+class _Spells:
+    """Sums up the time in which files are open, or readers wait."""
+
+    def __init__(self) -> None:
+        self.sum_s = 0.0
+        self._until_s = 0.0
+        self._was_open = False
+
+    def add(self, begin_s: float, end_s: float, *, is_open: bool) -> None:
+        """Something was done from one time to another; `is_open`: files are open after it."""
+        if self._was_open:
+            begin_s = self._until_s
+        self.sum_s += max(0.0, end_s - max(begin_s, self._until_s))
+        self._until_s = max(self._until_s, end_s)
+        self._was_open = is_open
 
 
 def _without_overlap(stalls: Iterable[Stall]) -> dict[Cause, float]:

@@ -67,6 +67,9 @@ class Recorder:
         self._now_s = now_s
         self._began_s = now_s()
         self.open_files = 0
+        # Processor time of this process while files were open, and since when it is not counted.
+        self._processor_s = 0.0
+        self._counted_s = 0.0
         self.events = EventRing()
         self.files: list[File] = []
         self._numbers: dict[int, int] = {}
@@ -136,21 +139,31 @@ class Recorder:
         self._planned = True
         self.events.add(self.uptime_s, EventKind.PLANNED, size=size_bytes)
 
-    def opened(self, file: File, pid: int) -> None:
-        """A process opened a file."""
+    def opened(self, file: File, pid: int, *, direct: bool = False) -> None:
+        """A process opened a file; `direct`: with O_DIRECT."""
         openers = self._openers.setdefault(file.inode, {})
         openers.pop(pid, None)
         openers[pid] = None
         if len(openers) > OPENERS:
             del openers[next(iter(openers))]
         self._seen.pop(file.inode, None)
+        if not self.open_files:
+            self._counted_s = time.process_time()
         self.open_files += 1
-        self.events.add(self.uptime_s, EventKind.OPENED, file=self._number(file))
+        self.events.add(self.uptime_s, EventKind.OPENED, direct, self._number(file))
 
     def closed(self, file: File) -> None:
         """A file handle was released. It may have been opened under a previous worker."""
+        if self.open_files == 1:
+            self._processor_s += time.process_time() - self._counted_s
         self.open_files = max(0, self.open_files - 1)
         self.events.add(self.uptime_s, EventKind.CLOSED, file=self._number(file))
+
+    @property
+    def processor_s(self) -> float:
+        """Processor time of this process, in seconds, while files were open."""
+        now_s = time.process_time() - self._counted_s if self.open_files else 0.0
+        return self._processor_s + now_s
 
     def was_opened(self, file: File) -> bool:
         """Whether the file was opened since the worker started."""

@@ -16,6 +16,9 @@ from lazyfs.options.option_types import format_duration, format_size
 
 # If readers waited for less than this share of the load, the reader was the limit.
 READER_LIMIT_SHARE = 0.1
+# If the worker uses this share of all processors, its reader needs the others. Without movers it
+# uses hardly more than one, of however many.
+BUSY_SHARE, ONE_BUSY, LEAST_FOR_MOVERS = 0.5, 0.9, 4
 # A best rate above this share of --bandwidth-limit counts as having reached it.
 BANDWIDTH_LIMIT_SHARE = 0.8
 
@@ -25,7 +28,8 @@ class Verdict:
     """What limited a load.
 
     Attributes:
-        limit: in one word: `reader`, `bandwidth-limit`, the label of a cause, or `nothing`.
+        limit: in one word: `reader`, `bandwidth-limit`, `direct`, `processor`, `nothing`, or the
+            label of a cause.
         headline: the limit in one sentence.
         advice: what would change it.
         facts: other findings, one sentence each.
@@ -70,6 +74,7 @@ Explained = tuple[str, str, str]
 def _network(load: Load) -> Explained:
     options = load.recording.about["options"]
     limit, best = options["bandwidth_limit"], load.best_rate()
+    busy, processors = _busy_processors(load)
     if isinstance(limit, int) and best >= BANDWIDTH_LIMIT_SHARE * limit:
         return (
             "bandwidth-limit",
@@ -77,6 +82,13 @@ def _network(load: Load) -> Explained:
             "Raise --bandwidth-limit, or remove it.",
         )
     why = f"blocks were in flight from S3; the best rate over a second was {format_size(best)}/s."
+    if busy >= BUSY_SHARE * processors or (busy >= ONE_BUSY and not options.get("movers")):
+        return (
+            "processor",
+            f"{why} The worker used {busy:.1f} of {processors} processors for them.",
+            "Give the mount more processors"
+            + (", and --movers." if processors >= LEAST_FOR_MOVERS else "."),
+        )
     if options["requests_limit"] >= options["max_concurrency"]:
         return (
             "network",
@@ -91,6 +103,14 @@ def _network(load: Load) -> Explained:
         "prefetched before reading begins, or fill the cache with `lazyfs warm`, so that the next "
         "load reads from disk.",
     )
+
+
+def _busy_processors(load: Load) -> tuple[float, int]:
+    """How many processors the worker used while files were open, and of how many."""
+    about = load.recording.about
+    if load.duration_s <= 0 or "processor_s" not in about:
+        return 0.0, about.get("processors", 1)
+    return about["processor_s"] / load.duration_s, about["processors"]
 
 
 def _throttled(load: Load) -> Explained:
@@ -118,7 +138,25 @@ def _credentials(load: Load) -> Explained:
     )
 
 
+# What became of reads with O_DIRECT, by whether the kernel continues them in the page cache.
+_DIRECT = {
+    True: "Files were opened with O_DIRECT; their bytes came out of the page cache all the same.",
+    False: "Files were opened with O_DIRECT, and their reads bypassed the page cache.",
+    None: "Files were opened with O_DIRECT.",
+}
+
+
 def _disk(load: Load) -> Explained:
+    about = load.recording.about
+    if load.has_direct and about.get("direct_reads_use_page_cache") is False:
+        page_cache = about["options"]["page_cache"]
+        return (
+            "direct",
+            "they read with O_DIRECT, past the page cache, so that blocks were read from the cache "
+            "directory again.",
+            "Mount without --page-cache=off." if page_cache == "off"
+            else "Have the loader read without O_DIRECT; docs/LOADERS.md names its options.",
+        )  # fmt: skip
     return (
         "disk",
         f"blocks were read from the cache directory; the best rate was "
@@ -142,8 +180,11 @@ def _order(load: Load) -> Explained:
     return (
         "order",
         "they read blocks that prefetching had not reached: they read in another order than "
-        "the model's index says.",
-        "Try --prefetch sequential, or load the shards in the order of the index.",
+        "the model's index says, or several files at once.",
+        f"Raise --memory-limit ({format_size(load.recording.about['options']['memory_limit'])}): "
+        "prefetching had no room to go further ahead."
+        if load.activity_s.get(Activity.NO_ROOM, 0.0) > load.duration_s / 2
+        else "Try --prefetch sequential, or load the shards in the order of the index.",
     )
 
 
@@ -178,8 +219,9 @@ _EXPLAINED: dict[Cause, Callable[[Load], Explained]] = {
 def _facts(load: Load) -> tuple[str, ...]:
     """Other findings."""
     assert load.start_s is not None
-    before = sum(life.size for life in load.lives if life.landed_s <= load.start_s)
-    total = sum(life.size for life in load.lives)
+    firsts = load.firsts
+    before = sum(life.size for life in firsts if life.landed_s <= load.start_s)
+    total = sum(life.size for life in firsts)
     shared = load.bytes_from(Tier.FLEET)
     facts = [
         f"{format_size(load.bytes_from(Tier.S3))} came from S3"
@@ -188,12 +230,19 @@ def _facts(load: Load) -> tuple[str, ...]:
     ]
     if before:
         facts.append(
-            f"{format_size(before)} ({before / total:.0%}) were prefetched before the first file "
-            f"was opened, {format_duration(load.start_s)} after the mount."
+            f"{format_size(before)} ({before / total:.0%} of what came) were here before the first "
+            f"file was opened, {format_duration(load.start_s)} after the mount."
         )
-    demanded = sum(life.size for life in load.lives if life.purpose is Purpose.DEMAND)
+    demanded = sum(life.size for life in firsts if life.purpose is Purpose.DEMAND)
     if total and demanded / total > 0.05:
-        facts.append(f"{demanded / total:.0%} were fetched only when a reader waited for them.")
+        facts.append(f"{demanded / total:.0%} came only when a reader waited for them.")
+    if load.has_direct:
+        facts.append(_DIRECT[load.recording.about.get("direct_reads_use_page_cache")])
+    busy, processors = _busy_processors(load)
+    if busy:
+        facts.append(
+            f"The worker used {busy:.1f} of {processors} processors while files were open."
+        )
     no_room_s = load.activity_s.get(Activity.NO_ROOM, 0.0)
     if no_room_s > READER_LIMIT_SHARE * load.duration_s:
         facts.append(
@@ -202,6 +251,8 @@ def _facts(load: Load) -> tuple[str, ...]:
         )
     if load.refetched_bytes:
         facts.append(f"{format_size(load.refetched_bytes)} were fetched more than once.")
+    if load.reloaded_bytes:
+        facts.append(f"{format_size(load.reloaded_bytes)} were read from disk more than once.")
     facts += [
         f"Requests to S3 were retried {count} times ({cause.label})."
         for cause, count in load.retries.items()

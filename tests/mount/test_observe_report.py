@@ -171,6 +171,43 @@ def test_a_limit_that_was_asked_for(mount: Callable[..., Mounted]) -> None:
     assert "--bandwidth-limit allows 4MiB/s" in told["verdict"]["headline"]
 
 
+DIRECT = """
+import mmap, os, sys
+for shard in sys.argv[2:]:
+    descriptor = os.open(f"{sys.argv[1]}/{shard}", os.O_RDONLY | os.O_DIRECT)
+    buffer = mmap.mmap(-1, 1 << 20)
+    at = 0
+    while n := os.preadv(descriptor, [buffer], at):
+        at += n
+    os.close(descriptor)
+"""
+
+
+def test_a_direct_load_is_named(mount: Callable[..., Mounted]) -> None:
+    options = ["--block-size=1MiB", "--memory-limit=64MiB"]
+    told = []
+    for page_cache in ("auto", "off"):
+        mounted = mount("s3://reported/m", *options, f"--page-cache={page_cache}")
+        for _ in range(2):
+            python(DIRECT, mounted.path, *SHARDS)
+        told.append(report(mounted))
+    used, bypassed = (" ".join(each["verdict"]["facts"]) for each in told)
+    assert "opened with O_DIRECT" in used and "bypassed" not in used
+    assert "O_DIRECT, and their reads bypassed the page cache" in bypassed
+
+
+def test_a_hot_load_adds_what_it_took_and_no_blocks(mount: Callable[..., Mounted]) -> None:
+    mounted = mount("s3://reported/m", "--block-size=1MiB")
+    load(mounted)
+    first = report(mounted)
+    load(mounted)
+    second = report(mounted)
+    assert 0 < first["load"]["duration_s"] < second["load"]["duration_s"]
+    assert second["load"]["is_over"]
+    fetched = [event for event in second["events"] if event["what"] == "fetched"]
+    assert len({(event["file"], event["block"]) for event in fetched}) == len(fetched)
+
+
 def test_a_report_before_any_read(mount: Callable[..., Mounted]) -> None:
     mounted = mount("s3://reported/m")
     assert limit(mounted) == "nothing"
