@@ -19,8 +19,9 @@ from lazyfs.blocks.buffers import take_buffer
 from lazyfs.blocks.memory import Held
 from lazyfs.cache import Claim
 from lazyfs.errors import SourceError
+from lazyfs.fetch.attempt import Got
 from lazyfs.fetch.read_access import ReadAccess
-from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter, Got
+from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter
 from lazyfs.model.safetensors import HEAD_BYTES
 from lazyfs.objects import File
 from lazyfs.observe.recorder import Tier

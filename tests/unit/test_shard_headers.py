@@ -12,7 +12,8 @@ import trio.testing
 from inline_threads import InlineThreads
 
 from lazyfs.errors import SourceError, UnavailableError
-from lazyfs.fetch.request import PREFETCH_PATIENCE_S, Got
+from lazyfs.fetch.attempt import Got
+from lazyfs.fetch.request import PREFETCH_PATIENCE_S
 from lazyfs.fetch.shard_headers import AT_ONCE, LEAST_BLOCKS, PUSHERS, ShardHeaders, heads_limit
 from lazyfs.fetch.tiers import OriginTier
 from lazyfs.model.safetensors import HEAD_BYTES, LONGEST_HEADER, MalformedHeaderError

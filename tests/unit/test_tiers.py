@@ -16,8 +16,9 @@ from lazyfs.cache import CARE_S, BlockCache, Claim
 from lazyfs.cache.block_writer import BlockWriter
 from lazyfs.cache.other_daemons import LEASE_S, LOOK_S, OtherDaemons
 from lazyfs.errors import AccessDeniedError, SourceError, UnavailableError
+from lazyfs.fetch.attempt import Got
 from lazyfs.fetch.disk_tier import DiskTier
-from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter, Got
+from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter
 from lazyfs.fetch.tiers import Job, OriginTier, Tiers
 from lazyfs.model.safetensors import HEAD_BYTES
 from lazyfs.objects import File
