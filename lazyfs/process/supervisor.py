@@ -265,14 +265,14 @@ class Supervisor:
         Raises:
             DaemonError, MountError: it cannot be used; the worker has ended.
         """
+        owner = int(str(self._spec.options.get("uid", user.uid())))
+        assert self._record is not None
+        requests = WorkerRequests(self._mountpoint, self._session, self._record, owner)
         started = self._waiting_worker() or self._start_process()
         self._worker = started.process
         self._oom_kills = oom_kills()
         if self._stopping.is_set():
             self._worker.kill()  # `give_up` came just before it existed
-        owner = int(str(self._spec.options.get("uid", user.uid())))
-        assert self._record is not None
-        requests = WorkerRequests(self._mountpoint, self._session, self._record, owner)
         try:
             ready = requests.serve_until_ready(started, time.monotonic() + timeout_s)
             self._version = ready["version"]
