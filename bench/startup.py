@@ -62,7 +62,7 @@ def main() -> None:
             for turn in range(arguments.rounds + 1):
                 for name, path in zip(("base", "head"), trees, strict=True):
                     row = measure(Lazyfs(path, name, keeps=cache == "disk"), place)
-                    if turn:  # the first round only writes what Python compiles
+                    if turn:  # the first round only fills the page cache
                         found[name].append(row)
             print(f"cache {cache}: medians of {arguments.rounds}, in ms")
             print(f"{'':14}{'base':>8}{'head':>8}{'head/base':>11}")
