@@ -34,6 +34,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import boto3  # noqa: E402
+from clients import PROMPT, TOKENS  # noqa: E402
 from mounting import Mounted  # noqa: E402
 from ports import free_port  # noqa: E402
 from s3 import CREDENTIALS  # noqa: E402
@@ -45,8 +46,6 @@ PAGE = HERE.parents[1] / "docs" / "LOADERS.md"
 BEGIN, END = "<!-- loaders: made by `make loaders`, do not edit -->", "<!-- end of loaders -->"
 BUCKET = "models"
 READY_S = 900
-PROMPT = "Paris is the capital"
-TOKENS = 24
 # What a loader may ask in vain for: files that a model may have and this one has not.
 LOOKUPS = {"open", "openat", "stat", "lstat", "newfstatat", "statx", "access", "faccessat2"}
 HEADER = (
@@ -132,10 +131,11 @@ class Loader:
     def load(self, client: Client, directory: Path) -> Loaded:
         """Load a directory."""
         assert self._process.stdin is not None
+        logged = self._log.stat().st_size
         self._process.stdin.write(f"{client.name} {directory}\n")
         self._process.stdin.flush()
         answer = json.loads(self._line())
-        return Loaded(answer["load_s"], answer["digest"], _weights_s(self._log))
+        return Loaded(answer["load_s"], answer["digest"], _weights_s(self._log, logged))
 
     def _line(self) -> str:
         assert self._process.stdout is not None
@@ -186,7 +186,7 @@ class Server:
                     raise SystemExit(f"{client.name} from {directory}: {_end_of(self._log)}")
                 time.sleep(0.05)
             ready_s = time.monotonic() - began_s
-            return Loaded(ready_s, _answer(port), _weights_s(self._log))
+            return Loaded(ready_s, _answer(port), _weights_s(self._log, 0))
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             try:
@@ -219,9 +219,10 @@ def _answer(port: int) -> str:
         return str(json.load(answer)["choices"][0]["token_ids"])
 
 
-def _weights_s(log: Path) -> float | None:
-    """The time that vLLM has logged last."""
-    found = re.findall(r"Loading weights took ([\d.]+) seconds", log.read_text(errors="replace"))
+def _weights_s(log: Path, start: int) -> float | None:
+    """The time that vLLM has logged last; None: it has not, since so many bytes."""
+    words = log.read_bytes()[start:].decode(errors="replace")
+    found = re.findall(r"Loading weights took ([\d.]+) seconds", words)
     return float(found[-1]) if found else None
 
 
