@@ -25,7 +25,7 @@ OPEN_FILES = 8192  # for the most requests, see `process/descriptors.py`
 # By `--movers auto`. Movers pay only where a third processor answers the kernel and a fourth is the
 # reader's.
 LEAST_PROCESSORS = 4
-MOST_MOVERS = 64
+MOST_MOVERS = 96
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 

@@ -295,7 +295,7 @@ class MountOptions:
         Count(0, 128, words=("auto",)),
         "Reading",
         "Maximum number of processes that move bytes during a load: receiving, decrypting, "
-        "checksums, disk and page cache. auto: one for two processors, at most 64, and none on "
+        "checksums, disk and page cache. auto: one for two processors, at most 96, and none on "
         "less than 4 processors. They start with a load and end 30 seconds after it.",
         "auto",
     )

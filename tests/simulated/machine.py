@@ -14,6 +14,7 @@ from typing import Any
 
 import trio
 
+from lazyfs.blocks.buffers import LEAST_SHARED
 from lazyfs.cache import Claim
 from lazyfs.objects import File
 
@@ -41,7 +42,7 @@ class Machine:
             rates of what they do are those of `link`, `push` and the disk alone.
         receive: bytes a second that a mover receives; of HTTPS less than half as many.
         check: the same, of checksums and writes to the disk.
-        worker: bytes a second for which the process that answers the kernel has time.
+        worker_s: what each block takes of the process that answers the kernel.
     """
 
     link: float = 500e6
@@ -58,7 +59,7 @@ class Machine:
     movers: int = 0
     receive: float = 2.5e9
     check: float = 6e9
-    worker: float = math.inf
+    worker_s: float = 0.0
 
 
 class Threads:
@@ -124,13 +125,17 @@ class Link:
 
 
 class Queue:
-    """A device that does one thing after another at a rate."""
+    """A device or a process that does one thing after another.
+
+    Args:
+        rate: what it does in a second, in the unit of `take`.
+    """
 
     def __init__(self, rate: float) -> None:
         self._rate = rate
         self._free_s = 0.0
 
-    async def take(self, size: int) -> None:
+    async def take(self, size: float) -> None:
         self._free_s = max(self._free_s, trio.current_time()) + size / self._rate
         await trio.sleep_until(self._free_s)
 
@@ -165,7 +170,7 @@ class Bucket:
     ) -> None:  # fmt: skip
         self._machine = machine
         self._movers = movers
-        self._worker = Queue(machine.worker)
+        self._worker = Queue(1.0)
         self._contents = contents
         self._zeros = memoryview(bytes(block_size))
         self._link = link
@@ -203,7 +208,8 @@ class Bucket:
     async def _receive(self, length: int) -> None:
         await self._link.transfer(length)
         await self._movers.take(length, self._machine.receive)
-        await self._worker.take(length)
+        if length >= LEAST_SHARED:
+            await self._worker.take(self._machine.worker_s)
 
     def forget(self) -> None:
         """Count from here on."""

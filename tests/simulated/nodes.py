@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,8 @@ from simulated.models import Model
 
 GIB = 1 << 30
 BLOCK = 8 << 20
+# What a block of 8 MiB takes of the worker, in seconds: see docs/BENCHMARKS.md, "Movers".
+WORKER_S = 0.0004
 # Of a processor, in bytes a second: what `bench/scaling.py` shows of HTTPS and of HTTP.
 RECEIVE = {"https": 1.1e9, "http": 2.5e9}
 
@@ -31,7 +32,7 @@ class Node:
         size: of the model, in bytes.
         share: of the link that a load must get, from its first read to its last.
         disk_rate: of writes, bytes a second; None: without a disk cache.
-        worker: bytes a second that the process that answers the kernel has time for.
+        worker_s: of each block, the time of the process that answers the kernel.
     """
 
     gbit: int
@@ -41,7 +42,7 @@ class Node:
     loader: Callable[[Model], Loader] = loaders.lazy
     scheme: str = "https"
     disk_rate: float | None = 3e9
-    worker: float = math.inf
+    worker_s: float = WORKER_S
 
     def run(self) -> float:
         """The share of the link that the load gets."""
@@ -50,7 +51,8 @@ class Node:
         machine = Machine(
             link=link, pages=512 * GIB, disk=None if self.disk_rate is None else 1 << 42,
             disk_read=1.5 * (self.disk_rate or 1), disk_write=self.disk_rate or 1,
-            movers=auto_movers(self.processors), receive=RECEIVE[self.scheme], worker=self.worker,
+            movers=auto_movers(self.processors), receive=RECEIVE[self.scheme],
+            worker_s=self.worker_s,
         )  # fmt: skip
         memory = auto_memory(BLOCK, self.processors, 1 << 40)
         options = {

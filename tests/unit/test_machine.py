@@ -20,7 +20,7 @@ BLOCK = 8 * MIB
         (4, 64 * GIB, 512 * MIB, 64, 2),
         (16, 64 * GIB, 1632 * MIB, 204, 8),
         (96, 1024 * GIB, 12 * GIB, 1024, 48),
-        (192, 2048 * GIB, 16 * GIB, 1024, 64),
+        (192, 2048 * GIB, 16 * GIB, 1024, 96),
     ],
 )
 def test_limits_grow_with_the_machine(
