@@ -34,6 +34,7 @@ import trio
 
 from lazyfs.blocks import buffers
 from lazyfs.blocks.arena import Arena
+from lazyfs.faults import contained
 from lazyfs.movers.context import WIRE
 
 log = logging.getLogger(__name__)
@@ -184,14 +185,16 @@ class Movers:
                 wire.use(line.wire)
             told = await self._told(line, wire)
         except trio.Cancelled:
-            trio.lowlevel.spawn_system_task(self._drain, line, buffer, wire, ended)
+            self._go_on(line, buffer, wire, ended)
             raise
         except OSError as error:
             self._done(line, wire, ended, lost=True)
             raise MoverLostError(str(error)) from error
-        except BaseException:
-            self._done(line, wire, ended, lost=True)
-            raise
+        except ValueError as error:
+            log.error("a process that moves bytes sent no answer but %s", error)
+            self._remove(line.mover)
+            self._go_on(line, buffer, wire, ended)
+            raise MoverLostError(str(error)) from error
         self._done(line, wire, ended, lost=False)
         return _value(told)
 
@@ -204,23 +207,42 @@ class Movers:
     def _done(
         self, line: _Line, wire: Wire | None, ended: Callable[[], None], *, lost: bool
     ) -> None:
+        """A call that a task awaited is over: the mover has answered, or closed the line."""
         if wire is not None:
             wire.use(None)
-        (self._lose if lost else self._give_back)(line)
+        if lost:
+            self._lose(line, is_over=True)
+        else:
+            self._give_back(line)
         ended()
+
+    def _go_on(
+        self, line: _Line, buffer: memoryview, wire: Wire | None, ended: Callable[[], None]
+    ) -> None:
+        """Leave a call to a task that outlives the one that made it."""
+        trio.lowlevel.spawn_system_task(
+            contained, "waiting for a mover", self._drain, line, buffer, wire, ended
+        )
 
     async def _drain(
         self, line: _Line, buffer: memoryview, wire: Wire | None, ended: Callable[[], None]
     ) -> None:
-        """Wait for the end of a call whose task was cancelled; until then `buffer` is in use."""
-        lost = True
-        try:
-            await self._told(line, wire)
-            lost = False
-        except OSError as error:
-            log.debug("a call that nobody waits for was lost: %s", error)
-        finally:
-            self._done(line, wire, ended, lost=lost)
+        """Wait for the end of a call without its task; until then `buffer` is in use.
+
+        Cancelled when the worker ends. It must not wait for the mover then, which may be storing a
+        page that only the next worker unlocks.
+        """
+        while True:
+            try:
+                await self._told(line, wire)
+            except ValueError:
+                continue
+            except OSError as error:
+                log.debug("a call that no task waits for was lost: %s", error)
+                self._done(line, wire, ended, lost=True)
+            else:
+                self._done(line, wire, ended, lost=False)
+            return
 
     def _asked(
         self, function: Callable[..., Any], arguments: tuple[Any, ...], buffer: memoryview
@@ -302,26 +324,36 @@ class Movers:
                 return
         line.close()
 
-    def _lose(self, line: _Line) -> None:
-        """A call broke off: end its mover, and wait until it can use the buffer no longer."""
+    def _lose(self, line: _Line, *, is_over: bool = False) -> None:
+        """A call broke off: end its mover, and wait until it can use the buffer no longer.
+
+        Args:
+            is_over: the mover has closed the line. The trio thread must not wait.
+        """
         with self._lock:
             line.mover.busy -= 1
             self.lost += 1
-            is_first = line.mover in self._movers
-            if is_first:
-                self._movers.remove(line.mover)
-                self._rest()
-        if is_first:
-            _end(line.mover)
-        with contextlib.suppress(OSError):  # the other side is closed
-            while line.channel.recv(MOST_BYTES):
-                pass
+        is_first = self._remove(line.mover)
+        if not is_over:
+            with contextlib.suppress(OSError):  # the other side is closed
+                while line.channel.recv(MOST_BYTES):
+                    pass
         line.close()
         if is_first:
             log.warning(
                 "a process that moves bytes ended unexpectedly (exit code %s); another is started",
                 line.mover.process.poll(),
             )
+
+    def _remove(self, mover: _Mover) -> bool:
+        """End a mover; False if it was ended before."""
+        with self._lock:
+            if mover not in self._movers:
+                return False
+            self._movers.remove(mover)
+            self._rest()
+        _end(mover)
+        return True
 
     def _rest(self) -> None:
         self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LONGEST_PAUSE_S)

@@ -269,6 +269,55 @@ def test_a_call_goes_on_without_its_task(movers: Movers) -> None:
     assert movers.lost == 0
 
 
+def test_a_worker_ends_without_a_call_that_is_stuck(movers: Movers) -> None:
+    """The mover may wait for a page that the next worker unlocks."""
+    pid = called(movers, fill, 0)
+    assert isinstance(pid, int)
+
+    async def run(port: int) -> None:
+        wire = Wire()
+
+        async def call() -> None:
+            await movers.run(wait_for, port, buffer=take_buffer(SIZE), wire=wire)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call)
+            while not wire.told.is_set():
+                await trio.sleep(0.01)
+            for mover in movers._movers:
+                os.kill(mover.process.pid, signal.SIGSTOP)
+            nursery.cancel_scope.cancel()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        trio.run(run, server.getsockname()[1])
+    assert sum(mover.busy for mover in movers._movers) == 1, "it was not waited for"
+
+
+def test_garbage_instead_of_an_answer_ends_a_mover(
+    movers: Movers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called(movers, fill, 0)
+    ended: list[bool] = []
+
+    async def run() -> None:
+        with monkeypatch.context() as patched:
+
+            def garbage(message: bytes) -> None:
+                raise ValueError("garbage")
+
+            patched.setattr(pool.json, "loads", garbage)
+            with pytest.raises(MoverLostError):
+                await movers.run(
+                    fill, 1, buffer=take_buffer(SIZE), ended=lambda: ended.append(True)
+                )
+        with trio.fail_after(60):
+            while not ended:
+                await trio.sleep(0.01)
+
+    trio.run(run)
+    assert movers.lost == 1
+
+
 def test_movers_can_be_started_ahead(movers: Movers) -> None:
     """A prefetch waits for the first; a reader does not."""
 
