@@ -31,6 +31,10 @@ from mounts import Lazyfs, Mounted, Place, forget
 from lazyfs.options.option_types import parse_size
 
 ROOT = Path(__file__).parent.parent
+# Of a quota. The kernel's own, 100 ms, would make each block wait that long.
+PERIOD_US = 20_000
+# What a mover needs to start.
+START_S = 0.1
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -76,6 +80,8 @@ def main() -> None:
                     counts = arguments.movers if turn % 2 == 0 else arguments.movers[::-1]
                     for count in counts:
                         options = (f"--movers={count}", *arguments.option)
+                        if arguments.quota:  # otherwise much is fetched before there is one
+                            options += ("--prefetch-on=open",)
                         lazyfs = Lazyfs(ROOT, keeps=cache == "disk", options=options)
                         meter = Meter(origin, requests)
                         found[count].append(measure(lazyfs, meter, place, arguments.quota))
@@ -111,7 +117,7 @@ def measure(lazyfs: Lazyfs, meter: Meter, place: Place, quota: float | None) -> 
 
 @contextlib.contextmanager
 def _limited(mounted: Mounted, quota: float | None) -> Iterator[None]:
-    """Give each mover, as soon as it is there, a control group with a share of a processor."""
+    """Give each mover that has started a control group with a share of a processor."""
     if quota is None:
         yield
         return
@@ -121,7 +127,7 @@ def _limited(mounted: Mounted, quota: float | None) -> Iterator[None]:
     def limit() -> None:
         while not ended.wait(0.02):
             for pid in _pids(mounted.group, "movers.process"):
-                if pid not in groups:
+                if pid not in groups and _cpu_seconds(pid) >= START_S:
                     groups[pid] = _quota_group(pid, quota)
 
     thread = threading.Thread(target=limit)
@@ -140,13 +146,17 @@ def _limited(mounted: Mounted, quota: float | None) -> Iterator[None]:
 
 def _quota_group(pid: int, quota: float) -> Path:
     for root in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/cpu")):
+        if not (root / "cgroup.procs").exists():
+            continue  # no control group, but the place of several hierarchies
         path = root / f"lazyfs-bench-mover-{pid}"
         with contextlib.suppress(OSError):
             path.mkdir()
+            quota_us = int(quota * PERIOD_US)
             if (path / "cpu.cfs_quota_us").exists():
-                (path / "cpu.cfs_quota_us").write_text(str(int(quota * 100_000)))
+                (path / "cpu.cfs_period_us").write_text(str(PERIOD_US))
+                (path / "cpu.cfs_quota_us").write_text(str(quota_us))
             else:
-                (path / "cpu.max").write_text(f"{int(quota * 100_000)} 100000")
+                (path / "cpu.max").write_text(f"{quota_us} {PERIOD_US}")
             (path / "cgroup.procs").write_text(str(pid))
             return path
     raise SystemExit("bench: no control group can limit processor time here")
