@@ -199,8 +199,8 @@ async def _serve(
     helpers = HelperProcesses(line.connection)
     device = os.dup(session.descriptor)
     movers.lend(DEVICE, device)
-    if options.prefetch in PLANNED:
-        movers.start()  # they begin as soon as there is a plan
+    if options.brings("model"):
+        movers.start()  # they are needed as soon as there is a plan
 
     def begin() -> None:
         page_cache.device = device
