@@ -38,23 +38,27 @@ _TRACE_BUFFER_KIB = 16 << 10  # for each processor; an event takes about 50 byte
 
 
 class Group:
-    """A control group. It counts the processes that `enter` it, with their children."""
+    """A control group. It counts the processes that `enter` it, with their children.
+
+    Attributes:
+        path: its directory.
+    """
 
     def __init__(self, name: str) -> None:
-        self._path = _cgroup_root() / f"lazyfs-bench-{os.getpid()}-{name}"
-        self._path.mkdir()
+        self.path = _cgroup_root() / f"lazyfs-bench-{os.getpid()}-{name}"
+        self.path.mkdir()
 
     def enter(self) -> None:
         """Add the calling process to the group; for `preexec_fn`."""
-        (self._path / "cgroup.procs").write_text("0")
+        (self.path / "cgroup.procs").write_text("0")
 
     def processes(self) -> list[int]:
         """PIDs of the processes that are alive."""
-        return [int(line) for line in (self._path / "cgroup.procs").read_text().split()]
+        return [int(line) for line in (self.path / "cgroup.procs").read_text().split()]
 
     def cpu_seconds(self) -> float:
         """User and system time of all processes that were ever in the group."""
-        for line in (self._path / "cpu.stat").read_text().splitlines():
+        for line in (self.path / "cpu.stat").read_text().splitlines():
             if line.startswith("usage_usec"):
                 return int(line.split()[1]) / 1e6
         raise SystemExit("bench: the control group counts no processor time")
@@ -71,11 +75,11 @@ class Group:
         """
         left = self._wait(patience_s)
         if left:
-            (self._path / "cgroup.kill").write_text("1")
+            (self.path / "cgroup.kill").write_text("1")
             self._wait(5)
-        self._path.rmdir()
+        self.path.rmdir()
         if left and patience_s:
-            raise SystemExit(f"bench: {self._path.name}: processes left behind: {left}")
+            raise SystemExit(f"bench: {self.path.name}: processes left behind: {left}")
 
     def _wait(self, patience_s: float) -> list[int]:
         deadline = time.monotonic() + patience_s

@@ -139,8 +139,9 @@ def _limited(mounted: Mounted, quota: float | None) -> Iterator[None]:
         thread.join()
         # Back to where they are counted and ended.
         for pid, path in groups.items():
+            of_mount = mounted.group.path if (path / "cpu.max").exists() else path.parent
             with contextlib.suppress(OSError):
-                (mounted.group.path / "cgroup.procs").write_text(str(pid))
+                (of_mount / "cgroup.procs").write_text(str(pid))
             path.rmdir()
 
 

@@ -11,6 +11,7 @@ their turn.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -22,9 +23,13 @@ from simulated.nodes import LARGE, NODES
 
 
 def nodes() -> None:
-    """Run the loads of large nodes."""
+    """Run the loads of large nodes, without and with the time that the worker itself needs."""
     for name, node in {**NODES, **LARGE}.items():
-        print(f"{name}: {node.run():.3f} of the link (bar: {node.share})", flush=True)
+        policy, share = (replace(node, has_worker=has).run() for has in (False, True))
+        print(
+            f"{name}: {share:.3f} of the link (bar: {node.share}); "
+            f"{policy:.3f} if the worker took no time", flush=True,
+        )  # fmt: skip
 
 
 def main(words: list[str]) -> None:

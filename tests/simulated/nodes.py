@@ -16,8 +16,9 @@ from simulated.models import Model
 
 GIB = 1 << 30
 BLOCK = 8 << 20
-# What a block of 8 MiB takes of the worker, in seconds: see docs/BENCHMARKS.md, "Movers".
-WORKER_S = 0.0004
+# What a block of 8 MiB takes of the worker's processor, in seconds, with and without a disk cache:
+# docs/BENCHMARKS.md, "Movers".
+WORKER_S = {"disk": 0.0029, "none": 0.0014}
 # Of a processor, in bytes a second: what `bench/scaling.py` shows of HTTPS and of HTTP.
 RECEIVE = {"https": 1.1e9, "http": 2.5e9}
 
@@ -32,7 +33,7 @@ class Node:
         size: of the model, in bytes.
         share: of the link that a load must get, from its first read to its last.
         disk_rate: of writes, bytes a second; None: without a disk cache.
-        worker_s: of each block, the time of the process that answers the kernel.
+        has_worker: the time that the worker itself needs counts. Without it, the policy is tried.
     """
 
     gbit: int
@@ -42,7 +43,12 @@ class Node:
     loader: Callable[[Model], Loader] = loaders.lazy
     scheme: str = "https"
     disk_rate: float | None = 3e9
-    worker_s: float = WORKER_S
+    has_worker: bool = False
+
+    @property
+    def _worker_s(self) -> float:
+        kind = "none" if self.disk_rate is None else "disk"
+        return WORKER_S[kind] if self.has_worker else 0.0
 
     def run(self) -> float:
         """The share of the link that the load gets."""
@@ -52,7 +58,7 @@ class Node:
             link=link, pages=512 * GIB, disk=None if self.disk_rate is None else 1 << 42,
             disk_read=1.5 * (self.disk_rate or 1), disk_write=self.disk_rate or 1,
             movers=auto_movers(self.processors), receive=RECEIVE[self.scheme],
-            worker_s=self.worker_s,
+            worker_s=self._worker_s,
         )  # fmt: skip
         memory = auto_memory(BLOCK, self.processors, 1 << 40)
         options = {
