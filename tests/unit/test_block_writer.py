@@ -31,6 +31,7 @@ class Disk:
         self.ready = trio.Semaphore(0)
         self.full = False
         self.waited_for = False
+        self.error: Exception | None = None
 
     def others_wait(self) -> bool:
         return self.waited_for
@@ -40,6 +41,8 @@ class Disk:
 
     def put_all(self, blocks: Sequence[tuple[File, int, memoryview]]) -> list[bool]:
         self.batches.append([number for _, number, _ in blocks])
+        if self.error is not None:
+            raise self.error
         return [not self.full] * len(blocks)
 
 
@@ -206,3 +209,34 @@ def test_a_block_larger_than_a_batch_is_written_alone(monkeypatch: pytest.Monkey
         await desk.writer.finish()
 
     assert sorted(map(len, play(scenario).disk.batches)) == [1, 1, 1]
+
+
+def test_a_fault_while_blocks_are_written_leaves_them_to_memory() -> None:
+    async def scenario(desk: Desk) -> None:
+        desk.disk.error = ZeroDivisionError()
+        held = desk.put(0)
+        desk.disk.ready.release()
+        await desk.writer.finish()
+        assert (held.users, held.on_disk) == (0, False)
+        desk.disk.error = None
+        desk.put(1)
+        desk.disk.ready.release()
+        await desk.writer.finish()
+
+    assert play(scenario).written == {0: False, 1: True}
+
+
+def test_skipped_blocks_do_not_crowd_the_queue_when_they_are_written_later() -> None:
+    async def scenario(desk: Desk) -> None:
+        held = [desk.put(number, reader_waits=True) for number in range(20)]
+        desk.memory.update({BlockId(2, number): each for number, each in enumerate(held)})
+        desk.disk.ready.release()
+        await trio.testing.wait_all_tasks_blocked()
+        assert [number for number, each in enumerate(held) if each.users] == list(range(1, 9))
+        assert desk.writer.skipped_blocks == 11
+        for _ in range(20):
+            desk.disk.ready.release()
+        await desk.writer.finish()
+        assert all(each.on_disk for each in held)
+
+    assert play(scenario).writer.skipped_blocks == 0

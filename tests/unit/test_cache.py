@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from lazyfs.cache import BlockCache, Claim, block_io
+from lazyfs.cache import block_files as block_files_module
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.space import Limits
 from lazyfs.errors import CacheError
@@ -290,6 +292,36 @@ def test_a_failing_directory_is_left_alone_and_tried_again(
     assert fill(cache, one, range(1)) == [False]
     monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + 31)
     assert fill(cache, one, range(1)) == [True]
+
+
+def test_a_disk_that_fails_in_the_middle_keeps_what_was_written(
+    open_cache: Callable[..., BlockCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, one = open_cache(), file()
+    write, written = block_io.write_block, 0
+
+    def write_two(path: Path, *arguments: object) -> None:
+        nonlocal written
+        written += 1
+        if written == 3:
+            path.write_bytes(b"a part")
+            raise OSError(errno.EIO, "broken")
+        write(path, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(block_files_module, "write_block", write_two)
+    blocks = [(one, number, memoryview(body(one, number))) for number in range(4)]
+    assert cache.put_all(blocks) == [True, True, False, False]
+    assert [cache.holds(one, number) for number in range(4)] == [True, True, False, False]
+    assert len(block_files(tmp_path / "cache")) == 2
+    monkeypatch.undo()
+    again = open_cache()
+    assert fill(again, one, range(2, 4)) == [True, True]
+    assert [load(again, one, number) for number in range(4)] == [
+        body(one, number) for number in range(4)
+    ]
+    again.drop(one)
+    assert again.present(one) == []
+    assert block_files(tmp_path / "cache") == []
 
 
 def test_orphans_do_not_stay(open_cache: Callable[..., BlockCache], tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from lazyfs.cache import claims
 from lazyfs.cache.claims import LOOK_S, Claims
 
 CLAIM = """
@@ -66,3 +70,18 @@ def others_wait(claims: Claims) -> bool:
     """As it is known after a moment."""
     time.sleep(LOOK_S)
     return claims.others_wait()
+
+
+def test_on_a_filesystem_without_locks_each_process_fetches_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = Claims(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(claims.fcntl, "fcntl", refuse)
+    assert ours.claim("a")
+    assert not ours.is_taken("a")
+    assert not ours.others_wait()
+    assert not ours.others_load("c")

@@ -48,6 +48,7 @@ class TestPagesAhead:
 
     def test_a_reader_that_left_only_pages_behind_has_read_them(self) -> None:
         blocks, ahead = pages(2)
+        blocks.moved(BlockId(2, 0), Place.USED)
         ahead.locate(blocks.order, [(3, 0), (2, 1)])
         assert ahead.blocks == 0
         ahead.locate(blocks.order, [(2, 1), (3, 0)])

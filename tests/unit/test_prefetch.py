@@ -316,6 +316,15 @@ def test_model_fetches_skipped_tensors_last() -> None:
     assert order.index(38) > order.index(190)
 
 
+def test_model_expects_a_skip_only_after_two() -> None:
+    made = layered("model")
+    made.was_read(2, 20, 4)
+    made.was_read(2, 120, 4)
+    assert made.blocks.place(BlockId(2, 18)) == Place.ABSENT, "layers.1.b"
+    made.was_read(2, 220, 4)
+    assert made.blocks.place(BlockId(2, 38)) == Place.PASSED, "layers.3.b"
+
+
 def test_wasted_bytes_are_bounded() -> None:
     """A reader of every seventh tensor, of names without any pattern."""
     made = prefetcher("tensor", 3000)
