@@ -167,7 +167,7 @@ def test_an_error_of_the_second_attempt_leaves_the_first() -> None:
         return good()
 
     def second() -> memoryview:
-        first_may_answer.set()
+        threading.Timer(0.2, first_may_answer.set).start()  # after this error has been seen
         raise ThrottledError("slow down")
 
     data, _, memory, recorder = get(Source(slow, second))

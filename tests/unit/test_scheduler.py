@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -35,9 +36,10 @@ LARGE = File(4, 1, "h", "h", 300 * BLOCK, "e", 0)
 
 
 class Source:
-    """Gives zeros, an error, or nothing before it is opened."""
+    """Gives zeros, contents, an error, or nothing before it is opened."""
 
     def __init__(self) -> None:
+        self.contents: dict[str, bytes] = {}
         self.open = threading.Event()
         self.open.set()
         self.error: SourceError | None = None
@@ -51,7 +53,8 @@ class Source:
         self.open.wait(20)
         if self.error is not None:
             raise self.error
-        return memoryview(bytes(length))
+        content = self.contents.get(pin.key, b"").ljust(start + length, b"\0")
+        return memoryview(content)[start : start + length]
 
 
 class Disk:
@@ -475,5 +478,39 @@ def test_a_reader_that_goes_away_leaves_nothing_behind(has_begun: bool) -> None:
         await until(lambda: machine.fetcher.in_flight == 0)
         await read(machine, 15)
         assert machine.source.asked.count(15) == 1
+
+    play(machine, scenario)
+
+
+def test_bytes_on_the_disk_are_counted_to_the_end_of_the_file() -> None:
+    machine = Machine(prefetch="off")
+    short = replace(ON_DISK, size_bytes=4 * BLOCK - 5)
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        assert await machine.fetcher.cached_bytes(short) == 4 * BLOCK - 5
+        assert await machine.fetcher.cached_bytes(MODEL) == 0
+
+    play(machine, scenario)
+
+
+@pytest.mark.parametrize(("blocks", "is_here"), [(1, False), (10, False), (10, True)])
+def test_a_header_is_fetched_once_with_its_block_or_without(blocks: int, is_here: bool) -> None:
+    machine = Machine(prefetch="off")
+    header = (100).to_bytes(8, "little") + b"{}".ljust(100)
+    shard = File(5, 1, "s.safetensors", "s", blocks * BLOCK, "e", 0)
+    machine.source.contents["s"] = header
+    # A small shard comes whole; of a large one, the header comes by itself.
+    comes_with_block = blocks == 1 or is_here
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        if is_here:
+            await machine.fetcher.read(shard, Span(0, 0, 10))
+        for _ in range(2):
+            assert await machine.fetcher.header(shard) == header
+        assert machine.source.asked == [0]
+        assert machine.fetcher.has_header(shard)
+        assert machine.fetcher.head(shard)[:108] == (b"" if comes_with_block else header)
+        await machine.fetcher.read(shard, Span(0, BLOCK - 10, BLOCK))
+        assert len(machine.source.asked) == (1 if comes_with_block else 2)
 
     play(machine, scenario)
