@@ -6,28 +6,24 @@ root also starts each worker as a user of its own.
 
 Capabilities, their bounding set, `no_new_privs` and filters belong to a thread; a new thread or
 process inherits those of the thread that starts it (capabilities(7)). Uses only the standard
-library.
+library, and little of it, because each mount waits for this import.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import logging
 import os
 import resource
-import secrets
 import subprocess
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from lazyfs import user
 from lazyfs.process import system_calls
-
-log = logging.getLogger(__name__)
 
 # linux/prctl.h, linux/capability.h, linux/securebits.h
 _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_SECUREBITS, _PR_SET_NO_NEW_PRIVS = 4, 24, 28, 38
@@ -58,8 +54,7 @@ class Rights(Enum):
     USER = "user"
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerUser:
+class WorkerUser(NamedTuple):
     """The user of a worker, and whether the worker has the only capability that it may have.
 
     Attributes:
@@ -90,11 +85,9 @@ def protect_from_oom(process: int | str = "self") -> None:
     The value may be lower already: kubelet sets -997 for critical pods.
     """
     path = Path(f"/proc/{process}/oom_score_adj")
-    try:
+    with contextlib.suppress(OSError):  # without root's rights it stays as it is
         if int(path.read_text()) > OOM_SCORE_ADJUSTMENT:
             path.write_text(str(OOM_SCORE_ADJUSTMENT))
-    except OSError as error:
-        log.debug("the OOM score stays as it is: %s", error.strerror)
 
 
 def limit_memory(memory_limit_bytes: int) -> None:
@@ -124,9 +117,8 @@ def worker_user(rights: Rights) -> WorkerUser:
     if ids is None or rights is Rights.USER:
         return WorkerUser()
     first, count = ids
-    return WorkerUser(
-        first + secrets.randbelow(count - 1), user.cache_group(), rights is Rights.READ_ALL_FILES
-    )
+    chosen = int.from_bytes(os.urandom(16), "big") % (count - 1)
+    return WorkerUser(first + chosen, user.cache_group(), rights is Rights.READ_ALL_FILES)
 
 
 def start(

@@ -4,13 +4,12 @@ A worker of root runs as another user. It reads the installation, the block cach
 that botocore reads: configuration, credentials, tokens, certificates. If every user can read all of
 them, the worker needs no rights of root. Otherwise it gets one capability: to read all files.
 
-Uses only the standard library: a worker is started before anything else is loaded.
+Uses only the standard library, and little of it: a worker is started before all else is loaded.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import stat
 import sys
@@ -25,8 +24,6 @@ from lazyfs.process.privileges import Rights, worker_user
 if TYPE_CHECKING:
     from lazyfs.options.mount_options import MountOptions
     from lazyfs.process.mount_spec import MountSpec
-
-log = logging.getLogger(__name__)
 
 # Variables of botocore (botocore/configprovider.py); these may name programs and further files.
 _CONFIGURATION = {
@@ -47,7 +44,9 @@ def prepare_cache(cache: Iterable[Path]) -> bool:
     except cache_place.UnusableError:
         return False  # the cache is refused later, with a reason
     except OSError as error:
-        log.warning("the worker runs as root: %s", error)
+        import logging
+
+        logging.getLogger(__name__).warning("the worker runs as root: %s", error)
         return False
     return True
 
