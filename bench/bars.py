@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from measure import Run
-from scenarios import DOWNLOAD, DOWNLOADED, LIMIT, Line
+from scenarios import DOWNLOAD, DOWNLOADED, LIMIT, RUNAI, Line
 
 # Medians of one origin, and medians by the name of the origin.
 Medians = Mapping[Line, Run]
@@ -51,7 +51,9 @@ def judge(everything: Everything) -> list[Bar]:
         ratio = medians[COLD].rate / medians[LIMIT].rate
         bars.append(_at_least("throttled, cold: rate / what the link delivers", ratio, 0.9,
                               _rates(medians, COLD, LIMIT)))  # fmt: skip
-    for profile, over_peer, over_download in (("s3like", 5.0, 2.0), ("unlimited", 2.0, 1.0)):
+    for profile, over_peer, over_download in (
+        ("s3like", 5.0, 2.0), ("unlimited", 2.0, 1.0), ("tls", 2.0, 1.0),
+    ):  # fmt: skip
         medians = everything.get(profile, {})
         if COLD not in medians:
             continue
@@ -60,6 +62,12 @@ def judge(everything: Everything) -> list[Bar]:
             bars.append(_at_least(
                 f"{profile}, cold: times as fast as the fastest peer",
                 medians[COLD].rate / medians[best].rate, over_peer, _rates(medians, COLD, best),
+            ))  # fmt: skip
+        if RUNAI in medians:
+            ours, theirs = (medians[line].bytes / medians[line].load_s for line in (COLD, RUNAI))
+            bars.append(_at_least(
+                f"{profile}, cold, the load alone: times as fast as Run:ai straight from S3",
+                ours / theirs, 1.5, f"lazyfs {ours / 1e9:.2f} GB/s, Run:ai {theirs / 1e9:.2f} GB/s",
             ))  # fmt: skip
         if DOWNLOAD in medians:
             bars.append(_at_least(

@@ -185,6 +185,37 @@ def limit(origin: origins.Origin, source: Path) -> Run:
     )
 
 
+def runai(origin: origins.Origin, source: Path, python: Path) -> Run:
+    """A load by Run:ai's streamer straight from S3, without the start of its interpreter.
+
+    Args:
+        python: of an environment that has it.
+    """
+    keep_in_page_cache(source)
+    touch_memory()
+    process = subprocess.Popen(
+        [python, HERE / "runai.py", f"s3://{origins.BUCKET}/{source.name}/"],
+        env={**origin.environment, "AWS_ENDPOINT_URL": origin.url,
+             "AWS_EC2_METADATA_DISABLED": "true", "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    origin.mark()
+    answer = answer_of(process)
+    asked, size = origin.requests(), int(answer["bytes"])
+    load_s = answer["ended"] - answer["opened"]
+    return Run(
+        seconds=load_s,
+        load_s=load_s,
+        bytes=size,
+        reader_cpu_s=0.0,
+        client_cpu_s=answer["cpu_s"] + answer["start_cpu_s"],
+        start_cpu_s=answer["start_cpu_s"],
+        peak_mib=answer["peak_mib"],
+        gets=asked.gets,
+        fetched_over_needed=asked.bytes / size,
+    )
+
+
 def download(origin: origins.Origin, source: Path, target: Path) -> Run:
     """Download everything by parallel ranged GETs, then load it from there."""
     keep_in_page_cache(source)

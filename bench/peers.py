@@ -81,8 +81,8 @@ class Peer:
             output = stack.enter_context(open(log, "wb"))
             began = time.monotonic()
             process = subprocess.Popen(
-                words, env=_environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                cwd=place.state.parent, preexec_fn=counted.enter,
+                words, env=_environment(place.origin), stdin=subprocess.DEVNULL, stdout=output,
+                stderr=output, cwd=place.state.parent, preexec_fn=counted.enter,
             )  # fmt: skip
             stack.callback(origins.stop, process)
             stack.callback(_unmount, place.mountpoint)
@@ -112,9 +112,12 @@ def _unmount(mountpoint: Path) -> None:
         subprocess.run(["umount", "-l", mountpoint], check=True, timeout=60)
 
 
-def _environment() -> dict[str, str]:
+def _environment(origin: origins.Origin | None = None) -> dict[str, str]:
+    certificate = origin.certificate if origin else None
     return {
-        **origins.environment(),
+        **origins.environment(certificate),
+        # For programs in Go.
+        **({"SSL_CERT_FILE": str(certificate)} if certificate else {}),
         "AWSACCESSKEYID": "bench",
         "AWSSECRETACCESSKEY": "bench",
         "AWS_EC2_METADATA_DISABLED": "true",
@@ -248,5 +251,5 @@ def point_juicefs_at(origin: origins.Origin) -> None:
         [str(_program("juicefs")), "config", _juicefs_metadata(origin.directory), "--storage=s3",
          f"--bucket={origin.url}/{origins.BUCKET}", "--access-key=bench", "--secret-key=bench",
          "--force", "--yes"],
-        env=_environment(), check=True, capture_output=True, timeout=60,
+        env=_environment(origin), check=True, capture_output=True, timeout=60,
     )  # fmt: skip

@@ -43,6 +43,7 @@ from scenarios import (
     DOWNLOADED,
     MODEL,
     RECORDED,
+    RUNAI,
     SMALL,
     TRACES,
     Line,
@@ -56,7 +57,7 @@ from lazyfs.options.option_types import parse_size
 HERE = Path(__file__).parent
 OBJECTS = 5000
 # The origins at which lazyfs has to be faster than its peers.
-_BARS_OF_PEERS = ("unlimited", "s3like")
+_BARS_OF_PEERS = ("unlimited", "s3like", "tls")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class Plan:
     repeat: int
     workloads: dict[str, tuple[str, ...]]
     repeat_rest: int = 1
-    peers: tuple[str, ...] = ("unlimited", "s3like", "throttled")
+    peers: tuple[str, ...] = ("unlimited", "s3like", "throttled", "tls")
     slow: dict[str, tuple[str, ...]] = field(default_factory=lambda: _SLOW)
     small_by_peers: tuple[str, ...] = ("rclone", "mountpoint")
 
@@ -101,7 +102,7 @@ PLANS = {
         3,
         1,
         {"s3like": ("direct", "replay vllm-lazy-ra1024")},
-        peers=("s3like", "unlimited"),
+        peers=("s3like", "unlimited", "tls"),
         small_by_peers=(),
     ),
     "standard": Plan(2 << 30, 8, 3, _WORKLOADS),
@@ -212,7 +213,15 @@ class Results:
 
 def _as_shown(lines: Iterable[Line]) -> list[Line]:
     lines = list(lines)
-    first = ("limit", "download, then load", DOWNLOADED, "local file", "lazyfs", "lazyfs, no disk")
+    first = (
+        "limit",
+        RUNAI.contender,
+        "download, then load",
+        DOWNLOADED,
+        "local file",
+        "lazyfs",
+        "lazyfs, no disk",
+    )
     places = list(dict.fromkeys((*first, *(line.contender for line in lines))))
     return sorted(lines, key=lambda line: places.index(line.contender))
 
@@ -248,6 +257,7 @@ class Bench:
         with self._at(profile) as scenarios:
             add = self._results.add
             add(profile, scenarios.limit())
+            add(profile, scenarios.runai())
             add(profile, scenarios.download_and_local("vllm"))
             add(profile, scenarios.load(self._lazyfs, "vllm"))
             add(profile, scenarios.cold(self._lazyfs, "sequential"))
@@ -262,13 +272,9 @@ class Bench:
         with self._at(profile) as scenarios:
             add = self._results.add
             without_disk = Lazyfs(HERE.parent, "lazyfs, no disk", keeps=False)
-            if profile == "tls":
-                add(profile, scenarios.limit())
-                add(profile, scenarios.download_and_local())
-                add(profile, scenarios.load(self._lazyfs, "vllm"))
-                add(profile, scenarios.load(without_disk, "vllm"))
-                return
             add(profile, scenarios.load(without_disk, "vllm"))
+            if profile == "tls":
+                return
             for peer in self._peers_of(profile):
                 measure = scenarios.cold if peer.name in self._plan.slow else scenarios.load
                 self._try(profile, peer, measure(peer, "vllm"))
@@ -373,9 +379,8 @@ def main() -> None:
         cut_off = True
         try:
             for turn, profile in itertools.product(turns, arguments.origins):
-                if profile != "tls" or turn == bench.measure_rest:
-                    turn(profile)
-                    results.draw()
+                turn(profile)
+                results.draw()
             cut_off = results.time_is_up
         finally:
             how = "cut off" if cut_off else "ended"

@@ -8,6 +8,7 @@ cache are not in the page cache.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import origin as origins
 from accounting import FuseRequests, drop_page_cache, settle
-from measure import Loader, Meter, Run, answer_of, download, limit, local, program
+from measure import Loader, Meter, Run, answer_of, download, limit, local, program, runai
 from mounts import Contender, Lazyfs, Place, forget, from_disk
 
 MODEL, RECORDED, SMALL = "model", "recorded", "small"
@@ -38,6 +39,10 @@ class Line:
 
 Lines = Iterator[tuple[Line, Run]]
 LIMIT = Line("limit", "ranged GETs, thrown away", "")
+RUNAI = Line("Run:ai, from S3", "its own", "cold")
+# Where `make loaders` has installed it.
+LOADERS = Path(os.environ.get("LAZYFS_LOADERS", Path.home() / ".cache" / "lazyfs-loaders"))
+RUNAI_PYTHON = LOADERS / "venv" / "bin" / "python"
 DOWNLOAD = Line("download, then load", "vllm", "cold")
 DOWNLOADED = "local file, as written"
 
@@ -73,6 +78,11 @@ class Scenarios:
             yield Line("local file", mode, "cold"), local(Loader(mode), target, hot=False)
             yield Line("local file", mode, "hot"), local(Loader(mode), target, hot=True)
         shutil.rmtree(target)
+
+    def runai(self) -> Lines:
+        """Run:ai's streamer without a mount, where it is installed."""
+        if RUNAI_PYTHON.exists():
+            yield RUNAI, runai(self._origin, self._source, RUNAI_PYTHON)
 
     def limit(self) -> Lines:
         """The limit of the origin."""

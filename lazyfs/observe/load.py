@@ -214,12 +214,16 @@ class Load:
         return [size / width if width > 0 else 0.0 for size in sums]
 
     def best_rate(self) -> float:
-        """The best rate of all sources together, over a second (or the load, if shorter)."""
-        span_s = self.last_s - self.begin_s
-        if span_s <= 0:
+        """The best rate of all sources together, over a second; if all came sooner, until then."""
+        if not self.lives:
             return 0.0
+        begin_s = min(life.begun_s for life in self.lives)
+        last_s = max(life.landed_s for life in self.lives)
+        span_s = last_s - begin_s
+        if span_s <= BEST_OVER_S:
+            return sum(life.size for life in self.lives) / max(self.arriving_s, 1e-6)
         count = max(1, min(20_000, int(span_s / (BEST_OVER_S / 5))))
-        by_tier = [self.rates(tier, self.begin_s, self.last_s, count) for tier in Tier]
+        by_tier = [self.rates(tier, begin_s, last_s, count) for tier in Tier]
         both = [sum(rates) for rates in zip(*by_tier, strict=True)]
         wide = max(1, round(BEST_OVER_S / (span_s / count)))
         running: float = sum(both[:wide])

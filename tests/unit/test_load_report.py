@@ -178,3 +178,13 @@ def test_reads_beyond_the_prefetcher_while_memory_is_full_ask_for_memory() -> No
 def test_the_average_rate_leaves_pauses_out() -> None:
     told = load(event(1, OPENED), block(1.1, FETCHED, 0), block(50.1, FETCHED, 1))
     assert figure(told, "average rate") == "10MiB/s over 200ms"
+
+
+def test_the_best_rate_of_a_short_load_is_its_average_whenever_it_is_read() -> None:
+    told = load(block(0.2, FETCHED, 0), block(0.3, FETCHED, 1), event(9, OPENED), event(10, CLOSED))
+    assert told.best_rate() == pytest.approx(2 * MIB / 0.2)
+
+
+def test_the_best_rate_is_not_below_the_average() -> None:
+    told = load(*(block(1 + 0.1 * number, FETCHED, number) for number in range(40)))
+    assert told.best_rate() == pytest.approx(10 * MIB, rel=0.02)
