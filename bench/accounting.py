@@ -14,6 +14,7 @@ All figures come from the kernel and not from the contender, so they mean the sa
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -77,9 +78,22 @@ class Group:
         if left:
             (self.path / "cgroup.kill").write_text("1")
             self._wait(5)
-        self.path.rmdir()
+        self._remove()
         if left and patience_s:
             raise SystemExit(f"bench: {self.path.name}: processes left behind: {left}")
+
+    def _remove(self) -> None:
+        """Remove the empty group. The threads of a process may end after it is listed no more."""
+        deadline = time.monotonic() + 5
+        while True:
+            try:
+                self.path.rmdir()
+            except OSError as error:
+                if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
+            else:
+                return
 
     def _wait(self, patience_s: float) -> list[int]:
         deadline = time.monotonic() + patience_s
