@@ -30,8 +30,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import trio
-
 from lazyfs.blocks import buffers
 from lazyfs.blocks.arena import Arena
 from lazyfs.faults import contained
@@ -173,6 +171,8 @@ class Movers:
         Raises:
             MoverLostError, MoverFaultError, OSError: as by `call`.
         """
+        import trio  # not for movers and for the probe of S3, which every mount waits for
+
         try:
             asked = self._asked(function, arguments, buffer)
             line = self._take()
@@ -199,6 +199,8 @@ class Movers:
         return _value(told)
 
     async def _told(self, line: _Line, wire: Wire | None) -> dict[str, Any]:
+        import trio
+
         while True:
             await trio.lowlevel.wait_readable(line.channel)
             if (told := _message(line, wire)) is not None:
@@ -220,6 +222,8 @@ class Movers:
         self, line: _Line, buffer: memoryview, wire: Wire | None, ended: Callable[[], None]
     ) -> None:
         """Leave a call to a task that outlives the one that made it."""
+        import trio
+
         trio.lowlevel.spawn_system_task(
             contained, "waiting for a mover", self._drain, line, buffer, wire, ended
         )
@@ -268,6 +272,8 @@ class Movers:
         """Return when a mover runs, or none will for a while, or `has_time` is false."""
         if self._movers or not self.count:
             return
+        import trio
+
         self.start()
         until_s = time.monotonic() + LONGEST_START_S
         while self._starting and not self._movers and has_time() and time.monotonic() < until_s:

@@ -125,6 +125,28 @@ def test_helpers_stay_below_the_mountpoint(tmp_path):
     serving.join(timeout=30)
 
 
+@pytest.mark.parametrize("module", ["lazyfs.process.source_probe", "lazyfs.movers.process"])
+def test_short_processes_do_not_load_trio(module):
+    """A mount waits for the probe of S3, and loads wait for movers: it takes 40 ms."""
+    code = f"import sys, {module}; print('trio' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("module", ["dataclasses", "secrets", "logging"])
+def test_a_worker_is_started_before_much_is_loaded(module):
+    code = (
+        "import sys, lazyfs.process.worker_files, lazyfs.process.worker_process;"
+        f"print({module!r} in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "False"
+
+
 @pytest.mark.parametrize(
     ("directories", "is_inside"),
     [("", True), ("in", True), ("\0in/deep\0", True), ("out", False), ("in/out", False),
