@@ -153,11 +153,11 @@ for number, path in enumerate(sys.argv[1:]):
         assert reader.stdout is not None
         try:
             assert reader.stdout.readline() == "paused\n"
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 200
             while len(blocks(s3)) <= waiting + 30:
                 assert time.monotonic() < deadline, "the window has not moved"
                 time.sleep(0.1)
-            read, _ = reader.communicate("go on\n", timeout=60)
+            read, _ = reader.communicate("go on\n", timeout=200)
         finally:
             reader.kill()
     assert read.split() == [hashlib.sha256(body).hexdigest()] * 2
@@ -179,14 +179,16 @@ def blocks(s3: S3) -> list[tuple[str, str | None]]:
 def assert_each_once(mounted: Mounted, s3: S3, count: int) -> None:
     """`count` blocks were fetched, and none again without a reason.
 
-    S3 was slow (a hedge) or failed (a retry), or the kernel dropped pages and requested them again.
+    S3 was slow (a hedge) or failed (a retry, or a block that its reader requests after its prefetch
+    failed), or the kernel dropped pages and requested them again.
     """
     status = json.loads(lazyfs("status", mounted.path, "--json").stdout)
     fetched = blocks(s3)
     assert len(set(fetched)) == count
     repeated = [request for request, times in Counter(fetched).items() if times > 1]
     pages_again = (sum(status["read_bytes"].values()) - status["size_bytes"]) // mmap.PAGESIZE
-    excused = status["second_requests"] + sum(status["retries"].values()) + max(0, pages_again)
+    slow = status["second_requests"] + sum(status["retries"].values()) + status["failed_blocks"]
+    excused = slow + max(0, pages_again)
     assert len(fetched) - count <= excused, f"{repeated}: {status}"
 
 
