@@ -233,6 +233,39 @@ _LEVELS = """
         location = /.lazyfs-all {{
             internal;{from_s3}        }}
 """
+# In a fleet of one ring, a node that is new gets its share from the shelves that had it before: in
+# the ring without this node, they are those that the hash selects. They answer with what they have
+# stored, and with 404 otherwise. Nobody waits for a lock there: two shelves could wait for each
+# other.
+_ONE_RING = f"""
+        if ($http_x_lazyfs_level = none) {{{{ return 404; }}}}
+        if ($http_x_lazyfs_level = kept) {{{{ rewrite ^ /.lazyfs-kept last; }}}}
+        location / {{{{
+            proxy_cache_lock off;
+            proxy_read_timeout 5s;
+            proxy_intercept_errors on;
+            error_page 403 = @stranger;
+            error_page 400 404 418 421 500 502 503 504 = @origin;
+            if ($is_refresh) {{{{ return 418; }}}}
+            proxy_cache blocks;
+            proxy_cache_key "{_KEY}";
+{{headers}}
+            proxy_set_header Range $http_range;
+            proxy_set_header X-Lazyfs-Level kept;
+{{to_elders}}
+        }}}}
+        location = /.lazyfs-kept {{{{
+            internal;
+            proxy_cache_lock off;
+            proxy_cache blocks;
+            proxy_cache_key "{_KEY}";
+{{headers}}
+            proxy_set_header Range $http_range;
+            proxy_set_header X-Lazyfs-Level none;
+{{to_self}}
+        }}}}
+        location @origin {{{{{{from_s3}}        }}}}
+"""
 _BETWEEN = """
             proxy_ssl_name {name};
             proxy_ssl_trusted_certificate {files}/ca.crt;
@@ -278,9 +311,10 @@ def render(
         scheme = "https" if files else "http"
         return _TO_NODES.format(name=name, address=settings.address, scheme=scheme, between=between)
 
-    def ring(name: str, of: list[str]) -> str:
+    def ring(name: str, of: list[str], most_fails: int = 1) -> str:
         servers = "\n".join(
-            f"        server {_server(each, settings.shelf_port)} max_fails=1 fail_timeout=10s;"
+            f"        server {_server(each, settings.shelf_port)} "
+            f"max_fails={most_fails} fail_timeout=10s;"
             for each in of
         )
         return _RING.format(name=name, servers=servers)
@@ -296,6 +330,15 @@ def render(
         levels = _LEVELS.format(
             from_all=_FROM_ALL.format(headers=headers, to_all=to("all")),
             from_s3=_FROM_S3.format(level="all\\n"),
+        )
+    elif elders := [each for each in nodes if each != settings.address]:
+        # An elder that does not know this node yet refuses, and is asked again nonetheless.
+        rings += ring("elders", elders, most_fails=0) + ring("self", [settings.address])
+        levels = _ONE_RING.format(
+            headers=headers,
+            to_elders=to("elders"),
+            to_self=to("self"),
+            from_s3=_FROM_S3.format(level=""),
         )
     else:
         levels = "        location / {" + _FROM_S3.format(level="") + "        }"

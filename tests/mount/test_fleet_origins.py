@@ -44,7 +44,7 @@ class Store:
 
             def do_GET(self) -> None:
                 is_verdict = self.headers["Range"] == "bytes=0-0"
-                store.blocks += not is_verdict
+                store.blocks += self.headers["Range"] == RANGE
                 status, headers, body = store.verdict if is_verdict else store.block
                 self.send_response(status)
                 for name, value in ({"Content-Length": str(len(body))} | headers).items():
@@ -85,13 +85,13 @@ def asks(node: Node, store: Store) -> Ask:
     """Asks the door of a node for the first block, as a mount does."""
     host, _, port = node.door.removeprefix("http://").rpartition(":")
 
-    def ask(reader: str = "reader", **more: str) -> tuple[int, bytes]:
+    def ask(reader: str = "reader", name: str = "object", **more: str) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection(host, int(port), timeout=30)
         headers = {
             "Host": store.url.removeprefix("http://"), "Range": RANGE, "If-Match": ETAG,
             "Authorization": reader, **{name.replace("_", "-"): it for name, it in more.items()},
         }  # fmt: skip
-        connection.request("GET", "/bucket/object", headers=headers)
+        connection.request("GET", f"/bucket/{name}", headers=headers)
         answer = connection.getresponse()
         return answer.status, answer.read()
 
@@ -168,3 +168,39 @@ def test_a_stored_answer_of_another_length_is_replaced_on_request(
     assert doors[0](X_Lazyfs_Refresh="1") == (206, DATA[:1024])
     assert doors[0]() == (206, DATA[:1024])
     assert store.blocks == blocks + 1
+
+
+def test_a_new_node_takes_its_share_from_those_that_had_it(store: Store, fleet: Fleet) -> None:
+    """And from the store if they are gone."""
+    for number in (1, 2):
+        fleet.add(f"127.0.77.{number}")
+    fleet.know()
+    names = [f"object-{number}" for number in range(24)]
+    first = asks(fleet.nodes[0], store)
+    assert [first(name=name) for name in names] == [(206, DATA[:1024])] * len(names)
+    assert store.blocks == len(names)
+    new = fleet.add("127.0.77.3")
+    fleet.know()
+    third = asks(new, store)
+    assert [third(name=name) for name in names] == [(206, DATA[:1024])] * len(names)
+    assert store.blocks == len(names)
+    assert 0 < new.kept() < len(names)
+    assert third(name="nobody-has-it") == (206, DATA[:1024])
+    assert store.blocks == len(names) + 1
+    for each in fleet.nodes[:2]:
+        each.stop()
+    more = [f"more-{number}" for number in range(8)]
+    assert [third(name=name) for name in more] == [(206, DATA[:1024])] * len(more)
+    assert store.blocks == len(names) + 1 + len(more)
+
+
+def test_errors_of_the_store_pass_through_a_shelf(store: Store, fleet: Fleet) -> None:
+    """With peers that are asked first, and have nothing."""
+    for number in (1, 2):
+        fleet.add(f"127.0.77.{number}")
+    fleet.know()
+    ask = asks(fleet.nodes[0], store)
+    for number, status in enumerate((403, 404, 412, 500, 503)):
+        store.block = (status, {}, b"<Error><Code>Told</Code></Error>")
+        told = {ask(name=f"object-{number}-{each}") for each in range(8)}
+        assert told == {(status, b"<Error><Code>Told</Code></Error>")}

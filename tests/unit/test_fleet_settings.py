@@ -113,7 +113,8 @@ def test_a_file(tmp_path: Path) -> None:
 
 def test_all_doors_agree_about_the_shelves() -> None:
     def shelves(*nodes: str) -> list[str]:
-        return re.findall(r"server (\S+) max_fails", rendered(*nodes))
+        ring = rendered(*nodes).partition("upstream shelves {")[2].partition("}")[0]
+        return re.findall(r"server (\S+) max_fails", ring)
 
     assert shelves("10.0.0.9", "10.0.0.5") == shelves("10.0.0.5", "10.0.0.9")
     assert shelves() == ["10.0.0.5:8781"], "alone before it is known"
