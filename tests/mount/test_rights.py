@@ -38,7 +38,10 @@ def bucket(server: S3) -> None:
 
 @pytest.fixture
 def open_cache() -> Iterator[Path]:
-    """A cache below directories that all users can pass, as /var/cache is."""
+    """A cache below directories that all users can pass, as /var/cache is.
+
+    Tests name it before `mount`, so that mounts end before it is removed.
+    """
     directory = Path(tempfile.mkdtemp(prefix="lazyfs-"))
     directory.chmod(0o755)
     yield directory / "cache"
@@ -98,7 +101,7 @@ def check(status: dict[str, str], allowed: int = 0) -> None:
 
 
 def test_no_process_of_a_mount_has_rights(
-    mount: Callable[..., Mounted], open_cache: Path, tmp_path: Path
+    open_cache: Path, mount: Callable[..., Mounted], tmp_path: Path
 ) -> None:
     """From the first instruction on: worker and probe, during a load, and the next worker."""
     with watched(str(tmp_path)) as seen:
@@ -121,7 +124,7 @@ def test_no_process_of_a_mount_has_rights(
 
 @pytest.mark.parametrize("is_private", [False, True])
 def test_processes_that_move_bytes_have_the_rights_of_the_worker(
-    mount: Callable[..., Mounted], open_cache: Path, tmp_path: Path, s3: S3, is_private: bool
+    open_cache: Path, mount: Callable[..., Mounted], tmp_path: Path, s3: S3, is_private: bool
 ) -> None:
     """Of a worker without any, and of one whose cache only root can reach."""
     s3.fault("GET /rights/m/", "slow", times=10**6, seconds=0.05)
@@ -147,11 +150,10 @@ def test_processes_that_move_bytes_have_the_rights_of_the_worker(
         for status in each:
             check(status, allowed)
             assert tuple(status[name] for name in has) == worker
-    mounted.end()
 
 
 def test_what_a_worker_holds_gives_no_power_over_root(
-    mount: Callable[..., Mounted], open_cache: Path
+    open_cache: Path, mount: Callable[..., Mounted]
 ) -> None:
     """If it is taken over: not the record, by which root signals processes, nor the spec."""
     mounted = mount("s3://rights/m", f"--cache-dir={open_cache}")
@@ -178,11 +180,10 @@ def test_what_a_worker_holds_gives_no_power_over_root(
         if line.split()[4] == str(mounted.path)
     )  # fmt: skip
     assert "nosymfollow" in line.split()[5].split(",")
-    mounted.end()
 
 
 def test_each_mount_has_a_user_of_its_own(
-    mount: Callable[..., Mounted], open_cache: Path, s3: S3
+    open_cache: Path, mount: Callable[..., Mounted], s3: S3
 ) -> None:
     """The second mount reads what the first one cached; neither can touch the other's process."""
     s3.put("common", {"m/model.safetensors": os.urandom(3 << 20)})
@@ -207,7 +208,7 @@ def test_files_of_root_are_read_where_they_are_needed(mount: Callable[..., Mount
 
 
 def test_a_cache_of_a_former_version_is_taken_over(
-    mount: Callable[..., Mounted], open_cache: Path
+    open_cache: Path, mount: Callable[..., Mounted]
 ) -> None:
     """It was root's; what else is in the directory stays as it is."""
     open_cache.mkdir(mode=0o755)
