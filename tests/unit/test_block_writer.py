@@ -19,7 +19,7 @@ from lazyfs.observe.recorder import Recorder
 from lazyfs.threads import Threads
 
 FILE = File(2, 1, "f", "f", 1000, "e", 0)
-LIMIT = 128  # bytes of memory: 32 of them for the queue, 8 for a batch
+LIMIT = 128  # bytes of memory: 32 of them for the queue, 16 for a batch
 
 
 class Disk:
@@ -111,7 +111,7 @@ def test_blocks_that_wait_are_written_together_within_a_share_of_the_memory() ->
         await desk.writer.finish()
 
     desk = play(scenario)
-    assert sorted(map(len, desk.disk.batches)) == [1] * (WRITERS + 1) + [2, 2]
+    assert sorted(map(len, desk.disk.batches)) == [1] * (WRITERS + 1) + [4]
     assert sorted(itertools.chain(*desk.disk.batches)) == list(range(WRITERS + 5))
 
 
@@ -232,8 +232,8 @@ def test_skipped_blocks_do_not_crowd_the_queue_when_they_are_written_later() -> 
         desk.memory.update({BlockId(2, number): each for number, each in enumerate(held)})
         desk.disk.ready.release()
         await trio.testing.wait_all_tasks_blocked()
-        assert [number for number, each in enumerate(held) if each.users] == list(range(2, 10))
-        assert desk.writer.skipped_blocks == 10
+        assert [number for number, each in enumerate(held) if each.users] == list(range(4, 12))
+        assert desk.writer.skipped_blocks == 8
         for _ in range(20):
             desk.disk.ready.release()
         await desk.writer.finish()
