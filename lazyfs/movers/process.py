@@ -6,6 +6,7 @@ socket or ends. (PR_SET_PDEATHSIG would look at the thread that started it.)
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import json
@@ -57,9 +58,13 @@ def main() -> None:
     os.nice(NICER)
     control = socket.socket(fileno=lent["control"])
     memory = _Memory(lent["arena"])
-    control.send(b"ready")
+    with contextlib.suppress(OSError):  # the worker has ended already
+        control.send(b"ready")
     while True:
-        message, descriptors, _, _ = socket.recv_fds(control, 16, 1)
+        try:
+            message, descriptors, _, _ = socket.recv_fds(control, 16, 1)
+        except OSError:  # the worker was killed
+            message = b""
         if not message:
             os._exit(0)  # threads may be waiting in the kernel
         line = socket.socket(fileno=descriptors[0])
@@ -68,7 +73,7 @@ def main() -> None:
 
 def _serve(line: socket.socket, memory: _Memory) -> None:
     context.serve(line)
-    with line:
+    with line, contextlib.suppress(OSError):  # the worker was killed
         while message := line.recv(MOST_BYTES):
             name, arguments, offset, length = json.loads(message)
             answer = _answer(name, arguments, memory, offset, length)
