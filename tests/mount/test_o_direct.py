@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,16 @@ import mmap, os, sys
 fd = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT)
 assert os.preadv(fd, [mmap.mmap(-1, 4096)], int(sys.argv[2])) == 4096
 """
+# Maps a file and locks its pages (mlockall(2)), if that is allowed, until its input ends.
+KEEP = """
+import ctypes, mmap, sys
+with open(sys.argv[1], "rb") as file:
+    mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    ctypes.CDLL(None).mlockall(1)  # MCL_CURRENT
+    assert len(mapped[:]) == int(sys.argv[2])
+    print("kept", flush=True)
+    sys.stdin.read()
+"""
 BUFFERED = "import sys; assert len(open(sys.argv[1], 'rb').read()) == int(sys.argv[2])"
 ROOT = Path(__file__).parents[2]
 
@@ -69,6 +82,22 @@ def wait_until_continued(mounted: Mounted, times: int = 1) -> None:
         time.sleep(0.05)
 
 
+@contextlib.contextmanager
+def kept(mounted: Mounted, content: bytes) -> Iterator[None]:
+    """With a process that has read the file into the page cache and keeps it there.
+
+    Otherwise a machine on which others run tests forgets the file's inode, with all its pages.
+    """
+    command = [sys.executable, "-c", KEEP, mounted.path / "file", str(len(content))]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as keeper:
+        try:
+            assert keeper.stdout is not None and keeper.stdout.readline() == "kept\n"
+            yield
+        finally:
+            keeper.kill()
+
+
 NO_DISK = ("--cache-dir=none", "--memory-limit=64MiB", "--prefetch=off")
 
 
@@ -77,11 +106,11 @@ def test_what_is_in_the_page_cache_is_not_fetched_for_a_direct_read(
     how: str, mount: Callable[..., Mounted], s3: S3
 ) -> None:
     mounted = mount("s3://direct/long", *NO_DISK)
-    python(BUFFERED, mounted.path / "file", len(LONG))
-    wait_until_continued(mounted)
-    s3.forget_requests()
-    check(how, mounted, LONG)
-    assert len(s3.data_requests()) < SOME
+    with kept(mounted, LONG):
+        wait_until_continued(mounted)
+        s3.forget_requests()
+        check(how, mounted, LONG)
+        assert len(s3.data_requests()) < SOME
 
 
 def test_a_direct_read_fills_the_page_cache_for_others(
@@ -89,10 +118,11 @@ def test_a_direct_read_fills_the_page_cache_for_others(
 ) -> None:
     mounted = mount("s3://direct/long", *NO_DISK)
     wait_until_continued(mounted)
-    check("waiting", mounted, LONG)
-    s3.forget_requests()
-    python(BUFFERED, mounted.path / "file", len(LONG))
-    assert len(s3.data_requests()) < SOME
+    with open(mounted.path / "file", "rb"):  # keeps the inode
+        check("waiting", mounted, LONG)
+        s3.forget_requests()
+        python(BUFFERED, mounted.path / "file", len(LONG))
+        assert len(s3.data_requests()) < SOME
 
 
 @pytest.mark.parametrize("how", ["waiting", "asynchronous"])
