@@ -229,9 +229,21 @@ class BlockGetter:
                 break
             other.overtaken += other.length <= request.length
 
+    def _usual_s(self, request: Request) -> float:
+        """How long a request takes at the rate of the others under way; 0: nothing has come."""
+        came, lasted_s = 0, 0.0
+        for other in self._first_attempts:
+            if other is not request and other.under_way:
+                came += other.under_way[0].received_bytes() or 0
+                lasted_s += trio.current_time() - other.began_s
+        return request.length * lasted_s / came if came else 0.0
+
     def _may_hedge(self, request: Request) -> bool:
         """Reserve room for a second attempt, unless many are under way already."""
         if self._hedges_running >= HEDGES or (self.fleet and self.fleet.is_lost):
+            return False
+        # On a slow link, connections pause for seconds while others have their turn.
+        if trio.current_time() < request.began_s + 2 * self._usual_s(request):
             return False
         if request.is_elsewhere and (
             self._hedges_running

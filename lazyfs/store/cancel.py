@@ -22,6 +22,9 @@ class Cancel:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
+        # The last connection, and what had come over it before this request.
+        self._counted: socket.socket | None = None
+        self._came_before = 0
         self.called = False
 
     def __call__(self) -> None:
@@ -36,21 +39,19 @@ class Cancel:
     def use(self, connection: socket.socket | None) -> None:
         """Set the connection that another process waits for; None: it waits no longer."""
         with self._lock:
-            self._socket = connection
+            self._take(connection)
             if self.called and connection is not None:
                 with contextlib.suppress(OSError):
                     socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
     def received_bytes(self) -> int | None:
-        """The bytes received over the connection of the request so far.
+        """The bytes that the request has received over its connection, with those of its head.
 
         None: there is no connection now, or the kernel does not tell (before Linux 4.1).
         """
-        with self._lock, contextlib.suppress(OSError, struct.error):
-            if self._socket is not None:
-                told = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
-                return int(_TCP_INFO.unpack(told)[0])
-        return None
+        with self._lock:
+            came = None if self._socket is None else _received_over(self._socket)
+            return None if came is None else came - self._came_before
 
     @contextlib.contextmanager
     def watching(self, connection: socket.socket) -> Iterator[None]:
@@ -61,7 +62,7 @@ class Cancel:
         """
         try:
             with self._lock:
-                self._socket = connection
+                self._take(connection)
                 if self.called:
                     raise CancelledError
             yield
@@ -74,3 +75,17 @@ class Cancel:
                 self._socket = None
         if self.called:  # the received data may be truncated
             raise CancelledError
+
+    def _take(self, connection: socket.socket | None) -> None:
+        self._socket = connection
+        if connection is not None and connection is not self._counted:
+            self._counted = connection
+            self._came_before = _received_over(connection) or 0
+
+
+def _received_over(connection: socket.socket) -> int | None:
+    """The bytes that have come over a connection since it was made; None: it is not known."""
+    with contextlib.suppress(OSError, struct.error):
+        told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+        return int(_TCP_INFO.unpack(told)[0])
+    return None

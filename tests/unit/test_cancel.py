@@ -99,6 +99,11 @@ def test_what_has_come_is_counted(pair: Pair) -> None:
         theirs.sendall(b"x" * 1000)
         ours.recv(1000, socket.MSG_WAITALL)
         assert cancel.received_bytes() == before + 1000
+    with cancel.watching(ours):
+        assert cancel.received_bytes() == before + 1000, "it is the same request"
+    following = Cancel()
+    with following.watching(ours):
+        assert following.received_bytes() == 0, "the connection was used before"
         ours.close()
         assert cancel.received_bytes() is None
     assert cancel.received_bytes() is None

@@ -159,6 +159,47 @@ def test_a_request_that_later_ones_overtake_is_asked_a_second_time(
         released.set()
 
 
+def test_a_pause_on_a_slow_link_is_no_reason_to_ask_a_second_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Others show how slow the link is, before the first block has come."""
+    length, began_s = 400, time.monotonic()
+    released = threading.Event()
+
+    def slow() -> memoryview:
+        released.wait(timeout=30)
+        return good()
+
+    source = Source(slow, slow, good)
+
+    def came(cancel: Cancel) -> int:
+        # At this rate a request takes 20 s.
+        return 10 if cancel is source.cancels[0] else int((time.monotonic() - began_s) * 20)
+
+    monkeypatch.setattr(Cancel, "received_bytes", came)
+
+    async def run() -> Recorder:
+        memory = BlockMemory(4 * length, 10, BlockMap(10), lambda: 1)
+        threads, recorder = Threads(10), Recorder()
+        getter = BlockGetter(source, memory, MountOptions(), threads, lambda: None, recorder)  # type: ignore[arg-type]
+
+        async def one() -> None:
+            await getter.get(FILE, 0, length, patience_s=lambda: 60.0, saturated=lambda: True)
+
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(one)
+                nursery.start_soon(one)
+                await trio.sleep(3.5)  # the timer's first patience is 2 s
+                released.set()
+        return recorder
+
+    try:
+        assert trio.run(run).hedges == 0
+    finally:
+        released.set()
+
+
 def test_an_error_of_the_second_attempt_leaves_the_first() -> None:
     first_may_answer = threading.Event()
 
