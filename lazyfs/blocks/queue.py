@@ -16,7 +16,7 @@ class BlockQueue:
 
     def __init__(self) -> None:
         self._blocks: OrderedDict[BlockId, Held] = OrderedDict()
-        self._waiting = trio.lowlevel.ParkingLot()
+        self._news = trio.Event()
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -27,8 +27,7 @@ class BlockQueue:
     def put(self, block: BlockId, held: Held) -> None:
         """Add a block at the end."""
         self._blocks[block] = held
-        # One task is enough, and there may be dozens.
-        self._waiting.unpark()
+        self._news.set()
 
     def discard(self, block: BlockId) -> bool:
         """Remove a block; returns whether it was queued."""
@@ -37,7 +36,9 @@ class BlockQueue:
     async def wait(self) -> None:
         """Wait until there is a block."""
         while not self._blocks:
-            await self._waiting.park()
+            if self._news.is_set():  # otherwise other tasks wait for it already
+                self._news = trio.Event()
+            await self._news.wait()
 
     def take(self) -> tuple[BlockId, Held]:
         """Remove the first block and return it; there must be one."""

@@ -92,6 +92,7 @@ def parse(body: bytes) -> RawPage:
 
     Raises:
         NotAListingError: it is not a listing, or is truncated.
+        MemoryError: there is no memory for it.
     """
     if not body.strip():
         raise NotAListingError("the answer is empty")
@@ -100,6 +101,8 @@ def parse(body: bytes) -> RawPage:
         # Services that need long for an answer may send blanks first, to keep the connection open.
         parser.expat.Parse(body.lstrip(), True)
     except expat.ExpatError as error:
+        if error.code == expat.errors.codes[expat.errors.XML_ERROR_NO_MEMORY]:
+            raise MemoryError from None
         begins = body[:_SHOWN].decode(errors="replace")
         raise NotAListingError(
             f"the answer is no XML ({error}); it begins with {begins!r}"

@@ -43,7 +43,7 @@ def test_lines_name_volumes_and_requests(make_node: Callable[..., TestNode], s3:
     node.stage("pvc-2", context)
     wait_for(lambda: lines_of_the_worker_name(node, "pvc-1,pvc-2"))
     wait_for(lambda: volumes_of(node, "resumed ")[-1:] == ["pvc-1,pvc-2"])
-    assert volumes_of(node, f"{mounted['mountpoint']}: the worker")[-1] == "pvc-1,pvc-2"
+    assert volumes_of(node, f"{mounted['mountpoint']}: worker")[-1] == "pvc-1,pvc-2"
     node.unpublish("pvc-1")
     node.unstage("pvc-1")
     wait_for(lambda: lines_of_the_worker_name(node, "pvc-2"))

@@ -24,7 +24,7 @@ CONTENT = os.urandom(9 * MIB + 4099)
 # More than fits into the worker's memory.
 LONG = os.urandom(96 * MIB + 4099)
 # Of its 13 blocks. A kernel that reclaims memory proactively (DAMON) drops single pages meanwhile.
-SOME = 4
+SOME = 7
 
 # Reads a file directly in pieces of 2 MiB: waits for each one, or submits all at once.
 READ = """

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 
 from csi import metrics
-from csi.attachments import Served
 from csi.daemon import Daemon
+from csi.daemon_users import Served
 from lazyfs.control.client import ControlClient, ControlError
 from lazyfs.process.mount_spec import MountSpec
 

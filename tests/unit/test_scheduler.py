@@ -10,13 +10,14 @@ from typing import cast
 
 import pytest
 import trio
+import trio.testing
 
 from lazyfs.blocks import BlockId, Span
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.file_blocks import Place
 from lazyfs.cache import BlockCache, Claim, other_daemons
 from lazyfs.errors import AccessDeniedError, SourceError
-from lazyfs.fetch import scheduler
+from lazyfs.fetch import request, scheduler
 from lazyfs.fetch.fetcher import BlockFetcher
 from lazyfs.fetch.scheduler import URGENT_EXTRA
 from lazyfs.objects import File
@@ -126,6 +127,12 @@ class Pages:
         self.pushed.append(inode)
         self.parts.append((offset, len(data)))
         return True
+
+
+@pytest.fixture(autouse=True)
+def _no_second_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine, requests may take longer than usual."""
+    monkeypatch.setattr(request, "HEDGES", 0)
 
 
 class Machine:
@@ -433,8 +440,9 @@ def test_what_is_on_the_disk_is_read_ahead_although_memory_is_full() -> None:
     play(machine, scenario)
 
 
+@pytest.mark.parametrize(("rest_s", "goes_on"), [(3600.0, False), (0.0, True)])
 def test_a_fault_of_the_policy_ends_prefetching_for_a_while(
-    monkeypatch: pytest.MonkeyPatch,
+    rest_s: float, goes_on: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = Machine()
     calls = 0
@@ -445,17 +453,15 @@ def test_a_fault_of_the_policy_ends_prefetching_for_a_while(
         raise LookupError
 
     monkeypatch.setattr(machine.prefetcher, "next_fetch", fail)
-    monkeypatch.setattr(scheduler, "AHEAD_REST_S", 0.1)
+    monkeypatch.setattr(scheduler, "AHEAD_REST_S", rest_s)
     machine.order(MODEL)
 
     async def scenario(nursery: trio.Nursery) -> None:
-        await until(lambda: calls == 1)
+        await until(lambda: calls >= 1)
         for number in range(3):
             await read(machine, number)
-        assert calls == 1
-        await trio.sleep(0.2)
         machine.fetcher.pump()
-        assert calls == 2
+        assert (calls > 1) == goes_on
 
     play(machine, scenario)
 
@@ -471,9 +477,19 @@ def test_a_reader_that_goes_away_leaves_nothing_behind(has_begun: bool) -> None:
             for number in range(others):
                 readers.start_soon(read, machine, number)
             await until(lambda: len(machine.source.asked) == others)
-            with trio.move_on_after(0.1):
-                await read(machine, 15)
-            assert (15 in machine.source.asked) == has_begun
+            going = trio.CancelScope()
+
+            async def go() -> None:
+                with going:
+                    await read(machine, 15)
+
+            readers.start_soon(go)
+            if has_begun:
+                await until(lambda: 15 in machine.source.asked)
+            else:
+                await trio.testing.wait_all_tasks_blocked()
+                assert 15 not in machine.source.asked
+            going.cancel()
             machine.source.open.set()
         await until(lambda: machine.fetcher.in_flight == 0)
         await read(machine, 15)
