@@ -85,10 +85,11 @@ http {{
         default 1;
         "~^bytes[ =]0-0/[0-9]+$" 0;
     }}
-    # A verdict that was stored has no status: only 206 is stored.
+    # A verdict that was stored has no status: only 206 is stored. If S3's first address failed, the
+    # status has both, as in "502, 206": the last one counts.
     map "$verdict\n$verdict_range\n$verdict_etag\n$http_if_match" $is_permitted {{
         default 0;
-        '~^(206)?\nbytes[ =]0-0/[0-9]+\n("[!#-~]+")\n\2$' 1;
+        '~^((?:[0-9]+, )*206)?\nbytes[ =]0-0/[0-9]+\n("[!#-~]+")\n\2$' 1;
     }}
     map $http_x_lazyfs_refresh $is_refresh {{ default ""; 1 1; }}
 
@@ -153,10 +154,10 @@ http {{
             proxy_pass $origin$request_uri;
         }}
         location @refused {{
-            if ($verdict = 404) {{ return 404; }}
-            if ($verdict = 412) {{ return 412; }}
-            if ($verdict = 503) {{ return 503 "<Error><Code>SlowDown</Code></Error>"; }}
-            if ($verdict ~ ^[34]) {{ return 403; }}
+            if ($verdict ~ "(^|, )404$") {{ return 404; }}
+            if ($verdict ~ "(^|, )412$") {{ return 412; }}
+            if ($verdict ~ "(^|, )503$") {{ return 503 "<Error><Code>SlowDown</Code></Error>"; }}
+            if ($verdict ~ "(^|, )[34][0-9]+$") {{ return 403; }}
             return 502; # S3 cannot be reached
         }}
     }}

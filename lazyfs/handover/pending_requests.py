@@ -20,6 +20,7 @@ written. All numbers are little-endian:
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import struct
@@ -138,7 +139,9 @@ def note_death(descriptor: int) -> None:
     The worker may have stored any file here, with any number in it.
 
     Raises:
-        OSError: it is no file that can be read and written.
+        OSError: it is no file in memory that can be read and written.
     """
+    # Fails for other files. Of one in its own mount, a read would wait for the next worker.
+    fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
     (counted,) = _NUMBER.unpack(os.pread(descriptor, _NUMBER.size, _COUNTED_AT).ljust(8, b"\0"))
     os.pwrite(descriptor, _NUMBER.pack((counted + 1) % (1 << 64)), _COUNTED_AT)
