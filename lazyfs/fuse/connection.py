@@ -35,7 +35,7 @@ import pyfuse3
 import trio
 from pyfuse3 import FileHandleT, FUSEError
 
-from lazyfs.faults import contained, keep_running
+from lazyfs.faults import contained, keep_running, report_fault
 from lazyfs.fuse.reply import HEADER, Buffer, reply, reply_in_mover
 from lazyfs.movers.pool import MoverFaultError, MoverLostError, Movers
 
@@ -60,6 +60,8 @@ MOST_OF_DIRECTORY = 64 << 10
 # Answers of this size are written by movers, while some run: the kernel copies 1 MiB in a quarter
 # of a millisecond, and a call takes a fifth of that here.
 LEAST_MOVED = 256 << 10
+# How long a mover may take for it.
+LONGEST_MOVED_S = 1.0
 # Requests taken before other tasks run.
 AT_ONCE = 64
 # Requests that wait longer are checked, and how often.
@@ -191,11 +193,21 @@ class KernelConnection:
         if self._movers is None or not self._movers.running or len(data) < LEAST_MOVED:
             return False
         try:
-            await self._movers.run(reply_in_mover, unique, buffer=memoryview(data))
+            # A mover that was killed keeps its lines open while a push of it waits, perhaps for
+            # this very answer.
+            with trio.move_on_after(LONGEST_MOVED_S) as limit:
+                await self._movers.run(reply_in_mover, unique, buffer=memoryview(data))
+            if limit.cancelled_caught:
+                return False
         except (MoverLostError, MoverFaultError):
             return False
         except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                return False  # it may be the mover's, not the kernel's
             _note(error)
+        except Exception as error:
+            report_fault("answering a read by a mover", error)
+            return False
         self._waiting.pop(unique, None)
         return True
 

@@ -370,7 +370,11 @@ class Movers:
         if time.monotonic() < self._not_before_s:
             return
         self._starting += 1
-        threading.Thread(target=self._start, name="starting a mover", daemon=True).start()
+        try:
+            threading.Thread(target=self._start, name="starting a mover", daemon=True).start()
+        except RuntimeError:  # no more threads are allowed
+            self._starting -= 1
+            self._rest()
 
     def _start(self) -> None:
         mover = None
@@ -433,7 +437,8 @@ def _end(mover: _Mover) -> None:
         line.close()
     mover.control.close()
     mover.process.kill()
-    threading.Thread(target=mover.process.wait, name="end of a mover", daemon=True).start()
+    with contextlib.suppress(RuntimeError):  # no more threads are allowed: it stays a zombie
+        threading.Thread(target=mover.process.wait, name="end of a mover", daemon=True).start()
 
 
 def _exchange(line: _Line, asked: bytes, wire: Wire | None) -> dict[str, Any]:

@@ -66,8 +66,9 @@ class DirectReads:
         if self.continued is None:
             if flags & PROBE_FLAGS == PROBE_FLAGS:
                 return True
-            self._asked = file, offset
-            self._ask.set()
+            if offset < file.size_bytes:  # at the end there is nothing to try
+                self._asked = file, offset
+                self._ask.set()
         return bool(self.continued)
 
     async def run(self) -> None:

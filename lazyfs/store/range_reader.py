@@ -84,8 +84,12 @@ class RangeReader:
         ended: Callable[[], None],
     ) -> memoryview | AskedRange | None:
         """See `Store.read_moved`."""
-        into = take_buffer(length)
-        request = self._request(pin, start, into, pin.etag if self._matches(pin) else "")
+        try:
+            into = take_buffer(length)
+            request = self._request(pin, start, into, pin.etag if self._matches(pin) else "")
+        except BaseException:
+            ended()
+            raise
 
         def handle(answer: Answer, elsewhere: bool) -> int:
             return self._receive(answer, elsewhere, request, pin, start, into)

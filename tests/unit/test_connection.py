@@ -155,6 +155,8 @@ class Mover:
         assert function is reply_in_mover
         self.asked.append((unique, len(buffer)))
         await trio.lowlevel.checkpoint()
+        if isinstance(self.error, TimeoutError):
+            await trio.sleep_forever()
         if self.error:
             raise self.error
 
@@ -162,12 +164,14 @@ class Mover:
 @pytest.mark.parametrize(
     ("error", "is_answered_here"),
     [(None, False), (MoverLostError(), True), (MoverFaultError(), True),
-     (OSError(errno.ENOENT, "withdrawn"), False)],
+     (OSError(errno.ENOENT, "withdrawn"), False), (OSError(errno.ENOMEM, "its own"), True),
+     (RuntimeError("no more threads"), True), (TimeoutError("it hangs"), True)],
 )  # fmt: skip
 def test_long_answers_are_written_by_movers(
     error: Exception | None, is_answered_here: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LEAST_MOVED", 9)
+    monkeypatch.setattr(module, "LONGEST_MOVED_S", 0.2)
     mover = Mover(error)
 
     async def script(kernel: Kernel) -> None:
