@@ -8,7 +8,8 @@ from pathlib import Path
 from lazyfs.blocks.buffers import align, take_buffer
 from lazyfs.cache.block_format import Content, DamagedBlockError, check, make_tail
 from lazyfs.cache.direct_io import read_file, write_file
-from lazyfs.movers.pool import MoverFaultError, MoverLostError, Movers
+from lazyfs.movers.call import MoverFaultError, MoverLostError
+from lazyfs.movers.pool import Movers
 
 
 def write_block(

@@ -37,7 +37,8 @@ from pyfuse3 import FileHandleT, FUSEError
 
 from lazyfs.faults import contained, keep_running, report_fault
 from lazyfs.fuse.reply import HEADER, Buffer, reply, reply_in_mover
-from lazyfs.movers.pool import MoverFaultError, MoverLostError, Movers
+from lazyfs.movers.call import MoverFaultError, MoverLostError
+from lazyfs.movers.pool import Movers
 
 log = logging.getLogger(__name__)
 

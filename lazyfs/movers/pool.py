@@ -5,10 +5,10 @@ processors. So a worker on a large machine leaves receiving, decryption, checksu
 store pages or write blocks to *movers*: processes, each with its own interpreter. A call names the
 place of the bytes in the arena (`blocks/arena.py`); bytes never cross a socket.
 
-A *line* is a socket between a thread of the worker and a thread of a mover, which runs one call at
-a time. So a call blocks like any other function, and a stuck call does not delay others. A task
-can await a call without a thread (`run`), which costs a quarter of the processor time. Each
-function can also be called in the worker itself, and is if there are no movers.
+Each call has a line of its own (`call.py`). So it blocks like any other function, and a stuck call
+does not delay others. A task can await a call without a thread (`run`), which costs a quarter of
+the processor time. Each function can also be called in the worker itself, and is if there are no
+movers.
 
 Movers start with the first calls, more of them if there are more concurrent calls, and end when
 none was made for a while. If a mover dies, its running calls are lost (`MoverLostError`); the next
@@ -28,12 +28,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from lazyfs.blocks import buffers
 from lazyfs.blocks.arena import Arena
 from lazyfs.faults import contained
-from lazyfs.movers.context import WIRE
+from lazyfs.movers.call import MOST_BYTES, Line, MoverLostError, Wire, message_of, value_of
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +41,6 @@ log = logging.getLogger(__name__)
 MOST_IDLE_S = 30.0
 # The pause after the death of a mover before another one starts; it grows while they keep dying.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
-# The longest message: a function's name and arguments, or its result, in bytes.
-MOST_BYTES = 192 << 10
 # Concurrent calls of each mover before another one is started: they share an interpreter.
 CALLS_OF_EACH = 6
 # How long a task that is in no hurry waits for a mover that is starting.
@@ -50,33 +48,15 @@ LONGEST_START_S = 5.0
 # Prefixes of environment variables that movers inherit. Other variables may contain keys.
 _PASSED_ON = ("PATH", "PYTHON", "LD_", "LANG", "LC_", "TZ", "OPENSSL_")
 
-# The exceptions that a call can raise: the first class that fits the function's own exception.
-OS_ERRORS = (TimeoutError, ConnectionError, FileNotFoundError, OSError)
 
+class _Line(Line):
+    """A line to a thread of a mover of this pool."""
 
-class MoverLostError(Exception):
-    """There is no mover, or it ended; the effect of the call is unknown."""
+    __slots__ = ("mover",)
 
-
-class Wire(Protocol):
-    """An object that can end a call that waits for a server (`store/cancel.py`)."""
-
-    def use(self, connection: socket.socket | None) -> None:
-        """Set the connection that the call waits for; ends it at once if the call was cancelled."""
-
-
-@dataclass(slots=True, eq=False)
-class _Line:
-    """A socket to a thread of a mover. `wire`: the connection that the thread waits for."""
-
-    mover: _Mover
-    channel: socket.socket
-    wire: socket.socket | None = None
-
-    def close(self) -> None:
-        self.channel.close()
-        if self.wire is not None:
-            self.wire.close()
+    def __init__(self, mover: _Mover, channel: socket.socket) -> None:
+        super().__init__(channel)
+        self.mover = mover
 
 
 @dataclass(slots=True, eq=False)
@@ -141,10 +121,10 @@ class Movers:
             OSError: raised by the function: one of `OS_ERRORS`.
             MoverFaultError: another exception of the function.
         """
-        asked = self._asked(function, arguments, buffer)
+        asked = message_of(function, arguments, buffer)
         line = self._take()
         try:
-            told = _exchange(line, asked, wire)
+            told = line.exchange(asked, wire)
         except OSError as error:
             self._lose(line)
             raise MoverLostError(str(error)) from error
@@ -152,7 +132,7 @@ class Movers:
             self._lose(line)
             raise
         self._give_back(line)
-        return _value(told)
+        return value_of(told)
 
     async def run(
         self,
@@ -174,16 +154,14 @@ class Movers:
         import trio  # not for movers and for the probe of S3, which every mount waits for
 
         try:
-            asked = self._asked(function, arguments, buffer)
+            asked = message_of(function, arguments, buffer)
             line = self._take()
         except BaseException:
             ended()
             raise
         try:
-            line.channel.send(asked)
-            if wire is not None:
-                wire.use(line.wire)
-            told = await self._told(line, wire)
+            line.send(asked, wire)
+            told = await line.wait_for_answer(wire)
         except trio.Cancelled:
             self._go_on(line, buffer, wire, ended)
             raise
@@ -196,15 +174,7 @@ class Movers:
             self._go_on(line, buffer, wire, ended)
             raise MoverLostError(str(error)) from error
         self._done(line, wire, ended, lost=False)
-        return _value(told)
-
-    async def _told(self, line: _Line, wire: Wire | None) -> dict[str, Any]:
-        import trio
-
-        while True:
-            await trio.lowlevel.wait_readable(line.channel)
-            if (told := _message(line, wire)) is not None:
-                return told
+        return value_of(told)
 
     def _done(
         self, line: _Line, wire: Wire | None, ended: Callable[[], None], *, lost: bool
@@ -238,7 +208,7 @@ class Movers:
         """
         while True:
             try:
-                await self._told(line, wire)
+                await line.wait_for_answer(wire)
             except ValueError:
                 continue
             except OSError as error:
@@ -247,16 +217,6 @@ class Movers:
             else:
                 self._done(line, wire, ended, lost=False)
             return
-
-    def _asked(
-        self, function: Callable[..., Any], arguments: tuple[Any, ...], buffer: memoryview
-    ) -> bytes:
-        """The message that makes a call. Raises MoverLostError."""
-        offset = buffers.shared_offset(buffer)
-        if not self.count or offset is None:
-            raise MoverLostError("not shared")
-        name = f"{function.__module__}:{function.__qualname__}"
-        return json.dumps([name, arguments, offset, len(buffer)]).encode()
 
     def start(self) -> None:
         """Start the first movers ahead of a load. Returns at once."""
@@ -393,10 +353,6 @@ class Movers:
         _end(mover)
 
 
-class MoverFaultError(Exception):
-    """A function raised an unexpected exception; the message has the end of its traceback."""
-
-
 def _started(arena: int, lent: Mapping[str, int]) -> _Mover:
     """A mover that is ready. Raises OSError, EOFError."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -439,48 +395,3 @@ def _end(mover: _Mover) -> None:
     mover.process.kill()
     with contextlib.suppress(RuntimeError):  # no more threads are allowed: it stays a zombie
         threading.Thread(target=mover.process.wait, name="end of a mover", daemon=True).start()
-
-
-def _exchange(line: _Line, asked: bytes, wire: Wire | None) -> dict[str, Any]:
-    """Make one call in a line's thread; returns its answer. Raises OSError: the line is closed."""
-    line.channel.send(asked)
-    if wire is not None:
-        wire.use(line.wire)
-    try:
-        while True:
-            if (told := _message(line, wire)) is not None:
-                return told
-    finally:
-        if wire is not None:
-            wire.use(None)
-
-
-def _message(line: _Line, wire: Wire | None) -> dict[str, Any] | None:
-    """The next message of a call: its answer; or None, if it was the connection that it waits for.
-
-    Raises:
-        OSError: the mover has ended.
-    """
-    message, descriptors, _, _ = socket.recv_fds(line.channel, MOST_BYTES, 1)
-    if not message:
-        raise ConnectionResetError("it ended")
-    if descriptors:
-        former, line.wire = line.wire, socket.socket(fileno=descriptors[0])
-        if wire is not None:
-            wire.use(line.wire)
-        if former is not None:
-            former.close()
-        return None
-    if message == WIRE:
-        return None  # this process may open no more files
-    told: dict[str, Any] = json.loads(message)
-    return told
-
-
-def _value(told: dict[str, Any]) -> Any:
-    """The value of a call. Raises what its function raised: OSError, MoverFaultError."""
-    if "errno" in told:
-        raise OS_ERRORS[told["kind"]](told["errno"], told["text"])
-    if "fault" in told:
-        raise MoverFaultError(told["fault"])
-    return told["value"]

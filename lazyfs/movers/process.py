@@ -1,4 +1,4 @@
-"""A mover: runs functions on the memory that it shares with its worker. See `pool.py`.
+"""A mover: runs functions on the memory that it shares with its worker. See `call.py`.
 
 It is started with the numbers of its descriptors, and ends when its worker closes the control
 socket or ends. (PR_SET_PDEATHSIG would look at the thread that started it.)
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lazyfs.movers import context
-from lazyfs.movers.pool import MOST_BYTES, OS_ERRORS
+from lazyfs.movers.call import MOST_BYTES, OS_ERRORS
 
 # As for threads of a worker that move bytes: threads that decide go first (`fetch/threads.py`).
 NICER = 5

@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable
 
 from lazyfs.machine import free_memory
+from lazyfs.movers.call import MoverFaultError, MoverLostError
 from lazyfs.movers.context import lent
-from lazyfs.movers.pool import MoverFaultError, MoverLostError, Movers
+from lazyfs.movers.pool import Movers
 
 log = logging.getLogger(__name__)
 

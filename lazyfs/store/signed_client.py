@@ -23,7 +23,8 @@ from lazyfs.errors import (
     UnavailableError,
     UntrustedError,
 )
-from lazyfs.movers.pool import MoverFaultError, MoverLostError, Movers
+from lazyfs.movers.call import MoverFaultError, MoverLostError
+from lazyfs.movers.pool import Movers
 from lazyfs.store import moved, ranges
 from lazyfs.store.addresses import (
     BadAddressError,

@@ -18,7 +18,7 @@ from pyfuse3 import FUSEError
 from lazyfs.fuse import connection as module
 from lazyfs.fuse.connection import KernelConnection, is_being_killed
 from lazyfs.fuse.reply import reply_in_mover
-from lazyfs.movers.pool import MoverFaultError, MoverLostError
+from lazyfs.movers.call import MoverFaultError, MoverLostError
 
 LOOKUP, READ, INTERRUPT, FORGET, READDIRPLUS = 1, 15, 36, 2, 44
 LOCK_OWNER, FLAGS = 2, os.O_DIRECT

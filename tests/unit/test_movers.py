@@ -18,7 +18,8 @@ import trio
 from lazyfs.blocks import buffers
 from lazyfs.blocks.buffers import LEAST_SHARED, MOST_IDLE_BYTES, shared_offset, take_buffer
 from lazyfs.movers import pool
-from lazyfs.movers.pool import MoverFaultError, MoverLostError, Movers
+from lazyfs.movers.call import MoverFaultError, MoverLostError
+from lazyfs.movers.pool import Movers
 
 SIZE = 3 << 20
 
@@ -305,7 +306,7 @@ def test_garbage_instead_of_an_answer_ends_a_mover(
             def garbage(message: bytes) -> None:
                 raise ValueError("garbage")
 
-            patched.setattr(pool.json, "loads", garbage)
+            patched.setattr("lazyfs.movers.call.json.loads", garbage)
             with pytest.raises(MoverLostError):
                 await movers.run(
                     fill, 1, buffer=take_buffer(SIZE), ended=lambda: ended.append(True)

@@ -11,7 +11,8 @@ from typing import cast
 import pytest
 import trio
 
-from lazyfs.movers.pool import MoverFaultError, MoverLostError, Movers
+from lazyfs.movers.call import MoverFaultError, MoverLostError
+from lazyfs.movers.pool import Movers
 from lazyfs.pagecache import page_cache
 from lazyfs.pagecache.page_cache import (
     BUDGET_AGE_S,
