@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import sys
 
-from lazyfs.process import early_start
+from lazyfs.cli import main as lazyfs
+from lazyfs.options.mount_options import find_option
 
 # mount(8), FILESYSTEM-INDEPENDENT MOUNT OPTIONS; systemd.mount(5) for x-systemd.*.
 _IGNORED = frozenset(
@@ -51,16 +52,9 @@ USAGE = "usage: mount.lazyfs s3://BUCKET[/PREFIX] MOUNTPOINT [-o OPTION[=VALUE],
 def main(argv: list[str] | None = None) -> None:
     """Translate the arguments to those of `lazyfs mount`, and run it."""
     argv = sys.argv[1:] if argv is None else argv
-    begun = early_start.begin(["mount", *argv[:2]])  # mount(8) names source and mountpoint first
-    try:
-        from lazyfs.cli import main as lazyfs  # after the fork
-
-        arguments = translate(argv)
-        if arguments is not None:
-            lazyfs(arguments, obj=begun)
-    finally:
-        if begun is not None:
-            begun.end()
+    arguments = translate(argv)
+    if arguments is not None:
+        lazyfs(arguments)
 
 
 def translate(argv: list[str]) -> list[str] | None:
@@ -87,8 +81,6 @@ def _translate_option(text: str) -> list[str]:
     name, equals, value = text.partition("=")
     if name in _IGNORED or name.startswith(("x-", "X-", "comment")):
         return []
-    from lazyfs.options.mount_options import find_option
-
     option = find_option(name)
     if option is not None:
         name = option.name

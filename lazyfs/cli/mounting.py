@@ -6,7 +6,6 @@ needed.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from dataclasses import replace
@@ -18,7 +17,8 @@ import click
 from lazyfs.cli.settings import config_file, settings, with_mount_options
 from lazyfs.errors import DaemonError, MountError, OptionError
 from lazyfs.options.mount_options import config_places
-from lazyfs.process.early_start import Background, EarlyWorker
+from lazyfs.process import standalone
+from lazyfs.process.background import BackgroundSupervisor
 from lazyfs.process.mount_records import default_log_file
 from lazyfs.process.mount_spec import MountSpec
 from lazyfs.process.worker_files import rights_of
@@ -42,10 +42,7 @@ READY_TIMEOUT_S = 150.0
 )
 @click.option("--json", "as_json", is_flag=True, help="Print progress as JSON lines.")
 @with_mount_options
-@click.pass_obj
 def mount(
-    begun: Background | EarlyWorker | None,
-    /,
     source: str | None,
     mountpoint: Path | None,
     foreground: bool,
@@ -72,14 +69,9 @@ def mount(
     log_file = options.log_file or default_log_file(mountpoint)
     spec = MountSpec(source, str(mountpoint), texts)
     spec = replace(spec, rights=rights_of(spec, options).value)
-    kind = EarlyWorker if foreground else Background
-    if not isinstance(begun, kind) or begun.mountpoint != spec.mountpoint:
-        if begun is not None:  # it was started for another mountpoint or mode
-            begun.end()
-        begun = kind(spec.mountpoint, sys.argv[1:])
-    if isinstance(begun, EarlyWorker):
-        sys.exit(begun.supervise(spec, None))
-    _start_in_background(begun, spec, log_file)
+    if foreground:
+        sys.exit(standalone.main(spec))
+    _start_in_background(spec, log_file)
     if wait:
         wait_until_present(mountpoint, wait, options, as_json=as_json)
 
@@ -101,18 +93,23 @@ def _places(source: str | None, mountpoint: Path | None, config: Path | None) ->
     return source, Path(where)
 
 
-def _start_in_background(background: Background, spec: MountSpec, log_file: Path) -> None:
+def _start_in_background(spec: MountSpec, log_file: Path) -> None:
     """Start the supervisor in a session of its own, and return when the mount is ready.
 
     Raises:
         LazyfsError: the daemon refused to mount (with its message), or did not become ready.
     """
-    answer: dict[str, Any] = {}
-    with _open_log(log_file) as output, contextlib.suppress(BrokenPipeError):
-        answer = background.mount(spec, output.fileno(), READY_TIMEOUT_S)
+    with _open_log(log_file) as output:
+        supervisor = BackgroundSupervisor(spec, output.fileno())
+    try:
+        answer = supervisor.wait_until_ready(READY_TIMEOUT_S)
+    except BaseException:
+        supervisor.stop()  # Ctrl-C
+        raise
     if answer.get("ready"):
         return
-    background.stop()
+    supervisor.stop()
+    supervisor.wait()
     if answer:
         raise DaemonError(answer["error"], answer["exit_code"])
     raise MountError(f"the daemon ended before the mount was ready; see its log {log_file}")

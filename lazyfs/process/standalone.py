@@ -1,7 +1,7 @@
 """Keeper and supervisor of one mount, in one process, without the CSI driver.
 
-`lazyfs mount` leaves this process in the background, or becomes it in the foreground. It uses only
-the standard library. On SIGTERM and SIGINT it unmounts and ends.
+`lazyfs mount` leaves this process in the background (`background.py`), or becomes it in the
+foreground. On SIGTERM and SIGINT it unmounts and ends.
 """
 
 from __future__ import annotations
@@ -17,28 +17,21 @@ from typing import Any
 from lazyfs.end_signals import EndSignals, end_signals
 from lazyfs.errors import LazyfsError, MountError
 from lazyfs.escaping import escaped
-from lazyfs.handover.handover import OF_SUPERVISOR
-from lazyfs.handover.keeper import Keeper, Only, allow_many_descriptors
+from lazyfs.handover.keeper import Keeper, allow_many_descriptors
 from lazyfs.log import configure
 from lazyfs.process.mount_spec import MountSpec
 from lazyfs.process.privileges import leave_no_core_dump, protect_from_oom
 from lazyfs.process.supervisor import Supervisor
-from lazyfs.process.worker_process import StartedWorker
 
 log = logging.getLogger(__name__)
 
 
-def main(
-    spec: MountSpec,
-    report_fd: int | None,
-    waiting: tuple[StartedWorker, socket.socket],
-) -> int:
+def main(spec: MountSpec, report_fd: int | None = None) -> int:
     """Keep and supervise one mount in this process; returns the exit code.
 
     Args:
         spec: what to mount.
         report_fd: a pipe to the command that waits for the mount; without it, errors are printed.
-        waiting: an already started worker for it, and the keeper's end of its connection.
     """
     os.chdir("/")
     configure(
@@ -47,37 +40,24 @@ def main(
         mountpoint=spec.mountpoint,
     )
     with end_signals() as signals:
-        return _run(spec, report_fd, waiting, signals)
+        return _run(spec, report_fd, signals)
 
 
-def _run(
-    spec: MountSpec,
-    report_fd: int | None,
-    waiting: tuple[StartedWorker, socket.socket],
-    signals: EndSignals,
-) -> int:
+def _run(spec: MountSpec, report_fd: int | None, signals: EndSignals) -> int:
     keeper = Keeper()
-
-    def serve(client: socket.socket, only: Only | None = None) -> None:
-        threading.Thread(target=keeper.serve, args=[client, only], daemon=True).start()
 
     def connect() -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        serve(ours)
+        threading.Thread(target=keeper.serve, args=[ours], daemon=True).start()
         return theirs
-
-    def first() -> StartedWorker:
-        serve(waiting[1], Only(spec.mountpoint, frozenset(OF_SUPERVISOR)))
-        return waiting[0]
 
     leave_no_core_dump()
     protect_from_oom()
     allow_many_descriptors()
-    supervisor = Supervisor(spec, connect, leash=False, on_end=signals.wake, first=first)
+    supervisor = Supervisor(spec, connect, leash=False, on_end=signals.wake)
     try:
         supervisor.start()
     except Exception as error:
-        waiting[0].process.kill()
         if isinstance(error, LazyfsError):
             return _refused(error, report_fd)
         log.exception("the mount could not be started")

@@ -84,7 +84,6 @@ class Supervisor:
         on_end: called from another thread when the mount has ended, for whatever reason.
         on_new_mount: called from another thread when a mount that could not be resumed was mounted
             again: bind mounts of the old one are dead.
-        first: returns an already started worker; called when the keeper has its instructions.
     """
 
     def __init__(
@@ -95,7 +94,6 @@ class Supervisor:
         leash: bool,
         on_end: Callable[[], None] = lambda: None,
         on_new_mount: Callable[[], None] = lambda: None,
-        first: Callable[[], StartedWorker] | None = None,
     ) -> None:
         self.name = spec.mountpoint
         self.restarts = 0
@@ -106,7 +104,6 @@ class Supervisor:
         self._leash = os.pipe() if leash else None
         self._on_end = on_end
         self._on_new_mount = on_new_mount
-        self._first = first
         self._refusal: str | None = None
         self._stopping = threading.Event()
         self._leaving = threading.Event()
@@ -268,7 +265,7 @@ class Supervisor:
         owner = int(str(self._spec.options.get("uid", user.uid())))
         assert self._record is not None
         requests = WorkerRequests(self._mountpoint, self._session, self._record, owner)
-        started = self._waiting_worker() or self._start_process()
+        started = self._start_process()
         self._worker = started.process
         self._oom_kills = oom_kills()
         if self._stopping.is_set():
@@ -284,21 +281,6 @@ class Supervisor:
             started.line.close()
             raise
         threading.Thread(target=requests.help_until_end, args=[started.line], daemon=True).start()
-
-    def _waiting_worker(self) -> StartedWorker | None:
-        """The worker that was started early, before it was known what to mount, if it lives."""
-        first, self._first = self._first, None
-        started = first() if first else None
-        if started is not None and (started.process.poll() is not None or not self._suits(started)):
-            started.process.kill()
-            started.line.close()
-            return None
-        return started
-
-    def _suits(self, started: StartedWorker) -> bool:
-        """Whether a worker that was started early has the rights that this mount needs."""
-        has, needs = started.user, worker_user(Rights(self._spec.rights))
-        return (has.uid is None, has.reads_all_files) == (needs.uid is None, needs.reads_all_files)
 
     def _start_process(self) -> StartedWorker:
         with self._connect() as connection:

@@ -1,7 +1,7 @@
 """The process that serves one mount: `python -m lazyfs.process.worker`.
 
 Its supervisor starts it (`start_worker`) and passes descriptors: a connection to the keeper, which
-has the mount's spec now or soon, a connection to the supervisor (`lazyfs/process/worker_line.py`),
+has the mount's spec, a connection to the supervisor (`lazyfs/process/worker_line.py`),
 and a leash, a pipe that is closed when the supervisor ends.
 """
 
@@ -56,19 +56,21 @@ def main(
     privileges.confine()
     threading.stack_size(privileges.STACK_BYTES)
     line = SupervisorLine(socket.socket(fileno=line_fd))
-    # First, because a worker may be started before it is known what to mount.
-    probe = SourceProbe()
+    keeper = KeeperClient(socket.socket(fileno=keeper_fd))
+    try:
+        order = _ask_keeper(keeper, name)
+        # Before any thread is started: it is forked.
+        probe = SourceProbe(order.url, order.options, order.spec.credentials, order.region)
+    except Exception as error:
+        return _refuse(line, error)
     if leash_fd is not None:
         threading.Thread(target=_end_with, args=[leash_fd], daemon=True).start()
-    keeper = KeeperClient(socket.socket(fileno=keeper_fd))
     aside = ThreadPoolExecutor(1)
-    asking = aside.submit(_ask_keeper, keeper, name)
-    opening = aside.submit(lambda: _open(asking.result(), probe))
+    opening = aside.submit(_open, order, probe)
     aside.shutdown(wait=False)
     try:
-        from lazyfs.process.mount import Mount, run  # loaded while the keeper and S3 are asked
+        from lazyfs.process.mount import Mount, run  # loaded while S3 is asked
 
-        order = asking.result()
         mount = Mount(
             order.url, Path(order.spec.mountpoint), order.options, began_s, order.spec.credentials,
             order.spec.options,
@@ -86,17 +88,21 @@ def main(
 
 @dataclass(frozen=True, slots=True)
 class _Order:
-    """The instructions of this worker; `descriptor` is that of its spec."""
+    """The instructions of this worker."""
 
-    descriptor: int
     spec: MountSpec
     url: SourceUrl
     options: MountOptions
     former: Handover | None
 
+    @property
+    def region(self) -> str | None:
+        """The bucket's region, if it is already known."""
+        return self.former.beginning.region if self.former else None
+
 
 def _ask_keeper(keeper: KeeperClient, name: str) -> _Order:
-    """What to mount, as soon as the keeper knows it.
+    """What to mount.
 
     Raises:
         LazyfsError, KeeperError: it cannot be mounted.
@@ -106,6 +112,7 @@ def _ask_keeper(keeper: KeeperClient, name: str) -> _Order:
         for output in (1, 2):
             os.dup2(kept[LOG], output)
     spec = MountSpec.from_descriptor(kept[SPEC])
+    os.close(kept[SPEC])
     options = MountOptions.parse(("--{name}", spec.options))
     privileges.limit_memory(options.memory_limit)
     log.configure(
@@ -113,14 +120,13 @@ def _ask_keeper(keeper: KeeperClient, name: str) -> _Order:
     )
     options = descriptors.fit(options)
     former = Handover.fetch(keeper, name)
-    return _Order(kept[SPEC], spec, SourceUrl.parse(spec.source), options, former)
+    return _Order(spec, SourceUrl.parse(spec.source), options, former)
 
 
 def _open(order: _Order, probe: SourceProbe) -> Source:
     """The source, as the probe found it; if the probe was killed, it is found here."""
-    region = order.former.beginning.region if order.former else None
     about = (order.url, order.options, order.spec.credentials)
-    found = probe.ask(order.descriptor, region) or resolve(*about, region)
+    found = probe.wait() or resolve(*about, order.region)
     return Source(*about, found)
 
 

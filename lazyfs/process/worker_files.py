@@ -3,17 +3,14 @@
 A worker of root runs as another user. It reads the installation, the block cache, and the files
 that botocore reads: configuration, credentials, tokens, certificates. If every user can read all of
 them, the worker needs no rights of root. Otherwise it gets one capability: to read all files.
-
-Uses only the standard library, and little of it: a worker is started before all else is loaded.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,36 +93,13 @@ def rights_for(
         uses_own_credentials: botocore finds credentials, because none are given.
         ca_bundle: the certificates that its options name.
     """
-    configuration = _configuration(os.environ)
+    configuration = _configuration()
     if uses_own_credentials and any(path.exists() for path in configuration):
         return Rights.READ_ALL_FILES
     files = [*_installation(), *configuration, *([ca_bundle] if ca_bundle else [])]
     files += [Path(name) for variable in _OTHER_FILES if (name := os.environ.get(variable))]
     is_open = all(map(is_open_to_all, files)) and all(map(_is_reachable, cache))
     return Rights.NONE if is_open else Rights.READ_ALL_FILES
-
-
-def early_rights(arguments: Sequence[str], environment: Mapping[str, str]) -> Rights:
-    """Guess from the words of a `lazyfs mount` command. A wrong guess costs another start."""
-
-    def value(option: str) -> str | None:
-        for word, after in reversed([*itertools.zip_longest(arguments, arguments[1:])]):
-            if word.startswith(f"{option}="):
-                return word.partition("=")[2]
-            if word == option:
-                return after
-        return environment.get("LAZYFS_" + option[2:].upper().replace("-", "_"))
-
-    if user.worker_ids() is None:
-        return Rights.USER
-    cache = value("--cache-dir") or str(cache_place.default_directory())
-    directories = [] if cache == "none" else [Path(each).absolute() for each in cache.split(":")]
-    unsigned = "--no-sign-request" in arguments or "LAZYFS_NO_SIGN_REQUEST" in environment
-    bundle = value("--ca-bundle")
-    return rights_for(
-        directories, uses_own_credentials=not unsigned,
-        ca_bundle=Path(bundle).absolute() if bundle else None,
-    )  # fmt: skip
 
 
 def is_open_to_all(path: Path) -> bool:
@@ -154,8 +128,8 @@ def _is_reachable(path: Path) -> bool:
     return True
 
 
-def _configuration(environment: Mapping[str, str]) -> list[Path]:
-    names = (environment.get(variable, usual) for variable, usual in _CONFIGURATION.items())
+def _configuration() -> list[Path]:
+    names = (os.environ.get(variable, usual) for variable, usual in _CONFIGURATION.items())
     return [Path(name).expanduser() for name in names]
 
 

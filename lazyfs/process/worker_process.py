@@ -37,11 +37,10 @@ class HasFileno(Protocol):
 
 
 class StartedWorker(NamedTuple):
-    """A started worker, the connection on which it reports its progress, and its user."""
+    """A started worker, and the connection on which it reports its progress."""
 
     process: subprocess.Popen[bytes]
     line: socket.socket
-    user: WorkerUser
 
 
 def start_worker(
@@ -74,7 +73,7 @@ def start_worker(
         ours.close()
         raise
     protect_from_oom(process.pid)
-    return StartedWorker(process, ours, user)
+    return StartedWorker(process, ours)
 
 
 def child_environment() -> dict[str, str] | None:

@@ -22,7 +22,7 @@ from lazyfs.objects import File
 from lazyfs.pagecache.walker import Walker
 from lazyfs.process.mount_helpers import LOOK_UP, MountHelpers
 from lazyfs.process.privileges import Rights
-from lazyfs.process.worker_files import early_rights
+from lazyfs.process.worker_files import rights_for
 from lazyfs.process.worker_line import SupervisorLine, WorkerLine
 from lazyfs.process.worker_process import was_told_to_end
 from lazyfs.user import worker_ids
@@ -135,18 +135,6 @@ def test_short_processes_do_not_load_trio(module):
     assert done.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("module", ["dataclasses", "secrets", "logging"])
-def test_a_worker_is_started_before_much_is_loaded(module):
-    code = (
-        "import sys, lazyfs.process.worker_files, lazyfs.process.worker_process;"
-        f"print({module!r} in sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout.strip() == "False"
-
-
 @pytest.mark.parametrize(
     ("directories", "is_inside"),
     [("", True), ("in", True), ("\0in/deep\0", True), ("out", False), ("in/out", False),
@@ -164,7 +152,7 @@ def test_names_are_looked_up_below_the_mountpoint(tmp_path, directories, is_insi
     assert (done.returncode == 0) == is_inside, done.stderr
 
 
-def test_guesses_what_a_worker_needs_as_the_command_says(tmp_path, monkeypatch):
+def test_a_worker_gets_the_rights_that_its_files_need(monkeypatch):
     if worker_ids() is None:
         pytest.skip("needs root")
     place = Path(tempfile.mkdtemp())
@@ -172,23 +160,26 @@ def test_guesses_what_a_worker_needs_as_the_command_says(tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
     monkeypatch.setattr(sys, "path", ["/"])
 
-    def guess(*words, **environment):
-        return early_rights(["mount", "s3://b", "/m", *words], environment)
+    def rights(*cache, **more):
+        return rights_for(map(Path, cache), **{"uses_own_credentials": True, **more})
 
-    none, some = f"--cache-dir={place}/none", f"--cache-dir={place}/some"
+    cache = place / "cache"
     try:
-        assert guess(none) is Rights.READ_ALL_FILES  # of root alone
-        assert guess("--cache-dir=none") is Rights.NONE
+        assert rights(cache) is Rights.READ_ALL_FILES  # of root alone
+        assert rights() is Rights.NONE
         place.chmod(0o755)
-        assert guess(none, some) is guess("--cache-dir", f"{place}/x") is Rights.NONE
-        assert guess(LAZYFS_CACHE_DIR="/root/x") is Rights.READ_ALL_FILES
+        assert rights(cache, place / "another") is Rights.NONE
+        assert rights(cache, "/root/x") is Rights.READ_ALL_FILES
         (place / "config").write_text("[default]")
         (place / "config").chmod(0o644)
         # It may name files that others cannot read.
-        assert guess(none) is Rights.READ_ALL_FILES
-        assert guess(none, "--no-sign-request") is Rights.NONE
+        assert rights(cache) is Rights.READ_ALL_FILES
+        assert rights(cache, uses_own_credentials=False) is Rights.NONE
+        (place / "ca.pem").touch(0o600)
+        bundled = rights(cache, uses_own_credentials=False, ca_bundle=place / "ca.pem")
+        assert bundled is Rights.READ_ALL_FILES
         (place / "config").chmod(0o600)
-        assert guess(none, "--no-sign-request") is Rights.READ_ALL_FILES
+        assert rights(cache, uses_own_credentials=False) is Rights.READ_ALL_FILES
     finally:
         shutil.rmtree(place)
 
