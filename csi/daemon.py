@@ -228,5 +228,5 @@ def _same(ours: Credentials | None, theirs: Credentials | None) -> bool:
 
 def name_of(source: str) -> str:
     """A new name for a daemon: unique, and meaningful in logs and in lists of mounts."""
-    readable = re.sub(r"[^A-Za-z0-9.]+", "-", source.removeprefix("s3://"))
+    readable = re.sub(r"[^A-Za-z0-9.]+", "-", source.partition("://")[2])
     return f"{readable[-LONGEST_READABLE:].strip('-.')}-{secrets.token_hex(4)}"

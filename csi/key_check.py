@@ -20,7 +20,7 @@ from lazyfs.process.mount_spec import MountSpec
 from lazyfs.process.privileges import Rights, confine, limit_memory, start, worker_user
 from lazyfs.process.worker_process import read_report
 from lazyfs.store.credentials import Credentials
-from lazyfs.store.s3_source import Source
+from lazyfs.store.stores import open_source
 from lazyfs.store.url import SourceUrl
 
 TIMEOUT_S = 100.0
@@ -67,7 +67,7 @@ def main(descriptor: int) -> None:
     url = SourceUrl.parse(spec.source)
     answer = {"works": "true"}
     try:
-        source = Source(url, options, spec.credentials)
+        source = open_source(url, options, spec.credentials)
         read_a_byte(source, source.list_page(url.prefix, None))
     except LazyfsError as error:
         answer = {"error": str(error), "kind": type(error).__name__}

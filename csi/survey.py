@@ -11,7 +11,7 @@ from lazyfs.errors import ObjectGoneError
 from lazyfs.store.credentials import Credentials
 from lazyfs.store.objects import Page, Tokens
 from lazyfs.store.protocol import Store
-from lazyfs.store.s3_source import Source
+from lazyfs.store.stores import open_source
 from lazyfs.store.url import SourceUrl
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def survey(volume: Volume, credentials: Credentials | None) -> Survey:
     """
     url, options = SourceUrl.parse(volume.source), volume.mount_options
     began = time.monotonic()
-    source = Source(url, options, credentials)
+    source = open_source(url, options, credentials)
     tokens = Tokens(str(url))
     page = source.list_page(url.prefix)
     size_bytes, pages, was_read, seen_objects = 0, 1, False, False
@@ -75,6 +75,6 @@ def read_a_byte(source: Store, page: Page) -> bool:
     """Read a byte, because reading needs another permission than listing; False if none exists."""
     for each in page.objects:
         if each.size_bytes:
-            source.read_range(each, 0, 1)
+            source.ranges.read(each, 0, 1)
             return True
     return False

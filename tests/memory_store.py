@@ -10,6 +10,7 @@ from lazyfs.store.cancel import Cancel, CancelledError
 from lazyfs.store.checksum import ObjectSum
 from lazyfs.store.fleet_cache import FleetCache
 from lazyfs.store.objects import Page, Pinned
+from lazyfs.store.protocol import Ranges
 from lazyfs.store.url import SourceUrl
 
 
@@ -55,8 +56,17 @@ class MemoryStore:
         body = self.objects[key]
         return ListedObject(key, len(body), f'"{hashlib.md5(body).hexdigest()}"', 0, key)
 
-    def read_range(
-        self, pin: Pinned, start: int, length: int, cancel: Cancel | None = None
+    @property
+    def ranges(self) -> Ranges:
+        return self
+
+    def read(
+        self,
+        pin: Pinned,
+        start: int,
+        length: int,
+        cancel: Cancel | None = None,
+        asked: object = None,
     ) -> memoryview:
         if cancel is not None and cancel.called:
             raise CancelledError

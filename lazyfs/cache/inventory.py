@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from lazyfs.cache.block_format import Content
 from lazyfs.cache.directory import CacheDirectory
+from lazyfs.store.url import object_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def objects(directories: Iterable[CacheDirectory]) -> list[Entry]:
             cached -= content.block_size - content.length(last)
         entries.append(
             Entry(
-                name=f"s3://{content.bucket}/{content.key}",
+                name=object_name(content.bucket, content.key),
                 endpoint=content.endpoint,
                 files=1,
                 size_bytes=content.size_bytes,

@@ -24,6 +24,7 @@ from lazyfs.cli.tables import console, print_rows, tell
 from lazyfs.errors import CacheError, OptionError
 from lazyfs.options.option_types import Duration, Size, format_duration, format_size
 from lazyfs.process.worker_files import become_worker
+from lazyfs.store.url import object_name
 
 _AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _AGES = Duration(1, 10 * 365 * 86400)
@@ -134,7 +135,7 @@ def prune(
     before = sum(directory.used_bytes() for directory in directories)
     for directory in directories:
         for content in _contents(directory) if patterns else ():
-            name = f"s3://{content.bucket}/{content.key}"
+            name = object_name(content.bucket, content.key)
             if any(fnmatchcase(name, pattern) for pattern in patterns):
                 directory.drop(content)
         if age_s is not None:
@@ -177,7 +178,7 @@ def verify(as_json: bool, **given: Any) -> None:
     with ByteProgress("verified", as_json=as_json) as progress:
         for directory, content, number in work:
             if not directory.verify(content, number):
-                damaged.append(f"block {number} of s3://{content.bucket}/{content.key}")
+                damaged.append(f"block {number} of {object_name(content.bucket, content.key)}")
             done += content.length(number)
             progress.update(done, total)
     if damaged:

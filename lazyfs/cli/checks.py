@@ -30,7 +30,8 @@ from lazyfs.machine import free_memory
 from lazyfs.objects import ListedObject
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.options.option_types import GIB, MIB, format_duration, format_size
-from lazyfs.store.s3_source import Source
+from lazyfs.store.protocol import Source
+from lazyfs.store.stores import open_source
 from lazyfs.store.url import SourceUrl
 
 T = TypeVar("T")
@@ -230,7 +231,7 @@ def _source(url: SourceUrl, options: MountOptions) -> Iterator[Finding]:
     if options.endpoint_url:
         yield _transport(options.endpoint_url)
     try:
-        source, took_s = _timed(lambda: Source(url, options))
+        source, took_s = _timed(lambda: open_source(url, options))
         yield Finding(
             "credentials", Outcome.OK, f"found; region {source.region} ({format_duration(took_s)})"
         )
@@ -310,11 +311,11 @@ def _ranges(source: Source, one: ListedObject, options: MountOptions) -> Iterato
     starts = range(0, one.size_bytes - length + 1, length)[:AT_ONCE]
 
     def get(start: int) -> int:
-        return len(source.read_range(one, start, length))
+        return len(source.ranges.read(one, start, length))
 
     try:
-        source.read_range(one, 0, 1)  # connects
-        _, first_s = _timed(lambda: source.read_range(one, 0, 1))
+        source.ranges.read(one, 0, 1)  # connects
+        _, first_s = _timed(lambda: source.ranges.read(one, 0, 1))
         with ThreadPoolExecutor(AT_ONCE) as threads:
             sizes, took_s = _timed(lambda: list(threads.map(get, starts)))
     except LazyfsError as error:

@@ -31,7 +31,7 @@ from lazyfs.process import privileges
 from lazyfs.process.mount_records import control_socket
 from lazyfs.store.objects import Tokens
 from lazyfs.store.protocol import Store
-from lazyfs.store.s3_source import Source
+from lazyfs.store.stores import open_source
 from lazyfs.store.url import SourceUrl, is_url
 
 FILES_NAMED = 12
@@ -67,7 +67,7 @@ def inspect(what: str, as_json: bool, config: Path | None, **given: Any) -> None
         options, _ = settings(config, given)
         privileges.limit_memory(options.memory_limit)
         url = what
-        sizes, models = models_of_source(Source(SourceUrl.parse(url), options), options)
+        sizes, models = models_of_source(open_source(SourceUrl.parse(url), options), options)
     else:
         record = record_at(Path(what))
         client = ControlClient(control_socket(Path(record.mountpoint)), MOUNT_TIMEOUT_S)
@@ -125,7 +125,7 @@ def models_of_source(source: Store, options: MountOptions) -> tuple[Mapping[str,
 
     def read(path: str, offset: int, length: int) -> bytes:
         file = files[path]
-        return bytes(source.read_range(file, offset, length)) if length else b""
+        return bytes(source.ranges.read(file, offset, length)) if length else b""
 
     sizes = {path: file.size_bytes for path, file in files.items()}
     return sizes, _models(sizes, read, options, _cached(source, options, files))

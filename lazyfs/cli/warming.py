@@ -27,7 +27,7 @@ from lazyfs.options.mount_options import MountOptions
 from lazyfs.options.option_types import format_size
 from lazyfs.process import descriptors, privileges
 from lazyfs.process.mount_records import control_socket
-from lazyfs.store.s3_source import Source
+from lazyfs.store.stores import open_source
 from lazyfs.store.url import SourceUrl, is_url
 
 POLL_S = 0.2
@@ -85,7 +85,7 @@ def _warm_source(url: SourceUrl, options: MountOptions, verify: bool, as_json: b
 
 
 async def _run(url: SourceUrl, options: MountOptions, verify: bool, as_json: bool) -> None:
-    source = await trio.to_thread.run_sync(Source, url, options)
+    source = await trio.to_thread.run_sync(open_source, url, options)
     catalog = Catalog(source, options, ListingLog(None), Recorder("off"))
     await catalog.open()
     cache = BlockCache.of(options, source.endpoint, url.bucket)

@@ -64,7 +64,7 @@ class Contents:
         data = self._fetcher.head(file)[offset : offset + length]
         if len(data) < length:
             data = await trio.to_thread.run_sync(
-                self._source.read_range, file, offset, length,
+                self._source.ranges.read, file, offset, length,
                 abandon_on_cancel=True,
             )  # fmt: skip
         return {"base64": base64.b64encode(data).decode()}

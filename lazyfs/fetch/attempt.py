@@ -160,7 +160,7 @@ class Attempts:
                     asks_cache = trio.from_thread.run(
                         self._may_ask_cache_again, request, attempt, trio_token=token
                     )
-                data = self._source.read_range(
+                data = self._source.ranges.read(
                     *wanted, attempt.cancel, **({"asked": asked} if asked else {})
                 )
                 size = request.length
@@ -179,7 +179,7 @@ class Attempts:
         """Have a mover make the request.
 
         Returns:
-            The answer; or what `read_range` needs to go on with it, or None to begin.
+            The answer; or what `read` needs to go on with it, or None to begin.
         """
         is_left = is_over = False
 
@@ -190,7 +190,7 @@ class Attempts:
                 self._ended(request, attempt, 0)
 
         try:
-            found = await self._source.read_moved(
+            found = await self._source.ranges.read_moved(
                 request.file, request.start, request.length, attempt.cancel,
                 request.has_time, ended,
             )  # fmt: skip
@@ -230,13 +230,13 @@ class Attempts:
         may_be_dead = True
         while True:
             try:
-                return self._source.read_cached(cache, *wanted, cancel)
+                return self._source.ranges.read_cached(cache, *wanted, cancel)
             except FleetCacheError as error:
                 if error.trouble not in (Trouble.CUT_OFF, Trouble.WRONG):
                     raise
                 token.run_sync_soon(self._fleet.is_asked_again, error)
                 if error.trouble is Trouble.WRONG or not may_be_dead:
-                    return self._source.read_cached(cache, *wanted, cancel, fresh=True)
+                    return self._source.ranges.read_cached(cache, *wanted, cancel, fresh=True)
                 may_be_dead = False
 
     async def _may_ask_cache_again(self, request: Request, attempt: Attempt) -> bool:

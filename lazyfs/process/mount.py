@@ -60,7 +60,7 @@ from lazyfs.prefetch.prefetcher import Prefetcher
 from lazyfs.process import descriptors
 from lazyfs.process.worker_line import SupervisorLine
 from lazyfs.store.credentials import Credentials, credentials_from
-from lazyfs.store.s3_source import Source
+from lazyfs.store.protocol import Source
 from lazyfs.store.url import SourceUrl
 
 log = logging.getLogger(__name__)

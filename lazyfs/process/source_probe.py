@@ -23,8 +23,8 @@ from lazyfs import errors
 from lazyfs.errors import LazyfsError, MountError
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store.credentials import Credentials
+from lazyfs.store.protocol import Source
 from lazyfs.store.resolved_source import ResolvedSource
-from lazyfs.store.s3_source import resolve
 from lazyfs.store.url import SourceUrl
 
 _ANSWER = 3
@@ -39,12 +39,14 @@ class SourceProbe:
     """Start the process. No other thread may run at that time.
 
     Args:
-        url, options, credentials: as for `resolve`.
+        source: the class of the source's store.
+        url, options, credentials: as for its `resolve`.
         region: the bucket's region, if it is already known.
     """
 
     def __init__(
         self,
+        source: type[Source],
         url: SourceUrl,
         options: MountOptions,
         credentials: Credentials | None,
@@ -55,7 +57,7 @@ class SourceProbe:
         self._ending = threading.Lock()
         self.pid = os.fork()
         if self.pid == 0:
-            _be_probe(theirs, worker, lambda: resolve(url, options, credentials, region))
+            _be_probe(theirs, worker, lambda: source.resolve(url, options, credentials, region))
         self._ended = False
         self._answer = answer
         os.close(theirs)

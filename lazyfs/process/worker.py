@@ -29,7 +29,8 @@ from lazyfs.process.mount_spec import MountSpec
 from lazyfs.process.source_probe import SourceProbe
 from lazyfs.process.worker_line import SupervisorLine
 from lazyfs.process.worker_process import EXIT_CANNOT_RESUME
-from lazyfs.store.s3_source import Source, resolve
+from lazyfs.store.protocol import Source
+from lazyfs.store.stores import source_class
 from lazyfs.store.url import SourceUrl
 
 # Time for an orderly end of a worker whose supervisor is gone, before it exits.
@@ -60,13 +61,14 @@ def main(
     try:
         order = _ask_keeper(keeper, name)
         # Before any thread is started: it is forked.
-        probe = SourceProbe(order.url, order.options, order.spec.credentials, order.region)
+        source = source_class(order.url)
+        probe = SourceProbe(source, order.url, order.options, order.spec.credentials, order.region)
     except Exception as error:
         return _refuse(line, error)
     if leash_fd is not None:
         threading.Thread(target=_end_with, args=[leash_fd], daemon=True).start()
     aside = ThreadPoolExecutor(1)
-    opening = aside.submit(_open, order, probe)
+    opening = aside.submit(_open, source, order, probe)
     aside.shutdown(wait=False)
     try:
         from lazyfs.process.mount import Mount, run  # loaded while S3 is asked
@@ -123,11 +125,11 @@ def _ask_keeper(keeper: KeeperClient, name: str) -> _Order:
     return _Order(spec, SourceUrl.parse(spec.source), options, former)
 
 
-def _open(order: _Order, probe: SourceProbe) -> Source:
+def _open(source: type[Source], order: _Order, probe: SourceProbe) -> Source:
     """The source, as the probe found it; if the probe was killed, it is found here."""
     about = (order.url, order.options, order.spec.credentials)
-    found = probe.wait() or resolve(*about, order.region)
-    return Source(*about, found)
+    found = probe.wait() or source.resolve(*about, order.region)
+    return source(*about, found)
 
 
 def _ready(line: SupervisorLine, mounted_ns: int) -> None:

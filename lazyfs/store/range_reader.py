@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import NamedTuple
 from urllib.parse import quote
 
-from lazyfs.blocks.buffers import take_buffer
+from lazyfs.blocks.buffers import LEAST_SHARED, take_buffer
 from lazyfs.errors import BadRequestError, BadResponseError, ObjectChangedError, SourceError
 from lazyfs.store import entity_tag, ranges
 from lazyfs.store.cancel import Cancel
@@ -61,15 +61,16 @@ class RangeReader:
         pin: Pinned,
         start: int,
         length: int,
-        cancel: Cancel,
-        already: AskedRange | None = None,
+        cancel: Cancel | None = None,
+        asked: AskedRange | None = None,
     ) -> memoryview:
-        """See `Source.read_range`."""
-        into, asked = already or (take_buffer(length), None)
+        """See `Ranges`."""
+        into, already = asked or (take_buffer(length), None)
+        cancel = cancel or Cancel()
         done = 0
         for _ in range(MOST_PARTS):
-            done += self._ask_for_range(pin, start + done, into[done:], cancel, asked)
-            asked = None
+            done += self._ask_for_range(pin, start + done, into[done:], cancel, already)
+            already = None
             if done == length:
                 return into
             self._client.note("answers a range with a part of it")
@@ -81,10 +82,16 @@ class RangeReader:
         start: int,
         length: int,
         cancel: Cancel,
+        has_time: Callable[[], bool],
         ended: Callable[[], None],
     ) -> memoryview | AskedRange | None:
-        """See `Store.read_moved`."""
+        """See `Ranges`."""
+        movers = self._client.movers
+        if length < LEAST_SHARED or movers is None:
+            ended()
+            return None
         try:
+            await movers.wait_for_first(has_time)
             into = take_buffer(length)
             request = self._request(pin, start, into, pin.etag if self._matches(pin) else "")
         except BaseException:
@@ -109,7 +116,7 @@ class RangeReader:
         *,
         fresh: bool = False,
     ) -> memoryview | None:
-        """See `Source.read_cached`."""
+        """See `Ranges`."""
         if not self._matches(pin):
             return None
         into = take_buffer(length)

@@ -18,7 +18,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
-from lazyfs.blocks.buffers import LEAST_SHARED
 from lazyfs.errors import (
     BadRequestError,
     NotSupportedError,
@@ -32,14 +31,11 @@ from lazyfs.options.mount_options import MountOptions
 from lazyfs.store import ranges
 from lazyfs.store.cancel import Cancel
 from lazyfs.store.credentials import Credentials, StaticCredentials, WebIdentity
-from lazyfs.store.fleet_cache import FleetCache
-from lazyfs.store.http import (
-    Answer,
-)
+from lazyfs.store.http import Answer
 from lazyfs.store.live_credentials import LiveCredentials
 from lazyfs.store.objects import Page, Pinned
 from lazyfs.store.pages import Lister
-from lazyfs.store.range_reader import AS_STORED, AskedRange, RangeReader
+from lazyfs.store.range_reader import AS_STORED, RangeReader
 from lazyfs.store.refusals import Refusal
 from lazyfs.store.request import RefusedError, Request
 from lazyfs.store.resolved_source import Place, ResolvedSource, TimedCredentials
@@ -63,28 +59,7 @@ FIRST_LONGEST_PAUSE_S = 5.0
 CREDENTIALS_SOON_S = 2.0
 
 
-def resolve(
-    url: SourceUrl,
-    options: MountOptions,
-    credentials: Credentials | None = None,
-    region: str | None = None,
-) -> ResolvedSource:
-    """Resolve a source, list its first page, and check that it can be read.
-
-    Args:
-        region: the bucket's region, if it is already known: then no request is made.
-
-    Raises:
-        SourceError, OptionError: as for `Source`; or the source cannot be listed or read.
-    """
-    source = Source(url, options, credentials, region=region)
-    if region is None:
-        return source.resolved(source.begin())
-    source.prepare()
-    return source.resolved(None)
-
-
-class Source:
+class S3Source:
     """One prefix of one bucket.
 
     Args:
@@ -125,6 +100,21 @@ class Source:
         )
         self._movers: Movers | None = None
         self._set_place(resolved.place)
+
+    @classmethod
+    def resolve(
+        cls,
+        url: SourceUrl,
+        options: MountOptions,
+        credentials: Credentials | None = None,
+        region: str | None = None,
+    ) -> ResolvedSource:
+        """See `Source`."""
+        source = cls(url, options, credentials, region=region)
+        if region is None:
+            return source.resolved(source.begin())
+        source.prepare()
+        return source.resolved(None)
 
     def use(self, movers: Movers) -> None:
         """Have movers receive ranges from now on."""
@@ -231,71 +221,6 @@ class Source:
         )
         return email.utils.parsedate_to_datetime(told).timestamp() - time.time() if told else None
 
-    def read_range(
-        self,
-        pin: Pinned,
-        start: int,
-        length: int,
-        cancel: Cancel | None = None,
-        asked: AskedRange | None = None,
-    ) -> memoryview:
-        """Exactly `length` bytes of an object from `start`, of the version that was listed.
-
-        Args:
-            cancel: lets another thread end it.
-            asked: what `read_moved` returned for the same range.
-
-        Raises:
-            CancelledError: by `cancel`.
-            ObjectChangedError, ObjectGoneError: the object is no longer what was listed.
-            SourceError: any other failure.
-        """
-        return self._ranges.read(pin, start, length, cancel or Cancel(), asked)
-
-    async def read_moved(
-        self,
-        pin: Pinned,
-        start: int,
-        length: int,
-        cancel: Cancel,
-        has_time: Callable[[], bool],
-        ended: Callable[[], None],
-    ) -> memoryview | AskedRange | None:
-        """See `Store`."""
-        if length < LEAST_SHARED or self._movers is None:
-            ended()
-            return None
-        try:
-            await self._movers.wait_for_first(has_time)
-        except BaseException:
-            ended()
-            raise
-        return await self._ranges.read_moved(pin, start, length, cancel, ended)
-
-    def read_cached(
-        self,
-        cache: FleetCache,
-        pin: Pinned,
-        start: int,
-        length: int,
-        cancel: Cancel,
-        *,
-        fresh: bool = False,
-    ) -> memoryview | None:
-        """Like `read_range`, from the cache of a fleet.
-
-        Args:
-            fresh: the cache must get it from S3, because what it has is wrong.
-
-        None: the cache cannot be used, because requests cannot name the version of this object.
-
-        Raises:
-            CancelledError: by `cancel`.
-            FleetCacheError: the cache did not deliver the range of that version.
-            SourceError: there are no credentials.
-        """
-        return self._ranges.read_cached(cache, pin, start, length, cancel, fresh=fresh)
-
     def checksum(self, pin: Pinned) -> ObjectSum | None:
         """The checksum of a whole object, to be compared; None if S3 keeps no comparable one.
 
@@ -339,7 +264,7 @@ class Source:
     def _try_to_read(self, pin: Pinned) -> None:
         """Read a range of one object. Errors of that object, and of S3 itself, are only logged."""
         try:
-            self._first(lambda: self.read_range(pin, 0, 1))
+            self._first(lambda: self.ranges.read(pin, 0, 1))
         except ThrottledError as error:
             log.warning("%s", error)
         except SourceError as error:
@@ -381,7 +306,7 @@ class Source:
             movers=self._movers,
         )
         self._lister = Lister(self.url, self._client)
-        self._ranges = RangeReader(self.url, self._client)
+        self.ranges = RangeReader(self.url, self._client)
 
     # botocore
 

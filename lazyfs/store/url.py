@@ -1,30 +1,15 @@
-"""Parses `s3://BUCKET/PREFIX`, the name of a source. Pure."""
+"""Parses the URL of a source, `SCHEME://BUCKET/PREFIX`. Pure."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lazyfs.errors import OptionError
+from lazyfs.store import s3_names
 
-SCHEME = "s3://"
-_BUCKET = re.compile(r"([A-Za-z0-9_]+:)?[A-Za-z0-9][A-Za-z0-9.\-_]{1,254}")
-_ARN = re.compile(r"arn:[a-z0-9-]+:([a-z0-9-]+):([a-z0-9-]*):[0-9]*:(?:[^/:]+[/:][^/:]+)(?=/|$)")
-_OUTPOST = re.compile(r"arn:[a-z0-9-]+:s3-outposts:")
-# Names that AWS reserves for other things than general purpose buckets, and what to use instead:
-# docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html
-_RESERVED = {
-    "--x-s3": "directory buckets (S3 Express One Zone) are not supported: use a general purpose "
-    "bucket",
-    "--xa-s3": "access points of directory buckets (S3 Express One Zone) are not supported: use a "
-    "general purpose bucket",
-    "--ol-s3": "an Object Lambda access point does not support ranges: use the "
-    "access point behind it",
-    "--op-s3": "S3 on Outposts is not supported",
-    "--table-s3": "table buckets (S3 Tables) hold no objects",
-    ".mrap": "Multi-Region Access Points (signature version 4A) are not supported: use a bucket or "
-    "an access point of one region",
-}
+# How URLs are divided into bucket and prefix, by scheme; `stores.py` has the stores.
+_DIVIDE: dict[str, Callable[[str, str], tuple[str, str]]] = {"s3": s3_names.divide}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,64 +17,43 @@ class SourceUrl:
     """A bucket and a prefix.
 
     Attributes:
-        bucket: its name, `TENANT:BUCKET` of Ceph, or the ARN of an access point.
+        bucket: its name, or what stands for it.
         prefix: empty, or ends in `/`.
     """
 
     bucket: str
     prefix: str
+    scheme: str = "s3"
 
     @classmethod
     def parse(cls, text: str) -> SourceUrl:
         """Parse a URL. Raises OptionError if it is not valid, or if its bucket is not supported."""
-        if not text.startswith(SCHEME):
-            raise OptionError(f"{text!r} is not a source: write s3://BUCKET or s3://BUCKET/PREFIX")
-        rest = text.removeprefix(SCHEME)
-        if rest.startswith("arn:"):
-            bucket, prefix = _split_arn(text, rest)
-        else:
-            bucket, _, prefix = rest.partition("/")
-            if not _BUCKET.fullmatch(bucket):
-                raise OptionError(
-                    f"{text!r} is not a source: write s3://BUCKET or s3://BUCKET/PREFIX"
-                )
-            for ending, words in _RESERVED.items():
-                if bucket.endswith(ending):
-                    raise OptionError(f"{text!r}: {words}")
+        scheme, separator, rest = text.partition("://")
+        if not separator or scheme not in _DIVIDE:
+            known = " or ".join(f"{each}://BUCKET or {each}://BUCKET/PREFIX" for each in _DIVIDE)
+            raise OptionError(f"{text!r} is not a source: write {known}")
+        bucket, prefix = _DIVIDE[scheme](text, rest)
         prefix = prefix.removesuffix("/")
         if prefix and not all(part not in ("", ".", "..") for part in prefix.split("/")):
             raise OptionError(
                 f"{text!r} is not a source: the prefix has an empty, '.' or '..' part"
             )
-        return cls(bucket, f"{prefix}/" if prefix else "")
+        return cls(bucket, f"{prefix}/" if prefix else "", scheme)
 
     def name(self, key: str) -> str:
         """The name of an object of the bucket, for messages."""
-        return f"{SCHEME}{self.bucket}/{key}"
+        return object_name(self.bucket, key, self.scheme)
 
     def __str__(self) -> str:
         return self.name(self.prefix).removesuffix("/")
 
 
+def object_name(bucket: str, key: str, scheme: str = "s3") -> str:
+    """The name of an object, for messages."""
+    return f"{scheme}://{bucket}/{key}"
+
+
 def is_url(text: str) -> bool:
     """Whether a text names a source and not a path on this machine."""
-    return text.startswith(SCHEME)
-
-
-def _split_arn(text: str, rest: str) -> tuple[str, str]:
-    """The ARN of an access point, and the prefix. Raises OptionError."""
-    if _OUTPOST.match(rest):
-        raise OptionError(f"{text!r}: {_RESERVED['--op-s3']}")
-    found = _ARN.match(rest)
-    if found is None or "accesspoint" not in found[0].split(":", 5)[5]:
-        raise OptionError(
-            f"{text!r} is not a source: of ARNs, only those of access points are: "
-            "s3://arn:aws:s3:REGION:ACCOUNT:accesspoint/NAME/PREFIX"
-        )
-    if found[1] == "s3-object-lambda":
-        raise OptionError(f"{text!r}: {_RESERVED['--ol-s3']}")
-    if found[1] != "s3":
-        raise OptionError(f"{text!r}: ARNs of {found[1]} are not supported")
-    if not found[2]:
-        raise OptionError(f"{text!r}: {_RESERVED['.mrap']}")
-    return found[0], rest[len(found[0]) :].removeprefix("/")
+    scheme, separator, _ = text.partition("://")
+    return bool(separator) and scheme in _DIVIDE

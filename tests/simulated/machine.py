@@ -182,7 +182,11 @@ class Bucket:
     def name(self, key: str) -> str:
         return key
 
-    def read_range(self, pin: File, start: int, length: int, cancel: object) -> memoryview:
+    @property
+    def ranges(self) -> Bucket:
+        return self
+
+    def read(self, pin: File, start: int, length: int, cancel: object) -> memoryview:
         self._threads.takes(self._receive(length))
         return self._bytes(pin.key, start, length)
 

@@ -27,7 +27,7 @@ from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.pagecache.page_cache import PageCache
 from lazyfs.prefetch.prefetcher import Prefetcher
-from lazyfs.store.s3_source import SourceUrl
+from lazyfs.store.url import SourceUrl
 
 
 def _fail(message: str) -> None:
@@ -175,7 +175,11 @@ class _FaultySource:
     def __init__(self, faults: int) -> None:
         self.faults = faults
 
-    def read_range(self, wanted: Any, start: int, length: int, cancel: Any) -> memoryview:
+    @property
+    def ranges(self) -> _FaultySource:
+        return self
+
+    def read(self, wanted: Any, start: int, length: int, cancel: Any) -> memoryview:
         if self.faults:
             self.faults -= 1
             raise ValueError("Invalid header value")  # as http.client says

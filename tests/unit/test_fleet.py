@@ -26,7 +26,7 @@ from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store import fleet_cache
 from lazyfs.store.resolved_source import Place, ResolvedSource, TimedCredentials
-from lazyfs.store.s3_source import Source
+from lazyfs.store.s3_source import S3Source
 from lazyfs.store.signing import SigningCredentials
 from lazyfs.store.url import SourceUrl
 from lazyfs.threads import Threads
@@ -123,7 +123,7 @@ class Mount:
         options = MountOptions(fleet_cache=url)
         place = Place("eu-west-1", "s3", f"http://127.0.0.1:{s3.port}", "/bucket/", "", None)
         timed = TimedCredentials(SigningCredentials("AKID", "secret", "token"))
-        source = Source(
+        source = S3Source(
             SourceUrl("bucket", "m/"), options, resolved=ResolvedSource(place, timed, None)
         )
         self.recorder = Recorder()

@@ -15,11 +15,11 @@ from test_source import ANSWER, DATA, PIN, Request, Serve, part, refusal, serve
 
 from lazyfs.errors import ObjectChangedError, ObjectGoneError, SourceError, ThrottledError
 from lazyfs.movers.pool import Movers
-from lazyfs.store import moved, s3_source
+from lazyfs.store import moved, range_reader
 from lazyfs.store.cancel import Cancel
 from lazyfs.store.http import Transport
 from lazyfs.store.objects import Pinned
-from lazyfs.store.s3_source import Source
+from lazyfs.store.s3_source import S3Source
 
 __all__ = ["serve"]
 LENGTH = 512
@@ -93,12 +93,12 @@ class Inline:
             ended()
 
 
-def read(source: Source, pin: Pinned) -> tuple[bytes, bool]:
+def read(source: S3Source, pin: Pinned) -> tuple[bytes, bool]:
     """A range, and whether a mover alone brought it."""
     calls: list[int] = []
 
     async def ask() -> object:
-        return await source.read_moved(
+        return await source.ranges.read_moved(
             pin, 0, LENGTH, Cancel(), lambda: True, lambda: calls.append(1)
         )
 
@@ -107,12 +107,12 @@ def read(source: Source, pin: Pinned) -> tuple[bytes, bool]:
     assert calls == [1]
     if isinstance(found, memoryview):
         return bytes(found), True
-    return bytes(source.read_range(pin, 0, LENGTH, asked=found)), False  # type: ignore[arg-type]
+    return bytes(source.ranges.read(pin, 0, LENGTH, asked=found)), False  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def any_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_source, "LEAST_SHARED", 1)
+    monkeypatch.setattr(range_reader, "LEAST_SHARED", 1)
 
 
 @pytest.mark.usefixtures("any_length")

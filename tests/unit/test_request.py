@@ -40,7 +40,11 @@ class Source:
     def name(self, key: str) -> str:
         return key
 
-    def read_range(self, pin: File, start: int, length: int, cancel: Cancel) -> memoryview:
+    @property
+    def ranges(self) -> Source:
+        return self
+
+    def read(self, pin: File, start: int, length: int, cancel: Cancel) -> memoryview:
         with self._lock:
             self.asked += 1
             self.cancels.append(cancel)

@@ -49,7 +49,11 @@ class Source:
     def name(self, key: str) -> str:
         return key
 
-    def read_range(self, pin: File, start: int, length: int, cancel: Cancel) -> memoryview:
+    @property
+    def ranges(self) -> Source:
+        return self
+
+    def read(self, pin: File, start: int, length: int, cancel: Cancel) -> memoryview:
         self.asked.append(start // BLOCK)
         self.open.wait(20)
         if self.error is not None:

@@ -26,7 +26,7 @@ from lazyfs.store.credentials import StaticCredentials, WebIdentity
 from lazyfs.store.http import Proxy
 from lazyfs.store.objects import Hidden, Page
 from lazyfs.store.resolved_source import Place, ResolvedSource, TimedCredentials
-from lazyfs.store.s3_source import Source
+from lazyfs.store.s3_source import S3Source
 from lazyfs.store.signing import SigningCredentials
 from lazyfs.store.url import SourceUrl
 
@@ -84,10 +84,10 @@ class Service:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=[0.01], daemon=True).start()
 
-    def source(self, **options: Any) -> Source:
+    def source(self, **options: Any) -> S3Source:
         place = Place("us-east-1", "s3", self.url, "/bucket/", "/none", None)
         timed = TimedCredentials(SigningCredentials("id", "secret"))
-        return Source(URL, MountOptions(**options), None, ResolvedSource(place, timed, None))
+        return S3Source(URL, MountOptions(**options), None, ResolvedSource(place, timed, None))
 
     def close(self) -> None:
         self._server.shutdown()
@@ -154,7 +154,7 @@ def test_a_listed_page_is_given_once(serve: Serve) -> None:
     service = serve(lambda _: (200, {}, page(entry("m/a"))))
     place = Place("us-east-1", "s3", service.url, "/bucket/", "/none", None)
     first = Page([], [], None)
-    source = Source(URL, MountOptions(no_sign_request=True), None,
+    source = S3Source(URL, MountOptions(no_sign_request=True), None,
                     ResolvedSource(place, None, first))  # fmt: skip
     assert source.list_page("m/") is first
     assert [each.key for each in source.list_page("m/").objects] == ["m/a"]
@@ -180,7 +180,7 @@ def signed_with(serve: Serve, given: Any, found: TimedCredentials, new: Any) -> 
     """The key id of a request once others were given, and how often botocore was asked."""
     service = serve(lambda _: (200, {}, page(entry("m/a"))))
     place = Place("us-east-1", "s3", service.url, "/bucket/", "/none", None)
-    source = Source(URL, MountOptions(), given, ResolvedSource(place, found, None))
+    source = S3Source(URL, MountOptions(), given, ResolvedSource(place, found, None))
     resolver = Resolver()
     source._resolver = resolver  # type: ignore[assignment]
     if new:
@@ -214,7 +214,7 @@ def test_a_new_token_of_a_role_is_for_the_next_credentials(
 
 def test_credentials_that_were_not_given_are_not_replaced() -> None:
     found = TimedCredentials(SigningCredentials("found", "s"))
-    source = Source(URL, MountOptions(), None, ResolvedSource(PLACE, found, None))
+    source = S3Source(URL, MountOptions(), None, ResolvedSource(PLACE, found, None))
     with pytest.raises(BadRequestError):
         source.set_credentials(StaticCredentials("one", "s"))
 
@@ -222,7 +222,7 @@ def test_credentials_that_were_not_given_are_not_replaced() -> None:
 # Listings
 
 
-def keys(source: Source, delimiter: str = "") -> list[str]:
+def keys(source: S3Source, delimiter: str = "") -> list[str]:
     """All that is listed, page by page."""
     found, token = [], None
     for _ in range(20):
@@ -359,8 +359,8 @@ def test_a_listing_that_a_proxy_has_packed(serve: Serve) -> None:
 # Ranges
 
 
-def read(source: Source, start: int = 256, length: int = 512) -> bytes:
-    return bytes(source.read_range(PIN, start, length))
+def read(source: S3Source, start: int = 256, length: int = 512) -> bytes:
+    return bytes(source.ranges.read(PIN, start, length))
 
 
 def test_range_and_condition_are_sent_and_not_signed(serve: Serve) -> None:
@@ -385,7 +385,7 @@ def test_answers_of_another_version_reach_no_reader(
     ):
         monkeypatch.setattr(transport._ComingBody, "read_into", nobody)
         with pytest.raises(errors.ObjectChangedError):
-            serve(answer).source().read_range(PIN, 0, 100)
+            serve(answer).source().ranges.read(PIN, 0, 100)
 
 
 @pytest.mark.parametrize(
@@ -415,7 +415,7 @@ def test_a_condition_that_does_not_hold(serve: Serve) -> None:
 def test_a_weak_tag_is_no_condition(serve: Serve) -> None:
     service = serve(part)
     weak = ListedObject("m/k", len(DATA), 'W/"v1"', 0, "m/k")
-    assert service.source().read_range(weak, 0, 10) == DATA[:10]
+    assert service.source().ranges.read(weak, 0, 10) == DATA[:10]
     assert "if-match" not in service.requests[0].headers
 
 
@@ -521,7 +521,7 @@ def test_keys_of_any_kind_are_asked_for(serve: Serve) -> None:
     service = serve(part)
     for key in ("m/a b+c%20", "m/ä/€", "m/?x=1#y", "m/~'\"\\"):
         pin = ListedObject(key, len(DATA), '"v1"', 0, key)
-        service.source().read_range(pin, 0, 10)
+        service.source().ranges.read(pin, 0, 10)
         assert unquote(service.requests[-1].path) == f"/bucket/{key}"
 
 

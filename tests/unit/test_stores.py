@@ -17,7 +17,7 @@ from lazyfs.namespace.tree import Directory, Tree
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store.protocol import Store
-from lazyfs.store.s3_source import Source
+from lazyfs.store.s3_source import S3Source
 
 OBJECTS = {"config.json": b"{}", "a/w.safetensors": bytes(300_000), "a/b/c": b"x", "z/last": b"y"}
 
@@ -27,7 +27,7 @@ def is_a_store(store: Store) -> Store:
     return store
 
 
-def of_s3(source: Source) -> Store:
+def of_s3(source: S3Source) -> Store:
     return is_a_store(source)
 
 
@@ -73,11 +73,11 @@ def test_a_cache_is_filled_from_any_store(tmp_path: Path) -> None:
 def test_an_object_that_changes_is_noticed() -> None:
     store = MemoryStore(dict(OBJECTS))
     pin = store.listed("a/b/c")
-    assert store.read_range(pin, 0, 1) == b"x"
+    assert store.ranges.read(pin, 0, 1) == b"x"
     store.objects["a/b/c"] = b"z"
-    for ask in (lambda: store.read_range(pin, 0, 1), lambda: store.checksum(pin)):
+    for ask in (lambda: store.ranges.read(pin, 0, 1), lambda: store.checksum(pin)):
         with pytest.raises(ObjectChangedError):
             ask()
     del store.objects["a/b/c"]
     with pytest.raises(ObjectGoneError):
-        store.read_range(pin, 0, 1)
+        store.ranges.read(pin, 0, 1)

@@ -55,12 +55,12 @@ class CheckedStore(MemoryStore):
         self.refused: set[str] = set()
         self.sums: dict[str, str | SourceError] = {}
 
-    def read_range(
+    def read(
         self, pin: Pinned, start: int, length: int, cancel: Cancel | None = None
     ) -> memoryview:
         if pin.key in self.refused:
             raise AccessDeniedError(f"{self.name(pin.key)}: denied")
-        return super().read_range(pin, start, length, cancel)
+        return super().read(pin, start, length, cancel)
 
     def checksum(self, pin: Pinned) -> ObjectSum | None:
         super().checksum(pin)
