@@ -24,18 +24,22 @@ from lazyfs.log import configure
     "--address",
     envvar="LAZYFS_FLEET_ADDRESS",
     metavar="IP",
-    help="Of this node, for the other nodes; instead of the setting address.  "
+    help="This node's address, as the other nodes reach it. Overrides the setting address.  "
     "[$LAZYFS_FLEET_ADDRESS]",
 )
-@click.option("--print", "prints", is_flag=True, help="Print nginx's configuration and end.")
+@click.option("--print", "prints", is_flag=True, help="Print nginx's configuration and exit.")
 @click.option(
-    "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="text: lines for people. json: one JSON object per line.",
 )
 def fleet_cache(path: Path, address: str | None, prints: bool, log_format: str) -> None:
     """Serve this node's part of the cache that a fleet shares, with nginx.
 
     Mounts use it with --fleet-cache. It runs in the foreground until SIGTERM, follows nodes that
-    come and go, and starts nginx again if it ends.
+    come and go, and restarts nginx if it ends.
 
     \b
     Examples:

@@ -30,7 +30,7 @@ def pause(mountpoint: Path) -> None:
 @click.command()
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 def resume(mountpoint: Path) -> None:
-    """Prefetch again for MOUNTPOINT after `lazyfs pause`.
+    """Resume prefetching for MOUNTPOINT after `lazyfs pause`.
 
     Exit code 1: nothing is mounted there.
     """

@@ -44,7 +44,7 @@ POLL_S = 0.2
 def warm(
     source_or_mountpoint: str, verify: bool, as_json: bool, config: Path | None, **given: Any
 ) -> None:
-    """Fill the cache of this node from SOURCE (s3://BUCKET/PREFIX) or from that of MOUNTPOINT.
+    """Fill the cache of this node from SOURCE (s3://BUCKET/PREFIX) or the source of MOUNTPOINT.
 
     Fetches what a loader of the models will read; with --include, the files that match; without a
     model, everything. A second call resumes where the first one stopped. Mounts may be in use

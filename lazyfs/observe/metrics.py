@@ -94,11 +94,11 @@ METRICS = (
         "failed.", ("operation",),
     ),
     Metric("lazyfs_s3_requests_in_flight", "gauge", "Requests to S3 in flight.", ("operation",)),
-    Metric("lazyfs_s3_requests_limit", "gauge", "Most ranged GETs that may be in flight now."),
+    Metric("lazyfs_s3_requests_limit", "gauge", "Ranged GETs that may be in flight at present."),
     Metric("lazyfs_movers", "gauge", "Processes that move bytes for the mount now (`--movers`)."),
     Metric(
-        "lazyfs_movers_lost_total", "counter", "Calls that ended with the process that moves "
-        "bytes; each was made again.",
+        "lazyfs_movers_lost_total", "counter", "Calls lost because a process that moves bytes "
+        "ended; the worker made each of them itself.",
     ),
     Metric("lazyfs_s3_received_bytes_total", "counter", "Bytes of objects received from S3."),
     Metric(
@@ -116,7 +116,7 @@ METRICS = (
     # The fleet's cache
     Metric(
         "lazyfs_fleet_up", "gauge", "1 while the fleet's cache is asked before S3, 0 while it "
-        "rests because of trouble. Only with --fleet-cache.",
+        "is left out because of trouble. Only with --fleet-cache.",
     ),
     Metric(
         "lazyfs_fleet_requests_total", "counter", "Requests to the fleet's cache, by result "
@@ -210,7 +210,7 @@ METRICS = (
         "included.",
     ),
     Metric(
-        "lazyfs_memory_limit_bytes", "gauge", "Most bytes of blocks in memory (--memory-limit).",
+        "lazyfs_memory_limit_bytes", "gauge", "Maximum bytes of blocks in memory (--memory-limit).",
     ),
     Metric("lazyfs_resident_memory_bytes", "gauge", "Memory of the worker process."),
 )  # fmt: skip

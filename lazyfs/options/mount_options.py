@@ -3,7 +3,8 @@
 `MountOptions` is the single table: each field carries its type with bounds, its default and its
 help. The command line, `-o key=value`, the environment (`LAZYFS_BLOCK_SIZE`), the TOML file and
 the reference in `docs/OPTIONS.md` are all made from it. A value is text until `MountOptions.parse`
-has read it, whatever it came from, so every source gets the same checks and the same messages.
+has read it, wherever it came from, so every source gets the same checks and the same messages.
+This module is long because the table is.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ class MountOptions:
     region: str | None = _option(
         Text("a region name, such as eu-west-1"),
         "Source",
-        "Region of the bucket. When not given, S3 is asked.",
+        "Region of the bucket. Without it, lazyfs asks S3.",
     )
     profile: str | None = _option(
         Text("a profile name"), "Source", "Profile of the shared AWS configuration files."
@@ -165,9 +166,9 @@ class MountOptions:
     refuse_local: bool = _option(
         Flag(),
         "Source",
-        "Do not connect to servers at addresses of this machine, loopback and link-local ones "
-        "included, and say nothing of what answers when it is not S3. For endpoints that the "
-        "administrator did not choose. With a proxy, the proxy decides.",
+        "Do not connect to addresses of this machine, including loopback and link-local ones, and "
+        "do not quote answers that are not from S3. For endpoints that the administrator did not "
+        "choose. With a proxy, the proxy decides.",
         "false",
     )
     io_timeout: float = _option(
@@ -222,16 +223,16 @@ class MountOptions:
         Duration(0, 86400),
         "Cache",
         "How long a successful read from S3 lets this mount use cached blocks of an object. Before "
-        "the first read and after that time one byte is requested first, because other mounts may "
-        "have filled the cache. 0s: no check.",
+        "the first read, and again after that time, lazyfs requests one byte from S3, because "
+        "other mounts may have filled the cache. 0s: no check.",
         "10m",
     )
     fleet_cache: str | None = _option(
         PlainServer(),
         "Cache",
-        "Cache of the fleet (docs/SCALE.md), http://HOST:PORT or unix:/PATH: blocks are asked of "
-        "it before S3, with S3's Host and signature. What it does not give comes from S3. off: "
-        "none.",
+        "Cache of the fleet (docs/SCALE.md), http://HOST:PORT or unix:/PATH. It is asked for "
+        "blocks before S3, with S3's Host header and signature. What it cannot deliver comes from "
+        "S3. off: S3 only.",
         "off",
     )
     block_size: int = _option(
@@ -252,7 +253,7 @@ class MountOptions:
         "Prefetch",
         "What is fetched before it is read. model: the whole model in loading order. tensor: each "
         "tensor that is read, whole, and a little of what follows; for processes that read only "
-        "part of a model. sequential: the file that is read, twice as far as it was read. "
+        "part of a model. sequential: the file being read, twice as far as it has been read. "
         "headers: small files and the headers of shards. off: only the blocks that a read touches.",
         "model",
     )
@@ -295,8 +296,8 @@ class MountOptions:
         Count(0, 128, words=("auto",)),
         "Reading",
         "Maximum number of processes that move bytes during a load: receiving, decrypting, "
-        "checksums, disk and page cache. auto: one for two processors, at most 96, and none on "
-        "less than 4 processors. They start with a load and end 30 seconds after it.",
+        "checksums, disk and page cache. auto: one for every two processors, at most 96, and none "
+        "with fewer than 4 processors. They start with a load and end 30 seconds after it.",
         "auto",
     )
     bandwidth_limit: int | str = _option(
@@ -319,7 +320,7 @@ class MountOptions:
     log_format: str = _option(
         Choice(("text", "json")),
         "Observing",
-        "text: lines for people. json: one JSON object a line.",
+        "text: lines for people. json: one JSON object per line.",
         "text",
     )
     log_file: Path | None = _option(
