@@ -379,12 +379,10 @@ def test_requests_wait_for_a_cache_that_comes_back() -> None:
         assert s3.asked == 0
 
 
-def test_a_cache_that_stays_away_sends_few_requests_to_s3_at_a_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """And more later, so that a load goes on at its speed."""
+@contextmanager
+def holding_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Server, threading.Event]]:
+    """An S3 whose answers wait for the event, for a cache that stays away."""
     monkeypatch.setattr(fleet, "RETURN_S", 0.05)
-    monkeypatch.setattr(fleet, "KNOCK_S", 0.05)
     monkeypatch.setattr(fleet, "DOUBLES_S", 1e9)
     hold = threading.Event()
 
@@ -393,14 +391,28 @@ def test_a_cache_that_stays_away_sends_few_requests_to_s3_at_a_time(
         part()(handler)
 
     with servers(slow) as (s3,):
+        yield s3, hold
+
+
+async def ask_for_eight(mount: Mount, s3: Server, nursery: trio.Nursery) -> None:
+    """Request eight ranges, and return when the first of them have reached S3."""
+    mount.fleet.state = State.USED  # as if it had been there
+    for start in range(0, 8000, 1000):
+        nursery.start_soon(mount.get, start)
+    while s3.asked < fleet.FIRST_DIRECT:
+        await trio.sleep(0.01)
+
+
+def test_a_cache_that_stays_away_sends_few_requests_to_s3_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And more later, so that a load goes on at its speed."""
+    monkeypatch.setattr(fleet, "KNOCK_S", 0.05)
+    with holding_s3(monkeypatch) as (s3, hold):
 
         async def stays(mount: Mount) -> None:
-            mount.fleet.state = State.USED  # as if it had been there
             async with trio.open_nursery() as nursery:
-                for start in range(0, 8000, 1000):
-                    nursery.start_soon(mount.get, start)
-                while s3.asked < fleet.FIRST_DIRECT:
-                    await trio.sleep(0.01)
+                await ask_for_eight(mount, s3, nursery)
                 await trio.sleep(0.5)  # the others would have come
                 assert s3.asked == fleet.FIRST_DIRECT
                 monkeypatch.setattr(fleet, "DOUBLES_S", 0.01)
@@ -415,23 +427,11 @@ def test_a_cache_that_stays_away_sends_few_requests_to_s3_at_a_time(
 def test_requests_that_are_not_wanted_any_more_leave_their_turn_to_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fleet, "RETURN_S", 0.05)
-    monkeypatch.setattr(fleet, "DOUBLES_S", 1e9)
-    hold = threading.Event()
-
-    def slow(handler: Any) -> None:
-        hold.wait(30)
-        part()(handler)
-
-    with servers(slow) as (s3,):
+    with holding_s3(monkeypatch) as (s3, hold):
 
         async def leaves(mount: Mount) -> None:
-            mount.fleet.state = State.USED  # as if it had been there
             async with trio.open_nursery() as nursery:
-                for start in range(0, 8000, 1000):
-                    nursery.start_soon(mount.get, start)
-                while s3.asked < fleet.FIRST_DIRECT:
-                    await trio.sleep(0.01)
+                await ask_for_eight(mount, s3, nursery)
                 nursery.cancel_scope.cancel()
             s3.answer = part()
             assert await mount.get() is Tier.S3
