@@ -6,6 +6,7 @@ foreground. On SIGTERM and SIGINT it unmounts and ends.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -101,5 +102,6 @@ def _notify(manager: str | None, state: str) -> None:
 
 def _report(descriptor: int | None, message: dict[str, Any]) -> None:
     if descriptor is not None:
-        with open(descriptor, "w") as pipe:
+        # If the command was interrupted, it also told this process to end.
+        with contextlib.suppress(BrokenPipeError), open(descriptor, "w") as pipe:
             json.dump(message, pipe)

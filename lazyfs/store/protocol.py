@@ -10,17 +10,18 @@ the object.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from lazyfs.movers.pool import Movers
-from lazyfs.options.mount_options import MountOptions
-from lazyfs.store.cancel import Cancel
-from lazyfs.store.checksum import ObjectSum
-from lazyfs.store.credentials import Credentials
-from lazyfs.store.fleet_cache import FleetCache
-from lazyfs.store.objects import Page, Pinned
-from lazyfs.store.resolved_source import ResolvedSource
-from lazyfs.store.url import SourceUrl
+if TYPE_CHECKING:  # a mount waits for whatever is imported here
+    from lazyfs.movers.pool import Movers
+    from lazyfs.options.mount_options import MountOptions
+    from lazyfs.store.cancel import Cancel
+    from lazyfs.store.checksum import ObjectSum
+    from lazyfs.store.credentials import Credentials
+    from lazyfs.store.fleet_cache import FleetCache
+    from lazyfs.store.objects import Page, Pinned
+    from lazyfs.store.resolved_source import ResolvedSource
+    from lazyfs.store.url import SourceUrl
 
 
 class Ranges(Protocol):

@@ -104,6 +104,30 @@ def test_a_worker_that_is_killed_while_it_starts(s3: S3, tmp_path: Path, delay_s
     assert lazyfs("status").stdout == ""
 
 
+def test_an_interrupted_command_leaves_no_mount(s3: S3, tmp_path: Path) -> None:
+    """Ctrl-C while S3 does not answer."""
+    path = tmp_path / "mnt"
+    path.mkdir()
+    s3.fault(r"GET /faults", "hang", seconds=2)
+    options = [f"--endpoint-url={s3.url}", "--cache-dir=none", f"--log-file={tmp_path}/log"]
+    command = [sys.executable, "-m", "lazyfs", "mount", "s3://faults/m", str(path), *options]
+    mounting = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+
+    def wait_for_worker(*, running: bool) -> None:
+        until_s = time.monotonic() + 60
+        while any(str(path) in words for _, words in workers()) is not running:
+            assert time.monotonic() < until_s
+            time.sleep(0.05)
+
+    wait_for_worker(running=True)
+    mounting.send_signal(signal.SIGINT)
+    _, complaint = mounting.communicate(timeout=60)
+    assert (mounting.returncode, complaint.strip()) == (130, "")
+    wait_for_worker(running=False)
+    assert not is_mounted(path)
+    assert lazyfs("status").stdout == ""
+
+
 def test_a_runtime_directory_with_a_long_path(s3: S3, tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
     directory = tmp_path / ("x" * (103 - len(str(tmp_path)) - 1))
