@@ -16,8 +16,6 @@ from lazyfs.model.filenames import (
     is_projector,
     is_small,
     may_be_weights,
-    natural_order,
-    small_rank,
     split_variant,
     stem_of,
 )
@@ -28,6 +26,7 @@ from lazyfs.model.indexes import (
     named_shards,
     shown,
 )
+from lazyfs.model.loading_order import natural_order, small_file_order
 from lazyfs.model.weight_sets import Choice, choose, group
 from lazyfs.options.option_types import matches
 
@@ -236,7 +235,7 @@ class Directory:
         """Small files in the order in which they are read, within the limits."""
 
         def order(file: ModelFile) -> tuple[int, bool, str]:
-            return small_rank(basename(file.path)), dirname(file.path) != self.path, file.path
+            return small_file_order(file.path, self.path)
 
         chosen: list[str] = []
         total = 0

@@ -102,29 +102,11 @@ _CONFIGURATION = re.compile(
     r"|model_index|tekken|\w*tensor_index)\.(json|txt|model|pbtxt)$"
     r"|.*\.index(\.\w+)?\.json$|.*\.ya?ml$|.*\.(spm|tiktoken)$|\.metadata$"
 )
-# In the order in which transformers and vLLM open them.
-_SMALL_ORDER = (
-    re.compile(r"(model_index|config|params|adapter_config)\.json$"),
-    re.compile(r".*\.index(\.\w+)?\.json$"),
-    re.compile(r"\w*(generation|quant|processor|scheduler)\w*\.json$"),
-    re.compile(r"tokenizer_config\.json$"),
-    re.compile(r"(tokenizer|tekken|vocab|special_tokens_map|added_tokens|merges)\b|.*\.tiktoken$"),
-    re.compile(r".*\.(json|jinja|py)$"),
-    re.compile(r".*\.(txt|model|spm|ya?ml)$"),
-)
 
 
 def is_small(name: str, size_bytes: int) -> bool:
     """Whether a file, which has no weights, is configuration, a tokenizer or similar."""
     return size_bytes < SMALL_FILE_BYTES or suffix_of(name) in _SMALL_SUFFIXES
-
-
-def small_rank(name: str) -> int:
-    """Position of a small file in the order in which a loader opens them."""
-    for rank, pattern in enumerate(_SMALL_ORDER):
-        if pattern.match(name):
-            return rank
-    return len(_SMALL_ORDER)
 
 
 def may_be_weights(name: str, size_bytes: int) -> bool:
@@ -145,16 +127,6 @@ def is_consolidated(name: str) -> bool:
 def is_projector(name: str) -> bool:
     """Whether a GGUF file is a projector (llama.cpp), which goes with any of the models."""
     return "mmproj" in name
-
-
-def natural_order(name: str) -> tuple[tuple[str | tuple[int, str], ...], str]:
-    """A sort key that orders numbers by value, without converting long ones to integers."""
-    parts = re.split(r"([0-9]+)", name)
-    values: list[str | tuple[int, str]] = []
-    for index, part in enumerate(parts):
-        digits = part.lstrip("0")
-        values.append((len(digits), digits) if index % 2 else part)
-    return tuple(values), name
 
 
 def suffix_of(name: str) -> str:

@@ -43,11 +43,11 @@ from lazyfs.model.filenames import (
     identity_of,
     is_consolidated,
     is_projector,
-    natural_order,
     split_variant,
     stem_of,
     suffix_of,
 )
+from lazyfs.model.loading_order import natural_order, weight_set_order
 
 CORE: frozenset[Format] = frozenset({"safetensors", "pytorch"})
 
@@ -167,7 +167,7 @@ def choose(
     _leave_out_variants(choice, variant)
     _leave_out_alternatives(choice, is_one_model)
     _follow(choice, every, read, opened)
-    choice.sets.sort(key=_loading_order)
+    choice.sets.sort(key=_order)
     return choice
 
 
@@ -362,5 +362,5 @@ def _are_rivals(each: WeightSet, other: WeightSet) -> bool:
     )
 
 
-def _loading_order(each: WeightSet) -> tuple[bool, object]:
-    return not (each.indexed or each.identity == MODEL), natural_order(each.names[0])
+def _order(each: WeightSet) -> tuple[bool, object]:
+    return weight_set_order(each.names[0], is_main=each.indexed or each.identity == MODEL)
