@@ -7,6 +7,7 @@ and a leash, a pipe that is closed when the supervisor ends.
 
 from __future__ import annotations
 
+import ctypes.util
 import gc
 import os
 import signal
@@ -14,7 +15,9 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +74,8 @@ def main(
     opening = aside.submit(_open, source, order, probe)
     aside.shutdown(wait=False)
     try:
-        from lazyfs.process.mount import Mount, run  # loaded while S3 is asked
+        with _without_ldconfig():
+            from lazyfs.process.mount import Mount, run  # loaded while S3 is asked
 
         mount = Mount(
             order.url, Path(order.spec.mountpoint), order.options, began_s, order.spec.credentials,
@@ -86,6 +90,21 @@ def main(
     finally:
         probe.end()
     return 0
+
+
+@contextmanager
+def _without_ldconfig() -> Iterator[None]:
+    """Let trio find libpthread without running ldconfig(8), which takes 10 ms.
+
+    See trio/_core/_thread_cache.py. The name is that of glibc. If there is no such library, threads
+    of trio have no names.
+    """
+    find = ctypes.util.find_library
+    ctypes.util.find_library = lambda name: "libpthread.so.0" if name == "pthread" else find(name)
+    try:
+        yield
+    finally:
+        ctypes.util.find_library = find
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,9 @@ import functools
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lazyfs.movers.context import tell_wire
-from lazyfs.movers.pool import Movers
 from lazyfs.store import ranges
 from lazyfs.store.addresses import BadAddressError, must_be_elsewhere
 from lazyfs.store.cancel import Cancel, CancelledError
@@ -27,6 +26,9 @@ from lazyfs.store.http import (
     tls_context,
 )
 from lazyfs.store.refusals import MOST_TEXT
+
+if TYPE_CHECKING:
+    from lazyfs.movers.pool import Movers
 
 T = TypeVar("T")
 

@@ -26,7 +26,6 @@ from lazyfs.errors import (
     ThrottledError,
     WrongRegionError,
 )
-from lazyfs.movers.pool import Movers
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store import ranges
 from lazyfs.store.cancel import Cancel
@@ -44,6 +43,7 @@ from lazyfs.store.signing import SigningCredentials, canonical_query
 from lazyfs.store.url import SourceUrl
 
 if TYPE_CHECKING:
+    from lazyfs.movers.pool import Movers
     from lazyfs.store.boto.resolver import Resolver
     from lazyfs.store.checksum import ObjectSum
 

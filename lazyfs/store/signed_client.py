@@ -11,7 +11,7 @@ import ssl
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from lazyfs import __version__
 from lazyfs.errors import (
@@ -24,7 +24,6 @@ from lazyfs.errors import (
     UntrustedError,
 )
 from lazyfs.movers.call import MoverFaultError, MoverLostError
-from lazyfs.movers.pool import Movers
 from lazyfs.store import moved, ranges
 from lazyfs.store.addresses import (
     BadAddressError,
@@ -50,6 +49,9 @@ from lazyfs.store.request import (
 from lazyfs.store.resolved_source import Place
 from lazyfs.store.servers import Servers
 from lazyfs.store.signing import Signer, SigningCredentials
+
+if TYPE_CHECKING:
+    from lazyfs.movers.pool import Movers
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

@@ -135,6 +135,26 @@ def test_short_processes_do_not_load_trio(module):
     assert done.stdout.strip() == "False"
 
 
+def test_a_worker_runs_no_program_to_load_trio():
+    """That would be ldconfig(8), for the names of threads."""
+    code = (
+        "import subprocess\n"
+        "from lazyfs.process.worker import _without_ldconfig\n"
+        "def refuse(*_, **__): raise AssertionError\n"
+        "subprocess.Popen = refuse\n"
+        "with _without_ldconfig():\n"
+        "    import trio\n"
+        "async def main():\n"
+        "    name = lambda: open('/proc/thread-self/comm').read()\n"
+        "    print(await trio.to_thread.run_sync(name, thread_name='named'))\n"
+        "trio.run(main)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.strip() == "named", done.stderr
+
+
 @pytest.mark.parametrize(
     ("directories", "is_inside"),
     [("", True), ("in", True), ("\0in/deep\0", True), ("out", False), ("in/out", False),
