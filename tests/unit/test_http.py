@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import itertools
+import random
 import socket
 import ssl
 import subprocess
@@ -11,9 +12,11 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from certificates import make_certificates
 
 from lazyfs.store import http as transport
 from lazyfs.store.addresses import (
@@ -203,6 +206,84 @@ def test_idle_connections_are_closed() -> None:
         client.close_idle(0.0)
         get(client)
         assert server.connections == 2
+
+
+SIZES = (1, 5000, 131_073, 200_003, 3, 70_001, 800_000, 131_073)
+RANDOM = random.Random(1).randbytes(sum(SIZES))
+SIZED = f"HTTP/1.1 200 OK\r\nContent-Length: {len(RANDOM)}\r\n".encode()
+
+
+def take_all(body: Body) -> bytes:
+    return b"".join([take(body, size) for size in SIZES])
+
+
+@pytest.mark.parametrize("ends", [b"\r\n", b"Connection: close\r\n\r\n"])
+@pytest.mark.parametrize("piece", [7_001, 65_536, 1 << 20])
+def test_a_body_is_received_in_parts_of_all_sizes(ends: bytes, piece: int) -> None:
+    """However the bytes arrive, and wherever the reader's parts end."""
+
+    def serve(_: int, request: Callable[[], str], send: Callable[[bytes], None]) -> None:
+        for _turn in range(2):
+            request()
+            for start in range(0, len(answer := SIZED + ends + RANDOM), piece):
+                send(answer[start : start + piece])
+
+    with serving(serve) as (server, client):
+        assert [exchange(client, take_all) for _ in range(2)] == [RANDOM] * 2
+        assert server.connections == (2 if b"close" in ends else 1)
+
+
+def test_a_body_over_tls_is_received_in_parts_of_all_sizes(tmp_path: Path) -> None:
+    authority, certificate, key = make_certificates(tmp_path / "tls")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+
+    def serve(connection: socket.socket) -> None:
+        with context.wrap_socket(connection, server_side=True) as wire:
+            for _ in range(2):
+                while not wire.recv(4096).endswith(b"\r\n\r\n"):
+                    pass
+                wire.sendall(SIZED + b"\r\n" + RANDOM)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        served = pool.submit(lambda: serve(listener.accept()[0]))
+        client = Transport(
+            f"https://127.0.0.1:{listener.getsockname()[1]}", tls_context(str(authority))
+        )
+        assert [exchange(client, take_all) for _ in range(2)] == [RANDOM] * 2
+        client.close_idle(0.0)
+        served.result(10)
+
+
+@pytest.mark.parametrize("sent", [0, 100_000, len(DATA) - 70_000, len(DATA) - 1])
+def test_a_body_that_ends_too_early_is_an_error(sent: int) -> None:
+    with (
+        serving(always(HEAD + LENGTH + DATA[:sent])) as (_, client),
+        pytest.raises(CutOffError, match="are missing"),
+    ):
+        get(client)
+
+
+@pytest.mark.parametrize("last", [1, 60_000])
+def test_the_end_of_a_body_need_not_come_at_once(last: int) -> None:
+    """The thread sleeps until much has come, but never waits for more than there is."""
+    received = threading.Event()
+
+    def serve(_: int, request: Callable[[], str], send: Callable[[bytes], None]) -> None:
+        request()
+        send(HEAD + LENGTH + DATA[:-last])
+        received.wait(5)
+        send(DATA[-last:])
+        request()
+
+    def receive(body: Body) -> bytes:
+        begun = take(body, len(DATA) - last)
+        received.set()
+        return begun + take(body, last)
+
+    with serving(serve) as (_, client):
+        assert exchange(client, receive) == DATA
+        assert received.is_set()
 
 
 def test_a_body_in_chunks() -> None:
