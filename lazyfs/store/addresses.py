@@ -29,7 +29,7 @@ def may_be_redirected_to(address: str, from_address: str | None) -> None:
     Raises:
         BadRedirectError: it may not.
     """
-    target = ipaddress.ip_address(address.partition("%")[0])
+    target = ipaddress.ip_address(address)
     target = getattr(target, "ipv4_mapped", None) or target
     ours = from_address is not None and ipaddress.ip_address(from_address).is_loopback
     if (
@@ -48,7 +48,7 @@ def must_be_elsewhere(address: str) -> None:
         BadAddressError: it is link-local, a loopback address, or one of this machine.
     """
     ours = "link-local addresses and addresses of this machine are not contacted"
-    target = ipaddress.ip_address(address.partition("%")[0])
+    target = ipaddress.ip_address(address)
     target = getattr(target, "ipv4_mapped", None) or target
     if target.is_link_local or target.is_loopback or target.is_multicast or target.is_unspecified:
         raise BadAddressError(ours)

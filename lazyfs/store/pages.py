@@ -81,7 +81,6 @@ class Lister:
         if encoded:
             given["encoding-type"] = "url"
         if self._lists_by_version_1:
-            given.pop("continuation-token", None)
             if after := given.pop("start-after", None):
                 given["marker"] = after
         else:

@@ -143,7 +143,7 @@ class RangeReader:
         }  # fmt: skip
         if tag:
             headers["If-Match"] = tag
-        path = self._client.place.path + quote(pin.key, safe="/~")
+        path = self._client.place.path + quote(pin.key)
         return Request("GET", path, "", headers, into)
 
     def _ask_for_range(

@@ -102,7 +102,7 @@ def redirected(
     elsewhere = elsewhere or not ours
     path, query = url.path or "/", url.query
     if not elsewhere:  # it is signed, so it is sent as S3 escapes it
-        path = quote(unquote_to_bytes(path), safe="/~")
+        path = quote(unquote_to_bytes(path))
         query = canonical_query(dict(parse_qsl(query, keep_blank_values=True)))
     headers = request.headers
     if elsewhere:  # another service has its own entity tags

@@ -235,7 +235,7 @@ class S3Source:
             ranges.check_whole(answer.headers, pin, elsewhere=elsewhere)
             return ObjectSum.of(answer.headers)
 
-        path = self._client.place.path + quote(pin.key, safe="/~")
+        path = self._client.place.path + quote(pin.key)
         request = Request("HEAD", path, "", {"Accept-Encoding": AS_STORED})
         signed, what = {"x-amz-checksum-mode": "ENABLED"}, self.url.name(pin.key)
         try:

@@ -7,7 +7,9 @@ import logging
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +27,8 @@ from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store import fleet_cache
+from lazyfs.store.cancel import Cancel
+from lazyfs.store.fleet_cache import FleetCache, FleetCacheError, Trouble
 from lazyfs.store.resolved_source import Place, ResolvedSource, TimedCredentials
 from lazyfs.store.s3_source import S3Source
 from lazyfs.store.signing import SigningCredentials
@@ -224,6 +228,27 @@ def test_blocks_that_the_cache_does_not_deliver_come_from_s3(answer: Answer, tro
         if trouble != "cut_off":
             assert cache.asked == 1 + (trouble == "wrong"), "it rests"
             assert mount.fleet.state is State.RESTING and mount.fleet.trouble
+
+
+def test_a_cache_behind_a_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "door.sock"
+    cache = FleetCache(f"unix:{path}")
+    with pytest.raises(FleetCacheError, match="No such file or directory") as told:
+        cache.connect()
+    assert told.value.trouble is Trouble.AWAY and told.value.is_certain
+    with socket.socket(socket.AF_UNIX) as door, ThreadPoolExecutor() as threads:
+        door.bind(str(path))
+        door.listen()
+        asked = threads.submit(
+            cache.ask, "/bucket/m/w", {"Host": "s3.test"}, lambda answer: answer.body.read_all(9),
+            Cancel(),
+        )  # fmt: skip
+        connection = door.accept()[0]
+        with connection:
+            head = connection.recv(1000).decode()
+            connection.sendall(b"HTTP/1.1 206 OK\r\nContent-Length: 4\r\n\r\nbyte")
+        assert asked.result() == b"byte"
+    assert head.startswith("GET /bucket/m/w HTTP/1.1\r\n") and "\r\nHost: s3.test\r\n" in head
 
 
 @pytest.mark.parametrize(

@@ -407,7 +407,7 @@ def test_allowed_redirects(address: str, before: str, allowed: bool) -> None:
     if allowed:
         may_be_redirected_to(address, before)
     else:
-        with pytest.raises(BadRedirectError):
+        with pytest.raises(BadRedirectError, match=f"address {address} is not followed"):
             may_be_redirected_to(address, before)
 
 

@@ -7,13 +7,21 @@ import email.utils
 import gzip
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 import pytest
 import trio
-from test_source import ANSWER, DATA, PIN, Request, Serve, part, refusal, serve
+from certificates import make_certificates
+from test_source import ANSWER, DATA, PIN, Request, Serve, Service, part, refusal, serve
 
-from lazyfs.errors import ObjectChangedError, ObjectGoneError, SourceError, ThrottledError
+from lazyfs.errors import (
+    BadResponseError,
+    ObjectChangedError,
+    ObjectGoneError,
+    SourceError,
+    ThrottledError,
+)
 from lazyfs.movers.pool import Movers
 from lazyfs.store import moved, range_reader
 from lazyfs.store.cancel import Cancel
@@ -38,6 +46,11 @@ def packed(answer: ANSWER) -> ANSWER:
 
 def beginning(request: Request) -> ANSWER:
     request.headers["range"] = f"bytes=0-{LENGTH // 2}"
+    return part(request)
+
+
+def another_part(request: Request) -> ANSWER:
+    request.headers["range"] = f"bytes=1-{LENGTH}"
     return part(request)
 
 
@@ -81,7 +94,8 @@ class Inline:
     def call(self, function: Callable[..., object], *arguments: object, **given: object) -> object:
         return function(*arguments, given["buffer"])
 
-    async def wait_for_first(self, has_time: Callable[[], bool]) -> None: ...
+    async def wait_for_first(self, has_time: Callable[[], bool]) -> None:
+        assert has_time()
 
     async def run(
         self, function: Callable[..., object], *arguments: object,
@@ -130,6 +144,7 @@ def test_an_ordinary_answer_needs_no_thread(serve: Serve) -> None:
         (lambda request: refusal(503, "SlowDown"), ThrottledError),
         (lambda request: refusal(404, "NoSuchKey"), ObjectGoneError),
         (lambda request: part(request, etag='"v2"'), ObjectChangedError),
+        (lambda request: another_part(request), BadResponseError),
     ],
 )
 def test_any_other_answer_is_judged_and_not_asked_for_again(
@@ -164,6 +179,19 @@ def test_a_range_in_parts_goes_on_after_the_first(serve: Serve) -> None:
 
     service = serve(answer)
     assert read(service.source(), PIN) == (DATA[:LENGTH], False)
+
+
+@pytest.mark.usefixtures("any_length")
+def test_a_mover_trusts_the_same_authorities(tmp_path: Path) -> None:
+    authority, *pair = make_certificates(tmp_path / "ours", "DNS:s3.test")
+    service = Service(part, *pair)
+    try:
+        source = service.source(authorities=authority)
+        source.use(cast(Movers, Inline()))
+        assert bytes(source.ranges.read(PIN, 0, LENGTH)) == DATA[:LENGTH]
+        assert source._client._servers.get(service.url)[0]._idle == [], "the mover has asked"
+    finally:
+        service.close()
 
 
 def test_the_address_that_a_mover_reached_is_known(serve: Serve) -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_source import serve
 
 from lazyfs.errors import AccessDeniedError, OptionError, SourceError
 from lazyfs.options.mount_options import MountOptions
+from lazyfs.store import boto
 from lazyfs.store.boto.resolver import Resolver
+from lazyfs.store.credentials import WebIdentity
 from lazyfs.store.resolved_source import Place
 from lazyfs.store.url import SourceUrl
+
+__all__ = ["serve"]
 
 AP = "arn:aws:s3:eu-west-1:123456789012:accesspoint/models"
 
@@ -189,6 +196,73 @@ def test_a_file_that_is_rewritten_is_read_again(tmp_path):
     for name in "BCD":
         write(name)
         assert resolver.credentials(anew=True).credentials.access_key_id == name
+
+
+def test_a_role_needs_no_configured_region(serve, monkeypatch):
+    body = (
+        "<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult><Credentials>"
+        "<AccessKeyId>AKID</AccessKeyId><SecretAccessKey>secret</SecretAccessKey>"
+        "<SessionToken>token</SessionToken><Expiration>2100-01-01T00:00:00Z</Expiration>"
+        "</Credentials></AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>"
+    )
+    sts = serve(lambda _: (200, {"Content-Type": "text/xml"}, body.encode()))
+    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", sts.url)
+    role = WebIdentity("arn:aws:iam::123456789012:role/reader", "pod", "a-jwt")
+    resolver = Resolver(SourceUrl.parse("s3://m-x"), MountOptions(), role)
+    assert resolver.credentials().credentials == ("AKID", "secret", "token")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "endpoint", "expected"),
+    [
+        ("HTTPS_PROXY", "http://proxy:3128", "https://s3.test", ("proxy", 3128)),
+        ("HTTPS_PROXY", "proxy", "https://s3.test", ("proxy", 80)),
+        ("HTTP_PROXY", "http://proxy:3128", "http://s3.test", ("proxy", 3128)),
+        ("HTTP_PROXY", "http://proxy:3128", "https://s3.test", None),
+    ],
+)
+def test_proxies_of_the_environment(monkeypatch, name, value, endpoint, expected):
+    monkeypatch.setenv(name, value)
+    found = place("s3://m-x", endpoint_url=endpoint).proxy
+    assert (found and (found.host, found.port)) == expected
+    monkeypatch.setenv("NO_PROXY", "s3.test")
+    assert place("s3://m-x", endpoint_url=endpoint).proxy is None
+
+
+def test_the_password_of_a_proxy_is_for_the_proxy(monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", "http://user:pass@proxy:3128")
+    found = place("s3://m-x", endpoint_url="https://s3.test").proxy
+    assert found.headers == {"Proxy-Authorization": "Basic dXNlcjpwYXNz"}
+    assert "dXNlcjpwYXNz" not in repr(found)
+
+
+@pytest.mark.parametrize("value", ["socks5://proxy:1080", "https://proxy:3128"])
+def test_other_kinds_of_proxies_are_refused(monkeypatch, value):
+    monkeypatch.setenv("HTTPS_PROXY", value)
+    with pytest.raises(OptionError, match=r"names a proxy that is not http://HOST:PORT$"):
+        place("s3://m-x", endpoint_url="https://s3.test")
+
+
+@pytest.mark.parametrize("by_variable", [True, False])
+@pytest.mark.parametrize(
+    ("text", "loads"), [("[default]\nlogin_session = x\n", True), ("[default]\n", False)]
+)
+def test_botocore_loads_awscrt_only_for_aws_login(monkeypatch, tmp_path, text, loads, by_variable):
+    """It has twelve megabytes."""
+    at = tmp_path / "given" if by_variable else tmp_path / ".aws" / "config"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("AWS_CONFIG_FILE")
+    if by_variable:
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(at))
+    monkeypatch.setitem(sys.modules, "awscrt", None)
+    monkeypatch.delitem(sys.modules, "awscrt")
+    with boto._without_awscrt():
+        assert "awscrt" in sys.modules, "there is no such file"
+    at.parent.mkdir(exist_ok=True)
+    at.write_text(text)
+    with boto._without_awscrt():
+        assert ("awscrt" in sys.modules) == (not loads), "None keeps it from being imported"
+    assert "awscrt" not in sys.modules
 
 
 @given(st.text(max_size=60))

@@ -39,6 +39,8 @@ ROOT = Path(__file__).parents[2]
         (500, "KMS.InternalException", errno.EIO, True),
         (500, None, errno.EIO, True),
         (500, "SomethingNew", errno.EIO, True),
+        (506, "SomethingNew", errno.EIO, True),
+        (None, "SomethingNew", errno.EIO, False),
         (501, "NotImplemented", errno.EIO, False),
         (501, None, errno.EIO, False),
         (503, "SlowDown", errno.EIO, True),
@@ -109,7 +111,14 @@ def test_a_code_may_be_in_a_header() -> None:
 def test_errors_of_gateways_say_so() -> None:
     error = told(404, "default backend - 404")
     assert error.transient
-    assert "proxy or gateway" in str(error)
+    assert str(error) == (
+        "s3://b/k: 404, without an error code of S3: it comes from a proxy or gateway"
+    )
+
+
+def test_a_proxy_that_needs_a_password_is_named() -> None:
+    said = "407: the proxy needs a user and a password (HTTP_PROXY, HTTPS_PROXY)"
+    assert str(told(407, "<html></html>")) == f"s3://b/k: {said}"
 
 
 def test_refused_head_requests_have_no_error_code() -> None:

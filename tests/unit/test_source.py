@@ -5,14 +5,18 @@ from __future__ import annotations
 import gzip
 import http.server
 import json
+import ssl
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import pytest
+from certificates import make_certificates
 from test_listing_page import entry, page, prefix
 
 from lazyfs import errors
@@ -22,7 +26,7 @@ from lazyfs.options.mount_options import MountOptions
 from lazyfs.store import http as transport
 from lazyfs.store import listing, range_reader, servers
 from lazyfs.store import s3_source as sources
-from lazyfs.store.credentials import StaticCredentials, WebIdentity
+from lazyfs.store.credentials import StaticCredentials, WebIdentity, credentials_from
 from lazyfs.store.http import Proxy
 from lazyfs.store.objects import Hidden, Page
 from lazyfs.store.resolved_source import Place, ResolvedSource, TimedCredentials
@@ -46,6 +50,7 @@ class Request:
         self.method, self.path, self.target = handler.command, url.path, handler.path
         self.query = dict(parse_qsl(url.query, keep_blank_values=True))
         self.headers = {name.lower(): value for name, value in handler.headers.items()}
+        self.port: int = handler.client_address[1]
 
     @property
     def range(self) -> tuple[int, int]:
@@ -54,9 +59,13 @@ class Request:
 
 
 class Service:
-    """An S3 of which a test says how it answers."""
+    """An S3 of which a test says how it answers.
 
-    def __init__(self, answer: Callable[[Request], ANSWER]) -> None:
+    Args:
+        pair: a certificate and its key, to serve https.
+    """
+
+    def __init__(self, answer: Callable[[Request], ANSWER], *pair: Path) -> None:
         self.answer = answer
         self.requests: list[Request] = []
         service = self
@@ -65,6 +74,7 @@ class Service:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 request = Request(self)
                 service.requests.append(request)
                 status, headers, body = service.answer(request)
@@ -75,17 +85,21 @@ class Service:
                 if self.command != "HEAD":
                     self.wfile.write(body)
 
-            do_HEAD = do_GET  # noqa: N815
+            do_HEAD = do_POST = do_GET  # noqa: N815
 
             def log_message(self, *_: object) -> None: ...
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        if pair:
+            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            tls.load_cert_chain(*pair)
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+        self.url = f"http{'s' * bool(pair)}://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=[0.01], daemon=True).start()
 
-    def source(self, **options: Any) -> S3Source:
-        place = Place("us-east-1", "s3", self.url, "/bucket/", "/none", None)
+    def source(self, *, authorities: Path = Path("/none"), **options: Any) -> S3Source:
+        place = Place("us-east-1", "s3", self.url, "/bucket/", str(authorities), None)
         timed = TimedCredentials(SigningCredentials("id", "secret"))
         return S3Source(URL, MountOptions(**options), None, ResolvedSource(place, timed, None))
 
@@ -164,14 +178,20 @@ def test_a_listed_page_is_given_once(serve: Serve) -> None:
 
 
 class Resolver:
-    """In the place of botocore."""
+    """In the place of botocore.
 
-    def __init__(self) -> None:
+    Args:
+        only: the credentials that it always finds; None: others each time.
+    """
+
+    def __init__(self, only: SigningCredentials | None = None) -> None:
         self.asked = 0
+        self.only = only
 
     def credentials(self, anew: bool = False) -> TimedCredentials:
         self.asked += 1
-        return TimedCredentials(SigningCredentials(f"id-{self.asked}", "s"), time.time() + 300)
+        found = self.only or SigningCredentials(f"id-{self.asked}", "s")
+        return TimedCredentials(found, time.time() + 300)
 
     def replace_credentials(self, credentials: object) -> None: ...
 
@@ -215,8 +235,51 @@ def test_a_new_token_of_a_role_is_for_the_next_credentials(
 def test_credentials_that_were_not_given_are_not_replaced() -> None:
     found = TimedCredentials(SigningCredentials("found", "s"))
     source = S3Source(URL, MountOptions(), None, ResolvedSource(PLACE, found, None))
-    with pytest.raises(BadRequestError):
+    with pytest.raises(BadRequestError, match="without credentials of its own"):
         source.set_credentials(StaticCredentials("one", "s"))
+
+
+def test_fields_that_are_no_credentials_are_named_without_their_values() -> None:
+    with pytest.raises(ValueError, match=r"not credentials: access_key_id, token$") as told:
+        credentials_from({"token": "the-token", "access_key_id": "the-id"})
+    assert "the-" not in str(told.value)
+
+
+@pytest.mark.parametrize("worked", [True, False])
+def test_a_signature_that_held_before_may_hold_again(serve: Serve, worked: bool) -> None:
+    """A Secret was replaced, and has not arrived here; or it never was the right one."""
+    answers = iter([part] * worked)
+    service = serve(lambda request: next(answers, signature_refused)(request))
+    source = service.source()
+    source._resolver = Resolver(SigningCredentials("id", "secret"))  # type: ignore[assignment]
+    if worked:
+        assert read(source) == DATA[256:768]
+    kind = errors.CredentialsExpiredError if worked else errors.AccessDeniedError
+    with pytest.raises(kind, match="SignatureDoesNotMatch"):
+        read(source)
+
+
+def signature_refused(_: Request) -> ANSWER:
+    return refusal(403, "SignatureDoesNotMatch")
+
+
+# What another process finds out
+
+
+def test_a_source_is_resolved_with_its_first_page(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listing_of = listed(part)
+    service = serve(listing_of)
+    options = MountOptions(endpoint_url=service.url, no_sign_request=True)
+    found = S3Source.resolve(URL, options)
+    assert (found.place.server, found.place.path) == (service.url, "/bucket/")
+    assert found.credentials is None
+    assert found.page is not None and [each.key for each in found.page.objects] == ["m/k"]
+    asked = len(service.requests)
+    resumed = S3Source.resolve(URL, options, region="eu-west-1")
+    assert (resumed.place.region, resumed.page) == ("eu-west-1", None)
+    assert len(service.requests) == asked, "a resumed mount needs no S3"
 
 
 # Listings
@@ -351,6 +414,21 @@ def test_a_listing_of_any_length_is_not_kept_in_memory(
             source.list_page("m/")
 
 
+def test_a_listing_is_not_unpacked_beyond_its_bounds(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "MOST_BYTES", 100_000)
+    body = gzip.compress(bytes(64 << 20))
+    source = serve(lambda _: (200, {"Content-Encoding": "gzip"}, body)).source()
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadRequestError, match="no listing has"):
+            source.list_page("m/")
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_listing_that_a_proxy_has_packed(serve: Serve) -> None:
     body = gzip.compress(page(entry("m/a")))
     assert keys(serve(lambda _: (200, {"Content-Encoding": "gzip"}, body)).source()) == ["m/a"]
@@ -423,6 +501,63 @@ def test_a_service_that_ignores_ranges(serve: Serve) -> None:
     source = serve(lambda _: (200, {"ETag": '"v1"'}, DATA)).source()
     assert read(source) == read(source) == DATA[256:768]
     assert read(source, 0, len(DATA)) == DATA
+
+
+def test_a_range_may_come_with_200(serve: Serve) -> None:
+    """If its length and its ETag say that it is the range."""
+    service = serve(lambda _: (200, {"ETag": '"v1"'}, DATA[256:768]))
+    assert read(service.source()) == DATA[256:768]
+
+
+def test_idle_connections_are_closed_after_a_while(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = serve(part)
+    source = service.source()
+    read(source)
+    source.close_idle()
+    read(source)
+    with monkeypatch.context() as later:
+        now_s = time.monotonic() + transport.MOST_IDLE_S
+        later.setattr(time, "monotonic", lambda: now_s)
+        source.close_idle()
+    read(source)
+    ports = [request.port for request in service.requests]
+    assert ports[0] == ports[1] != ports[2]
+
+
+@pytest.mark.parametrize("is_trusted", [True, False])
+def test_the_given_authorities_are_trusted_and_no_others(tmp_path: Path, is_trusted: bool) -> None:
+    authority, *pair = make_certificates(tmp_path / "ours")
+    other = make_certificates(tmp_path / "other")[0]
+    service = Service(part, *pair)
+    try:
+        source = service.source(authorities=authority if is_trusted else other)
+        if is_trusted:
+            assert read(source) == DATA[256:768]
+        else:
+            with pytest.raises(errors.UntrustedError, match="--ca-bundle"):
+                read(source)
+    finally:
+        service.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda _: (404, {}, b"nginx"),
+        lambda _: (200, {}, b"<html>a login page</html>"),
+        lambda _: (206, {"Content-Range": "bytes 0-1/2"}, b"xx"),
+        lambda _: (200, {"Content-Length": "9"}, b""),
+    ],
+)
+def test_errors_do_not_say_what_is_on_a_server_that_a_user_chose(
+    serve: Serve, answer: Callable[[Request], ANSWER], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "must_be_elsewhere", lambda address: None)
+    with pytest.raises(errors.UnavailableError) as told:
+        read(serve(answer).source(refuse_local=True))
+    assert str(told.value) == "s3://bucket/m/k: no usable answer of S3"
 
 
 def test_objects_stored_compressed_arrive_as_stored(serve: Serve) -> None:
@@ -531,10 +666,11 @@ def test_keys_of_any_kind_are_asked_for(serve: Serve) -> None:
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_another_service_is_asked_without_credentials(serve: Serve, status: int) -> None:
     cdn = serve(lambda request: part(request, '"of-the-cdn"'))
-    location = f"{cdn.url.replace('127.0.0.1', 'localhost')}/at?sig=abc"
+    location = f"{cdn.url.replace('127.0.0.1', 'localhost')}?sig=abc"
     gateway = serve(lambda _: (status, {"Location": location}, b""))
     assert read(gateway.source(requester_pays=True)) == DATA[256:768]
     asked = cdn.requests[0]
+    assert asked.target == "/?sig=abc"
     assert asked.headers["range"] == "bytes=256-767"
     told = [name for name in asked.headers if name.startswith(("auth", "x-amz", "if-"))]
     assert not told, "credentials and tags are of the first one"
@@ -726,6 +862,16 @@ def test_a_checksum_is_that_of_the_listed_version(serve: Serve) -> None:
     headers["ETag"] = '"v2"'
     with pytest.raises(errors.ObjectChangedError):
         service.source().checksum(PIN)
+
+
+def test_a_checksum_is_asked_for_again_with_the_time_of_the_service(serve: Serve) -> None:
+    head = 200, {"ETag": '"v1"', "Content-Length": str(len(DATA))}, b""
+    answers = iter([refusal(403, "RequestTimeTooSkewed", x_amz_error_code="RequestTimeTooSkewed")])
+    service = serve(lambda _: next(answers, head))
+    assert service.source().checksum(PIN) is None
+    assert [request.headers["x-amz-checksum-mode"] for request in service.requests] == (
+        ["ENABLED"] * 2
+    )
 
 
 def test_a_service_that_keeps_no_checksums(serve: Serve) -> None:

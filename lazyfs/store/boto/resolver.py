@@ -211,7 +211,8 @@ def _proxy(url: str) -> Proxy | None:
     if not text:
         return None
     proxy = urlsplit(text)
-    if proxy.scheme != "http" or not proxy.hostname:
+    # botocore puts http:// before any other scheme than https.
+    if proxy.scheme != "http" or not proxy.hostname or proxy.path.startswith("//"):
         raise OptionError("the environment names a proxy that is not http://HOST:PORT")
     return Proxy(proxy.hostname, proxy.port or 80, proxies.proxy_headers_for(text))
 
