@@ -58,8 +58,8 @@ class Source:
         self.open.wait(20)
         if self.error is not None:
             raise self.error
-        content = self.contents.get(pin.key, b"").ljust(start + length, b"\0")
-        return memoryview(content)[start : start + length]
+        content = self.contents.get(pin.key, b"")[start : start + length]
+        return memoryview(content.ljust(length, b"\0"))
 
 
 class Disk:
@@ -142,7 +142,7 @@ def _no_second_requests(monkeypatch: pytest.MonkeyPatch) -> None:
 class Machine:
     """A fetcher between these."""
 
-    def __init__(self, **options: str) -> None:
+    def __init__(self, *, has_disk: bool = True, **options: str) -> None:
         self.source, self.disk, self.pages = Source(), Disk(), Pages()
         # Requests for one byte are the matter of test_read_access.py.
         texts = {
@@ -151,8 +151,8 @@ class Machine:
         parsed = MountOptions.parse(("{name}", texts))
         self.prefetcher = Prefetcher(parsed.prefetch, BlockMap(BLOCK))
         self.fetcher = BlockFetcher(
-            cast(Store, self.source), cast(BlockCache, self.disk), cast(PageCache, self.pages),
-            self.prefetcher, parsed, Recorder(parsed.prefetch),
+            cast(Store, self.source), cast(BlockCache, self.disk) if has_disk else None,
+            cast(PageCache, self.pages), self.prefetcher, parsed, Recorder(parsed.prefetch),
         )  # fmt: skip
 
     def order(self, *files: File) -> None:
@@ -300,6 +300,34 @@ def test_blocks_are_not_loaded_from_the_disk_because_pushes_are_slow() -> None:
         near = machine.prefetcher.blocks.files[MODEL.inode].counts
         await until(lambda: near[Place.NEAR] == BLOCKS)
         assert loads == []
+
+    play(machine, scenario)
+
+
+def test_a_block_that_waits_to_be_pushed_is_pushed_around_its_reader() -> None:
+    machine = Machine()
+    machine.order(MODEL)
+    machine.fetcher.set_known(MODEL, True)
+    may_end = threading.Event()
+    push = machine.pages.push
+
+    def stuck(inode: int, offset: int, data: memoryview) -> bool:
+        pushed = push(inode, offset, data)
+        may_end.wait(20)
+        return pushed
+
+    machine.pages.push = stuck  # type: ignore[method-assign]
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        queue = machine.fetcher._pusher._queue
+        try:
+            await until(lambda: len(queue) > 0)
+            number = next(iter(queue))[0].number
+            await read(machine, number)
+            await until(lambda: (number * BLOCK + 10, BLOCK - 10) in machine.pages.parts)
+            assert machine.source.asked.count(number) == 1
+        finally:
+            may_end.set()
 
     play(machine, scenario)
 
@@ -509,6 +537,42 @@ def test_bytes_on_the_disk_are_counted_to_the_end_of_the_file() -> None:
     async def scenario(nursery: trio.Nursery) -> None:
         assert await machine.fetcher.cached_bytes(short) == 4 * BLOCK - 5
         assert await machine.fetcher.cached_bytes(MODEL) == 0
+
+    play(machine, scenario)
+
+
+def test_without_a_disk_nothing_is_there() -> None:
+    machine = Machine(has_disk=False, prefetch="off")
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        await machine.fetcher.scan([MODEL])
+        await read(machine, 3)
+        assert await machine.fetcher.cached_bytes(MODEL) == 0
+        assert machine.fetcher.shed_blocks == 0
+        assert machine.source.asked == [3]
+
+    play(machine, scenario)
+
+
+def test_a_reader_that_goes_away_just_when_its_block_comes_frees_it() -> None:
+    machine = Machine(prefetch="off")
+    block, span = BlockId(MODEL.inode, 0), Span(0, 0, 10)
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        machine.fetcher.add_file(MODEL)
+        scheduler = machine.fetcher._scheduler
+        job = scheduler.demand(block, span)
+        for _ in range(2):
+            assert scheduler.demand(block, span) is job
+        scheduler.pump()
+        await job.done.wait()
+        assert job.held is not None
+        counts = [job.held.users]
+        for _ in range(3):
+            scheduler.leave(job, span)
+            counts.append(job.held.users)
+        assert counts == list(range(counts[0], counts[0] - 4, -1))
+        assert counts[0] >= 3, "each of the three readers holds it"
 
     play(machine, scenario)
 
