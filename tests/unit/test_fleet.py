@@ -159,6 +159,8 @@ def run(s3: Server, url: str, scenario: Scenario) -> Mount:
             await scenario(made[0])
 
     trio.run(main)
+    recorder = made[0].recorder
+    assert {*recorder.requests, *recorder.in_flight} <= {"get", "fleet"}, "names of metrics"
     return made[0]
 
 

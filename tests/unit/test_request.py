@@ -163,8 +163,15 @@ def test_a_request_that_later_ones_overtake_is_asked_a_second_time(
         released.set()
 
 
+@pytest.mark.parametrize(
+    ("bytes_per_s", "hedges"),
+    [
+        ([20], 0),  # at this rate a request takes 20 s
+        ([1000, 10], 1),  # together they show a fast link
+    ],
+)
 def test_a_pause_on_a_slow_link_is_no_reason_to_ask_a_second_time(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, bytes_per_s: list[int], hedges: int
 ) -> None:
     """Others show how slow the link is, before the first block has come."""
     length, began_s = 400, time.monotonic()
@@ -174,11 +181,13 @@ def test_a_pause_on_a_slow_link_is_no_reason_to_ask_a_second_time(
         released.wait(timeout=30)
         return good()
 
-    source = Source(slow, slow, good)
+    source = Source(slow, *[slow for _ in bytes_per_s], good)
 
     def came(cancel: Cancel) -> int:
-        # At this rate a request takes 20 s.
-        return 10 if cancel is source.cancels[0] else int((time.monotonic() - began_s) * 20)
+        others = {
+            id(other): rate for other, rate in zip(source.cancels[1:], bytes_per_s, strict=False)
+        }
+        return int((time.monotonic() - began_s) * others.get(id(cancel), 0)) or 10
 
     monkeypatch.setattr(Cancel, "received_bytes", came)
 
@@ -192,14 +201,16 @@ def test_a_pause_on_a_slow_link_is_no_reason_to_ask_a_second_time(
 
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(one)
-                nursery.start_soon(one)
+                for number in range(len(bytes_per_s) + 1):
+                    nursery.start_soon(one)
+                    while source.asked <= number:
+                        await trio.sleep(0.01)
                 await trio.sleep(3.5)  # the timer's first patience is 2 s
                 released.set()
         return recorder
 
     try:
-        assert trio.run(run).hedges == 0
+        assert trio.run(run).hedges == hedges
     finally:
         released.set()
 

@@ -167,6 +167,18 @@ def test_files_that_no_loader_can_read_are_named(place: Callable[..., Place]) ->
     there.warm("*"), "what was asked for by name is brought as it is"
 
 
+def test_a_header_that_spans_blocks_is_read_whole(place: Callable[..., Place]) -> None:
+    table = {
+        f"layer.{n}": {"dtype": "U8", "shape": [1], "data_offsets": [n, n + 1]} for n in range(3000)
+    }
+    text = json.dumps(table).encode()
+    assert len(text) > 2 * BLOCK
+    content = len(text).to_bytes(8, "little") + text + bytes(3000)
+    place({"model.safetensors": content}).warm()
+    with pytest.raises(IncompleteError, match="the model is broken"):
+        place({"model.safetensors": content[:-1]}).warm()
+
+
 def test_a_file_that_may_not_be_read_is_named_once_and_others_come(
     place: Callable[..., Place],
 ) -> None:
@@ -182,7 +194,7 @@ def test_a_file_that_may_not_be_read_is_named_once_and_others_come(
 
 def test_a_cache_without_room_ends_it(place: Callable[..., Place]) -> None:
     there = place(cache_size=2 * BLOCK, memory_limit=4 * BLOCK, max_concurrency=1)
-    with pytest.raises(IncompleteError, match="there is no room for them"):
+    with pytest.raises(IncompleteError, match="not in the cache: there is no room for them; see"):
         there.warm()
     assert len(there.store.asked) < 8
 
