@@ -73,6 +73,8 @@ class Request:
         overtaken: how many requests that were made well after it, and are no shorter, have ended.
         is_elsewhere: whether the fleet's cache is asked.
         is_direct: the fleet has let it go to S3.
+        extra_bytes: what was reserved beyond its room: for a second attempt, and for what goes on
+            after nobody wants it.
     """
 
     file: File
@@ -83,6 +85,7 @@ class Request:
     overtaken: int = 0
     under_way: list[Cancel] = field(default_factory=list)
     hedged: bool = False
+    extra_bytes: int = 0
     is_elsewhere: bool = False
     is_direct: bool = False
 

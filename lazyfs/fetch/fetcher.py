@@ -7,7 +7,7 @@ fetched once, however many readers wait for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import trio
 
@@ -206,6 +206,10 @@ class BlockFetcher:
     def is_read_directly(self, file: File) -> None:
         """A read of a file bypassed the page cache: nothing more is pushed for its readers."""
         self._map.opened(file.inode, direct=True)
+
+    def abandon(self, files: Iterable[File]) -> None:
+        """These files are no longer in the plan: end the requests that no reader waits for."""
+        self._jobs.abandon({file.inode for file in files})
 
     async def fetch(self, file: File, offset: int) -> None:
         """Wait until the block at an offset of a file is in memory. Raises SourceError."""

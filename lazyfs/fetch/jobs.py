@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import trio
 
@@ -104,6 +104,12 @@ class Jobs:
             if not job.started:
                 del self._jobs[job.block]
 
+    def abandon(self, inodes: Container[int]) -> None:
+        """End the requests for blocks of these files that no reader waits for."""
+        for job in self._jobs.values():
+            if job.started and not job.waiting and job.block.inode in inodes:
+                job.scope.cancel()
+
     def start(self, nursery: trio.Nursery, job: Job, *, from_disk: bool = False) -> None:
         """Run a job in a task of a nursery. There must be room in memory.
 
@@ -153,6 +159,8 @@ class Jobs:
             return
         if data is None:
             self._memory.release(job.length)
+            if job.scope.cancelled_caught:
+                self._map.moved(job.block, Place.ABSENT)
             return
         purpose = Purpose.DEMAND if job.waiting else Purpose.AHEAD
         came = job.length - job.headed_bytes

@@ -188,6 +188,8 @@ class BlockGetter:
                     unanswered -= 1
                 nursery.cancel_scope.cancel()
         finally:
+            if answer is None and request.under_way:
+                self._reserve(request)  # the caller frees its own room now
             for cancel in request.under_way:
                 cancel()
         if isinstance(answer, SourceError):
@@ -254,15 +256,19 @@ class BlockGetter:
         if not self._memory.make_room(request.length, urgent=False):
             return False
         log.debug("%s at %d is slow: sending a second request", request.file.key, request.start)
-        self._memory.reserve(request.length)
+        self._reserve(request)
         self._hedges_running += 1
         self._recorder.hedges += 1
         request.hedged = True
         return True
 
+    def _reserve(self, request: Request) -> None:
+        self._memory.reserve(request.length)
+        request.extra_bytes += request.length
+
     def _attempt_ended(self, request: Request) -> None:
-        """Free the room of a second attempt when all attempts have ended."""
-        if request.hedged and not request.under_way:
-            self._hedges_running -= 1
-            self._memory.release(request.length)
+        """Free what was reserved beyond a request's room when all attempts have ended."""
+        if request.extra_bytes and not request.under_way:
+            self._hedges_running -= request.hedged
+            self._memory.release(request.extra_bytes)
             self._room_made()

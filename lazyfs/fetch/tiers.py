@@ -36,6 +36,7 @@ class Job:
         lease_until: how long it is left to another daemon that has claimed it.
         tier: where it came from.
         headed_bytes: how much of it was not asked for, because it came before, as a header.
+        scope: its request; cancelled if nobody wants the block any more.
     """
 
     file: File
@@ -49,6 +50,7 @@ class Job:
     tier: Tier = Tier.S3
     headed_bytes: int = 0
     error: SourceError | None = None
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
 
 class CacheTier(Protocol):
@@ -186,7 +188,8 @@ class Tiers:
     async def get(self, job: Job) -> memoryview | None:
         """The bytes of a block; `job.tier` says where they came from.
 
-        None: another daemon brings it, and no reader waits for it here.
+        None: no reader waits for it here, and another daemon brings it, or `job.scope` was
+        cancelled.
 
         Raises:
             SourceError: no tier can give it to this mount.
@@ -199,12 +202,27 @@ class Tiers:
                 if isinstance(found, memoryview):
                     job.tier = cache.kind
                     return found
-            data, job.tier = await self._origin.get(job)
+            data = await self._from_origin(job)
         except SourceError:
-            for cache in self._caches:
-                cache.give_up(job)
+            self._give_up(job)
             raise
+        if data is None:
+            self._give_up(job)
         return data
+
+    async def _from_origin(self, job: Job) -> memoryview | None:
+        """None: the request was cancelled, and no reader waits. Raises SourceError."""
+        while True:
+            with job.scope:
+                data, job.tier = await self._origin.get(job)
+                return data
+            if not job.waiting:
+                return None
+            job.scope = trio.CancelScope()
+
+    def _give_up(self, job: Job) -> None:
+        for cache in self._caches:
+            cache.give_up(job)
 
     def put(self, job: Job, held: Held, *, reader_waits: bool) -> None:
         """Give a block to the tiers above the one that it came from."""

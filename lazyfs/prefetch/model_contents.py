@@ -7,7 +7,7 @@ read in the order of their names, and prefetched by offset.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import trio
@@ -45,6 +45,9 @@ class BlockSource(Protocol):
 
     def pump(self) -> None:
         """Start what may be started now."""
+
+    def abandon(self, files: Iterable[File]) -> None:
+        """End the requests for blocks of files that no reader waits for."""
 
     def has_header(self, file: File) -> bool:
         """Whether the header of a shard is on this machine."""

@@ -189,6 +189,8 @@ class Planner:
             [file.inode for file in shards if has_head(file)],
         )
         self._recorder.planned(sum(file.size_bytes for file in (*small, *shards)))
+        planned = {file.inode for file in shards}
+        self._fetcher.abandon(file for file in self._shards if file.inode not in planned)
         self._look_for_tensors(shards)
         self._fetcher.pump()
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +18,11 @@ from test_models import LOAD, model, settle
 pytestmark = pytest.mark.fuse
 
 BLOCK = 256 << 10
+
+
+def status_of(mounted: Mounted) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(lazyfs("status", mounted.path, "--json").stdout)
+    return told
 
 
 def layers(count: int) -> bytes:
@@ -102,6 +110,27 @@ def test_a_loader_of_other_weights_is_followed(mount: Callable[..., Mounted], s3
     assert settle(s3) == set(model(""))
     python(LOAD, mounted.path / "consolidated-1.safetensors")
     assert settle(s3) == set(files), "the second one was not opened yet"
+
+
+def test_requests_for_weights_that_a_loader_does_not_read_are_ended(
+    mount: Callable[..., Mounted], s3: S3
+) -> None:
+    files = model("") | {"consolidated.safetensors": layers(10)}
+    s3.put("replaced", files)
+    s3.fault("GET /replaced/model-", "slow", times=10**6, seconds=6)  # a minute for each answer
+    mounted = mount("s3://replaced", "--block-size=256KiB")
+    began_s = time.monotonic()
+    while not (told := status_of(mounted))["in_flight"]:
+        assert time.monotonic() < began_s + 20, told
+    python(LOAD, mounted.path / "consolidated.safetensors")
+    while (told := status_of(mounted))["requests_in_flight"] > 2:  # two headers
+        assert time.monotonic() < began_s + 40, told
+    assert told["in_flight"] == 0
+    s3.forget()
+    name = "model-00001-of-00002.safetensors"
+    read = "import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], 'rb').read()).hexdigest())"
+    digest = hashlib.sha256(files[name]).hexdigest()
+    assert python(read, mounted.path / name).strip() == digest
 
 
 def test_a_second_copy_that_is_included_by_name_comes_too(

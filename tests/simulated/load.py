@@ -278,7 +278,9 @@ class _Load:
             or start + length == self._files[key].size_bytes
         ]
         asked = [block for block, _ in parts]
-        heads = self._bucket.sent_bytes - sum(length for _, length in parts)
+        heads = sum(length for *_, length in self._bucket.asked) - sum(size for _, size in parts)
+        idle = set(asked) - set(self._touched)
+        unsent = sum(self._bucket.unsent[key, number * self._block_size] for key, number in idle)
         needed = sum(self._length(*block) for block in self._touched)
         early = min(self._starts_s * self._machine.link, self._room) if self._has_all else 0.0
         link_s = self._machine.latency_s + max(0.0, needed - early) / self._machine.link
@@ -289,7 +291,7 @@ class _Load:
             ideal_s=max(shortest_s, link_s),
             needed_bytes=needed,
             fetched_bytes=self._bucket.sent_bytes,
-            wasted_bytes=heads + sum(self._length(*b) for b in set(asked) - set(self._touched)),
+            wasted_bytes=heads + sum(self._length(*block) for block in idle) - unsent,
             twice=len(asked) - len(set(asked)),
             inversions=_inversions(order),
             requests=self._requests,

@@ -6,7 +6,7 @@ import heapq
 import itertools
 import math
 import random
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -81,6 +81,13 @@ class Threads:
         return result
 
 
+Unsent = Callable[[int], None]
+
+
+def nothing(size: int) -> None:
+    """What nobody counts."""
+
+
 class Link:
     """Shared evenly by all transfers, each of which has a limit of its own."""
 
@@ -94,13 +101,29 @@ class Link:
         self._random = random.Random(1)
         self._changed = trio.Event()
 
-    async def transfer(self, size: int) -> None:
-        await trio.sleep(self._machine.latency_s * self._random.uniform(0.5, 1.5))
-        self._advance()
-        done = trio.Event()
-        heapq.heappush(self._ends, (self._served + size, next(self._numbers), done))
-        self._changed.set()
-        await done.wait()
+    async def transfer(self, size: int, unsent: Unsent = nothing) -> None:
+        """
+        Args:
+            unsent: if it is cancelled, called with how much was not sent.
+        """
+        left = float(size)
+        transfer: tuple[float, int, trio.Event] | None = None
+        try:
+            await trio.sleep(self._machine.latency_s * self._random.uniform(0.5, 1.5))
+            self._advance()
+            transfer = self._served + size, next(self._numbers), trio.Event()
+            heapq.heappush(self._ends, transfer)
+            self._changed.set()
+            await transfer[2].wait()
+        except trio.Cancelled:
+            if transfer in self._ends:
+                self._advance()
+                left = transfer[0] - self._served
+                self._ends.remove(transfer)
+                heapq.heapify(self._ends)
+                self._changed.set()
+            unsent(max(0, int(left)))
+            raise
 
     async def run(self) -> None:
         while True:
@@ -175,9 +198,14 @@ class Bucket:
         self._zeros = memoryview(bytes(block_size))
         self._link = link
         self._threads = threads
-        # Key and offset, each time it was asked for.
+        # Key, offset and length, each time it was asked for.
         self.asked: list[tuple[str, int, int]] = []
-        self.sent_bytes = 0
+        # What was not sent because the request was cancelled, by key and offset.
+        self.unsent: Counter[tuple[str, int]] = Counter()
+
+    @property
+    def sent_bytes(self) -> int:
+        return sum(length for _, _, length in self.asked) - self.unsent.total()
 
     def name(self, key: str) -> str:
         return key
@@ -187,7 +215,7 @@ class Bucket:
         return self
 
     def read(self, pin: File, start: int, length: int, cancel: object) -> memoryview:
-        self._threads.takes(self._receive(length))
+        self._threads.takes(self._receive(pin.key, start, length))
         return self._bytes(pin.key, start, length)
 
     async def read_moved(
@@ -196,21 +224,23 @@ class Bucket:
     ) -> memoryview:  # fmt: skip
         try:
             data = self._bytes(pin.key, start, length)
-            await self._receive(length)
+            await self._receive(pin.key, start, length)
             return data
         finally:
             ended()
 
     def _bytes(self, key: str, start: int, length: int) -> memoryview:
         self.asked.append((key, start, length))
-        self.sent_bytes += length
         head = self._contents.get(key, b"")[start : start + length]
         if not head:
             return self._zeros[:length]
         return memoryview(head + bytes(length - len(head)))
 
-    async def _receive(self, length: int) -> None:
-        await self._link.transfer(length)
+    async def _receive(self, key: str, start: int, length: int) -> None:
+        def unsent(size: int) -> None:
+            self.unsent[key, start] += size
+
+        await self._link.transfer(length, unsent)
         await self._movers.take(length, self._machine.receive)
         if length >= LEAST_SHARED:
             await self._worker.take(self._machine.worker_s)
@@ -218,7 +248,7 @@ class Bucket:
     def forget(self) -> None:
         """Count from here on."""
         self.asked.clear()
-        self.sent_bytes = 0
+        self.unsent.clear()
 
     def close_idle(self) -> None:
         """There are no connections."""

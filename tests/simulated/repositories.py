@@ -53,11 +53,6 @@ class Repository:
                 model.sizes[path] = len(self.indexes[path]) if path in self.indexes else size
         return model
 
-    @property
-    def is_followed(self) -> bool:
-        """Whether the loader reads other weights than those that are planned at mount."""
-        return bool(self.plan) and not set(self.reads) <= set(self.plan)
-
     def loader(self, model: Model) -> Loader:
         """Reads configuration and tokenizer, then one file of weights after another."""
         directory = dirname(self.reads[0])

@@ -42,7 +42,10 @@ class FakeTiers:
     def begin(self, job: Job) -> None: ...
 
     async def get(self, job: Job) -> memoryview | None:
-        await self.may_answer.wait()
+        with job.scope:
+            await self.may_answer.wait()
+        if job.scope.cancelled_caught:
+            return None
         if isinstance(self.answer, Exception):
             raise self.answer
         job.tier = self.tier
@@ -201,6 +204,30 @@ def test_a_block_that_is_left_to_another_daemon_takes_no_room() -> None:
         assert (job.held, job.error) == (None, None)
         assert machine.memory.used_bytes == 0
         assert machine.tiers.stored == []
+
+    play(steps)
+
+
+def test_what_is_not_wanted_any_more_is_ended_unless_a_reader_waits() -> None:
+    async def steps(machine: Machine, nursery: trio.Nursery) -> None:
+        machine.start(nursery, PART)
+        ahead = machine.start(nursery, number=2)
+        machine.jobs.new(FILE, BlockId(FILE.inode, 3), BLOCK)  # not started
+        await trio.testing.wait_all_tasks_blocked()
+        machine.jobs.abandon({FILE.inode + 1})
+        await trio.testing.wait_all_tasks_blocked()
+        assert machine.jobs.fetching == 2
+        machine.jobs.abandon({FILE.inode})
+        await trio.testing.wait_all_tasks_blocked()
+        assert ahead.done.is_set()
+        assert (ahead.held, ahead.error) == (None, None)
+        assert [machine.place(number) for number in (1, 2, 3)] == [
+            Place.COMING, Place.ABSENT, Place.ABSENT,
+        ]  # fmt: skip
+        assert (machine.jobs.fetching, machine.memory.used_bytes) == (1, BLOCK)
+        again = machine.start(nursery, number=2)
+        await machine.end()
+        assert again.held is not None
 
     play(steps)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -63,6 +63,8 @@ class Fetcher:
         self.scans.append([file.key for file in files])
 
     def pump(self) -> None: ...
+
+    def abandon(self, files: Iterable[File]) -> None: ...
 
     def is_coming(self, file: File) -> bool:
         return True

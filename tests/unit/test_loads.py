@@ -9,7 +9,7 @@ import trio
 from simulated import loaders, models
 from simulated.cases import CASES
 from simulated.load import simulate
-from simulated.machine import Link, Machine
+from simulated.machine import Link, Machine, Unsent, nothing
 
 from lazyfs.fetch.fetcher import BlockFetcher
 from lazyfs.options.mount_options import MountOptions
@@ -96,8 +96,8 @@ def test_a_mount_may_end_while_an_answer_is_taken(
             self.nursery, self.left = nursery, answers
             await super().run()
 
-        async def transfer(self, size: int) -> None:
-            await super().transfer(size)
+        async def transfer(self, size: int, unsent: Unsent = nothing) -> None:
+            await super().transfer(size, unsent)
             self.left -= 1
             if self.left == 0:
                 self.nursery.start_soon(self.end)
@@ -129,8 +129,8 @@ def test_nothing_is_started_when_the_mount_has_ended(monkeypatch: pytest.MonkeyP
             self.nursery = trio.lowlevel.current_task().parent_nursery
             await super().run()
 
-        async def transfer(self, size: int) -> None:
-            await super().transfer(size)
+        async def transfer(self, size: int, unsent: Unsent = nothing) -> None:
+            await super().transfer(size, unsent)
             answers.append(size)
             if len(answers) == 20 and self.nursery is not None:
                 self.nursery.cancel_scope.cancel()

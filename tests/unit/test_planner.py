@@ -77,6 +77,7 @@ class Blocks:
         headers: of shards; None: it is too long. Shards that are not named have a valid one.
         errors: by key, raised instead of an answer.
         asked: the files whose headers were read, in order.
+        abandoned: files whose requests were ended.
         read: the files of which blocks were read for the plan.
         scans: the files of each plan.
         coming: files whose headers are on their way.
@@ -96,6 +97,7 @@ class Blocks:
         self.coming: set[str] = set()
         self.here: set[str] = set()
         self.pumps = 0
+        self.abandoned: list[str] = []
 
     def add_file(self, file: File) -> None:
         self._blocks.add_file(file.inode, file.size_bytes)
@@ -107,6 +109,9 @@ class Blocks:
 
     def pump(self) -> None:
         self.pumps += 1
+
+    def abandon(self, files: Iterable[File]) -> None:
+        self.abandoned += (file.key for file in files)
 
     def has_header(self, file: File) -> bool:
         return file.key in self.here
@@ -375,7 +380,9 @@ class TestFollowing:
     def test_a_copy_that_is_read_takes_the_place_of_the_model(self) -> None:
         async def steps(mount: Mount) -> None:
             assert mount.blocks.scans == [["config.json", *shards(2)]]
+            assert mount.blocks.abandoned == []
             await mount.load("consolidated.00.pth")
+            assert mount.blocks.abandoned == shards(2)
             assert mount.blocks.scans[1:] == [["config.json", "consolidated.00.pth"]]
             assert mount.wanted[-1] == ["config.json", "consolidated.00.pth"]
 

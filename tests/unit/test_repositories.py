@@ -15,7 +15,6 @@ from lazyfs.model.layout import layouts
 from lazyfs.model.selection import wanted_models
 
 TABLE = list(repositories())
-IN_FLIGHT_BYTES = 160 << 20
 # What it takes to see that one of many models is loaded, and not looked at.
 LOOK_S = 0.4
 
@@ -35,9 +34,7 @@ def test_the_plan_at_mount(repository: Repository) -> None:
 def test_only_the_files_that_are_read_are_fetched(repository: Repository) -> None:
     model = repository.model()
     report = simulate(model, repository.loader(model))
-    # What was asked for before a loader showed that it reads other weights comes for nothing.
-    allowed_bytes = IN_FLIGHT_BYTES if repository.is_followed else 0
-    assert report.wasted_bytes <= 0.01 * report.needed_bytes + allowed_bytes
+    assert report.wasted_bytes <= 0.01 * report.needed_bytes
     assert report.twice == 0
     assert report.seconds <= 1.05 * report.ideal_s + LOOK_S
 

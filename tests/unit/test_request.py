@@ -115,6 +115,35 @@ def test_a_stuck_request_is_asked_a_second_time_and_its_room_is_counted() -> Non
         released.set()
 
 
+def test_the_room_of_a_request_that_is_not_wanted_counts_until_its_thread_has_ended() -> None:
+    released = threading.Event()
+
+    def stuck() -> memoryview:
+        released.wait(timeout=30)
+        return memoryview(b"late")
+
+    async def run() -> None:
+        source, made = Source(stuck), trio.Event()
+        memory = BlockMemory(LIMIT, 10, BlockMap(10), lambda: 1)
+        getter = BlockGetter(
+            source, memory, MountOptions(), Threads(10), made.set, Recorder()  # type: ignore[arg-type]
+        )  # fmt: skip
+        with trio.move_on_after(0.2) as scope:
+            await getter.get(FILE, 0, 4, patience_s=lambda: 60.0, saturated=lambda: True)
+        assert scope.cancelled_caught
+        assert source.cancels[0].called
+        assert memory.used_bytes == 4
+        released.set()
+        with trio.fail_after(20):
+            await made.wait()
+        assert memory.used_bytes == 0
+
+    try:
+        trio.run(run)
+    finally:
+        released.set()
+
+
 def test_over_a_slow_link_nothing_is_asked_a_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes keep coming, if slowly: a second request would take the link from the others."""
     came = itertools.count()

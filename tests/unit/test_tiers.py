@@ -67,6 +67,8 @@ class Getter:
         self.tier = Tier.S3
         self.asked: list[tuple[int, int, bool]] = []
         self.patience_s = 0.0
+        self.may_answer = trio.Event()
+        self.may_answer.set()
 
     async def get(
         self, file: File, start: int, length: int, *, patience_s: Callable[[], float],
@@ -74,6 +76,7 @@ class Getter:
     ) -> Got:  # fmt: skip
         self.asked.append((start, length, is_block))
         self.patience_s = patience_s()
+        await self.may_answer.wait()
         if self.error is not None:
             raise self.error
         return Got(memoryview(bytes(length)), self.tier)
@@ -120,6 +123,37 @@ def test_the_origin_is_asked_last_and_names_the_source_of_a_block(tier: Tier) ->
         assert (wanted.tier, getter.asked) == (tier, [(3 * SIZE, SIZE, True)])
         tiers.put(wanted, HELD, reader_waits=False)
         assert disk.calls == ["get", "put 3 False"]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("reader_comes", [False, True])
+def test_a_request_that_is_not_wanted_ends_unless_a_reader_comes_meanwhile(
+    reader_comes: bool,
+) -> None:
+    async def scenario() -> None:
+        getter, disk = Getter(), Cache(Tier.DISK, Claim.OURS)
+        getter.may_answer = trio.Event()
+        wanted = job()
+        got: list[memoryview | None] = []
+
+        async def get() -> None:
+            got.append(await Tiers([disk], origin(getter)).get(wanted))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(get)
+            await trio.testing.wait_all_tasks_blocked()
+            wanted.scope.cancel()
+            if reader_comes:
+                wanted.waiting.append(Span(1, 0, 1))
+            await trio.testing.wait_all_tasks_blocked()
+            getter.may_answer.set()
+        if reader_comes:
+            assert got == [bytes(SIZE)]
+            assert (len(getter.asked), disk.calls) == (2, ["get"]), "the claim is kept"
+        else:
+            assert got == [None]
+            assert (len(getter.asked), disk.calls) == (1, ["get", "give up"])
 
     run(scenario)
 
