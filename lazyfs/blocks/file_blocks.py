@@ -89,6 +89,11 @@ class FileBlocks:
         """Whether bytes were read of any piece."""
         return self.touched.find(1) >= 0
 
+    @property
+    def header_bytes(self) -> int:
+        """The length of the header before all tensors; 0 if the tensors are not known."""
+        return self._starts[0] if self.roles else 0
+
     def all_at(self, place: Place, start: int = 0) -> Iterator[int]:
         """The blocks at a place, from one on; they may be moved meanwhile."""
         number = self.find(place, start, len(self.places))

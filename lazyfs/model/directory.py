@@ -8,6 +8,7 @@ from posixpath import basename, dirname, join
 
 from lazyfs.model.filenames import (
     IMATRIX,
+    MODEL,
     TRAINING_STATE,
     Format,
     format_of,
@@ -15,6 +16,7 @@ from lazyfs.model.filenames import (
     is_consolidated,
     is_projector,
     is_small,
+    is_tokenizer,
     may_be_weights,
     split_variant,
     stem_of,
@@ -120,6 +122,12 @@ class Directory:
     def formats(self) -> set[Format]:
         """Of all weights."""
         return {format_of(name) or "other" for name in self.weights}
+
+    @property
+    def has_language_model(self) -> bool:
+        """Whether what is read is the model of a tokenizer that is here too."""
+        has_model = any(each.identity == MODEL for each in self.choice.sets)
+        return has_model and any(is_tokenizer(basename(file.path)) for file in self.others)
 
     @property
     def is_seen(self) -> bool:

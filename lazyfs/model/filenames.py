@@ -102,6 +102,7 @@ _CONFIGURATION = re.compile(
     r"|model_index|tekken|\w*tensor_index)\.(json|txt|model|pbtxt)$"
     r"|.*\.index(\.\w+)?\.json$|.*\.ya?ml$|.*\.(spm|tiktoken)$|\.metadata$"
 )
+_TOKENIZER = re.compile(r"(tokenizer|tekken|vocab|merges)\b|.*\.(tiktoken|spm)$")
 
 
 def is_small(name: str, size_bytes: int) -> bool:
@@ -122,6 +123,11 @@ def is_configuration(name: str) -> bool:
 def is_consolidated(name: str) -> bool:
     """Whether a file belongs to Mistral's second copy of its models."""
     return name.startswith("consolidated")
+
+
+def is_tokenizer(name: str) -> bool:
+    """Whether a small file belongs to a tokenizer."""
+    return _TOKENIZER.match(name) is not None
 
 
 def is_projector(name: str) -> bool:

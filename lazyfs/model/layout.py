@@ -14,7 +14,9 @@ it for published models:
 - **One model in several directories** is one *group*: a pipeline; the numbered modules of
   sentence-transformers (`2_Dense/`); the ranks of one model (`rank_0/`); a repository of Triton
   (`config.pbtxt`), of which the newest versions are read; and below a configured model,
-  safetensors or PyTorch files with other names than its own, which are its components.
+  safetensors or PyTorch files with other names than its own, which are its components. A language
+  model with its tokenizer comes first if what lies above it is no model by itself: text-to-speech
+  models load it first.
 - **`--include`**: a file that these rules exclude is still fetched, after the shards, if a pattern
   of `--include` matches it and none of the shards. If a pattern matches several models of which one
   is read, it does not say which, and has no effect here.
@@ -36,7 +38,7 @@ from posixpath import basename, dirname, join, split
 from types import MappingProxyType
 
 from lazyfs.model.directory import Directory, ModelFile
-from lazyfs.model.filenames import BLOB, COPY_DIRECTORIES, LEFTOVER, Format
+from lazyfs.model.filenames import BLOB, COPY_DIRECTORIES, LEFTOVER, MODEL, Format
 from lazyfs.model.indexes import PIPELINE_INDEX
 from lazyfs.model.pipelines import Pipelines
 from lazyfs.model.weight_sets import CORE
@@ -102,7 +104,8 @@ def layouts(
     opened: Iterable[str] = (),
     include: Sequence[str] = (),
 ) -> tuple[ModelLayout, ...]:
-    """Find the models of a listing, in the order of their directories, parents first.
+    """Find the models of a listing, in the order of their directories, and those of one group in
+    that in which a loader reads them.
 
     Args:
         files: all files of the mount, in any order.
@@ -178,8 +181,19 @@ class _Listing:
             self._models.setdefault("", root)
         return tuple(
             self._layout(self._models[path], include)
-            for path in sorted(self._models, key=lambda path: path.split("/"))
+            for path in sorted(self._models, key=self._loading_order)
         )
+
+    def _loading_order(self, path: str) -> tuple[list[str], bool, list[str]]:
+        group = self._groups.get(path, path)
+        above = self._models.get(group)
+        is_first = (
+            above is not None
+            and path != group
+            and self._models[path].has_language_model
+            and all(each.identity != MODEL for each in above.choice.sets)
+        )
+        return group.split("/"), not is_first, path.split("/")
 
     def _layout(self, directory: Directory, include: Sequence[str]) -> ModelLayout:
         names = set(directory.choice.names)

@@ -1,8 +1,9 @@
 """The order in which loaders read the files of a model, as sort keys. Pure.
 
-Small files come first, in the order in which transformers and vLLM open them. Weights follow: first
-the set that an index names, or that is called `model`; in each set the shards by their numbers,
-unless an index has them in another order (`indexes.py`). `layout.py` orders components and models.
+Small files come first, in the order in which transformers and vLLM open them. Weights follow: text
+encoders, the set that an index names, or that is called `model`, and other components; in each set
+the shards by their numbers, unless an index has them in another order (`indexes.py`). `layout.py`
+orders directories.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ _SMALL_ORDER = (
     re.compile(r".*\.(json|jinja|py)$"),
     re.compile(r".*\.(txt|model|spm|ya?ml)$"),
 )
+# Wan's loader goes through text encoder, VAE and model.
+_TEXT_ENCODER = re.compile(r"(^|[-_.])(u?mt5|t5|text[-_]?encoder)[-_.]", re.IGNORECASE)
 
 
 def small_file_order(path: str, directory: str) -> tuple[int, bool, str]:
@@ -32,14 +35,15 @@ def small_file_order(path: str, directory: str) -> tuple[int, bool, str]:
     return next(matching, len(_SMALL_ORDER)), dirname(path) != directory, path
 
 
-def weight_set_order(first: str, *, is_main: bool) -> tuple[bool, object]:
+def weight_set_order(first: str, *, is_main: bool) -> tuple[int, object]:
     """A sort key for sets of weights.
 
     Args:
         first: the name of its first file.
         is_main: an index names it, or it is called `model`.
     """
-    return not is_main, natural_order(first)
+    rank = 1 if is_main else 0 if _TEXT_ENCODER.search(first) else 2
+    return rank, natural_order(first)
 
 
 def natural_order(name: str) -> tuple[tuple[str | tuple[int, str], ...], str]:

@@ -19,7 +19,7 @@ files that differ only in their suffix or variant. The rules, in the order in wh
    nothing configures (`config.json`, an index, a tokenizer, YAML; not one with the name of a
    single file): checkpoints, LoRA adapters. None of them is fetched before it is loaded.
 5. **Components.** Everything that is left is read: a text encoder beside the shards, the parts of a
-   text-to-speech model. The model itself comes first, then its components.
+   text-to-speech model. Text encoders come first, then the model itself, then other components.
 6. **The loader is followed.** A set that a loader has read is read. It replaces the sets that hold
    the same model, unless something of them was read as well. It never replaces components. To
    open a file counts as much, if nothing of what it would replace was opened, and does not choose
@@ -362,5 +362,5 @@ def _are_rivals(each: WeightSet, other: WeightSet) -> bool:
     )
 
 
-def _order(each: WeightSet) -> tuple[bool, object]:
+def _order(each: WeightSet) -> tuple[int, object]:
     return weight_set_order(each.names[0], is_main=each.indexed or each.identity == MODEL)

@@ -59,8 +59,10 @@ TOUCHED_PIECES = 64
 # A program that looks at a file without loading it reads at most this much of its beginning (the
 # vocabulary of a GGUF model takes 15 MB) and of its end (the directory of a ZIP file), and at most
 # a quarter of the file. Applies to files whose header is not known.
-LOOK_BYTES = 16 << 20
+LOOK_BYTES = 15 << 20
 LOOK_AT_END_BYTES = 1 << 20
+# The kernel's read-ahead begins at most this far behind what was read: the default of --read-ahead.
+READ_AHEAD_BYTES = 1 << 20
 _ON_ITS_WAY = (Place.COMING, Place.LOADING)
 
 
@@ -256,10 +258,12 @@ class Prefetcher:
     def _is_read(self, inode: int, blocks: FileBlocks, offset: int) -> None:
         """Handle a request beyond the header of a file.
 
-        A single one may be the kernel's read-ahead after a look at the header (Linux,
+        A single one close to it may be the kernel's read-ahead after a look at the header (Linux,
         mm/readahead.c, page_cache_async_ra).
         """
-        if blocks.rank < 0 and self._beyond_header.setdefault(inode, offset) == offset:
+        is_near = offset < _header_end(blocks) + READ_AHEAD_BYTES
+        is_first = self._beyond_header.setdefault(inode, offset) == offset
+        if blocks.rank < 0 and is_near and is_first:
             return
         self._loaded[inode] = None
         if blocks.rank < 0:
@@ -476,6 +480,10 @@ def _is_load(blocks: FileBlocks, offset: int) -> bool:
     """Whether a read at this offset, beyond a known header, shows that the file is being loaded."""
     if blocks.roles or blocks.rank >= 0:
         return True
-    quarter = blocks.size_bytes // 4
-    end = blocks.size_bytes - min(LOOK_AT_END_BYTES, quarter)
-    return min(LOOK_BYTES, quarter) <= offset < end
+    end = blocks.size_bytes - min(LOOK_AT_END_BYTES, blocks.size_bytes // 4)
+    return _header_end(blocks) <= offset < end
+
+
+def _header_end(blocks: FileBlocks) -> int:
+    """Where the header of a file ends, or at the latest."""
+    return blocks.header_bytes or min(LOOK_BYTES, blocks.size_bytes // 4)

@@ -8,7 +8,7 @@ from lazyfs.blocks import BlockId
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.file_blocks import AWAY, Place
 from lazyfs.model.safetensors import Tensor
-from lazyfs.prefetch.prefetcher import Prefetcher
+from lazyfs.prefetch.prefetcher import LOOK_BYTES, READ_AHEAD_BYTES, Prefetcher
 
 BLOCK = 10
 
@@ -368,6 +368,29 @@ def test_reads_out_of_order_and_of_headers_are_reported() -> None:
     made.blocks.moved(BlockId(2, 0), Place.LOCAL)
     made.head_came(2)
     assert told == [9, 2, 2]
+
+
+def test_one_request_near_a_header_is_no_load_and_one_far_from_it_is() -> None:
+    told: list[int] = []
+    size = 1 << 30
+
+    def first_read(offset: int, *, header: int | None = None) -> list[int]:
+        made = Prefetcher("model", BlockMap(8 << 20))
+        made.set_order((), ())
+        made.blocks.add_file(9, size)
+        if header is not None:
+            made.set_tensors(9, tensors(header, end=size))
+        made.on_stray = told.append
+        told.clear()
+        made.was_read(9, 0, 4096)
+        made.was_read(9, offset, 4096)
+        return told
+
+    ahead = READ_AHEAD_BYTES
+    assert first_read(LOOK_BYTES + ahead - 4096) == []
+    assert first_read(LOOK_BYTES + ahead) == [9]
+    assert first_read(100_000 + ahead - 4096, header=100_000) == []
+    assert first_read(100_000 + ahead, header=100_000) == [9]
 
 
 def test_pages_count_as_unread_until_a_request_from_behind_them() -> None:
