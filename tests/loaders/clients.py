@@ -181,6 +181,33 @@ def gguf(directory: Path) -> Loaded:
     return lambda: of_answer([(name, hashlib.sha256(data).hexdigest()) for name, data in found])
 
 
+def _llama_cpp(directory: Path, mode: str) -> Loaded:
+    import xllamacpp
+
+    wanted = xllamacpp.CommonParams()
+    wanted.model.path = str(next(directory.glob("*.gguf")))
+    wanted.load_mode = getattr(xllamacpp.llama_load_mode, f"LLAMA_LOAD_MODE_{mode}")
+    wanted.n_ctx, wanted.n_parallel, wanted.cpuparams.n_threads = 128, 1, 1
+    engine = xllamacpp.Server(wanted)
+    asked = {"prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0}
+    return lambda: of_answer(engine.handle_completions(asked)["choices"][0]["text"])
+
+
+@client("xllamacpp")
+def llama_cpp(directory: Path) -> Loaded:
+    return _llama_cpp(directory, "MMAP")
+
+
+@client("xllamacpp")
+def llama_cpp_read(directory: Path) -> Loaded:
+    return _llama_cpp(directory, "NONE")
+
+
+@client("xllamacpp")
+def llama_cpp_direct(directory: Path) -> Loaded:
+    return _llama_cpp(directory, "DIRECT_IO")
+
+
 @client("onnxruntime", "numpy")
 def onnxruntime(directory: Path) -> Loaded:
     import numpy

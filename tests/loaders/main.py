@@ -96,6 +96,9 @@ CLIENTS = (
     Client("diffusers", "pipeline", "diffusers"),
     Client("sentence_transformers", "sentences", "sentence-transformers"),
     Client("gguf", "gguf", "gguf, `GGUFReader`"),
+    Client("llama_cpp", "gguf", "llama.cpp"),
+    Client("llama_cpp_read", "gguf", "llama.cpp, `--no-mmap`"),
+    Client("llama_cpp_direct", "gguf", "llama.cpp, `--direct-io`"),
     Client("onnxruntime", "onnx", "ONNX Runtime, external data"),
 )
 

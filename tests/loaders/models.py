@@ -123,6 +123,8 @@ def gguf(directory: Path, model: torch.nn.Module, source: Path) -> None:
 
     vocabulary = json.loads((source / "tokenizer.json").read_text())["model"]
     tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].__getitem__)
+    trained = len(tokens)
+    tokens += [f"[unused{number}]" for number in range(trained, VOCABULARY)]
     writer = GGUFWriter(str(directory / "model-F16.gguf"), "llama")
     writer.add_context_length(512)
     writer.add_embedding_length(HIDDEN)
@@ -137,8 +139,9 @@ def gguf(directory: Path, model: torch.nn.Module, source: Path) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
-    writer.add_token_types([TokenType.CONTROL if n < 3 else TokenType.NORMAL
-                            for n in range(len(tokens))])  # fmt: skip
+    normal = [TokenType.NORMAL] * (trained - 3)
+    unused = [TokenType.UNUSED] * (VOCABULARY - trained)
+    writer.add_token_types([TokenType.CONTROL] * 3 + normal + unused)
     merges = vocabulary["merges"]
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     writer.add_bos_token_id(0)
