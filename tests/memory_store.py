@@ -83,7 +83,7 @@ class MemoryStore:
         self._check(pin)
         return None
 
-    def close_idle(self) -> None:
+    def close_idle(self, longer_than_s: float = 0.0) -> None:
         """There are no connections."""
 
     def _check(self, pin: Pinned) -> None:

@@ -2,10 +2,12 @@
 
     python tests/soak.py SECONDS [--patience SECONDS]
 
-A mount with little memory serves 256 reading threads while S3 refuses, hangs, resets, cuts off and
-crawls, workers are killed, pages are dropped and, for root, inodes are forgotten. It fails if a
-byte is wrong, if a read fails, if a reader waits longer than the longest fault lasted and the
-patience, or if memory or descriptors of the worker grow. Prints one line of JSON.
+A mount with little memory, and a cache that holds a part of the model, serves 256 reading
+threads. In *storms* of some seconds S3 refuses, hangs, resets, cuts off and crawls, workers are
+killed, pages are dropped and, for root, inodes are forgotten. After each storm there is a *calm*,
+longer than the patience. It fails if a byte is wrong, if a read fails, if a reader waits for longer
+than the patience in a calm, or if memory or descriptors of the worker grow. Prints one line of
+JSON; where a reader waited too long, it has what the worker said of itself meanwhile.
 """
 
 from __future__ import annotations
@@ -20,15 +22,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
-from mounting import Mounted, descriptors, worker_pid
+from mounting import RUNTIME_DIRECTORY, Mounted, descriptors, worker_pid
 from s3 import S3
+
+from lazyfs.control.client import ControlClient, ControlError
+from lazyfs.process.mount_records import control_socket
 
 MIB = 1 << 20
 SHARD_BYTES = 24 * MIB
@@ -36,9 +43,22 @@ SHARDS = 6
 READERS = 256
 HANG_S = 2.0
 STEP_S = 1.0
+MOST_FAULTS_OF_STORM = 6
+# A calm is this much longer than the patience.
+CALM_S = 1.0
 # Inodes of the whole machine are forgotten, so not often.
 FORGET_EVERY = 15
-OPTIONS = ["--block-size=1MiB", "--memory-limit=64MiB", "--io-timeout=60s"]
+OPTIONS = ["--block-size=1MiB", "--memory-limit=64MiB", "--io-timeout=60s", "--cache-size=64MiB"]
+# Waits of this length are noted, and what the worker says meanwhile; the last ones of it are kept.
+LONG_S = 3.0
+MOST_TOLD = 100
+LONGEST_START_S = 120.0
+TOLD = (
+    "pid", "worker_uptime_s", "restarts", "trouble", "requests_in_flight", "requests_limit",
+    "in_flight", "memory_bytes", "fetched_blocks", "from_disk_bytes", "to_disk_bytes",
+    "shed_blocks", "pushed_blocks", "cache", "reads", "stalled_s", "readers_waiting", "waiting",
+    "retries", "second_requests", "last_error",
+)  # fmt: skip
 
 # Each word of a file is its own position, so any part of it can be checked.
 READ = """
@@ -46,7 +66,8 @@ import json, mmap, os, pathlib, random, sys, threading, time
 import numpy as np
 paths = sorted(pathlib.Path(sys.argv[1]).glob("*.safetensors"))
 readers, stop = int(sys.argv[2]), threading.Event()
-longest, wrong, failed, done = [0.0] * readers, [], [], [0] * readers
+waits, wrong, failed, done = [[] for _ in range(readers)], [], [], [0] * readers
+long_s = float(sys.argv[3])
 
 def read(me):
     rng = random.Random(me)
@@ -69,7 +90,9 @@ def read(me):
         except OSError as error:
             failed.append(f"{path.name} at {at}: {error}")
             return
-        longest[me] = max(longest[me], time.monotonic() - began)
+        ended = time.monotonic()
+        if ended - began >= long_s:
+            waits[me].append((began, ended, f"{path.name} at {at}, {length} bytes"))
         expected = np.arange(at // 8, (at + length) // 8, dtype="<u8").tobytes()
         if data != expected:
             wrong.append(f"{path.name} at {at}, {length} bytes")
@@ -85,7 +108,7 @@ end = time.monotonic() + 90
 for thread in threads:
     thread.join(max(0.0, end - time.monotonic()))
 stuck = sum(thread.is_alive() for thread in threads)
-print(json.dumps({"reads": sum(done), "longest_s": max(longest), "wrong": wrong, "failed": failed,
+print(json.dumps({"reads": sum(done), "waits": sum(waits, []), "wrong": wrong, "failed": failed,
                   "stuck": stuck}), flush=True)
 os._exit(0)
 """
@@ -99,41 +122,77 @@ for path in pathlib.Path(sys.argv[1]).glob("*.safetensors"):
 
 @dataclass(slots=True)
 class Soak:
-    """One mount in trouble.
+    """One mount in trouble. Times are of the monotonic clock.
 
     Attributes:
-        longest_fault_s: of those that were made; of a kill, until another worker was there.
-        memory, open_files: of the worker in MiB and descriptors, sampled at every step.
+        calm_s: how long a calm lasts.
+        asked: how many blocks S3 was asked for in storms.
+        calms: when each began and ended.
+        memory, open_files: of the worker in MiB and descriptors, sampled all the time.
+        told: what the worker said while a reader waited for long, with the time.
     """
 
     s3: S3
     mounted: Mounted
+    calm_s: float
     rng: random.Random = field(default_factory=lambda: random.Random(1))
-    longest_fault_s: float = HANG_S
     faults: int = 0
+    asked: int = 0
+    calms: list[tuple[float, float]] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)
     open_files: list[int] = field(default_factory=list)
+    told: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MOST_TOLD))
 
     def run(self, seconds: float) -> None:
-        """Make faults, one after the other."""
+        """Make storms and calms, one after the other."""
         end_s = time.monotonic() + seconds
+        while time.monotonic() < end_s:
+            self._storm()
+            began_s = time.monotonic()
+            while time.monotonic() < began_s + self.calm_s:
+                time.sleep(STEP_S / 2)
+                self._look()
+            self.calms.append((began_s, time.monotonic()))
+
+    def _storm(self) -> None:
+        """A few faults; over when S3 is well and a worker serves."""
         kinds = [self._refuse, self._reset, self._cut_off, self._hang, self._crawl, self._kill,
                  self._drop]  # fmt: skip
-        while time.monotonic() < end_s:
+        for _ in range(self.rng.randint(1, MOST_FAULTS_OF_STORM)):
             self.rng.choice(kinds)()
             self.faults += 1
             if self.faults % FORGET_EVERY == 0:
                 self._forget()
             time.sleep(STEP_S)
-            self._sample()
+            self._look()
+        self.asked += len(self.s3.data_requests())
         self.s3.forget()
+        time.sleep(HANG_S)  # of requests that hang or crawl
+        self._wait_for_a_worker()
 
-    def _sample(self) -> None:
-        with contextlib.suppress(OSError, AssertionError):  # between two workers
+    def _look(self) -> None:
+        """Sample what the worker uses, and keep what it says if a reader waits for long."""
+        with contextlib.suppress(OSError, AssertionError, ControlError):  # between two workers
             pid = worker_pid(self.mounted.path)
             pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
             self.memory.append(pages * os.sysconf("SC_PAGE_SIZE") / MIB)
             self.open_files.append(descriptors(pid))
+            status = self._status()
+            if status["waiting"] and status["waiting"][0]["for_s"] >= LONG_S:
+                self.told.append({"at_s": time.monotonic(), **{key: status[key] for key in TOLD}})
+
+    def _status(self) -> dict[str, Any]:
+        found: dict[str, Any] = ControlClient(control_socket(self.mounted.path)).get("/status")
+        return found
+
+    def _wait_for_a_worker(self) -> None:
+        end_s = time.monotonic() + LONGEST_START_S
+        while time.monotonic() < end_s:
+            with contextlib.suppress(ControlError):
+                self._status()
+                return
+            time.sleep(0.05)
+        raise AssertionError("no worker serves")
 
     def _refuse(self) -> None:
         status = self.rng.choice((500, 503))
@@ -152,18 +211,9 @@ class Soak:
         self.s3.fault("GET /soak/m/", "slow", times=4, seconds=HANG_S / 10)
 
     def _kill(self) -> None:
+        """Kill the worker, also one that has only just started."""
         with contextlib.suppress(ProcessLookupError, AssertionError):
-            killed = worker_pid(self.mounted.path)
-            began_s = time.monotonic()
-            os.kill(killed, signal.SIGKILL)
-            while not self._is_served_by_another(killed):
-                time.sleep(0.05)
-            self.longest_fault_s = max(self.longest_fault_s, time.monotonic() - began_s)
-
-    def _is_served_by_another(self, killed: int) -> bool:
-        with contextlib.suppress(AssertionError):
-            return worker_pid(self.mounted.path) != killed
-        return False
+            os.kill(worker_pid(self.mounted.path), signal.SIGKILL)
 
     def _drop(self) -> None:
         command = [sys.executable, "-c", DROP, str(self.mounted.path)]
@@ -175,8 +225,10 @@ class Soak:
 
 
 @contextlib.contextmanager
-def soaking(directory: Path) -> Iterator[Soak]:
+def soaking(directory: Path, patience_s: float) -> Iterator[Soak]:
     """A mount of a model whose every word says where it is."""
+    # Where the clients of the control socket look for it, as the command line does.
+    os.environ["LAZYFS_RUNTIME_DIR"] = RUNTIME_DIRECTORY
     s3 = S3()
     body = np.arange(SHARD_BYTES // 8, dtype="<u8").tobytes()
     try:
@@ -184,7 +236,7 @@ def soaking(directory: Path) -> Iterator[Soak]:
                         for n in range(1, SHARDS + 1)})  # fmt: skip
         mounted = Mounted("s3://soak/m", directory / "mnt", directory / "cache", s3.url, *OPTIONS)
         try:
-            yield Soak(s3, mounted)
+            yield Soak(s3, mounted, patience_s + CALM_S)
         finally:
             s3.forget()
             mounted.end()
@@ -192,12 +244,22 @@ def soaking(directory: Path) -> Iterator[Soak]:
         s3.stop()
 
 
-def problems_of(soak: Soak, told: dict[str, object], patience_s: float) -> list[str]:
+def longest_calm_s(began_s: float, ended_s: float, calms: Sequence[tuple[float, float]]) -> float:
+    """For how long there was a calm, at most, while a reader waited."""
+    return max((min(ended_s, end) - max(began_s, begin) for begin, end in calms), default=0.0)
+
+
+def problems_of(soak: Soak, told: dict[str, Any], patience_s: float) -> list[str]:
     """What is not as it should be."""
     found = [f"{what}: {told[what]}" for what in ("wrong", "failed", "stuck") if told[what]]
-    longest_s, allowed_s = float(str(told["longest_s"])), soak.longest_fault_s + patience_s
-    if longest_s > allowed_s:
-        found.append(f"a reader waited {longest_s:.1f} s; {allowed_s:.1f} s are allowed")
+    for began_s, ended_s, what in told["waits"]:
+        calm_s = longest_calm_s(began_s, ended_s, soak.calms)
+        if calm_s > patience_s:
+            said = [each for each in soak.told if began_s <= each["at_s"] <= ended_s]
+            found.append(
+                f"a reader of {what} waited {ended_s - began_s:.1f} s, {calm_s:.1f} s of them in "
+                f"a calm; the worker said {json.dumps(said)}"
+            )
     third = len(soak.memory) // 3
     for what, samples, more in (
         ("MiB of memory", soak.memory, 64), ("descriptors", soak.open_files, 64),
@@ -216,9 +278,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="lazyfs-soak-") as directory,
-        soaking(Path(directory)) as soak,
+        soaking(Path(directory), arguments.patience) as soak,
         subprocess.Popen(
-            [sys.executable, "-c", READ, str(soak.mounted.path), str(READERS)],
+            [sys.executable, "-c", READ, str(soak.mounted.path), str(READERS), str(LONG_S)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         ) as readers,
     ):  # fmt: skip
@@ -229,7 +291,14 @@ def main() -> None:
             readers.kill()
         told = json.loads(output)
         problems = problems_of(soak, told, arguments.patience)
-    print(json.dumps({"faults": soak.faults, "longest_fault_s": soak.longest_fault_s,
+    waits = told.pop("waits")
+    print(json.dumps({"faults": soak.faults, "storms": len(soak.calms),
+                      "longest_s": max((end - begin for begin, end, _ in waits), default=0.0),
+                      "longest_in_a_calm_s": max(
+                          (longest_calm_s(begin, end, soak.calms) for begin, end, _ in waits),
+                          default=0.0,
+                      ),
+                      "asked": soak.asked,
                       "most_mib": max(soak.memory, default=0),
                       "most_descriptors": max(soak.open_files, default=0),
                       **told, "problems": problems}))  # fmt: skip

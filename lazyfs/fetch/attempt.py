@@ -69,6 +69,7 @@ class Request:
 
     Attributes:
         began_s: when it was made.
+        first_ended: whether its first attempt was answered, or failed.
         has_time: whether no reader waits for it.
         overtaken: how many requests that were made well after it, and are no shorter, have ended.
         is_elsewhere: whether the fleet's cache is asked.
@@ -82,6 +83,7 @@ class Request:
     length: int
     began_s: float
     has_time: Callable[[], bool]
+    first_ended: bool = False
     overtaken: int = 0
     under_way: list[Cancel] = field(default_factory=list)
     hedged: bool = False

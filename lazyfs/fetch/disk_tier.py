@@ -3,10 +3,15 @@
 A block that is not on disk is claimed there before it is fetched, so that only one daemon of a node
 fetches it. If another daemon has claimed a block, a demand job waits for it, and a prefetch leaves
 it to that daemon, for at most `LEASE_S`.
+
+A worker that was killed is gone only when its last thread is, which may wait in the kernel for what
+the next worker answers. Until then its claims look like another daemon's. So after a resume, a
+reader waits only `FORMER_LEASE_S` for a claim.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import trio
@@ -21,6 +26,10 @@ from lazyfs.fetch.tiers import Job, OriginTier
 from lazyfs.objects import File
 from lazyfs.observe.recorder import Tier
 from lazyfs.threads import Threads
+
+# After a resume: how long a reader waits for a claim, and for how long that holds.
+FORMER_LEASE_S = 2.0
+FORMER_S = 60.0
 
 
 class DiskTier:
@@ -50,6 +59,11 @@ class DiskTier:
         self._origin = origin
         self._threads = threads
         self._nursery: trio.Nursery | None = None
+        self._former_until_s = -math.inf
+
+    def resumed(self) -> None:
+        """A former worker of this mount has ended, or is about to."""
+        self._former_until_s = trio.current_time() + FORMER_S
 
     def start(self, nursery: trio.Nursery, plan: Callable[[], Iterable[File]]) -> None:
         """Write, follow other daemons and maintain the cache in tasks of a nursery.
@@ -105,15 +119,20 @@ class DiskTier:
 
     async def _load_or_claim(self, job: Job) -> memoryview | Claim:
         """A block, or which daemon fetches it; waits for other daemons if a reader does."""
+        lease_until = math.inf
         while True:
             found = await self._threads.run(self._cache.load_or_claim, job.file, job.block.number)
             if found is not Claim.THEIRS:
                 return found
-            if trio.current_time() >= job.lease_until:
+            now_s = trio.current_time()
+            if job.waiting and now_s < self._former_until_s:
+                lease_until = min(lease_until, now_s + FORMER_LEASE_S)
+            lease_until = min(lease_until, job.lease_until)
+            if now_s >= lease_until:
                 return Claim.OURS
             if not job.waiting:
                 return found
-            await self._others.wait_for(job.file, job.block.number, job.lease_until)
+            await self._others.wait_for(job.file, job.block.number, lease_until)
 
     def put(self, block: BlockId, held: Held, *, reader_waits: bool) -> None:
         """See `CacheTier`."""

@@ -137,6 +137,11 @@ class BlockFetcher:
 
         self._map.on_move.append(note)
 
+    def resumed(self) -> None:
+        """A former worker of this mount has ended, or is about to."""
+        if self._disk:
+            self._disk.resumed()
+
     def start(self, nursery: trio.Nursery) -> None:
         """Serve in the tasks of a nursery until it is cancelled.
 
@@ -346,8 +351,6 @@ class BlockFetcher:
         self._map.moved(block, Place.LOCAL if there else Place.ABSENT)
         self.pump()
 
-    # Figures.
-
     @property
     def block_size(self) -> int:
         """Bytes of a block."""
@@ -394,6 +397,6 @@ class BlockFetcher:
     async def _close_idle(self) -> None:
         while True:
             await trio.sleep(IDLE_S)
-            await self._threads.run(self._source.close_idle)
+            await self._threads.run(self._source.close_idle, IDLE_S)
             if self.fleet:
                 await self._threads.run(self.fleet.cache.close_idle)

@@ -7,6 +7,7 @@ by closing its connection; its memory counts until its thread has ended.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 import trio
@@ -32,6 +33,11 @@ STARTS_OF_MOVER = 4
 HEDGES = 4
 # A request that this many later ones have overtaken is slower than the link.
 OVERTAKEN = 4
+# When nothing has come over any connection for this long, the connections are dead, however slow
+# the link is: its kernel would have sent lost packets again by then.
+SILENT_S = 4.0
+# A second request that failed is repeated after this time, as long as the first one is silent.
+AGAIN_S = 1.0
 # A prefetch is given up after this time; a reader that needs the block starts a request of its own.
 PREFETCH_PATIENCE_S = 20.0
 
@@ -61,6 +67,7 @@ class BlockGetter:
         self._room_made = room_made
         self._source = source
         self._memory = memory
+        self._threads = threads
         self._concurrency = Concurrency(
             options.max_concurrency, max(START, STARTS_OF_MOVER * options.movers)
         )
@@ -68,6 +75,8 @@ class BlockGetter:
         self._pacer = Pacer(options.bandwidth_limit)
         self._block_size = options.block_size
         self._hedges_running = 0
+        # When bytes came last, as far as was noticed.
+        self._came_at_s = -math.inf
         self.fleet: Fleet | None = None
         if options.fleet_cache:
             self.fleet = Fleet(FleetCache(options.fleet_cache))
@@ -145,11 +154,13 @@ class BlockGetter:
             got = await self._first_answer(request)
             now_s = trio.current_time()
             is_last = length > 1 and asked_of_cache == MOST_ASKED_OF_CACHE
+            self._came_at_s = now_s
             if self.fleet and is_last and got.tier is Tier.S3:
                 self.fleet.outdone()
             self.troubles.pop(file.key, None)
             if is_block:
-                self._timer.answered(now_s - began_s)
+                if request.first_ended:  # otherwise its connection is dead (RFC 6298, section 3)
+                    self._timer.answered(now_s - began_s)
                 self._concurrency.answered(now_s, length, saturated=saturated())
             return got
 
@@ -170,22 +181,36 @@ class BlockGetter:
     async def _first_answer(self, request: Request) -> Got:
         """The answer to one GET, or to a second one if the first is much slower than usual.
 
+        A second one that fails is repeated, as long as the first one is not answered.
+
         Raises:
             SourceError: all attempts failed.
         """
         answer: Answer | None = None
+
+        async def first() -> None:
+            await self._attempts.make(request, send)
+            request.first_ended = True
+
         try:
             async with trio.open_nursery() as nursery:
                 send, receive = trio.open_memory_channel[Answer](2)
-                nursery.start_soon(self._attempts.make, request, send)
+                nursery.start_soon(first)
                 answer = await self._answer_unless_stuck(request, receive)
-                unanswered = 0
-                if answer is None:
-                    nursery.start_soon(self._attempts.make, request, send)
-                    unanswered = 2
+                unanswered = 0 if answer else 1
                 while unanswered and not isinstance(answer, Got):
+                    if unanswered == 1:
+                        if self._is_silent(request):  # so idle connections have died, too
+                            await self._threads.run(self._source.close_idle, SILENT_S)
+                        nursery.start_soon(self._attempts.make, request, send)
+                        unanswered = 2
                     answer = await receive.receive()
                     unanswered -= 1
+                    if unanswered and isinstance(answer, SourceError):
+                        pause_s = max(AGAIN_S, answer.retry_after_s)
+                        with trio.move_on_after(pause_s if answer.transient else math.inf):
+                            answer = await receive.receive()
+                            unanswered -= 1
                 nursery.cancel_scope.cancel()
         finally:
             if answer is None and request.under_way:
@@ -215,6 +240,8 @@ class BlockGetter:
                     return await answers.receive()
                 before = came
                 came = request.under_way[0].received_bytes() if request.under_way else None
+                if came and came != before:
+                    self._came_at_s = trio.current_time()
                 is_stuck = came == before or request.overtaken >= OVERTAKEN
                 is_late = trio.current_time() >= request.began_s + delay_s
                 if is_late and is_stuck and self._may_hedge(request):
@@ -240,20 +267,31 @@ class BlockGetter:
                 lasted_s += trio.current_time() - other.began_s
         return request.length * lasted_s / came if came else 0.0
 
+    def _is_silent(self, request: Request) -> bool:
+        """Whether nothing has come over any connection for a while in which this request waited."""
+        since_s = max(self._came_at_s, request.began_s)
+        # Each request looks twice in the time of the timer.
+        return trio.current_time() >= since_s + max(SILENT_S, self._timer.delay_s)
+
     def _may_hedge(self, request: Request) -> bool:
         """Reserve room for a second attempt, unless many are under way already."""
-        if self._hedges_running >= HEDGES or (self.fleet and self.fleet.is_lost):
+        if self.fleet and self.fleet.is_lost:
             return False
-        # On a slow link, connections pause for seconds while others have their turn.
-        if trio.current_time() < request.began_s + 2 * self._usual_s(request):
-            return False
+        is_silent = self._is_silent(request)
+        if not is_silent:
+            if self._hedges_running >= HEDGES:
+                return False
+            # On a slow link, connections pause for seconds while others have their turn.
+            if trio.current_time() < request.began_s + 2 * self._usual_s(request):
+                return False
         if request.is_elsewhere and (
             self._hedges_running
             or request.overtaken < FAR_OVERTAKEN
             or trio.current_time() < request.began_s + LATE_S
         ):
             return False
-        if not self._memory.make_room(request.length, urgent=False):
+        urgent = is_silent and not request.has_time()
+        if not self._memory.make_room(request.length, urgent=urgent):
             return False
         log.debug("%s at %d is slow: sending a second request", request.file.key, request.start)
         self._reserve(request)

@@ -214,6 +214,7 @@ async def _serve(
         connection = session.attach(filesystem, movers)
         if former:
             filesystem.remember_all()
+            fetcher.resumed()
             recorder.resumed()
             carried.resumes += 1
             carried.save()

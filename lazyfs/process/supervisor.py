@@ -51,6 +51,7 @@ from lazyfs.process.worker_process import (
     StartedWorker,
     end_former,
     how_it_ended,
+    next_pause_s,
     oom_kills,
     start_worker,
     wait_for_end,
@@ -65,9 +66,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STDERR = 2
-# Pauses between the death of a worker and the next one. The long pause is for workers that do not
-# become ready; otherwise readers are waiting.
-FIRST_PAUSE_S, LONGEST_PAUSE_S, LONGEST_PAUSE_AFTER_READY_S = 0.25, 30.0, 1.0
 # The longest answer of a worker to its supervisor, which has many: a status is a few KiB.
 MOST_ANSWERED_BYTES = 2 << 20
 # A worker that lived this long did not die for the same reason as its predecessor.
@@ -111,6 +109,8 @@ class Supervisor:
         # The last worker whose end was logged and counted.
         self._counted: subprocess.Popen[bytes] | None = None
         self._oom_kills = 0
+        # Whether the last worker was killed from outside before it was ready.
+        self._was_killed = False
         self._record: RunningMount | None = None
         self._version = ""
         self._mounted_ns = 0
@@ -277,6 +277,8 @@ class Supervisor:
             self._note(self.pid)
             self._session.fetch()
         except BaseException:
+            code = started.process.poll()
+            self._was_killed = code is not None and self._is_kill_from_outside(code)
             started.process.kill()
             started.line.close()
             raise
@@ -305,6 +307,7 @@ class Supervisor:
     def _watch(self) -> None:
         """Wait for the end of each worker and react as the module docstring says."""
         pause_s = 0.0
+        down_since_s: float | None = None
         while True:
             began = time.monotonic()
             code = wait_for_end(self._worker) if self._worker else 0
@@ -316,12 +319,17 @@ class Supervisor:
                 break
             if time.monotonic() - began >= LONG_LIFE_S:
                 pause_s = 0.0
+            if down_since_s is None:
+                down_since_s = time.monotonic()
             self._see_end(code, pause_s)
             if self._wait_to_end(pause_s):
                 continue
-            ready = self._start_another()
-            longest_s = LONGEST_PAUSE_AFTER_READY_S if ready else LONGEST_PAUSE_S
-            pause_s = min(max(FIRST_PAUSE_S, 2 * pause_s), longest_s)
+            if self._start_another():
+                down_since_s = None
+            unready_s = None
+            if down_since_s is not None and not self._was_killed:
+                unready_s = time.monotonic() - down_since_s
+            pause_s = next_pause_s(pause_s, unready_s)
         try:
             self._clean_up()
             log.info("unmounted %s", self._mountpoint)
@@ -340,13 +348,17 @@ class Supervisor:
         self.restarts += 1
         self._note(self.pid)  # the next worker reads the count there
         # A kill from outside says nothing about the requests that the worker had.
-        if code != -signal.SIGKILL or oom_kills() > self._oom_kills:
+        if not self._is_kill_from_outside(code):
             self._session.note_death()
         log.warning(
             "%s: worker %s %s; another one continues%s",
             self._mountpoint, self.pid, how_it_ended(code),
             f" in {pause_s:g} s" if pause_s else "",
         )  # fmt: skip
+
+    def _is_kill_from_outside(self, code: int) -> bool:
+        """Whether the exit code of the worker says nothing about the worker itself."""
+        return code == -signal.SIGKILL and oom_kills() == self._oom_kills
 
     def _note(self, worker: int | None) -> None:
         """Update the record; if that fails, the mount continues."""
@@ -367,6 +379,7 @@ class Supervisor:
 
     def _start_another(self) -> bool:
         """Start another worker for the mount; returns whether it serves."""
+        self._was_killed = False
         try:
             self.give_back()
             self._store_spec()

@@ -26,6 +26,10 @@ END_TIMEOUT_S = 8.0
 POLL_S = 0.1
 # By then, threads of an ending process are usually gone, or wait for the next worker.
 LAST_THREADS_S = 0.3
+# Pauses between the death of a worker and the next one, while readers wait: they double, up to the
+# longest. Where workers do not become ready, they grow further with the time for which none did.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 1.0
+LONGEST_PAUSE_UNREADY_S, PAUSE_SHARE, LONGEST_PAUSE_EVER_S = 4.0, 1 / 10, 30.0
 # Exit code of a worker that cannot resume, so that the source must be mounted again.
 EXIT_CANNOT_RESUME = 75
 
@@ -162,6 +166,20 @@ def end_within(worker: subprocess.Popen[bytes], timeout_s: float) -> int:
 def was_told_to_end(code: int) -> bool:
     """Whether a worker with this exit code was told to end (SIGTERM)."""
     return code in (0, -signal.SIGTERM)
+
+
+def next_pause_s(before_s: float, unready_s: float | None) -> float:
+    """The pause before the worker after the next death.
+
+    Args:
+        before_s: the pause before the last worker.
+        unready_s: for how long no worker has become ready; None: the last one did, or it was killed
+            from outside.
+    """
+    longest_s = LONGEST_PAUSE_S
+    if unready_s is not None:
+        longest_s = max(LONGEST_PAUSE_UNREADY_S, unready_s * PAUSE_SHARE)
+    return min(max(FIRST_PAUSE_S, 2 * before_s), longest_s, LONGEST_PAUSE_EVER_S)
 
 
 def oom_kills() -> int:

@@ -133,8 +133,8 @@ class Store(Protocol):
             SourceError: any other failure.
         """
 
-    def close_idle(self) -> None:
-        """Close connections that have been idle for a while."""
+    def close_idle(self, longer_than_s: float) -> None:
+        """Close connections that have been idle for this long."""
 
 
 class Source(Store, Protocol):

@@ -16,7 +16,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FIRST_PAUSE_S = 0.1
-LONGEST_PAUSE_S = 5.0
+# Shorter than readers may wait after the trouble is over (`docs/RELIABILITY.md`).
+LONGEST_PAUSE_S = 3.0
 # The longest pause that S3 may ask for.
 LONGEST_TOLD_S = 30.0
 LOG_AFTER_S = 3.0
@@ -31,7 +32,7 @@ async def patiently(
 ) -> T:
     """The result of `ask`, which is called again after transient errors.
 
-    Pauses double from 0.1 s to 5 s with full jitter, so that many mounts that failed together do
+    Pauses double from 0.1 s to 3 s with full jitter, so that many mounts that failed together do
     not come back together
     (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/). If S3 says how
     long to wait (`Retry-After`), they begin after that time, at most 30 s later.

@@ -243,9 +243,9 @@ class S3Source:
         except NotSupportedError:  # S3Proxy
             return self._client.ask(request, handle, what, Cancel())
 
-    def close_idle(self) -> None:
-        """Close connections that have been idle for a while."""
-        self._client.close_idle()
+    def close_idle(self, longer_than_s: float) -> None:
+        """Close connections that have been idle for this long."""
+        self._client.close_idle(longer_than_s)
 
     # The begin
 

@@ -30,10 +30,10 @@ class Servers:
         self._ahead_s = 0.0
         self.get(place.server)
 
-    def close_idle(self) -> None:
-        """Close connections that have been idle for a while."""
+    def close_idle(self, longer_than_s: float) -> None:
+        """Close connections that have been idle for this long."""
         for transport, _ in list(self._servers.values()):
-            transport.close_idle()
+            transport.close_idle(longer_than_s)
 
     def set_clock(self, ahead_s: float) -> None:
         """Sign with the time of the service, whose clock is ahead of ours by this."""

@@ -101,9 +101,9 @@ class Client:
         """The path of the bucket itself."""
         return self.place.path.removesuffix("/") or "/"
 
-    def close_idle(self) -> None:
-        """Close connections that have been idle for a while."""
-        self._servers.close_idle()
+    def close_idle(self, longer_than_s: float) -> None:
+        """Close connections that have been idle for this long."""
+        self._servers.close_idle(longer_than_s)
 
     def note(self, words: str) -> None:
         """Log once what the service does differently."""

@@ -1,4 +1,4 @@
-"""One minute of the soak test; `make soak SECONDS=3600` runs an hour."""
+"""A minute of the soak test; `make soak SECONDS=3600` runs an hour."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 pytestmark = pytest.mark.fuse
 
 SOAK = Path(__file__).parent.parent / "soak.py"
-SECONDS = 60
+SECONDS = 75
 # Other tests run beside this one, and want the processors as well.
-PATIENCE_S = 30
+PATIENCE_S = 12
 
 
 @pytest.mark.timeout(300)
@@ -26,5 +26,5 @@ def test_every_byte_is_right_and_no_reader_is_stuck_while_everything_goes_wrong(
     assert ended.stdout, ended.stderr
     told = json.loads(ended.stdout)
     assert told["problems"] == []
-    assert told["reads"] > 1000 and told["faults"] > 10
+    assert told["reads"] > 1000 and told["faults"] > 5 and told["asked"] > 50
     assert ended.returncode == 0

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -350,6 +351,23 @@ def test_the_end_while_a_worker_is_replaced(
     finally:
         opened.kill()
         opened.wait(timeout=60)
+
+
+def test_kills_of_starting_workers_do_not_make_readers_wait_longer_and_longer(
+    supervised: tuple[Supervisor, KeeperClient], caplog: pytest.LogCaptureFixture
+) -> None:
+    supervisor, _ = supervised
+    killed: set[int] = set()
+    while len(killed) < 6:
+        wait_for(lambda: supervisor.alive and supervisor.pid not in killed)
+        assert supervisor.pid is not None
+        killed.add(supervisor.pid)
+        os.kill(supervisor.pid, signal.SIGKILL)
+    wait_for(lambda: "3" in shell(f"ls {supervisor.name} | wc -l", Path("/")).stdout)
+    ending = re.compile(r"another one continues(?: in ([\d.]+) s)?$")
+    told = [ending.search(text) for text in caplog.messages]
+    pauses = [float(found[1] or 0) for found in told if found]
+    assert len(pauses) == 6 and max(pauses) == 1.0
 
 
 def test_unmounting_does_not_affect_another_mount(

@@ -250,7 +250,7 @@ class Bucket:
         self.asked.clear()
         self.unsent.clear()
 
-    def close_idle(self) -> None:
+    def close_idle(self, longer_than_s: float = 0.0) -> None:
         """There are no connections."""
 
 

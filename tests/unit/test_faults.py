@@ -185,7 +185,7 @@ class _FaultySource:
             raise ValueError("Invalid header value")  # as http.client says
         return memoryview(bytes(length))
 
-    def close_idle(self) -> None:
+    def close_idle(self, longer_than_s: float = 0.0) -> None:
         pass
 
     def name(self, key: str) -> str:

@@ -9,8 +9,14 @@ import pytest
 import trio
 import trio.testing
 
-from lazyfs.errors import AccessDeniedError, CredentialsExpiredError, SourceError, UnavailableError
-from lazyfs.fetch.read_access import AHEAD, ReadAccess
+from lazyfs.errors import (
+    AccessDeniedError,
+    CredentialsExpiredError,
+    ObjectChangedError,
+    SourceError,
+    UnavailableError,
+)
+from lazyfs.fetch.read_access import AHEAD, KNOWN_PATIENCE_S, UNANSWERED_S, ReadAccess
 from lazyfs.objects import File
 
 FILE = File(7, 1, "a", "m/a", 10, "etag", 0)
@@ -89,6 +95,8 @@ def test_access_stays_while_s3_does_not_answer(trouble: SourceError) -> None:
         await access.check(FILE, Asked(None))
         await trio.sleep(LASTS_S)
         await access.check(FILE, Asked(trouble))
+        await access.check(FILE, Asked(AccessDeniedError("not asked again at once")))
+        await trio.sleep(UNANSWERED_S)
         with pytest.raises(AccessDeniedError):
             await access.check(FILE, Asked(AccessDeniedError("no")))
         with pytest.raises(type(trouble)):
@@ -159,6 +167,42 @@ def test_concurrent_checks_share_an_answer_that_allows_it() -> None:
         ask = Asked(None, takes_s=1)
         async with trio.open_nursery() as nursery:
             for _ in range(5):
+                nursery.start_soon(access.check, FILE, ask)
+        assert ask.times == 1
+
+    run(test)
+
+
+def test_who_could_read_before_waits_only_a_moment_for_an_s3_that_is_silent() -> None:
+    """Without a limit of its own, each question would last for `--io-timeout`."""
+
+    async def test(access: ReadAccess) -> None:
+        access.shown(FILE)
+        await trio.sleep(LASTS_S)
+        began_s = trio.current_time()
+        ask = Asked(UnavailableError("away"), takes_s=600)
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(access.check, FILE, ask)
+        for _ in range(3):
+            await access.check(FILE, ask)
+        assert (ask.times, trio.current_time() - began_s) == (1, KNOWN_PATIENCE_S)
+        await trio.sleep(UNANSWERED_S)
+        with pytest.raises(AccessDeniedError):
+            await access.check(FILE, Asked(AccessDeniedError("no")))
+
+    run(test)
+
+
+def test_a_replaced_object_is_the_same_to_all_who_ask() -> None:
+    """Who could read it before still can, whether he asked or waited for the answer."""
+
+    async def test(access: ReadAccess) -> None:
+        access.shown(FILE)
+        await trio.sleep(LASTS_S)
+        ask = Asked(ObjectChangedError("is another one"), takes_s=1)
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
                 nursery.start_soon(access.check, FILE, ask)
         assert ask.times == 1
 

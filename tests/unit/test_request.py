@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.memory import BlockMemory
-from lazyfs.errors import AccessDeniedError, SourceError, ThrottledError
-from lazyfs.fetch.request import OVERTAKEN, BlockGetter
+from lazyfs.errors import AccessDeniedError, SourceError, ThrottledError, UnavailableError
+from lazyfs.fetch.request import HEDGES, OVERTAKEN, BlockGetter
 from lazyfs.objects import File
 from lazyfs.observe.events import Cause
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
+from lazyfs.store import retry
 from lazyfs.store.cancel import Cancel
+from lazyfs.store.http import CONNECT_TIMEOUT_S, SILENCE_TIMEOUT_S
 from lazyfs.threads import Threads
 
 FILE = File(2, 1, "f", "f", 100, "e", 0)
@@ -39,6 +44,9 @@ class Source:
 
     def name(self, key: str) -> str:
         return key
+
+    def close_idle(self, longer_than_s: float) -> None:
+        """There are no connections."""
 
     @property
     def ranges(self) -> Source:
@@ -268,3 +276,125 @@ def test_a_thread_that_gets_bytes_gives_way_to_the_loop() -> None:
     source = Source(lambda: memoryview(bytes([nice()])))
     data, *_ = get(source)
     assert data[0] > nice()
+
+
+class DeadLink:
+    """Loses all connections for a while, and forgets them: those made before stay silent.
+
+    Args:
+        lasts_s: from `begin` on.
+    """
+
+    SYN_S = (0.0, 1.0, 3.0)  # when Linux asks for a connection (tcp(7), tcp_syn_retries)
+
+    def __init__(self, lasts_s: float) -> None:
+        self._lasts_s = lasts_s
+        self._began_s = math.inf
+        self.asked = 0
+
+    @property
+    def over_s(self) -> float:
+        return self._began_s + self._lasts_s
+
+    def begin(self) -> None:
+        self._began_s = trio.current_time()
+
+    def name(self, key: str) -> str:
+        return key
+
+    def close_idle(self, longer_than_s: float) -> None:
+        """Each request has a connection of its own."""
+
+    @property
+    def ranges(self) -> DeadLink:
+        return self
+
+    async def read_moved(
+        self, pin: File, start: int, length: int, cancel: Cancel,
+        has_time: Callable[[], bool], ended: Callable[[], None],
+    ) -> memoryview | None:  # fmt: skip
+        self.asked += 1
+        try:
+            began_s = trio.current_time()
+            if began_s >= self._began_s:
+                over_in_s = self.over_s - began_s
+                connected_s = next((s for s in self.SYN_S if s >= over_in_s), None)
+                await trio.sleep(CONNECT_TIMEOUT_S if connected_s is None else connected_s)
+                if connected_s is None:
+                    return None
+            await trio.sleep(0.2)
+            if began_s < self._began_s <= trio.current_time():
+                await trio.sleep(SILENCE_TIMEOUT_S)
+                return None
+            return memoryview(bytes(length))
+        finally:
+            ended()
+
+    def read(self, pin: File, start: int, length: int, cancel: Cancel) -> memoryview:
+        raise UnavailableError("timed out")
+
+
+@pytest.mark.parametrize("lasts_s", [0.5, 1, 3, 4, 6, 8, 10, 14, 19, 25, 60])
+def test_readers_wait_for_a_dead_link_at_most_five_seconds_longer(
+    lasts_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a router forgets its connections: those that are made later work."""
+    monkeypatch.setattr(retry.random, "random", lambda: 1.0)  # the longest pauses
+    readers = 24
+    link = DeadLink(lasts_s)
+    answered_s: list[float] = []
+
+    async def run() -> None:
+        memory = BlockMemory(16 * readers, 4, BlockMap(4), lambda: 1)
+        getter = BlockGetter(
+            link, memory, MountOptions(movers=1), Threads(99), lambda: None, Recorder()  # type: ignore[arg-type]
+        )  # fmt: skip
+
+        async def one() -> None:
+            memory.reserve(4)
+            await getter.get(FILE, 0, 4, patience_s=lambda: 600.0, saturated=lambda: True)
+            memory.release(4)
+            answered_s.append(trio.current_time())
+
+        for _ in range(8):
+            await one()
+        async with trio.open_nursery() as nursery:
+            for _ in range(readers):
+                nursery.start_soon(one)
+            await trio.sleep(0.1)
+            link.begin()
+
+    trio.run(run, clock=trio.testing.MockClock(autojump_threshold=0.01))
+    assert len(answered_s) == 8 + readers
+    assert max(answered_s) <= link.over_s + 5
+    assert link.asked <= 8 + readers * (3 + lasts_s / 3), "and it is not asked without end"
+
+
+def test_a_slow_beginning_is_no_dead_link() -> None:
+    """Before anything has come, a link may be slow: few requests are repeated."""
+    asked: list[float] = []
+
+    class Slow(DeadLink):
+        async def read_moved(self, *wanted: Any) -> memoryview | None:
+            asked.append(trio.current_time())
+            await trio.sleep(3.5)
+            wanted[-1]()
+            return memoryview(bytes(4))
+
+    async def run() -> None:
+        memory = BlockMemory(1000, 4, BlockMap(4), lambda: 1)
+        getter = BlockGetter(
+            Slow(0), memory, MountOptions(movers=1), Threads(99), lambda: None, Recorder()  # type: ignore[arg-type]
+        )  # fmt: skip
+
+        async def one() -> None:
+            await getter.get(FILE, 0, 4, patience_s=lambda: 600.0, saturated=lambda: True)
+
+        for _ in range(2):
+            async with trio.open_nursery() as nursery:
+                for _ in range(16):
+                    nursery.start_soon(one)
+            await trio.sleep(100)  # nothing comes while nothing is asked
+
+    trio.run(run, clock=trio.testing.MockClock(autojump_threshold=0.01))
+    assert len(asked) <= 2 * (16 + HEDGES)

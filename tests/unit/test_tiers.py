@@ -17,7 +17,7 @@ from lazyfs.cache.block_writer import BlockWriter
 from lazyfs.cache.other_daemons import LEASE_S, LOOK_S, OtherDaemons
 from lazyfs.errors import AccessDeniedError, SourceError, UnavailableError
 from lazyfs.fetch.attempt import Got
-from lazyfs.fetch.disk_tier import DiskTier
+from lazyfs.fetch.disk_tier import FORMER_LEASE_S, FORMER_S, DiskTier
 from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter
 from lazyfs.fetch.tiers import Job, OriginTier, Tiers
 from lazyfs.model.safetensors import HEAD_BYTES
@@ -409,6 +409,23 @@ def test_a_reader_waits_for_a_daemon_no_longer_than_its_lease() -> None:
         began_s = trio.current_time()
         assert await on_disk.get(job(waiting=True)) is Claim.OURS
         assert trio.current_time() == began_s + LEASE_S
+
+    run(scenario)
+
+
+def test_a_claim_that_a_killed_worker_left_delays_a_reader_only_a_little() -> None:
+    async def scenario() -> None:
+        on_disk = OnDisk()
+        on_disk.disk.claimed = {0, 1}
+        on_disk.tier.resumed()
+        assert await on_disk.get(job(0)) is Claim.THEIRS, "a prefetch has time"
+        began_s = trio.current_time()
+        assert await on_disk.get(job(waiting=True)) is Claim.OURS
+        assert trio.current_time() == began_s + FORMER_LEASE_S
+        await trio.sleep(FORMER_S)
+        began_s = trio.current_time()
+        assert await on_disk.get(job(waiting=True)) is Claim.OURS
+        assert trio.current_time() == began_s + LEASE_S, "others are believed again"
 
     run(scenario)
 

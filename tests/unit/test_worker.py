@@ -24,7 +24,7 @@ from lazyfs.process.mount_helpers import LOOK_UP, MountHelpers
 from lazyfs.process.privileges import Rights
 from lazyfs.process.worker_files import rights_for
 from lazyfs.process.worker_line import SupervisorLine, WorkerLine
-from lazyfs.process.worker_process import was_told_to_end
+from lazyfs.process.worker_process import next_pause_s, was_told_to_end
 from lazyfs.user import worker_ids
 
 # In a process of its own: botocore looks for awscrt once.
@@ -239,3 +239,14 @@ def test_a_worker_that_was_told_to_end_did_not_die():
     for command, died in ends.items():
         code = subprocess.run(["bash", "-c", command], check=False).returncode
         assert was_told_to_end(code) is not bool(died), command
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_the_pause_before_the_next_worker_is_short_or_a_small_part_of_the_outage(killed):
+    """`killed`: from outside. Otherwise workers refuse to start, for as long as something fails."""
+    now_s = pause_s = 0.0
+    for _ in range(200):
+        pause_s = next_pause_s(pause_s, None if killed else now_s)
+        assert pause_s <= (1.0 if killed else max(4.0, now_s / 10) + 1e-9)
+        now_s += pause_s + 0.5
+    assert pause_s == (1.0 if killed else 30.0)
