@@ -40,7 +40,11 @@ MOST_INFORMATIONAL = 20
 
 
 class CutOffError(ConnectionError):
-    """The answer ended too early, or is not HTTP."""
+    """The answer ended too early, after `came` bytes for the buffer, or is not HTTP."""
+
+    def __init__(self, message: str, came: int = 0) -> None:
+        super().__init__(message)
+        self.came = came
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +90,10 @@ class _ComingBody:
         while done < len(into):
             try:
                 count = self._answer.readinto(into[done : done + PIECE])
-            except http.client.HTTPException as error:
-                raise CutOffError(_told(error)) from error
+            except (http.client.HTTPException, ConnectionError, ssl.SSLError) as error:
+                raise CutOffError(_told(error), done) from error
             if count == 0:
-                raise CutOffError(f"{len(into) - done} bytes are missing")
+                raise CutOffError(f"{len(into) - done} bytes are missing", done)
             done += count
 
     def _receive(self, into: memoryview) -> int:
@@ -108,9 +112,12 @@ class _ComingBody:
         if done < most:
             wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, WAKES_AT)
             while done < most:
-                count = wire.recv_into(into[done:most])
+                try:
+                    count = wire.recv_into(into[done:most])
+                except (ConnectionError, ssl.SSLError) as error:
+                    raise CutOffError(_told(error), done) from error
                 if count == 0:
-                    raise CutOffError(f"{len(into) - done} bytes are missing")
+                    raise CutOffError(f"{len(into) - done} bytes are missing", done)
                 done += count
             wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
             answer.length -= done - begun
@@ -126,7 +133,10 @@ class _ComingBody:
         into = memoryview(bytearray(min(count, PIECE)))
         while count:
             taken = into[: min(count, PIECE)]
-            self.read_into(taken)
+            try:
+                self.read_into(taken)
+            except CutOffError as error:
+                raise CutOffError(str(error)) from error
             count -= len(taken)
 
     @property
@@ -376,7 +386,7 @@ def _answer_of(
             raise CutOffError(_told(error)) from error
 
 
-def _told(error: http.client.HTTPException) -> str:
+def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:200]
 
 

@@ -18,7 +18,7 @@ from lazyfs.errors import BadRequestError, BadResponseError, ObjectChangedError,
 from lazyfs.store import entity_tag, ranges
 from lazyfs.store.cancel import Cancel
 from lazyfs.store.fleet_cache import REFRESH, FleetCache
-from lazyfs.store.http import Answer
+from lazyfs.store.http import Answer, CutOffError
 from lazyfs.store.objects import Pinned
 from lazyfs.store.request import Asked, RefusedError, Request, refuse
 from lazyfs.store.signed_client import Client
@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 AS_STORED = "identity, gzip"
 # For a proxy that compresses everything that the client accepts compressed.
 _UNPACKED = "identity"
+# Of an answer that is cut off, at least this much is kept, and the rest is asked for. A proxy may
+# cut each answer off after the same time or size: then asking for it all again never ends.
+LEAST_KEPT = 256 << 10
 # The most answers for one range.
 MOST_PARTS = 128
 
@@ -151,7 +154,8 @@ class RangeReader:
     ) -> int:
         """Request the range that fills a buffer; returns how many bytes of it came.
 
-        If the service refuses a header of the request, the request is repeated without it.
+        If the service refuses a header of the request, the request is repeated without it. An
+        answer that is cut off counts as one of a part.
         """
         what = self._url.name(pin.key)
         tag = pin.etag if self._matches(pin) else ""
@@ -168,6 +172,8 @@ class RangeReader:
             return ask(tag, asked)
         except SourceError as error:
             cause = error.__cause__
+            if isinstance(cause, CutOffError) and cause.came >= LEAST_KEPT:
+                return cause.came
             if isinstance(cause, ranges.PackedError) and self._coding != _UNPACKED:
                 self._coding = _UNPACKED
                 self._client.note("or a proxy compresses answers: requests no longer allow that")

@@ -312,6 +312,17 @@ def test_truncated_answers_are_errors(answer: bytes) -> None:
         get(client)
 
 
+@pytest.mark.parametrize("size", [10, len(DATA) // 3, len(DATA) - 1])
+def test_what_came_before_an_answer_was_cut_off_is_known(size: int) -> None:
+    def serve(_: int, request: Callable[[], str], send: Callable[[bytes], None]) -> None:
+        request()
+        send(HEAD + LENGTH + DATA[:size])
+
+    with serving(serve) as (_, client), pytest.raises(CutOffError) as error:
+        get(client)
+    assert error.value.came == size
+
+
 def test_status_and_headers_are_passed_on_unchanged() -> None:
     refusal = (
         b"HTTP/1.1 503 Slow Down\r\nX-Amz-Request-Id: R1\r\nContent-Length: 10\r\n\r\n<Code>Slow"

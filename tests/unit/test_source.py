@@ -599,6 +599,25 @@ def test_a_range_may_come_in_parts(serve: Serve, monkeypatch: pytest.MonkeyPatch
         read(source)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_came_of_an_answer_that_is_cut_off_is_not_asked_for_again(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    def answer(request: Request) -> ANSWER:
+        status, headers, body = part(request)
+        headers |= {"Content-Length": str(len(body)), "Connection": "close"}
+        return status, headers, body[:200]
+
+    monkeypatch.setattr(range_reader, "LEAST_KEPT", 200 if kept else 201)
+    service = serve(answer)
+    if kept:
+        assert read(service.source()) == DATA[256:768]
+        assert [request.range[0] for request in service.requests] == [256, 456, 656]
+    else:
+        with pytest.raises(errors.UnavailableError, match="312 bytes are missing"):
+            read(service.source())
+
+
 def test_parts_of_two_versions_are_not_put_together(serve: Serve) -> None:
     def answer(request: Request) -> ANSWER:
         start, end = request.range
