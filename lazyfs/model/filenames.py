@@ -71,7 +71,8 @@ TRAINING_STATE = re.compile(
 # llama.cpp's importance matrix, which llama-quantize reads.
 IMATRIX = re.compile(r".*imatrix.*\.(dat|gguf|gguf_file)$|.*\.imatrix$", re.IGNORECASE)
 # What `hf download` leaves in a folder: huggingface_hub/_local_folder.py and file_download.py.
-LEFTOVER = re.compile(r".+\.(lock|metadata|incomplete)$")
+# And what macOS puts beside each file on a disk that is not its own (AppleDouble).
+LEFTOVER = re.compile(r".+\.(lock|metadata|incomplete)$|\._.+")
 # A file of the cache of huggingface_hub, which `snapshots/` shows under its name.
 BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 

@@ -17,7 +17,8 @@ files that differ only in their suffix or variant. The rules, in the order in wh
    is fetched until it reads one.
 4. **Many models.** Several GGUF models are alternatives. So are several sets of a directory that
    nothing configures (`config.json`, an index, a tokenizer, YAML; not one with the name of a
-   single file): checkpoints, LoRA adapters. None of them is fetched before it is loaded.
+   single file): checkpoints, LoRA adapters. None of them is fetched before it is loaded, and none
+   of several projectors.
 5. **Components.** Everything that is left is read: a text encoder beside the shards, the parts of a
    text-to-speech model. Text encoders come first, then the model itself, then other components.
 6. **The loader is followed.** A set that a loader has read is read. It replaces the sets that hold
@@ -317,6 +318,9 @@ _WHEN = "one is fetched when it is loaded"
 
 def _leave_out_alternatives(choice: Choice, is_one_model: bool) -> None:
     """Rule 4."""
+    projectors = [each for each in choice.sets if is_projector(each.stem)]
+    if len(projectors) > 1:
+        choice.drop(dict.fromkeys(projectors, f"one of {len(projectors)} projectors; {_WHEN}"))
     models = [each for each in choice.sets if not is_projector(each.stem)]
     if len(models) <= 1 or (is_one_model and models[0].format != "gguf"):
         return
