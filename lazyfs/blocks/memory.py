@@ -155,18 +155,20 @@ class BlockMemory:
         return max(LEAST_RESERVE * self._block_size, self._limit_bytes // 4, for_readers)
 
     def _costs_nothing(self, *, keep_local: bool) -> BlockId | None:
+        # Called for each block of a load, and most of those in memory are in use then.
         begun: list[BlockId] = []
         not_stored: BlockId | None = None
         for block, held in self._held.items():
-            if keep_local and held.unread and not self._is_spare(block):
+            if held.users or (not held.on_disk and not_stored is not None):
                 continue
-            if held.users or not (held.on_disk or not held.unread or self._is_spare(block)):
+            is_needed = held.unread and not self._is_spare(block)
+            if is_needed and (keep_local or not held.on_disk):
                 continue
-            if held.demanded and held.unread and not self._is_spare(block):
+            if is_needed and held.demanded:
                 begun.append(block)  # its reader is about to ask for the next part
             elif held.on_disk:
                 return block
-            elif not_stored is None:
+            else:
                 not_stored = block  # it may still be written
         if not_stored is not None:
             return not_stored
@@ -190,7 +192,8 @@ class BlockMemory:
 
     def _is_spare(self, block: BlockId) -> bool:
         """Whether it does not count as local: it is in the page cache, or was read and left it."""
-        return self._blocks.place(block) not in (Place.LOCAL, Place.LOADING)
+        place = self._blocks.files[block.inode].places[block.number]
+        return place not in (Place.LOCAL, Place.LOADING)
 
     def _drop(self, block: BlockId) -> None:
         held = self._held.pop(block)

@@ -16,7 +16,7 @@ class BlockQueue:
 
     def __init__(self) -> None:
         self._blocks: OrderedDict[BlockId, Held] = OrderedDict()
-        self._news = trio.Event()
+        self._idle = trio.lowlevel.ParkingLot()
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -27,18 +27,16 @@ class BlockQueue:
     def put(self, block: BlockId, held: Held) -> None:
         """Add a block at the end."""
         self._blocks[block] = held
-        self._news.set()
+        self._idle.unpark()
 
     def discard(self, block: BlockId) -> bool:
         """Remove a block; returns whether it was queued."""
         return self._blocks.pop(block, None) is not None
 
     async def wait(self) -> None:
-        """Wait until there is a block."""
+        """Wait until there is a block. Of the tasks that wait, each new block wakes one."""
         while not self._blocks:
-            if self._news.is_set():  # otherwise other tasks wait for it already
-                self._news = trio.Event()
-            await self._news.wait()
+            await self._idle.park()
 
     def take(self) -> tuple[BlockId, Held]:
         """Remove the first block and return it; there must be one."""
