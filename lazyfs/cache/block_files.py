@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from lazyfs.blocks.buffers import ALIGNMENT
 from lazyfs.cache.block_format import Content, DamagedBlockError, parse_tail
-from lazyfs.cache.block_io import read_block, write_block
+from lazyfs.cache.block_io import NewFile, read_block, write_blocks
 from lazyfs.cache.direct_io import make_folder
 from lazyfs.cache.index import FOLDERS, IndexCorruptError
 from lazyfs.movers.pool import Movers
@@ -72,9 +72,15 @@ class BlockFiles:
         """
         return read_block(self.path(filename), content, number, self.movers)
 
-    def write(self, filename: str, content: Content, number: int, data: memoryview) -> None:
-        """Write a new file. Raises OSError."""
-        write_block(self.path(filename), content, number, data, self.movers)
+    def write_all(
+        self, blocks: Sequence[tuple[str, Content, int, memoryview]]
+    ) -> tuple[int, OSError | None]:
+        """Write new files: name, content, number and bytes of each. See `write_blocks`."""
+        files = [
+            NewFile(self.path(filename), content, number, data)
+            for filename, content, number, data in blocks
+        ]
+        return write_blocks(files, self.movers)
 
     def describe(self, filename: str) -> Described | None:
         """The description in a block file, without checking the block; None if it is damaged."""

@@ -1,9 +1,11 @@
-"""Reads and writes the file of a block, in a mover where there is one."""
+"""Reads and writes the files of blocks, in a mover where there is one."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from lazyfs.blocks.buffers import align, take_buffer
 from lazyfs.cache.block_format import Content, DamagedBlockError, check, make_tail
@@ -12,24 +14,43 @@ from lazyfs.movers.call import MoverFaultError, MoverLostError
 from lazyfs.movers.pool import Movers
 
 
-def write_block(
-    path: Path, content: Content, number: int, data: memoryview, movers: Movers | None
-) -> None:
-    """Write a new file with a block.
+class NewFile(NamedTuple):
+    """The file of a block that is to be written."""
 
-    Raises:
-        OSError: it exists, or cannot be written; what was written is left for the caller.
+    path: Path
+    content: Content
+    number: int
+    data: memoryview
+
+
+def write_blocks(files: Sequence[NewFile], movers: Movers | None) -> tuple[int, OSError | None]:
+    """Write new files, in order.
+
+    Returns:
+        How many were written, and why the next one was not: it exists, or cannot be written. What
+        was written of it is left for the caller.
     """
-    if movers is not None:
+    if movers is not None and files:
+        named = [(str(file.path), file.content.identity.decode(), file.number) for file in files]
         try:
-            movers.call(write, str(path), content.identity.decode(), number, buffer=data)
-            return
+            count, failed = movers.call(write, named, buffer=[file.data for file in files])
+            return count, OSError(*failed) if failed else None
         except MoverLostError:
-            with contextlib.suppress(OSError):  # what it began
-                path.unlink()
+            for file in files:
+                with contextlib.suppress(OSError):  # what it began
+                    file.path.unlink()
         except MoverFaultError as error:
-            raise OSError(0, str(error)) from error
-    write_file(path, data, make_tail(content, number, data))
+            return 0, OSError(0, str(error))
+    return _write(files)
+
+
+def _write(files: Sequence[NewFile]) -> tuple[int, OSError | None]:
+    for at, file in enumerate(files):
+        try:
+            write_file(file.path, file.data, make_tail(file.content, file.number, file.data))
+        except OSError as error:
+            return at, error
+    return len(files), None
 
 
 def read_block(path: Path, content: Content, number: int, movers: Movers | None) -> memoryview:
@@ -67,10 +88,17 @@ def _read(path: Path, content: Content, number: int, data: memoryview) -> None:
 # In a mover.
 
 
-def write(path: str, identity: str, number: int, data: memoryview) -> None:
-    """Write a new file with a block. Raises OSError."""
-    content = Content.from_identity(identity.encode())
-    write_file(Path(path), data, make_tail(content, number, data))
+def write(
+    named: Sequence[tuple[str, str, int]], *parts: memoryview
+) -> tuple[int, tuple[int, str] | None]:
+    """Write new files: path, content and number of each. Returns as `write_blocks`."""
+    count, error = _write(
+        [
+            NewFile(Path(path), Content.from_identity(identity.encode()), number, data)
+            for (path, identity, number), data in zip(named, parts, strict=True)
+        ]
+    )
+    return count, (error.errno or 0, error.strerror or str(error)) if error else None
 
 
 def read(path: str, identity: str, number: int, data: memoryview) -> str | None:

@@ -14,7 +14,7 @@ nothing is skipped: memory fills up, and prefetching keeps pace with the disk.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import trio
 
@@ -30,6 +30,8 @@ from lazyfs.threads import Threads
 # once. With eight a load of 1 GiB that keeps two processors busy took 1.23 times as long as without
 # a cache, with three 1.19; two left a tenth of the blocks unwritten.
 WRITERS = 3
+# With many movers one writer for so many of them: each hands its blocks to one mover.
+MOVERS_OF_WRITER = 4
 # Share of the memory limit that may wait for the disk while a reader waits for S3.
 SHARE = 1 / 4
 # The same, while another daemon waits for blocks of this one. Demand and pushes need the rest.
@@ -47,7 +49,8 @@ class BlockWriter:
         memory_limit: the mount's, in bytes.
         threads: run the writes.
         recorder: records written blocks.
-        on_written: called with a block that the disk no longer needs, and whether it was stored.
+        on_written: called with the blocks that the disk no longer needs, and whether each was
+            stored.
         held: returns a block, if it is still in memory.
         movers: how many processes may write.
     """
@@ -58,11 +61,11 @@ class BlockWriter:
         memory_limit: int,
         threads: Threads,
         recorder: Recorder,
-        on_written: Callable[[BlockId, bool], None],
+        on_written: Callable[[Mapping[BlockId, bool]], None],
         held: Callable[[BlockId], Held | None],
         movers: int = 0,
     ) -> None:
-        self._writers = max(WRITERS, movers)
+        self._writers = max(WRITERS, movers // MOVERS_OF_WRITER)
         self._cache = cache
         self._memory_limit = memory_limit
         self._batch_bytes = int(memory_limit * BATCH_SHARE)
@@ -175,5 +178,5 @@ class BlockWriter:
             self._recorder.written(len(held.data) if is_stored else 0)
             if not is_stored and held.unread:
                 self._refused.append(block)
-            self._on_written(block, is_stored)
+        self._on_written({block: there for (block, _), there in zip(batch, stored, strict=True)})
         self._catch_up()

@@ -331,15 +331,11 @@ class CacheDirectory:
         allowed = self.limits.allowed_bytes(os.statvfs(self.path), index.used_bytes())
         entered, left = index.reserve(entries, time.time(), allowed, self._load.may_leave_before_s)
         self._evict(left)
-        written: list[int] = []
-        try:
-            for at in (at for at, state in enumerate(entered) if state is Entered.NEW):
-                self._files.write(entries[at].filename, *blocks[at])
-                written.append(at)
-        except OSError:
-            self._enter(index, entries, entered, written, kept)
-            raise
-        self._enter(index, entries, entered, written, kept)
+        new = [at for at, state in enumerate(entered) if state is Entered.NEW]
+        count, error = self._files.write_all([(entries[at].filename, *blocks[at]) for at in new])
+        self._enter(index, entries, entered, new[:count], kept)
+        if error is not None:
+            raise error
         declined = entered.count(Entered.DECLINED)
         if declined:
             self._load.declined()

@@ -7,7 +7,7 @@ fetched once, however many readers wait for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import trio
 
@@ -340,10 +340,11 @@ class BlockFetcher:
         numbers = await self._disk.numbers(file) if self._disk else []
         return sum(block_length(file.size_bytes, self._block_size, number) for number in numbers)
 
-    def _written(self, block: BlockId, stored: bool) -> None:
-        """A block no longer waits for the disk; `stored`: it is there now."""
-        if stored:
-            self._map.stored(block)
+    def _written(self, blocks: Mapping[BlockId, bool]) -> None:
+        """Blocks no longer wait for the disk; the values: whether they are there now."""
+        for block, is_stored in blocks.items():
+            if is_stored:
+                self._map.stored(block)
         self.pump()
 
     def _found(self, block: BlockId, there: bool) -> None:

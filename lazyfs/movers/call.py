@@ -1,16 +1,16 @@
 """One call of a function in a mover, on a line.
 
 A *line* is a socket between a thread of the worker and a thread of a mover, which runs one call at
-a time. The worker sends the function's name, its arguments and the place of its buffer in the arena
-as JSON; the mover answers with the value or the exception. Before that it may pass the connection
-that the call waits for, so that the worker can end it.
+a time. The worker sends the function's name, its arguments and the places of its buffers in the
+arena as JSON; the mover answers with the value or the exception. Before that it may pass the
+connection that the call waits for, so that the worker can end it.
 """
 
 from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from lazyfs.blocks import buffers
@@ -112,18 +112,24 @@ class Line:
 
 
 def message_of(
-    function: Callable[..., Any], arguments: tuple[Any, ...], buffer: memoryview
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    buffer: memoryview | Sequence[memoryview],
 ) -> bytes:
-    """The message that makes a call.
+    """The message that makes a call with a buffer, or with several.
 
     Raises:
-        MoverLostError: the buffer is not shared with movers.
+        MoverLostError: a buffer is not shared with movers, or the message is too long.
     """
-    offset = buffers.shared_offset(buffer)
-    if offset is None:
+    parts = [buffer] if isinstance(buffer, memoryview) else buffer
+    places = [(buffers.shared_offset(part), len(part)) for part in parts]
+    if any(offset is None for offset, _ in places):
         raise MoverLostError("not shared")
     name = f"{function.__module__}:{function.__qualname__}"
-    return json.dumps([name, arguments, offset, len(buffer)]).encode()
+    asked = json.dumps([name, arguments, places]).encode()
+    if len(asked) > MOST_BYTES:
+        raise MoverLostError("too much to say")
+    return asked
 
 
 def value_of(told: dict[str, Any]) -> Any:

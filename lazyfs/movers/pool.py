@@ -26,7 +26,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,15 +105,16 @@ class Movers:
         self,
         function: Callable[..., Any],
         *arguments: Any,
-        buffer: memoryview,
+        buffer: memoryview | Sequence[memoryview],
         wire: Wire | None = None,
     ) -> Any:
-        """Call a function of a module in a mover, with a part of its memory as the last argument.
+        """Call a function of a module in a mover, with parts of its memory as the last arguments.
 
         Args:
             function: a function that the mover can import by its name.
             arguments, returned value: values that JSON can represent.
-            buffer: a view of a buffer of `take_buffer`, in use until this returns or raises.
+            buffer: a view of a buffer of `take_buffer`, in use until this returns or raises; or
+                several of them.
             wire: gets the connection that the call waits for (`context.tell_wire`).
 
         Raises:

@@ -75,8 +75,8 @@ def _serve(line: socket.socket, memory: _Memory) -> None:
     context.serve(line)
     with line, contextlib.suppress(OSError):  # the worker was killed
         while message := line.recv(MOST_BYTES):
-            name, arguments, offset, length = json.loads(message)
-            answer = _answer(name, arguments, memory, offset, length)
+            name, arguments, places = json.loads(message)
+            answer = _answer(name, arguments, memory, places)
             try:
                 line.send(json.dumps(answer).encode())
             except OSError:
@@ -84,10 +84,11 @@ def _serve(line: socket.socket, memory: _Memory) -> None:
 
 
 def _answer(
-    name: str, arguments: list[Any], memory: _Memory, offset: int, length: int
+    name: str, arguments: list[Any], memory: _Memory, places: list[tuple[int, int]]
 ) -> dict[str, Any]:
     try:
-        return {"value": _function(name)(*arguments, memory.part(offset, length))}
+        parts = [memory.part(offset, length) for offset, length in places]
+        return {"value": _function(name)(*arguments, *parts)}
     except OSError as error:
         kind = next(i for i, each in enumerate(OS_ERRORS) if isinstance(error, each))
         return {"kind": kind, "errno": error.errno or 0, "text": error.strerror or str(error)}

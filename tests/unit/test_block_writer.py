@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import cast
 
 import pytest
@@ -56,8 +56,11 @@ class Desk:
         self.memory: dict[BlockId, Held] = {}
         self.writer = BlockWriter(
             cast(BlockCache, self.disk), LIMIT, cast(Threads, self), self.recorder,
-            lambda block, stored: self.written.update({block.number: stored}), self.memory.get,
+            self.note, self.memory.get,
         )  # fmt: skip
+
+    def note(self, blocks: Mapping[BlockId, bool]) -> None:
+        self.written |= {block.number: stored for block, stored in blocks.items()}
 
     async def run(self, function: Callable[..., list[bool]], blocks: object) -> list[bool]:
         """In the place of `Threads.run`."""

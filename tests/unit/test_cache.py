@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from lazyfs.cache import BlockCache, Claim, block_io
-from lazyfs.cache import block_files as block_files_module
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.space import Limits
 from lazyfs.errors import CacheError
@@ -298,7 +297,7 @@ def test_a_disk_that_fails_in_the_middle_keeps_what_was_written(
     open_cache: Callable[..., BlockCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, one = open_cache(), file()
-    write, written = block_io.write_block, 0
+    write, written = block_io.write_file, 0
 
     def write_two(path: Path, *arguments: object) -> None:
         nonlocal written
@@ -308,7 +307,7 @@ def test_a_disk_that_fails_in_the_middle_keeps_what_was_written(
             raise OSError(errno.EIO, "broken")
         write(path, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(block_files_module, "write_block", write_two)
+    monkeypatch.setattr(block_io, "write_file", write_two)
     blocks = [(one, number, memoryview(body(one, number))) for number in range(4)]
     assert cache.put_all(blocks) == [True, True, False, False]
     assert [cache.holds(one, number) for number in range(4)] == [True, True, False, False]

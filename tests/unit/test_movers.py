@@ -17,8 +17,10 @@ import trio
 
 from lazyfs.blocks import buffers
 from lazyfs.blocks.buffers import LEAST_SHARED, MOST_IDLE_BYTES, shared_offset, take_buffer
+from lazyfs.cache.block_format import Content
+from lazyfs.cache.block_io import NewFile, read_block, write_blocks
 from lazyfs.movers import pool
-from lazyfs.movers.call import MoverFaultError, MoverLostError
+from lazyfs.movers.call import MOST_BYTES, MoverFaultError, MoverLostError
 from lazyfs.movers.pool import Movers
 
 SIZE = 3 << 20
@@ -40,6 +42,10 @@ def digest(salt: str, data: memoryview) -> str:
 def fill(value: int, data: memoryview) -> int:
     data[:] = bytes([value]) * len(data)
     return os.getpid()
+
+
+def swap(one: memoryview, other: memoryview) -> None:
+    one[:], other[:] = bytes(other), bytes(one)
 
 
 def fail(kind: str, data: memoryview) -> None:
@@ -108,6 +114,47 @@ def test_bytes_are_seen_on_both_sides(movers: Movers) -> None:
     assert movers.call(digest, "salt", buffer=other) == digest("salt", other)
     part = other[1000:5000]
     assert movers.call(digest, "", buffer=part) == digest("", part)
+    assert movers.lost == 0
+
+
+def test_a_call_may_have_several_buffers(movers: Movers) -> None:
+    called(movers, fill, 0)
+    one, other = take_buffer(SIZE), take_buffer(SIZE)
+    one[:], other[:] = b"1" * SIZE, b"2" * SIZE
+    movers.call(swap, buffer=[one[10:20], other[30:40]])
+    assert one == b"1" * 10 + b"2" * 10 + b"1" * (SIZE - 20)
+    assert other == b"2" * 30 + b"1" * 10 + b"2" * (SIZE - 40)
+    alone = memoryview(bytearray(10))
+    with pytest.raises(MoverLostError):
+        movers.call(swap, buffer=[one[:10], alone])
+
+
+def test_a_call_that_is_too_long_for_a_message_is_not_made(movers: Movers) -> None:
+    called(movers, fill, 0)
+    with pytest.raises(MoverLostError):
+        movers.call(digest, "x" * MOST_BYTES, buffer=take_buffer(SIZE))
+    assert isinstance(movers.call(fill, 0, buffer=take_buffer(SIZE)), int), "it goes on"
+    assert movers.lost == 0
+
+
+def test_blocks_are_written_by_one_call(movers: Movers, tmp_path: Path) -> None:
+    """What was written before a failure counts."""
+    called(movers, fill, 0)
+    size = 3 * SIZE
+    content = Content("http://s3", "b", "k", '"1"', size, SIZE)
+    blocks = [take_buffer(SIZE) for _ in range(3)]
+    for block in blocks:
+        block[:] = os.urandom(SIZE)
+    files = [NewFile(tmp_path / str(n), content, n, block) for n, block in enumerate(blocks)]
+    assert write_blocks(files, movers) == (3, None)
+    for file in files:
+        assert read_block(file.path, content, file.number, movers) == file.data
+    files[1].path.rename(tmp_path / "in the way")
+    files[0].path.unlink()
+    count, error = write_blocks([files[0], files[2], files[1]], movers)
+    assert count == 1
+    assert isinstance(error, FileExistsError)
+    assert not files[1].path.exists()
     assert movers.lost == 0
 
 
