@@ -1,7 +1,7 @@
 """Simulates the prefetcher with different loaders, in modelled time.
 
     python bench/simulate.py [WORD...]    only the loads whose names contain all the words
-    python bench/simulate.py nodes        large nodes, minutes: the share of the link of each load
+    python bench/simulate.py nodes        large nodes, an hour: the share of the link of each load
 
 Prints a row for each load: seconds and the lowest possible value, the excess over that, bytes that
 were never read, blocks that were fetched twice, and blocks that were requested much later than
@@ -25,11 +25,10 @@ from simulated.nodes import LARGE, NODES
 def nodes() -> None:
     """Run the loads of large nodes, without and with the time that the worker itself needs."""
     for name, node in {**NODES, **LARGE}.items():
-        policy, share = (replace(node, has_worker=has).run() for has in (False, True))
-        print(
-            f"{name}: {share:.3f} of the link (bar: {node.share}); "
-            f"{policy:.3f} if the worker took no time", flush=True,
-        )  # fmt: skip
+        print(f"{name}: {node.run():.3f} of the link if the worker took no time", flush=True)
+        for mib in (8, 16, 32):
+            share = replace(node, has_worker=True, block_size=mib << 20).run()
+            print(f"    {share:.3f} with blocks of {mib} MiB (bar: {node.share})", flush=True)
 
 
 def main(words: list[str]) -> None:

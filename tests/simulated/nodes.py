@@ -16,8 +16,8 @@ from simulated.models import Model
 
 GIB = 1 << 30
 BLOCK = 8 << 20
-# What a block of 8 MiB takes of the worker's processor, in seconds, with and without a disk cache:
-# docs/BENCHMARKS.md, "Movers".
+# What a block takes of the worker's processor, in seconds, with and without a disk cache, whatever
+# its size is: docs/BENCHMARKS.md, "Movers".
 WORKER_S = {"disk": 0.0029, "none": 0.0014}
 # Of a processor, in bytes a second: what `bench/scaling.py` shows of HTTPS and of HTTP.
 RECEIVE = {"https": 1.1e9, "http": 2.5e9}
@@ -34,6 +34,7 @@ class Node:
         share: of the link that a load must get, from its first read to its last.
         disk_rate: of writes, bytes a second; None: without a disk cache.
         has_worker: the time that the worker itself needs counts. Without it, the policy is tried.
+        block_size: in bytes.
     """
 
     gbit: int
@@ -44,6 +45,7 @@ class Node:
     scheme: str = "https"
     disk_rate: float | None = 3e9
     has_worker: bool = False
+    block_size: int = BLOCK
 
     @property
     def _worker_s(self) -> float:
@@ -60,10 +62,11 @@ class Node:
             movers=auto_movers(self.processors), receive=RECEIVE[self.scheme],
             worker_s=self._worker_s,
         )  # fmt: skip
-        memory = auto_memory(BLOCK, self.processors, 1 << 40)
+        memory = auto_memory(self.block_size, self.processors, 1 << 40)
         options = {
+            "block-size": f"{self.block_size}B",
             "memory-limit": f"{memory}B",
-            "max-concurrency": str(auto_requests(memory, BLOCK)),
+            "max-concurrency": str(auto_requests(memory, self.block_size)),
             "movers": str(machine.movers),
         }
         loader = self.loader(model)
