@@ -515,12 +515,12 @@ def test_idle_connections_are_closed_after_a_while(
     service = serve(part)
     source = service.source()
     read(source)
-    source.close_idle()
+    source.close_idle(transport.MOST_IDLE_S)
     read(source)
     with monkeypatch.context() as later:
         now_s = time.monotonic() + transport.MOST_IDLE_S
         later.setattr(time, "monotonic", lambda: now_s)
-        source.close_idle()
+        source.close_idle(transport.MOST_IDLE_S)
     read(source)
     ports = [request.port for request in service.requests]
     assert ports[0] == ports[1] != ports[2]
