@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from posixpath import basename
 
 import trio
 
@@ -22,7 +23,7 @@ from lazyfs.cache.other_daemons import LEASE_S
 from lazyfs.errors import LazyfsError, ObjectChangedError, ObjectGoneError, SourceError
 from lazyfs.fetch.request import BlockGetter
 from lazyfs.model.directory import ModelFile
-from lazyfs.model.filenames import format_of
+from lazyfs.model.filenames import format_of, is_projector
 from lazyfs.model.layout import ModelLayout, layouts
 from lazyfs.model.soundness import is_pointer, look_at
 from lazyfs.namespace.catalog import Catalog
@@ -165,12 +166,20 @@ class Warmer:
             for warning in layout.warnings:
                 log.warning("%s", warning)
         self._weights = {files[path].inode for layout in found for path in layout.shards}
-        return [
-            files[path]
+        paths = [
+            path
             for part in ("small", "shards")
             for layout in found
             for path in getattr(layout, part)
         ]
+        # One of several projectors is loaded, and nothing says which.
+        paths += [
+            each.path
+            for layout in found
+            for each in layout.excluded
+            if each.path not in layout.alternatives and is_projector(basename(each.path))
+        ]
+        return [files[path] for path in paths]
 
     def _find_broken(self) -> list[str]:
         """Why files of the models are broken; all of them are in the cache. Blocks."""

@@ -187,8 +187,9 @@ class _Listing:
     def _loading_order(self, path: str) -> tuple[list[str], bool, list[str]]:
         group = self._groups.get(path, path)
         above = self._models.get(group)
-        is_first = (
+        is_first = bool(
             above is not None
+            and above.choice.sets
             and path != group
             and self._models[path].has_language_model
             and all(each.identity != MODEL for each in above.choice.sets)

@@ -20,7 +20,7 @@ _SMALL_ORDER = (
     re.compile(r".*\.(json|jinja|py)$"),
     re.compile(r".*\.(txt|model|spm|ya?ml)$"),
 )
-# Wan's loader goes through text encoder, VAE and model.
+# Wan's loader reads the text encoder first.
 _TEXT_ENCODER = re.compile(r"(^|[-_.])(u?mt5|t5|text[-_]?encoder)[-_.]", re.IGNORECASE)
 
 

@@ -125,7 +125,10 @@ class Choice:
     @property
     def format(self) -> Format:
         """The format of the model, or of the first thing that is read."""
-        return self.sets[0].format if self.sets else "other"
+        if not self.sets:
+            return "other"
+        models = (each for each in self.sets if each.indexed or each.identity == MODEL)
+        return next(models, self.sets[0]).format
 
     @property
     def names(self) -> list[str]:

@@ -61,8 +61,6 @@ TOUCHED_PIECES = 64
 # a quarter of the file. Applies to files whose header is not known.
 LOOK_BYTES = 15 << 20
 LOOK_AT_END_BYTES = 1 << 20
-# The kernel's read-ahead begins at most this far behind what was read: the default of --read-ahead.
-READ_AHEAD_BYTES = 1 << 20
 _ON_ITS_WAY = (Place.COMING, Place.LOADING)
 
 
@@ -73,6 +71,7 @@ class Prefetcher:
         policy: one of `options.POLICIES`.
         blocks: where blocks are.
         wanted: which tensors may be fetched ahead, by name; None: all.
+        read_ahead_bytes: how far beyond a read the kernel's own read-ahead may begin.
 
     Attributes:
         on_stray: called once with the inode of a file that is read beyond its header although it
@@ -86,8 +85,10 @@ class Prefetcher:
         blocks: BlockMap,
         *,
         wanted: Callable[[str], bool] | None = None,
+        read_ahead_bytes: int = 1 << 20,
     ) -> None:
         self._policy = policy
+        self._read_ahead_bytes = read_ahead_bytes
         self.blocks = blocks
         self._block_size = blocks.block_size
         self._wanted = wanted
@@ -261,7 +262,7 @@ class Prefetcher:
         A single one close to it may be the kernel's read-ahead after a look at the header (Linux,
         mm/readahead.c, page_cache_async_ra).
         """
-        is_near = offset < _header_end(blocks) + READ_AHEAD_BYTES
+        is_near = offset < _header_end(blocks) + self._read_ahead_bytes
         is_first = self._beyond_header.setdefault(inode, offset) == offset
         if blocks.rank < 0 and is_near and is_first:
             return

@@ -366,6 +366,7 @@ def _prefetcher(options: MountOptions) -> Prefetcher:
         options.prefetch,
         BlockMap(options.block_size),
         wanted=None if matches is None else lambda name: matches(name) is not None,
+        read_ahead_bytes=options.read_ahead,
     )
 
 

@@ -423,3 +423,37 @@ def test_twice_the_files_take_no_more_than_twice_the_work(each: Sequence[str]) -
         return calls_for(listing(*sorted(paths)), [first])
 
     assert work(400) < 2.3 * work(200)
+
+
+@pytest.mark.parametrize(
+    "encoder, model, expected",
+    [
+        ("models_t5_umt5-xxl-enc-bf16.pth", "diffusion_pytorch_model-0000{}-of-00002.safetensors",
+         "safetensors"),
+        ("text_encoder.onnx", "model-0000{}-of-00002.safetensors", "safetensors"),
+    ],
+)  # fmt: skip
+def test_the_format_is_that_of_the_model_not_of_its_text_encoder(
+    encoder: str, model: str, expected: str
+) -> None:
+    shards = [model.format(number) for number in (1, 2)]
+    name = f"{shards[0].partition('-0000')[0]}.safetensors.index.json"
+    found = only("config.json", encoder, name, *shards, indexes={name: index(*shards)})
+    assert found.shards == (encoder, *shards)
+    assert found.format == expected
+
+
+def test_a_pipeline_comes_before_its_components_even_if_one_has_a_tokenizer() -> None:
+    found = layouts(
+        listing(
+            "model_index.json", "image_encoder/model.safetensors",
+            "text_encoder/config.json", "text_encoder/model.safetensors",
+            "text_encoder/tokenizer.json", "unet/diffusion_pytorch_model.safetensors",
+        ),
+        indexes={"model_index.json": json.dumps({
+            "_class_name": "P", "image_encoder": ["t", "I"], "text_encoder": ["t", "T"],
+            "unet": ["d", "U"],
+        }).encode()},
+    )  # fmt: skip
+    directories = ["", "image_encoder", "text_encoder", "unet"]
+    assert [each.directory for each in found if each.paths] == directories

@@ -8,7 +8,7 @@ from lazyfs.blocks import BlockId
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.file_blocks import AWAY, Place
 from lazyfs.model.safetensors import Tensor
-from lazyfs.prefetch.prefetcher import LOOK_BYTES, READ_AHEAD_BYTES, Prefetcher
+from lazyfs.prefetch.prefetcher import LOOK_BYTES, Prefetcher
 
 BLOCK = 10
 
@@ -375,7 +375,7 @@ def test_one_request_near_a_header_is_no_load_and_one_far_from_it_is() -> None:
     size = 1 << 30
 
     def first_read(offset: int, *, header: int | None = None) -> list[int]:
-        made = Prefetcher("model", BlockMap(8 << 20))
+        made = Prefetcher("model", BlockMap(8 << 20), read_ahead_bytes=ahead)
         made.set_order((), ())
         made.blocks.add_file(9, size)
         if header is not None:
@@ -386,11 +386,11 @@ def test_one_request_near_a_header_is_no_load_and_one_far_from_it_is() -> None:
         made.was_read(9, offset, 4096)
         return told
 
-    ahead = READ_AHEAD_BYTES
-    assert first_read(LOOK_BYTES + ahead - 4096) == []
-    assert first_read(LOOK_BYTES + ahead) == [9]
-    assert first_read(100_000 + ahead - 4096, header=100_000) == []
-    assert first_read(100_000 + ahead, header=100_000) == [9]
+    for ahead in (1 << 20, 64 << 20):
+        assert first_read(LOOK_BYTES + ahead - 4096) == []
+        assert first_read(LOOK_BYTES + ahead) == [9]
+        assert first_read(100_000 + ahead - 4096, header=100_000) == []
+        assert first_read(100_000 + ahead, header=100_000) == [9]
 
 
 def test_pages_count_as_unread_until_a_request_from_behind_them() -> None:

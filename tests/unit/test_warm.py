@@ -138,6 +138,14 @@ def test_patterns_choose_files(place: Callable[..., Place]) -> None:
         there.warm("*.gguf", "x")
 
 
+def test_all_projectors_of_a_model_are_brought(place: Callable[..., Place]) -> None:
+    """One of them is loaded, and the listing does not say which."""
+    names = ("m-Q4_K_M.gguf", "mmproj-BF16.gguf", "mmproj-F16.gguf")
+    there = place({name: b"GGUF" + bytes(2 * BLOCK) for name in names})
+    there.warm()
+    assert set(there.store.fetched()) == set(names)
+
+
 def test_without_a_model_everything_is_brought(place: Callable[..., Place]) -> None:
     there = place({"a.txt": b"a", "b/c.txt": b"bc"})
     there.warm()
