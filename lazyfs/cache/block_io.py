@@ -41,6 +41,8 @@ def write_blocks(files: Sequence[NewFile], movers: Movers | None) -> tuple[int, 
                     file.path.unlink()
         except MoverFaultError as error:
             return 0, OSError(0, str(error))
+        except OSError as error:
+            return 0, error
     return _write(files)
 
 

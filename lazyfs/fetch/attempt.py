@@ -121,8 +121,8 @@ class Attempts:
         self._on_end = on_end
         self._has_movers = has_movers
 
-    async def make(self, request: Request, answers: trio.MemorySendChannel[Answer]) -> None:
-        """Make one attempt, and send its answer."""
+    def begin(self, request: Request) -> Attempt:
+        """Begin an attempt, which counts as under way from now on. Then call `make`."""
         cache = None
         if self._fleet and request.is_elsewhere and not request.hedged:
             cache = self._fleet.cache
@@ -131,6 +131,13 @@ class Attempts:
         if not request.hedged:
             attempt.is_direct = request.is_direct
         request.under_way.append(attempt.cancel)
+        return attempt
+
+    async def make(
+        self, request: Request, attempt: Attempt, answers: trio.MemorySendChannel[Answer]
+    ) -> None:
+        """Make an attempt that has begun, and send its answer."""
+        cache = attempt.cache
         asked: Any = None
         if self._has_movers and cache is None:
             found = await self._moved(request, attempt)

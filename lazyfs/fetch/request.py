@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 from collections.abc import Callable
 
 import trio
@@ -22,21 +23,22 @@ from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store.fleet_cache import FleetCache
 from lazyfs.store.protocol import Store
-from lazyfs.store.retry import patiently
+from lazyfs.store.retry import LONGEST_PAUSE_S, patiently
 from lazyfs.threads import Threads
 
 log = logging.getLogger(__name__)
 
 # Requests at the beginning, for each process that moves bytes: a sign of how large the machine is.
 STARTS_OF_MOVER = 4
-# Second attempts under way at once; when more are slow, it is the link.
+# Second attempts under way at once; when more are slow, it is the link, unless that is silent.
 HEDGES = 4
 # A request that this many later ones have overtaken is slower than the link.
 OVERTAKEN = 4
 # When nothing has come over any connection for this long, the connections are dead, however slow
 # the link is: its kernel would have sent lost packets again by then.
 SILENT_S = 4.0
-# A second request that failed is repeated after this time, as long as the first one is silent.
+# A second request that failed is repeated after this time, then after twice as long, as long as the
+# first one is not answered.
 AGAIN_S = 1.0
 # A prefetch is given up after this time; a reader that needs the block starts a request of its own.
 PREFETCH_PATIENCE_S = 20.0
@@ -151,7 +153,7 @@ class BlockGetter:
                 request.is_elsewhere = await self.fleet.may_be_asked()
                 request.is_direct = not request.is_elsewhere
                 asked_of_cache += request.is_elsewhere
-            got = await self._first_answer(request)
+            got = await self._first_answer(request, note)
             now_s = trio.current_time()
             is_last = length > 1 and asked_of_cache == MOST_ASKED_OF_CACHE
             self._came_at_s = now_s
@@ -178,23 +180,28 @@ class BlockGetter:
             self.troubles[file.key] = str(error)
             raise
 
-    async def _first_answer(self, request: Request) -> Got:
+    async def _first_answer(self, request: Request, note: Callable[[SourceError], None]) -> Got:
         """The answer to one GET, or to a second one if the first is much slower than usual.
 
         A second one that fails is repeated, as long as the first one is not answered.
+
+        Args:
+            note: called with an error that is followed by another attempt.
 
         Raises:
             SourceError: all attempts failed.
         """
         answer: Answer | None = None
+        again_s = AGAIN_S
 
         async def first() -> None:
-            await self._attempts.make(request, send)
+            await self._attempts.make(request, attempt, send)
             request.first_ended = True
 
         try:
             async with trio.open_nursery() as nursery:
                 send, receive = trio.open_memory_channel[Answer](2)
+                attempt = self._attempts.begin(request)
                 nursery.start_soon(first)
                 answer = await self._answer_unless_stuck(request, receive)
                 unanswered = 0 if answer else 1
@@ -202,19 +209,29 @@ class BlockGetter:
                     if unanswered == 1:
                         if self._is_silent(request):  # so idle connections have died, too
                             await self._threads.run(self._source.close_idle, SILENT_S)
-                        nursery.start_soon(self._attempts.make, request, send)
-                        unanswered = 2
+                        if request.under_way:  # otherwise its answer is about to come
+                            second = self._attempts.begin(request)
+                            nursery.start_soon(self._attempts.make, request, second, send)
+                            unanswered = 2
                     answer = await receive.receive()
                     unanswered -= 1
                     if unanswered and isinstance(answer, SourceError):
-                        pause_s = max(AGAIN_S, answer.retry_after_s)
-                        with trio.move_on_after(pause_s if answer.transient else math.inf):
+                        failed, pause_s = answer, math.inf
+                        if failed.transient:
+                            jitter = random.random()  # noqa: S311
+                            pause_s = max(again_s * (1 + jitter) / 2, failed.retry_after_s)
+                            again_s = min(2 * again_s, LONGEST_PAUSE_S)
+                        with trio.move_on_after(pause_s) as pause:
                             answer = await receive.receive()
                             unanswered -= 1
+                        if pause.cancelled_caught:
+                            note(failed)
                 nursery.cancel_scope.cancel()
         finally:
-            if answer is None and request.under_way:
-                self._reserve(request)  # the caller frees its own room now
+            if request.under_way and not isinstance(answer, Got):
+                # The caller frees its own room now.
+                wanted = len(request.under_way) * request.length
+                self._reserve(request, wanted - request.extra_bytes)
             for cancel in request.under_way:
                 cancel()
         if isinstance(answer, SourceError):
@@ -294,19 +311,20 @@ class BlockGetter:
         if not self._memory.make_room(request.length, urgent=urgent):
             return False
         log.debug("%s at %d is slow: sending a second request", request.file.key, request.start)
-        self._reserve(request)
+        self._reserve(request, request.length)
         self._hedges_running += 1
         self._recorder.hedges += 1
         request.hedged = True
         return True
 
-    def _reserve(self, request: Request) -> None:
-        self._memory.reserve(request.length)
-        request.extra_bytes += request.length
+    def _reserve(self, request: Request, extra_bytes: int) -> None:
+        self._memory.reserve(extra_bytes)
+        request.extra_bytes += extra_bytes
 
     def _attempt_ended(self, request: Request) -> None:
         """Free what was reserved beyond a request's room when all attempts have ended."""
         if request.extra_bytes and not request.under_way:
             self._hedges_running -= request.hedged
             self._memory.release(request.extra_bytes)
+            request.extra_bytes = 0
             self._room_made()

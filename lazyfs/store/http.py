@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import select
 import socket
 import ssl
 import threading
@@ -33,8 +34,10 @@ MOST_IDLE_S = 30.0
 # How many bytes of a body are received before the rest is checked.
 PIECE = 1 << 20
 # A thread that receives a body is woken when this much has come, not for each record or segment.
-# Less in SILENCE_TIMEOUT_S counts as silence: 3 KiB/s.
 WAKES_AT = 64 << 10
+# The end of a body is received as it comes: less than `WAKES_AT` may be left in the kernel when
+# OpenSSL has taken a part of a record (16 KiB).
+LAST_BYTES = WAKES_AT + (32 << 10)
 # The most informational answers (103 and the like) before the final one.
 MOST_INFORMATIONAL = 20
 
@@ -102,18 +105,17 @@ class _ComingBody:
         The library would do the same with more calls for each 16 KiB, a record of TLS.
         """
         answer, wire = self._answer, self._wire
-        if answer.length is None or answer.chunked or len(into) <= 2 * WAKES_AT:
+        if answer.length is None or answer.chunked or len(into) <= 2 * LAST_BYTES:
             return 0
         # First what the library has received ahead.
         done = answer.readinto(into[: len(answer.fp.peek())])
-        # The end is left to the library: it sees that the body is over, and the socket may then
-        # have fewer bytes to give than would wake this thread.
-        begun, most = done, min(len(into), done + answer.length) - WAKES_AT
+        # The end is left to the library, which sees that the body is over.
+        begun, most = done, min(len(into), done + answer.length) - LAST_BYTES
         if done < most:
             wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, WAKES_AT)
             while done < most:
                 try:
-                    count = wire.recv_into(into[done:most])
+                    count = self._receive_some(into[done:most])
                 except (ConnectionError, ssl.SSLError) as error:
                     raise CutOffError(_told(error), done) from error
                 if count == 0:
@@ -122,6 +124,18 @@ class _ComingBody:
             wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
             answer.length -= done - begun
         return done
+
+    def _receive_some(self, into: memoryview) -> int:
+        """As `socket.recv_into`. Raises TimeoutError only if nothing has come."""
+        try:
+            return self._wire.recv_into(into)
+        except TimeoutError:
+            poll = select.poll()
+            poll.register(self._wire, select.POLLIN)
+            self._wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+            if not poll.poll(0):
+                raise
+            return self._wire.recv_into(into)
 
     def read_all(self, most: int) -> bytes:
         try:

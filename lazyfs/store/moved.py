@@ -35,6 +35,10 @@ T = TypeVar("T")
 # The longest head of an answer, in characters. Answers with longer ones are read in this process.
 MOST_HEADERS = 16 << 10
 
+# Others have most likely died with a connection that fell silent, and the second attempt, after 4 s
+# of silence, needs a new one.
+MOST_IDLE_S = 4.0
+
 # What `receive` returned or raised.
 Told = dict[str, Any] | OSError | None
 
@@ -53,16 +57,22 @@ class _MovedBody:
     Args:
         into: the buffer that it filled; None: the body is a short text.
         has_more: more bytes followed.
+        came: if it was cut off, how many bytes came before; else None.
     """
 
-    def __init__(self, into: memoryview | None, text: bytes, has_more: bool) -> None:
+    def __init__(
+        self, into: memoryview | None, text: bytes, has_more: bool, came: int | None
+    ) -> None:
         self._into = into
+        self._came = came
         self._text = text
         self.is_at_end = not has_more
 
     def read_into(self, into: memoryview) -> None:
         if self._into is None or into.obj is not self._into.obj or len(into) != len(self._into):
             raise CutOffError("the body is not what was asked for")
+        if self._came is not None:
+            raise CutOffError(f"{len(into) - self._came} bytes are missing", self._came)
 
     def read_all(self, most: int) -> bytes:
         text, self._text = self._text[:most], self._text[most:]
@@ -126,7 +136,7 @@ def understand(
         raise NotMovedError from told
     transport.address = told["address"]
     filled = into if told["filled"] else None
-    body: Body = _MovedBody(filled, base64.b64decode(told["text"]), told["more"])
+    body: Body = _MovedBody(filled, base64.b64decode(told["text"]), told["more"], told["came"])
     return handle(Answer(told["status"], told["headers"], told["length"], body))
 
 
@@ -141,6 +151,8 @@ def receive(
 ) -> dict[str, Any] | None:
     """Make a request, in a mover. Returns the answer for `exchange`; None: not handled here."""
     transport = _transport(server, authorities, refuse_local)
+    transport.close_idle(MOST_IDLE_S)
+    cut_off: dict[str, Any] | None = None
 
     def handle(answer: Answer) -> dict[str, Any] | None:
         length = answer.length
@@ -148,25 +160,38 @@ def receive(
             length = ranges.told_length(answer.headers)
         fills = answer.status in (200, 206) and length == len(into)
         text, has_more = b"", False
+        came: int | None = None
         if fills:
-            answer.body.read_into(into)
-            has_more = not answer.body.is_at_end
+            try:
+                answer.body.read_into(into)
+                has_more = not answer.body.is_at_end
+            except CutOffError as error:
+                came = error.came
         elif answer.status in (200, 206):
             return None
         else:
             text = answer.body.read_all(MOST_TEXT)
         if sum(len(name) + len(value) for name, value in answer.headers.items()) > MOST_HEADERS:
             return None
-        return {
+        told = {
             "status": answer.status, "headers": dict(answer.headers), "length": answer.length,
             "filled": fills, "text": base64.b64encode(text).decode(), "more": has_more,
-            "address": transport.address,
+            "address": transport.address, "came": came,
         }  # fmt: skip
+        if came is not None:
+            nonlocal cut_off
+            cut_off = told
+            raise CutOffError("see what came of it")  # closes the connection
+        return told
 
     try:
         return transport.exchange(method, target, headers, handle, _Told())
     except BadAddressError:
         return None
+    except CutOffError:
+        if cut_off is None:
+            raise
+        return cut_off
 
 
 class _Told(Cancel):

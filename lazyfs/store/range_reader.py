@@ -210,7 +210,13 @@ class RangeReader:
         if answer.status == 200:
             self._client.note("answers a range with 200 instead of 206")
         answer.body.skip(before)
-        answer.body.read_into(into[:count])
+        try:
+            answer.body.read_into(into[:count])
+        except CutOffError as error:
+            if answer.status == 206:
+                raise
+            # Only its length would have shown that it is the object and not a page of a proxy.
+            raise CutOffError(str(error)) from error
         ends = answer.status == 206 or start + count == pin.size_bytes
         if ends and not answer.body.is_at_end:
             raise ranges.OtherRangeError("got more bytes than were asked for")

@@ -9,6 +9,7 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -253,6 +254,68 @@ def test_a_body_over_tls_is_received_in_parts_of_all_sizes(tmp_path: Path) -> No
         assert [exchange(client, take_all) for _ in range(2)] == [RANDOM] * 2
         client.close_idle(0.0)
         served.result(10)
+
+
+@pytest.mark.parametrize("last", [1, 52_000, 60_000, 65_000, 70_000, 90_000, 100_000])
+def test_the_end_of_a_body_over_tls_may_come_late(tmp_path: Path, last: int) -> None:
+    """OpenSSL holds a part of a record then, and the kernel has less to give than is on its way."""
+    authority, certificate, key = make_certificates(tmp_path / "tls")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    ended = threading.Event()
+
+    def serve(connection: socket.socket) -> None:
+        received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = context.wrap_bio(received, sent, server_side=True)
+        for step in (tls.do_handshake, tls.read):
+            while True:
+                try:
+                    step()
+                    break
+                except ssl.SSLWantReadError:
+                    connection.sendall(sent.read())
+                    received.write(connection.recv(65_536))
+        connection.sendall(sent.read())
+        answer = memoryview(SIZED + b"\r\n" + RANDOM)
+        while answer:
+            answer = answer[tls.write(answer) :]
+        records = sent.read()
+        connection.sendall(records[:-last])
+        time.sleep(0.3)  # until the reader has all of it
+        connection.sendall(records[-last:])
+        ended.wait(10)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        served = pool.submit(lambda: serve(listener.accept()[0]))
+        client = Transport(
+            f"https://127.0.0.1:{listener.getsockname()[1]}", tls_context(str(authority)),
+            timeouts_s=(5.0, 5.0), asks_silent_again=False,
+        )  # fmt: skip
+        began_s = time.monotonic()
+        assert exchange(client, lambda body: take(body, len(RANDOM))) == RANDOM
+        assert time.monotonic() - began_s < 4, "it did not wait for the timeout"
+        ended.set()
+        client.close_idle(0.0)
+        served.result(10)
+
+
+def test_a_slow_body_is_not_silent() -> None:
+    """Less may come within the timeout than wakes the thread."""
+
+    def serve(_: int, request: Callable[[], str], send: Callable[[bytes], None]) -> None:
+        request()
+        send(HEAD + LENGTH + DATA[:-900_000])
+        for _turn in range(6):
+            time.sleep(0.2)
+            send(DATA[:5_000])
+        send(DATA[:-30_000][-870_000:])
+
+    with serving(serve) as (server, _):
+        client = Transport(
+            f"http://127.0.0.1:{server.port}", timeouts_s=(5.0, 0.5), asks_silent_again=False
+        )
+        assert len(get(client)) == len(DATA)
+        client.close_idle(0.0)
 
 
 @pytest.mark.parametrize("sent", [0, 100_000, len(DATA) - 70_000, len(DATA) - 1])

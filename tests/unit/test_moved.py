@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import email.utils
 import gzip
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -22,6 +24,8 @@ from lazyfs.errors import (
     SourceError,
     ThrottledError,
 )
+from lazyfs.movers import process
+from lazyfs.movers.call import value_of
 from lazyfs.movers.pool import Movers
 from lazyfs.store import moved, range_reader
 from lazyfs.store.cancel import Cancel
@@ -89,10 +93,13 @@ def test_a_body_that_fills_the_buffer_is_received(
 
 
 class Inline:
-    """In the place of movers: calls here."""
+    """In the place of movers: calls here, and passes on what a mover would send."""
 
     def call(self, function: Callable[..., object], *arguments: object, **given: object) -> object:
-        return function(*arguments, given["buffer"])
+        name = f"{function.__module__}:{function.__qualname__}"
+        memory = SimpleNamespace(part=lambda offset, length: given["buffer"])
+        told = process._answer(name, [*arguments], memory, [(0, 0)])  # type: ignore[arg-type]
+        return value_of(json.loads(json.dumps(told)))
 
     async def wait_for_first(self, has_time: Callable[[], bool]) -> None:
         assert has_time()
@@ -102,7 +109,7 @@ class Inline:
         ended: Callable[[], None], **given: object,
     ) -> object:  # fmt: skip
         try:
-            return function(*arguments, given["buffer"])
+            return self.call(function, *arguments, **given)
         finally:
             ended()
 
@@ -179,6 +186,48 @@ def test_a_range_in_parts_goes_on_after_the_first(serve: Serve) -> None:
 
     service = serve(answer)
     assert read(service.source(), PIN) == (DATA[:LENGTH], False)
+
+
+@pytest.mark.usefixtures("any_length")
+def test_what_came_of_an_answer_that_a_mover_lost_is_not_asked_for_again(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(request: Request) -> ANSWER:
+        status, headers, body = part(request)
+        headers |= {"Content-Length": str(len(body)), "Connection": "close"}
+        return status, headers, body[:300]
+
+    monkeypatch.setattr(range_reader, "LEAST_KEPT", 300)
+    service = serve(answer)
+    assert read(service.source(), PIN) == (DATA[:LENGTH], False)
+    assert [request.range[0] for request in service.requests] == [0, 300]
+
+
+def test_a_connection_that_was_idle_may_be_dead_and_is_not_used(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = serve(part)
+    headers = {"Range": f"bytes=0-{LENGTH - 1}"}
+    into = memoryview(bytearray(LENGTH))
+
+    def ask() -> int:
+        moved.receive(service.url, "/none", False, "GET", "/bucket/m/k", headers, into)
+        (idle,) = moved._transport(service.url, "/none", False)._idle
+        return id(idle.connection)
+
+    assert ask() == ask()
+    monkeypatch.setattr(moved, "MOST_IDLE_S", -1.0)
+    closed: list[float] = []
+    close_idle = Transport.close_idle
+
+    def note(transport: Transport, longer_than_s: float = 0.0) -> None:
+        before = len(transport._idle)
+        close_idle(transport, longer_than_s)
+        closed.append(before - len(transport._idle))
+
+    monkeypatch.setattr(Transport, "close_idle", note)
+    ask()
+    assert closed == [1]
 
 
 @pytest.mark.usefixtures("any_length")

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from inline_threads import InlineThreads
 
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.memory import BlockMemory
 from lazyfs.errors import AccessDeniedError, SourceError, ThrottledError, UnavailableError
+from lazyfs.fetch import request
 from lazyfs.fetch.request import HEDGES, OVERTAKEN, BlockGetter
 from lazyfs.objects import File
 from lazyfs.observe.events import Cause
@@ -334,6 +336,59 @@ class DeadLink:
         raise UnavailableError("timed out")
 
 
+class LateLink(DeadLink):
+    """Answers when it is back."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.is_back = trio.Event()
+
+    async def read_moved(
+        self, pin: File, start: int, length: int, cancel: Cancel,
+        has_time: Callable[[], bool], ended: Callable[[], None],
+    ) -> memoryview | None:  # fmt: skip
+        self.asked += 1
+        await self.is_back.wait()
+        ended()
+        return memoryview(bytes(length))
+
+
+def test_a_link_that_comes_back_before_the_second_attempt_costs_no_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(request, "SILENT_S", 0.1)
+
+    async def run() -> None:
+        memory = BlockMemory(64, 4, BlockMap(4), lambda: 1)
+        link, threads = LateLink(), InlineThreads()
+        getter = BlockGetter(
+            link, memory, MountOptions(movers=1), threads, lambda: None, Recorder()  # type: ignore[arg-type]
+        )  # fmt: skip
+        threads.hold()
+
+        async def one() -> None:
+            memory.reserve(4)
+            await getter.get(FILE, 0, 4, patience_s=lambda: 60.0, saturated=lambda: True)
+            memory.release(4)
+
+        link.is_back.set()
+        for _ in range(8):  # so that it is known what is usual
+            await one()
+        link.is_back = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one)
+            with trio.fail_after(30):
+                while not threads.running:  # it closes idle connections before the second attempt
+                    await trio.sleep(0.1)
+            assert memory.used_bytes == 8
+            link.is_back.set()
+            await trio.testing.wait_all_tasks_blocked()
+            threads.gate.set()
+        assert (link.asked, memory.used_bytes, getter._hedges_running) == (9, 0, 0)
+
+    trio.run(run, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
 @pytest.mark.parametrize("lasts_s", [0.5, 1, 3, 4, 6, 8, 10, 14, 19, 25, 60])
 def test_readers_wait_for_a_dead_link_at_most_five_seconds_longer(
     lasts_s: float, monkeypatch: pytest.MonkeyPatch
@@ -347,7 +402,7 @@ def test_readers_wait_for_a_dead_link_at_most_five_seconds_longer(
     async def run() -> None:
         memory = BlockMemory(16 * readers, 4, BlockMap(4), lambda: 1)
         getter = BlockGetter(
-            link, memory, MountOptions(movers=1), Threads(99), lambda: None, Recorder()  # type: ignore[arg-type]
+            link, memory, MountOptions(movers=1), InlineThreads(), lambda: None, Recorder()  # type: ignore[arg-type]
         )  # fmt: skip
 
         async def one() -> None:
@@ -384,7 +439,7 @@ def test_a_slow_beginning_is_no_dead_link() -> None:
     async def run() -> None:
         memory = BlockMemory(1000, 4, BlockMap(4), lambda: 1)
         getter = BlockGetter(
-            Slow(0), memory, MountOptions(movers=1), Threads(99), lambda: None, Recorder()  # type: ignore[arg-type]
+            Slow(0), memory, MountOptions(movers=1), InlineThreads(), lambda: None, Recorder()  # type: ignore[arg-type]
         )  # fmt: skip
 
         async def one() -> None:

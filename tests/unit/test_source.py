@@ -646,6 +646,24 @@ def test_a_page_of_no_length_is_no_object(serve: Serve) -> None:
         read(serve(answer).source(), 0, len(DATA))
 
 
+def test_a_page_of_no_length_that_is_cut_off_is_no_part_of_an_object(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only its end would have shown that it is too short."""
+
+    def answer(request: Request) -> ANSWER:
+        if len(service.requests) > 1:
+            return part(request)
+        return 200, {"Content-Length": "", "Connection": "close"}, b"<html>" * 50
+
+    monkeypatch.setattr(range_reader, "LEAST_KEPT", 1)
+    service = serve(answer)
+    source = service.source()
+    with pytest.raises(errors.UnavailableError, match="are missing"):
+        read(source, 0, len(DATA))
+    assert read(source, 0, len(DATA)) == DATA
+
+
 def test_the_time_of_the_service_is_used_if_it_refuses_ours(
     serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
