@@ -16,7 +16,7 @@ class BlockQueue:
 
     def __init__(self) -> None:
         self._blocks: OrderedDict[BlockId, Held] = OrderedDict()
-        self._idle = trio.lowlevel.ParkingLot()
+        self._news = trio.Event()
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -27,16 +27,20 @@ class BlockQueue:
     def put(self, block: BlockId, held: Held) -> None:
         """Add a block at the end."""
         self._blocks[block] = held
-        self._idle.unpark()
+        self._news.set()
 
     def discard(self, block: BlockId) -> bool:
         """Remove a block; returns whether it was queued."""
         return self._blocks.pop(block, None) is not None
 
     async def wait(self) -> None:
-        """Wait until there is a block. Of the tasks that wait, each new block wakes one."""
+        """Wait until there is a block."""
+        # All tasks are woken: where one was, the policy `tensor` requested more blocks out of order
+        # (`tests/unit/test_loads.py`, 32 threads).
         while not self._blocks:
-            await self._idle.park()
+            if self._news.is_set():  # otherwise other tasks wait for it already
+                self._news = trio.Event()
+            await self._news.wait()
 
     def take(self) -> tuple[BlockId, Held]:
         """Remove the first block and return it; there must be one."""

@@ -37,16 +37,6 @@ def test_a_block_can_be_taken_out_once() -> None:
     assert queue.take()[0] == BlockId(2, 2)
 
 
-class Counter(trio.abc.Instrument):
-    """Counts the steps of tasks."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-
-    def before_task_step(self, task: trio.lowlevel.Task) -> None:
-        self.steps += 1
-
-
 async def _see(queue: BlockQueue, seen: list[BlockId]) -> None:
     await queue.wait()
     seen.append(queue.take()[0])
@@ -67,29 +57,6 @@ def test_all_waiters_are_woken_as_blocks_arrive() -> None:
                 assert seen == [BlockId(2, 1)], "one block, for one of them"
                 queue.put(BlockId(2, 2), held(b"b"))
         assert seen == [BlockId(2, 1), BlockId(2, 2)]
-
-    trio.run(run)
-
-
-def test_each_block_wakes_one_task() -> None:
-    """With a task for each mover, all of them would wake up for each block."""
-
-    async def run() -> None:
-        queue = BlockQueue()
-        seen: list[BlockId] = []
-        with trio.fail_after(30):
-            async with trio.open_nursery() as nursery:
-                for _ in range(50):
-                    nursery.start_soon(_see, queue, seen)
-                await trio.testing.wait_all_tasks_blocked()
-                counter = Counter()
-                trio.lowlevel.add_instrument(counter)
-                queue.put(BlockId(2, 1), held(b"a"))
-                await trio.testing.wait_all_tasks_blocked()
-                trio.lowlevel.remove_instrument(counter)
-                nursery.cancel_scope.cancel()
-        assert seen == [BlockId(2, 1)]
-        assert counter.steps < 10
 
     trio.run(run)
 
