@@ -66,13 +66,16 @@ _NO_WEIGHTS = re.compile(
 )
 # Files of the transformers Trainer; see vLLM's filter_files_not_needed_for_inference.
 TRAINING_STATE = re.compile(
-    r"(training_args\.bin|optimizer\.(bin|pt)|scheduler\.pt|scaler\.pt|rng_state.*\.pth)$"
+    r"(training_args\.bin|optimizer([-_.]\d+-of-\d+)?\.(bin|pt|safetensors)|scheduler\.pt|scaler\.pt|"
+    r"rng_state.*\.pth)$"
 )
 # llama.cpp's importance matrix, which llama-quantize reads.
 IMATRIX = re.compile(r".*imatrix.*\.(dat|gguf|gguf_file)$|.*\.imatrix$", re.IGNORECASE)
 # What `hf download` leaves in a folder: huggingface_hub/_local_folder.py and file_download.py.
 # And what macOS puts beside each file on a disk that is not its own (AppleDouble).
 LEFTOVER = re.compile(r".+\.(lock|metadata|incomplete)$|\._.+")
+# The same of directories; Jupyter copies what it opens into the second one.
+LEFTOVER_DIRECTORY = re.compile(r"(^|/)(\.cache/huggingface|\.ipynb_checkpoints|\.git)(/|$)")
 # A file of the cache of huggingface_hub, which `snapshots/` shows under its name.
 BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
@@ -80,7 +83,7 @@ BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _MODEL_STEMS = frozenset(
     {
         "consolidated", "diffusion_flax_model", "diffusion_pytorch_model", "flax_model", "model",
-        "openvino_model", "pytorch_model", "rust_model", "tf_model",
+        "openvino_model", "pytorch_model", "pytorch_model_fsdp", "rust_model", "tf_model",
     }
 )  # fmt: skip
 MODEL = "model"

@@ -38,7 +38,14 @@ from posixpath import basename, dirname, join, split
 from types import MappingProxyType
 
 from lazyfs.model.directory import Directory, ModelFile
-from lazyfs.model.filenames import BLOB, COPY_DIRECTORIES, LEFTOVER, MODEL, Format
+from lazyfs.model.filenames import (
+    BLOB,
+    COPY_DIRECTORIES,
+    LEFTOVER,
+    LEFTOVER_DIRECTORY,
+    MODEL,
+    Format,
+)
 from lazyfs.model.indexes import PIPELINE_INDEX
 from lazyfs.model.pipelines import Pipelines
 from lazyfs.model.weight_sets import CORE
@@ -155,7 +162,7 @@ class _Listing:
 
     def _add(self, file: ModelFile) -> None:
         path, name = split(file.path)
-        if LEFTOVER.fullmatch(name) or ".cache/huggingface" in path:
+        if LEFTOVER.fullmatch(name) or LEFTOVER_DIRECTORY.search(path):
             return
         if basename(path) == "blobs" and BLOB.fullmatch(name):
             return

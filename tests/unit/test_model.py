@@ -78,7 +78,9 @@ def test_duplicates_of_a_published_model_are_excluded() -> None:
         "onnx/model.onnx",
         "onnx/fp16/model.onnx_data",
         "openvino/openvino_model.bin",
+        "pytorch_model_fsdp.bin",
         "optimizer.pt",
+        "optimizer-00001-of-00002.safetensors",
         "training_args.bin",
         "rng_state_0.pth",
     )
@@ -86,6 +88,19 @@ def test_duplicates_of_a_published_model_are_excluded() -> None:
     assert layout.shards == shards
     assert left_out(layout) == set(copies)
     assert layout.small == ("config.json", "README.md")
+
+
+@pytest.mark.parametrize("directory", [".ipynb_checkpoints", ".git/lfs/objects/ab", "x/.git"])
+def test_what_programs_leave_in_a_folder_is_no_component(directory: str) -> None:
+    found = layouts(
+        listing("model.safetensors", "config.json", f"{directory}/checkpoint.safetensors")
+    )
+    assert [path for each in found for path in each.shards] == ["model.safetensors"]
+
+
+def test_a_hidden_folder_may_have_a_model() -> None:
+    found = only(".models/a/model.safetensors", ".models/a/config.json")
+    assert found.shards == (".models/a/model.safetensors",)
 
 
 def test_the_index_says_which_shards_are_read() -> None:
