@@ -44,5 +44,6 @@ def test_options_that_cannot_work(tmp_path: Path, arguments: list[str], said: st
         check=False,
     )
     assert answer.returncode in (1, 2)
-    (line,) = [line for line in answer.stderr.splitlines() if " INFO " not in line]
-    assert line.startswith("lazyfs-csi: ") and said in line
+    lines = [line for line in answer.stderr.splitlines() if " INFO " not in line]
+    assert len(lines) == 1, answer.stderr
+    assert lines[0].startswith("lazyfs-csi: ") and said in lines[0]

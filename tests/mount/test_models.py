@@ -128,17 +128,23 @@ def test_opening_a_shard_and_reading_its_header_needs_no_request(
     """Also of the last of many shards, before their blocks are here."""
     shard = save({"w": np.zeros(1 << 20, "float32")})
     names = [f"model-{n:05}-of-00020.safetensors" for n in range(1, 21)]
-    s3.put("headers", dict.fromkeys(names, shard))
-    mounted = mount("s3://headers", "--block-size=1MiB", "--prefetch=headers")
-    deadline = time.monotonic() + TIMEOUT_S
-    while not json.loads(lazyfs("status", mounted.path, "--json").stdout)["ready"]["headers"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    # The kernel may drop pages at any time: what it has dropped since is no fault of ours.
-    pushed: set[str] = set()
-    while pushed != set(names):
-        assert time.monotonic() < deadline, f"never in the page cache: {set(names) - pushed}"
-        pushed.update(python(WITH_HEADERS, mounted.path, *names).split())
+    # The kernel may drop pages at any time, for another test too: that is no fault of ours, and
+    # does not happen each time.
+    for turn in range(4):
+        s3.put(f"headers{turn}", dict.fromkeys(names, shard))
+        s3.forget()
+        mounted = mount(f"s3://headers{turn}", "--block-size=1MiB", "--prefetch=headers")
+        deadline = time.monotonic() + TIMEOUT_S
+        while not json.loads(lazyfs("status", mounted.path, "--json").stdout)["ready"]["headers"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        pushed: set[str] = set()
+        looked_until = time.monotonic() + 3
+        while pushed != set(names) and time.monotonic() < looked_until:
+            pushed.update(python(WITH_HEADERS, mounted.path, *names).split())
+        if pushed == set(names):
+            break
+    assert pushed == set(names), "in the page cache"
     settle(s3)
     assert {span for _, span in s3.data_requests()} == {"bytes=0-65535"}, "the headers alone"
     s3.forget()
