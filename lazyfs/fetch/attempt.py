@@ -6,6 +6,7 @@ It is made by a mover, or in a thread. `fleet.py` decides whether the cache is a
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -146,13 +147,12 @@ class Attempts:
                 return
             asked = found
         token = trio.lowlevel.current_trio_token()
-        try:
-            await trio.lowlevel.checkpoint_if_cancelled()
-        except trio.Cancelled:
-            self._ended(request, attempt, 0)  # no thread will do so
-            raise
+        # Whoever gets it ends the attempt.
+        begins = threading.Lock()
 
         def get() -> Answer:
+            if not begins.acquire(blocking=False):
+                return UnavailableError("not wanted any more")
             size = 0
             wanted = request.file, request.start, request.length
             try:
@@ -185,7 +185,12 @@ class Attempts:
                 with contextlib.suppress(trio.RunFinishedError):  # the mount has ended
                     token.run_sync_soon(self._ended, request, attempt, size)
 
-        answers.send_nowait(await self._threads.run(get))
+        try:
+            answers.send_nowait(await self._threads.run(get))
+        except BaseException:
+            if begins.acquire(blocking=False):  # it was cancelled before a thread had it
+                self._ended(request, attempt, 0)
+            raise
 
     async def _moved(self, request: Request, attempt: Attempt) -> Answer | Any:
         """Have a mover make the request.

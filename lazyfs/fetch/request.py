@@ -261,7 +261,8 @@ class BlockGetter:
                     self._came_at_s = trio.current_time()
                 is_stuck = came == before or request.overtaken >= OVERTAKEN
                 is_late = trio.current_time() >= request.began_s + delay_s
-                if is_late and is_stuck and self._may_hedge(request):
+                is_over = not request.under_way  # its answer is about to come
+                if is_late and is_stuck and not is_over and self._may_hedge(request):
                     return None
         finally:
             del self._first_attempts[request]

@@ -159,6 +159,8 @@ def receive(
         if length is None and "content-encoding" not in answer.headers:
             length = ranges.told_length(answer.headers)
         fills = answer.status in (200, 206) and length == len(into)
+        if sum(len(name) + len(value) for name, value in answer.headers.items()) > MOST_HEADERS:
+            return None
         text, has_more = b"", False
         came: int | None = None
         if fills:
@@ -171,8 +173,6 @@ def receive(
             return None
         else:
             text = answer.body.read_all(MOST_TEXT)
-        if sum(len(name) + len(value) for name, value in answer.headers.items()) > MOST_HEADERS:
-            return None
         told = {
             "status": answer.status, "headers": dict(answer.headers), "length": answer.length,
             "filled": fills, "text": base64.b64encode(text).decode(), "more": has_more,

@@ -389,6 +389,48 @@ def test_a_link_that_comes_back_before_the_second_attempt_costs_no_room(
     trio.run(run, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
+def test_an_answer_in_the_moment_of_a_second_attempt_costs_no_room() -> None:
+    class Punctual(DeadLink):
+        """Answers when the getter looks the second time."""
+
+        async def read_moved(
+            self, pin: File, start: int, length: int, cancel: Cancel,
+            has_time: Callable[[], bool], ended: Callable[[], None],
+        ) -> memoryview | None:  # fmt: skip
+            self.asked += 1
+            try:
+                await trio.sleep(getter._timer.delay_s)
+                return memoryview(bytes(length))
+            finally:
+                ended()
+
+    async def run() -> None:
+        for _ in range(40):
+            await getter.get(FILE, 0, 4, patience_s=lambda: 60.0, saturated=lambda: False)
+            await trio.testing.wait_all_tasks_blocked()
+        assert (memory.used_bytes, getter._hedges_running) == (0, 0)
+
+    memory = BlockMemory(64, 4, BlockMap(4), lambda: 1)
+    getter = BlockGetter(
+        Punctual(0), memory, MountOptions(movers=1), Threads(9), lambda: None, Recorder()  # type: ignore[arg-type]
+    )  # fmt: skip
+    trio.run(run, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_a_request_that_ends_before_it_has_a_thread_leaves_nothing() -> None:
+    async def run() -> None:
+        threads, memory = InlineThreads(), BlockMemory(64, 4, BlockMap(4), lambda: 1)
+        getter = BlockGetter(
+            Source(), memory, MountOptions(), threads.threads, lambda: None, Recorder()  # type: ignore[arg-type]
+        )  # fmt: skip
+        threads.hold()
+        with trio.move_on_after(1):
+            await getter.get(FILE, 0, 4, patience_s=lambda: 60.0, saturated=lambda: False)
+        assert memory.used_bytes == 0
+
+    trio.run(run, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
 @pytest.mark.parametrize("lasts_s", [0.5, 1, 3, 4, 6, 8, 10, 14, 19, 25, 60])
 def test_readers_wait_for_a_dead_link_at_most_five_seconds_longer(
     lasts_s: float, monkeypatch: pytest.MonkeyPatch
