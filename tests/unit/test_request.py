@@ -280,7 +280,7 @@ def test_a_thread_that_gets_bytes_gives_way_to_the_loop() -> None:
     assert data[0] > nice()
 
 
-class DeadLink:
+class DeadLink(Source):
     """Loses all connections for a while, and forgets them: those made before stay silent.
 
     Args:
@@ -290,9 +290,9 @@ class DeadLink:
     SYN_S = (0.0, 1.0, 3.0)  # when Linux asks for a connection (tcp(7), tcp_syn_retries)
 
     def __init__(self, lasts_s: float) -> None:
+        super().__init__()
         self._lasts_s = lasts_s
         self._began_s = math.inf
-        self.asked = 0
 
     @property
     def over_s(self) -> float:
@@ -300,16 +300,6 @@ class DeadLink:
 
     def begin(self) -> None:
         self._began_s = trio.current_time()
-
-    def name(self, key: str) -> str:
-        return key
-
-    def close_idle(self, longer_than_s: float) -> None:
-        """Each request has a connection of its own."""
-
-    @property
-    def ranges(self) -> DeadLink:
-        return self
 
     async def read_moved(
         self, pin: File, start: int, length: int, cancel: Cancel,
