@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from io import BufferedIOBase
 from typing import Protocol, TypeVar
 from urllib.parse import urlsplit
 
@@ -40,6 +41,10 @@ WAKES_AT = 64 << 10
 LAST_BYTES = WAKES_AT + (32 << 10)
 # The most informational answers (103 and the like) before the final one.
 MOST_INFORMATIONAL = 20
+# The longest head of an answer; curl accepts 300 KiB. Its headers are not counted: an object may
+# have hundreds of them as metadata, and the library's limit of 100 is lifted for the whole process.
+MOST_HEAD_BYTES = 256 << 10
+http.client._MAXHEADERS = MOST_HEAD_BYTES  # type: ignore[attr-defined]
 
 
 class CutOffError(ConnectionError):
@@ -173,11 +178,38 @@ class Answer:
     body: Body
 
 
+class _Head:
+    """Reads the head of an answer, unless it is too long."""
+
+    def __init__(self, stream: BufferedIOBase) -> None:
+        self._stream = stream
+        self._left = MOST_HEAD_BYTES
+        self.close = stream.close
+
+    def readline(self, most: int) -> bytes:
+        line = self._stream.readline(min(most, self._left + 1))
+        self._left -= len(line)
+        if self._left < 0:
+            raise http.client.HTTPException(
+                f"the headers of the answer have over {MOST_HEAD_BYTES >> 10} KiB"
+            )
+        return line
+
+
 class _Response(http.client.HTTPResponse):
     """Skips informational answers, which the library mistakes for the final one.
 
     RFC 9110, 15.2: a client must be able to parse one or more of them.
     """
+
+    def begin(self) -> None:
+        stream = self.fp
+        self.fp = _Head(stream)  # type: ignore[assignment]
+        try:
+            super().begin()
+        finally:
+            if self.fp:  # it was not closed
+                self.fp = stream
 
     def _read_status(self) -> tuple[str, int, str]:
         for _ in range(MOST_INFORMATIONAL):

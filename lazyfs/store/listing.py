@@ -11,7 +11,9 @@ code name these differences.
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -36,6 +38,18 @@ _LONGEST_FIELD = 3 * LONGEST_KEY_BYTES + 1
 # The last time that fits into 64 bits of nanoseconds: the year 2262.
 _LATEST_S = (1 << 63) // 10**9
 _SHOWN = 120
+# Marks a character that XML cannot carry. No key has it: Unicode keeps it for internal use.
+_UNCARRIED = "\ufdd0"
+# Such a character, as a reference or as it is; and references to others.
+# https://www.w3.org/TR/xml/#charsets
+_MAYBE_UNCARRIED = re.compile(
+    "&#(?:x([0-9A-Fa-f]+)|([0-9]+));|[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
+)
+_NOT_XML = "a character of it cannot be in XML, and the service does not encode keys"
+_MARKED_AFTER = [
+    expat.errors.codes[text]
+    for text in (expat.errors.XML_ERROR_BAD_CHAR_REF, expat.errors.XML_ERROR_INVALID_TOKEN)
+]
 _ROOT, _ENTRY, _FIELD = 1, 2, 3
 
 
@@ -74,12 +88,16 @@ class RawPage:
     @property
     def token(self) -> str | None:
         """The token for the next page, if the service gives one."""
-        return self.about.get("NextContinuationToken") or None
+        return self._carried("NextContinuationToken")
 
     @property
     def marker(self) -> str | None:
         """The same in version 1, encoded as keys are."""
-        return self.about.get("NextMarker") or None
+        return self._carried("NextMarker")
+
+    def _carried(self, name: str) -> str | None:
+        text = self.about.get(name)
+        return text if text and _UNCARRIED not in text else None
 
     def texts(self) -> Iterable[str]:
         """All keys and prefixes."""
@@ -90,24 +108,53 @@ class RawPage:
 def parse(body: bytes) -> RawPage:
     """Parse an answer.
 
+    Characters that XML cannot carry are marked, and hide their entries: services that ignore
+    `encoding-type` send them.
+
     Raises:
         NotAListingError: it is not a listing, or is truncated.
         MemoryError: there is no memory for it.
     """
-    if not body.strip():
+    # Services that need long for an answer may send blanks first, to keep the connection open.
+    body = body.lstrip()
+    if not body:
         raise NotAListingError("the answer is empty")
+    try:
+        return _parsed(body)
+    except expat.ExpatError as error:
+        told, code = str(error), error.code
+    if code in _MARKED_AFTER:
+        with contextlib.suppress(expat.ExpatError):
+            return _parsed(_marked(body))
+    begins = body[:_SHOWN].decode(errors="replace")
+    raise NotAListingError(f"the answer is no XML ({told}); it begins with {begins!r}")
+
+
+def _parsed(body: bytes) -> RawPage:
+    """Raises ExpatError, and as `parse`."""
     parser = _Parser()
     try:
-        # Services that need long for an answer may send blanks first, to keep the connection open.
-        parser.expat.Parse(body.lstrip(), True)
+        parser.expat.Parse(body, True)
     except expat.ExpatError as error:
         if error.code == expat.errors.codes[expat.errors.XML_ERROR_NO_MEMORY]:
             raise MemoryError from None
-        begins = body[:_SHOWN].decode(errors="replace")
-        raise NotAListingError(
-            f"the answer is no XML ({error}); it begins with {begins!r}"
-        ) from None
+        raise
     return parser.page
+
+
+def _marked(body: bytes) -> bytes:
+    """An answer in UTF-8 in which what XML cannot carry is shown, after a mark."""
+
+    def shown(found: re.Match[str]) -> str:
+        in_hex, in_decimal = found.groups()
+        if not in_hex and not in_decimal:
+            return f"{_UNCARRIED}&amp;#{ord(found[0])};"
+        # No character has a number of more digits.
+        number = int((in_hex or in_decimal).lstrip("0")[:8] or "0", 16 if in_hex else 10)
+        is_one = number <= sys.maxunicode and not _MAYBE_UNCARRIED.match(chr(number))
+        return found[0] if is_one else f"{_UNCARRIED}&amp;{found[0][1:]}"
+
+    return _MAYBE_UNCARRIED.sub(shown, body.decode(errors="surrogateescape")).encode()
 
 
 class _Parser:
@@ -226,10 +273,12 @@ def entries(page: RawPage, prefix: str, delimiter: str, *, encoded: bool, plus: 
     last: str | None = None
     for item in page.entries:
         text = item.get("Key")
-        shown = (text or "")[:_SHOWN]
+        shown = _shown(text or "")
         key = None if text is None else decode(text, encoded=encoded, plus=plus)
         if text is None:
             hidden.append(Hidden("an entry", "it has no key"))
+        elif _UNCARRIED in text:
+            hidden.append(Hidden(shown, _NOT_XML))
         elif key is None:
             hidden.append(Hidden(shown, "not UTF-8"))
         elif reason := _refusal(key, prefix):
@@ -246,14 +295,20 @@ def entries(page: RawPage, prefix: str, delimiter: str, *, encoded: bool, plus: 
                 objects.append(found)
     for text in page.prefixes:
         common = decode(text, encoded=encoded, plus=plus)
-        if common is None:
-            hidden.append(Hidden(text[:_SHOWN], "not UTF-8"))
+        if _UNCARRIED in text:
+            hidden.append(Hidden(_shown(text), _NOT_XML))
+        elif common is None:
+            hidden.append(Hidden(_shown(text), "not UTF-8"))
         elif reason := _refusal(common, prefix):
-            hidden.append(Hidden(text[:_SHOWN], reason))
+            hidden.append(Hidden(_shown(text), reason))
         elif common != prefix:
             prefixes[common] = None
             last = max(last or common, common)
     return Entries(objects, list(prefixes), hidden, last)
+
+
+def _shown(text: str) -> str:
+    return text.replace(_UNCARRIED, "")[:_SHOWN]
 
 
 def _refusal(key: str, prefix: str) -> str | None:

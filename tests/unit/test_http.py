@@ -416,6 +416,28 @@ def test_nothing_but_informational_answers() -> None:
         get(client)
 
 
+METADATA = b"".join(b"X-Amz-Meta-%d: %s\r\n" % (number, b"v" * 100) for number in range(500))
+
+
+def test_an_answer_may_have_hundreds_of_headers() -> None:
+    early = b"HTTP/1.1 103 Early Hints\r\n" + METADATA + b"\r\n"
+    with serving(always(early + HEAD + METADATA + LENGTH + DATA, ANSWER)) as (server, client):
+        assert get(client) == DATA
+        assert get(client) == DATA
+        assert server.connections == 1
+
+
+@pytest.mark.parametrize(
+    "headers", [METADATA * 10, b"X-A: " + b"v" * (1 << 20), b"a:\r\n" * 70_000]
+)
+def test_headers_without_end_are_an_error(headers: bytes) -> None:
+    with (
+        serving(always(HEAD + headers)) as (_, client),
+        pytest.raises(CutOffError, match="header"),
+    ):
+        get(client)
+
+
 def test_a_connection_with_an_unread_body_is_closed() -> None:
     with serving(always(ANSWER, ANSWER)) as (server, client):
         assert exchange(client, lambda body: take(body, 10)) == DATA[:10]

@@ -262,3 +262,55 @@ def test_a_key_that_is_not_utf_8_is_hidden() -> None:
     found = listing.entries(parsed, "m/", "/", encoded=True, plus=True)
     assert [each.key for each in found.objects] == ["m/b"]
     assert [each.reason for each in found.hidden] == ["not UTF-8", "not UTF-8"]
+
+
+RAW = "<Contents><Key>m/a{}b</Key><Size>1</Size></Contents>"
+
+
+@pytest.mark.parametrize(
+    ("sent", "shown"),
+    [
+        ("&#x1F;", "&#x1F;"),
+        ("&#0;", "&#0;"),
+        ("&#xD800;", "&#xD800;"),
+        ("&#65535;", "&#65535;"),
+        ("&#1114112;", "&#1114112;"),
+        (f"&#{'9' * 5000};", "&#999"),
+        ("\x1f", "&#31;"),
+        ("\uffff", "&#65535;"),
+        (b"\xff", "&#56575;"),  # not UTF-8
+    ],
+)
+def test_an_entry_with_a_character_that_xml_cannot_carry_is_hidden_alone(
+    sent: str | bytes, shown: str
+) -> None:
+    text = sent if isinstance(sent, bytes) else sent.encode()
+    body = page(entry("m/ä"), "HERE", prefix("m/d/"), RAW.format("&#x0000041;&#38;#0;"))
+    of_object, of_prefix = RAW.format("HERE"), prefix("m/pHERE/")
+    for item in of_object, of_prefix:
+        sent_body = body.replace(b"HERE", item.encode()).replace(b"HERE", text)
+        found = listing.entries(listing.parse(sent_body), "m/", "/", encoded=False, plus=False)
+        assert [each.key for each in found.objects] == ["m/ä", "m/aA&#0;b"]
+        assert found.prefixes == ["m/d/"]
+        assert len(found.hidden) == 1
+        assert found.hidden[0].key.startswith(("m/a" if item == of_object else "m/p") + shown)
+        assert "XML" in found.hidden[0].reason
+
+
+def test_a_page_that_ends_with_a_character_of_no_xml_continues_after_its_last_good_key() -> None:
+    told = "<NextMarker>m/a&#0;</NextMarker><NextContinuationToken>&#1;</NextContinuationToken>"
+    parsed = listing.parse(page(entry("m/a"), told, RAW.format("&#0;"), IsTruncated="true"))
+    assert (parsed.token, parsed.marker) == (None, None)
+    found = listing.entries(parsed, "m/", "", encoded=False, plus=False)
+    assert found.last == "m/a"
+
+
+def test_an_owner_with_a_character_that_xml_cannot_carry_hides_nothing() -> None:
+    owner = "<Owner><DisplayName>&#2;</DisplayName></Owner><Size>"
+    found = entries(entry().replace("<Size>", owner))
+    assert ([each.key for each in found.objects], found.hidden) == (["m/a"], [])
+
+
+def test_a_character_of_no_xml_outside_of_fields_is_no_listing() -> None:
+    with pytest.raises(NotAListingError, match="no XML"):
+        listing.parse(page(entry()).replace(b"<Size>", b"<Size\x01>"))
