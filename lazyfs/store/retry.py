@@ -20,6 +20,8 @@ FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 3.0
 # The longest pause that S3 may ask for.
 LONGEST_TOLD_S = 30.0
+# In a pause, so often it is asked whether the time is over by now.
+LOOK_S = 1.0
 LOG_AFTER_S = 3.0
 
 
@@ -39,8 +41,8 @@ async def patiently(
 
     Args:
         what: the name of the object, for the log.
-        timeout_s: returns how long to retry after the first attempt; called before each pause,
-            because a prefetch is retried for longer once a reader waits for it.
+        timeout_s: returns how long to retry after the first attempt; called every second of a
+            pause, because it changes once a reader waits for a prefetch.
         on_retry: called with each error that is followed by another attempt.
 
     Raises:
@@ -61,8 +63,9 @@ async def patiently(
                 logged = True
                 log.warning("still waiting for %s after %.0f s: %s", what, waited, error)
             told_s = min(error.retry_after_s, LONGEST_TOLD_S)
-            pause = told_s + pause_s * random.random()  # noqa: S311
-            await trio.sleep(min(pause, max(0.0, timeout_s() - waited)))
+            until_s = trio.current_time() + told_s + pause_s * random.random()  # noqa: S311
+            while (left_s := min(until_s, began + timeout_s()) - trio.current_time()) > 0:
+                await trio.sleep(min(left_s, LOOK_S))
             pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
         else:
             if logged:

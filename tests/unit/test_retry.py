@@ -11,8 +11,14 @@ from lazyfs.store import retry
 from lazyfs.store.retry import patiently
 
 
-def times_asked(told_s: list[float], timeout_s: float) -> list[float]:
-    """When a service is asked that says so often how long to wait, and then answers."""
+def times_asked(
+    told_s: list[float], timeout_s: float, timeout_later_s: float | None = None
+) -> list[float]:
+    """When a service is asked that says so often how long to wait, and then answers.
+
+    Args:
+        timeout_later_s: the timeout after the first second, when a reader has come.
+    """
     asked: list[float] = []
     left = list(told_s)
 
@@ -24,7 +30,14 @@ def times_asked(told_s: list[float], timeout_s: float) -> list[float]:
             raise error
 
     async def main() -> None:
-        await patiently(ask, what="x", timeout_s=lambda: timeout_s)
+        began_s = trio.current_time()
+
+        def patience_s() -> float:
+            if timeout_later_s is None or trio.current_time() <= began_s + 1:
+                return timeout_s
+            return timeout_later_s
+
+        await patiently(ask, what="x", timeout_s=patience_s)
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
     return [each - asked[0] for each in asked]
@@ -51,3 +64,8 @@ def test_retries_end_at_the_timeout() -> None:
     assert times_asked([20], 5) == pytest.approx([0, 5])
     with pytest.raises(SourceError):
         times_asked([20, 20], 5)
+
+
+def test_a_reader_that_comes_in_a_pause_waits_no_longer_than_it_may() -> None:
+    assert times_asked([30], 20, timeout_later_s=5) == pytest.approx([0, 5])
+    assert times_asked([30], 20, timeout_later_s=60) == pytest.approx([0, 30.1])
