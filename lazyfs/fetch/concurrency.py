@@ -39,6 +39,11 @@ class Concurrency:
         self._bytes = 0
         self._answers = 0
 
+    @property
+    def proven_limit(self) -> int:
+        """The limit without a growth that has not raised the rate so far."""
+        return self._before_growth or self.limit
+
     def answered(self, now_s: float, size_bytes: int, *, saturated: bool) -> None:
         """A request returned `size_bytes`; `saturated`: other requests were waiting."""
         self._sent_before_cut = max(0, self._sent_before_cut - 1)

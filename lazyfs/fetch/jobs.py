@@ -86,6 +86,11 @@ class Jobs:
         """How many started jobs have readers that wait for them."""
         return sum(self._jobs[block].started for block in self._waited_for)
 
+    @property
+    def reader_waits(self) -> bool:
+        """Whether a reader waits, or waited for one of the last blocks: see `WAITING_S`."""
+        return bool(self._waited_for) or trio.current_time() - self._waited_s < WAITING_S
+
     def new(self, file: File, block: BlockId, length: int) -> Job:
         """A job that may be started later."""
         job = self._jobs[block] = Job(file, block, length)
@@ -179,11 +184,9 @@ class Jobs:
         )
         self._memory.hold(job.block, job.held)
         self._map.moved(job.block, Place.LOCAL)
-        now_s = trio.current_time()
         if self._waited_for:
-            self._waited_s = now_s
-        reader_waits = now_s - self._waited_s < WAITING_S
-        self._tiers.put(job, job.held, reader_waits=reader_waits)
+            self._waited_s = trio.current_time()
+        self._tiers.put(job, job.held, reader_waits=self.reader_waits)
 
     def _fail(self, job: Job, error: SourceError) -> None:
         self._memory.release(job.length)

@@ -97,6 +97,11 @@ class BlockGetter:
         return self._concurrency.limit
 
     @property
+    def proven_limit(self) -> int:
+        """The same, without a growth that is not known to bring more bytes."""
+        return self._concurrency.proven_limit
+
+    @property
     def most(self) -> int:
         """The highest value that `limit` may have."""
         return self._concurrency.most

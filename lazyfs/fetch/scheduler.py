@@ -33,6 +33,11 @@ from lazyfs.prefetch.prefetcher import Prefetcher
 LOADERS = 3
 # Requests of waiting readers that may be in flight beyond the adaptive limit.
 URGENT_EXTRA = 8
+# All requests share the link evenly. So while a reader waits for the end of the first file of a
+# load, requests for other files bring those in flight to this share of the limit that filled the
+# link. In modelled time, with 1, 7/8 and 2/3, IndexTTS-2's first file takes 0.93, 0.90 and 0.90 s
+# instead of 1.03, and the whole load 4.33, 4.34 and 4.36 s.
+BESIDE_FIRST = 7 / 8
 # Pause of prefetching after a fault; demand continues.
 AHEAD_REST_S = 30.0
 
@@ -179,6 +184,8 @@ class Scheduler:
             block = self._prefetcher.next_fetch()
             if block is None:
                 return Activity.DONE
+            if self._can_wait(block):
+                return Activity.FETCHING
             if self._memory.peek(block) is not None:
                 # The kernel forgot its pages, and nobody has needed its room since.
                 self._prefetcher.blocks.moved(block, Place.LOCAL)
@@ -190,6 +197,16 @@ class Scheduler:
                 return Activity.FETCHING if enough else Activity.NO_ROOM
             self._jobs.start(nursery, self._new_job(block))
         return Activity.FETCHING
+
+    def _can_wait(self, block: BlockId) -> bool:
+        """Whether a block would only take bandwidth from the first file of a load."""
+        enough = BESIDE_FIRST * self._getter.proven_limit
+        return (
+            self._jobs.fetching >= enough
+            and self._jobs.reader_waits
+            and self._prefetcher.can_wait(block)
+            and self._prefetcher.blocks.ordered_blocks(Place.ABSENT) >= enough
+        )
 
     def _make_room(
         self, length: int, *, urgent: bool, soon: bool = False, keep_local: bool = False

@@ -28,8 +28,8 @@ The policies:
   skips.
 - `sequential`: twice as much of a file as has been read of it. So a look at the end of a
   large file costs little, and a copy of the file runs at full speed. The other policies do the same
-  with files that have no place in the order, from their third block on; `tensor` also with files
-  that have no tensors.
+  with files that have no place in the order, but from their third block on if it may be a look
+  (`Loads`); `tensor` also with files that have no tensors.
 - `headers`: rule 2 only.
 
 A read of a header says nothing about what is read next: see rule 2. How far ahead of the readers
@@ -48,6 +48,7 @@ from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.file_blocks import FileBlocks, Place
 from lazyfs.model.safetensors import Tensor
 from lazyfs.prefetch.consumed_blocks import ConsumedBlocks
+from lazyfs.prefetch.loads import Loads
 from lazyfs.prefetch.pages_ahead import PagesAhead
 from lazyfs.prefetch.skip_learner import SkipLearner
 from lazyfs.prefetch.skip_rules import role_of
@@ -56,11 +57,6 @@ from lazyfs.prefetch.streams import Streams
 # The most pieces that were read in part and are still incomplete; beyond that, the oldest is
 # dropped.
 TOUCHED_PIECES = 64
-# A program that looks at a file without loading it reads at most this much of its beginning (the
-# vocabulary of a GGUF model takes 15 MB) and of its end (the directory of a ZIP file), and at most
-# a quarter of the file. Applies to files whose header is not known.
-LOOK_BYTES = 15 << 20
-LOOK_AT_END_BYTES = 1 << 20
 _ON_ITS_WAY = (Place.COMING, Place.LOADING)
 
 
@@ -88,7 +84,6 @@ class Prefetcher:
         read_ahead_bytes: int = 1 << 20,
     ) -> None:
         self._policy = policy
-        self._read_ahead_bytes = read_ahead_bytes
         self.blocks = blocks
         self._block_size = blocks.block_size
         self._wanted = wanted
@@ -97,10 +92,7 @@ class Prefetcher:
         # Files of which the kernel forgot pages that are not on the disk.
         self._forgotten: set[int] = set()
         self._files = blocks.files
-        # Files that were read beyond their header, in this order.
-        self._loaded: dict[int, None] = {}
-        # Where the first request beyond the header of a file was.
-        self._beyond_header: dict[int, int] = {}
+        self._loads = Loads(self._files, read_ahead_bytes)
         # Whether the files of models are known; before that, any file may belong to one.
         self._has_order = False
         # Files whose tensors are known; there may be none.
@@ -164,9 +156,9 @@ class Prefetcher:
         may_be = [
             inode
             for inode in self.blocks.order
-            if inode not in self._loaded and self.blocks.may_be_read(inode)
+            if inode not in self._loads and self.blocks.may_be_read(inode)
         ]
-        return [*may_be, *self._loaded]
+        return [*may_be, *self._loads]
 
     def knows_tensors(self, inode: int) -> bool:
         """Whether `set_tensors` was called for a file."""
@@ -197,6 +189,10 @@ class Prefetcher:
             self._leave(inode, [*first, *map(blocks.blocks_of, chosen)])
         self._taste.add_tensors(inode)
         self._ahead.locate(self.blocks.order, self._streams)
+
+    def can_wait(self, block: BlockId) -> bool:
+        """Whether a block is of another file than the first of a load, which is still coming."""
+        return self._loads.first not in (None, block.inode)
 
     def takes_pages(self, block: BlockId) -> bool:
         """Whether a block can and should be put into the page cache."""
@@ -252,23 +248,9 @@ class Prefetcher:
         # On a fault in a mapped file, the kernel reads as much before the page as after it (Linux,
         # mm/filemap.c, do_sync_mmap_readahead), so the reader wants the middle.
         middle = min(offset + size // 2, blocks.size_bytes - 1)
-        if inode not in self._loaded and _is_load(blocks, middle):
-            self._is_read(inode, blocks, offset)
-        return self._touch(inode, blocks, blocks.piece_at(middle)) or is_again
-
-    def _is_read(self, inode: int, blocks: FileBlocks, offset: int) -> None:
-        """Handle a request beyond the header of a file.
-
-        A single one close to it may be the kernel's read-ahead after a look at the header (Linux,
-        mm/readahead.c, page_cache_async_ra).
-        """
-        is_near = offset < _header_end(blocks) + self._read_ahead_bytes
-        is_first = self._beyond_header.setdefault(inode, offset) == offset
-        if blocks.rank < 0 and is_near and is_first:
-            return
-        self._loaded[inode] = None
-        if blocks.rank < 0:
+        if self._loads.read(inode, offset, middle) and blocks.rank < 0:
             self.on_stray(inode)
+        return self._touch(inode, blocks, blocks.piece_at(middle)) or is_again
 
     def next_head(self) -> int | None:
         """The next file whose header is fetched with its own request, or None; each once."""
@@ -375,7 +357,7 @@ class Prefetcher:
                 yield from self._of_likely(inode, piece)
             return
         if self._policy != "model" or blocks.rank < 0:
-            is_look = self._has_order and inode not in self._loaded
+            is_look = self._has_order and self._loads.is_look(inode)
             # A look takes two blocks: the header, and the kernel's read-ahead.
             read = max(0, blocks.blocks_read - 2) if is_look else blocks.blocks_read
             stop = min(stop, blocks.last_read + 1 + 2 * read)
@@ -475,16 +457,3 @@ class Prefetcher:
             # If it is still in memory, `Scheduler` sees that when its turn has come.
             place = Place.LOCAL if self.blocks.is_stored(block) else Place.ABSENT
             self.blocks.moved(block, place)
-
-
-def _is_load(blocks: FileBlocks, offset: int) -> bool:
-    """Whether a read at this offset, beyond a known header, shows that the file is being loaded."""
-    if blocks.roles or blocks.rank >= 0:
-        return True
-    end = blocks.size_bytes - min(LOOK_AT_END_BYTES, blocks.size_bytes // 4)
-    return _header_end(blocks) <= offset < end
-
-
-def _header_end(blocks: FileBlocks) -> int:
-    """Where the header of a file ends, or at the latest."""
-    return blocks.header_bytes or min(LOOK_BYTES, blocks.size_bytes // 4)

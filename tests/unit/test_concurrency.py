@@ -116,6 +116,14 @@ def test_it_doubles_until_that_brings_nothing_and_then_tries_smaller_steps() -> 
     assert rounds.play(150, 200, 201) == [45, 67, 45]
 
 
+def test_a_larger_limit_is_proven_by_the_next_round() -> None:
+    limits = Concurrency(1000, start=10)
+    rounds = Rounds(limits)
+    assert (rounds.play(100), limits.proven_limit) == ([20], 10)
+    assert (rounds.play(150), limits.proven_limit) == ([40], 20)
+    assert (rounds.play(150), limits.proven_limit) == ([20], 20)
+
+
 def test_it_grows_by_one_at_least() -> None:
     limits = Concurrency(1000, start=1)
     limits.throttled()

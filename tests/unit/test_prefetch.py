@@ -8,7 +8,8 @@ from lazyfs.blocks import BlockId
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.file_blocks import AWAY, Place
 from lazyfs.model.safetensors import Tensor
-from lazyfs.prefetch.prefetcher import LOOK_BYTES, Prefetcher
+from lazyfs.prefetch.loads import LOOK_BYTES
+from lazyfs.prefetch.prefetcher import Prefetcher
 
 BLOCK = 10
 
@@ -391,6 +392,52 @@ def test_one_request_near_a_header_is_no_load_and_one_far_from_it_is() -> None:
         assert first_read(LOOK_BYTES + ahead) == [9]
         assert first_read(100_000 + ahead - 4096, header=100_000) == []
         assert first_read(100_000 + ahead, header=100_000) == [9]
+
+
+def looked_at(made: Prefetcher, inode: int) -> list[tuple[int, int]]:
+    """What is fetched ahead after a read of the first block."""
+    made.blocks.add_file(inode, 1 << 30)
+    made.blocks.moved(BlockId(inode, 0), Place.COMING)
+    made.was_read(inode, 0, 1 << 20)
+    return take(made, 9)
+
+
+def test_a_file_is_read_ahead_from_its_first_block_until_another_was_only_looked_at() -> None:
+    made = Prefetcher("model", BlockMap(8 << 20))
+    made.set_order((), ())
+    assert looked_at(made, 5) == [(5, 1), (5, 2)]
+    made.was_read(5, 100 << 20, 1 << 20)
+    take(made, 999)
+    assert looked_at(made, 6) == [(6, 1), (6, 2)], "the one before was loaded"
+    assert looked_at(made, 7) == [], "the one before may be looked at only"
+    made.was_read(6, 100 << 20, 1 << 20)
+    made.was_read(7, 100 << 20, 1 << 20)
+    take(made, 999)
+    assert looked_at(made, 8) == [(8, 1), (8, 2)]
+
+
+def test_a_small_file_that_was_read_says_nothing_about_looks() -> None:
+    made = Prefetcher("model", BlockMap(8 << 20))
+    made.set_order((), ())
+    made.blocks.add_file(4, LOOK_BYTES)
+    made.blocks.moved(BlockId(4, 0), Place.COMING)
+    made.was_read(4, 0, 4096)
+    assert looked_at(made, 5) == [(5, 1), (5, 2)]
+
+
+def test_other_files_can_wait_only_for_what_is_coming_of_the_first_one() -> None:
+    made = prefetcher("model", 2, 2, 2)
+    take(made, 2)
+    assert not made.can_wait(BlockId(3, 0)), "nothing was read"
+    made.was_read(2, BLOCK, 4)
+    assert made.can_wait(BlockId(3, 0))
+    assert not made.can_wait(BlockId(2, 1))
+    for number in range(2):
+        made.blocks.moved(BlockId(2, number), Place.LOCAL)
+    assert not made.can_wait(BlockId(3, 0)), "the first one is here"
+    take(made, 2)
+    made.was_read(3, BLOCK, 4)
+    assert not made.can_wait(BlockId(4, 0)), "the second is not the first"
 
 
 def test_pages_count_as_unread_until_a_request_from_behind_them() -> None:

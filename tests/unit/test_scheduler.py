@@ -18,8 +18,9 @@ from lazyfs.blocks.file_blocks import Place
 from lazyfs.cache import BlockCache, Claim, other_daemons
 from lazyfs.errors import AccessDeniedError, SourceError
 from lazyfs.fetch import request, scheduler
+from lazyfs.fetch.concurrency import START
 from lazyfs.fetch.fetcher import BlockFetcher
-from lazyfs.fetch.scheduler import URGENT_EXTRA
+from lazyfs.fetch.scheduler import BESIDE_FIRST, URGENT_EXTRA
 from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
@@ -420,6 +421,27 @@ def test_read_ahead_from_the_disk_waits_for_demand() -> None:
             machine.source.open.set()
         await until(lambda: len(machine.disk.loaded) == 4)
 
+    play(machine, scenario)
+
+
+def test_other_files_leave_the_link_to_the_first_file_that_a_reader_waits_for() -> None:
+    machine = Machine()
+    first = File(5, 1, "first", "first", 4 * BLOCK, "e", 0)
+    held_back = START - int(START * BESIDE_FIRST)
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        machine.order(first, LARGE)
+        machine.source.open.clear()
+        machine.prefetcher.was_read(first.inode, 3 * BLOCK, 10)
+        async with trio.open_nursery() as readers:
+            readers.start_soon(machine.fetcher.read, first, Span(3, 0, 10))
+            await until(lambda: machine.fetcher.in_flight == START - held_back)
+            await for_a_while()
+            assert machine.fetcher.in_flight == START - held_back
+            machine.source.open.set()
+        await until(lambda: len(machine.source.asked) > 100)
+
+    assert held_back
     play(machine, scenario)
 
 
