@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from posixpath import basename, dirname, join
 
 from lazyfs.model.filenames import (
     IMATRIX,
     MODEL,
+    OLLAMA_BLOB,
     TRAINING_STATE,
     Format,
     format_of,
@@ -88,7 +89,9 @@ class Directory:
             self.excluded[file.path] = "training state, which only a trainer reads"
         elif IMATRIX.fullmatch(name):
             self.excluded[file.path] = "an importance matrix, which only quantisers read"
-        elif format_of(name):
+        elif format_of(name) and not (
+            OLLAMA_BLOB.fullmatch(name) and is_small(name, file.size_bytes)
+        ):
             self.weights[name] = file.size_bytes
         elif may_be_weights(name, file.size_bytes):
             self._unknown[name] = file.size_bytes
@@ -151,6 +154,7 @@ class Directory:
         self,
         contents: Mapping[str, bytes],
         *,
+        exists: Callable[[str], bool],
         is_one_model: bool,
         variant: str = "",
     ) -> None:
@@ -158,6 +162,7 @@ class Directory:
 
         Args:
             contents: of the indexes that were fetched so far, by path.
+            exists: whether there are weights at a path.
             is_one_model: it is configured as one.
             variant: that a loader reads elsewhere in this pipeline; empty: none.
         """
@@ -170,9 +175,13 @@ class Directory:
         missing = {}
         for path in self.indexes:
             if path in contents:
-                named = named_shards(path, contents[path], files.keys())
+                named = named_shards(path, contents[path], files.keys(), exists)
                 stem = SHARD_INDEX.sub(r"\g<stem>", basename(path))
                 self.warnings += named.warnings
+                # Loaders look for one file of that name first.
+                single = SHARD_INDEX.sub(r"\g<stem>\g<suffix>", basename(path))
+                if named.broken and single not in files:
+                    self.problems.append(named.broken)
                 missing[stem] = f"{path} names shards that do not exist", named.missing
                 if named.found:
                     indexed[stem] = named.found

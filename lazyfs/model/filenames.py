@@ -64,10 +64,11 @@ _NO_WEIGHTS = re.compile(
     r"wav|webm|webp|whl|xml|xz|zip|zst)$",
     re.IGNORECASE,
 )
-# Files of the transformers Trainer; see vLLM's filter_files_not_needed_for_inference.
+# Files of the transformers Trainer (see vLLM's filter_files_not_needed_for_inference), of DeepSpeed
+# and of Megatron.
 TRAINING_STATE = re.compile(
     r"(training_args\.bin|optimizer([-_.]\d+-of-\d+)?\.(bin|pt|safetensors)|scheduler\.pt|scaler\.pt|"
-    r"rng_state.*\.pth)$"
+    r"rng_state.*\.pth|.+_optim_states\.pt|distrib_optim\.pt)$"
 )
 # llama.cpp's importance matrix, which llama-quantize reads.
 IMATRIX = re.compile(r".*imatrix.*\.(dat|gguf|gguf_file)$|.*\.imatrix$", re.IGNORECASE)
@@ -78,6 +79,9 @@ LEFTOVER = re.compile(r".+\.(lock|metadata|incomplete)$|\._.+")
 LEFTOVER_DIRECTORY = re.compile(r"(^|/)(\.cache/huggingface|\.ipynb_checkpoints|\.git)(/|$)")
 # A file of the cache of huggingface_hub, which `snapshots/` shows under its name.
 BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+# A file of the store of Ollama, whose manifests name it: a GGUF model or projector if it is large.
+OLLAMA_BLOB = re.compile(r"sha256-[0-9a-f]{64}")
 
 # Names that loaders know, whatever the framework: all of them are the model itself.
 _MODEL_STEMS = frozenset(
@@ -179,4 +183,6 @@ def format_of(name: str) -> Format | None:
         return "export"
     if found := _FORMATS.get(suffix_of(name)):
         return found
+    if OLLAMA_BLOB.fullmatch(name):
+        return "gguf"
     return next((form for pattern, form in _NUMBERED if pattern.fullmatch(name)), None)

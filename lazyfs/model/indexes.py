@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
+from posixpath import dirname, join, normpath
 
 from lazyfs.model.json_cost import MOST_PARSED_BYTES, json_cost
+from lazyfs.model.soundness import POINTER
 
 PIPELINE_INDEX = "model_index.json"
 # The index of a variant (`model.safetensors.index.fp16.json`) is left alone: the numbers of its
@@ -26,7 +28,11 @@ _NO_WEIGHTS = re.compile(r"(Scheduler|Tokenizer|TokenizerFast|Processor|Extracto
 
 
 class MalformedIndexError(ValueError):
-    """An index is not valid. The message is one line."""
+    """An index cannot be used. The message is one line."""
+
+
+class BrokenIndexError(MalformedIndexError):
+    """No loader can read an index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +42,14 @@ class NamedShards:
     Attributes:
         found: names of shards that exist.
         missing: names of shards that do not.
-        warnings: what is wrong with the index itself.
+        warnings: what is odd with the index itself.
+        broken: why no loader can read the index; None if one can.
     """
 
     found: Set[str] = frozenset()
     missing: Sequence[str] = ()
     warnings: Sequence[str] = ()
+    broken: str | None = None
 
 
 def parse_index(data: bytes) -> tuple[str, ...]:
@@ -70,7 +78,9 @@ def parse_index(data: bytes) -> tuple[str, ...]:
 def parse_pipeline(data: bytes) -> frozenset[str]:
     """The components that a `model_index.json` names, which are directories beside it.
 
-    A component is a pair of library and class; one that is left out is `[null, null]`. All other
+    A component is a pair of library and class; one that is left out is `[null, null]`. A class
+    whose name begins with `Multi` may have more directories, with numbers: they are returned as
+    `controlnet_*` (`MultiControlNetModel.save_pretrained`). All other
     values are settings of the pipeline (diffusers, `DiffusionPipeline.from_pretrained`). Components
     without weights, such as a scheduler, are not returned.
 
@@ -81,19 +91,16 @@ def parse_pipeline(data: bytes) -> frozenset[str]:
     frozenset({'vae'})
     """
     parsed = _parse(data)
-    named = (
-        frozenset(
-            name
-            for name, value in parsed.items()
-            if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)
-            if not _NO_WEIGHTS.search(value[1])
-        )
-        if isinstance(parsed, dict)
-        else frozenset()
-    )
-    if not named:
+    classes = {
+        name: value[1]
+        for name, value in (parsed.items() if isinstance(parsed, dict) else ())
+        if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)
+        if not _NO_WEIGHTS.search(value[1])
+    }
+    if not classes:
         raise MalformedIndexError("it names no component")
-    return named
+    more = (f"{name}_*" for name, kind in classes.items() if kind.startswith("Multi"))
+    return frozenset((*classes, *more))
 
 
 def _parse(data: bytes) -> object:
@@ -106,20 +113,27 @@ def _parse(data: bytes) -> object:
     except RecursionError:
         raise MalformedIndexError("it is nested too deeply") from None
     except ValueError as error:
-        raise MalformedIndexError(f"it is not valid JSON: {error}") from None
+        if data.startswith(POINTER):  # `soundness.py` looks at all files for these
+            raise MalformedIndexError("it is a Git LFS pointer") from None
+        raise BrokenIndexError(f"it is not valid JSON: {error}") from None
     return parsed
 
 
-def named_shards(path: str, index: bytes, listed: Set[str]) -> NamedShards:
+def named_shards(
+    path: str, index: bytes, listed: Set[str], exists: Callable[[str], bool]
+) -> NamedShards:
     """The shards that an index names.
 
     Args:
-        path: of the index, for warnings.
+        path: of the index, for messages.
         index: its contents.
         listed: names of the weights in its directory.
+        exists: whether there are weights at a path in another directory.
     """
     try:
         names = parse_index(index)
+    except BrokenIndexError as error:
+        return NamedShards(broken=f"{path} is broken: {error}; upload it again")
     except MalformedIndexError as error:
         ignored = f"{path} is ignored: {error}; shards are read in the order of their names"
         return NamedShards(warnings=[ignored])
@@ -129,7 +143,12 @@ def named_shards(path: str, index: bytes, listed: Set[str]) -> NamedShards:
     found = listed & set(names)
     if not found:
         warnings.append(f"{path} is ignored: it names none of the shards in its directory")
-    missing = [name for name in names if name not in listed and not _is_foreign(name)]
+    place = dirname(path)
+    missing = [
+        name
+        for name in names
+        if not (exists(normpath(join(place, name))) if _is_foreign(name) else name in listed)
+    ]
     return NamedShards(found, missing, warnings)
 
 

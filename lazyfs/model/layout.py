@@ -12,7 +12,8 @@ it for published models:
   are excluded; if it cannot be used, those that hold only ONNX or exports. Weights next to it
   are single-file copies of the pipeline: excluded, until a loader reads one and no component.
 - **One model in several directories** is one *group*: a pipeline; the numbered modules of
-  sentence-transformers (`2_Dense/`); the ranks of one model (`rank_0/`); a repository of Triton
+  sentence-transformers (`2_Dense/`), below their model or beside `modules.json`; the ranks of one
+  model (`rank_0/`, `mp_rank_00_000/`); a repository of Triton
   (`config.pbtxt`), of which the newest versions are read; and below a configured model,
   safetensors or PyTorch files with other names than its own, which are its components. A language
   model with its tokenizer comes first if what lies above it is no model by itself: text-to-speech
@@ -53,7 +54,9 @@ from lazyfs.model.weight_sets import CORE
 NO_INDEXES: Mapping[str, bytes] = MappingProxyType({})
 TRITON_CONFIGURATION = "config.pbtxt"
 _NUMBERED_MODULE = re.compile(r"\d+_[A-Z]\w*")
-_RANK = re.compile(r"rank_?\d+")
+# ServerlessLLM; Megatron, with pipeline parallelism too.
+_RANK = re.compile(r"rank_?\d+|mp_rank_\d+(_\d+)?")
+_MODULES = "modules.json"
 # What trainers save beside the model that they train.
 _CHECKPOINT = re.compile(r"(checkpoint|global_step|epoch|step|iter)[-_]?\d+")
 
@@ -117,7 +120,7 @@ def layouts(
     Args:
         files: all files of the mount, in any order.
         indexes: contents of the indexes fetched so far, by path. An index that is malformed or
-            names no existing file is ignored, with a warning.
+            names no existing file is ignored, with a warning; one that is not JSON is a problem.
         read: paths of weights that a loader has read, the latest last.
         opened: paths of weights that were opened.
         include: the patterns of `--include` (`MountOptions.include`).
@@ -154,6 +157,10 @@ class _Listing:
         for path in opened:
             if found := self._weights_at(path):
                 found.opened.append(basename(path))
+
+    def _exists(self, path: str) -> bool:
+        """Whether there are weights at a path."""
+        return self._weights_at(path) is not None
 
     def _weights_at(self, path: str) -> Directory | None:
         """The directory of a weights file; None: it is none."""
@@ -296,7 +303,7 @@ class _Listing:
         pipeline = self._pipelines.of(path)
         if path == pipeline and not directory.is_seen:
             directory.exclude(directory, "a single-file copy of the pipeline in this directory")
-            directory.decide(self._indexes, is_one_model=True)
+            directory.decide(self._indexes, exists=self._exists, is_one_model=True)
             return
         is_copy = basename(path) in COPY_DIRECTORIES
         is_one_model = directory.is_configured or (
@@ -308,6 +315,7 @@ class _Listing:
             variant = self._pipelines.variant(pipeline)
         directory.decide(
             self._indexes,
+            exists=self._exists,
             is_one_model=is_one_model,
             variant=variant,
         )
@@ -322,7 +330,7 @@ class _Listing:
             return path
         if (repository := self._triton_repository(path)) is not None:
             return repository
-        if _RANK.fullmatch(name):
+        if _RANK.fullmatch(name) or (_NUMBERED_MODULE.fullmatch(name) and self._has_modules(path)):
             return self._groups.get(dirname(path), dirname(path))
         above = self._nearest(path)
         if above is None or not above.choice.sets or not above.is_configured:
@@ -338,6 +346,11 @@ class _Listing:
         if is_component or _NUMBERED_MODULE.fullmatch(name):
             return self._groups.get(above.path, above.path)
         return path
+
+    def _has_modules(self, path: str) -> bool:
+        """Whether a directory is beside the list of the modules of sentence-transformers."""
+        above = self._directories.get(dirname(path))
+        return above is not None and any(basename(each.path) == _MODULES for each in above.others)
 
     def _triton_repository(self, path: str) -> str | None:
         """The repository of Triton that a version of a model is in."""

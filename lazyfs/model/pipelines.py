@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from posixpath import basename, dirname, join
 
@@ -13,11 +14,15 @@ from lazyfs.model.filenames import COPY_DIRECTORIES
 from lazyfs.model.indexes import (
     MAX_INDEX_BYTES,
     PIPELINE_INDEX,
+    BrokenIndexError,
     MalformedIndexError,
     parse_pipeline,
     shown,
 )
 from lazyfs.model.weight_sets import CORE
+
+# Further directories of one component have numbers.
+_NUMBER = re.compile(r"_\d+$")
 
 
 class Pipelines:
@@ -78,10 +83,17 @@ class Pipelines:
             if size > MAX_INDEX_BYTES:
                 raise MalformedIndexError(f"it has {size} bytes, the limit is {MAX_INDEX_BYTES}")
             named = parse_pipeline(self._indexes[path]) if path in self._indexes else None
+        except BrokenIndexError as error:
+            directory.problems.append(f"{path} is broken: {error}; upload it again")
+            return None
         except MalformedIndexError as error:
             directory.warnings.append(f"{path} is ignored: {error}; all components are read")
             return None
-        absent = [name for name in named or () if join(directory.path, name) not in self._places]
+        absent = [
+            name
+            for name in named or ()
+            if join(directory.path, name) not in self._places and not name.endswith("_*")
+        ]
         if absent:
             directory.problems.append(
                 f"{path} names components that do not exist: {shown(sorted(absent))}; upload them"
@@ -104,7 +116,7 @@ class Pipelines:
             return False
         component = path[len(pipeline) :].lstrip("/").partition("/")[0]
         if named is not None:
-            return component not in named
+            return named.isdisjoint((component, _NUMBER.sub("_*", component)))
         return dirname(path) == pipeline and not directory.formats & {*CORE, "gguf"}
 
     def is_below(self, path: str, pipeline: str) -> bool:

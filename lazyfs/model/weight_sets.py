@@ -7,7 +7,8 @@ files that differ only in their suffix or variant. The rules, in the order in wh
 
 1. **Other formats.** GGUF, exports to other frameworks, and ONNX files that are named like a model
    are whole models: copies beside safetensors or PyTorch files. Of a format that is only
-   known by its engine, or not at all (`other`), the set is read if it has most of the bytes.
+   known by its engine, or not at all (`other`), the set is read if it has most of the bytes. So
+   is data of ONNX models in `.bin` files, which are larger than these.
 2. **Copies.** Of the sets of one identity one is read: the first in the order of formats
    (safetensors, PyTorch: `.bin`, `.pt`, `.pth`, `.ckpt`; GGUF; ONNX), in which Mistral's
    `consolidated*` comes last and a set with an index first. vLLM's `_prepare_weights` and
@@ -30,7 +31,7 @@ files that differ only in their suffix or variant. The rules, in the order in wh
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lazyfs.model.filenames import (
@@ -161,7 +162,7 @@ def choose(
         opened: names of weights that were opened.
         variant: that a loader has read elsewhere in this pipeline; empty: none.
     """
-    every = group(files, indexed)
+    every = group(files, indexed, _data_of_graphs(files))
     choice = Choice(list(every))
     is_one_model = is_one_model or any(
         each.format in CORE and (each.indexed or len(each.names) > 1) for each in every
@@ -175,14 +176,22 @@ def choose(
     return choice
 
 
-def group(files: Iterable[str], indexed: Mapping[str, Iterable[str]]) -> list[WeightSet]:
-    """Sort weights into sets."""
+def group(
+    files: Iterable[str], indexed: Mapping[str, Iterable[str]], data: Container[str] = ()
+) -> list[WeightSet]:
+    """Sort weights into sets.
+
+    Args:
+        data: the files that are external data of ONNX models, although their suffix is another's.
+    """
     sets: dict[tuple[str, str, str, bool, bool], WeightSet] = {}
     index_of = {name: stem for stem, names in indexed.items() for name in names}
     names = sorted(files, key=natural_order)
     numbered = _numbered_from_the_beginning(names)
     for name in names:
         form, suffix = format_of(name) or "other", suffix_of(name)
+        if name in data:
+            form = "other"
         stem, count = stem_of(name), 0
         if form == "other":
             stem = suffix = ""  # an engine or a checkpoint of many files
@@ -201,6 +210,22 @@ def group(files: Iterable[str], indexed: Mapping[str, Iterable[str]]) -> list[We
         sets[key].names.append(name)
         sets[key].parts = max(sets[key].parts, count)
     return list(sets.values())
+
+
+def _data_of_graphs(files: Mapping[str, int]) -> set[str]:
+    """The `.bin` files that are data of ONNX models: larger than these, and nothing else here."""
+    graphs = [name for name in files if name.endswith(".onnx")]
+    forms = {format_of(name) for name in files}
+    data = {name for name in files if name.endswith(".bin") and format_of(name) == "pytorch"}
+    is_data = (
+        bool(graphs)
+        and forms == {"onnx", "pytorch"}
+        and all(
+            identity_of(stem_of(name)) != MODEL and not PART.search(stem_of(name)) for name in data
+        )
+        and sum(files[name] for name in graphs) < sum(files[name] for name in data)
+    )
+    return data if is_data else set()
 
 
 def _number(name: str) -> str:

@@ -13,10 +13,8 @@ from hypothesis import strategies as st
 
 from lazyfs.model.directory import SMALL_COUNT, SMALL_TOTAL_BYTES, ModelFile
 from lazyfs.model.indexes import MAX_INDEX_BYTES, MalformedIndexError, parse_index
-from lazyfs.model.layout import (
-    ModelLayout,
-    layouts,
-)
+from lazyfs.model.layout import ModelLayout, layouts
+from lazyfs.model.selection import wanted_models
 
 LAYOUT = Path(__file__).parent.parent / "data" / "llama-6-shards.layout.json"
 INDEX = "model.safetensors.index.json"
@@ -128,8 +126,30 @@ def test_a_wrong_index_is_used_as_far_as_it_is_right() -> None:
     assert "do not exist: 'gone.safetensors'" in missing
 
 
+@pytest.mark.parametrize("contents", [b"", b"\xff", b"<html>404</html>", index("a")[:-1]])
+def test_a_model_with_an_index_that_is_no_json_is_broken(contents: bytes) -> None:
+    layout = only(INDEX, "b.safetensors", "a.safetensors", indexes={INDEX: contents})
+    assert layout.shards == ("a.safetensors", "b.safetensors")
+    (problem,) = layout.problems
+    assert f"{INDEX} is broken: it is not valid JSON" in problem
+    single = only(INDEX, "model.safetensors", indexes={INDEX: contents})
+    assert single.problems == (), "loaders do not look at the index of one file"
+
+
+def test_an_index_may_name_shards_in_another_directory() -> None:
+    names = "a.safetensors", "x/b.safetensors", "../c.safetensors"
+    there = [f"m/{INDEX}", "m/config.json", "m/a.safetensors", "m/x/b.safetensors"]
+    contents = {f"m/{INDEX}": index(*names)}
+    whole = layouts(listing(*there, "c.safetensors"), indexes=contents)
+    assert [problem for each in whole for problem in each.problems] == []
+    (problem,) = (
+        problem for each in layouts(listing(*there), indexes=contents) for problem in each.problems
+    )
+    assert "do not exist: '../c.safetensors'" in problem
+
+
 @pytest.mark.parametrize(
-    "contents", [b"", b"[" * 100_000, b"\xff", b"{}", index(), index("no.safetensors"), index(1)]
+    "contents", [b"[" * 100_000, b"{}", index(), index("no.safetensors"), index(1)]
 )
 def test_a_useless_index_leaves_the_order_of_the_names_and_a_warning(contents: bytes) -> None:
     files = (INDEX, "b.safetensors", "a.safetensors", "consolidated.safetensors")
@@ -472,3 +492,58 @@ def test_a_pipeline_comes_before_its_components_even_if_one_has_a_tokenizer() ->
     )  # fmt: skip
     directories = ["", "image_encoder", "text_encoder", "unet"]
     assert [each.directory for each in found if each.paths] == directories
+
+
+def wanted(*paths: str, opened: Sequence[str] = ()) -> list[str]:
+    """The weights that are fetched after these files were opened or read."""
+    found = layouts(listing(*paths), read=[path for path in opened if path.endswith(".gguf")])
+    chosen = wanted_models(found, on_mount=True, opened=opened)
+    return [path for each in chosen for path in each.shards]
+
+
+def test_a_gguf_model_at_the_root_is_one_of_several_if_others_lie_below() -> None:
+    assert wanted("q4.gguf", "Q8/q8.gguf") == []
+    assert wanted("q4.gguf", "Q8/q8.gguf", opened=["q4.gguf"]) == ["q4.gguf"]
+    assert wanted("model.safetensors", "config.json", "Q8/q8.gguf") == ["model.safetensors"]
+    beside = "q4.gguf", "mmproj/mmproj-f16.gguf", "mmproj/README.md"
+    assert wanted(*beside) == ["q4.gguf"], "a projector is no model"
+
+
+def test_a_projector_that_is_read_says_nothing_about_the_models_beside_it() -> None:
+    paths = "q4.gguf", "mmproj-f16.gguf", "Q8/q8.gguf"
+    assert wanted(*paths, opened=["Q8/q8.gguf", "mmproj-f16.gguf"]) == ["Q8/q8.gguf"]
+
+
+def test_further_directories_of_one_component_have_numbers() -> None:
+    named = {"controlnet": ["m", "MultiControlNetModel"], "unet": ["d", "UNet2DConditionModel"]}
+    found = layouts(
+        listing(
+            "model_index.json", "controlnet/a.safetensors", "controlnet_1/a.safetensors",
+            "unet/a.safetensors", "unet_1/a.safetensors", "controlnet_x/a.safetensors",
+        ),
+        indexes={"model_index.json": json.dumps(named).encode()},
+    )  # fmt: skip
+    assert [path for each in found for path in each.shards] == [
+        "controlnet/a.safetensors", "controlnet_1/a.safetensors", "unet/a.safetensors",
+    ]  # fmt: skip
+    assert [each.problems for each in found if each.problems] == []
+
+
+def test_bin_files_are_data_of_onnx_models_only_if_nothing_else_explains_them() -> None:
+    graph = ModelFile("model.onnx", MIB)
+
+    def read(*others: ModelFile) -> set[str]:
+        (found,) = layouts([ModelFile("config.json", 9), graph, *others])
+        return set(found.shards)
+
+    data = ModelFile("weights.bin", GB)
+    assert read(data) == {"model.onnx", "weights.bin"}
+    assert read(ModelFile("pytorch_model.bin", GB)) == {"pytorch_model.bin"}
+    assert read(ModelFile("weights.bin", MIB // 2)) == {"weights.bin"}, "the graph has its own"
+    assert "model.onnx" not in read(data, ModelFile("model.safetensors", GB))
+
+
+def test_small_blobs_of_ollama_are_no_weights() -> None:
+    large, small = (f"blobs/sha256-{digit * 64}" for digit in "ab")
+    (found,) = layouts([ModelFile(large, GB), ModelFile(small, 500)])
+    assert (found.format, found.shards, found.small) == ("gguf", (large,), (small,))
