@@ -27,7 +27,7 @@ import os
 import signal
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,9 +46,12 @@ log = logging.getLogger(__name__)
 _IN_HEADER = struct.Struct("<IIQQIIII")
 _READ_IN = struct.Struct("<QQIIQI")
 _INTERRUPT_IN = struct.Struct("<Q")
+_BATCH_FORGET_IN = struct.Struct("<II")
+_FORGET_ONE_BYTES = 16
 _SIZE_AT = _IN_HEADER.size + 16  # of `size` in fuse_read_in
 _READ, _READDIR, _INTERRUPT, _READDIRPLUS = 15, 28, 36, 44
-_UNANSWERED = {2, 42}  # FORGET, BATCH_FORGET
+_BATCH_FORGET = 42
+_UNANSWERED = {2, _BATCH_FORGET}  # the first one is FORGET
 # In `read_flags`, FUSE_READ_LOCKOWNER: the kernel sets it for direct reads, and not for those that
 # fill the page cache (`fuse_send_read` and `fuse_send_readpages` in Linux). The flags of the file
 # are the same for both.
@@ -58,6 +61,8 @@ _IS_DIRECT = 1 << 1
 REQUEST_BYTES = (1 << 20) + (64 << 10)
 # Part of a directory in one answer: enough for nearly all, and fits into a socket's buffer.
 MOST_OF_DIRECTORY = 64 << 10
+# Inodes of one FUSE_BATCH_FORGET, for the same reason: the kernel sends up to 65,000 of them.
+MOST_FORGOTTEN = 4096
 # Answers of this size are written by movers, while some run: the kernel copies 1 MiB in a quarter
 # of a millisecond, and a call takes a fifth of that here.
 LEAST_MOVED = 256 << 10
@@ -166,7 +171,11 @@ class KernelConnection:
                 struct.pack_into("<I", message, _SIZE_AT, min(size, MOST_OF_DIRECTORY))
             if operation not in _UNANSWERED:
                 self._waiting[unique] = _Waiting(thread, trio.current_time())
-            await self._give_libfuse(message)
+            if operation == _BATCH_FORGET:
+                for part in _in_parts(message):
+                    await self._give_libfuse(part)
+            else:
+                await self._give_libfuse(message)
 
     async def _give_libfuse(self, message: memoryview) -> None:
         while True:
@@ -254,6 +263,19 @@ class KernelConnection:
                     self._answer(unique, errno.EINTR)
                     if waiting.scope:
                         waiting.scope.cancel()
+
+
+def _in_parts(message: memoryview) -> Iterator[memoryview]:
+    """A FUSE_BATCH_FORGET as several that fit into a socket's buffer."""
+    begin = _IN_HEADER.size + _BATCH_FORGET_IN.size
+    most = MOST_FORGOTTEN * _FORGET_ONE_BYTES
+    for at in range(begin, len(message), most):
+        part = bytearray(message[:begin])
+        part += message[at : at + most]
+        count = (len(part) - begin) // _FORGET_ONE_BYTES
+        struct.pack_into("<I", part, 0, len(part))
+        _BATCH_FORGET_IN.pack_into(part, _IN_HEADER.size, count, 0)
+        yield memoryview(part)
 
 
 def _note(error: OSError) -> None:

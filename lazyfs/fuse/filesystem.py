@@ -137,9 +137,11 @@ class Filesystem(pyfuse3.Operations):
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         directory = self._directory(InodeT(fh))
         await self._children(directory)
-        for position, node in enumerate(directory.in_order()[start_id:], start=start_id + 1):
+        nodes = directory.in_order()  # not sliced: it is read in thousands of parts
+        for position in range(start_id, len(nodes)):
+            node = nodes[position]
             attributes = self._attributes(node)
-            if not pyfuse3.readdir_reply(token, node.name.encode(), attributes, position):
+            if not pyfuse3.readdir_reply(token, node.name.encode(), attributes, position + 1):
                 return
             self._known(node)
 

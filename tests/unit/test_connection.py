@@ -20,7 +20,7 @@ from lazyfs.fuse.connection import KernelConnection, is_being_killed
 from lazyfs.fuse.reply import reply_in_mover
 from lazyfs.movers.call import MoverFaultError, MoverLostError
 
-LOOKUP, READ, INTERRUPT, FORGET, READDIRPLUS = 1, 15, 36, 2, 44
+LOOKUP, READ, INTERRUPT, FORGET, BATCH_FORGET, READDIRPLUS = 1, 15, 36, 2, 42, 44
 LOCK_OWNER, FLAGS = 2, os.O_DIRECT
 DATA = b"some bytes of a block"
 
@@ -214,6 +214,29 @@ def test_directory_reads_are_limited_to_what_a_socket_takes() -> None:
         for size, given in ((4096, 4096), (1 << 20, module.MOST_OF_DIRECTORY)):
             kernel.ask(READDIRPLUS, 4, struct.pack("<QQIIQII", 5, 0, size, 0, 0, 0, 0))
             assert struct.unpack_from("<I", await kernel.passed(), 56) == (given,)
+
+    converse(script)
+
+
+@pytest.mark.parametrize("count", [0, 1, 4096, 4097, 12_000])
+def test_any_number_of_inodes_can_be_forgotten_at_once(count: int) -> None:
+    """The kernel does so when memory is short, or a directory was walked."""
+    forgotten = [struct.pack("<QQ", inode + 2, 1) for inode in range(count)]
+
+    async def script(kernel: Kernel) -> None:
+        kernel.ask(BATCH_FORGET, 2, struct.pack("<II", count, 0) + b"".join(forgotten))
+        kernel.ask(LOOKUP, 4, b"name\0")
+        told: list[bytes] = []
+        while True:
+            message = await kernel.passed()
+            length, operation = struct.unpack_from("<II", message)
+            assert length == len(message) <= 128 << 10
+            if operation == LOOKUP:
+                break
+            (inside,) = struct.unpack_from("<I", message, 40)
+            assert len(message) == 48 + 16 * inside
+            told += [message[at : at + 16] for at in range(48, length, 16)]
+        assert told == forgotten
 
     converse(script)
 
