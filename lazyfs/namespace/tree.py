@@ -16,6 +16,7 @@ A directory gets its children once and never changes afterwards; that makes a mo
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +26,7 @@ from lazyfs.store.objects import Hidden
 ROOT_INODE = 1
 NAME_MAX_BYTES = 255
 SAME_NAME = "a directory has the same name"
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(slots=True)
@@ -76,7 +78,7 @@ def refusal(relative_key: str) -> str | None:
             return f"a part that is {part!r}"
         if len(part.encode()) > NAME_MAX_BYTES:
             return f"a part over {NAME_MAX_BYTES} bytes"
-        if any(ord(letter) < 32 or ord(letter) == 127 for letter in part):
+        if _CONTROL.search(part):
             return "a control character"
     return None
 
