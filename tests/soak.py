@@ -1,6 +1,6 @@
 """Everything goes wrong at once, for as long as you like: is every byte right, and nobody stuck?
 
-    python tests/soak.py SECONDS [--patience SECONDS]
+    python tests/soak.py SECONDS [--patience SECONDS] [--movers N]
 
 A mount with little memory, and a cache that holds a part of the model, serves 256 reading
 threads. In *storms* of some seconds S3 refuses, hangs, resets, cuts off and crawls, workers are
@@ -225,7 +225,7 @@ class Soak:
 
 
 @contextlib.contextmanager
-def soaking(directory: Path, patience_s: float) -> Iterator[Soak]:
+def soaking(directory: Path, patience_s: float, movers: int = 0) -> Iterator[Soak]:
     """A mount of a model whose every word says where it is."""
     # Where the clients of the control socket look for it, as the command line does.
     os.environ["LAZYFS_RUNTIME_DIR"] = RUNTIME_DIRECTORY
@@ -234,7 +234,10 @@ def soaking(directory: Path, patience_s: float) -> Iterator[Soak]:
     try:
         s3.put("soak", {f"m/model-{n:05}-of-{SHARDS:05}.safetensors": body
                         for n in range(1, SHARDS + 1)})  # fmt: skip
-        mounted = Mounted("s3://soak/m", directory / "mnt", directory / "cache", s3.url, *OPTIONS)
+        mounted = Mounted(
+            "s3://soak/m", directory / "mnt", directory / "cache", s3.url, *OPTIONS,
+            f"--movers={movers}",
+        )  # fmt: skip
         try:
             yield Soak(s3, mounted, patience_s + CALM_S)
         finally:
@@ -275,10 +278,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="everything goes wrong at once")
     parser.add_argument("seconds", type=float)
     parser.add_argument("--patience", type=float, default=5.0)
+    parser.add_argument("--movers", type=int, default=0, help="processes that move bytes")
     arguments = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="lazyfs-soak-") as directory,
-        soaking(Path(directory), arguments.patience) as soak,
+        soaking(Path(directory), arguments.patience, arguments.movers) as soak,
         subprocess.Popen(
             [sys.executable, "-c", READ, str(soak.mounted.path), str(READERS), str(LONG_S)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

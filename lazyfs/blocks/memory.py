@@ -69,11 +69,19 @@ class BlockMemory:
         block_size: the mount's, in bytes.
         blocks: the block map, which also records dropped blocks.
         readers: says how many readers there seem to be at once.
+        has_disk: blocks may be on disk.
     """
 
     def __init__(
-        self, limit_bytes: int, block_size: int, blocks: BlockMap, readers: Callable[[], int]
+        self,
+        limit_bytes: int,
+        block_size: int,
+        blocks: BlockMap,
+        readers: Callable[[], int],
+        *,
+        has_disk: bool = True,
     ) -> None:
+        self._has_disk = has_disk
         self._limit_bytes = limit_bytes
         self._block_size = block_size
         self._blocks = blocks
@@ -166,7 +174,7 @@ class BlockMemory:
                 continue
             if is_needed and held.demanded:
                 begun.append(block)  # its reader is about to ask for the next part
-            elif held.on_disk:
+            elif held.on_disk or not self._has_disk:
                 return block
             else:
                 not_stored = block  # it may still be written

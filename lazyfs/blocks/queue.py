@@ -42,6 +42,10 @@ class BlockQueue:
                 self._news = trio.Event()
             await self._news.wait()
 
+    def first(self) -> BlockId:
+        """The first block; there must be one."""
+        return next(iter(self._blocks))
+
     def take(self) -> tuple[BlockId, Held]:
         """Remove the first block and return it; there must be one."""
         return self._blocks.popitem(last=False)

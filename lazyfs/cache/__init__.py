@@ -166,6 +166,18 @@ class BlockCache:
                 return data
         return Claim.OURS
 
+    def claim_absent(self, file: File, numbers: Iterable[int]) -> set[int]:
+        """Claim those of a file's blocks that are not here; returns which this process fetches.
+
+        `put` or `release` must follow for each.
+        """
+        content = self._content(file)
+        return {
+            number
+            for number in numbers
+            if self._home(content, number).claim_absent(content, number)
+        }
+
     def load(self, file: File, number: int) -> memoryview | None:
         """A block's bytes, if it is on disk."""
         content = self._content(file)

@@ -200,6 +200,16 @@ class CacheDirectory:
             useless or self._index.claims is None or self._index.claims.claim(_key(content, number))
         )
 
+    def claim_absent(self, content: Content, number: int) -> bool:
+        """Claim a block, unless it is here or another process fetches it."""
+        if not self.claim(content, number):
+            return False
+        if self.holds(content, number):
+            self.release(content, number)
+            return False
+        self.counters.misses += 1
+        return True
+
     def release(self, content: Content, number: int) -> None:
         """Release the claim to a block."""
         if self._index.claims is not None:

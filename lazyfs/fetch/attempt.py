@@ -75,6 +75,7 @@ class Request:
         overtaken: how many requests that were made well after it, and are no shorter, have ended.
         is_elsewhere: whether the fleet's cache is asked.
         is_direct: the fleet has let it go to S3.
+        asked: what a mover was told when it requested the range, for the first attempt.
         extra_bytes: what was reserved beyond its room: for a second attempt, and for what goes on
             after nobody wants it.
     """
@@ -91,6 +92,7 @@ class Request:
     extra_bytes: int = 0
     is_elsewhere: bool = False
     is_direct: bool = False
+    asked: Any = None
 
 
 class Attempts:
@@ -139,8 +141,8 @@ class Attempts:
     ) -> None:
         """Make an attempt that has begun, and send its answer."""
         cache = attempt.cache
-        asked: Any = None
-        if self._has_movers and cache is None:
+        asked, request.asked = request.asked, None
+        if self._has_movers and cache is None and asked is None:
             found = await self._moved(request, attempt)
             if isinstance(found, Got | SourceError):
                 answers.send_nowait(found)
@@ -173,7 +175,7 @@ class Attempts:
                         self._may_ask_cache_again, request, attempt, trio_token=token
                     )
                 data = self._source.ranges.read(
-                    *wanted, attempt.cancel, **({"asked": asked} if asked else {})
+                    *wanted, attempt.cancel, **({} if asked is None else {"asked": asked})
                 )
                 size = request.length
                 return Got(data, Tier.S3)

@@ -104,16 +104,21 @@ class HedgeTimer:
         self._least_s = least_s
         self._mean_s = unknown_s / 2
         self._deviation_s = unknown_s / 8
-        self._known = False
+        self.answers = 0
 
     def answered(self, took_s: float) -> None:
         """A request was answered after `took_s`."""
-        if not self._known:
-            self._known = True
+        self.answers += 1
+        if self.answers == 1:
             self._mean_s, self._deviation_s = took_s, took_s / 2
             return
         self._deviation_s += (abs(took_s - self._mean_s) - self._deviation_s) / 4
         self._mean_s += (took_s - self._mean_s) / 8
+
+    @property
+    def usual_s(self) -> float:
+        """How long an answer takes on average."""
+        return self._mean_s
 
     @property
     def delay_s(self) -> float:
@@ -131,6 +136,11 @@ class Pacer:
     def __init__(self, rate: int | str) -> None:
         self._rate = rate
         self._free_at_s = 0.0
+
+    @property
+    def limits(self) -> bool:
+        """Whether there is a rate."""
+        return isinstance(self._rate, int)
 
     def delay_s(self, now_s: float, size_bytes: int) -> float:
         """How long to wait before a request for `size_bytes`, which counts from now on."""

@@ -117,6 +117,12 @@ class DiskTier:
             await self._origin.check_access(job)
         return found
 
+    async def claim(self, jobs: Sequence[Job]) -> Sequence[Job]:
+        """See `CacheTier`."""
+        numbers = [job.block.number for job in jobs]
+        ours = await self._threads.run(self._cache.claim_absent, jobs[0].file, numbers)
+        return [job for job in jobs if job.block.number in ours]
+
     async def _load_or_claim(self, job: Job) -> memoryview | Claim:
         """A block, or which daemon fetches it; waits for other daemons if a reader does."""
         lease_until = math.inf

@@ -81,8 +81,9 @@ class BlockFetcher:
         for_heads = heads_limit(options.memory_limit, options.block_size)
         for_blocks = options.memory_limit - for_heads
         self._memory = BlockMemory(
-            for_blocks, options.block_size, self._map, lambda: prefetcher.readers
-        )
+            for_blocks, options.block_size, self._map, lambda: prefetcher.readers,
+            has_disk=cache is not None,
+        )  # fmt: skip
         self._map.is_held = lambda block: self._memory.peek(block) is not None
         self._getter = BlockGetter(
             source, self._memory, options, self._threads, self.pump, recorder

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 
 import trio
 
@@ -21,7 +21,8 @@ from lazyfs.blocks.file_blocks import Place
 from lazyfs.blocks.memory import BlockMemory, Held, all_unread
 from lazyfs.errors import FaultError, SourceError
 from lazyfs.faults import contained, report_fault
-from lazyfs.fetch.tiers import Job, Tiers
+from lazyfs.fetch.attempt import Got
+from lazyfs.fetch.tiers import Batch, Came, Job, Tiers
 from lazyfs.objects import File
 from lazyfs.observe.events import Purpose
 from lazyfs.observe.recorder import Recorder, Tier
@@ -100,6 +101,8 @@ class Jobs:
         """A reader waits for a job."""
         job.waiting.append(span)
         self._waited_for.add(job.block)
+        if job.batch is not None:
+            job.batch.hurry()
 
     def leave(self, job: Job, span: Span) -> None:
         """A reader that waited for a job goes away; without readers, it is forgotten or goes on."""
@@ -114,6 +117,8 @@ class Jobs:
         for job in self._jobs.values():
             if job.started and not job.waiting and job.block.inode in inodes:
                 job.scope.cancel()
+                if job.batch and not any(other.waiting for other in job.batch.jobs):
+                    job.batch.stop()
 
     def start(self, nursery: trio.Nursery, job: Job, *, from_disk: bool = False) -> None:
         """Run a job in a task of a nursery. There must be room in memory.
@@ -121,6 +126,11 @@ class Jobs:
         Args:
             from_disk: the block is loaded from the disk ahead of readers.
         """
+        self.begin(job, from_disk=from_disk)
+        self.run(nursery, [job], from_disk=from_disk)
+
+    def begin(self, job: Job, *, from_disk: bool = False) -> None:
+        """A job is about to `run`. There must be room in memory, which it takes from now on."""
         job.started = True
         self._tiers.begin(job)
         self._memory.reserve(job.length)
@@ -130,25 +140,78 @@ class Jobs:
             self.loading += 1
         else:
             self.fetching += 1
-        nursery.start_soon(contained, "bringing a block", self._run, job, from_disk)
+
+    def run(self, nursery: trio.Nursery, jobs: Sequence[Job], *, from_disk: bool = False) -> None:
+        """Run jobs that have begun in a task of a nursery; several of one file as a batch."""
+        if len(jobs) == 1:
+            nursery.start_soon(contained, "bringing a block", self._run, jobs[0], from_disk)
+        else:
+            nursery.start_soon(contained, "bringing blocks", self._run_batch, nursery, Batch(jobs))
+
+    async def _run_batch(self, nursery: trio.Nursery, batch: Batch) -> None:
+        """Run the jobs of a batch. Those whose block does not come with it run by themselves."""
+        began_s = {job.block: self._recorder.begun(job.block) for job in batch.jobs}
+        for job in batch.jobs:
+            job.batch = batch
+
+        def runs_alone(job: Job, asked: object = None) -> None:
+            job.batch, job.asked = None, asked
+            self.run(nursery, [job])
+
+        def came(found: Sequence[Came]) -> None:
+            for job, got in found:
+                began = began_s.pop(job.block)
+                if not isinstance(got, Got):
+                    runs_alone(job, got)
+                elif job.scope.cancel_called and not job.waiting:
+                    runs_alone(job)  # it ends at once
+                else:
+                    job.tier = got.tier
+                    self._landed(job, got.data, began)
+                    self._is_over(job)
+                    if job.waiting:
+                        nursery.start_soon(contained, "answering readers", self._answer, job)
+                    else:
+                        job.done.set()
+            self._on_end()
+
+        try:
+            await self._tiers.get_each(batch, came)
+        except Exception as error:
+            report_fault("bringing blocks", error)
+        finally:
+            for job in batch.jobs:
+                if job.block in began_s:
+                    runs_alone(job)
 
     async def _run(self, job: Job, from_disk: bool) -> None:
         """Run one job until its readers are answered, whatever happens."""
         try:
-            try:
-                await self._obtain(job)
-            finally:
-                if from_disk:
-                    self.loading -= 1
-                else:
-                    self.fetching -= 1
-                del self._jobs[job.block]
-                self._waited_for.discard(job.block)
+            await self._obtain(job)
+        except BaseException:
+            job.done.set()
+            raise
+        finally:
+            self._is_over(job, from_disk=from_disk)
+        await self._answer(job)
+        self._on_end()
+
+    def _is_over(self, job: Job, *, from_disk: bool = False) -> None:
+        """A job has its block, or has failed."""
+        if from_disk:
+            self.loading -= 1
+        else:
+            self.fetching -= 1
+        del self._jobs[job.block]
+        self._waited_for.discard(job.block)
+
+    async def _answer(self, job: Job) -> None:
+        """Have the readers of a job answered, but first push what they do not wait for."""
+        try:
             if job.held and job.waiting and self._pusher.takes(job.block, job.length):
                 await self._pusher.push_around(job.block, job.held, job.waiting)
         finally:
             job.done.set()
-        self._on_end()
 
     async def _obtain(self, job: Job) -> None:
         """Get the block of a job, and hold it."""
@@ -167,13 +230,22 @@ class Jobs:
             if job.scope.cancelled_caught:
                 self._map.moved(job.block, Place.ABSENT)
             return
+        self._landed(job, data, began_s)
+
+    def _landed(self, job: Job, data: memoryview, began_s: float) -> None:
+        """A block has come: hold it, and give it to the tiers above the one that had it."""
+        try:
+            self._hold(job, data, began_s)
+        except Exception as error:
+            report_fault("bringing a block", error)
+            if job.held is None:
+                self._tiers.give_up(job)
+                self._fail(job, FaultError(f"{job.file.key}: a fault of lazyfs; its log has more"))
+
+    def _hold(self, job: Job, data: memoryview, began_s: float) -> None:
         purpose = Purpose.DEMAND if job.waiting else Purpose.AHEAD
         came = job.length - job.headed_bytes
         self._recorder.landed(job.file, job.block, came, job.tier, purpose, began_s)
-        self._hold(job, data)
-
-    def _hold(self, job: Job, data: memoryview) -> None:
-        """Hold a block in memory, and give it to the tiers above the one that had it."""
         job.held = Held(
             job.file,
             data,

@@ -9,15 +9,18 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import trio
 
+from lazyfs.blocks.buffers import LEAST_SHARED
 from lazyfs.blocks.memory import BlockMemory
 from lazyfs.errors import SourceError, ThrottledError
 from lazyfs.fetch.attempt import MOST_ASKED_OF_CACHE, Answer, Attempts, Got, Request
 from lazyfs.fetch.concurrency import START, Concurrency, HedgeTimer, Pacer
 from lazyfs.fetch.fleet import FAR_OVERTAKEN, LATE_S, Fleet
+from lazyfs.movers.call import Nudge
 from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.options.mount_options import MountOptions
@@ -40,6 +43,15 @@ SILENT_S = 4.0
 # A second request that failed is repeated after this time, then after twice as long, as long as the
 # first one is not answered.
 AGAIN_S = 1.0
+# The most blocks that one call of a mover requests, and the largest share of those under way: a
+# call ends with the last of its blocks.
+MOST_TOGETHER = 8
+SHARE_OF_CALL = 1 / 4
+# Blocks are requested together if at least this many come in a second. If fewer do, their requests
+# are no work, and the order in which they come counts.
+LEAST_RATE = 40.0
+# How long a mover may need to end a call that takes too long.
+LEAVES_S = 4.0
 # A prefetch is given up after this time; a reader that needs the block starts a request of its own.
 PREFETCH_PATIENCE_S = 20.0
 
@@ -86,6 +98,9 @@ class BlockGetter:
             source, self.fleet, threads, recorder, self._attempt_ended,
             has_movers=options.movers > 0,
         )  # fmt: skip
+        self._moves_together = (
+            options.movers > 0 and not options.fleet_cache and options.block_size >= LEAST_SHARED
+        )
         # Requests without a second attempt.
         self._first_attempts: dict[Request, None] = {}
         # S3's last error for each object that cannot be read.
@@ -131,6 +146,7 @@ class BlockGetter:
         saturated: Callable[[], bool],
         has_time: Callable[[], bool] = lambda: False,
         is_block: bool = True,
+        asked: Any = None,
     ) -> Got:
         """`length` bytes of a file from `start`.
 
@@ -142,6 +158,7 @@ class BlockGetter:
                 rate say whether the limit is right.
             has_time: whether no reader waits for it.
             is_block: whether a whole block is requested; only blocks count for usual times.
+            asked: what `get_each` told of the same range: the request goes on with that.
 
         Raises:
             SourceError: they could not be fetched in that time.
@@ -150,10 +167,11 @@ class BlockGetter:
         asked_of_cache = 0 if length > 1 else MOST_ASKED_OF_CACHE
 
         async def attempt() -> Got:
-            nonlocal asked_of_cache
+            nonlocal asked_of_cache, asked
             await trio.sleep(self._pacer.delay_s(trio.current_time(), length))
             began_s = trio.current_time()
-            request = Request(file, start, length, began_s, has_time)
+            request = Request(file, start, length, began_s, has_time, asked=asked)
+            asked = None
             if self.fleet and asked_of_cache < MOST_ASKED_OF_CACHE:
                 request.is_elsewhere = await self.fleet.may_be_asked()
                 request.is_direct = not request.is_elsewhere
@@ -184,6 +202,83 @@ class BlockGetter:
         except SourceError as error:
             self.troubles[file.key] = str(error)
             raise
+
+    @property
+    def together(self) -> int:
+        """How many blocks to request in one call of a mover; 1: each by itself."""
+        if not self._moves_together or self._pacer.limits:
+            return 1
+        is_known = self._timer.answers >= START  # and of requests that were under way together
+        if not is_known or self.limit < LEAST_RATE * self._timer.usual_s:
+            return 1
+        if not self._source.ranges.may_move:
+            return 1
+        most = min(self.limit, self._memory.most_blocks // 2)
+        return max(1, min(MOST_TOGETHER, int(most * SHARE_OF_CALL)))
+
+    async def get_each(
+        self,
+        file: File,
+        parts: Sequence[tuple[int, int]],
+        nudge: Nudge,
+        came: Callable[[Sequence[tuple[int, Got | Any]]], None],
+        saturated: Callable[[], bool],
+    ) -> None:
+        """Request several blocks of a file in one call of a mover, each once.
+
+        Args:
+            parts: start and length of each.
+            nudge: sends `EACH` and `STOP` meanwhile.
+            came: called with what came, and of which part it is, of one or more parts at a time:
+                the bytes, or `asked` for `get`. Other parts were not requested.
+            saturated: see `get`.
+
+        Raises:
+            OSError: out of memory.
+        """
+        began_s = trio.current_time()
+        patience_s = self._timer.delay_s
+        asked_s = [self._recorder.asked("get") for _ in parts]
+        missing = dict.fromkeys(range(len(parts)))
+        room_bytes, is_over, all_came = 0, False, True
+
+        def tell(found: Sequence[tuple[int, memoryview | Any]]) -> None:
+            nonlocal all_came
+            now_s = self._came_at_s = trio.current_time()
+            self._overtakes(began_s, self._block_size)
+            told: list[tuple[int, Got | Any]] = []
+            for which, data in found:
+                del missing[which]
+                length = parts[which][1]
+                if isinstance(data, memoryview):
+                    self._recorder.answered("get", asked_s[which], length, failed=False)
+                    self._concurrency.answered(now_s, length, saturated=saturated())
+                    told.append((which, Got(data, Tier.S3)))
+                else:
+                    all_came = False
+                    self._recorder.withdrawn("get")  # `get` goes on with it
+                    told.append((which, data))
+            came(told)
+
+        def ended() -> None:
+            nonlocal is_over
+            is_over = True
+            if room_bytes:
+                self._memory.release(room_bytes)
+                self._room_made()
+
+        try:
+            with trio.move_on_after(patience_s + LEAVES_S):
+                await self._source.ranges.read_each(file, parts, tell, nudge, patience_s, ended)
+        finally:
+            if not is_over:  # it still writes into their memory
+                room_bytes = sum(parts[which][1] for which in missing)
+                self._memory.reserve(room_bytes)
+            for _ in missing:
+                self._recorder.withdrawn("get")
+        if not missing and all_came:
+            self.troubles.pop(file.key, None)
+            self._timer.answered(trio.current_time() - began_s)
 
     async def _first_answer(self, request: Request, note: Callable[[SourceError], None]) -> Got:
         """The answer to one GET, or to a second one if the first is much slower than usual.
@@ -271,15 +366,15 @@ class BlockGetter:
                     return None
         finally:
             del self._first_attempts[request]
-            self._overtakes(request)
+            self._overtakes(request.began_s, request.length)
 
-    def _overtakes(self, request: Request) -> None:
+    def _overtakes(self, began_s: float, length: int) -> None:
         """A request was answered: those that were made well before it are slower."""
-        before_s = request.began_s - self._timer.delay_s / 2
+        before_s = began_s - self._timer.delay_s / 2
         for other in self._first_attempts:  # in the order in which they were made
             if other.began_s > before_s:
                 break
-            other.overtaken += other.length <= request.length
+            other.overtaken += other.length <= length
 
     def _usual_s(self, request: Request) -> float:
         """How long a request takes at the rate of the others under way; 0: nothing has come."""

@@ -100,7 +100,8 @@ class Scheduler:
     @property
     def is_saturated(self) -> bool:
         """Whether as many requests are in flight as S3 answers at once."""
-        return bool(self._urgent) or self._jobs.fetching >= self._getter.limit
+        full = self._getter.limit - self._getter.together
+        return bool(self._urgent) or self._jobs.fetching > full
 
     def demand(self, block: BlockId, span: Span) -> Job:
         """The job that brings a block for a reader, which waits for `span`. `pump` starts it."""
@@ -180,6 +181,19 @@ class Scheduler:
             pushes_lag: blocks wait to be pushed. They keep their room, even if they are on the
                 disk: to load them from there takes longer than to wait for their push.
         """
+        batch: list[Job] = []
+        try:
+            return self._begin_ahead(nursery, batch, pushes_lag=pushes_lag)
+        finally:
+            if batch:
+                self._jobs.run(nursery, batch)
+
+    def _begin_ahead(
+        self, nursery: trio.Nursery, batch: list[Job], *, pushes_lag: bool
+    ) -> Activity:
+        """Begin jobs as `_fetch_ahead`, and run them in batches; the last batch is left to run."""
+        together = self._getter.together
+        waits = self._jobs.fetching >= together > 1
         while self._jobs.fetching < self._getter.limit:
             block = self._prefetcher.next_fetch()
             if block is None:
@@ -191,11 +205,22 @@ class Scheduler:
                 self._prefetcher.blocks.moved(block, Place.LOCAL)
                 self._push_ahead(nursery, from_disk=False)
                 continue
-            if not self._make_room(self._length(block), urgent=False, keep_local=pushes_lag):
+            if batch and (len(batch) == together or batch[0].block.inode != block.inode):
+                self._jobs.run(nursery, [*batch])
+                batch.clear()
+            room = self._length(block)
+            if waits:
+                # While others are on their way, a batch waits until all of it can begin.
+                waits = False
+                if self._jobs.fetching + together > self._getter.limit:
+                    return Activity.FETCHING
+                room = together * self._block_size
+            if not self._make_room(room, urgent=False, keep_local=pushes_lag):
                 # Blocks on their way take room too; with enough of them, room is not what lacks.
                 enough = 2 * self._jobs.fetching >= self._getter.limit
                 return Activity.FETCHING if enough else Activity.NO_ROOM
-            self._jobs.start(nursery, self._new_job(block))
+            batch.append(job := self._new_job(block))
+            self._jobs.begin(job)
         return Activity.FETCHING
 
     def _can_wait(self, block: BlockId) -> bool:

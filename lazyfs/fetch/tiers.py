@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import trio
 
 from lazyfs.blocks import BlockId, Span
-from lazyfs.blocks.buffers import take_buffer
+from lazyfs.blocks.buffers import LEAST_SHARED, take_buffer
 from lazyfs.blocks.memory import Held
 from lazyfs.cache import Claim
 from lazyfs.errors import SourceError
@@ -23,8 +23,12 @@ from lazyfs.fetch.attempt import Got
 from lazyfs.fetch.read_access import ReadAccess
 from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter
 from lazyfs.model.safetensors import HEAD_BYTES
+from lazyfs.movers.call import Nudge
 from lazyfs.objects import File
 from lazyfs.observe.recorder import Tier
+from lazyfs.store.protocol import EACH, STOP
+
+_NO_BYTES = memoryview(b"")
 
 
 @dataclass(slots=True)
@@ -36,6 +40,9 @@ class Job:
         lease_until: how long it is left to another daemon that has claimed it.
         tier: where it came from.
         headed_bytes: how much of it was not asked for, because it came before, as a header.
+        batch: the batch in which it is fetched now.
+        is_claimed: no cache has it, and it is ours to fetch.
+        asked: the answer to the request of its batch, if that is not simply the block.
         scope: its request; cancelled if nobody wants the block any more.
     """
 
@@ -49,8 +56,44 @@ class Job:
     held: Held | None = None
     tier: Tier = Tier.S3
     headed_bytes: int = 0
+    batch: Batch | None = None
+    is_claimed: bool = False
+    asked: Any = None
     error: SourceError | None = None
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """Blocks of one file that one call of a mover fetches ahead of readers.
+
+    What a call costs the worker is shared by all of them. A block that does not come this way is
+    fetched by itself, beginning with what came of it.
+
+    Attributes:
+        jobs: those of the blocks.
+    """
+
+    jobs: Sequence[Job]
+    nudge: Nudge = field(default_factory=Nudge)
+    _sent: set[bytes] = field(default_factory=set)
+
+    def hurry(self) -> None:
+        """A reader waits for one of the blocks: hand each one over as it comes."""
+        self._send(EACH)
+
+    def stop(self) -> None:
+        """End the requests."""
+        self._send(STOP)
+
+    def _send(self, word: bytes) -> None:
+        if word not in self._sent:
+            self._sent.add(word)
+            self.nudge.send(word)
+
+
+# What came of a job's request: the block, or `Job.asked`, or None if it was not made.
+Came = tuple["Job", Got | Any]
 
 
 class CacheTier(Protocol):
@@ -73,6 +116,9 @@ class CacheTier(Protocol):
         Raises:
             SourceError: the mount may not read the object.
         """
+
+    async def claim(self, jobs: Sequence[Job]) -> Sequence[Job]:
+        """The jobs of a file whose blocks are not here, and are ours to fetch."""
 
     def put(self, block: BlockId, held: Held, *, reader_waits: bool) -> None:
         """Take a block that came from a tier below. Does not block.
@@ -119,9 +165,10 @@ class OriginTier:
         Of a long header, what came by itself is not fetched again with the block.
         """
         start = job.block.number * self._block_size
-        head = self._head(job.file.inode)
-        have = head[start : start + job.length] if len(head) > HEAD_BYTES else head[:0]
+        # A request that was made already is for all of the block.
+        have = self._headed(job) if job.asked is None else _NO_BYTES
         job.headed_bytes = len(have)
+        asked, job.asked = job.asked, None
         if len(have) == job.length:
             return Got(_joined(have, have[:0]), Tier.S3)
         got = await self._getter.get(
@@ -132,9 +179,38 @@ class OriginTier:
             saturated=self._saturated,
             is_block=not have,
             has_time=lambda: not job.waiting,
+            asked=asked,
         )
         self._access.shown(job.file)
         return got._replace(data=_joined(have, got.data)) if have else got
+
+    def takes_together(self, job: Job) -> bool:
+        """Whether a block can be requested together with others."""
+        return job.length >= LEAST_SHARED and not self._headed(job)
+
+    async def get_each(
+        self, batch: Batch, jobs: Sequence[Job], came: Callable[[Sequence[Came]], None]
+    ) -> None:
+        """Request blocks of a batch (`takes_together`); see `Tiers.get_each`.
+
+        Raises:
+            OSError: out of memory.
+        """
+        file = jobs[0].file
+
+        def tell(found: Sequence[tuple[int, Got | Any]]) -> None:
+            if any(isinstance(got, Got) for _, got in found):
+                self._access.shown(file)
+            came([(jobs[which], got) for which, got in found])
+
+        parts = [(job.block.number * self._block_size, job.length) for job in jobs]
+        await self._getter.get_each(file, parts, batch.nudge, tell, self._saturated)
+
+    def _headed(self, job: Job) -> memoryview:
+        """What came of a block with a long header."""
+        start = job.block.number * self._block_size
+        head = self._head(job.file.inode)
+        return head[start : start + job.length] if len(head) > HEAD_BYTES else _NO_BYTES
 
     async def get_part(
         self, file: File, start: int, length: int, patience_s: Callable[[], float]
@@ -195,7 +271,7 @@ class Tiers:
             SourceError: no tier can give it to this mount.
         """
         try:
-            for cache in self._caches:
+            for cache in () if job.is_claimed else self._caches:
                 found = await cache.get(job)
                 if found is Claim.THEIRS:
                     return None
@@ -204,11 +280,33 @@ class Tiers:
                     return found
             data = await self._from_origin(job)
         except SourceError:
-            self._give_up(job)
+            self.give_up(job)
             raise
         if data is None:
-            self._give_up(job)
+            self.give_up(job)
         return data
+
+    async def get_each(self, batch: Batch, came: Callable[[Sequence[Came]], None]) -> None:
+        """Request the blocks of a batch from the origin, except for those that a cache has.
+
+        Args:
+            came: called with what came, of some of the jobs at a time; first with those that are
+                not requested. With some it may never be called.
+
+        Raises:
+            OSError: out of memory.
+        """
+        jobs: Sequence[Job] = [job for job in batch.jobs if self._origin.takes_together(job)]
+        for cache in self._caches:
+            if jobs:
+                jobs = await cache.claim(jobs)
+        for job in jobs:
+            job.is_claimed = True
+        others = [(job, None) for job in batch.jobs if not any(job is each for each in jobs)]
+        if others:
+            came(others)
+        if jobs:
+            await self._origin.get_each(batch, jobs, came)
 
     async def _from_origin(self, job: Job) -> memoryview | None:
         """None: the request was cancelled, and no reader waits. Raises SourceError."""
@@ -220,7 +318,8 @@ class Tiers:
                 return None
             job.scope = trio.CancelScope()
 
-    def _give_up(self, job: Job) -> None:
+    def give_up(self, job: Job) -> None:
+        """The block of a job does not come."""
         for cache in self._caches:
             cache.give_up(job)
 

@@ -3,11 +3,13 @@
 A *line* is a socket between a thread of the worker and a thread of a mover, which runs one call at
 a time. The worker sends the function's name, its arguments and the places of its buffers in the
 arena as JSON; the mover answers with the value or the exception. Before that it may pass the
-connection that the call waits for, so that the worker can end it.
+connection that the call waits for, so that the worker can end it, or parts of the value. The worker
+can send words to a running call (`Nudge`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 from collections.abc import Callable, Sequence
@@ -35,6 +37,32 @@ class Wire(Protocol):
 
     def use(self, connection: socket.socket | None) -> None:
         """Set the connection that the call waits for; ends it at once if the call was cancelled."""
+
+
+class Nudge:
+    """Sends words to the function of a call, before or while it runs. Later ones have no effect."""
+
+    def __init__(self) -> None:
+        self._channel: socket.socket | None = None
+        self._early: list[bytes] = []
+
+    def begin(self, channel: socket.socket) -> None:
+        """The call begins; `channel` leads to its function."""
+        self._channel = channel
+        for word in self._early:
+            self.send(word)
+
+    def end(self) -> None:
+        """The call has ended."""
+        self._channel = None
+
+    def send(self, word: bytes) -> None:
+        """Send a word. Does not block."""
+        if self._channel is None:
+            self._early.append(word)
+            return
+        with contextlib.suppress(OSError):  # the mover has ended, or has many words to read
+            self._channel.send(word, socket.MSG_DONTWAIT)
 
 
 class Line:
@@ -74,8 +102,13 @@ class Line:
             if wire is not None:
                 wire.use(None)
 
-    async def wait_for_answer(self, wire: Wire | None) -> dict[str, Any]:
+    async def wait_for_answer(
+        self, wire: Wire | None, came: Callable[[Any], None] = lambda part: None
+    ) -> dict[str, Any]:
         """Wait for the answer to a call in a task.
+
+        Args:
+            came: called with each part of the value that the mover tells before.
 
         Raises:
             OSError: the mover has ended.
@@ -85,8 +118,11 @@ class Line:
 
         while True:
             await trio.lowlevel.wait_readable(self.channel)
-            if (told := self.receive(wire)) is not None:
+            told = self.receive(wire)
+            if told is not None and "part" not in told:
                 return told
+            if told is not None:
+                came(told["part"])
 
     def receive(self, wire: Wire | None) -> dict[str, Any] | None:
         """The next message of a call: its answer, or None if it was the connection to wait for.
@@ -109,6 +145,17 @@ class Line:
             return None  # this process may open no more files
         told: dict[str, Any] = json.loads(message)
         return told
+
+
+def told_of(error: OSError) -> dict[str, Any]:
+    """What the mover tells of an exception, for `error_of`."""
+    kind = next(number for number, each in enumerate(OS_ERRORS) if isinstance(error, each))
+    return {"kind": kind, "errno": error.errno or 0, "text": error.strerror or str(error)}
+
+
+def error_of(told: dict[str, Any]) -> OSError:
+    """The exception that the mover told of."""
+    return OS_ERRORS[told["kind"]](told["errno"], told["text"])
 
 
 def message_of(
@@ -135,7 +182,7 @@ def message_of(
 def value_of(told: dict[str, Any]) -> Any:
     """The value of a call. Raises what its function raised: OSError, MoverFaultError."""
     if "errno" in told:
-        raise OS_ERRORS[told["kind"]](told["errno"], told["text"])
+        raise error_of(told)
     if "fault" in told:
         raise MoverFaultError(told["fault"])
     return told["value"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
+from typing import Any
 
 # What is sent with a connection.
 WIRE = b"wire"
@@ -20,6 +22,17 @@ def lent(name: str) -> int:
 def serve(line: socket.socket) -> None:
     """Record that this thread gets its calls over this line."""
     _of_thread.line = line
+
+
+def line() -> socket.socket:
+    """The line of this thread's call. The worker may send single words over it (`Nudge`)."""
+    found: socket.socket = _of_thread.line
+    return found
+
+
+def tell(part: Any) -> None:
+    """Give the worker a part of the call's result, before the function returns. Raises OSError."""
+    _of_thread.line.send(json.dumps({"part": part}).encode())
 
 
 def tell_wire(connection: socket.socket) -> None:

@@ -32,8 +32,16 @@ from typing import Any
 
 from lazyfs.blocks import buffers
 from lazyfs.blocks.arena import Arena
-from lazyfs.faults import contained
-from lazyfs.movers.call import MOST_BYTES, Line, MoverLostError, Wire, message_of, value_of
+from lazyfs.faults import contained, report_fault
+from lazyfs.movers.call import (
+    MOST_BYTES,
+    Line,
+    MoverLostError,
+    Nudge,
+    Wire,
+    message_of,
+    value_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +49,8 @@ log = logging.getLogger(__name__)
 MOST_IDLE_S = 30.0
 # The pause after the death of a mover before another one starts; it grows while they keep dying.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
-# Concurrent calls of each mover before another one is started: they share an interpreter.
+# Concurrent calls, or parts of them, of each mover before another one is started: they share an
+# interpreter.
 CALLS_OF_EACH = 6
 # How long a task that is in no hurry waits for a mover that is starting.
 LONGEST_START_S = 5.0
@@ -50,13 +59,18 @@ _PASSED_ON = ("PATH", "PYTHON", "LD_", "LANG", "LC_", "TZ", "OPENSSL_")
 
 
 class _Line(Line):
-    """A line to a thread of a mover of this pool."""
+    """A line to a thread of a mover of this pool.
 
-    __slots__ = ("mover",)
+    Attributes:
+        parts: how many things its present call does at once.
+    """
+
+    __slots__ = ("mover", "parts")
 
     def __init__(self, mover: _Mover, channel: socket.socket) -> None:
         super().__init__(channel)
         self.mover = mover
+        self.parts = 1
 
 
 @dataclass(slots=True, eq=False)
@@ -139,13 +153,19 @@ class Movers:
         self,
         function: Callable[..., Any],
         *arguments: Any,
-        buffer: memoryview,
+        buffer: memoryview | Sequence[memoryview],
         wire: Wire | None = None,
         ended: Callable[[], None] = lambda: None,
+        came: Callable[[Any], None] = lambda part: None,
+        nudge: Nudge | None = None,
+        parts: int = 1,
     ) -> Any:
         """Like `call`, for a task of the trio thread.
 
         Args:
+            came: called with each part of the value that the function tells (`context.tell`).
+            nudge: sends words to the function while it runs.
+            parts: how many things the function does at once.
             ended: called when the mover is done, even if the task was cancelled before that: then
                 the call goes on without it, and the buffer stays in use.
 
@@ -154,15 +174,23 @@ class Movers:
         """
         import trio  # not for movers and for the probe of S3, which every mount waits for
 
+        def tell(part: Any) -> None:
+            try:
+                came(part)
+            except Exception as error:
+                report_fault("handling a part of an answer", error)
+
         try:
             asked = message_of(function, arguments, buffer)
-            line = self._take()
+            line = self._take(parts)
         except BaseException:
             ended()
             raise
         try:
             line.send(asked, wire)
-            told = await line.wait_for_answer(wire)
+            if nudge is not None:
+                nudge.begin(line.channel)
+            told = await line.wait_for_answer(wire, tell)
         except trio.Cancelled:
             self._go_on(line, buffer, wire, ended)
             raise
@@ -174,6 +202,9 @@ class Movers:
             self._remove(line.mover)
             self._go_on(line, buffer, wire, ended)
             raise MoverLostError(str(error)) from error
+        finally:
+            if nudge is not None:
+                nudge.end()
         self._done(line, wire, ended, lost=False)
         return value_of(told)
 
@@ -190,7 +221,11 @@ class Movers:
         ended()
 
     def _go_on(
-        self, line: _Line, buffer: memoryview, wire: Wire | None, ended: Callable[[], None]
+        self,
+        line: _Line,
+        buffer: memoryview | Sequence[memoryview],
+        wire: Wire | None,
+        ended: Callable[[], None],
     ) -> None:
         """Leave a call to a task that outlives the one that made it."""
         import trio
@@ -200,7 +235,11 @@ class Movers:
         )
 
     async def _drain(
-        self, line: _Line, buffer: memoryview, wire: Wire | None, ended: Callable[[], None]
+        self,
+        line: _Line,
+        buffer: memoryview | Sequence[memoryview],
+        wire: Wire | None,
+        ended: Callable[[], None],
     ) -> None:
         """Wait for the end of a call without its task; until then `buffer` is in use.
 
@@ -260,11 +299,11 @@ class Movers:
         for mover in movers:
             _end(mover)
 
-    def _take(self) -> _Line:
+    def _take(self, parts: int = 1) -> _Line:
         with self._lock:
             self._used_s = time.monotonic()
             there = len(self._movers) + self._starting
-            calls = 1 + sum(mover.busy for mover in self._movers)
+            calls = parts + sum(mover.busy for mover in self._movers)
             if not self._ended and there < min(self.count, max(2, calls // CALLS_OF_EACH)):
                 self._start_another()
             for mover in sorted(self._movers, key=lambda each: each.busy):
@@ -277,14 +316,16 @@ class Movers:
                             self._rest()
                             _end(mover)
                         continue
-                mover.busy += 1
-                return mover.idle.pop()
+                mover.busy += parts
+                line = mover.idle.pop()
+                line.parts = parts
+                return line
         raise MoverLostError("none is running")
 
     def _give_back(self, line: _Line) -> None:
         with self._lock:
             self._used_s = time.monotonic()
-            line.mover.busy -= 1
+            line.mover.busy -= line.parts
             if line.mover in self._movers:
                 line.mover.idle.append(line)
                 self._pause_s = 0.0
@@ -298,7 +339,7 @@ class Movers:
             is_over: the mover has closed the line. The trio thread must not wait.
         """
         with self._lock:
-            line.mover.busy -= 1
+            line.mover.busy -= line.parts
             self.lost += 1
         is_first = self._remove(line.mover)
         if not is_over:

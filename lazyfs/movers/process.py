@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lazyfs.movers import context
-from lazyfs.movers.call import MOST_BYTES, OS_ERRORS
+from lazyfs.movers.call import MOST_BYTES, told_of
 
 # As for threads of a worker that move bytes: threads that decide go first (`fetch/threads.py`).
 NICER = 5
@@ -75,6 +75,8 @@ def _serve(line: socket.socket, memory: _Memory) -> None:
     context.serve(line)
     with line, contextlib.suppress(OSError):  # the worker was killed
         while message := line.recv(MOST_BYTES):
+            if not message.startswith(b"["):
+                continue  # a word to the call before (`Nudge`)
             name, arguments, places = json.loads(message)
             answer = _answer(name, arguments, memory, places)
             try:
@@ -90,8 +92,7 @@ def _answer(
         parts = [memory.part(offset, length) for offset, length in places]
         return {"value": _function(name)(*arguments, *parts)}
     except OSError as error:
-        kind = next(i for i, each in enumerate(OS_ERRORS) if isinstance(error, each))
-        return {"kind": kind, "errno": error.errno or 0, "text": error.strerror or str(error)}
+        return told_of(error)
     except Exception:
         return {"fault": traceback.format_exc(limit=-5)[-4000:]}
 

@@ -293,6 +293,10 @@ class Recorder:
         self.in_flight[operation] += 1
         return self._now_s()
 
+    def withdrawn(self, operation: str) -> None:
+        """A request that was counted is not made, or another one goes on with it."""
+        self.in_flight[operation] -= 1
+
     def answered(
         self, operation: str, began_s: float, size: int = 0, *, key: str = "", failed: bool
     ) -> None:

@@ -13,7 +13,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from lazyfs.machine import free_memory
 from lazyfs.movers.call import MoverFaultError, MoverLostError
@@ -114,20 +114,29 @@ class PageCache:
         self.pushed_bytes += len(data)
         return True
 
-    async def push_elsewhere(self, inode: int, offset: int, data: memoryview) -> bool | None:
-        """Like `push`, for a task of the trio thread: a mover stores the block.
+    async def push_elsewhere(
+        self, inode: int, parts: Sequence[tuple[int, memoryview]]
+    ) -> bool | None:
+        """Like `push`, for a task of the trio thread: a mover stores parts of a file in one call.
 
-        None: it is to be stored here, because there is no mover, or it is not worth the call.
+        Args:
+            parts: offset and bytes of each.
+
+        None: they are to be stored here, because there is no mover, or it is not worth the call.
         """
-        if self.movers is None or len(data) <= PIECE or not self._begins():
+        size = sum(len(data) for _, data in parts)
+        if self.movers is None or size <= PIECE or not self._begins():
             return None
         try:
-            await self.movers.run(store_pieces, inode, offset, buffer=data, ended=self._ends)
+            await self.movers.run(
+                store_pieces, inode, [offset for offset, _ in parts],
+                buffer=[data for _, data in parts], ended=self._ends,
+            )  # fmt: skip
         except (MoverLostError, MoverFaultError):
             return None
         except OSError as error:
             return self._failed(inode, error)
-        self.pushed_bytes += len(data)
+        self.pushed_bytes += size
         return True
 
     def _store(self, inode: int, offset: int, data: memoryview) -> None:
@@ -164,11 +173,12 @@ def store(device: int, inode: int, offset: int, piece: memoryview) -> None:
     os.writev(device, [_store_header(inode, offset, len(piece)), piece])
 
 
-def store_pieces(inode: int, offset: int, data: memoryview) -> None:
-    """Have the kernel store a part of a file, in a mover. Raises OSError."""
+def store_pieces(inode: int, offsets: Sequence[int], *parts: memoryview) -> None:
+    """Have the kernel store parts of a file, in a mover. Raises OSError."""
     device = lent(DEVICE)
-    for start in range(0, len(data), PIECE):
-        store(device, inode, offset + start, data[start : start + PIECE])
+    for offset, data in zip(offsets, parts, strict=True):
+        for start in range(0, len(data), PIECE):
+            store(device, inode, offset + start, data[start : start + PIECE])
 
 
 def _store_header(inode: int, offset: int, size: int) -> bytes:

@@ -36,6 +36,8 @@ PUSHERS = 2
 # page cache supplied. The other two thirds are for demand and for writing.
 SHARE = 1 / 3
 MOST_BLOCKS_OF_PUSHER = 4
+# Blocks that one call of a mover pushes, at most.
+MOST_TOGETHER = 8
 # Longest time that a reader waits for the rest of its block to be pushed.
 LONGEST_PUSH_S = 0.05
 
@@ -81,6 +83,7 @@ class BlockPusher:
         on_change: Callable[[], None],
         movers: int = 0,
     ) -> None:
+        self._has_movers = movers > 0
         self._pushers = max(PUSHERS, movers)
         self._page_cache = page_cache
         self._map = blocks
@@ -151,9 +154,13 @@ class BlockPusher:
         self._hold(held)
         self._map.moved(block, Place.LOADING)
         pushed = trio.Event()
-        rest = list(gaps(waiting, len(held.data)))
+        begin = block.number * self._block_size
+        rest = [
+            (begin + span.start, held.data[span.start : span.stop])
+            for span in gaps(waiting, len(held.data))
+        ]
         self._nursery.start_soon(
-            contained, "pushing a block", self._push, block, held, rest, pushed
+            contained, "pushing a block", self._push, [(block, held)], rest, pushed
         )  # fmt: skip
         self._on_change()
         with trio.move_on_after(LONGEST_PUSH_S):
@@ -162,38 +169,60 @@ class BlockPusher:
     async def _push_forever(self) -> None:
         while True:
             await self._queue.wait()
-            block, held = self._queue.take()
-            await self._push(block, held, [Span(block.number, 0, len(held.data))])
+            blocks = self._next()
+            whole = [(block.number * self._block_size, held.data) for block, held in blocks]
+            await self._push(blocks, whole)
+
+    def _next(self) -> list[tuple[BlockId, Held]]:
+        """The next blocks to push, of one file: several if more wait than there are pushers."""
+        most = 1
+        if self._has_movers:
+            most = min(MOST_TOGETHER, -(-len(self._queue) // self._pushers))
+        blocks = [self._queue.take()]
+        while len(blocks) < most and self._queue.first().inode == blocks[0][0].inode:
+            blocks.append(self._queue.take())
+        return blocks
 
     async def _push(
-        self, block: BlockId, held: Held, spans: Sequence[Span], pushed: trio.Event | None = None
+        self,
+        blocks: Sequence[tuple[BlockId, Held]],
+        parts: Sequence[tuple[int, memoryview]],
+        pushed: trio.Event | None = None,
     ) -> None:
-        """Put parts of a block in memory, which counts a user for this, into the page cache."""
+        """Put blocks of a file, which count a user for this, into the page cache.
+
+        Args:
+            parts: what is put there: offset in the file and bytes of each part.
+            pushed: is set in the end.
+        """
         began_s = self._recorder.clock()
-        offset = block.number * self._block_size
+        inode = blocks[0][0].inode
         try:
-            for span in spans:
-                data = held.data[span.start : span.stop]
-                at = offset + span.start
-                if not await self._stored(block.inode, at, data):
-                    self._map.set_known(block.inode, False)
-                    self._map.moved(block, Place.LOCAL)
-                    break
+            if await self._stored(inode, parts):
+                whole = len(blocks) > 1
+                for block, held in blocks:
+                    self._map.moved(block, Place.NEAR)
+                    size = len(held.data) if whole else sum(len(data) for _, data in parts)
+                    self._recorder.pushed(held.file, block, size, began_s)
             else:
-                self._map.moved(block, Place.NEAR)
-                size = sum(span.stop - span.start for span in spans)
-                self._recorder.pushed(held.file, block, size, began_s)
+                self._map.set_known(inode, False)
+                for block, _ in blocks:
+                    self._map.moved(block, Place.LOCAL)
         finally:
-            self._let_go(held)
+            for _, held in blocks:
+                self._let_go(held)
             if pushed is not None:
                 pushed.set()
         self._on_change()
 
-    async def _stored(self, inode: int, offset: int, data: memoryview) -> bool:
-        stored = await self._page_cache.push_elsewhere(inode, offset, data)
-        if stored is None:
-            return await self._threads.run(self._page_cache.push, inode, offset, data)
-        return stored
+    async def _stored(self, inode: int, parts: Sequence[tuple[int, memoryview]]) -> bool:
+        stored = await self._page_cache.push_elsewhere(inode, parts)
+        if stored is not None:
+            return stored
+        for offset, data in parts:
+            if not await self._threads.run(self._page_cache.push, inode, offset, data):
+                return False
+        return True
 
     def _hold(self, held: Held) -> None:
         held.users += 1

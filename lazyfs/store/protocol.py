@@ -9,10 +9,11 @@ the object.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:  # a mount waits for whatever is imported here
+    from lazyfs.movers.call import Nudge
     from lazyfs.movers.pool import Movers
     from lazyfs.options.mount_options import MountOptions
     from lazyfs.store.cancel import Cancel
@@ -22,6 +23,9 @@ if TYPE_CHECKING:  # a mount waits for whatever is imported here
     from lazyfs.store.objects import Page, Pinned
     from lazyfs.store.resolved_source import ResolvedSource
     from lazyfs.store.url import SourceUrl
+
+# What `read_each` is told while it runs: give each part as it comes; end what has not come.
+EACH, STOP = b"each", b"stop"
 
 
 class Ranges(Protocol):
@@ -68,6 +72,33 @@ class Ranges(Protocol):
         Raises:
             CancelledError: by `cancel`.
         """
+
+    async def read_each(
+        self,
+        pin: Pinned,
+        parts: Sequence[tuple[int, int]],
+        came: Callable[[Sequence[tuple[int, memoryview | Any]]], None],
+        nudge: Nudge,
+        patience_s: float,
+        ended: Callable[[], None],
+    ) -> None:
+        """Like `read_moved`, for several parts of an object, all at once.
+
+        Args:
+            parts: start and length of each; none is shorter than `LEAST_SHARED`.
+            came: called with what `read_moved` would return, and which part it is, of one or more
+                parts at a time. It is not called with parts that were not requested.
+            nudge: sends `EACH` and `STOP` meanwhile.
+            patience_s: after this time, in seconds, what is missing is cut off.
+            ended: see `read_moved`.
+
+        Raises:
+            OSError: out of memory.
+        """
+
+    @property
+    def may_move(self) -> bool:
+        """Whether a mover may make requests now."""
 
     def read_cached(
         self,

@@ -8,13 +8,14 @@ Where a service or a proxy does not support one of them, requests leave it out f
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 from urllib.parse import quote
 
 from lazyfs.blocks.buffers import LEAST_SHARED, take_buffer
 from lazyfs.errors import BadRequestError, BadResponseError, ObjectChangedError, SourceError
+from lazyfs.movers.call import Nudge
 from lazyfs.store import entity_tag, ranges
 from lazyfs.store.cancel import Cancel
 from lazyfs.store.fleet_cache import REFRESH, FleetCache
@@ -96,7 +97,8 @@ class RangeReader:
         try:
             await movers.wait_for_first(has_time)
             into = take_buffer(length)
-            request = self._request(pin, start, into, pin.etag if self._matches(pin) else "")
+            tag = pin.etag if self._matches(pin) else ""
+            request = replace(self._request(pin, start, length, tag), into=into)
         except BaseException:
             ended()
             raise
@@ -104,10 +106,49 @@ class RangeReader:
         def handle(answer: Answer, elsewhere: bool) -> int:
             return self._receive(answer, elsewhere, request, pin, start, into)
 
-        found = await self._client.ask_mover(request, handle, cancel, ended)
-        if isinstance(found, Asked):
-            return AskedRange(into, found)
-        return into if found == length else None
+        return self._found(await self._client.ask_mover(request, handle, cancel, ended), into)
+
+    def _found(
+        self, answer: int | Asked | None, into: memoryview
+    ) -> memoryview | AskedRange | None:
+        """What a request to a mover returns, which received so many bytes into a buffer."""
+        if isinstance(answer, Asked):
+            return AskedRange(into, answer)
+        return into if answer == len(into) else None
+
+    async def read_each(
+        self,
+        pin: Pinned,
+        parts: Sequence[tuple[int, int]],
+        came: Callable[[Sequence[tuple[int, memoryview | AskedRange | None]]], None],
+        nudge: Nudge,
+        patience_s: float,
+        ended: Callable[[], None],
+    ) -> None:
+        """See `Ranges`."""
+        try:
+            tag = pin.etag if self._matches(pin) else ""
+            buffers = [take_buffer(length) for _, length in parts]
+            requests = [self._request(pin, start, length, tag) for start, length in parts]
+        except BaseException:
+            ended()
+            raise
+
+        def handle(which: int, into: memoryview, answer: Answer) -> int:
+            start, _ = parts[which]
+            return self._receive(answer, False, requests[which], pin, start, into)
+
+        def tell(found: Sequence[tuple[int, memoryview, int | Asked]]) -> None:
+            came([(which, self._found(answer, into)) for which, into, answer in found])
+
+        await self._client.ask_mover_for_each(
+            requests, buffers, handle, tell, nudge, patience_s, ended
+        )
+
+    @property
+    def may_move(self) -> bool:
+        """See `Ranges`."""
+        return self._client.may_move
 
     def read_cached(
         self,
@@ -124,7 +165,7 @@ class RangeReader:
             return None
         into = take_buffer(length)
 
-        request = self._request(pin, start, into, pin.etag)
+        request = replace(self._request(pin, start, length, pin.etag), into=into)
         if fresh:
             request = replace(request, headers={**request.headers, **REFRESH})
 
@@ -139,15 +180,15 @@ class RangeReader:
         """Whether a request can say which version of an object is wanted."""
         return self._sends_if_match and entity_tag.is_strong(pin.etag)
 
-    def _request(self, pin: Pinned, start: int, into: memoryview, tag: str) -> Request:
-        """The request for the range from `start` that fills a buffer, of the version of a tag."""
+    def _request(self, pin: Pinned, start: int, length: int, tag: str) -> Request:
+        """The request for `length` bytes from `start`, of the version of a tag."""
         headers = {
-            "Range": f"bytes={start}-{start + len(into) - 1}", "Accept-Encoding": self._coding,
+            "Range": f"bytes={start}-{start + length - 1}", "Accept-Encoding": self._coding,
         }  # fmt: skip
         if tag:
             headers["If-Match"] = tag
         path = self._client.place.path + quote(pin.key)
-        return Request("GET", path, "", headers, into)
+        return Request("GET", path, "", headers)
 
     def _ask_for_range(
         self, pin: Pinned, start: int, into: memoryview, cancel: Cancel, asked: Asked | None
@@ -161,7 +202,7 @@ class RangeReader:
         tag = pin.etag if self._matches(pin) else ""
 
         def ask(tag: str, asked: Asked | None = None) -> int:
-            request = replace(self._request(pin, start, into, tag), asked=asked)
+            request = replace(self._request(pin, start, len(into), tag), into=into, asked=asked)
 
             def handle(answer: Answer, elsewhere: bool) -> int:
                 return self._receive(answer, elsewhere, request, pin, start, into)

@@ -9,9 +9,10 @@ import contextlib
 import logging
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from lazyfs import __version__
 from lazyfs.errors import (
@@ -23,7 +24,7 @@ from lazyfs.errors import (
     UnavailableError,
     UntrustedError,
 )
-from lazyfs.movers.call import MoverFaultError, MoverLostError
+from lazyfs.movers.call import MoverFaultError, MoverLostError, Nudge, error_of
 from lazyfs.store import moved, ranges
 from lazyfs.store.addresses import (
     BadAddressError,
@@ -60,6 +61,7 @@ MOST_REDIRECTS = 5
 # How many peculiarities of a service are logged.
 MOST_NOTED = 50
 _AGENT = f"lazyfs/{__version__}"
+_NO_BYTES = memoryview(b"")
 
 
 class Client:
@@ -184,18 +186,17 @@ class Client:
             What `handle` returns for an ordinary answer. Any other answer is for `ask`, which may
             have to wait. None: the request was not made.
         """
-        credentials = self._credentials.present() if self._credentials else None
-        server = self.place.server
-        if (
-            self.movers is None
-            or request.into is None
-            or not self._is_moved(server)
-            or (self._credentials and credentials is None)
-        ):
+        try:
+            credentials = self._credentials.present() if self._credentials else None
+            server = self.place.server
+            if self.movers is None or request.into is None or not self._may_move(credentials):
+                ended()
+                return None
+            _, signer = self._servers.get(server)
+            headers = self._headers(request, signer, credentials, {})
+        except BaseException:
             ended()
-            return None
-        transport, signer = self._servers.get(server)
-        headers = self._headers(request, signer, credentials, {})
+            raise
         told: moved.Told
         try:
             told = await self.movers.run(
@@ -207,13 +208,102 @@ class Client:
             return Asked(error, credentials)
         except (MoverLostError, MoverFaultError):
             return None
+        return self._ordinary(told, request.into, handle, cancel, credentials)
+
+    async def ask_mover_for_each(
+        self,
+        requests: Sequence[Request],
+        buffers: MutableSequence[memoryview],
+        handle: Callable[[int, memoryview, Answer], T],
+        came: Callable[[Sequence[tuple[int, memoryview, T | Asked]]], None],
+        nudge: Nudge,
+        patience_s: float,
+        ended: Callable[[], None],
+    ) -> None:
+        """Have a mover make several requests at once, which differ in their ranges only.
+
+        Args:
+            buffers: for the body of each request. A buffer is taken out when it is told of.
+            handle: gets the position of a request, its buffer, and the answer.
+            came: called with the position of a request, its buffer, and what `ask_mover` would
+                return, of some requests at a time. It is not called with requests that were not
+                made.
+            nudge: sends `EACH` and `STOP` of `protocol.py` meanwhile.
+            patience_s: after this time, in seconds, what is missing is cut off.
+            ended: called when the mover is done, see `Movers.run`.
+        """
+        try:
+            credentials = self._credentials.present() if self._credentials else None
+            if self.movers is None or not self._may_move(credentials):
+                ended()
+                return
+            _, signer = self._servers.get(self.place.server)
+            headers = self._headers(requests[0], signer, credentials, {})
+        except BaseException:
+            ended()
+            raise
+
+        def tell(parts: Sequence[tuple[int, Any]]) -> None:
+            found: list[tuple[int, memoryview, T | Asked]] = []
+            for which, told in parts:
+                into, buffers[which] = buffers[which], _NO_BYTES
+                handle_it = partial(self._handle_one, handle, which, into)
+                answer = error_of(told) if told and "kind" in told else told
+                found.append(
+                    (which, into, self._ordinary(answer, into, handle_it, Cancel(), credentials))
+                )
+            came(found)
+
+        try:
+            rest = await self.movers.run(
+                moved.receive_each, self.place.server, self.place.authorities, self._refuse_local,
+                requests[0].target, headers, [request.headers["Range"] for request in requests],
+                patience_s, buffer=buffers, ended=ended, came=tell, nudge=nudge,
+                parts=len(buffers),
+            )  # fmt: skip
+        except (MoverLostError, MoverFaultError, OSError):
+            return
+        tell(rest)
+
+    @property
+    def may_move(self) -> bool:
+        """Whether movers may make requests now."""
+        credentials = self._credentials.present() if self._credentials else None
+        return self.movers is not None and self._may_move(credentials)
+
+    @staticmethod
+    def _handle_one(
+        handle: Callable[[int, memoryview, Answer], T],
+        which: int,
+        into: memoryview,
+        answer: Answer,
+        elsewhere: bool,
+    ) -> T:
+        """Handle an answer to one of several requests; `elsewhere` is false."""
+        return handle(which, into, answer)
+
+    def _may_move(self, credentials: SigningCredentials | None) -> bool:
+        """Whether a mover may make a request now, with these credentials."""
+        has_keys = self._credentials is None or credentials is not None
+        return has_keys and self._is_moved(self.place.server)
+
+    def _ordinary(
+        self,
+        told: moved.Told,
+        into: memoryview,
+        handle: Callable[[Answer, bool], T],
+        cancel: Cancel,
+        credentials: SigningCredentials | None,
+    ) -> T | Asked:
+        """Handle what a mover told of a request, if it is an ordinary answer; see `ask_mover`."""
         if isinstance(told, dict) and told["filled"]:
+            transport, _ = self._servers.get(self.place.server)
             with contextlib.suppress(
                 NotMovedError, RedirectedError, ranges.ChangedError, ranges.OtherRangeError,
                 ranges.IgnoresRangeError, OSError,
             ):  # fmt: skip
                 answer = moved.understand(
-                    told, transport, lambda answer: handle(answer, False), cancel, request.into
+                    told, transport, lambda answer: handle(answer, False), cancel, into
                 )
                 if self._credentials and credentials:
                     self._credentials.worked(credentials)

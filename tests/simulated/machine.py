@@ -6,17 +6,21 @@ import heapq
 import itertools
 import math
 import random
+import socket
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import trio
 
 from lazyfs.blocks.buffers import LEAST_SHARED
 from lazyfs.cache import Claim
+from lazyfs.movers.call import Nudge
 from lazyfs.objects import File
+from lazyfs.store.moved import SHARE_TOLD
+from lazyfs.store.protocol import EACH, STOP
 
 # Of the page cache, what is told apart: the smallest request of a loader.
 PAGE = 64 << 10
@@ -43,6 +47,7 @@ class Machine:
         receive: bytes a second that a mover receives; of HTTPS less than half as many.
         check: the same, of checksums and writes to the disk.
         worker_s: what each block takes of the process that answers the kernel.
+        batched_s: the same, of each but one of the blocks that come in one call.
     """
 
     link: float = 500e6
@@ -60,6 +65,23 @@ class Machine:
     receive: float = 2.5e9
     check: float = 6e9
     worker_s: float = 0.0
+    batched_s: float = 0.0
+
+
+class Call:
+    """Stands for the socket of a call of a mover, to which words are sent."""
+
+    def __init__(self) -> None:
+        self.tells_each = self.is_over = False
+        self.news = trio.Event()
+        self.scope = trio.CancelScope()
+
+    def send(self, word: bytes, flags: int) -> None:
+        """In the place of `socket.send`."""
+        self.tells_each |= word == EACH
+        self.news.set()
+        if word == STOP:
+            self.scope.cancel()
 
 
 class Threads:
@@ -214,9 +236,19 @@ class Bucket:
     def ranges(self) -> Bucket:
         return self
 
-    def read(self, pin: File, start: int, length: int, cancel: object) -> memoryview:
-        self._threads.takes(self._receive(pin.key, start, length))
-        return self._bytes(pin.key, start, length)
+    @property
+    def may_move(self) -> bool:
+        return True
+
+    def read(
+        self, pin: File, start: int, length: int, cancel: object, asked: int | None = None
+    ) -> memoryview:
+        """
+        Args:
+            asked: how much of a request that was cut off has not come.
+        """
+        self._threads.takes(self._receive(pin.key, start, length if asked is None else asked))
+        return self._bytes(pin.key, start, length, is_new=asked is None)
 
     async def read_moved(
         self, pin: File, start: int, length: int, cancel: object, has_time: object,
@@ -229,21 +261,80 @@ class Bucket:
         finally:
             ended()
 
-    def _bytes(self, key: str, start: int, length: int) -> memoryview:
-        self.asked.append((key, start, length))
+    async def read_each(
+        self, pin: File, parts: Sequence[tuple[int, int]],
+        came: Callable[[Sequence[tuple[int, memoryview | int]]], None], nudge: Nudge,
+        patience_s: float, ended: Callable[[], None],
+    ) -> None:  # fmt: skip
+        call = Call()
+        nudge.begin(cast(socket.socket, call))
+        there: list[tuple[int, memoryview | int]] = []
+
+        async def get(which: int) -> None:
+            found: memoryview | int = self._bytes(pin.key, *parts[which])
+            left = 0
+
+            def unsent(size: int) -> None:
+                nonlocal left
+                left = size
+
+            try:
+                await self._receive(pin.key, *parts[which], worker_s=0.0, unsent=unsent)
+            except trio.Cancelled:
+                found = left
+                raise
+            finally:
+                there.append((which, found))
+                call.news.set()
+
+        async def tell_each() -> None:
+            while not call.is_over:
+                await call.news.wait()
+                call.news = trio.Event()
+                if call.tells_each or len(there) >= SHARE_TOLD * len(parts):
+                    await self._tell(there, came)
+            await self._tell(there, came)
+
+        async with trio.open_nursery() as telling:
+            telling.start_soon(tell_each)
+            with trio.move_on_after(patience_s), call.scope:
+                async with trio.open_nursery() as nursery:
+                    for which in range(len(parts)):
+                        nursery.start_soon(get, which)
+            nudge.end()
+            call.is_over = True
+            call.news.set()
+        ended()
+
+    async def _tell(
+        self, there: list[tuple[int, memoryview | int]],
+        came: Callable[[Sequence[tuple[int, memoryview | int]]], None],
+    ) -> None:  # fmt: skip
+        if there:
+            parts, there[:] = [*there], []
+            of_blocks = self._machine.batched_s * (len(parts) - 1)
+            await self._worker.take(self._machine.worker_s + of_blocks)
+            came(parts)
+
+    def _bytes(self, key: str, start: int, length: int, *, is_new: bool = True) -> memoryview:
+        if is_new:
+            self.asked.append((key, start, length))
         head = self._contents.get(key, b"")[start : start + length]
         if not head:
             return self._zeros[:length]
         return memoryview(head + bytes(length - len(head)))
 
-    async def _receive(self, key: str, start: int, length: int) -> None:
-        def unsent(size: int) -> None:
+    async def _receive(
+        self, key: str, start: int, length: int, worker_s: float | None = None,
+        unsent: Unsent | None = None,
+    ) -> None:  # fmt: skip
+        def not_sent(size: int) -> None:
             self.unsent[key, start] += size
 
-        await self._link.transfer(length, unsent)
+        await self._link.transfer(length, unsent or not_sent)
         await self._movers.take(length, self._machine.receive)
         if length >= LEAST_SHARED:
-            await self._worker.take(self._machine.worker_s)
+            await self._worker.take(self._machine.worker_s if worker_s is None else worker_s)
 
     def forget(self) -> None:
         """Count from here on."""
@@ -271,6 +362,9 @@ class Disk:
 
     def holds(self, file: File, number: int) -> bool:
         return (file.key, number) in self._blocks
+
+    def claim_absent(self, file: File, numbers: Sequence[int]) -> set[int]:
+        return {number for number in numbers if (file.key, number) not in self._blocks}
 
     def load_or_claim(self, file: File, number: int) -> memoryview | Claim:
         data = self._blocks.get((file.key, number))
@@ -359,12 +453,15 @@ class Pages:
     def budget(self, planned_bytes: Callable[[], int], unused_bytes: int) -> int:
         return self._space // 2
 
-    async def push_elsewhere(self, inode: int, offset: int, data: memoryview) -> bool | None:
+    async def push_elsewhere(
+        self, inode: int, parts: Sequence[tuple[int, memoryview]]
+    ) -> bool | None:
         """By a mover, if there are any."""
         if not self._machine.movers:
             return None
-        await self._store(inode, offset // PAGE, -(-(offset + len(data)) // PAGE))
-        self.pushed_bytes += len(data)
+        for offset, data in parts:
+            await self._store(inode, offset // PAGE, -(-(offset + len(data)) // PAGE))
+            self.pushed_bytes += len(data)
         return True
 
     def push(self, inode: int, offset: int, data: memoryview) -> bool:

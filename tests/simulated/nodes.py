@@ -18,7 +18,7 @@ GIB = 1 << 30
 BLOCK = 8 << 20
 # What a block takes of the worker's processor, in seconds, with and without a disk cache, whatever
 # its size is: docs/BENCHMARKS.md, "Movers".
-WORKER_S = {"disk": 0.0029, "none": 0.0014}
+WORKER_S = {"disk": (0.0029, 0.0009), "none": (0.0014, 0.0004)}
 # Of a processor, in bytes a second: what `bench/scaling.py` shows of HTTPS and of HTTP.
 RECEIVE = {"https": 1.1e9, "http": 2.5e9}
 
@@ -48,9 +48,9 @@ class Node:
     block_size: int = BLOCK
 
     @property
-    def _worker_s(self) -> float:
+    def _worker_s(self) -> tuple[float, float]:
         kind = "none" if self.disk_rate is None else "disk"
-        return WORKER_S[kind] if self.has_worker else 0.0
+        return WORKER_S[kind] if self.has_worker else (0.0, 0.0)
 
     def run(self) -> float:
         """The share of the link that the load gets."""
@@ -60,7 +60,7 @@ class Node:
             link=link, pages=512 * GIB, disk=None if self.disk_rate is None else 1 << 42,
             disk_read=1.5 * (self.disk_rate or 1), disk_write=self.disk_rate or 1,
             movers=auto_movers(self.processors), receive=RECEIVE[self.scheme],
-            worker_s=self._worker_s,
+            worker_s=self._worker_s[0], batched_s=self._worker_s[1],
         )  # fmt: skip
         memory = auto_memory(self.block_size, self.processors, 1 << 40)
         options = {

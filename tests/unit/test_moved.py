@@ -212,7 +212,7 @@ def test_a_connection_that_was_idle_may_be_dead_and_is_not_used(
 
     def ask() -> int:
         moved.receive(service.url, "/none", False, "GET", "/bucket/m/k", headers, into)
-        (idle,) = moved._transport(service.url, "/none", False)._idle
+        (idle,) = moved._transport(moved._of_thread.known, service.url, "/none", False)._idle
         return id(idle.connection)
 
     assert ask() == ask()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import pytest
@@ -142,9 +142,9 @@ class TestPush:
 
             async def run(
                 self, function: object, *arguments: object,
-                buffer: memoryview, ended: Callable[[], None],
+                buffer: Sequence[memoryview], ended: Callable[[], None],
             ) -> None:  # fmt: skip
-                self.calls.append((function, *arguments, len(buffer)))
+                self.calls.append((function, *arguments, [len(part) for part in buffer]))
                 assert made.busy
                 ended()
                 if self.error is not None:
@@ -152,15 +152,18 @@ class TestPush:
 
         made, movers = opened(), FakeMovers()
 
-        def push(offset: int, size: int) -> bool | None:
-            return trio.run(made.push_elsewhere, 9, offset, memoryview(bytes(size)))
+        def push(offset: int, *sizes: int) -> bool | None:
+            parts = [
+                (offset + number, memoryview(bytes(size))) for number, size in enumerate(sizes)
+            ]
+            return trio.run(made.push_elsewhere, 9, parts)
 
         assert push(0, 2 * PIECE) is None, "there are no movers"
         made.movers = cast(Movers, movers)
         assert push(0, PIECE) is None, "a call costs more than that"
         assert movers.calls == []
-        assert push(4096, PIECE + 1)
-        assert movers.calls == [(page_cache.store_pieces, 9, 4096, PIECE + 1)]
+        assert push(4096, PIECE, 1)
+        assert movers.calls == [(page_cache.store_pieces, 9, [4096, 4097], [PIECE, 1])]
         assert made.pushed_bytes == PIECE + 1
         for error in (MoverLostError("died"), MoverFaultError("fault")):
             movers.error = error
@@ -177,9 +180,10 @@ class TestPush:
     def test_what_a_mover_does(self, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(page_cache, "lent", {page_cache.DEVICE: 5}.__getitem__)
         data = os.urandom(PIECE + 7)
-        page_cache.store_pieces(9, 100, memoryview(data))
+        page_cache.store_pieces(9, [100, 5 * PIECE], memoryview(data), memoryview(b"more"))
         assert kernel.stored == [
             (5, 9, 100, data[:PIECE]), (5, 9, 100 + PIECE, data[PIECE:]),
+            (5, 9, 5 * PIECE, b"more"),
         ]  # fmt: skip
 
 

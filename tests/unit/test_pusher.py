@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import cast
 
 import pytest
@@ -31,6 +31,9 @@ class Pages:
         self.supported = True
         self.takes = True
         self.room = 1000
+        self.movers_take: bool | None = None
+        self.movers_may = trio.Event()
+        self.calls: list[list[tuple[int, int]]] = []
         self.pushed: list[tuple[int, bytes]] = []
         self.asked: list[tuple[int, int]] = []
 
@@ -38,8 +41,15 @@ class Pages:
         self.asked.append((planned_bytes(), unused_bytes))
         return self.room
 
-    async def push_elsewhere(self, inode: int, offset: int, data: memoryview) -> None:
-        """There are no movers."""
+    async def push_elsewhere(
+        self, inode: int, parts: Sequence[tuple[int, memoryview]]
+    ) -> bool | None:
+        """None: there are no movers."""
+        if self.movers_take is None:
+            return None
+        await self.movers_may.wait()
+        self.calls.append([(offset // SIZE, len(data)) for offset, data in parts])
+        return self.movers_take
 
     def push(self, inode: int, offset: int, data: memoryview) -> bool:
         self.pushed.append((offset, bytes(data)))
@@ -59,7 +69,7 @@ class Policy:
 class Desk:
     """A pusher with memory for some blocks."""
 
-    def __init__(self, blocks: int = 30) -> None:
+    def __init__(self, blocks: int = 30, movers: int = 0) -> None:
         self.pages, self.policy, self.threads = Pages(), Policy(), InlineThreads()
         self.blocks = BlockMap(SIZE)
         self.blocks.add_file(2, FILE.size_bytes)
@@ -69,7 +79,7 @@ class Desk:
         self.changes = 0
         self.pusher = BlockPusher(
             cast(PageCache, self.pages), self.blocks, self.policy, self.memory, SIZE,
-            self.threads.threads, self.recorder, self._changed,
+            self.threads.threads, self.recorder, self._changed, movers,
         )  # fmt: skip
 
     def _changed(self) -> None:
@@ -229,3 +239,40 @@ def test_how_far_the_page_cache_is_filled_ahead_of_readers() -> None:
         assert not desk.pusher.is_ready
 
     play(scenario)
+
+
+def test_a_mover_pushes_several_blocks_of_a_file_if_many_wait() -> None:
+    async def scenario(desk: Desk) -> None:
+        desk.pages.movers_take = True
+        other = File(3, 1, "g", "g", SIZE, "e", 0)
+        desk.blocks.add_file(3, SIZE)
+        held = [desk.put(number) for number in range(7)]
+        desk.pusher.put(BlockId(3, 0), another := Held(other, memoryview(bytes(SIZE))))
+        await settled()
+        assert desk.pages.calls == [], "both pushers are busy"
+        assert [each.users for each in held] == [1] * 7
+        desk.pages.movers_may.set()
+        await settled()
+        calls = sorted(call[0][0] for call in desk.pages.calls)
+        assert calls == [0, 0, 4, 6], "a half of what waits, then a half of the rest, of one file"
+        assert sum(map(len, desk.pages.calls)) == 8
+        assert [desk.place(number) for number in range(7)] == [Place.NEAR] * 7
+        assert [each.users for each in (*held, another)] == [0] * 8
+        assert desk.recorder.pushed_blocks == 8
+        assert desk.pusher.has_room
+
+    play(scenario, 30, 2)
+
+
+def test_blocks_that_a_mover_could_not_push_stay_here() -> None:
+    async def scenario(desk: Desk) -> None:
+        desk.pages.movers_take = False
+        desk.pages.movers_may.set()
+        held = [desk.put(number) for number in range(4)]
+        await settled()
+        assert [desk.place(number) for number in range(4)] == [Place.LOCAL] * 4
+        assert not desk.blocks.files[2].known
+        assert [each.users for each in held] == [0] * 4
+        assert desk.recorder.pushed_blocks == 0
+
+    play(scenario, 30, 2)

@@ -125,7 +125,7 @@ class Pages:
     def budget(self, planned_bytes: object, unused_bytes: int) -> int:
         return 1 << 40
 
-    async def push_elsewhere(self, inode: int, offset: int, data: memoryview) -> None:
+    async def push_elsewhere(self, inode: int, parts: object) -> None:
         """There are no movers."""
 
     def push(self, inode: int, offset: int, data: memoryview) -> bool:

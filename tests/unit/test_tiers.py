@@ -66,6 +66,7 @@ class Getter:
         self.error: SourceError | None = None
         self.tier = Tier.S3
         self.asked: list[tuple[int, int, bool]] = []
+        self.went_on_with: object = None
         self.patience_s = 0.0
         self.may_answer = trio.Event()
         self.may_answer.set()
@@ -73,7 +74,9 @@ class Getter:
     async def get(
         self, file: File, start: int, length: int, *, patience_s: Callable[[], float],
         saturated: Callable[[], bool], has_time: Callable[[], bool] = bool, is_block: bool = True,
+        asked: object = None,
     ) -> Got:  # fmt: skip
+        self.went_on_with = asked
         self.asked.append((start, length, is_block))
         self.patience_s = patience_s()
         await self.may_answer.wait()
