@@ -87,7 +87,8 @@ OLLAMA_BLOB = re.compile(r"sha256-[0-9a-f]{64}")
 _MODEL_STEMS = frozenset(
     {
         "consolidated", "diffusion_flax_model", "diffusion_pytorch_model", "flax_model", "model",
-        "openvino_model", "pytorch_model", "pytorch_model_fsdp", "rust_model", "tf_model",
+        "open_clip_model", "open_clip_pytorch_model", "openvino_model", "pytorch_model",
+        "pytorch_model_fsdp", "rust_model", "tf_model",
     }
 )  # fmt: skip
 MODEL = "model"
@@ -109,6 +110,7 @@ _CONFIGURATION = re.compile(
     r"(\w*config\w*|params|hparams|hyperparams|modules|\w*tokenizer\w*|vocab|\w*processor\w*"
     r"|model_index|tekken|\w*tensor_index)\.(json|txt|model|pbtxt)$"
     r"|.*\.index(\.\w+)?\.json$|.*\.ya?ml$|.*\.(spm|tiktoken)$|\.metadata$"
+    r"|manifest\.ocdbt$|\.zarray$"
 )
 _TOKENIZER = re.compile(r"(tokenizer|tekken|vocab|merges)\b|.*\.(tiktoken|spm)$")
 

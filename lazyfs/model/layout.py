@@ -13,7 +13,7 @@ it for published models:
   are single-file copies of the pipeline: excluded, until a loader reads one and no component.
 - **One model in several directories** is one *group*: a pipeline; the numbered modules of
   sentence-transformers (`2_Dense/`), below their model or beside `modules.json`; the ranks of one
-  model (`rank_0/`, `mp_rank_00_000/`); a repository of Triton
+  model (`rank_0/`, `mp_rank_00_000/`); data of Orbax and arrays of Zarr; a repository of Triton
   (`config.pbtxt`), of which the newest versions are read; and below a configured model,
   safetensors or PyTorch files with other names than its own, which are its components. A language
   model with its tokenizer comes first if what lies above it is no model by itself: text-to-speech
@@ -35,7 +35,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from posixpath import basename, dirname, join, split
+from posixpath import basename, dirname, join, normpath, split
 from types import MappingProxyType
 
 from lazyfs.model.directory import Directory, ModelFile
@@ -54,9 +54,16 @@ from lazyfs.model.weight_sets import CORE
 NO_INDEXES: Mapping[str, bytes] = MappingProxyType({})
 TRITON_CONFIGURATION = "config.pbtxt"
 _NUMBERED_MODULE = re.compile(r"\d+_[A-Z]\w*")
-# ServerlessLLM; Megatron, with pipeline parallelism too.
-_RANK = re.compile(r"rank_?\d+|mp_rank_\d+(_\d+)?")
-_MODULES = "modules.json"
+# Names of directories that are parts of the model above, and the file that says so; empty: none is
+# needed. Ranks of ServerlessLLM and Megatron, modules of sentence-transformers, the data of Orbax,
+# and arrays of Zarr (NeMo 1).
+_PARTS = (
+    (re.compile(r"rank_?\d+|mp_rank_\d+(_\d+)?"), ""),
+    (_NUMBERED_MODULE, "../modules.json"),
+    (re.compile(r"ocdbt\.process_\d+"), "manifest.ocdbt"),
+    (re.compile(r"d"), "../manifest.ocdbt"),
+    (re.compile(r".+"), ".zarray"),
+)
 # What trainers save beside the model that they train.
 _CHECKPOINT = re.compile(r"(checkpoint|global_step|epoch|step|iter)[-_]?\d+")
 
@@ -330,8 +337,11 @@ class _Listing:
             return path
         if (repository := self._triton_repository(path)) is not None:
             return repository
-        if _RANK.fullmatch(name) or (_NUMBERED_MODULE.fullmatch(name) and self._has_modules(path)):
-            return self._groups.get(dirname(path), dirname(path))
+        whole = path
+        while whole and self._is_part(whole):
+            whole = dirname(whole)
+        if whole != path:
+            return self._groups.get(whole, whole)
         above = self._nearest(path)
         if above is None or not above.choice.sets or not above.is_configured:
             return path
@@ -347,10 +357,17 @@ class _Listing:
             return self._groups.get(above.path, above.path)
         return path
 
-    def _has_modules(self, path: str) -> bool:
-        """Whether a directory is beside the list of the modules of sentence-transformers."""
-        above = self._directories.get(dirname(path))
-        return above is not None and any(basename(each.path) == _MODULES for each in above.others)
+    def _is_part(self, path: str) -> bool:
+        """Whether a directory is a part of the model above, even if no weights lie there."""
+        return any(
+            name.fullmatch(basename(path)) and (not sign or self._has(normpath(join(path, sign))))
+            for name, sign in _PARTS
+        )
+
+    def _has(self, path: str) -> bool:
+        """Whether there is a small file at a path."""
+        directory = self._directories.get(dirname(path))
+        return directory is not None and any(each.path == path for each in directory.others)
 
     def _triton_repository(self, path: str) -> str | None:
         """The repository of Triton that a version of a model is in."""

@@ -547,3 +547,22 @@ def test_small_blobs_of_ollama_are_no_weights() -> None:
     large, small = (f"blobs/sha256-{digit * 64}" for digit in "ab")
     (found,) = layouts([ModelFile(large, GB), ModelFile(small, 500)])
     assert (found.format, found.shards, found.small) == ("gguf", (large,), (small,))
+
+
+def test_a_loader_of_open_clips_copy_is_followed() -> None:
+    files = listing("config.json", "model.safetensors", "open_clip_model.safetensors")
+    (found,) = layouts(files, read=["open_clip_model.safetensors"])
+    assert found.shards == ("open_clip_model.safetensors",)
+
+
+def test_a_directory_is_a_part_of_the_model_above_only_if_a_file_says_so() -> None:
+    def groups(*paths: str) -> set[str]:
+        return {each.group for each in layouts(listing(*paths)) if each.shards}
+
+    data = "m/manifest.ocdbt", "m/d/0", "m/ocdbt.process_1/manifest.ocdbt", "m/ocdbt.process_1/d/1"
+    signs = [ModelFile(path, 100 if "manifest" in path else GB) for path in data]
+    assert {each.group for each in layouts(signs) if each.shards} == {"m"}
+    assert groups("m/config.json", "m/d/a.safetensors") == {"m/d"}
+    modules = "m/0_A/model.safetensors", "m/2_B/model.safetensors"
+    assert groups("m/modules.json", *modules) == {"m"}
+    assert groups(*modules) == {"m/0_A", "m/2_B"}
