@@ -50,6 +50,9 @@ def test_what_a_load_used_stays_as_long_as_the_load(clock: Clock) -> None:
         clock.now_s += IDLE_S - 1
         load.used()
     assert stays_s(load, clock) == 10 * (IDLE_S - 1)
+    clock.now_s += IDLE_S
+    load.used()
+    assert stays_s(load, clock) == 10 * (IDLE_S - 1) + IDLE_S, "this is the same load"
     clock.now_s += IDLE_S + 1
     load.used()
     load.announced()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import stat
 from collections.abc import Callable
@@ -143,3 +144,45 @@ def test_a_small_file_is_kept(tmp_path: Path) -> None:
     again = direct_io.open_own(tmp_path / "small")
     assert os.read(again, 9) == b"kept"
     os.close(again)
+
+
+@pytest.mark.parametrize("what", ["link", "file"])
+def test_what_another_process_puts_in_place_of_a_folder_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    other.chmod(0o755)
+
+    def replaced(path: Path, **_: int) -> None:
+        if what == "link":
+            path.symlink_to(other)
+        else:
+            path.touch()
+
+    monkeypatch.setattr(direct_io.Path, "mkdir", replaced)
+    with pytest.raises(NotADirectoryError):
+        direct_io.make_folder(tmp_path / "00")
+    assert stat.S_IMODE(other.stat().st_mode) == 0o755
+
+
+def test_no_descriptor_stays_open_or_goes_to_other_programs(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opens, flags_of = os.open, []
+
+    def noted(path: Path, flags: int, mode: int = 0o777, **more: int) -> int:
+        flags_of.append(flags)
+        return opens(path, flags, mode, **more)
+
+    monkeypatch.setattr(direct_io.os, "open", noted)
+    gc.collect()  # what earlier tests left open
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    direct_io.write_file(path, buffer(b"x" * ALIGNMENT), TAIL)
+    assert read(path, ALIGNMENT) is not None
+    assert read(path, 5 * ALIGNMENT) is None
+    (path.parent / "below").mkdir()
+    direct_io.make_folder(path.parent / "below")
+    os.close(direct_io.open_own(path.parent / "small"))
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert all(flags & os.O_CLOEXEC and flags & os.O_NOFOLLOW for flags in flags_of)

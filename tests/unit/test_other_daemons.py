@@ -100,6 +100,16 @@ def test_a_daemon_that_takes_too_long_is_not_waited_for_again() -> None:
     play(scenario)
 
 
+def test_a_lease_is_over_in_the_moment_in_which_it_ends() -> None:
+    async def scenario(node: Node) -> None:
+        lease_until = trio.current_time() + LOOK_S
+        node.others.leave(FILE, BLOCK, lease_until)
+        await trio.sleep(1.5 * LOOK_S)
+        assert node.found == [(3, False)]
+
+    play(scenario)
+
+
 def test_a_block_that_arrives_as_the_lease_ends_is_found() -> None:
     async def scenario(node: Node) -> None:
         node.leave()

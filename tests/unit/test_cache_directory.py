@@ -1,0 +1,321 @@
+"""One cache directory: what it counts, keeps, gives up and tells other processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from lazyfs.blocks.buffers import take_buffer
+from lazyfs.cache import directory as module
+from lazyfs.cache.block_format import Content
+from lazyfs.cache.directory import DAMAGED_SHOWN, SWEEP_S, CacheCounters, CacheDirectory
+from lazyfs.cache.index import BlockIndex, IndexFailedError
+from lazyfs.cache.space import Limits
+from lazyfs.movers.pool import Movers
+
+BLOCK = 4096
+ONE = Content("http://s3", "b", "m/one", '"1"', 40 * BLOCK, BLOCK)
+OTHER = Content("http://s3", "b", "m/two", '"2"', 40 * BLOCK, BLOCK)
+FILE_BYTES = ONE.file_length(0)
+
+Open = Callable[..., CacheDirectory]
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Open:
+    """Opens the same directory, as one process after another does."""
+
+    def make(blocks: int = 1000) -> CacheDirectory:
+        made = CacheDirectory(tmp_path / "cache", Limits(blocks * FILE_BYTES))
+        made.open()
+        return made
+
+    return make
+
+
+def block(number: int = 0) -> memoryview:
+    data = take_buffer(BLOCK)
+    data[:] = bytes([number + 1]) * BLOCK
+    return data
+
+
+def store(directory: CacheDirectory, content: Content, *numbers: int) -> list[bool]:
+    return directory.put_all([(content, number, block(number)) for number in numbers])
+
+
+def files(directory: CacheDirectory) -> list[Path]:
+    return sorted(directory.path.glob("?0/*"))
+
+
+def test_what_was_read_and_missed_is_counted_for_all_processes_together(opened: Open) -> None:
+    first = opened()
+    assert store(first, ONE, 0, 1) == [True, True]
+    assert first.load(ONE, 0) == block(0)
+    assert first.load(ONE, 5) is None
+    assert first.load(OTHER, 0) is None
+    assert first.counters == CacheCounters(hits=1, misses=2)
+    first.care([])
+    first.care([])
+    assert first.hits_and_misses() == (1, 2)
+    second = opened()
+    assert second.load(ONE, 1) == block(1)
+    second.care([])
+    assert (second.counters, second.hits_and_misses()) == (CacheCounters(hits=1), (2, 2))
+
+
+def test_a_check_of_blocks_counts_as_no_use(opened: Open) -> None:
+    cache = opened()
+    store(cache, ONE, 0, 1)
+    assert cache.verify(ONE, 0)
+    assert cache.verify(ONE, 7), "nothing is wrong with what is not here"
+    files(cache)[0].write_bytes(bytes(FILE_BYTES))
+    assert [cache.verify(ONE, number) for number in (0, 1)].count(False) == 1
+    assert len(cache.present(ONE)) == len(files(cache)) == 1
+    assert cache.counters == CacheCounters(damaged=1)
+
+
+def test_of_many_damaged_blocks_the_log_names_the_first(
+    opened: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = opened()
+    numbers = range(DAMAGED_SHOWN + 5)
+    store(cache, ONE, *numbers)
+    for path in files(cache):
+        path.write_bytes(b"damaged")
+    assert not any(cache.load(ONE, number) for number in numbers)
+    assert cache.counters.damaged == len(numbers)
+    assert caplog.text.count("dropped from the cache") == DAMAGED_SHOWN
+    assert files(cache) == []
+
+
+def test_the_space_is_told_as_it_is(opened: Open) -> None:
+    cache = opened(10)
+    store(cache, ONE, 0, 1)
+    disk = os.statvfs(cache.path)
+    told = cache.space()
+    assert cache.used_bytes() == told["used_bytes"] == 2 * FILE_BYTES
+    assert told["allowed_bytes"] == 10 * FILE_BYTES
+    assert told["free_bytes"] == pytest.approx(disk.f_bavail * disk.f_frsize, rel=0.1)
+    assert told["reserve_bytes"] == 0
+    cache.care([])
+    assert cache.filling == (2 * FILE_BYTES, 10 * FILE_BYTES)
+    (stored,) = cache.stored()
+    assert (stored.tag, stored.blocks, stored.last_number) == (ONE.identity.decode(), 2, 1)
+    assert 0 <= time.time() - stored.stored_s < 60
+
+
+def test_removed_blocks_are_counted_and_their_files_are_gone(opened: Open) -> None:
+    cache = opened()
+    store(cache, ONE, *range(6))
+    store(cache, OTHER, 0)
+    assert cache.shrink(100 * FILE_BYTES) == 0
+    assert cache.shrink(7 * FILE_BYTES) == 0
+    assert cache.shrink(5 * FILE_BYTES + 1) == 2
+    assert (len(files(cache)), cache.counters.evicted) == (5, 2)
+    cache.drop(ONE)
+    assert (cache.present(ONE), cache.present(OTHER), len(files(cache))) == ([], [0], 1)
+    assert cache.drop_older(time.time() - 60) == 0
+    assert cache.drop_older(time.time() + 60) == 1
+    assert (files(cache), cache.counters.evicted) == ([], 3)
+
+
+def test_a_cache_that_may_have_less_now_is_made_smaller(opened: Open) -> None:
+    store(opened(), ONE, *range(6))
+    smaller = opened(4)
+    smaller.care([])
+    assert (len(files(smaller)), smaller.counters.evicted) == (4, 2)
+    assert smaller.filling == (6 * FILE_BYTES, 4 * FILE_BYTES)
+
+
+def test_after_a_block_was_declined_others_are_without_a_look(opened: Open) -> None:
+    cache = opened(2)
+    assert store(cache, ONE, 0, 1, 2, 3) == [True, True, False, False]
+    assert cache.counters == CacheCounters(declined=2)
+    assert store(cache, ONE, 0) == [False], "it was not looked for"
+    assert cache.counters == CacheCounters(declined=3)
+    other = opened(2)
+    assert other.claim(ONE, 3)
+    assert cache.claim(ONE, 3), "each process fetches its own blocks then"
+    other.release(ONE, 3)
+
+
+def test_blocks_that_were_given_up_make_room_at_once(opened: Open) -> None:
+    cache = opened(2)
+    store(cache, ONE, 0, 1, 2)
+    assert cache.give_up(ONE, [1])
+    assert store(cache, ONE, 2) == [True]
+    assert cache.present(ONE) == [0, 2]
+    assert cache.counters.evicted == 1
+
+
+def test_what_another_process_loads_is_not_given_up(opened: Open) -> None:
+    cache, other = opened(2), opened(2)
+    store(cache, ONE, 0, 1)
+    other.set_loading(OTHER)
+    assert cache.give_up(ONE, [])
+    other.set_loading(ONE)
+    assert not cache.give_up(ONE, [0, 1])
+    assert store(cache, ONE, 2) == [False]
+    assert cache.present(ONE) == [0, 1]
+
+
+def test_a_block_that_was_given_up_and_read_again_is_announced_again(opened: Open) -> None:
+    cache = opened(3)
+    store(cache, ONE, 0, 1, 2)
+    assert cache.give_up(ONE, [0, 1, 2])
+    assert cache.load(ONE, 2) is not None
+    cache.announce([ONE])
+    assert store(opened(3), OTHER, 0) == [True]
+    assert cache.present(ONE) != [0, 1], "what was given up goes first"
+    assert 2 in cache.present(ONE)
+
+
+def test_claims_of_another_process_are_seen(opened: Open) -> None:
+    cache, other = opened(), opened()
+    assert other.claim(ONE, 0)
+    assert (cache.claim(ONE, 0), cache.claim(ONE, 1)) == (False, True)
+    assert (cache.is_claimed(ONE, 0), cache.is_claimed(ONE, 1)) == (True, False)
+    other.release(ONE, 0)
+    assert not cache.is_claimed(ONE, 0)
+    assert cache.claim(ONE, 0)
+
+
+def test_others_that_wait_are_seen(opened: Open) -> None:
+    cache, other = opened(), opened()
+    assert not cache.others_wait()
+    other.set_waiting(ONE, 0, True)
+    time.sleep(0.03)
+    assert cache.others_wait()
+    other.set_waiting(ONE, 0, False)
+    time.sleep(0.03)
+    assert not cache.others_wait()
+
+
+def test_a_directory_is_swept_once_an_hour_by_one_process(opened: Open) -> None:
+    cache = opened()
+    cache.care([])
+    orphan = cache.path / "00" / ("a" * 30)
+    care = cache.path / "care"
+
+    def is_swept(age_s: float) -> bool:
+        orphan.write_bytes(b"nobody's")
+        os.utime(orphan, (0, 0))
+        moment_s = time.time() - age_s
+        os.utime(care, (moment_s, moment_s))
+        cache.care([])
+        return not orphan.exists()
+
+    assert not is_swept(SWEEP_S - 60)
+    assert is_swept(SWEEP_S + 60)
+    assert not is_swept(0)
+    assert is_swept(-60), "the clock was set back"
+    with module.locked(care, wait=False) as held:
+        assert held is not None
+        assert not is_swept(SWEEP_S + 60)
+
+
+class Elsewhere:
+    """A mover in this process."""
+
+    def __init__(self) -> None:
+        self.called: list[str] = []
+
+    def call(self, function: Callable[..., Any], *arguments: Any, buffer: Any) -> Any:
+        self.called.append(function.__name__)
+        return function(*arguments, *(buffer if isinstance(buffer, list) else [buffer]))
+
+
+def test_movers_write_and_read_the_files(opened: Open) -> None:
+    cache, mover = opened(), Elsewhere()
+    cache.use(cast(Movers, mover))
+    assert store(cache, ONE, 0, 1) == [True, True]
+    assert cache.load(ONE, 1) == block(1)
+    assert mover.called == ["write", "read"], "all files of a batch by one call"
+
+
+@pytest.mark.parametrize(
+    ("action", "side"),
+    [
+        (lambda cache: cache.present(ONE), "read"),
+        (lambda cache: cache.holds(ONE, 0), "read"),
+        (lambda cache: cache.load(ONE, 0), "read"),
+        (lambda cache: cache.verify(ONE, 0), "read"),
+        (lambda cache: cache.stored(), "read"),
+        (lambda cache: cache.hits_and_misses(), "read"),
+        (lambda cache: cache.used_bytes(), "read"),
+        (lambda cache: store(cache, ONE, 0), "written"),
+        (lambda cache: cache.drop(ONE), "written"),
+        (lambda cache: cache.drop_older(0.0), "written"),
+        (lambda cache: cache.shrink(0), "written"),
+        (lambda cache: cache.announce([ONE]), "written"),
+        (lambda cache: cache.give_up(ONE, [0]), "written"),
+        (lambda cache: cache.care([]), "written"),
+    ],
+)
+def test_whatever_fails_on_a_disk_is_told_and_raises_nothing(
+    opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    action: Callable[[CacheDirectory], object], side: str,
+) -> None:  # fmt: skip
+    def fail(*_: object, **__: object) -> None:
+        raise IndexFailedError("the disk is odd")
+
+    cache = opened()
+    for name, method in vars(BlockIndex).items():
+        if callable(method) and not name.startswith("_"):
+            monkeypatch.setattr(BlockIndex, name, fail)
+    found = action(cache)
+    assert f"cannot be {side}: the disk is odd" in caplog.text
+    monkeypatch.undo()
+    assert action(cache) == found, "it rests"
+    other_side = cache.used_bytes() if side == "written" else len(store(cache, ONE, 0))
+    assert other_side in (0, 1)
+    assert caplog.text.count("the disk is odd") == 1
+
+
+def test_nothing_is_here_on_a_disk_that_fails(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise IndexFailedError("the disk is odd")
+
+    cache = opened()
+    store(cache, ONE, 0)
+    monkeypatch.setattr(BlockIndex, "filename", fail)
+    assert cache.load(ONE, 0) is None
+    assert cache.present(ONE) == []
+    assert not cache.holds(ONE, 0)
+    assert cache.stored() == []
+    assert cache.hits_and_misses() == (0, 0)
+    assert cache.used_bytes() == 0
+    assert cache.verify(ONE, 0)
+    monkeypatch.setattr(BlockIndex, "used_bytes", fail)
+    assert store(cache, ONE, 1, 2) == [False, False]
+    assert cache.counters == CacheCounters(misses=1, failed_writes=2)
+    assert cache.drop_older(time.time() + 60) == 0
+    assert cache.shrink(0) == 0
+    other = opened()
+    assert other.claim(ONE, 3)
+    assert cache.claim(ONE, 3), "each process fetches its own blocks then"
+
+
+def test_rows_are_made_again_from_files_but_for_those_that_are_known(
+    opened: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = opened()
+    store(cache, ONE, *range(4))
+    cache.load(ONE, 0)
+    (cache.path / "cache.db").unlink()
+    caplog.set_level(logging.INFO)
+    again = opened()
+    store(again, ONE, 3)
+    again.care([])
+    assert again.counters.adopted == 3
+    assert again.present(ONE) == [0, 1, 2, 3]
+    assert [again.load(ONE, number) for number in range(4)] == [block(n) for n in range(4)]
+    assert len(files(again)) == 4, "the second file of block 3 is gone"
