@@ -223,6 +223,50 @@ def test_reserved_space_stays_free(open_cache: Callable[..., BlockCache], tmp_pa
     assert block_files(tmp_path / "cache") == []
 
 
+def test_no_block_is_allowed_where_less_is_free_than_reserved(tmp_path: Path) -> None:
+    disk = os.statvfs(tmp_path)
+    more = disk.f_bavail * disk.f_frsize + (1 << 40)
+    assert Limits(1 << 50, reserve=more).allowed_bytes(disk, 0) == 0
+    assert Limits(0).allowed_bytes(disk, 0) == 0
+
+
+def test_processes_see_of_each_other_which_block_they_fetch_and_wait_for(
+    open_cache: Callable[..., BlockCache],
+) -> None:
+    ours, other, one = open_cache(), open_cache(), file()
+    assert other.load_or_claim(one, 0) is Claim.OURS
+    assert ours.load_or_claim(one, 0) is Claim.THEIRS
+    assert (ours.is_claimed(one, 0), ours.is_claimed(one, 1)) == (True, False)
+    assert ours.load_or_claim(one, 1) is Claim.OURS
+    ours.set_waiting(one, 0, True)
+    assert other.others_wait()
+    assert other.put(one, 0, body(one, 0))
+    assert not ours.is_claimed(one, 0)
+    ours.set_waiting(one, 0, False)
+    time.sleep(0.03)
+    assert not other.others_wait()
+    assert ours.load_or_claim(one, 0) == body(one, 0)
+    ours.release(one, 1)
+    assert other.load_or_claim(one, 1) is Claim.OURS
+
+
+def test_a_block_that_is_stored_between_a_look_and_a_claim_is_taken(
+    open_cache: Callable[..., BlockCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, other, one = open_cache(), open_cache(), file()
+    load = CacheDirectory.load
+
+    def load_early(directory: CacheDirectory, *which: object) -> memoryview | None:
+        found = load(directory, *which)  # type: ignore[arg-type]
+        if found is None:
+            other.put(one, 0, body(one, 0))
+        return found
+
+    monkeypatch.setattr(CacheDirectory, "load", load_early)
+    assert ours.load_or_claim(one, 0) == body(one, 0)
+    assert not other.is_claimed(one, 0), "and its claim is released"
+
+
 def test_limits() -> None:
     disk = os.statvfs_result((4096, 4096, 1000, 400, 300, 0, 0, 0, 0, 255))
     assert Limits(0.5, 0).allowed_bytes(disk, 100 * 4096) == 200 * 4096

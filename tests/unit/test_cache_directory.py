@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -12,6 +13,7 @@ from typing import Any, cast
 import pytest
 
 from lazyfs.blocks.buffers import take_buffer
+from lazyfs.cache import block_io
 from lazyfs.cache import directory as module
 from lazyfs.cache.block_format import Content
 from lazyfs.cache.directory import DAMAGED_SHOWN, SWEEP_S, CacheCounters, CacheDirectory
@@ -218,6 +220,55 @@ def test_a_directory_is_swept_once_an_hour_by_one_process(opened: Open) -> None:
     with module.locked(care, wait=False) as held:
         assert held is not None
         assert not is_swept(SWEEP_S + 60)
+
+
+def test_a_file_that_was_not_written_leaves_no_row(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, cache = block_io.write_file, opened()
+    written: list[Path] = []
+
+    def write_one(path: Path, *rest: Any) -> None:
+        if written:
+            path.write_bytes(b"half")
+            raise OSError(errno.EIO, "bad disk")
+        written.append(path)
+        write(path, *rest)
+
+    monkeypatch.setattr(block_io, "write_file", write_one)
+    assert store(cache, ONE, 0, 1, 2) == [True, False, False]
+    assert files(cache) == written
+    assert cache.used_bytes() == FILE_BYTES
+    assert cache.counters == CacheCounters(failed_writes=2)
+    monkeypatch.undo()
+    assert opened().load(ONE, 0) == block(0)
+
+
+def test_a_block_that_another_process_stored_meanwhile_is_kept_once(opened: Open) -> None:
+    first, second = opened(), opened()
+    assert store(first, ONE, 0) == [True]
+    assert store(second, ONE, 1, 0) == [True, True]
+    assert second.counters == CacheCounters()
+    assert len(files(second)) == 2
+    assert second.used_bytes() == 2 * FILE_BYTES
+
+
+def test_rows_that_vanish_while_files_are_written_leave_no_files(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = opened()
+    complete = BlockIndex.complete
+
+    def complete_late(index: BlockIndex, entries: Any) -> Any:
+        for entry in entries[:1]:
+            index.discard(entry.key, entry.filename)
+        return complete(index, entries)
+
+    monkeypatch.setattr(BlockIndex, "complete", complete_late)
+    assert store(cache, ONE, 0, 1) == [False, True]
+    assert cache.present(ONE) == [1]
+    assert len(files(cache)) == 1
+    assert cache.used_bytes() == FILE_BYTES
 
 
 class Elsewhere:
