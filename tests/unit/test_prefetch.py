@@ -371,6 +371,16 @@ def test_reads_out_of_order_and_of_headers_are_reported() -> None:
     assert told == [9, 2, 2]
 
 
+def test_no_file_in_the_order_is_a_stray() -> None:
+    made = prefetcher("model", 30, 30)
+    told: list[int] = []
+    made.on_stray = told.append
+    for inode in (2, 3):
+        made.was_read(inode, 100, 4)
+        made.was_read(inode, 150, 4)
+    assert told == []
+
+
 def test_one_request_near_a_header_is_no_load_and_one_far_from_it_is() -> None:
     told: list[int] = []
     size = 1 << 30

@@ -11,6 +11,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
@@ -926,3 +927,17 @@ def test_a_service_that_keeps_no_checksums(serve: Serve) -> None:
 def test_a_head_that_is_refused(serve: Serve, status: int, kind: type[SourceError]) -> None:
     with pytest.raises(kind):
         serve(lambda _: (status, {}, b"")).source().checksum(PIN)
+
+
+@pytest.mark.parametrize("ahead_s", [3600, 0, -90, None])
+def test_the_clock_of_the_service_is_compared(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, ahead_s: int | None
+) -> None:
+    def date(*_: object) -> str:
+        return "" if ahead_s is None else formatdate(time.time() + ahead_s, usegmt=True)
+
+    monkeypatch.setattr(http.server.BaseHTTPRequestHandler, "date_time_string", date)
+    service = serve(lambda _: (200, {}, b""))
+    skew_s = service.source().clock_skew_s()
+    assert skew_s == (None if ahead_s is None else pytest.approx(ahead_s, abs=30))
+    assert service.requests[0].query == {"list-type": "2", "max-keys": "1", "prefix": "m/"}

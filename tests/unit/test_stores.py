@@ -16,8 +16,11 @@ from lazyfs.namespace.listing_log import ListingLog
 from lazyfs.namespace.tree import Directory, Tree
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
+from lazyfs.store import stores
+from lazyfs.store.credentials import StaticCredentials
 from lazyfs.store.protocol import Store
 from lazyfs.store.s3_source import S3Source
+from lazyfs.store.url import SourceUrl
 
 OBJECTS = {"config.json": b"{}", "a/w.safetensors": bytes(300_000), "a/b/c": b"x", "z/last": b"y"}
 
@@ -81,3 +84,19 @@ def test_an_object_that_changes_is_noticed() -> None:
     del store.objects["a/b/c"]
     with pytest.raises(ObjectGoneError):
         store.ranges.read(pin, 0, 1)
+
+
+def test_a_url_is_opened_by_the_store_of_its_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
+    url, options = SourceUrl.parse("s3://bucket/m"), MountOptions()
+    given = StaticCredentials("id", "secret")
+    assert stores.source_class(url) is S3Source
+
+    class Opened:
+        def __init__(self, *arguments: object) -> None:
+            self.arguments = arguments
+
+    monkeypatch.setitem(stores._STORES, "s3", lambda: Opened)  # type: ignore[arg-type]
+    for more in ((), (given,)):
+        opened = stores.open_source(url, options, *more)
+        assert isinstance(opened, Opened)
+        assert opened.arguments == (url, options, *(more or (None,)))
