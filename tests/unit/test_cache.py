@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -18,6 +19,7 @@ from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.space import Limits
 from lazyfs.errors import CacheError
 from lazyfs.objects import File
+from lazyfs.options.mount_options import MountOptions
 
 BLOCK = 256 << 10
 # A block's file has a tail of some hundred bytes.
@@ -476,3 +478,20 @@ def test_a_pickle_in_the_index_is_not_read(
     assert load(cache, one, 0) is None
     assert not (tmp_path / "unpickled").exists()
     assert isinstance(cache.directories[0], CacheDirectory)
+
+
+def test_another_process_uses_the_cache_that_the_options_name(tmp_path: Path) -> None:
+    directories = tmp_path / "one", tmp_path / "two"
+    options = MountOptions(
+        cache_dir=directories, cache_size=1 << 30, cache_reserve=0.25, block_size=BLOCK
+    )
+    cache = BlockCache.of(options, "http://s3", "b")
+    assert cache is not None
+    other = BlockCache.described(json.loads(json.dumps(cache.description())))
+    assert other.description() == cache.description()
+    assert [each.path for each in other.directories] == list(directories)
+    assert {each.limits for each in other.directories} == {Limits(1 << 30, 0.25)}
+    one = file()
+    assert cache.put(one, 0, body(one, 0))
+    assert load(other, one, 0) == body(one, 0)
+    assert BlockCache.of(MountOptions(cache_dir="none"), "http://s3", "b") is None

@@ -17,7 +17,7 @@ from lazyfs.cache import block_io
 from lazyfs.cache import directory as module
 from lazyfs.cache.block_format import Content
 from lazyfs.cache.directory import DAMAGED_SHOWN, SWEEP_S, CacheCounters, CacheDirectory
-from lazyfs.cache.index import BlockIndex, IndexFailedError
+from lazyfs.cache.index import BlockIndex, IndexCorruptError, IndexFailedError
 from lazyfs.cache.space import Limits
 from lazyfs.movers.pool import Movers
 
@@ -329,6 +329,22 @@ def test_whatever_fails_on_a_disk_is_told_and_raises_nothing(
     assert caplog.text.count("the disk is odd") == 1
 
 
+def test_nothing_is_here_while_an_index_is_made_again(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise IndexCorruptError("damaged")
+
+    cache = opened()
+    store(cache, ONE, 0)
+    for name in ("used_bytes", "numbers", "hits_and_misses"):
+        monkeypatch.setattr(BlockIndex, name, fail)
+    assert (cache.used_bytes(), cache.present(ONE), cache.hits_and_misses()) == (0, [], (0, 0))
+    assert store(cache, ONE, 0) == [False]
+    monkeypatch.undo()
+    assert store(cache, ONE, 0) == [True]
+
+
 def test_nothing_is_here_on_a_disk_that_fails(
     opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,11 +378,14 @@ def test_rows_are_made_again_from_files_but_for_those_that_are_known(
     store(cache, ONE, *range(4))
     cache.load(ONE, 0)
     (cache.path / "cache.db").unlink()
+    for path in files(cache):
+        os.utime(path, (5000, 5000))
     caplog.set_level(logging.INFO)
     again = opened()
     store(again, ONE, 3)
     again.care([])
     assert again.counters.adopted == 3
+    assert again.stored()[0].stored_s == 5000, "that was when it was written"
     assert again.present(ONE) == [0, 1, 2, 3]
     assert [again.load(ONE, number) for number in range(4)] == [block(n) for n in range(4)]
     assert len(files(again)) == 4, "the second file of block 3 is gone"
