@@ -169,9 +169,12 @@ class Jobs:
                     job.tier = got.tier
                     self._landed(job, got.data, began)
                     self._is_over(job)
+                    # Otherwise its bytes would be freed only with the batch, or even later.
+                    job.batch = None
                     if job.waiting:
                         nursery.start_soon(contained, "answering readers", self._answer, job)
                     else:
+                        job.held = None
                         job.done.set()
             self._on_end()
 

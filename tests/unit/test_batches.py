@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -555,6 +557,32 @@ def test_what_nobody_wants_any_more_of_a_batch_is_ended(reader_waits: bool) -> N
         assert worker.jobs.fetching == 0
 
     work(steps)
+
+
+def test_the_bytes_of_a_batch_are_freed_as_soon_as_memory_drops_them() -> None:
+    class Bytes(bytearray):
+        """Bytes to which there can be weak references."""
+
+    async def steps(worker: Worker, nursery: trio.Nursery) -> None:
+        jobs = await worker.start(nursery, 0, 1, 2)
+        there: list[weakref.ref[Bytes]] = []
+        for job in jobs[:2]:
+            data = Bytes(BLOCK)
+            there.append(weakref.ref(data))
+            worker.tiers.came([(job, Got(memoryview(data), Tier.S3))])
+            del data, job
+        assert all(each() is not None for each in there)
+        for number in (0, 1):
+            worker.map.moved(BlockId(FILE.inode, number), Place.NEAR)
+        assert worker.memory.make_room(8 * BLOCK, urgent=True, is_served=True) is False
+        assert [each() for each in there] == [None, None], "while the batch goes on"
+        worker.tiers.may_end.set()
+
+    gc.disable()
+    try:
+        work(steps)
+    finally:
+        gc.enable()
 
 
 def test_a_fault_in_one_block_of_a_batch_does_not_hold_up_the_others(
