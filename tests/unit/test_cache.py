@@ -483,14 +483,14 @@ def test_a_pickle_in_the_index_is_not_read(
 def test_another_process_uses_the_cache_that_the_options_name(tmp_path: Path) -> None:
     directories = tmp_path / "one", tmp_path / "two"
     options = MountOptions(
-        cache_dir=directories, cache_size=1 << 30, cache_reserve=0.25, block_size=BLOCK
+        cache_dir=directories, cache_size=1 << 30, cache_reserve=0.001, block_size=BLOCK
     )
     cache = BlockCache.of(options, "http://s3", "b")
     assert cache is not None
     other = BlockCache.described(json.loads(json.dumps(cache.description())))
     assert other.description() == cache.description()
     assert [each.path for each in other.directories] == list(directories)
-    assert {each.limits for each in other.directories} == {Limits(1 << 30, 0.25)}
+    assert {each.limits for each in other.directories} == {Limits(1 << 30, 0.001)}
     one = file()
     assert cache.put(one, 0, body(one, 0))
     assert load(other, one, 0) == body(one, 0)
