@@ -7,6 +7,9 @@ from typing import Any, cast
 
 import trio
 
+from lazyfs.blocks.block_map import BlockMap
+from lazyfs.blocks.memory import BlockMemory
+from lazyfs.cache.disk_calls import DiskCalls
 from lazyfs.threads import Threads
 
 
@@ -38,6 +41,12 @@ class InlineThreads:
     def hold(self) -> None:
         """Calls wait from now on."""
         self.gate = trio.Event()
+
+    @property
+    def calls(self) -> DiskCalls:
+        """Calls of a disk, which are made so."""
+        memory = BlockMemory(1 << 30, 1 << 20, BlockMap(1 << 20), lambda: 1)
+        return DiskCalls(self.threads, memory)
 
     @property
     def threads(self) -> Threads:

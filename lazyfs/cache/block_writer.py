@@ -9,6 +9,10 @@ while a reader waits, new blocks are *skipped*: readers get them, the disk does 
 still in memory when the queue is shorter again. Otherwise a later mount fetches them again. The
 queue may be longer while another daemon of this node waits for blocks. While no reader waits here
 nothing is skipped: memory fills up, and prefetching keeps pace with the disk.
+
+While the disk hangs (`disk_calls.py`) everything is skipped. Only what is being written then stays
+in memory until the disk answers, because the write still reads it: `WRITING_SHARE` of the memory at
+most.
 """
 
 from __future__ import annotations
@@ -22,9 +26,9 @@ from lazyfs.blocks import BlockId
 from lazyfs.blocks.memory import Held
 from lazyfs.blocks.queue import BlockQueue
 from lazyfs.cache import BlockCache
+from lazyfs.cache.disk_calls import DiskCalls, DiskHangsError
 from lazyfs.faults import keep_running, report_fault
 from lazyfs.observe.recorder import Recorder
-from lazyfs.threads import Threads
 
 # Each writer takes what waits, so fewer of them change the index less often, for more blocks at
 # once. With eight a load of 1 GiB that keeps two processors busy took 1.23 times as long as without
@@ -39,6 +43,8 @@ SHARE_FOR_OTHERS = 1 / 2
 # Share of the memory limit that a writer takes at once, to change the index only once for it.
 BATCH_SHARE = 1 / 8
 MOST_AT_ONCE = 32
+# Share of the memory limit that all writers take at once; a block at least.
+WRITING_SHARE = 3 / 8
 
 
 class BlockWriter:
@@ -47,7 +53,7 @@ class BlockWriter:
     Args:
         cache: the cache.
         memory_limit: the mount's, in bytes.
-        threads: run the writes.
+        calls: make the writes.
         recorder: records written blocks.
         on_written: called with the blocks that the disk no longer needs, and whether each was
             stored.
@@ -59,7 +65,7 @@ class BlockWriter:
         self,
         cache: BlockCache,
         memory_limit: int,
-        threads: Threads,
+        calls: DiskCalls,
         recorder: Recorder,
         on_written: Callable[[Mapping[BlockId, bool]], None],
         held: Callable[[BlockId], Held | None],
@@ -69,7 +75,8 @@ class BlockWriter:
         self._cache = cache
         self._memory_limit = memory_limit
         self._batch_bytes = int(memory_limit * BATCH_SHARE)
-        self._threads = threads
+        self._calls = calls
+        calls.on_change.append(self._disk_changed)
         self._recorder = recorder
         self._on_written = on_written
         self._held = held
@@ -77,6 +84,9 @@ class BlockWriter:
         # Blocks that wait or are being written, and their bytes.
         self._coming: set[BlockId] = set()
         self._bytes = 0
+        # Of them, those that are being written, and writers that wait for their room.
+        self._writing_bytes = 0
+        self._full = trio.lowlevel.ParkingLot()
         # Unread blocks for which the cache had no room.
         self._refused: list[BlockId] = []
         # Skipped blocks that may still be in memory, and the number of those that are not.
@@ -91,7 +101,9 @@ class BlockWriter:
         """
         if block in self._coming:
             return  # skipped, dropped, fetched again, and queued since
-        if reader_waits and self._bytes + len(held.data) > self._most_bytes():
+        if self._calls.hangs or (
+            reader_waits and self._bytes + len(held.data) > self._most_bytes()
+        ):
             self._cache.release(held.file, block.number)
             self._skipped.append(block)
             return
@@ -112,7 +124,7 @@ class BlockWriter:
 
     def _catch_up(self) -> None:
         """Queue skipped blocks that are still in memory, as far as the queue has room."""
-        while self._skipped:
+        while self._skipped and not self._calls.hangs:
             block = self._skipped[0]
             held = self._held(block)
             if held is None:
@@ -142,41 +154,76 @@ class BlockWriter:
                 nursery.start_soon(keep_running, "writing blocks", self._write_forever)
 
     async def finish(self) -> None:
-        """Wait until all blocks are written."""
-        while self._bytes:
+        """Wait until all blocks are written, unless the disk hangs."""
+        while self._bytes and not self._calls.hangs:
             await trio.sleep(0.01)
 
     async def _write_forever(self) -> None:
         while True:
             await self._queue.wait()
-            await self._write(self._batch())
+            if batch := self._batch():
+                await self._write(batch)
+            else:
+                await self._full.park()
 
     def _batch(self) -> list[tuple[BlockId, Held]]:
-        """The next blocks to write, at least one."""
-        batch = [self._queue.take()]
-        size = len(batch[0][1].data)
+        """The next blocks to write; none if they have to wait for what is being written."""
+        batch: list[tuple[BlockId, Held]] = []
+        size = 0
+        room = int(self._memory_limit * WRITING_SHARE) - self._writing_bytes
         while len(self._queue) and len(batch) < MOST_AT_ONCE:
             _, following = next(iter(self._queue))
             size += len(following.data)
-            if size > self._batch_bytes:
+            if size > room and (batch or self._writing_bytes):
+                break
+            if size > self._batch_bytes and batch:
                 break
             batch.append(self._queue.take())
         return batch
 
+    def _disk_changed(self) -> None:
+        """The disk begins to hang, or answers again."""
+        if not self._calls.hangs:
+            self._catch_up()
+        else:
+            self._skip([self._queue.take() for _ in range(len(self._queue))])
+
+    def _skip(self, batch: Sequence[tuple[BlockId, Held]]) -> None:
+        """Do without writing blocks that were queued."""
+        for block, held in batch:
+            self._cache.release(held.file, block.number)
+            self._skipped.append(block)
+        self._end(batch, [False] * len(batch))
+
     async def _write(self, batch: Sequence[tuple[BlockId, Held]]) -> None:
         blocks = [(held.file, block.number, held.data) for block, held in batch]
+        size = sum(len(held.data) for _, held in batch)
+        self._writing_bytes += size
         try:
-            stored = await self._threads.run(self._cache.put_all, blocks)
+            stored = await self._calls.run_to_end(self._cache.put_all, blocks)
+        except DiskHangsError:
+            self._skip(batch)
+            return
         except Exception as error:
             report_fault("writing blocks", error)
             stored = [False] * len(batch)  # so that memory can drop them
+        finally:
+            self._writing_bytes -= size
+            self._full.unpark_all()
+        self._refused += [
+            block
+            for (block, held), is_stored in zip(batch, stored, strict=True)
+            if not is_stored and held.unread
+        ]
+        self._end(batch, stored)
+        self._catch_up()
+
+    def _end(self, batch: Sequence[tuple[BlockId, Held]], stored: Sequence[bool]) -> None:
+        """The disk does not need these blocks any more."""
         for (block, held), is_stored in zip(batch, stored, strict=True):
             held.on_disk = is_stored
             held.users -= 1
             self._coming.remove(block)
             self._bytes -= len(held.data)
             self._recorder.written(len(held.data) if is_stored else 0)
-            if not is_stored and held.unread:
-                self._refused.append(block)
         self._on_written({block: there for (block, _), there in zip(batch, stored, strict=True)})
-        self._catch_up()

@@ -13,8 +13,8 @@ import trio
 
 from lazyfs.blocks import BlockId
 from lazyfs.cache import BlockCache
+from lazyfs.cache.disk_calls import DiskCalls, DiskHangsError
 from lazyfs.objects import File
-from lazyfs.threads import Threads
 
 # How long a block is left to the daemon that claimed it, and how often the disk is checked.
 LEASE_S = 10.0
@@ -26,18 +26,18 @@ class OtherDaemons:
 
     Args:
         cache: the shared cache.
-        threads: run the calls that block.
+        calls: make the calls that block.
         on_found: called with a block that is no longer left to others, and whether it arrived.
     """
 
     def __init__(
         self,
         cache: BlockCache,
-        threads: Threads,
+        calls: DiskCalls,
         on_found: Callable[[BlockId, bool], None],
     ) -> None:
         self._cache = cache
-        self._threads = threads
+        self._calls = calls
         self._on_found = on_found
         self._left: dict[BlockId, tuple[File, float]] = {}
         self._news = trio.Event()
@@ -60,10 +60,13 @@ class OtherDaemons:
         return lease_until
 
     async def wait_for(self, file: File, number: int, lease_until: float) -> None:
-        """Wait until another daemon releases its claim to a block, whether it stored it or not."""
+        """Wait until another daemon releases its claim to a block, whether it stored it or not.
+
+        While the disk hangs it can store none.
+        """
         self._cache.set_waiting(file, number, True)
         with trio.move_on_at(lease_until):
-            while self._cache.is_claimed(file, number):
+            while not self._calls.hangs and self._cache.is_claimed(file, number):
                 await trio.sleep(LOOK_S)
         self._cache.set_waiting(file, number, False)
 
@@ -73,7 +76,7 @@ class OtherDaemons:
             await self._news.wait()
             await trio.sleep(LOOK_S)
             for block, file, lease_until in self._ended():
-                there = await self._threads.run(self._cache.holds, file, block.number)
+                there = await self._holds(file, block)
                 if self._left.pop(block, None) is None:
                     continue  # a reader requested it meanwhile
                 self._cache.set_waiting(file, block.number, False)
@@ -82,6 +85,12 @@ class OtherDaemons:
                 self._on_found(block, there)
             if not self._left:
                 self._news = trio.Event()
+
+    async def _holds(self, file: File, block: BlockId) -> bool:
+        try:
+            return await self._calls.run(self._cache.holds, file, block.number)
+        except DiskHangsError:
+            return False
 
     def _ended(self) -> Iterator[tuple[BlockId, File, float]]:
         """Blocks that no daemon fetches any more, or one for too long."""

@@ -84,7 +84,8 @@ def rows(status: Status) -> list[tuple[str, str]]:
             "cached",
             f"{format_size(status['to_disk_bytes'])} written to disk, "
             f"{format_size(status['pushed_bytes'])} put into the page cache"
-            + (f", {status['shed_blocks']} blocks not written" if status["shed_blocks"] else ""),
+            + (f", {status['shed_blocks']} blocks not written" if status["shed_blocks"] else "")
+            + _hangs(status),
         ),
         ("reads", _reads(status)),
         (
@@ -98,6 +99,11 @@ def rows(status: Status) -> list[tuple[str, str]]:
         ("last error", status["last_error"] or "none"),
         *_waiting(status),
     ]
+
+
+def _hangs(status: Status) -> str:
+    # Of a worker of an older version this is not known.
+    return "; the disk does not answer, S3 does instead" if status.get("disk_hangs") else ""
 
 
 def _fleet(status: Status) -> list[tuple[str, str]]:

@@ -150,6 +150,7 @@ class Status:
 
     def _cache(self) -> dict[str, Any]:
         return {
+            "disk_hangs": self.fetcher.disk_hangs,
             "cache": [
                 {
                     "directory": str(directory.path),
@@ -158,7 +159,7 @@ class Status:
                     **asdict(directory.counters),
                 }
                 for directory in (self.cache.directories if self.cache else ())
-            ]
+            ],
         }
 
     def _reads(self) -> dict[str, Any]:

@@ -7,12 +7,17 @@ it to that daemon, for at most `LEASE_S`.
 A worker that was killed is gone only when its last thread is, which may wait in the kernel for what
 the next worker answers. Until then its claims look like another daemon's. So after a resume, a
 reader waits only `FORMER_LEASE_S` for a claim.
+
+While the disk hangs (`cache/disk_calls.py`), it has no blocks and takes none: all of them come from
+S3, also those that are loaded ahead of readers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import trio
 
@@ -20,12 +25,12 @@ from lazyfs.blocks import BlockId
 from lazyfs.blocks.memory import Held
 from lazyfs.cache import CARE_S, BlockCache, Claim
 from lazyfs.cache.block_writer import BlockWriter
+from lazyfs.cache.disk_calls import DISK_PATIENCE_S, DiskCalls, DiskHangsError
 from lazyfs.cache.other_daemons import OtherDaemons
 from lazyfs.faults import contained, keep_running
 from lazyfs.fetch.tiers import Job, OriginTier
 from lazyfs.objects import File
 from lazyfs.observe.recorder import Tier
-from lazyfs.threads import Threads
 
 # After a resume: how long a reader waits for a claim, and for how long that holds.
 FORMER_LEASE_S = 2.0
@@ -40,7 +45,7 @@ class DiskTier:
         writer: writes blocks to it.
         others: the blocks that are left to other daemons.
         origin: says whether the mount may read an object.
-        threads: run the blocking calls.
+        calls: make the blocking calls.
     """
 
     kind = Tier.DISK
@@ -51,15 +56,20 @@ class DiskTier:
         writer: BlockWriter,
         others: OtherDaemons,
         origin: OriginTier,
-        threads: Threads,
+        calls: DiskCalls,
     ) -> None:
         self._cache = cache
         self._writer = writer
         self._others = others
         self._origin = origin
-        self._threads = threads
+        self._calls = calls
         self._nursery: trio.Nursery | None = None
         self._former_until_s = -math.inf
+
+    @property
+    def hangs(self) -> bool:
+        """Whether the disk does not answer."""
+        return self._calls.hangs
 
     def resumed(self) -> None:
         """A former worker of this mount has ended, or is about to."""
@@ -78,15 +88,20 @@ class DiskTier:
 
     async def finish(self, plan: Iterable[File]) -> None:
         """Write the blocks that wait for the disk, so that the next mount finds them."""
-        await self._writer.finish()
-        await self._threads.run(self._cache.care, plan)
+        with contextlib.suppress(DiskHangsError):
+            await self._writer.finish()
+            await self._calls.run(self._cache.care, plan)
 
     async def present(self, files: Sequence[File]) -> list[tuple[File, list[int]]]:
         """The files that have blocks on disk, with the numbers of these blocks.
 
         The cache records that they are needed, and S3 is asked whether the mount may read them.
+        If the disk hangs there are none; each block is looked for again when it is wanted.
         """
-        present = await self._threads.run(_find_present, self._cache, files)
+        try:
+            present = await self._calls.run(_find_present, self._cache, files)
+        except DiskHangsError:
+            present = []
         if present and self._nursery is not None:
             there = [file for file, _ in present]
             self._nursery.start_soon(
@@ -97,8 +112,11 @@ class DiskTier:
         return present
 
     async def numbers(self, file: File) -> list[int]:
-        """Which blocks of a file are on disk."""
-        return await self._threads.run(self._cache.present, file)
+        """Which blocks of a file are on disk; none if it hangs."""
+        try:
+            return await self._calls.run(self._cache.present, file)
+        except DiskHangsError:
+            return []
 
     def opened(self, file: File) -> None:
         """A reader opened a file. Does not block."""
@@ -119,15 +137,31 @@ class DiskTier:
 
     async def claim(self, jobs: Sequence[Job]) -> Sequence[Job]:
         """See `CacheTier`."""
-        numbers = [job.block.number for job in jobs]
-        ours = await self._threads.run(self._cache.claim_absent, jobs[0].file, numbers)
+        file, numbers = jobs[0].file, [job.block.number for job in jobs]
+        try:
+            ours = await self._calls.run(
+                self._cache.claim_absent, file, numbers,
+                patience_s=DISK_PATIENCE_S, late=partial(self._release, file),
+            )  # fmt: skip
+        except DiskHangsError:
+            return jobs
         return [job for job in jobs if job.block.number in ours]
 
     async def _load_or_claim(self, job: Job) -> memoryview | Claim:
-        """A block, or which daemon fetches it; waits for other daemons if a reader does."""
+        """A block, or which daemon fetches it; waits for other daemons if a reader does.
+
+        A block on a disk that hangs is ours to fetch.
+        """
         lease_until = math.inf
         while True:
-            found = await self._threads.run(self._cache.load_or_claim, job.file, job.block.number)
+            try:
+                found: memoryview | Claim = await self._calls.run(
+                    self._cache.load_or_claim, job.file, job.block.number,
+                    patience_s=DISK_PATIENCE_S, size_bytes=job.length,
+                    late=partial(self._came_late, job.file, job.block.number),
+                )  # fmt: skip
+            except DiskHangsError:
+                return Claim.OURS
             if found is not Claim.THEIRS:
                 return found
             now_s = trio.current_time()
@@ -140,6 +174,14 @@ class DiskTier:
                 return found
             await self._others.wait_for(job.file, job.block.number, lease_until)
 
+    def _came_late(self, file: File, number: int, found: memoryview | Claim) -> None:
+        if found is Claim.OURS:
+            self._release(file, [number])
+
+    def _release(self, file: File, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            self._cache.release(file, number)
+
     def put(self, block: BlockId, held: Held, *, reader_waits: bool) -> None:
         """See `CacheTier`."""
         self._writer.put(block, held, reader_waits=reader_waits)
@@ -149,9 +191,12 @@ class DiskTier:
         self._cache.release(job.file, job.block.number)
 
     async def _care(self, plan: Callable[[], Iterable[File]]) -> None:
-        while True:
-            await self._threads.run(self._cache.care, plan())
-            await trio.sleep(CARE_S)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keep_running, "watching the disk", self._calls.watch)
+            while True:
+                with contextlib.suppress(DiskHangsError):
+                    await self._calls.run(self._cache.care, plan(), patience_s=math.inf)
+                await trio.sleep(CARE_S)
 
 
 def _find_present(cache: BlockCache, files: Sequence[File]) -> list[tuple[File, list[int]]]:

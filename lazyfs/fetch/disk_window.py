@@ -16,10 +16,10 @@ from lazyfs.blocks.file_blocks import Place
 from lazyfs.blocks.memory import BlockMemory, Held
 from lazyfs.cache import BlockCache
 from lazyfs.cache.block_writer import BlockWriter
+from lazyfs.cache.disk_calls import DiskCalls, DiskHangsError
 from lazyfs.faults import contained
 from lazyfs.objects import File
 from lazyfs.prefetch.prefetcher import Prefetcher
-from lazyfs.threads import Threads
 
 # How many blocks are removed at a time.
 SLIDE_BLOCKS = 8
@@ -34,7 +34,7 @@ class DiskWindow:
         prefetcher: knows the blocks that all readers have consumed.
         memory: the mount's.
         files: the mount's, by inode.
-        threads: run the calls that block.
+        calls: make the calls that block.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class DiskWindow:
         prefetcher: Prefetcher,
         memory: BlockMemory,
         files: Mapping[int, File],
-        threads: Threads,
+        calls: DiskCalls,
     ) -> None:
         self._cache = cache
         self._writer = writer
         self._prefetcher = prefetcher
         self._memory = memory
         self._files = files
-        self._threads = threads
+        self._calls = calls
         self._sliding = False
 
     def slide(self, nursery: trio.Nursery) -> None:
@@ -66,7 +66,7 @@ class DiskWindow:
     async def _exchange(self, spent: list[BlockId]) -> None:
         for inode, blocks in groupby(spent, lambda block: block.inode):
             numbers = [block.number for block in blocks]
-            if await self._threads.run(self._cache.give_up, self._files[inode], numbers):
+            if await self._given_up(self._files[inode], numbers):
                 for block in (BlockId(inode, number) for number in numbers):
                     held = self._memory.get(block)
                     if held is not None:
@@ -75,6 +75,12 @@ class DiskWindow:
                         self._prefetcher.blocks.moved(block, Place.USED)
         self._writer.retry(self._kept)
         self._sliding = False
+
+    async def _given_up(self, file: File, numbers: list[int]) -> bool:
+        try:
+            return await self._calls.run(self._cache.give_up, file, numbers)
+        except DiskHangsError:
+            return False
 
     def _kept(self, block: BlockId) -> Held | None:
         """A block that is only in memory, and that a reader still needs."""

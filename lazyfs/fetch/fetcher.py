@@ -16,6 +16,7 @@ from lazyfs.blocks.file_blocks import AWAY, PAGES, Place
 from lazyfs.blocks.memory import BlockMemory, Held
 from lazyfs.cache import BlockCache
 from lazyfs.cache.block_writer import BlockWriter
+from lazyfs.cache.disk_calls import DiskCalls
 from lazyfs.cache.other_daemons import OtherDaemons
 from lazyfs.faults import keep_running, report_fault
 from lazyfs.fetch.disk_tier import DiskTier
@@ -103,15 +104,15 @@ class BlockFetcher:
         self._writer: BlockWriter | None = None
         window = None
         if cache is not None:
+            calls = DiskCalls(self._threads, self._memory)
             self._writer = BlockWriter(
-                cache, options.memory_limit, self._threads, recorder, self._written,
+                cache, options.memory_limit, calls, recorder, self._written,
                 self._memory.peek, options.movers,
             )  # fmt: skip
-            others = OtherDaemons(cache, self._threads, self._found)
-            self._disk = DiskTier(cache, self._writer, others, self._origin, self._threads)
-            window = DiskWindow(
-                cache, self._writer, prefetcher, self._memory, self._files, self._threads
-            )
+            others = OtherDaemons(cache, calls, self._found)
+            self._disk = DiskTier(cache, self._writer, others, self._origin, calls)
+            window = DiskWindow(cache, self._writer, prefetcher, self._memory, self._files, calls)
+            calls.on_change.append(self.pump)
         tiers = Tiers([self._disk] if self._disk else [], self._origin)
         self._jobs = Jobs(tiers, self._memory, self._map, self._pusher, recorder, self.pump)
         self._scheduler = Scheduler(
@@ -387,6 +388,11 @@ class BlockFetcher:
     def shed_blocks(self) -> int:
         """How many blocks were not written because the disk was slow (see `BlockWriter`)."""
         return self._writer.skipped_blocks if self._writer else 0
+
+    @property
+    def disk_hangs(self) -> bool:
+        """Whether the disk does not answer, so that the mount does without it."""
+        return self._disk is not None and self._disk.hangs
 
     @property
     def trouble(self) -> str | None:

@@ -180,6 +180,10 @@ METRICS = (
         "lazyfs_cache_limit_bytes", "gauge", "Bytes that the cache directory may hold "
         "now.", ("directory",),
     ),
+    Metric(
+        "lazyfs_cache_up", "gauge", "1 while the cache's disk answers, 0 while it hangs and all "
+        "blocks come from S3. Only with a cache.",
+    ),
     Metric("lazyfs_cache_hits_total", "counter", "Blocks found in the cache.", ("directory",)),
     Metric(
         "lazyfs_cache_misses_total", "counter", "Blocks not found in the cache.", ("directory",),

@@ -13,10 +13,10 @@ import trio.testing
 from lazyfs.blocks import BlockId
 from lazyfs.blocks.memory import Held
 from lazyfs.cache import BlockCache, block_writer
-from lazyfs.cache.block_writer import WRITERS, BlockWriter
+from lazyfs.cache.block_writer import WRITERS, WRITING_SHARE, BlockWriter
+from lazyfs.cache.disk_calls import DiskCalls
 from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder
-from lazyfs.threads import Threads
 
 FILE = File(2, 1, "f", "f", 1000, "e", 0)
 LIMIT = 128  # bytes of memory: 32 of them for the queue, 16 for a batch
@@ -51,19 +51,21 @@ class Desk:
 
     def __init__(self) -> None:
         self.disk = Disk()
+        self.hangs = False
+        self.on_change: list[Callable[[], None]] = []
         self.recorder = Recorder("model")
         self.written: dict[int, bool] = {}
         self.memory: dict[BlockId, Held] = {}
         self.writer = BlockWriter(
-            cast(BlockCache, self.disk), LIMIT, cast(Threads, self), self.recorder,
+            cast(BlockCache, self.disk), LIMIT, cast(DiskCalls, self), self.recorder,
             self.note, self.memory.get,
         )  # fmt: skip
 
     def note(self, blocks: Mapping[BlockId, bool]) -> None:
         self.written |= {block.number: stored for block, stored in blocks.items()}
 
-    async def run(self, function: Callable[..., list[bool]], blocks: object) -> list[bool]:
-        """In the place of `Threads.run`."""
+    async def run_to_end(self, function: Callable[..., list[bool]], blocks: object) -> list[bool]:
+        """In the place of `DiskCalls.run_to_end`."""
         await self.disk.ready.acquire()
         return function(blocks)
 
@@ -243,3 +245,62 @@ def test_skipped_blocks_do_not_crowd_the_queue_when_they_are_written_later() -> 
         assert all(each.on_disk for each in held)
 
     assert play(scenario).writer.skipped_blocks == 0
+
+
+def test_while_the_disk_hangs_only_what_is_being_written_stays_in_memory() -> None:
+    async def scenario(desk: Desk) -> None:
+        held = [desk.put(number) for number in range(30)]
+        await trio.testing.wait_all_tasks_blocked()
+        writing = [number for batch in desk.disk.batches for number in batch]
+        assert writing == []
+        desk.hangs = True
+        for tell in desk.on_change:
+            tell()
+        late = desk.put(30)
+        users = [each.users for each in held]
+        in_use = users.count(1)
+        assert users == [1] * in_use + [0] * (30 - in_use)
+        assert in_use * 4 == LIMIT * WRITING_SHARE
+        assert late.users == 0
+        assert set(desk.disk.released) == set(range(in_use, 31)), "others may fetch them"
+        assert desk.writer.skipped_blocks == 31 - in_use
+        assert not desk.writer.has_refused, "the cache has room"
+        desk.memory[BlockId(2, 30)] = late
+        desk.hangs = False
+        for tell in desk.on_change:
+            tell()
+        for _ in range(20):
+            desk.disk.ready.release()
+        await desk.writer.finish()
+        assert desk.disk.batches[-1] == [30], "it is still there, and can be written now"
+        assert desk.writer.skipped_blocks == 30 - in_use
+
+    play(scenario)
+
+
+def test_the_end_of_a_mount_does_not_wait_for_a_disk_that_hangs() -> None:
+    async def scenario(desk: Desk) -> None:
+        desk.put(1)
+        await trio.testing.wait_all_tasks_blocked()
+        desk.hangs = True
+        with trio.fail_after(1):
+            await desk.writer.finish()
+        desk.hangs = False
+        desk.disk.ready.release()
+
+    play(scenario)
+
+
+def test_a_block_that_is_larger_than_the_share_of_writing_is_written_alone() -> None:
+    async def scenario(desk: Desk) -> None:
+        for number in (1, 2):
+            held = Held(FILE, memoryview(bytes(LIMIT // 2)), unread=1)
+            desk.writer.put(BlockId(2, number), held)
+        await trio.testing.wait_all_tasks_blocked()
+        assert desk.disk.ready.statistics().tasks_waiting == 1
+        for _ in (1, 2):
+            desk.disk.ready.release()
+        await desk.writer.finish()
+        assert desk.disk.batches == [[1], [2]]
+
+    play(scenario)

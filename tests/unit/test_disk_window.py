@@ -40,7 +40,7 @@ class Desk:
         self.threads = InlineThreads()
         self.window = DiskWindow(
             cast(BlockCache, self), cast(BlockWriter, self), cast(Prefetcher, self), self.memory,
-            FILES, self.threads.threads,
+            FILES, self.threads.calls,
         )  # fmt: skip
 
     def take_spent(self, count: int) -> list[BlockId]:

@@ -45,7 +45,7 @@ class Node:
         self.disk = Disk()
         self.found: list[tuple[int, bool]] = []
         self.others = OtherDaemons(
-            cast(BlockCache, self.disk), InlineThreads().threads,
+            cast(BlockCache, self.disk), InlineThreads().calls,
             lambda block, there: self.found.append((block.number, there)),
         )  # fmt: skip
 

@@ -330,9 +330,9 @@ class OnDisk:
     def __init__(self, access_check_s: float = 60.0) -> None:
         self.disk, self.getter, self.writer = Disk(), Getter(), Writer()
         self.origin = origin(self.getter, access_check_s)
-        cache, threads = cast(BlockCache, self.disk), InlineThreads().threads
-        others = OtherDaemons(cache, threads, lambda block, there: None)
-        self.tier = DiskTier(cache, cast(BlockWriter, self.writer), others, self.origin, threads)
+        cache, calls = cast(BlockCache, self.disk), InlineThreads().calls
+        others = OtherDaemons(cache, calls, lambda block, there: None)
+        self.tier = DiskTier(cache, cast(BlockWriter, self.writer), others, self.origin, calls)
 
     async def get(self, wanted: Job) -> memoryview | Claim:
         self.tier.begin(wanted)

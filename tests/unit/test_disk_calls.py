@@ -1,0 +1,369 @@
+"""A disk that hangs: nobody waits for it, and it is used again when it answers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Awaitable, Callable, Iterable
+from typing import cast
+
+import pytest
+import trio
+import trio.testing
+
+from lazyfs.blocks import BlockId, Span
+from lazyfs.blocks.block_map import BlockMap
+from lazyfs.blocks.memory import BlockMemory
+from lazyfs.cache import BlockCache, Claim
+from lazyfs.cache.block_writer import BlockWriter
+from lazyfs.cache.disk_calls import (
+    AGAIN_S,
+    DISK_PATIENCE_S,
+    FIRST_REST_S,
+    LONGEST_S,
+    LOOK_S,
+    WRITE_PATIENCE_S,
+    DiskCalls,
+    DiskHangsError,
+)
+from lazyfs.cache.other_daemons import OtherDaemons
+from lazyfs.fetch.disk_tier import DiskTier
+from lazyfs.fetch.tiers import Job, OriginTier
+from lazyfs.objects import File
+from lazyfs.threads import Threads
+
+SIZE = 10
+FILE = File(2, 1, "f", "f", 100 * SIZE, "e", 0)
+BLOCKS = 16  # that fit into memory; a quarter of them may be loaded at once
+DATA = memoryview(b"0123456789")
+
+
+class Disk:
+    """A disk with all blocks but those that are claimed, which hangs when it is told to."""
+
+    def __init__(self) -> None:
+        self.answers = threading.Event()
+        self.answers.set()
+        self.absent: set[int] = set()
+        self.theirs: set[int] = set()
+        self.ours: set[int] = set()
+        self.asked: list[int] = []
+
+    def load_or_claim(self, file: File, number: int) -> memoryview | Claim:
+        self.asked.append(number)
+        assert self.answers.wait(60)
+        if number in self.theirs:
+            return Claim.THEIRS
+        if number in self.absent:
+            self.ours.add(number)
+            return Claim.OURS
+        return DATA
+
+    def claim_absent(self, file: File, numbers: Iterable[int]) -> set[int]:
+        return {number for number in numbers if self.load_or_claim(file, number) is Claim.OURS}
+
+    def release(self, file: File, number: int) -> None:
+        self.ours.discard(number)
+
+    def present(self, file: File) -> list[int]:
+        assert self.answers.wait(60)
+        return [0]
+
+    def holds(self, file: File, number: int) -> bool:
+        assert self.answers.wait(60)
+        return True
+
+    def is_claimed(self, file: File, number: int) -> bool:
+        return number in self.theirs
+
+    def set_waiting(self, file: File, number: int, waiting: bool) -> None:
+        pass
+
+    def set_loading(self, file: File) -> None:
+        pass
+
+
+class Origin:
+    """Allows everything."""
+
+    async def check_access(self, job: Job) -> None:
+        pass
+
+
+class Desk:
+    """A mount's disk, under a clock that only the test moves; threads are real."""
+
+    def __init__(self, nursery: trio.Nursery, clock: trio.testing.MockClock) -> None:
+        self.clock, self.nursery = clock, nursery
+        self.disk = Disk()
+        self.memory = BlockMemory(BLOCKS * SIZE, SIZE, BlockMap(SIZE), lambda: 1)
+        self.threads = Threads(1)
+        self.calls = DiskCalls(self.threads, self.memory)
+        self.changes: list[bool] = []
+        self.calls.on_change.append(lambda: self.changes.append(self.calls.hangs))
+        cache = cast(BlockCache, self.disk)
+        self.others = OtherDaemons(cache, self.calls, lambda block, there: None)
+        self.tier = DiskTier(
+            cache, cast(BlockWriter, None), self.others, cast(OriginTier, Origin()), self.calls
+        )
+        self.got: dict[int, memoryview | Claim] = {}
+        nursery.start_soon(self.calls.watch)
+
+    async def hang(self) -> None:
+        """Have the disk hang, and one reader notice it."""
+        self.disk.answers.clear()
+        self.get(99)
+        await self.passes(DISK_PATIENCE_S + 2 * LOOK_S)
+        assert self.calls.hangs
+
+    async def answer(self) -> None:
+        """The disk answers; its threads come back."""
+        self.disk.answers.set()
+        while self.calls._hung:
+            await trio.lowlevel.checkpoint()
+        await self.passes(LOOK_S)
+
+    async def passes(self, seconds: float) -> None:
+        """Let time pass in small steps, as it does."""
+        for _ in range(round(seconds / LOOK_S)):
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            self.clock.jump(LOOK_S)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+
+    async def come(self, *numbers: int) -> None:
+        """Wait until threads have brought these blocks."""
+        with trio.fail_after(1e9):
+            while not set(numbers) <= set(self.got):
+                await trio.lowlevel.checkpoint()
+
+    def get(self, number: int, *, waiting: bool = True) -> None:
+        spans = [Span(number, 0, 1)] if waiting else []
+        self.nursery.start_soon(self._get, Job(FILE, BlockId(2, number), SIZE, spans))
+
+    async def _get(self, job: Job) -> None:
+        self.tier.begin(job)
+        self.got[job.block.number] = await self.tier.get(job)
+
+
+def play(scenario: Callable[[Desk], Awaitable[None]]) -> None:
+    clock = trio.testing.MockClock()
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            desk = Desk(nursery, clock)
+            try:
+                await scenario(desk)
+            finally:
+                desk.disk.answers.set()
+                nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=clock)
+
+
+@pytest.mark.parametrize("waiting", [True, False])
+def test_a_block_on_a_disk_that_hangs_is_ours_to_fetch(waiting: bool) -> None:
+    async def scenario(desk: Desk) -> None:
+        desk.disk.answers.clear()
+        desk.get(1, waiting=waiting)
+        await desk.passes(DISK_PATIENCE_S - LOOK_S)
+        assert (desk.got, desk.calls.hangs) == ({}, False)
+        await desk.passes(2 * LOOK_S)
+        assert desk.got == {1: Claim.OURS}
+        assert desk.calls.hangs
+
+    play(scenario)
+
+
+def test_nobody_waits_again_for_a_disk_that_hangs() -> None:
+    async def scenario(desk: Desk) -> None:
+        await desk.hang()
+        desk.disk.asked.clear()
+        desk.get(1)
+        desk.get(2, waiting=False)
+        job = Job(FILE, BlockId(2, 3), SIZE)
+        await trio.testing.wait_all_tasks_blocked()
+        assert (desk.got[1], desk.got[2]) == (Claim.OURS, Claim.OURS)
+        assert await desk.tier.claim([job]) == [job]
+        assert await desk.tier.present([FILE]) == []
+        assert await desk.tier.numbers(FILE) == []
+        assert desk.disk.asked == [], "it has no thread"
+
+    play(scenario)
+
+
+def test_a_batch_does_not_wait_for_a_disk_that_hangs_and_its_claims_end() -> None:
+    async def scenario(desk: Desk) -> None:
+        desk.disk.answers.clear()
+        desk.disk.absent = {1, 2}
+        jobs = [Job(FILE, BlockId(2, number), SIZE) for number in (1, 2)]
+        ours: list[object] = []
+
+        async def claim() -> None:
+            ours.extend(await desk.tier.claim(jobs))
+
+        desk.nursery.start_soon(claim)
+        await desk.passes(DISK_PATIENCE_S + LOOK_S)
+        assert ours == jobs
+        await desk.answer()
+        assert (desk.disk.asked, desk.disk.ours) == ([1, 2], set())
+
+    play(scenario)
+
+
+def test_a_disk_that_answers_again_is_used_again() -> None:
+    async def scenario(desk: Desk) -> None:
+        await desk.hang()
+        await desk.answer()
+        assert desk.changes == [True, False]
+        desk.get(1)
+        await desk.come(1)
+        assert desk.got[1] == DATA
+
+    play(scenario)
+
+
+def test_a_claim_that_comes_too_late_is_released_before_the_disk_is_used_again() -> None:
+    async def scenario(desk: Desk) -> None:
+        desk.disk.absent = {99}
+        await desk.hang()
+        assert desk.got == {99: Claim.OURS}, "without a claim"
+        desk.disk.answers.set()
+        while desk.calls._hung:
+            assert desk.calls.hangs
+            await trio.lowlevel.checkpoint()
+        assert (desk.disk.asked, desk.disk.ours) == ([99], set())
+
+    play(scenario)
+
+
+def test_the_buffers_of_loads_that_hang_count_as_memory() -> None:
+    async def scenario(desk: Desk) -> None:
+        desk.disk.answers.clear()
+        for number in range(BLOCKS):
+            desk.get(number)
+        await desk.passes(DISK_PATIENCE_S + LOOK_S)
+        assert len(desk.got) == BLOCKS
+        assert len(desk.disk.asked) == BLOCKS // 4, "demand has the rest of the memory"
+        assert desk.memory.used_bytes == BLOCKS // 4 * SIZE
+        await desk.answer()
+        assert desk.memory.used_bytes == 0
+        desk.disk.asked.clear()
+        desk.disk.answers.clear()
+        for number in range(BLOCKS):
+            desk.get(number)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert len(desk.disk.asked) == BLOCKS // 4, "as many as before can be loaded"
+
+    play(scenario)
+
+
+def test_a_disk_that_hangs_leaves_threads_for_everything_else() -> None:
+    async def scenario(desk: Desk) -> None:
+        desk.disk.answers.clear()
+        for number in range(100):
+            desk.get(number)
+            desk.nursery.start_soon(desk.tier.claim, [Job(FILE, BlockId(2, number), SIZE)])
+        for _ in range(3):
+            await desk.passes(DISK_PATIENCE_S + LOOK_S)
+        free = desk.threads._limit.available_tokens
+        await desk.passes(10 * LONGEST_S)
+        for number in range(100):
+            desk.get(number)
+        await desk.passes(10 * LONGEST_S)
+        assert desk.threads._limit.available_tokens == free > 0, "no call is made any more"
+        assert await desk.threads.run(lambda: 1) == 1
+
+    play(scenario)
+
+
+def test_a_disk_that_answers_others_may_take_longer() -> None:
+    async def scenario(desk: Desk) -> None:
+        stuck = threading.Event()
+        asked = desk.calls.run(stuck.wait, 60, patience_s=DISK_PATIENCE_S)
+        left: list[float] = []
+
+        async def wait() -> None:
+            with pytest.raises(DiskHangsError):
+                await asked
+            left.append(trio.current_time() - began_s)
+
+        began_s = trio.current_time()
+        desk.nursery.start_soon(wait)
+        for number in range(round((LONGEST_S + 2 * LOOK_S) / LOOK_S)):
+            if not desk.calls.hangs:
+                desk.get(number)
+                await desk.come(number)
+            await desk.passes(LOOK_S)
+        stuck.set()
+        assert left and LONGEST_S < left[0] <= LONGEST_S + 2 * LOOK_S
+
+    play(scenario)
+
+
+def test_a_process_that_was_stopped_does_not_blame_the_disk() -> None:
+    async def scenario(desk: Desk) -> None:
+        desk.disk.answers.clear()
+        desk.get(1)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        desk.clock.jump(100)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        desk.disk.answers.set()
+        await desk.come(1)
+        assert desk.got == {1: DATA}
+        assert desk.changes == []
+
+    play(scenario)
+
+
+def test_a_disk_that_hangs_again_and_again_rests_for_longer_and_longer() -> None:
+    async def scenario(desk: Desk) -> None:
+        await desk.hang()
+        await desk.answer()
+        for rest_s in (FIRST_REST_S, 2 * FIRST_REST_S):
+            desk.disk.asked.clear()
+            await desk.hang()
+            desk.disk.answers.set()
+            while desk.calls._hung:
+                await trio.lowlevel.checkpoint()
+            await desk.passes(rest_s)
+            assert desk.calls.hangs
+            await desk.passes(LOOK_S)
+            assert not desk.calls.hangs
+        await desk.passes(AGAIN_S)
+        await desk.hang()
+        await desk.answer()
+        assert not desk.calls.hangs, "after a while all is forgotten"
+
+    play(scenario)
+
+
+def test_a_reader_does_not_wait_for_a_daemon_whose_disk_hangs() -> None:
+    async def scenario(desk: Desk) -> None:
+        desk.disk.theirs = {1}
+        desk.get(1)
+        await desk.passes(LOOK_S)
+        assert desk.got == {}
+        desk.disk.answers.clear()
+        desk.get(99)
+        await desk.passes(DISK_PATIENCE_S + 2 * LOOK_S)
+        assert desk.got == {1: Claim.OURS, 99: Claim.OURS}
+
+    play(scenario)
+
+
+def test_a_write_may_take_long_but_not_for_ever() -> None:
+    async def scenario(desk: Desk) -> None:
+        desk.disk.answers.clear()
+        stored: list[bool] = []
+
+        async def write() -> None:
+            stored.append(await desk.calls.run_to_end(desk.disk.holds, FILE, 1))
+
+        desk.nursery.start_soon(write)
+        await desk.passes(WRITE_PATIENCE_S - LOOK_S)
+        assert not desk.calls.hangs
+        await desk.passes(2 * LOOK_S)
+        assert (desk.calls.hangs, stored) == (True, []), "its bytes are still needed"
+        await desk.answer()
+        assert (desk.calls.hangs, stored) == (False, [True])
+
+    play(scenario)
