@@ -23,6 +23,10 @@ _libc.mmap.argtypes = [
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
+# The file grows by so much: each step is one more mapping of each mover.
+STEP = 256 << 20
+
+
 class Slot(mmap.mmap):
     """A part of the file, mapped.
 
@@ -44,7 +48,7 @@ class Arena:
 
     def __init__(self) -> None:
         self.descriptor = os.memfd_create("lazyfs-blocks", os.MFD_CLOEXEC)
-        self._size = 0
+        self._size = self._file_size = 0
         self._growing = threading.Lock()
         # Free slots by size. Without a lock: any thread may release the last view of a slot.
         self._free: defaultdict[int, deque[int]] = defaultdict(deque)
@@ -59,8 +63,12 @@ class Arena:
             offset = self._free[size].popleft()
         except IndexError:
             with self._growing:
+                if self._size + size > self._file_size:
+                    # No slot lies across a former end of the file, where mappings of movers end.
+                    self._size = self._file_size
+                    os.ftruncate(self.descriptor, self._file_size + max(STEP, size))
+                    self._file_size += max(STEP, size)
                 offset = self._size
-                os.ftruncate(self.descriptor, offset + size)
                 self._size += size
         try:
             slot = self._mapped(size, offset)

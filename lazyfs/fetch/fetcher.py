@@ -92,6 +92,7 @@ class BlockFetcher:
         self._origin = OriginTier(
             self._getter, options.access_check, options.block_size, options.io_timeout,
             lambda: self._scheduler.is_saturated, lambda inode: self._heads.get(inode),
+            lambda job, pauses: self._jobs.pauses(job, pauses),
         )  # fmt: skip
         self._heads = ShardHeaders(
             self._origin, for_heads, page_cache, prefetcher, self._threads, recorder

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Container, Sequence
 
 import trio
@@ -70,6 +71,8 @@ class Jobs:
         self._jobs: dict[BlockId, Job] = {}
         # Those that readers wait for: few, where hundreds may be running.
         self._waited_for: set[BlockId] = set()
+        # By key: how many jobs pause.
+        self._pausing: Counter[str] = Counter()
         # When a reader waited last.
         self._waited_s = -math.inf
         self.fetching = 0
@@ -84,8 +87,9 @@ class Jobs:
 
     @property
     def demanded(self) -> int:
-        """How many started jobs have readers that wait for them."""
-        return sum(self._jobs[block].started for block in self._waited_for)
+        """How many started jobs, none of which pauses, have readers that wait for them."""
+        waited_for = (self._jobs[block] for block in self._waited_for)
+        return sum(job.started and not job.is_pausing for job in waited_for)
 
     @property
     def reader_waits(self) -> bool:
@@ -99,6 +103,8 @@ class Jobs:
 
     def wait(self, job: Job, span: Span) -> None:
         """A reader waits for a job."""
+        if not job.waiting:
+            job.waits_since_s = trio.current_time()
         job.waiting.append(span)
         self._waited_for.add(job.block)
         if job.batch is not None:
@@ -146,31 +152,36 @@ class Jobs:
         if len(jobs) == 1:
             nursery.start_soon(contained, "bringing a block", self._run, jobs[0], from_disk)
         else:
-            nursery.start_soon(contained, "bringing blocks", self._run_batch, nursery, Batch(jobs))
+            batch = Batch([*jobs])
+            for job in jobs:
+                job.batch = batch
+            nursery.start_soon(contained, "bringing blocks", self._run_batch, nursery, batch)
 
     async def _run_batch(self, nursery: trio.Nursery, batch: Batch) -> None:
         """Run the jobs of a batch. Those whose block does not come with it run by themselves."""
         began_s = {job.block: self._recorder.begun(job.block) for job in batch.jobs}
-        for job in batch.jobs:
-            job.batch = batch
+
+        def leave(job: Job) -> None:
+            # Otherwise the bytes of its block would be freed only with the batch, or even later.
+            batch.jobs.remove(job)
+            job.batch = None
 
         def runs_alone(job: Job, asked: object = None) -> None:
-            job.batch, job.asked = None, asked
+            leave(job)
+            job.asked = asked
             self.run(nursery, [job])
 
         def came(found: Sequence[Came]) -> None:
             for job, got in found:
-                began = began_s.pop(job.block)
                 if not isinstance(got, Got):
                     runs_alone(job, got)
                 elif job.scope.cancel_called and not job.waiting:
                     runs_alone(job)  # it ends at once
                 else:
+                    leave(job)
                     job.tier = got.tier
-                    self._landed(job, got.data, began)
+                    self._landed(job, got.data, began_s[job.block])
                     self._is_over(job)
-                    # Otherwise its bytes would be freed only with the batch, or even later.
-                    job.batch = None
                     if job.waiting:
                         nursery.start_soon(contained, "answering readers", self._answer, job)
                     else:
@@ -183,9 +194,8 @@ class Jobs:
         except Exception as error:
             report_fault("bringing blocks", error)
         finally:
-            for job in batch.jobs:
-                if job.block in began_s:
-                    runs_alone(job)
+            for job in [*batch.jobs]:
+                runs_alone(job)
 
     async def _run(self, job: Job, from_disk: bool) -> None:
         """Run one job until its readers are answered, whatever happens."""
@@ -205,8 +215,36 @@ class Jobs:
             self.loading -= 1
         else:
             self.fetching -= 1
+        self.pauses(job, False)
         del self._jobs[job.block]
         self._waited_for.discard(job.block)
+
+    def pauses(self, job: Job, pauses: bool) -> None:
+        """The request of a job begins to pause before another attempt, or goes on."""
+        if pauses == job.is_pausing:
+            return
+        job.is_pausing = pauses
+        self._pausing[job.file.key] += 1 if pauses else -1
+        if not self._pausing[job.file.key]:
+            del self._pausing[job.file.key]
+        if pauses:
+            try:
+                self._on_end()  # another job may start
+            except Exception as error:
+                report_fault("starting other jobs", error)
+
+    def is_pausing(self, key: str) -> bool:
+        """Whether a request for an object pauses."""
+        return key in self._pausing
+
+    def busy(self, most_pausing: int) -> int:
+        """How many jobs that ask all tiers count against a limit of requests.
+
+        Those that pause do not, because S3 has nothing to do for them. But if it refuses several
+        objects, it most likely wants fewer requests: then `most_pausing` of them do not count.
+        """
+        pausing = sum(self._pausing.values())
+        return self.fetching - (pausing if len(self._pausing) == 1 else min(pausing, most_pausing))
 
     async def _answer(self, job: Job) -> None:
         """Have the readers of a job answered, but first push what they do not wait for."""

@@ -147,6 +147,7 @@ class BlockGetter:
         has_time: Callable[[], bool] = lambda: False,
         is_block: bool = True,
         asked: Any = None,
+        pauses: Callable[[bool], None] = lambda pauses: None,
     ) -> Got:
         """`length` bytes of a file from `start`.
 
@@ -159,6 +160,7 @@ class BlockGetter:
             has_time: whether no reader waits for it.
             is_block: whether a whole block is requested; only blocks count for usual times.
             asked: what `get_each` told of the same range: the request goes on with that.
+            pauses: called with true when it pauses before the next attempt, then with false.
 
         Raises:
             SourceError: they could not be fetched in that time.
@@ -168,6 +170,7 @@ class BlockGetter:
 
         async def attempt() -> Got:
             nonlocal asked_of_cache, asked
+            goes_on()
             await trio.sleep(self._pacer.delay_s(trio.current_time(), length))
             began_s = trio.current_time()
             request = Request(file, start, length, began_s, has_time, asked=asked)
@@ -197,11 +200,29 @@ class BlockGetter:
             if isinstance(error, ThrottledError):
                 self._concurrency.throttled()
 
+        is_pausing = False
+
+        def begins_to_pause(error: SourceError) -> None:
+            nonlocal is_pausing
+            note(error)
+            is_pausing = True
+            pauses(True)
+
+        def goes_on() -> None:
+            nonlocal is_pausing
+            if is_pausing:
+                is_pausing = False
+                pauses(False)
+
         try:
-            return await patiently(attempt, what=what, timeout_s=patience_s, on_retry=note)
+            return await patiently(
+                attempt, what=what, timeout_s=patience_s, on_retry=begins_to_pause
+            )
         except SourceError as error:
             self.troubles[file.key] = str(error)
             raise
+        finally:
+            goes_on()
 
     @property
     def together(self) -> int:
@@ -251,6 +272,7 @@ class BlockGetter:
                 del missing[which]
                 length = parts[which][1]
                 if isinstance(data, memoryview):
+                    self.troubles.pop(file.key, None)
                     self._recorder.answered("get", asked_s[which], length, failed=False)
                     self._concurrency.answered(now_s, length, saturated=saturated())
                     told.append((which, Got(data, Tier.S3)))
@@ -277,7 +299,6 @@ class BlockGetter:
             for _ in missing:
                 self._recorder.withdrawn("get")
         if not missing and all_came:
-            self.troubles.pop(file.key, None)
             self._timer.answered(trio.current_time() - began_s)
 
     async def _first_answer(self, request: Request, note: Callable[[SourceError], None]) -> Got:

@@ -101,7 +101,7 @@ class Scheduler:
     def is_saturated(self) -> bool:
         """Whether as many requests are in flight as S3 answers at once."""
         full = self._getter.limit - self._getter.together
-        return bool(self._urgent) or self._jobs.fetching > full
+        return bool(self._urgent) or self._busy > full
 
     def demand(self, block: BlockId, span: Span) -> Job:
         """The job that brings a block for a reader, which waits for `span`. `pump` starts it."""
@@ -124,10 +124,11 @@ class Scheduler:
         """Start all jobs that may start now. Called after every change that may allow one."""
         if self._nursery is None or self._nursery.cancel_scope.cancel_called:
             return  # not begun, or ended: threads may come back after that
-        while self._urgent and self._jobs.fetching < self._getter.limit + URGENT_EXTRA:
-            if not self._make_room(self._urgent[0].length, urgent=True):
+        while (job := self._next_urgent()) is not None:
+            if not self._make_room(job.length, urgent=True):
                 break
-            self._jobs.start(self._nursery, self._urgent.popleft())
+            self._urgent.remove(job)
+            self._jobs.start(self._nursery, job)
         if self._ahead_rests_until_s <= trio.current_time():
             try:
                 self._work_ahead(self._nursery)
@@ -136,12 +137,31 @@ class Scheduler:
                 report_fault("fetching ahead", error)
                 self._ahead_rests_until_s = trio.current_time() + AHEAD_REST_S
 
+    def _next_urgent(self) -> Job | None:
+        """The job to start next of those that readers wait for, if one may start.
+
+        Within the limit it is the first one. Requests that pause take places, but not from objects
+        of which none pauses: these may be well.
+        """
+        most = self._getter.limit + URGENT_EXTRA
+        if self._jobs.fetching < most:
+            return self._urgent[0] if self._urgent else None
+        return self._first_unhindered() if self._busy < most else None
+
+    def _first_unhindered(self) -> Job | None:
+        """The first job that a reader waits for, and whose object S3 is not refusing now."""
+        return next((job for job in self._urgent if not self._jobs.is_pausing(job.file.key)), None)
+
+    @property
+    def _busy(self) -> int:
+        return self._jobs.busy(self._getter.limit + URGENT_EXTRA)
+
     def _work_ahead(self, nursery: trio.Nursery) -> None:
         """Start prefetch jobs, as far as there is room."""
         pushes_lag = self._push_ahead(nursery, from_disk=not self._urgent and not self.paused)
         if self._window:
             self._window.slide(nursery)
-        if self._urgent:
+        if self._first_unhindered() is not None:
             self._recorder.prefetch_is(Activity.DEMAND)
         elif self.paused:
             self._recorder.prefetch_is(Activity.PAUSED)
@@ -193,12 +213,12 @@ class Scheduler:
     ) -> Activity:
         """Begin jobs as `_fetch_ahead`, and run them in batches; the last batch is left to run."""
         together = self._getter.together
-        waits = self._jobs.fetching >= together > 1
-        while self._jobs.fetching < self._getter.limit:
+        waits = self._busy >= together > 1
+        while self._busy < self._getter.limit:
             block = self._prefetcher.next_fetch()
             if block is None:
                 return Activity.DONE
-            if self._can_wait(block):
+            if self._can_wait(block) or self._is_refused(block):
                 return Activity.FETCHING
             if self._memory.peek(block) is not None:
                 # The kernel forgot its pages, and nobody has needed its room since.
@@ -212,22 +232,27 @@ class Scheduler:
             if waits:
                 # While others are on their way, a batch waits until all of it can begin.
                 waits = False
-                if self._jobs.fetching + together > self._getter.limit:
+                if self._busy + together > self._getter.limit:
                     return Activity.FETCHING
                 room = together * self._block_size
             if not self._make_room(room, urgent=False, keep_local=pushes_lag):
                 # Blocks on their way take room too; with enough of them, room is not what lacks.
-                enough = 2 * self._jobs.fetching >= self._getter.limit
+                enough = 2 * self._busy >= self._getter.limit
                 return Activity.FETCHING if enough else Activity.NO_ROOM
-            batch.append(job := self._new_job(block))
-            self._jobs.begin(job)
+            self._jobs.begin(job := self._new_job(block))
+            batch.append(job)
         return Activity.FETCHING
+
+    def _is_refused(self, block: BlockId) -> bool:
+        """Whether enough requests are under way for an object that S3 is refusing now."""
+        key = self._files[block.inode].key
+        return self._jobs.fetching >= self._getter.limit and self._jobs.is_pausing(key)
 
     def _can_wait(self, block: BlockId) -> bool:
         """Whether a block would only take bandwidth from the first file of a load."""
         enough = BESIDE_FIRST * self._getter.proven_limit
         return (
-            self._jobs.fetching >= enough
+            self._busy >= enough
             and self._jobs.reader_waits
             and self._prefetcher.can_wait(block)
             and self._prefetcher.blocks.ordered_blocks(Place.ABSENT) >= enough

@@ -31,17 +31,19 @@ from lazyfs.store.protocol import EACH, STOP
 _NO_BYTES = memoryview(b"")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Job:
     """A block to get.
 
     Attributes:
         waiting: the spans that readers wait for; empty: a prefetch.
+        waits_since_s: since when readers have waited without a break.
         lease_until: how long it is left to another daemon that has claimed it.
         tier: where it came from.
         headed_bytes: how much of it was not asked for, because it came before, as a header.
         batch: the batch in which it is fetched now.
         is_claimed: no cache has it, and it is ours to fetch.
+        is_pausing: its request pauses before another attempt.
         asked: the answer to the request of its batch, if that is not simply the block.
         scope: its request; cancelled if nobody wants the block any more.
     """
@@ -51,6 +53,7 @@ class Job:
     length: int
     waiting: list[Span] = field(default_factory=list)
     started: bool = False
+    waits_since_s: float = 0.0
     lease_until: float = 0.0
     done: trio.Event = field(default_factory=trio.Event)
     held: Held | None = None
@@ -59,6 +62,7 @@ class Job:
     batch: Batch | None = None
     is_claimed: bool = False
     asked: Any = None
+    is_pausing: bool = False
     error: SourceError | None = None
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
@@ -71,10 +75,10 @@ class Batch:
     fetched by itself, beginning with what came of it.
 
     Attributes:
-        jobs: those of the blocks.
+        jobs: those of the blocks that have not come.
     """
 
-    jobs: Sequence[Job]
+    jobs: list[Job]
     nudge: Nudge = field(default_factory=Nudge)
     _sent: set[bytes] = field(default_factory=set)
 
@@ -141,6 +145,8 @@ class OriginTier:
         io_timeout_s: how long readers wait for S3.
         saturated: whether as many requests are in flight as S3 answers at once.
         head: the beginning of a file as far as it is in memory, by inode.
+        pauses: called with a job when its request begins to pause before another attempt (true),
+            and when it goes on.
     """
 
     def __init__(
@@ -151,7 +157,9 @@ class OriginTier:
         io_timeout_s: float,
         saturated: Callable[[], bool],
         head: Callable[[int], memoryview],
+        pauses: Callable[[Job, bool], None] = lambda job, pauses: None,
     ) -> None:
+        self._pauses = pauses
         self._getter = getter
         self._access = ReadAccess(access_check_s)
         self._block_size = block_size
@@ -180,6 +188,7 @@ class OriginTier:
             is_block=not have,
             has_time=lambda: not job.waiting,
             asked=asked,
+            pauses=lambda pauses: self._pauses(job, pauses),
         )
         self._access.shown(job.file)
         return got._replace(data=_joined(have, got.data)) if have else got
@@ -197,13 +206,16 @@ class OriginTier:
             OSError: out of memory.
         """
         file = jobs[0].file
+        # By part. Not longer than until it is told of, because it may hold its block.
+        left = dict(enumerate(jobs))
 
         def tell(found: Sequence[tuple[int, Got | Any]]) -> None:
             if any(isinstance(got, Got) for _, got in found):
                 self._access.shown(file)
-            came([(jobs[which], got) for which, got in found])
+            came([(left.pop(which), got) for which, got in found])
 
         parts = [(job.block.number * self._block_size, job.length) for job in jobs]
+        del jobs
         await self._getter.get_each(file, parts, batch.nudge, tell, self._saturated)
 
     def _headed(self, job: Job) -> memoryview:
@@ -240,8 +252,15 @@ class OriginTier:
         self._access.shown(file)
 
     def _patience_of(self, job: Job) -> Callable[[], float]:
-        """How long to retry; longer as soon as a reader waits."""
-        return lambda: self._io_timeout_s if job.waiting else PREFETCH_PATIENCE_S
+        """How long to retry from now on; longer as soon as a reader waits, from then on."""
+        began_s = trio.current_time()
+
+        def patience_s() -> float:
+            if not job.waiting:
+                return PREFETCH_PATIENCE_S
+            return job.waits_since_s - began_s + self._io_timeout_s
+
+        return patience_s
 
 
 class Tiers:
@@ -306,7 +325,9 @@ class Tiers:
         if others:
             came(others)
         if jobs:
-            await self._origin.get_each(batch, jobs, came)
+            getting = self._origin.get_each(batch, jobs, came)
+            del jobs, others
+            await getting
 
     async def _from_origin(self, job: Job) -> memoryview | None:
         """None: the request was cancelled, and no reader waits. Raises SourceError."""

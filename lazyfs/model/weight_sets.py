@@ -213,12 +213,16 @@ def group(
 
 
 def _data_of_graphs(files: Mapping[str, int]) -> set[str]:
-    """The `.bin` files that are data of ONNX models: larger than these, and nothing else here."""
+    """The `.bin` file that has the data of ONNX models: larger than these, and nothing else here.
+
+    Several may be models of their own (`ggml-base.bin`, `ggml-large.bin` beside a small one).
+    """
     graphs = [name for name in files if name.endswith(".onnx")]
     forms = {format_of(name) for name in files}
     data = {name for name in files if name.endswith(".bin") and format_of(name) == "pytorch"}
     is_data = (
         bool(graphs)
+        and len(data) == 1
         and forms == {"onnx", "pytorch"}
         and all(
             identity_of(stem_of(name)) != MODEL and not PART.search(stem_of(name)) for name in data

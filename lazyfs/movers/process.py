@@ -21,15 +21,11 @@ from bisect import bisect_right
 from collections.abc import Callable
 from typing import Any
 
-from lazyfs.blocks.buffers import HUGE_PAGE
 from lazyfs.movers import context
 from lazyfs.movers.call import MOST_BYTES, told_of
 
 # As for threads of a worker that move bytes: threads that decide go first (`fetch/threads.py`).
 NICER = 5
-# asm-generic/mman-common.h
-_MADV_POPULATE_WRITE = 23
-_libc = ctypes.CDLL(None)
 # linux/prctl.h
 _PR_SET_DUMPABLE = 4
 
@@ -37,8 +33,7 @@ _PR_SET_DUMPABLE = 4
 class _Memory:
     """The worker's arena, mapped up to its present size: one mapping for each time that it grew.
 
-    A page that is used for the first time costs a page fault in each mover, 2,000 for a block. So
-    the pages of a slot are mapped by one system call before its first use.
+    One larger mapping in the place of a former one would cost a fault for each page once more.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -47,7 +42,6 @@ class _Memory:
         self._views: list[memoryview] = []
         # Where each mapping ends in the file. Slots do not cross these places.
         self._ends: list[int] = []
-        self._used: set[int] = set()
 
     def part(self, offset: int, length: int) -> memoryview:
         with self._lock:
@@ -58,21 +52,13 @@ class _Memory:
                 mapped = mmap.mmap(self._descriptor, size - start, mmap.MAP_SHARED, offset=start)
                 self._views.append(memoryview(mapped))
                 self._ends.append(size)
-            part = self._views[at][offset - start : offset - start + length]
-            is_first = offset not in self._used and offset % HUGE_PAGE == 0
-            if is_first:
-                self._used.add(offset)
-        if is_first:
-            first = ctypes.addressof(ctypes.c_ubyte.from_buffer(part))
-            # If the kernel cannot (before Linux 5.14), the pages come one by one.
-            _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _MADV_POPULATE_WRITE)
-        return part
+            return self._views[at][offset - start : offset - start + length]
 
 
 def main() -> None:
     """Serve lines until the worker closes the control socket."""
     # Requests contain signatures and tokens. As with workers, no other process may read its memory.
-    _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt from the terminal is for the worker
     lent = context.descriptors
     lent.update(json.loads(sys.argv[1]))

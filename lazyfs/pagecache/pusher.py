@@ -200,6 +200,7 @@ class BlockPusher:
         try:
             if await self._stored(inode, parts):
                 whole = len(blocks) > 1
+                began_s += (self._recorder.clock() - began_s) * (1 - 1 / len(blocks))
                 for block, held in blocks:
                     self._map.moved(block, Place.NEAR)
                     size = len(held.data) if whole else sum(len(data) for _, data in parts)

@@ -16,7 +16,7 @@ from typing import TypeVar
 from lazyfs.store import ranges
 from lazyfs.store.addresses import BadAddressError
 from lazyfs.store.cancel import Cancel
-from lazyfs.store.http import Answer, Transport
+from lazyfs.store.http import Answer, Response, Transport
 from lazyfs.store.refusals import MOST_TEXT, Refusal
 
 T = TypeVar("T")
@@ -90,6 +90,7 @@ class _UnixConnections(Transport):
 
     def _connect(self) -> HTTPConnection:
         connection = _UnixConnection(self._path)
+        connection.response_class = Response
         try:
             connection.connect()
         except OSError as error:

@@ -41,10 +41,10 @@ WAKES_AT = 64 << 10
 LAST_BYTES = WAKES_AT + (32 << 10)
 # The most informational answers (103 and the like) before the final one.
 MOST_INFORMATIONAL = 20
-# The longest head of an answer; curl accepts 300 KiB. Its headers are not counted: an object may
-# have hundreds of them as metadata, and the library's limit of 100 is lifted for the whole process.
+# The longest head of an answer; curl accepts 300 KiB. An object may have hundreds of headers as
+# metadata; the library's limit of 100 is raised for the whole process.
 MOST_HEAD_BYTES = 256 << 10
-http.client._MAXHEADERS = MOST_HEAD_BYTES  # type: ignore[attr-defined]
+http.client._MAXHEADERS = 2000  # type: ignore[attr-defined]
 
 
 class CutOffError(ConnectionError):
@@ -196,7 +196,7 @@ class _Head:
         return line
 
 
-class _Response(http.client.HTTPResponse):
+class Response(http.client.HTTPResponse):
     """Skips informational answers, which the library mistakes for the final one.
 
     RFC 9110, 15.2: a client must be able to parse one or more of them.
@@ -364,7 +364,7 @@ class Transport:
                 connection.set_tunnel(beyond, self._url.port or 443, dict(self._proxy.headers))
         else:
             connection = http.client.HTTPConnection(host, port, timeout=to_connect_s)
-        connection.response_class = _Response
+        connection.response_class = Response
         # http.client calls this to make its socket; by default it would resolve the name again.
         connection._create_connection = self._dial  # type: ignore[attr-defined]
         with _closed_on_error(connection):

@@ -46,6 +46,7 @@ _MAYBE_UNCARRIED = re.compile(
     "&#(?:x([0-9A-Fa-f]+)|([0-9]+));|[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 )
 _NOT_XML = "a character of it cannot be in XML, and the service does not encode keys"
+_NAMES_ANOTHER_ENCODING = re.compile(rb"<\?xml[^>]*encoding=.(?!utf-?8)", re.IGNORECASE)
 _MARKED_AFTER = [
     expat.errors.codes[text]
     for text in (expat.errors.XML_ERROR_BAD_CHAR_REF, expat.errors.XML_ERROR_INVALID_TOKEN)
@@ -123,16 +124,16 @@ def parse(body: bytes) -> RawPage:
         return _parsed(body)
     except expat.ExpatError as error:
         told, code = str(error), error.code
-    if code in _MARKED_AFTER:
+    if code in _MARKED_AFTER and not _NAMES_ANOTHER_ENCODING.match(body):
         with contextlib.suppress(expat.ExpatError):
-            return _parsed(_marked(body))
+            return _parsed(_marked(body), "UTF-8")
     begins = body[:_SHOWN].decode(errors="replace")
     raise NotAListingError(f"the answer is no XML ({told}); it begins with {begins!r}")
 
 
-def _parsed(body: bytes) -> RawPage:
-    """Raises ExpatError, and as `parse`."""
-    parser = _Parser()
+def _parsed(body: bytes, encoding: str | None = None) -> RawPage:
+    """Raises ExpatError, and as `parse`; `encoding`: instead of the one that the answer names."""
+    parser = _Parser(encoding)
     try:
         parser.expat.Parse(body, True)
     except expat.ExpatError as error:
@@ -143,9 +144,18 @@ def _parsed(body: bytes) -> RawPage:
 
 
 def _marked(body: bytes) -> bytes:
-    """An answer in UTF-8 in which what XML cannot carry is shown, after a mark."""
+    """An answer in UTF-8 in which what XML cannot carry is shown, after a mark.
+
+    Raises:
+        NotAListingError: there is too much of it.
+    """
+    marks = 0
 
     def shown(found: re.Match[str]) -> str:
+        nonlocal marks
+        marks += 1
+        if marks > MOST_ENTRIES:
+            raise NotAListingError("the answer is full of characters that XML cannot carry")
         in_hex, in_decimal = found.groups()
         if not in_hex and not in_decimal:
             return f"{_UNCARRIED}&amp;#{ord(found[0])};"
@@ -160,13 +170,13 @@ def _marked(body: bytes) -> bytes:
 class _Parser:
     """Collects the fields of a ListBucketResult."""
 
-    def __init__(self) -> None:
+    def __init__(self, encoding: str | None) -> None:
         self.page = RawPage()
         self._path: list[str] = []
         self._text: list[str] = []
         self._length = 0
         self._entry: dict[str, str] = {}
-        self.expat = expat.ParserCreate()
+        self.expat = expat.ParserCreate(encoding)
         self.expat.buffer_text = True
         self.expat.StartElementHandler = self._start
         self.expat.EndElementHandler = self._end

@@ -216,7 +216,7 @@ def receive_each(
         except CancelledError:
             told = _NOTHING
         finally:
-            is_long = len(json.dumps(told)) > MOST_BYTES // (2 * len(into))
+            is_long = len(json.dumps(told)) > MOST_BYTES // len(into) - 1024
             came.put((which, None if is_long else told))
             os.eventfd_write(waker, 1)
 

@@ -86,6 +86,36 @@ def test_readers_see_nothing_of_transient_errors(
     assert len(s3.data_requests()) >= 3 + wasted
 
 
+def test_an_object_that_s3_does_not_give_holds_up_no_other_one(
+    mount: Callable[..., Mounted], s3: S3
+) -> None:
+    s3.put("trouble", {"m/broken": bytes(24 << 20)})
+    mounted = mount("s3://trouble/m", *OPTIONS, "--io-timeout=60s")
+    s3.fault("GET /trouble/m/broken", "status", status=503, code="SlowDown", times=10**6)
+    readers = """
+import os, sys, threading
+file = os.open(sys.argv[1], os.O_RDONLY)
+for number in range(24):
+    threading.Thread(target=os.pread, args=[file, 1, number << 20], daemon=True).start()
+print("begun", flush=True)
+sys.stdin.read()
+os._exit(0)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", readers, mounted.path / "broken"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as waiting:  # fmt: skip
+        assert waiting.stdout is not None
+        waiting.stdout.readline()
+        time.sleep(3)  # by now S3 has refused each of them, and the limit of requests is low
+        began_s = time.monotonic()
+        shell("cat file > /dev/null", mounted.path)
+        took_s = time.monotonic() - began_s
+        s3.forget()
+        waiting.communicate(timeout=60)
+    assert took_s < 15
+
+
 def test_a_stuck_connection_does_not_stall_a_load(mount: Callable[..., Mounted], s3: S3) -> None:
     mounted = mount("s3://trouble/m", *OPTIONS)
     # If the reader waited for the first request, it would not end in time.

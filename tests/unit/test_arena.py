@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lazyfs.blocks import buffers
-from lazyfs.blocks.arena import Arena
+from lazyfs.blocks.arena import STEP, Arena
 from lazyfs.blocks.buffers import (
     HUGE_PAGE,
     LEAST_SHARED,
@@ -46,12 +46,20 @@ class TestSlots:
     def test_each_has_a_place_of_its_own_in_the_file(self, arena: Arena) -> None:
         slots = [arena.take(size) for size in (SIZE, 2 * SIZE, SIZE)]
         assert [slot.offset for slot in slots] == [0, SIZE, 3 * SIZE]
-        assert os.fstat(arena.descriptor).st_size == 4 * SIZE
+        assert os.fstat(arena.descriptor).st_size == STEP
         for number, slot in enumerate(slots, start=1):
             assert slot.arena is arena
             slot[:] = bytes([number]) * len(slot)
         for number, slot in enumerate(slots, start=1):
             assert content(arena, slot.offset, len(slot)) == bytes([number]) * len(slot)
+
+    def test_none_lies_across_a_former_end_of_the_file(self, arena: Arena) -> None:
+        """There a mapping of a mover ends."""
+        arena.take(STEP - SIZE)
+        assert arena.take(2 * SIZE).offset == STEP
+        assert arena.take(2 * STEP).offset == 2 * STEP
+        assert os.fstat(arena.descriptor).st_size == 4 * STEP
+        assert arena.take(SIZE).offset == 4 * STEP
 
     def test_one_that_is_given_back_is_freed_and_taken_again(self, arena: Arena) -> None:
         slot = arena.take(SIZE)
@@ -123,9 +131,7 @@ class TestBuffers:
             each[:1] = b"x"
         del each
         many.clear()
-        assert os.fstat(arena.descriptor).st_size == count * BLOCK
         again = [take_buffer(BLOCK) for _ in range(count)]
-        assert os.fstat(arena.descriptor).st_size == count * BLOCK
         offsets = {shared_offset(buffer) for buffer in again}
         assert offsets == {at * BLOCK for at in range(count)}
         again.clear()

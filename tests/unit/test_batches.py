@@ -603,6 +603,32 @@ def test_a_fault_in_one_block_of_a_batch_does_not_hold_up_the_others(
     work(steps)
 
 
+def test_a_reader_that_comes_before_the_first_step_of_a_batch_is_heard() -> None:
+    async def steps(worker: Worker, nursery: trio.Nursery) -> None:
+        jobs = [worker.jobs.new(FILE, BlockId(FILE.inode, number), BLOCK) for number in (0, 1)]
+        for job in jobs:
+            worker.jobs.begin(job)
+        worker.jobs.run(nursery, jobs)
+        worker.jobs.wait(jobs[1], Span(1, 0, 10))
+        await trio.testing.wait_all_tasks_blocked()
+        assert worker.tiers.batches[0].nudge._early == [EACH]
+        worker.tiers.may_end.set()
+
+    work(steps)
+
+
+def test_a_reader_that_was_answered_does_not_keep_the_rest_of_a_batch_going() -> None:
+    async def steps(worker: Worker, nursery: trio.Nursery) -> None:
+        jobs = await worker.start(nursery, 0, 1)
+        worker.jobs.wait(jobs[0], Span(0, 0, 10))
+        worker.tiers.came([(jobs[0], GOT)])
+        worker.jobs.abandon({FILE.inode})
+        assert STOP in worker.tiers.batches[0].nudge._early
+        worker.tiers.may_end.set()
+
+    work(steps)
+
+
 def test_jobs_of_a_mount_that_ends_are_done() -> None:
     async def main() -> None:
         worker = Worker()
@@ -657,6 +683,12 @@ class Started:
 
     def new(self, file: File, block: BlockId, length: int) -> Job:
         return Job(file, block, length)
+
+    def busy(self, most_pausing: int) -> int:
+        return self.fetching
+
+    def is_pausing(self, key: str) -> bool:
+        return False
 
     def begin(self, job: Job) -> None:
         self.fetching += 1

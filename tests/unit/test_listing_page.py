@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from urllib.parse import quote, quote_plus
 from xml.sax.saxutils import escape
 
@@ -314,3 +315,21 @@ def test_an_owner_with_a_character_that_xml_cannot_carry_hides_nothing() -> None
 def test_a_character_of_no_xml_outside_of_fields_is_no_listing() -> None:
     with pytest.raises(NotAListingError, match="no XML"):
         listing.parse(page(entry()).replace(b"<Size>", b"<Size\x01>"))
+
+
+def test_an_answer_full_of_what_xml_cannot_carry_is_refused_early() -> None:
+    rest = bytes(range(1, 9)) * (1 << 19)
+    tracemalloc.start()
+    try:
+        with pytest.raises(NotAListingError, match="full of characters"):
+            listing.parse(b"<ListBucketResult>" + rest)
+        assert tracemalloc.get_traced_memory()[1] < 8 * len(rest)
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_answer_in_another_encoding_is_not_taken_for_utf_8() -> None:
+    body = page(entry("m/\x01"), entry("m/\xe9")).decode().partition("?>")[2]
+    named = "<?xml version='1.0' encoding='ISO-8859-1'?>" + body
+    with pytest.raises(NotAListingError, match="no XML"):
+        listing.parse(named.encode("latin-1"))

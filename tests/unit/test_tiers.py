@@ -67,6 +67,7 @@ class Getter:
         self.tier = Tier.S3
         self.asked: list[tuple[int, int, bool]] = []
         self.went_on_with: object = None
+        self.patience: Callable[[], float] = float
         self.patience_s = 0.0
         self.may_answer = trio.Event()
         self.may_answer.set()
@@ -74,11 +75,11 @@ class Getter:
     async def get(
         self, file: File, start: int, length: int, *, patience_s: Callable[[], float],
         saturated: Callable[[], bool], has_time: Callable[[], bool] = bool, is_block: bool = True,
-        asked: object = None,
+        asked: object = None, pauses: Callable[[bool], None] = bool,
     ) -> Got:  # fmt: skip
         self.went_on_with = asked
         self.asked.append((start, length, is_block))
-        self.patience_s = patience_s()
+        self.patience, self.patience_s = patience_s, patience_s()
         await self.may_answer.wait()
         if self.error is not None:
             raise self.error
@@ -229,6 +230,22 @@ def test_requests_are_repeated_longer_for_readers(waiting: bool, patience_s: flo
         getter = Getter()
         await origin(getter).get(job(waiting=waiting))
         assert getter.patience_s == patience_s
+
+    run(scenario)
+
+
+def test_a_reader_that_comes_later_has_all_of_its_time() -> None:
+    async def scenario() -> None:
+        getter, wanted = Getter(), job()
+        getter.may_answer = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(origin(getter).get, wanted)
+            await trio.sleep(15)
+            assert getter.patience() == PREFETCH_PATIENCE_S
+            wanted.waits_since_s = trio.current_time()
+            wanted.waiting.append(Span(1, 0, 1))
+            assert getter.patience() == 15 + IO_TIMEOUT_S
+            getter.may_answer.set()
 
     run(scenario)
 
