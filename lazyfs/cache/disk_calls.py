@@ -37,13 +37,14 @@ log = logging.getLogger(__name__)
 DISK_PATIENCE_S = 3.0
 # The same for a disk that answers others, and for calls that no reader waits for.
 LONGEST_S = 10.0
-# The same for writes: 256 MiB on a disk that writes 10 MB/s.
-WRITE_PATIENCE_S = 30.0
+# Writes, of hundreds of MiB on a large machine, may take any time on a slow disk. It counts as hung
+# only if no call of any kind has ended for so long.
+WRITE_PATIENCE_S = 120.0
 # How often that is looked at.
 LOOK_S = 0.5
 # Share of the memory that loads may fill at once.
 LOADS_SHARE = 1 / 4
-# How many other calls may be made at once: each of them is short.
+# How many other calls may be made at once.
 MOST_OTHERS = 32
 # A disk that hung before within this time rests after it, for longer each time.
 AGAIN_S = 60.0
@@ -142,6 +143,7 @@ class DiskCalls:
                     except trio.WouldBlock:
                         await limit.acquire_on_behalf_of(call)
                     call.limit = limit
+                    call.began_s = trio.current_time()  # before that it waited for others
                     result = await self._threads.run(self._made, call, function, *arguments)
                 except trio.Cancelled:
                     self._leave(call)
@@ -201,8 +203,12 @@ class DiskCalls:
             before_s = trio.current_time()
             await trio.sleep(LOOK_S)
             now_s = trio.current_time()
-            if now_s - before_s > 2 * LOOK_S:
-                continue  # this process was stopped, and the disk need not have been
+            stopped_s = now_s - before_s - LOOK_S
+            if stopped_s > LOOK_S:  # this process was, and the disk need not have been
+                self._answered_s += stopped_s
+                for call in self._calls:
+                    call.began_s += stopped_s
+                continue
             overdue = [call for call in self._calls if self._is_overdue(call, now_s)]
             if overdue:
                 self._hung.update(overdue)
@@ -215,7 +221,7 @@ class DiskCalls:
     def _is_overdue(self, call: _Call, now_s: float) -> bool:
         waits_s = now_s - call.began_s
         is_silent = min(waits_s, now_s - self._answered_s) > call.patience_s
-        return is_silent or waits_s > max(LONGEST_S, call.patience_s)
+        return is_silent or (waits_s > max(LONGEST_S, call.patience_s) and not call.stays)
 
     def _changed(self, *, hangs: bool) -> None:
         self.hangs = hangs

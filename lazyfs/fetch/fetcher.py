@@ -113,7 +113,7 @@ class BlockFetcher:
             others = OtherDaemons(cache, calls, self._found)
             self._disk = DiskTier(cache, self._writer, others, self._origin, calls)
             window = DiskWindow(cache, self._writer, prefetcher, self._memory, self._files, calls)
-            calls.on_change.append(self.pump)
+            calls.on_change.append(self._disk_changed)
         tiers = Tiers([self._disk] if self._disk else [], self._origin)
         self._jobs = Jobs(tiers, self._memory, self._map, self._pusher, recorder, self.pump)
         self._scheduler = Scheduler(
@@ -389,6 +389,10 @@ class BlockFetcher:
     def shed_blocks(self) -> int:
         """How many blocks were not written because the disk was slow (see `BlockWriter`)."""
         return self._writer.skipped_blocks if self._writer else 0
+
+    def _disk_changed(self) -> None:
+        self._scheduler.disk_hangs = self.disk_hangs
+        self.pump()
 
     @property
     def disk_hangs(self) -> bool:

@@ -60,6 +60,7 @@ class Scheduler:
 
     Attributes:
         paused: prefetching is paused.
+        disk_hangs: what is on the disk comes from S3 now, as many blocks at a time as from there.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Scheduler:
         self._ahead_rests_until_s = 0.0
         self._nursery: trio.Nursery | None = None
         self.paused = False
+        self.disk_hangs = False
 
     def begin(self, nursery: trio.Nursery) -> None:
         """Start jobs in tasks of a nursery from now on."""
@@ -186,7 +188,7 @@ class Scheduler:
                 self._pusher.put(block, held)
             elif (
                 from_disk
-                and self._jobs.loading < self._loaders
+                and self._jobs.loading < (self._getter.limit if self.disk_hangs else self._loaders)
                 and self._make_room(self._length(block), urgent=False, soon=True)
             ):
                 self._jobs.start(nursery, self._new_job(block), from_disk=True)

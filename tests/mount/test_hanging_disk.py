@@ -1,4 +1,4 @@
-"""A disk cache whose disk does not answer: no reader, start or unmount waits for it to do so."""
+"""A disk cache whose disk does not answer: no reader waits for it to do so."""
 
 from __future__ import annotations
 

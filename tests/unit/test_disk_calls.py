@@ -367,3 +367,20 @@ def test_a_write_may_take_long_but_not_for_ever() -> None:
         assert (desk.calls.hangs, stored) == (False, [True])
 
     play(scenario)
+
+
+def test_a_slow_disk_that_goes_on_writing_does_not_hang() -> None:
+    async def scenario(desk: Desk) -> None:
+        desk.disk.answers.clear()
+
+        async def write() -> None:
+            await desk.calls.run_to_end(desk.disk.holds, FILE, 1)
+
+        desk.nursery.start_soon(write)
+        for _ in range(3):
+            await desk.passes(WRITE_PATIENCE_S - 2 * LOOK_S)
+            desk.calls._answered_s = trio.current_time()  # another one has ended
+        assert not desk.calls.hangs
+        await desk.answer()
+
+    play(scenario)
