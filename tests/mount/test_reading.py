@@ -203,9 +203,9 @@ def test_a_walk_through_many_directories_asks_for_a_few_pages(
 
 def test_directory_of_ten_thousand_objects(mount: Callable[..., Mounted], server: S3) -> None:
     names = [f"{i:05d}.txt" for i in range(10_000)]
-    server.put_many("many", [*(f"d/{name}" for name in names), "top.txt"])
+    server.put_many("tenthousand", [*(f"d/{name}" for name in names), "top.txt"])
     server.forget()
-    mounted = mount("s3://many", "--prefetch=off")
+    mounted = mount("s3://tenthousand", "--prefetch=off")
     # The first directory is shown without listing the ten thousand below.
     assert shell("ls", mounted.path).stdout.split() == ["d", "top.txt"]
     assert len([line for line in server.requests() if "list-type" in line]) == 2

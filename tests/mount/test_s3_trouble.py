@@ -89,9 +89,9 @@ def test_readers_see_nothing_of_transient_errors(
 def test_an_object_that_s3_does_not_give_holds_up_no_other_one(
     mount: Callable[..., Mounted], s3: S3
 ) -> None:
-    s3.put("trouble", {"m/broken": bytes(24 << 20)})
-    mounted = mount("s3://trouble/m", *OPTIONS, "--io-timeout=60s")
-    s3.fault("GET /trouble/m/broken", "status", status=503, code="SlowDown", times=10**6)
+    s3.put("trouble", {"two/broken": bytes(24 << 20), "two/file": BODY})
+    mounted = mount("s3://trouble/two", *OPTIONS, "--io-timeout=60s")
+    s3.fault("GET /trouble/two/broken", "status", status=503, code="SlowDown", times=10**6)
     readers = """
 import os, sys, threading
 file = os.open(sys.argv[1], os.O_RDONLY)
