@@ -17,7 +17,7 @@ from simulated.models import Model
 GIB = 1 << 30
 BLOCK = 8 << 20
 # What a block takes of the worker's processor, in seconds, with and without a disk cache, whatever
-# its size is: docs/BENCHMARKS.md, "Movers".
+# its size is; and what each further block of a batch does: docs/BENCHMARKS.md, "Movers".
 WORKER_S = {"disk": (0.0029, 0.0009), "none": (0.0014, 0.0004)}
 # Of a processor, in bytes a second: what `bench/scaling.py` shows of HTTPS and of HTTP.
 RECEIVE = {"https": 1.1e9, "http": 2.5e9}
