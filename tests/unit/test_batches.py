@@ -16,7 +16,7 @@ import pytest
 import trio
 import trio.testing
 from inline_threads import InlineThreads
-from test_jobs import BLOCK, FILE, FakePusher
+from test_jobs import BLOCK, FILE, JobsOver
 from test_source import ANSWER, Request, Serve, refusal, serve
 
 from lazyfs.blocks import BlockId, Span, buffers
@@ -458,20 +458,9 @@ class FakeTiers:
         self.given_up.append(job.block.number)
 
 
-class Worker:
+class Worker(JobsOver[FakeTiers]):
     def __init__(self) -> None:
-        self.map = BlockMap(BLOCK)
-        self.map.add_file(FILE.inode, FILE.size_bytes)
-        self.memory = BlockMemory(8 * BLOCK, BLOCK, self.map, lambda: 1)
-        self.tiers, self.pusher, self.ended = FakeTiers(), FakePusher(), 0
-        self.recorder = Recorder()
-        self.jobs = Jobs(
-            cast(Tiers, self.tiers), self.memory, self.map, cast(BlockPusher, self.pusher),
-            self.recorder, self._end,
-        )  # fmt: skip
-
-    def _end(self) -> None:
-        self.ended += 1
+        super().__init__(FakeTiers())
 
     async def start(self, nursery: trio.Nursery, *numbers: int) -> list[Job]:
         jobs = [self.jobs.new(FILE, BlockId(FILE.inode, number), BLOCK) for number in numbers]

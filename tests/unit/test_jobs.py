@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import cast
+from typing import Generic, TypeVar, cast
 
 import pytest
 import trio
@@ -71,12 +71,17 @@ class FakePusher:
         self.around.append(list(waiting))
 
 
-class Machine:
-    def __init__(self) -> None:
+T = TypeVar("T")
+
+
+class JobsOver(Generic[T]):
+    """The jobs of a file, over tiers that a test controls."""
+
+    def __init__(self, tiers: T) -> None:
         self.map = BlockMap(BLOCK)
         self.map.add_file(FILE.inode, FILE.size_bytes)
         self.memory = BlockMemory(8 * BLOCK, BLOCK, self.map, lambda: 1)
-        self.tiers, self.pusher, self.ended = FakeTiers(), FakePusher(), 0
+        self.tiers, self.pusher, self.ended = tiers, FakePusher(), 0
         self.recorder = Recorder()
         self.jobs = Jobs(
             cast(Tiers, self.tiers), self.memory, self.map, cast(BlockPusher, self.pusher),
@@ -85,6 +90,11 @@ class Machine:
 
     def _end(self) -> None:
         self.ended += 1
+
+
+class Machine(JobsOver[FakeTiers]):
+    def __init__(self) -> None:
+        super().__init__(FakeTiers())
 
     def place(self, number: int = 1) -> Place:
         return self.map.place(BlockId(FILE.inode, number))
