@@ -359,6 +359,8 @@ class _Listing:
 
     def _is_part(self, path: str) -> bool:
         """Whether a directory is a part of the model above, even if no weights lie there."""
+        if self._has(join(path, "adapter_config.json")):
+            return False  # LoRA adapters of different ranks
         return any(
             name.fullmatch(basename(path)) and (not sign or self._has(normpath(join(path, sign))))
             for name, sign in _PARTS
