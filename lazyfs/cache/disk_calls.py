@@ -38,7 +38,7 @@ DISK_PATIENCE_S = 3.0
 # The same for a disk that answers others, and for calls that no reader waits for.
 LONGEST_S = 10.0
 # Writes, of hundreds of MiB on a large machine, may take any time on a slow disk. It counts as hung
-# only if no call of any kind has ended for so long.
+# only if neither a load nor a write has ended for so long.
 WRITE_PATIENCE_S = 120.0
 # How often that is looked at.
 LOOK_S = 0.5
@@ -106,7 +106,7 @@ class DiskCalls:
         self._calls: set[_Call] = set()
         # Those whose threads have not come back since the disk hung.
         self._hung: set[_Call] = set()
-        # When bytes of a block came last: what is in the index may come from memory.
+        # When a block was loaded or written last: what is in the index may come from memory.
         self._answered_s = 0.0
         self._token: trio.lowlevel.TrioToken | None = None
         self.hangs = False

@@ -17,7 +17,7 @@ import trio
 import trio.testing
 from inline_threads import InlineThreads
 from test_jobs import BLOCK, FILE, JobsOver
-from test_source import ANSWER, Request, Serve, refusal, serve
+from test_source import ANSWER, Request, Serve, part, refusal, serve
 
 from lazyfs.blocks import BlockId, Span, buffers
 from lazyfs.blocks.block_map import BlockMap
@@ -54,10 +54,7 @@ PIN = ListedObject("m/k", len(DATA), '"v1"', 0, "m/k")
 
 
 def whole(asked: Request) -> ANSWER:
-    start, end = asked.range
-    body = DATA[start : end + 1]
-    told = f"bytes {start}-{end}/{len(DATA)}"
-    return 206, {"Content-Range": told, "ETag": '"v1"'}, body
+    return part(asked, data=DATA)
 
 
 @pytest.fixture
