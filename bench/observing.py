@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lazyfs.blocks import BlockId, Span
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 from lazyfs.observe.events import Activity, Purpose
 from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.options.option_types import format_size, parse_size

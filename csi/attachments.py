@@ -23,11 +23,11 @@ from pathlib import Path
 from grpc import StatusCode
 
 from csi import mounts
-from csi.bounds import Bounds, VolumeBound
 from csi.daemon import Daemon, Wanted
 from csi.daemon_users import DaemonUsers
 from csi.daemons import Daemons
 from csi.errors import RpcError
+from csi.namespace_limits import NamespaceLimits, VolumeLimit
 from csi.node_records import Kind, NodeRecords, Place, VolumeRecord
 from csi.snapshots import FALL_BACK_AFTER_S, LOOK_S, Look, doubt
 from csi.start import StillStartingError
@@ -78,18 +78,22 @@ class Attachments:
         state: the records on disk.
         directory: for the daemons' own mountpoints.
         keeper: the keeper's socket.
-        bounds: the limits of each namespace.
+        limits: the limits of each namespace.
     """
 
     def __init__(
-        self, state: NodeRecords, directory: Path, keeper: Path, bounds: Bounds | None = None
+        self,
+        state: NodeRecords,
+        directory: Path,
+        keeper: Path,
+        limits: NamespaceLimits | None = None,
     ) -> None:
-        bounds = bounds or Bounds()
-        self._volume_bound = VolumeBound(bounds.volumes)
+        limits = limits or NamespaceLimits()
+        self._volume_limit = VolumeLimit(limits.volumes)
         self.locks = VolumeLocks()
         self._state = state
         self._to_repair: queue.SimpleQueue[Daemon] = queue.SimpleQueue()
-        self.daemons = Daemons(state, directory, keeper, self._to_repair.put, bounds.daemons)
+        self.daemons = Daemons(state, directory, keeper, self._to_repair.put, limits.daemons)
         self.users = DaemonUsers(state, self.daemons)
 
     def recover(self) -> None:
@@ -148,7 +152,7 @@ class Attachments:
         with ExitStack() as counted:  # until the volume is recorded
             if present is None:
                 counted.enter_context(
-                    self._volume_bound.one_more(place.namespace, volume_id, self._state.volumes)
+                    self._volume_limit.one_more(place.namespace, volume_id, self._state.volumes)
                 )
             daemon = self._daemon_for(wanted, timeout_s)
             until = max(until, time.monotonic() + timeout_s - LOOK_S)

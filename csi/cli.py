@@ -333,9 +333,9 @@ def node(
     Mount options are defaults for all volumes.
     """
     from csi.attachments import Attachments
-    from csi.bounds import Bounds
     from csi.csi_pb2_grpc import add_NodeServicer_to_server
     from csi.metrics import mount_metrics
+    from csi.namespace_limits import NamespaceLimits
     from csi.node import Node
     from csi.node_records import NodeRecords
     from lazyfs import cache_place
@@ -350,8 +350,8 @@ def node(
     defaults = {**defaults, "allow-other": "true"}
     volume_rules = rules(allow_attributes, max_memory_limit, defaults, endpoints, snapshot_max_age)
     allow_many_descriptors()
-    bounds = Bounds(max_volumes_per_namespace, max_daemons_per_namespace)
-    attachments = Attachments(NodeRecords(state_dir), state_dir / "mounts", keeper_socket, bounds)
+    limits = NamespaceLimits(max_volumes_per_namespace, max_daemons_per_namespace)
+    attachments = Attachments(NodeRecords(state_dir), state_dir / "mounts", keeper_socket, limits)
     attachments.recover()
     servicer = Node(node_id, volume_rules, attachments, inline_node_role=inline_node_role)
 

@@ -16,7 +16,7 @@ from csi.errors import InvalidArgumentError, MendableError, RpcError
 from csi.kubernetes import ApiServer
 from csi.parameters import Parameters
 from csi.request_fields import check_capability, check_size, check_text
-from csi.survey import Survey, survey
+from csi.source_check import SourceSize, check_source
 from csi.volume_attributes import (
     Rules,
     Volume,
@@ -52,7 +52,7 @@ class Controller(ControllerServicer):
         rules: Rules,
         records: Records,
         api_server: ApiServer | None,
-        look: Callable[[Volume, Credentials | None], Survey] = survey,
+        look: Callable[[Volume, Credentials | None], SourceSize] = check_source,
     ) -> None:
         self._annotation = f"{driver_name}/source"
         self._rules = rules
@@ -217,9 +217,9 @@ class Controller(ControllerServicer):
                 'csi.storage.k8s.io/provisioner-secret-name; checkSource: "false" skips the check)'
             ) from error
 
-    def _soon(self, volume: Volume, credentials: Credentials | None) -> Survey:
+    def _soon(self, volume: Volume, credentials: Credentials | None) -> SourceSize:
         """Check a source. Raises SourceError, also after the time limit."""
-        found: Future[Survey] = Future()
+        found: Future[SourceSize] = Future()
 
         def look() -> None:
             try:

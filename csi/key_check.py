@@ -12,7 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
-from csi.survey import read_a_byte
+from csi.source_check import read_a_byte
 from lazyfs import errors, log
 from lazyfs.errors import LazyfsError, UnavailableError
 from lazyfs.options.mount_options import MountOptions

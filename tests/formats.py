@@ -25,10 +25,10 @@ from lazyfs.cache.space import Limits
 from lazyfs.handover.handover import Beginning, new_carried, new_in_hand, new_near
 from lazyfs.handover.pending_requests import InHand
 from lazyfs.handover.runtime_changes import RuntimeChanges
+from lazyfs.listed_object import ListedObject
 from lazyfs.memory_file import read_whole
 from lazyfs.namespace.listing_log import Listing, ListingLog
 from lazyfs.namespace.tree import Tree
-from lazyfs.objects import ListedObject
 from lazyfs.pagecache.page_map import PageMap
 from lazyfs.process.mount_records import MountRecord
 from lazyfs.process.mount_spec import MountSpec

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 
 from lazyfs.errors import ObjectChangedError, ObjectGoneError
-from lazyfs.objects import ListedObject
+from lazyfs.listed_object import ListedObject
 from lazyfs.store.cancel import Cancel, CancelledError
 from lazyfs.store.checksum import ObjectSum
 from lazyfs.store.fleet_cache import FleetCache
-from lazyfs.store.objects import Page, Pinned
+from lazyfs.store.listing_page import Page, Pinned
 from lazyfs.store.protocol import Ranges
 from lazyfs.store.url import SourceUrl
 

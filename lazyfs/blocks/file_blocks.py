@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
 
 from lazyfs.blocks import block_count
-from lazyfs.blocks.marks import zero_marks
+from lazyfs.blocks.block_bytes import zero_bytes
 
 # Blocks in one piece, if the tensors are not known.
 PIECE_BLOCKS = 8
@@ -68,12 +68,12 @@ class FileBlocks:
     def __init__(self, size_bytes: int, block_size: int) -> None:
         count = block_count(size_bytes, block_size)
         self.size_bytes = size_bytes
-        self.places = zero_marks(count)
+        self.places = zero_bytes(count)
         self.counts = [count, *[0] * (len(Place) - 1)]
         self.known = False
         self.reads_pages: bool | None = None
-        self.stored = zero_marks(count)
-        self.failed = zero_marks(count)
+        self.stored = zero_bytes(count)
+        self.failed = zero_bytes(count)
         self.has_head = False
         self.rank = -1
         self.roles: Sequence[str] = ()
@@ -82,7 +82,7 @@ class FileBlocks:
         self._block_size = block_size
         self._starts: Sequence[int] = range(0, size_bytes, PIECE_BLOCKS * block_size)
         self._wanted: bytearray | None = None
-        self.touched = zero_marks(len(self._starts))
+        self.touched = zero_bytes(len(self._starts))
 
     @property
     def is_touched_at_all(self) -> bool:
@@ -110,7 +110,7 @@ class FileBlocks:
         """Set where the tensors begin, in ascending order of bytes, and their roles."""
         self._starts = starts
         self.roles = roles
-        self.touched = zero_marks(len(starts))
+        self.touched = zero_bytes(len(starts))
 
     def want(self, ranges: Iterable[tuple[int, int]] | None) -> None:
         """Allow only these blocks to become ABSENT, from their next move on; None: all."""

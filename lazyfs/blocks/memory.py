@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from lazyfs.blocks import BlockId, Span
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.file_blocks import Place
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 
 # Parts of a block that are tracked: a part counts as read when its last byte was read.
 PART = 64 << 10

@@ -28,8 +28,8 @@ from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.index import IndexFailedError, IndexFullError
 from lazyfs.cache.space import Limits
 from lazyfs.errors import CacheError
+from lazyfs.listed_object import File
 from lazyfs.movers.pool import Movers
-from lazyfs.objects import File
 from lazyfs.options.mount_options import MountOptions
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import trio
 from lazyfs.blocks import BlockId
 from lazyfs.cache import BlockCache
 from lazyfs.cache.disk_calls import DiskCalls, DiskHangsError
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 
 # How long a block is left to the daemon that claimed it, and how often the disk is checked.
 LEASE_S = 10.0

@@ -26,8 +26,8 @@ from lazyfs.cache.direct_io import read_file, write_file
 from lazyfs.cli.inspecting import models_of_source
 from lazyfs.errors import LazyfsError
 from lazyfs.fuse import mount_syscalls
+from lazyfs.listed_object import ListedObject
 from lazyfs.machine import free_memory
-from lazyfs.objects import ListedObject
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.options.option_types import GIB, MIB, format_duration, format_size
 from lazyfs.store.protocol import Source

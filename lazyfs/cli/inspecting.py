@@ -21,15 +21,15 @@ from lazyfs.cli.settings import settings, with_mount_options
 from lazyfs.cli.tables import console, print_rows, tell
 from lazyfs.control.client import ControlClient, ControlError
 from lazyfs.errors import ObjectGoneError, SourceError
+from lazyfs.listed_object import File, ListedObject
 from lazyfs.model.inspection import Layer, Model, group_similar, inspect_files
 from lazyfs.model.soundness import Reader
 from lazyfs.namespace.tree import Tree
-from lazyfs.objects import File, ListedObject
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.options.option_types import compile_pattern, format_size
 from lazyfs.process import privileges
 from lazyfs.process.mount_records import control_socket
-from lazyfs.store.objects import Tokens
+from lazyfs.store.listing_page import Tokens
 from lazyfs.store.protocol import Store
 from lazyfs.store.stores import open_source
 from lazyfs.store.url import SourceUrl, is_url

@@ -14,10 +14,10 @@ import trio
 from lazyfs.control import Route
 from lazyfs.errors import ObjectGoneError
 from lazyfs.fetch.fetcher import BlockFetcher
+from lazyfs.listed_object import File
 from lazyfs.model.indexes import MAX_INDEX_BYTES
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.tree import Directory, Node
-from lazyfs.objects import File
 from lazyfs.store.protocol import Store
 
 

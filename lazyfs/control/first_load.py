@@ -9,7 +9,7 @@ import trio
 
 from lazyfs.control.recording import recording
 from lazyfs.control.status import Status
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 from lazyfs.options.option_types import format_duration, format_size
 
 if TYPE_CHECKING:

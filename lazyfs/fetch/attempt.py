@@ -15,7 +15,7 @@ import trio
 
 from lazyfs.errors import SourceError, UnavailableError
 from lazyfs.fetch.fleet import Fleet
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.store.cancel import Cancel, CancelledError
 from lazyfs.store.fleet_cache import FleetCache, FleetCacheError, Trouble
@@ -209,7 +209,7 @@ class Attempts:
                 self._ended(request, attempt, 0)
 
         try:
-            found = await self._source.ranges.read_moved(
+            found = await self._source.ranges.read_by_mover(
                 request.file, request.start, request.length, attempt.cancel,
                 request.has_time, ended,
             )  # fmt: skip

@@ -29,7 +29,7 @@ from lazyfs.cache.disk_calls import DISK_PATIENCE_S, DiskCalls, DiskHangsError
 from lazyfs.cache.other_daemons import OtherDaemons
 from lazyfs.faults import contained, keep_running
 from lazyfs.fetch.tiers import Job, OriginTier
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 from lazyfs.observe.recorder import Tier
 
 # After a resume: how long a reader waits for a claim, and for how long that holds.

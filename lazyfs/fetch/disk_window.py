@@ -18,7 +18,7 @@ from lazyfs.cache import BlockCache
 from lazyfs.cache.block_writer import BlockWriter
 from lazyfs.cache.disk_calls import DiskCalls, DiskHangsError
 from lazyfs.faults import contained
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 from lazyfs.prefetch.prefetcher import Prefetcher
 
 # How many blocks are removed at a time.

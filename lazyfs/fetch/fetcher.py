@@ -28,14 +28,14 @@ from lazyfs.fetch.request import BlockGetter
 from lazyfs.fetch.scheduler import Scheduler
 from lazyfs.fetch.shard_headers import ShardHeaders, heads_limit
 from lazyfs.fetch.tiers import OriginTier, Tiers
+from lazyfs.listed_object import File
 from lazyfs.model.safetensors import LENGTH_BYTES, has_head, header_size
 from lazyfs.namespace.tree import Tree
-from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.options.mount_options import MountOptions
+from lazyfs.pagecache.block_pusher import BlockPusher
 from lazyfs.pagecache.page_cache import PageCache
 from lazyfs.pagecache.page_map import PageMap
-from lazyfs.pagecache.pusher import BlockPusher
 from lazyfs.prefetch.prefetcher import Prefetcher
 from lazyfs.store.protocol import Store
 from lazyfs.threads import Threads

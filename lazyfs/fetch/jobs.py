@@ -24,10 +24,10 @@ from lazyfs.errors import FaultError, SourceError
 from lazyfs.faults import contained, report_fault
 from lazyfs.fetch.attempt import Got
 from lazyfs.fetch.tiers import Batch, Came, Job, Tiers
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 from lazyfs.observe.events import Purpose
 from lazyfs.observe.recorder import Recorder, Tier
-from lazyfs.pagecache.pusher import BlockPusher
+from lazyfs.pagecache.block_pusher import BlockPusher
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import trio
 from lazyfs.blocks import BlockId
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.file_blocks import Place
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 
 
 class MissedPages:

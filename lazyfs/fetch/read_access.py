@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import trio
 
 from lazyfs.errors import AccessDeniedError, SourceError, UnavailableError
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 
 log = logging.getLogger(__name__)
 

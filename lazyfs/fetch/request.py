@@ -20,8 +20,8 @@ from lazyfs.errors import SourceError, ThrottledError
 from lazyfs.fetch.attempt import MOST_ASKED_OF_CACHE, Answer, Attempts, Got, Request
 from lazyfs.fetch.concurrency import START, Concurrency, HedgeTimer, Pacer
 from lazyfs.fetch.fleet import FAR_OVERTAKEN, LATE_S, Fleet
+from lazyfs.listed_object import File
 from lazyfs.movers.call import Nudge
-from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store.fleet_cache import FleetCache

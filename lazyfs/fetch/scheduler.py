@@ -3,7 +3,7 @@
 All decisions are made in the trio thread, so nothing here needs a lock; threads only move bytes.
 Demand has priority over prefetching, for slots and for room in memory. Blocks that can be fetched
 again are dropped for demand: unused ones, the last prefetched ones first. A block that is being
-pushed or waits for the disk cannot be dropped, but these are few (`pagecache/pusher.py`,
+pushed or waits for the disk cannot be dropped, but these are few (`pagecache/block_pusher.py`,
 `cache/block_writer.py`).
 """
 
@@ -23,10 +23,10 @@ from lazyfs.fetch.jobs import Jobs
 from lazyfs.fetch.request import BlockGetter
 from lazyfs.fetch.shard_headers import ShardHeaders
 from lazyfs.fetch.tiers import Job
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 from lazyfs.observe.events import Activity
 from lazyfs.observe.recorder import Recorder
-from lazyfs.pagecache.pusher import BlockPusher
+from lazyfs.pagecache.block_pusher import BlockPusher
 from lazyfs.prefetch.prefetcher import Prefetcher
 
 # Blocks that are read from the disk concurrently, ahead of readers, at least: one for each mover.

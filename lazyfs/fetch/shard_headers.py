@@ -20,6 +20,7 @@ from lazyfs.errors import SourceError
 from lazyfs.faults import contained
 from lazyfs.fetch.request import PREFETCH_PATIENCE_S
 from lazyfs.fetch.tiers import OriginTier
+from lazyfs.listed_object import File
 from lazyfs.model.safetensors import (
     HEAD_BYTES,
     LENGTH_BYTES,
@@ -27,7 +28,6 @@ from lazyfs.model.safetensors import (
     MalformedHeaderError,
     header_size,
 )
-from lazyfs.objects import File
 from lazyfs.observe.events import Purpose
 from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.pagecache.page_cache import PageCache
@@ -42,7 +42,7 @@ AT_ONCE = 16
 # its block comes is fetched twice.
 SHARE = 1 / 16
 SHARE_OF_ONE = 1 / 4
-# Concurrent pushes of heads. Each may be stuck and holds a thread (`pagecache/pusher.py`).
+# Concurrent pushes of heads. Each may be stuck and holds a thread (`pagecache/block_pusher.py`).
 PUSHERS = 2
 # There must be memory for this many blocks beside heads.
 LEAST_BLOCKS = 4

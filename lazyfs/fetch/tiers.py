@@ -22,9 +22,9 @@ from lazyfs.errors import SourceError
 from lazyfs.fetch.attempt import Got
 from lazyfs.fetch.read_access import ReadAccess
 from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter
+from lazyfs.listed_object import File
 from lazyfs.model.safetensors import HEAD_BYTES
 from lazyfs.movers.call import Nudge
-from lazyfs.objects import File
 from lazyfs.observe.recorder import Tier
 from lazyfs.store.protocol import EACH, STOP
 

@@ -22,13 +22,13 @@ from lazyfs.cache import CARE_S, BlockCache, Claim
 from lazyfs.cache.other_daemons import LEASE_S
 from lazyfs.errors import LazyfsError, ObjectChangedError, ObjectGoneError, SourceError
 from lazyfs.fetch.request import BlockGetter
+from lazyfs.listed_object import File
 from lazyfs.model.directory import ModelFile
 from lazyfs.model.filenames import format_of, is_projector
 from lazyfs.model.layout import ModelLayout, layouts
 from lazyfs.model.soundness import is_pointer, look_at
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.tree import Directory
-from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.options.option_types import format_size, matches

@@ -28,9 +28,9 @@ from lazyfs.errors import SourceError
 from lazyfs.faults import contained, report_fault
 from lazyfs.fetch.fetcher import BlockFetcher
 from lazyfs.handover.pending_requests import InHand
+from lazyfs.listed_object import File
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.tree import NAME_MAX_BYTES, ROOT_INODE, Directory, Node
-from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.pagecache.direct_reads import DirectReads

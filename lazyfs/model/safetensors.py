@@ -29,7 +29,7 @@ from operator import attrgetter
 from types import MappingProxyType
 from typing import NoReturn, TypeAlias, TypeGuard
 
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 

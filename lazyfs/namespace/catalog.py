@@ -18,12 +18,12 @@ from collections import defaultdict
 import trio
 
 from lazyfs.errors import ObjectGoneError, SourceError, TooManyNamesError
+from lazyfs.listed_object import ListedObject
 from lazyfs.namespace.listing_log import Listing, ListingLog
 from lazyfs.namespace.tree import Directory, Node, Tree, whole_directories
-from lazyfs.objects import ListedObject
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
-from lazyfs.store.objects import Hidden, Page, Tokens
+from lazyfs.store.listing_page import Hidden, Page, Tokens
 from lazyfs.store.protocol import Store
 from lazyfs.store.retry import patiently
 

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from operator import attrgetter
 
+from lazyfs.listed_object import ListedObject
 from lazyfs.memory_file import memory_file, read_whole
-from lazyfs.objects import ListedObject
 
 _LENGTH = struct.Struct("<I")
 # Like `dataclasses.astuple`, but ten times as fast.

@@ -10,10 +10,10 @@ import os
 
 import trio
 
+from lazyfs.listed_object import File
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.listing_log import ListingLog
 from lazyfs.namespace.tree import Directory, Node
-from lazyfs.objects import File
 
 
 async def lists_the_same(catalog: Catalog) -> bool:

@@ -20,8 +20,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from lazyfs.objects import File, ListedObject
-from lazyfs.store.objects import Hidden
+from lazyfs.listed_object import File, ListedObject
+from lazyfs.store.listing_page import Hidden
 
 ROOT_INODE = 1
 NAME_MAX_BYTES = 255

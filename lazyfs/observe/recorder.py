@@ -15,7 +15,7 @@ from enum import StrEnum
 
 from lazyfs.blocks import BlockId, Span
 from lazyfs.errors import CredentialsExpiredError, SourceError, ThrottledError
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 from lazyfs.observe.events import ARRIVALS, Activity, Cause, EventKind, EventRing, Purpose
 from lazyfs.observe.histogram import Histogram
 

@@ -21,7 +21,7 @@ import trio
 
 from lazyfs.blocks import BlockId, block_length
 from lazyfs.helper_process import HelperProcesses
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 
 log = logging.getLogger(__name__)
 

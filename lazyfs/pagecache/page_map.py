@@ -22,8 +22,8 @@ from collections.abc import Iterator
 
 from lazyfs.blocks import BlockId, block_count
 from lazyfs.blocks.file_blocks import Place
+from lazyfs.listed_object import File
 from lazyfs.namespace.tree import Tree
-from lazyfs.objects import File
 
 # Format of the records, and the block size in bytes.
 _HEAD = struct.Struct("<8sQ")

@@ -14,7 +14,7 @@ import trio
 
 from lazyfs.faults import contained
 from lazyfs.helper_process import HelperProcesses
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 
 log = logging.getLogger(__name__)
 

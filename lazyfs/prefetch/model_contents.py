@@ -14,9 +14,9 @@ import trio
 
 from lazyfs.blocks import Span, spans
 from lazyfs.errors import SourceError
+from lazyfs.listed_object import File
 from lazyfs.model.json_cost import json_cost
 from lazyfs.model.safetensors import SUFFIX, MalformedHeaderError, Tensor, parse_header
-from lazyfs.objects import File
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.prefetch.prefetcher import Prefetcher
 

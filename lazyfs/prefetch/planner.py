@@ -24,15 +24,15 @@ import trio
 
 from lazyfs.blocks import block_count
 from lazyfs.errors import SourceError
+from lazyfs.listed_object import File
 from lazyfs.model.safetensors import SUFFIX, has_head
 from lazyfs.model.selection import wanted_models
 from lazyfs.namespace.catalog import Catalog
-from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
+from lazyfs.prefetch.found_models import FoundModels, ListedFiles
 from lazyfs.prefetch.model_contents import BlockSource, ModelContents
 from lazyfs.prefetch.prefetcher import Prefetcher
-from lazyfs.prefetch.survey import FoundModels, Survey
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Planner:
         # Warnings that were logged.
         self._told: set[str] = set()
         # What was found at the last plan, without the contents of indexes.
-        self._survey: Survey | None = None
+        self._listed: ListedFiles | None = None
         self._found: FoundModels | None = None
         # The shards in loading order, and the position of each.
         self._shards: list[File] = []
@@ -156,12 +156,12 @@ class Planner:
 
     async def _plan(self) -> None:
         """Put the files of the wanted models into loading order."""
-        survey = await self._look_around()
-        files = survey.files
+        listed = await self._list_files()
+        files = listed.files
         on_mount = self._options.prefetch_on == "mount"
         whole = self._catalog.tree.is_whole
-        read = self._read_of(survey)
-        sorted_out = await self._sort_out(survey, read, {})
+        read = self._read_of(listed)
+        sorted_out = await self._sort_out(listed, read, {})
         self._rivals |= sorted_out.rivals
         opened = self._touched_paths(sorted_out)
         found = wanted_models(sorted_out.every, on_mount=on_mount, opened=opened, whole=whole)
@@ -170,8 +170,8 @@ class Planner:
             {path: files[path] for layout in found for path in layout.index_paths}
         )
         # Meanwhile a loader may have read other weights than expected.
-        if indexes or read != self._read_of(survey):
-            sorted_out = await self._sort_out(survey, self._read_of(survey), indexes)
+        if indexes or read != self._read_of(listed):
+            sorted_out = await self._sort_out(listed, self._read_of(listed), indexes)
             opened = self._touched_paths(sorted_out)
             found = wanted_models(sorted_out.every, on_mount=on_mount, opened=opened, whole=whole)
         self._weights, self._useless = sorted_out.weights, sorted_out.useless
@@ -194,19 +194,19 @@ class Planner:
         self._look_for_tensors(shards)
         self._fetcher.pump()
 
-    async def _look_around(self) -> Survey:
+    async def _list_files(self) -> ListedFiles:
         """All listed files; made anew only if more was listed since the last plan."""
         tree = self._catalog.tree
         extent = tree.file_count, tree.total_bytes
-        if self._survey is None or self._survey.extent != extent:
+        if self._listed is None or self._listed.extent != extent:
             nodes = list(tree.files())
-            self._survey = await _aside(lambda: Survey.of(extent, nodes, tree.path))
+            self._listed = await _aside(lambda: ListedFiles.of(extent, nodes, tree.path))
             self._found = None
-        return self._survey
+        return self._listed
 
     async def _sort_out(
         self,
-        survey: Survey,
+        listed: ListedFiles,
         read: tuple[Sequence[str], Sequence[str]],
         indexes: Mapping[str, bytes],
     ) -> FoundModels:
@@ -214,7 +214,7 @@ class Planner:
         if not indexes and self._found is not None and self._found.read == read:
             return self._found
         include = self._options.include
-        found = await _aside(lambda: FoundModels.of(survey, read, indexes, include))
+        found = await _aside(lambda: FoundModels.of(listed, read, indexes, include))
         if not indexes:
             self._found = found
         return found
@@ -229,7 +229,7 @@ class Planner:
             *found.read
         )
 
-    def _read_of(self, survey: Survey) -> tuple[Sequence[str], Sequence[str]]:
+    def _read_of(self, listed: ListedFiles) -> tuple[Sequence[str], Sequence[str]]:
         """The weights that were read, or may have been, the latest last; and those opened.
 
         The latter only if there is a rival among them.
@@ -240,7 +240,7 @@ class Planner:
                 path
                 for node in map(self._catalog.tree.get, inodes)
                 if isinstance(node, File) and (path := self._catalog.tree.path(node))
-                if path in survey.weights
+                if path in listed.weights
             ]
             for inodes in (self._prefetcher.loaded(), sorted(opened))
         )

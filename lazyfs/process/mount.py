@@ -41,11 +41,11 @@ from lazyfs.handover.keeper import KeeperClient
 from lazyfs.handover.pending_requests import InHand
 from lazyfs.handover.runtime_changes import RuntimeChanges
 from lazyfs.helper_process import HelperProcesses
+from lazyfs.listed_object import File
 from lazyfs.log import now_about
 from lazyfs.movers.pool import MOST_IDLE_S, Movers
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.listing_log import ListingLog
-from lazyfs.objects import File
 from lazyfs.observe import tracing
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import PLANNED, MountOptions
@@ -58,7 +58,7 @@ from lazyfs.pagecache.walker import Walker
 from lazyfs.prefetch.planner import Planner
 from lazyfs.prefetch.prefetcher import Prefetcher
 from lazyfs.process import descriptors
-from lazyfs.process.worker_line import SupervisorLine
+from lazyfs.process.worker_channel import SupervisorChannel
 from lazyfs.store.credentials import Credentials, credentials_from
 from lazyfs.store.protocol import Source
 from lazyfs.store.url import SourceUrl
@@ -94,7 +94,7 @@ class Mount:
 def run(
     mount: Mount,
     keeper: KeeperClient,
-    line: SupervisorLine,
+    channel: SupervisorChannel,
     former: Handover | None,
     opening: Future[Source],
     restarts: int,
@@ -106,7 +106,7 @@ def run(
 
     Args:
         keeper: keeps the session under the name of the mountpoint.
-        line: to the supervisor, which mounts.
+        channel: to the supervisor, which mounts.
         former: what the keeper had when this worker started.
         opening: the source, once it is connected.
         restarts: how many workers died before this one.
@@ -119,7 +119,7 @@ def run(
     """
     recorder = _recorder(mount)
     try:
-        trio.run(_serve, mount, keeper, line, former, opening, restarts, on_ready, recorder)
+        trio.run(_serve, mount, keeper, channel, former, opening, restarts, on_ready, recorder)
     finally:
         recorder.close()
 
@@ -137,7 +137,7 @@ def _recorder(mount: Mount) -> Recorder:
 async def _serve(
     mount: Mount,
     keeper: KeeperClient,
-    line: SupervisorLine,
+    channel: SupervisorChannel,
     former: Handover | None,
     opening: Future[Source],
     restarts: int,
@@ -177,7 +177,7 @@ async def _serve(
     scraped = options.metrics_address
     scrape_listeners = await listen(scraped) if scraped and not former else []
     try:
-        control_socket = line.control_socket()
+        control_socket = channel.control_socket()
     except MountError as error:
         if not former:
             raise
@@ -186,7 +186,7 @@ async def _serve(
     if former:
         session, beginning = await _resume(mount, former)
     else:
-        session, beginning = await _begin(mount, line, source.region)
+        session, beginning = await _begin(mount, channel, source.region)
         Handover(
             session.descriptor,
             journal.descriptor,
@@ -196,7 +196,7 @@ async def _serve(
             beginning,
         ).store(keeper, str(mount.mountpoint))
     session.answer(bytes.fromhex(beginning.init_answer), options.read_ahead)
-    helpers = HelperProcesses(line.connection)
+    helpers = HelperProcesses(channel.connection)
     device = os.dup(session.descriptor)
     movers.lend(DEVICE, device)
     if options.brings("model"):
@@ -303,9 +303,11 @@ def _measured(status: Status) -> dict[str, Any]:
     return measure(status)
 
 
-async def _begin(mount: Mount, line: SupervisorLine, region: str) -> tuple[Session, Beginning]:
+async def _begin(
+    mount: Mount, channel: SupervisorChannel, region: str
+) -> tuple[Session, Beginning]:
     options = mount.options
-    began = line.mount(
+    began = channel.mount(
         str(mount.url), allow_other=options.allow_other, read_ahead_bytes=options.read_ahead
     )
     session = Session(mount.mountpoint, *began)

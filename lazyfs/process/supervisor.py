@@ -280,9 +280,11 @@ class Supervisor:
             code = started.process.poll()
             self._was_killed = code is not None and self._is_kill_from_outside(code)
             started.process.kill()
-            started.line.close()
+            started.channel.close()
             raise
-        threading.Thread(target=requests.help_until_end, args=[started.line], daemon=True).start()
+        threading.Thread(
+            target=requests.help_until_end, args=[started.channel], daemon=True
+        ).start()
 
     def _start_process(self) -> StartedWorker:
         with self._connect() as connection:

@@ -1,7 +1,7 @@
 """The process that serves one mount: `python -m lazyfs.process.worker`.
 
 Its supervisor starts it (`start_worker`) and passes descriptors: a connection to the keeper, which
-has the mount's spec, a connection to the supervisor (`lazyfs/process/worker_line.py`),
+has the mount's spec, a connection to the supervisor (`lazyfs/process/worker_channel.py`),
 and a leash, a pipe that is closed when the supervisor ends.
 """
 
@@ -30,7 +30,7 @@ from lazyfs.options.mount_options import MountOptions
 from lazyfs.process import descriptors, privileges
 from lazyfs.process.mount_spec import MountSpec
 from lazyfs.process.source_probe import SourceProbe
-from lazyfs.process.worker_line import SupervisorLine
+from lazyfs.process.worker_channel import SupervisorChannel
 from lazyfs.process.worker_process import EXIT_CANNOT_RESUME
 from lazyfs.store.protocol import Source
 from lazyfs.store.stores import source_class
@@ -59,7 +59,7 @@ def main(
         user.works_for(*owner, groups[0] if groups else None)
     privileges.confine()
     threading.stack_size(privileges.STACK_BYTES)
-    line = SupervisorLine(socket.socket(fileno=line_fd))
+    channel = SupervisorChannel(socket.socket(fileno=line_fd))
     keeper = KeeperClient(socket.socket(fileno=keeper_fd))
     try:
         order = _ask_keeper(keeper, name)
@@ -67,7 +67,7 @@ def main(
         source = source_class(order.url)
         probe = SourceProbe(source, order.url, order.options, order.spec.credentials, order.region)
     except Exception as error:
-        return _refuse(line, error)
+        return _refuse(channel, error)
     if leash_fd is not None:
         threading.Thread(target=_end_with, args=[leash_fd], daemon=True).start()
     aside = ThreadPoolExecutor(1)
@@ -82,11 +82,11 @@ def main(
             order.spec.options,
         )  # fmt: skip
         run(
-            mount, keeper, line, order.former, opening, restarts,
-            lambda mounted: _ready(line, mounted),
+            mount, keeper, channel, order.former, opening, restarts,
+            lambda mounted: _ready(channel, mounted),
         )  # fmt: skip
     except Exception as error:
-        return _refuse(line, the_error(error))
+        return _refuse(channel, the_error(error))
     finally:
         probe.end()
     return 0
@@ -151,13 +151,13 @@ def _open(source: type[Source], order: _Order, probe: SourceProbe) -> Source:
     return source(*about, found)
 
 
-def _ready(line: SupervisorLine, mounted_ns: int) -> None:
-    line.ready(__version__, mounted_ns)
+def _ready(channel: SupervisorChannel, mounted_ns: int) -> None:
+    channel.ready(__version__, mounted_ns)
     gc.freeze()
     gc.enable()
 
 
-def _refuse(line: SupervisorLine, error: BaseException) -> int:
+def _refuse(channel: SupervisorChannel, error: BaseException) -> int:
     """Report why this worker cannot start or resume; returns the exit code."""
     if isinstance(error, LazyfsError):
         text, code = str(error), error.exit_code
@@ -166,7 +166,7 @@ def _refuse(line: SupervisorLine, error: BaseException) -> int:
     else:
         report_fault("the worker", error)
         text, code = f"{type(error).__name__}: {error}; the log has more", 1
-    line.refuse(text, code, type(error).__name__)
+    channel.refuse(text, code, type(error).__name__)
     return EXIT_CANNOT_RESUME if isinstance(error, CannotResumeError) else 1
 
 

@@ -44,7 +44,7 @@ class StartedWorker(NamedTuple):
     """A started worker, and the connection on which it reports its progress."""
 
     process: subprocess.Popen[bytes]
-    line: socket.socket
+    channel: socket.socket
 
 
 def start_worker(

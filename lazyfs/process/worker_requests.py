@@ -10,7 +10,7 @@ from lazyfs.errors import DaemonError, MountError
 from lazyfs.process.mount_helpers import MountHelpers
 from lazyfs.process.mount_records import RunningMount, control_socket, listen_at
 from lazyfs.process.mounted_session import MountedSession
-from lazyfs.process.worker_line import WorkerLine
+from lazyfs.process.worker_channel import WorkerChannel
 from lazyfs.process.worker_process import (
     END_TIMEOUT_S,
     StartedWorker,
@@ -20,7 +20,7 @@ from lazyfs.process.worker_process import (
 
 
 class WorkerRequests:
-    """The requests of one worker (`worker_line.py`).
+    """The requests of one worker (`worker_channel.py`).
 
     Args:
         mountpoint: where it serves.
@@ -47,12 +47,12 @@ class WorkerRequests:
             DaemonError: it cannot be used; the worker has ended.
             MountError: the worker was not ready in time, or ended without a reason.
         """
-        line = WorkerLine(worker.line)
-        while (said := line.receive(until_s)) and not said.keys() & {"ready", "error"}:
+        channel = WorkerChannel(worker.channel)
+        while (said := channel.receive(until_s)) and not said.keys() & {"ready", "error"}:
             if "control" in said:
-                self._give_control_socket(line)
+                self._give_control_socket(channel)
             else:
-                self._mount(line, said["mount"])
+                self._mount(channel, said["mount"])
         if said is None:
             raise MountError(f"{self._mountpoint}: the daemon was not ready in time")
         if said.get("ready"):
@@ -64,12 +64,14 @@ class WorkerRequests:
             f"{self._mountpoint}: the daemon {how_it_ended(code)} before the mount was ready"
         )
 
-    def help_until_end(self, line: socket.socket) -> None:
-        """Start the helper processes that a worker asks for, until it ends; closes the line."""
-        with line:
-            MountHelpers(self._mountpoint, self._owner, lambda: self._session.is_there).serve(line)
+    def help_until_end(self, channel: socket.socket) -> None:
+        """Start the helper processes that a worker asks for, until it ends; closes the channel."""
+        with channel:
+            MountHelpers(self._mountpoint, self._owner, lambda: self._session.is_there).serve(
+                channel
+            )
 
-    def _mount(self, line: WorkerLine, wanted: dict[str, Any]) -> None:
+    def _mount(self, channel: WorkerChannel, wanted: dict[str, Any]) -> None:
         """Mount for a worker that has everything else."""
         try:
             mounted = self._session.begin(
@@ -77,17 +79,17 @@ class WorkerRequests:
                 read_ahead_bytes=wanted["read_ahead"],
             )  # fmt: skip
         except MountError as error:
-            line.refuse(error)
+            channel.refuse(error)
         else:
-            line.give(*mounted)
+            channel.give(*mounted)
 
-    def _give_control_socket(self, line: WorkerLine) -> None:
+    def _give_control_socket(self, channel: WorkerChannel) -> None:
         # A mount that was detached while in use is still served, but the socket is the next one's.
         if not self._record.is_current:
-            line.give_socket(None)
+            channel.give_socket(None)
             return
         try:
             with listen_at(control_socket(self._mountpoint)) as listener:
-                line.give_socket(listener)
+                channel.give_socket(listener)
         except MountError as error:
-            line.refuse(error)
+            channel.refuse(error)

@@ -21,9 +21,9 @@ from email.utils import parsedate_to_datetime
 from urllib.parse import unquote_to_bytes
 from xml.parsers import expat
 
-from lazyfs.objects import ListedObject
+from lazyfs.listed_object import ListedObject
 from lazyfs.store import entity_tag
-from lazyfs.store.objects import Hidden
+from lazyfs.store.listing_page import Hidden
 
 # A page of 1,000 keys of 1,024 bytes, each byte escaped, has 4 MiB.
 MOST_BYTES = 16 << 20

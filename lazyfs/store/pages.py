@@ -10,7 +10,7 @@ from lazyfs.errors import BadRequestError, BadResponseError, NotSupportedError, 
 from lazyfs.store import listing
 from lazyfs.store.cancel import Cancel
 from lazyfs.store.http import Answer
-from lazyfs.store.objects import Page
+from lazyfs.store.listing_page import Page
 from lazyfs.store.refusals import MOST_TEXT, Refusal
 from lazyfs.store.request import Request, refuse
 from lazyfs.store.signed_client import Client

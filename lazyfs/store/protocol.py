@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # a mount waits for whatever is imported here
     from lazyfs.store.checksum import ObjectSum
     from lazyfs.store.credentials import Credentials
     from lazyfs.store.fleet_cache import FleetCache
-    from lazyfs.store.objects import Page, Pinned
+    from lazyfs.store.listing_page import Page, Pinned
     from lazyfs.store.resolved_source import ResolvedSource
     from lazyfs.store.url import SourceUrl
 
@@ -42,7 +42,7 @@ class Ranges(Protocol):
         """Exactly `length` bytes of an object from `start`, of the version that was listed.
 
         Args:
-            asked: what `read_moved` returned for the same range.
+            asked: what `read_by_mover` returned for the same range.
 
         Raises:
             CancelledError: by `cancel`, from another thread.
@@ -50,7 +50,7 @@ class Ranges(Protocol):
             SourceError: any other failure.
         """
 
-    async def read_moved(
+    async def read_by_mover(
         self,
         pin: Pinned,
         start: int,
@@ -82,15 +82,15 @@ class Ranges(Protocol):
         patience_s: float,
         ended: Callable[[], None],
     ) -> None:
-        """Like `read_moved`, for several parts of an object, all at once.
+        """Like `read_by_mover`, for several parts of an object, all at once.
 
         Args:
             parts: start and length of each; none is shorter than `LEAST_SHARED`.
-            came: called with what `read_moved` would return, and which part it is, of one or more
-                parts at a time. It is not called with parts that were not requested.
+            came: called with what `read_by_mover` would return, and which part it is, of one or
+                more parts at a time. It is not called with parts that were not requested.
             nudge: sends `EACH` and `STOP` meanwhile.
             patience_s: after this time, in seconds, what is missing is cut off.
-            ended: see `read_moved`.
+            ended: see `read_by_mover`.
 
         Raises:
             OSError: out of memory.

@@ -20,7 +20,7 @@ from lazyfs.store import entity_tag, ranges
 from lazyfs.store.cancel import Cancel
 from lazyfs.store.fleet_cache import REFRESH, FleetCache
 from lazyfs.store.http import Answer, CutOffError
-from lazyfs.store.objects import Pinned
+from lazyfs.store.listing_page import Pinned
 from lazyfs.store.request import Asked, RefusedError, Request, refuse
 from lazyfs.store.signed_client import Client
 from lazyfs.store.url import SourceUrl
@@ -80,7 +80,7 @@ class RangeReader:
             self._client.note("answers a range with a part of it")
         raise BadResponseError(f"{self._url.name(pin.key)}: {MOST_PARTS} answers gave {done} bytes")
 
-    async def read_moved(
+    async def read_by_mover(
         self,
         pin: Pinned,
         start: int,

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from lazyfs.store import entity_tag
 from lazyfs.store.listing import seconds_of
-from lazyfs.store.objects import Pinned
+from lazyfs.store.listing_page import Pinned
 
 # If a service answers with the whole object, at most this much before the range is skipped.
 MOST_SKIPPED = 64 << 20

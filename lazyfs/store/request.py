@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NoReturn, TypeVar
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urljoin, urlsplit
 
-from lazyfs.store import moved
+from lazyfs.store import mover_requests
 from lazyfs.store.addresses import BadRedirectError, is_same_service
 from lazyfs.store.http import Answer
 from lazyfs.store.refusals import MOST_TEXT, Refusal
@@ -46,7 +46,7 @@ class Asked:
         credentials: with which it was signed.
     """
 
-    told: moved.Told
+    told: mover_requests.Told
     credentials: SigningCredentials | None
 
 

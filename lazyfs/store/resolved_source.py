@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lazyfs.objects import ListedObject
+from lazyfs.listed_object import ListedObject
 from lazyfs.store.http import Proxy
-from lazyfs.store.objects import Hidden, Page
+from lazyfs.store.listing_page import Hidden, Page
 from lazyfs.store.signing import SigningCredentials
 
 # Hosts of AWS itself: docs.aws.amazon.com/general/latest/gr/s3.html

@@ -31,8 +31,8 @@ from lazyfs.store import ranges
 from lazyfs.store.cancel import Cancel
 from lazyfs.store.credentials import Credentials, StaticCredentials, WebIdentity
 from lazyfs.store.http import Answer
+from lazyfs.store.listing_page import Page, Pinned
 from lazyfs.store.live_credentials import LiveCredentials
-from lazyfs.store.objects import Page, Pinned
 from lazyfs.store.pages import Lister
 from lazyfs.store.range_reader import AS_STORED, RangeReader
 from lazyfs.store.refusals import Refusal

@@ -25,7 +25,7 @@ from lazyfs.errors import (
     UntrustedError,
 )
 from lazyfs.movers.call import MoverFaultError, MoverLostError, Nudge, error_of
-from lazyfs.store import moved, ranges
+from lazyfs.store import mover_requests, ranges
 from lazyfs.store.addresses import (
     BadAddressError,
     BadRedirectError,
@@ -37,7 +37,7 @@ from lazyfs.store.http import (
     Answer,
 )
 from lazyfs.store.live_credentials import LiveCredentials
-from lazyfs.store.moved import NotMovedError
+from lazyfs.store.mover_requests import NotMovedError
 from lazyfs.store.refusals import Refusal, printable
 from lazyfs.store.request import (
     Asked,
@@ -197,10 +197,10 @@ class Client:
         except BaseException:
             ended()
             raise
-        told: moved.Told
+        told: mover_requests.Told
         try:
             told = await self.movers.run(
-                moved.receive, server, self.place.authorities, self._refuse_local,
+                mover_requests.receive, server, self.place.authorities, self._refuse_local,
                 request.method, request.target, headers,
                 buffer=request.into, wire=cancel, ended=ended,
             )  # fmt: skip
@@ -256,10 +256,10 @@ class Client:
 
         try:
             rest = await self.movers.run(
-                moved.receive_each, self.place.server, self.place.authorities, self._refuse_local,
-                requests[0].target, headers, [request.headers["Range"] for request in requests],
-                patience_s, buffer=buffers, ended=ended, came=tell, nudge=nudge,
-                parts=len(buffers),
+                mover_requests.receive_each, self.place.server, self.place.authorities,
+                self._refuse_local, requests[0].target, headers,
+                [request.headers["Range"] for request in requests], patience_s,
+                buffer=buffers, ended=ended, came=tell, nudge=nudge, parts=len(buffers),
             )  # fmt: skip
         except (MoverLostError, MoverFaultError, OSError):
             return
@@ -289,7 +289,7 @@ class Client:
 
     def _ordinary(
         self,
-        told: moved.Told,
+        told: mover_requests.Told,
         into: memoryview,
         handle: Callable[[Answer, bool], T],
         cancel: Cancel,
@@ -302,7 +302,7 @@ class Client:
                 NotMovedError, RedirectedError, ranges.ChangedError, ranges.OtherRangeError,
                 ranges.IgnoresRangeError, OSError,
             ):  # fmt: skip
-                answer = moved.understand(
+                answer = mover_requests.understand(
                     told, transport, lambda answer: handle(answer, False), cancel, into
                 )
                 if self._credentials and credentials:
@@ -399,10 +399,10 @@ class Client:
                 if self.movers and request.into is not None and self._is_moved(server):
                     with contextlib.suppress(NotMovedError, MoverLostError, MoverFaultError):
                         if request.asked is not None:
-                            return moved.understand(
+                            return mover_requests.understand(
                                 request.asked.told, transport, handle_here, cancel, request.into
                             )
-                        return moved.exchange(
+                        return mover_requests.exchange(
                             self.movers, transport, server, self.place.authorities,
                             self._refuse_local, request.method, request.target, headers,
                             handle_here, cancel, request.into,

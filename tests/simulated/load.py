@@ -16,9 +16,9 @@ from lazyfs.blocks import Span, block_length, spans
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.cache import BlockCache
 from lazyfs.fetch.fetcher import BlockFetcher
+from lazyfs.listed_object import File, ListedObject
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.tree import Directory, Node, Tree
-from lazyfs.objects import File, ListedObject
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import PLANNED, MountOptions
 from lazyfs.pagecache.page_cache import PageCache

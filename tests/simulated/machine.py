@@ -17,9 +17,9 @@ import trio
 
 from lazyfs.blocks.buffers import LEAST_SHARED
 from lazyfs.cache import Claim
+from lazyfs.listed_object import File
 from lazyfs.movers.call import Nudge
-from lazyfs.objects import File
-from lazyfs.store.moved import SHARE_TOLD
+from lazyfs.store.mover_requests import SHARE_TOLD
 from lazyfs.store.protocol import EACH, STOP
 
 # Of the page cache, what is told apart: the smallest request of a loader.
@@ -250,7 +250,7 @@ class Bucket:
         self._threads.takes(self._receive(pin.key, start, length if asked is None else asked))
         return self._bytes(pin.key, start, length, is_new=asked is None)
 
-    async def read_moved(
+    async def read_by_mover(
         self, pin: File, start: int, length: int, cancel: object, has_time: object,
         ended: Callable[[], None],
     ) -> memoryview:  # fmt: skip

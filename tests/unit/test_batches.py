@@ -35,13 +35,13 @@ from lazyfs.fetch.request import BlockGetter
 from lazyfs.fetch.scheduler import Scheduler
 from lazyfs.fetch.shard_headers import ShardHeaders
 from lazyfs.fetch.tiers import Batch, Came, Job, OriginTier, Tiers
+from lazyfs.listed_object import File, ListedObject
 from lazyfs.model.safetensors import HEAD_BYTES
 from lazyfs.movers.call import Nudge
 from lazyfs.movers.pool import Movers
-from lazyfs.objects import File, ListedObject
 from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.options.mount_options import MountOptions
-from lazyfs.pagecache.pusher import BlockPusher
+from lazyfs.pagecache.block_pusher import BlockPusher
 from lazyfs.prefetch.prefetcher import Prefetcher
 from lazyfs.store import range_reader
 from lazyfs.store.protocol import EACH, STOP
@@ -295,7 +295,7 @@ class Link:
 
     def close_idle(self, longer_than_s: float) -> None: ...
 
-    async def read_moved(self, *wanted: Any) -> memoryview:
+    async def read_by_mover(self, *wanted: Any) -> memoryview:
         await trio.sleep(0.1)
         wanted[-1]()
         return memoryview(bytes(wanted[2]))

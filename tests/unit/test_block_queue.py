@@ -8,7 +8,7 @@ import trio.testing
 from lazyfs.blocks import BlockId
 from lazyfs.blocks.memory import Held
 from lazyfs.blocks.queue import BlockQueue
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 
 FILE = File(2, 1, "f", "f", 1000, "e", 0)
 

@@ -15,7 +15,7 @@ from lazyfs.blocks.memory import Held
 from lazyfs.cache import BlockCache, block_writer
 from lazyfs.cache.block_writer import WRITERS, WRITING_SHARE, BlockWriter
 from lazyfs.cache.disk_calls import DiskCalls
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 from lazyfs.observe.recorder import Recorder
 
 FILE = File(2, 1, "f", "f", 1000, "e", 0)

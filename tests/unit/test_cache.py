@@ -18,7 +18,7 @@ from lazyfs.cache import BlockCache, Claim, block_io
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.space import Limits
 from lazyfs.errors import CacheError
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 from lazyfs.options.mount_options import MountOptions
 
 BLOCK = 256 << 10

@@ -20,7 +20,7 @@ from lazyfs import cache_place, user
 from lazyfs.cache import BlockCache
 from lazyfs.cache.space import Limits
 from lazyfs.errors import CacheError
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or user.worker_ids() is None, reason="needs users to play"

@@ -13,7 +13,7 @@ import trio.testing
 
 from lazyfs.errors import SourceError
 from lazyfs.helper_process import HelperProcesses
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 from lazyfs.pagecache.direct_probe import (
     PROBE_FLAGS,
     SIZE,

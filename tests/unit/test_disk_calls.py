@@ -28,7 +28,7 @@ from lazyfs.cache.disk_calls import (
 from lazyfs.cache.other_daemons import OtherDaemons
 from lazyfs.fetch.disk_tier import DiskTier
 from lazyfs.fetch.tiers import Job, OriginTier
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 from lazyfs.threads import Threads
 
 SIZE = 10

@@ -16,7 +16,7 @@ from lazyfs.blocks.memory import BlockMemory, Held
 from lazyfs.cache import BlockCache
 from lazyfs.cache.block_writer import BlockWriter
 from lazyfs.fetch.disk_window import SLIDE_BLOCKS, DiskWindow
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 from lazyfs.prefetch.prefetcher import Prefetcher
 
 SIZE = 10

@@ -12,7 +12,7 @@ import trio.testing
 
 from lazyfs.blocks import BlockId
 from lazyfs.helper_process import HelperProcesses
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 from lazyfs.pagecache.dropped_pages import (
     AGAIN_S,
     LONGEST_PAUSE_S,

@@ -22,7 +22,7 @@ from lazyfs.faults import FaultLog, contained, keep_running, start_watching, the
 from lazyfs.fetch.fetcher import BlockFetcher
 from lazyfs.fuse.filesystem import Filesystem
 from lazyfs.handover.pending_requests import InHand
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.pagecache.page_cache import PageCache

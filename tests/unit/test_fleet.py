@@ -23,7 +23,7 @@ from lazyfs.errors import AccessDeniedError, ObjectChangedError, OptionError, So
 from lazyfs.fetch import fleet
 from lazyfs.fetch.fleet import REST_S, State
 from lazyfs.fetch.request import BlockGetter
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store import fleet_cache

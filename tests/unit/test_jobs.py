@@ -17,9 +17,9 @@ from lazyfs.blocks.memory import BlockMemory, Held, all_unread
 from lazyfs.errors import AccessDeniedError, FaultError
 from lazyfs.fetch.jobs import WAITING_S, Jobs
 from lazyfs.fetch.tiers import Job, Tiers
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 from lazyfs.observe.recorder import Recorder, Tier
-from lazyfs.pagecache.pusher import BlockPusher
+from lazyfs.pagecache.block_pusher import BlockPusher
 
 BLOCK = 128 << 10
 FILE = File(2, 1, "f", "f", 4 * BLOCK, "e", 0)

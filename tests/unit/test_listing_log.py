@@ -7,8 +7,8 @@ import os
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lazyfs.listed_object import ListedObject
 from lazyfs.namespace.listing_log import Listing, ListingLog
-from lazyfs.objects import ListedObject
 from lazyfs.process.mount_spec import MountSpec
 from lazyfs.store.credentials import StaticCredentials, WebIdentity
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyfs.errors import BadRequestError
-from lazyfs.objects import ListedObject
+from lazyfs.listed_object import ListedObject
 from lazyfs.store import listing
 from lazyfs.store.listing import NotAListingError
-from lazyfs.store.objects import MOST_EMPTY, Page, Tokens
+from lazyfs.store.listing_page import MOST_EMPTY, Page, Tokens
 
 SPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
 

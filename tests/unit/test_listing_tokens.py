@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lazyfs.errors import BadRequestError
-from lazyfs.objects import ListedObject
+from lazyfs.listed_object import ListedObject
 from lazyfs.store import objects
-from lazyfs.store.objects import Page, Tokens
+from lazyfs.store.listing_page import Page, Tokens
 
 
 @pytest.fixture(autouse=True)

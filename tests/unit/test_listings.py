@@ -14,16 +14,16 @@ from lazyfs.blocks import BlockId
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.file_blocks import Place
 from lazyfs.fetch.fetcher import BlockFetcher
+from lazyfs.listed_object import File, ListedObject
 from lazyfs.model.directory import SMALL_COUNT
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.listing_log import ListingLog
-from lazyfs.objects import File, ListedObject
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
-from lazyfs.prefetch import survey
+from lazyfs.prefetch import found_models
 from lazyfs.prefetch.planner import Planner
 from lazyfs.prefetch.prefetcher import Prefetcher
-from lazyfs.store.objects import Page
+from lazyfs.store.listing_page import Page
 from lazyfs.store.protocol import Store
 
 DIRECTORIES = 20
@@ -99,13 +99,13 @@ def test_requests_are_answered_between_the_directories_of_a_page() -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """What was taken as read, of each time that models were looked for."""
     looked: list[tuple[str, ...]] = []
-    find = survey.layouts
+    find = found_models.layouts
 
     def layouts(files: Any, **about: Any) -> Any:
         looked.append(tuple(about["read"]))
         return find(files, **about)
 
-    monkeypatch.setattr(survey, "layouts", layouts)
+    monkeypatch.setattr(found_models, "layouts", layouts)
     return looked
 
 

@@ -8,7 +8,7 @@ from lazyfs.blocks import BlockId, Span
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.file_blocks import Place
 from lazyfs.blocks.memory import PART, BlockMemory, Held, all_unread
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 from lazyfs.prefetch.prefetcher import Prefetcher
 
 FILE = File(2, 1, "f", "f", 1000, "e", 0)

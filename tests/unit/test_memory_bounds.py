@@ -15,6 +15,7 @@ from memory_store import MemoryStore
 
 from lazyfs.blocks.file_blocks import Place
 from lazyfs.errors import TooManyNamesError
+from lazyfs.listed_object import ListedObject
 from lazyfs.memory_file import memory_file
 from lazyfs.model.indexes import MalformedIndexError, parse_index
 from lazyfs.model.json_cost import json_cost
@@ -22,7 +23,6 @@ from lazyfs.namespace import catalog as catalogs
 from lazyfs.namespace.catalog import NAMES_BYTES, NAMES_SHARE, Catalog
 from lazyfs.namespace.listing_log import ListingLog
 from lazyfs.namespace.tree import Directory, Tree
-from lazyfs.objects import ListedObject
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.pagecache.page_map import PageMap

@@ -11,7 +11,7 @@ from lazyfs.blocks import BlockId
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.file_blocks import Place
 from lazyfs.fetch.missed_pages import MissedPages
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 
 FILE = File(2, 1, "f", "f", 60, "e", 0)
 

@@ -12,7 +12,7 @@ from inline_threads import InlineThreads
 from lazyfs.blocks import BlockId
 from lazyfs.cache import BlockCache
 from lazyfs.cache.other_daemons import LEASE_S, LOOK_S, OtherDaemons
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 
 FILE = File(2, 1, "f", "f", 100, "e", 0)
 BLOCK = BlockId(2, 3)

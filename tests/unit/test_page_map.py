@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from lazyfs.blocks import block_count
 from lazyfs.blocks.file_blocks import Place
 from lazyfs.handover.handover import new_near
+from lazyfs.listed_object import File, ListedObject
 from lazyfs.namespace.tree import Tree
-from lazyfs.objects import File, ListedObject
 from lazyfs.pagecache.page_map import PageMap
 
 BLOCK = 10

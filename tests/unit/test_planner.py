@@ -18,16 +18,16 @@ from lazyfs.blocks import BlockId, Span
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.file_blocks import Place
 from lazyfs.errors import AccessDeniedError
+from lazyfs.listed_object import File, ListedObject
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.listing_log import ListingLog
-from lazyfs.objects import File, ListedObject
 from lazyfs.observe.events import EventKind
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.prefetch import model_contents
 from lazyfs.prefetch.planner import MOST_BLOCKS, TABLES_AHEAD, Planner
 from lazyfs.prefetch.prefetcher import Prefetcher
-from lazyfs.store.objects import Page
+from lazyfs.store.listing_page import Page
 from lazyfs.store.protocol import Store
 
 MIB = 1 << 20

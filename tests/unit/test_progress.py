@@ -84,7 +84,7 @@ def test_a_load_stops_if_pushes_may_hold_all_memory(
 ) -> None:
     """Otherwise it would prove nothing."""
     load(**HARDEST, policy=policy, disk=disk)  # type: ignore[arg-type]
-    monkeypatch.setattr("lazyfs.pagecache.pusher.SHARE", 1.0)
+    monkeypatch.setattr("lazyfs.pagecache.block_pusher.SHARE", 1.0)
     monkeypatch.setattr("simulated.load.LONGEST_S", 300)
     with pytest.raises(trio.TooSlowError):
         load(**HARDEST, policy=policy, disk=disk)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from lazyfs.errors import (
     UnavailableError,
 )
 from lazyfs.fetch.read_access import AHEAD, KNOWN_PATIENCE_S, UNANSWERED_S, ReadAccess
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 
 FILE = File(7, 1, "a", "m/a", 10, "etag", 0)
 LASTS_S = 60.0

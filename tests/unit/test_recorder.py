@@ -6,7 +6,7 @@ import pytest
 
 from lazyfs.blocks import BlockId, Span
 from lazyfs.errors import ThrottledError, UnavailableError
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 from lazyfs.observe.events import Activity, Cause, EventKind, EventRing, Purpose, unpack
 from lazyfs.observe.histogram import Histogram
 from lazyfs.observe.recorder import Recorder, Tier

@@ -20,7 +20,7 @@ from lazyfs.blocks.memory import BlockMemory
 from lazyfs.errors import AccessDeniedError, SourceError, ThrottledError, UnavailableError
 from lazyfs.fetch import request
 from lazyfs.fetch.request import HEDGES, OVERTAKEN, BlockGetter
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 from lazyfs.observe.events import Cause
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
@@ -301,7 +301,7 @@ class DeadLink(Source):
     def begin(self) -> None:
         self._began_s = trio.current_time()
 
-    async def read_moved(
+    async def read_by_mover(
         self, pin: File, start: int, length: int, cancel: Cancel,
         has_time: Callable[[], bool], ended: Callable[[], None],
     ) -> memoryview | None:  # fmt: skip
@@ -333,7 +333,7 @@ class LateLink(DeadLink):
         super().__init__(0)
         self.is_back = trio.Event()
 
-    async def read_moved(
+    async def read_by_mover(
         self, pin: File, start: int, length: int, cancel: Cancel,
         has_time: Callable[[], bool], ended: Callable[[], None],
     ) -> memoryview | None:  # fmt: skip
@@ -383,7 +383,7 @@ def test_an_answer_in_the_moment_of_a_second_attempt_costs_no_room() -> None:
     class Punctual(DeadLink):
         """Answers when the getter looks the second time."""
 
-        async def read_moved(
+        async def read_by_mover(
             self, pin: File, start: int, length: int, cancel: Cancel,
             has_time: Callable[[], bool], ended: Callable[[], None],
         ) -> memoryview | None:  # fmt: skip
@@ -462,7 +462,7 @@ def test_a_slow_beginning_is_no_dead_link() -> None:
     asked: list[float] = []
 
     class Slow(DeadLink):
-        async def read_moved(self, *wanted: Any) -> memoryview | None:
+        async def read_by_mover(self, *wanted: Any) -> memoryview | None:
             asked.append(trio.current_time())
             await trio.sleep(3.5)
             wanted[-1]()

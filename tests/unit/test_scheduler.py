@@ -22,7 +22,7 @@ from lazyfs.fetch import request, scheduler
 from lazyfs.fetch.concurrency import START
 from lazyfs.fetch.fetcher import BlockFetcher
 from lazyfs.fetch.scheduler import BESIDE_FIRST, URGENT_EXTRA
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.pagecache.page_cache import PageCache

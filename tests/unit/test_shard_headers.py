@@ -16,8 +16,8 @@ from lazyfs.fetch.attempt import Got
 from lazyfs.fetch.request import PREFETCH_PATIENCE_S
 from lazyfs.fetch.shard_headers import AT_ONCE, LEAST_BLOCKS, PUSHERS, ShardHeaders, heads_limit
 from lazyfs.fetch.tiers import OriginTier
+from lazyfs.listed_object import File
 from lazyfs.model.safetensors import HEAD_BYTES, LONGEST_HEADER, MalformedHeaderError
-from lazyfs.objects import File
 from lazyfs.observe.events import Purpose
 from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.pagecache.page_cache import PageCache

@@ -16,14 +16,14 @@ from lazyfs.control.snapshot import Snapshot
 from lazyfs.errors import UnavailableError
 from lazyfs.handover.handover import new_carried
 from lazyfs.handover.runtime_changes import RuntimeChanges
+from lazyfs.listed_object import ListedObject
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.listing_log import ListingLog
 from lazyfs.namespace.relisting import lists_the_same
 from lazyfs.namespace.tree import Directory
-from lazyfs.objects import ListedObject
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
-from lazyfs.store.objects import Page
+from lazyfs.store.listing_page import Page
 
 NOW = {"max_age_s": 0, "timeout_s": 30}
 

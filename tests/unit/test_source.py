@@ -22,14 +22,14 @@ from test_listing_page import entry, page, prefix
 
 from lazyfs import errors
 from lazyfs.errors import BadRequestError, SourceError
-from lazyfs.objects import ListedObject
+from lazyfs.listed_object import ListedObject
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store import http as transport
 from lazyfs.store import listing, range_reader, servers
 from lazyfs.store import s3_source as sources
 from lazyfs.store.credentials import StaticCredentials, WebIdentity, credentials_from
 from lazyfs.store.http import Proxy
-from lazyfs.store.objects import Hidden, Page
+from lazyfs.store.listing_page import Hidden, Page
 from lazyfs.store.resolved_source import Place, ResolvedSource, TimedCredentials
 from lazyfs.store.s3_source import S3Source
 from lazyfs.store.signing import SigningCredentials

@@ -20,8 +20,8 @@ from lazyfs.fetch.attempt import Got
 from lazyfs.fetch.disk_tier import FORMER_LEASE_S, FORMER_S, DiskTier
 from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter
 from lazyfs.fetch.tiers import Job, OriginTier, Tiers
+from lazyfs.listed_object import File
 from lazyfs.model.safetensors import HEAD_BYTES
-from lazyfs.objects import File
 from lazyfs.observe.recorder import Tier
 
 SIZE = 10

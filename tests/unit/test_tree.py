@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lazyfs.listed_object import File, ListedObject
 from lazyfs.namespace.tree import Directory, Tree, file_inode, refusal, whole_directories
-from lazyfs.objects import File, ListedObject
 
 
 def listed(*keys: str) -> list[ListedObject]:

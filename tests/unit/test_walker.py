@@ -9,7 +9,7 @@ import trio
 import trio.testing
 
 from lazyfs.helper_process import HelperProcesses
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 from lazyfs.pagecache import walker
 from lazyfs.pagecache.walker import Walker
 

@@ -17,14 +17,14 @@ from lazyfs.cache import BlockCache, Claim
 from lazyfs.errors import AccessDeniedError, SourceError
 from lazyfs.fetch import warm
 from lazyfs.fetch.warm import IncompleteError, Warmer
+from lazyfs.listed_object import File
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.listing_log import ListingLog
-from lazyfs.objects import File
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store.cancel import Cancel
 from lazyfs.store.checksum import ObjectSum
-from lazyfs.store.objects import Pinned
+from lazyfs.store.listing_page import Pinned
 
 BLOCK = 64 << 10
 OPTIONS = MountOptions(block_size=BLOCK, memory_limit=64 * BLOCK, cache_size=1 << 30)

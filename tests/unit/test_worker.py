@@ -18,12 +18,12 @@ import trio
 
 from lazyfs.errors import MountError
 from lazyfs.helper_process import HelperProcesses
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 from lazyfs.pagecache.walker import Walker
 from lazyfs.process.mount_helpers import LOOK_UP, MountHelpers
 from lazyfs.process.privileges import Rights
+from lazyfs.process.worker_channel import SupervisorChannel, WorkerChannel
 from lazyfs.process.worker_files import rights_for
-from lazyfs.process.worker_line import SupervisorLine, WorkerLine
 from lazyfs.process.worker_process import next_pause_s, was_told_to_end
 from lazyfs.user import worker_ids
 
@@ -208,14 +208,14 @@ def test_serves_on_if_its_readiness_report_is_lost():
     """Its supervisor was killed while it began."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     theirs.close()
-    SupervisorLine(ours).ready("1", 0)
+    SupervisorChannel(ours).ready("1", 0)
 
 
 def test_says_why_it_cannot_mount_when_its_supervisor_is_gone():
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     theirs.close()
     with pytest.raises(MountError, match="supervisor"):
-        SupervisorLine(ours).mount("s3://b", allow_other=False, read_ahead_bytes=0)
+        SupervisorChannel(ours).mount("s3://b", allow_other=False, read_ahead_bytes=0)
 
 
 def test_a_line_beyond_the_1023rd_descriptor():
@@ -224,13 +224,13 @@ def test_a_line_beyond_the_1023rd_descriptor():
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     high = socket.socket(fileno=fcntl.fcntl(theirs.detach(), fcntl.F_DUPFD_CLOEXEC, 1500))
-    line = WorkerLine(high)
-    assert line.receive(time.monotonic()) is None
-    SupervisorLine(ours).refuse("no " * 100_000, 2, "OptionError")
-    said = line.receive(time.monotonic() + 5)
+    channel = WorkerChannel(high)
+    assert channel.receive(time.monotonic()) is None
+    SupervisorChannel(ours).refuse("no " * 100_000, 2, "OptionError")
+    said = channel.receive(time.monotonic() + 5)
     assert said is not None and said["error"].startswith("no no") and said["exit_code"] == 2
     ours.close()
-    assert line.receive(time.monotonic() + 5) == {}
+    assert channel.receive(time.monotonic() + 5) == {}
     high.close()
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from lazyfs.errors import BadRequestError
-from lazyfs.objects import ListedObject
+from lazyfs.listed_object import ListedObject
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Sparse marks behave as a bytearray does, and take memory only where something is set."""
+"""Sparse bytes behave as a bytearray does, and take memory only where something is set."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyfs.blocks import BlockId
+from lazyfs.blocks.block_bytes import DENSE_BLOCKS, SparseBytes, zero_bytes
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.file_blocks import Place
-from lazyfs.blocks.marks import DENSE_BLOCKS, SparseMarks, zero_marks
 
 COUNT = 3 * DENSE_BLOCKS + 5
 POSITIONS = st.one_of(
@@ -27,7 +27,7 @@ POSITIONS = st.one_of(
 def test_they_are_like_a_bytearray(
     changes: list[tuple[int, int]], value: int, start: int, stop: int | None
 ) -> None:
-    sparse, dense = SparseMarks(COUNT), bytearray(COUNT)
+    sparse, dense = SparseBytes(COUNT), bytearray(COUNT)
     for at, mark in changes:
         sparse[at] = dense[at] = mark
     assert len(sparse) == len(dense)
@@ -39,11 +39,11 @@ def test_they_are_like_a_bytearray(
 
 
 def test_there_is_nothing_beyond_the_end() -> None:
-    marks = SparseMarks(COUNT)
+    marks = SparseBytes(COUNT)
     for at in (COUNT, -COUNT - 1):
         with pytest.raises(IndexError):
             marks[at] = 1
-    assert isinstance(zero_marks(DENSE_BLOCKS), bytearray)
+    assert isinstance(zero_bytes(DENSE_BLOCKS), bytearray)
 
 
 def test_files_of_fifty_terabytes_take_little_memory() -> None:

@@ -1,6 +1,6 @@
 """One byte for each block of a file, even for a file of 50 TB of which little is read.
 
-Pure. Nearly all files use a `bytearray`. Huge files use `SparseMarks`, which implements the methods
+Pure. Nearly all files use a `bytearray`. Huge files use `SparseBytes`, which implements the methods
 that are needed here, and takes memory only where a byte is not zero.
 """
 
@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TypeAlias
 
-# Files with more blocks have sparse marks.
+# Files with more blocks have sparse bytes.
 DENSE_BLOCKS = 1 << 14
 
 
-class SparseMarks:
+class SparseBytes:
     """A sequence of bytes, zero at first, in chunks that are created when a byte is set in them.
 
     Args:
@@ -77,9 +77,9 @@ class SparseMarks:
         return at
 
 
-Marks: TypeAlias = bytearray | SparseMarks
+BlockBytes: TypeAlias = bytearray | SparseBytes
 
 
-def zero_marks(count: int) -> Marks:
-    """Marks of this many blocks, all zero."""
-    return bytearray(count) if count <= DENSE_BLOCKS else SparseMarks(count)
+def zero_bytes(count: int) -> BlockBytes:
+    """One byte for each of this many blocks, all zero."""
+    return bytearray(count) if count <= DENSE_BLOCKS else SparseBytes(count)

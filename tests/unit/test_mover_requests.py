@@ -27,10 +27,10 @@ from lazyfs.errors import (
 from lazyfs.movers import process
 from lazyfs.movers.call import value_of
 from lazyfs.movers.pool import Movers
-from lazyfs.store import moved, range_reader
+from lazyfs.store import mover_requests, range_reader
 from lazyfs.store.cancel import Cancel
 from lazyfs.store.http import Transport
-from lazyfs.store.objects import Pinned
+from lazyfs.store.listing_page import Pinned
 from lazyfs.store.s3_source import S3Source
 
 __all__ = ["serve"]
@@ -60,7 +60,7 @@ def another_part(request: Request) -> ANSWER:
 
 @pytest.fixture(autouse=True)
 def no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moved, "tell_wire", lambda connection: None)
+    monkeypatch.setattr(mover_requests, "tell_wire", lambda connection: None)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_body_that_fills_the_buffer_is_received(
     into = memoryview(bytearray(LENGTH))
     headers = {"Range": f"bytes=0-{LENGTH - 1}"}
     url = serve(answer).url  # type: ignore[arg-type]
-    told = moved.receive(url, "/none", False, "GET", "/bucket/m/k", headers, into)
+    told = mover_requests.receive(url, "/none", False, "GET", "/bucket/m/k", headers, into)
     assert (told and told["filled"]) == filled
     assert (into == DATA[:LENGTH]) == bool(filled)
     if filled is False:
@@ -119,7 +119,7 @@ def read(source: S3Source, pin: Pinned) -> tuple[bytes, bool]:
     calls: list[int] = []
 
     async def ask() -> object:
-        return await source.ranges.read_moved(
+        return await source.ranges.read_by_mover(
             pin, 0, LENGTH, Cancel(), lambda: True, lambda: calls.append(1)
         )
 
@@ -211,12 +211,14 @@ def test_a_connection_that_was_idle_may_be_dead_and_is_not_used(
     into = memoryview(bytearray(LENGTH))
 
     def ask() -> int:
-        moved.receive(service.url, "/none", False, "GET", "/bucket/m/k", headers, into)
-        (idle,) = moved._transport(moved._of_thread.known, service.url, "/none", False)._idle
+        mover_requests.receive(service.url, "/none", False, "GET", "/bucket/m/k", headers, into)
+        (idle,) = mover_requests._transport(
+            mover_requests._of_thread.known, service.url, "/none", False
+        )._idle
         return id(idle.connection)
 
     assert ask() == ask()
-    monkeypatch.setattr(moved, "MOST_IDLE_S", -1.0)
+    monkeypatch.setattr(mover_requests, "MOST_IDLE_S", -1.0)
     closed: list[float] = []
     close_idle = Transport.close_idle
 
@@ -248,7 +250,7 @@ def test_the_address_that_a_mover_reached_is_known(serve: Serve) -> None:
     url = serve(lambda request: refusal(503, "SlowDown")).url
     transport = Transport(url)
     assert transport.address is None
-    moved.exchange(
+    mover_requests.exchange(
         cast(Movers, Inline()), transport, url, "/none", False, "GET", "/bucket/m/k", {},
         lambda answer: answer.status, Cancel(), memoryview(bytearray(LENGTH)),
     )  # fmt: skip

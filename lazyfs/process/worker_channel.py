@@ -33,7 +33,7 @@ LONGEST_MESSAGE = 1 << 16
 LONGEST_TEXT = 4096
 
 
-class WorkerLine:
+class WorkerChannel:
     """The supervisor's end.
 
     Args:
@@ -74,7 +74,7 @@ class WorkerLine:
             socket.send_fds(self._connection, [json.dumps(message).encode()], descriptors)
 
 
-class SupervisorLine:
+class SupervisorChannel:
     """The worker's end.
 
     Args:

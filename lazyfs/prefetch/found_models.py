@@ -9,41 +9,41 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from posixpath import basename
 
+from lazyfs.listed_object import File
 from lazyfs.model.directory import ModelFile
 from lazyfs.model.filenames import format_of, may_be_weights
 from lazyfs.model.layout import ModelLayout, layouts
-from lazyfs.objects import File
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Survey:
+class ListedFiles:
     """The files in a listing.
 
     Attributes:
         extent: number and bytes of files.
         files: by path.
-        listed: the same files, as `layouts` takes them.
+        model_files: the same files, as `layouts` takes them.
         weights: paths of files that may be weights.
     """
 
     extent: tuple[int, int]
     files: Mapping[str, File]
-    listed: Sequence[ModelFile]
+    model_files: Sequence[ModelFile]
     weights: Set[str]
 
     @classmethod
     def of(
         cls, extent: tuple[int, int], nodes: Iterable[File], path_of: Callable[[File], str]
-    ) -> Survey:
+    ) -> ListedFiles:
         """Make one from the nodes of the tree."""
         files = {path_of(file): file for file in nodes}
-        listed = [ModelFile(path, file.size_bytes) for path, file in files.items()]
+        model_files = [ModelFile(path, file.size_bytes) for path, file in files.items()]
         weights = {
             file.path
-            for file in listed
+            for file in model_files
             if format_of(name := basename(file.path)) or may_be_weights(name, file.size_bytes)
         }
-        return cls(extent, files, listed, weights)
+        return cls(extent, files, model_files, weights)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,22 +67,22 @@ class FoundModels:
     @classmethod
     def of(
         cls,
-        survey: Survey,
+        listed: ListedFiles,
         read: tuple[Sequence[str], Sequence[str]],
         indexes: Mapping[str, bytes],
         include: Sequence[str],
     ) -> FoundModels:
         """Find the models; `include` has the patterns of `--include`."""
         every = layouts(
-            survey.listed, indexes=indexes, read=read[0], opened=read[1], include=include
+            listed.model_files, indexes=indexes, read=read[0], opened=read[1], include=include
         )
         rivals = {out.path for layout in every for out in layout.excluded}
         rivals.difference_update(*(layout.alternatives for layout in every))
         weights = {out.path for layout in every for out in layout.excluded}
         weights.update(*(layout.shards for layout in every))
-        useless = survey.files.keys() - weights
+        useless = listed.files.keys() - weights
         useless.difference_update(*(layout.small for layout in every))
         inodes = [
-            {survey.files[path].inode for path in paths} for paths in (weights, rivals, useless)
+            {listed.files[path].inode for path in paths} for paths in (weights, rivals, useless)
         ]
         return cls(read, every, *inodes)

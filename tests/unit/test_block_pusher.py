@@ -14,10 +14,15 @@ from lazyfs.blocks import BlockId, Span
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.file_blocks import Place
 from lazyfs.blocks.memory import BlockMemory, Held
-from lazyfs.objects import File
+from lazyfs.listed_object import File
 from lazyfs.observe.recorder import Recorder
+from lazyfs.pagecache.block_pusher import (
+    LONGEST_PUSH_S,
+    MOST_BLOCKS_OF_PUSHER,
+    PUSHERS,
+    BlockPusher,
+)
 from lazyfs.pagecache.page_cache import PageCache
-from lazyfs.pagecache.pusher import LONGEST_PUSH_S, MOST_BLOCKS_OF_PUSHER, PUSHERS, BlockPusher
 
 SIZE = 100
 MOST = MOST_BLOCKS_OF_PUSHER * PUSHERS

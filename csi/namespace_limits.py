@@ -15,7 +15,7 @@ from csi.node_records import VolumeRecord
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class NamespaceLimits:
     """The limits of one namespace on this node; 0: no limit.
 
     Attributes:
@@ -27,7 +27,7 @@ class Bounds:
     daemons: int = 0
 
 
-class VolumeBound:
+class VolumeLimit:
     """Counts the volumes of each namespace, including those that are being published.
 
     Args:

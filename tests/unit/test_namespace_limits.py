@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from csi.bounds import VolumeBound
 from csi.errors import RpcError
+from csi.namespace_limits import VolumeLimit
 from csi.node_records import Place, VolumeRecord
 
 
 def test_a_volume_that_is_saved_during_another_call_counts() -> None:
-    bound, saved = VolumeBound(1), list[VolumeRecord]()
+    bound, saved = VolumeLimit(1), list[VolumeRecord]()
     place = Place("target", None, "asked", namespace="team", pod="p")
     with bound.one_more("team", "first", lambda: saved):
         second = bound.one_more("team", "second", lambda: saved)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from csi.volume_attributes import Volume
 from lazyfs.errors import ObjectGoneError
 from lazyfs.store.credentials import Credentials
-from lazyfs.store.objects import Page, Tokens
+from lazyfs.store.listing_page import Page, Tokens
 from lazyfs.store.protocol import Store
 from lazyfs.store.stores import open_source
 from lazyfs.store.url import SourceUrl
@@ -22,7 +22,7 @@ LONGEST_S = 6.0
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class SourceSize:
     """The size of a source.
 
     Attributes:
@@ -34,7 +34,7 @@ class Survey:
     complete: bool
 
 
-def survey(volume: Volume, credentials: Credentials | None) -> Survey:
+def check_source(volume: Volume, credentials: Credentials | None) -> SourceSize:
     """List a source, and read a byte of it.
 
     Args:
@@ -61,12 +61,12 @@ def survey(volume: Volume, credentials: Credentials | None) -> Survey:
         if token is None:
             if not seen_objects:
                 raise ObjectGoneError(f"{url}: no objects below this prefix; check its spelling")
-            return Survey(size_bytes, complete=True)
+            return SourceSize(size_bytes, complete=True)
         if pages == MOST_PAGES or time.monotonic() - began > LONGEST_S:
             log.warning(
                 "%s: counted only the first %d pages of objects; its size is larger", url, pages
             )
-            return Survey(size_bytes, complete=False)
+            return SourceSize(size_bytes, complete=False)
         page = source.list_page(url.prefix, token)
         pages += 1
 
