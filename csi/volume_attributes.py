@@ -27,7 +27,8 @@ from csi.endpoints import AllowedEndpoints
 from csi.errors import InvalidArgumentError
 from csi.request_fields import check_size, has_control_characters
 from lazyfs.errors import OptionError
-from lazyfs.options.mount_options import OPTIONS, MountOptions, Option, merged
+from lazyfs.options.layers import merged
+from lazyfs.options.mount_options import OPTIONS, MountOptions, Option
 from lazyfs.options.option_types import Duration, Size, format_size
 from lazyfs.store.credentials import StaticCredentials
 from lazyfs.store.url import SourceUrl

@@ -16,7 +16,7 @@ import click
 
 from lazyfs.cli.settings import config_file, settings, with_mount_options
 from lazyfs.errors import DaemonError, MountError, OptionError
-from lazyfs.options.mount_options import config_places
+from lazyfs.options.layers import config_places
 from lazyfs.process import standalone
 from lazyfs.process.background import BackgroundSupervisor
 from lazyfs.process.mount_records import default_log_file

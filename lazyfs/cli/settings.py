@@ -9,14 +9,8 @@ from typing import Any
 
 import click
 
-from lazyfs.options.mount_options import (
-    OPTIONS,
-    MountOptions,
-    Option,
-    config_layer,
-    environment_layer,
-    merged,
-)
+from lazyfs.options.layers import config_layer, environment_layer, merged
+from lazyfs.options.mount_options import OPTIONS, MountOptions, Option
 
 Command = Callable[..., None]
 

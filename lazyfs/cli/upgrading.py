@@ -9,7 +9,7 @@ import click
 
 from lazyfs.cli.tables import tell
 from lazyfs.errors import MountError, OptionError
-from lazyfs.options.mount_options import config_places
+from lazyfs.options.layers import config_places
 from lazyfs.process.mount_records import MountRecord, record_of, records
 from lazyfs.process.running_daemon import replace_worker
 

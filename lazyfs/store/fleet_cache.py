@@ -16,7 +16,8 @@ from typing import TypeVar
 from lazyfs.store import ranges
 from lazyfs.store.addresses import BadAddressError
 from lazyfs.store.cancel import Cancel
-from lazyfs.store.http import Answer, Response, Transport
+from lazyfs.store.http import Transport
+from lazyfs.store.http_answer import Answer, Response
 from lazyfs.store.refusals import MOST_TEXT, Refusal
 
 T = TypeVar("T")

@@ -1,8 +1,4 @@
-"""HTTP for a store: persistent connections, and bodies that are received into given memory.
-
-A body goes from the socket straight into memory that the caller owns: one copy, made by the kernel
-or by OpenSSL while other threads run. Other clients cannot do that, because they return memory of
-their own. At 8 MiB a request it halves the processor time (`bench/transport.py`).
+"""HTTP for a store: persistent connections to one server.
 
 This module knows nothing about S3: see `signed_client.py` and `s3_source.py`.
 """
@@ -11,19 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import select
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from io import BufferedIOBase
-from typing import Protocol, TypeVar
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from lazyfs.errors import OptionError
 from lazyfs.store.cancel import Cancel
+from lazyfs.store.http_answer import Answer, ComingBody, CutOffError, Response, told_of
 
 T = TypeVar("T")
 
@@ -32,27 +27,6 @@ CONNECT_TIMEOUT_S = 5.0
 SILENCE_TIMEOUT_S = 20.0
 # A connection that is idle for this long is closed: servers do so too, after a minute or less.
 MOST_IDLE_S = 30.0
-# How many bytes of a body are received before the rest is checked.
-PIECE = 1 << 20
-# A thread that receives a body is woken when this much has come, not for each record or segment.
-WAKES_AT = 64 << 10
-# The end of a body is received as it comes: less than `WAKES_AT` may be left in the kernel when
-# OpenSSL has taken a part of a record (16 KiB).
-LAST_BYTES = WAKES_AT + (32 << 10)
-# The most informational answers (103 and the like) before the final one.
-MOST_INFORMATIONAL = 20
-# The longest head of an answer; curl accepts 300 KiB. An object may have hundreds of headers as
-# metadata; the library's limit of 100 is raised for the whole process.
-MOST_HEAD_BYTES = 256 << 10
-http.client._MAXHEADERS = 2000  # type: ignore[attr-defined]
-
-
-class CutOffError(ConnectionError):
-    """The answer ended too early, after `came` bytes for the buffer, or is not HTTP."""
-
-    def __init__(self, message: str, came: int = 0) -> None:
-        super().__init__(message)
-        self.came = came
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,162 +36,6 @@ class Proxy:
     host: str
     port: int
     headers: Mapping[str, str] = field(repr=False)
-
-
-class Body(Protocol):
-    """The body of an answer. For one thread at a time."""
-
-    def read_into(self, into: memoryview) -> None:
-        """Fill a buffer. Raises OSError if less comes."""
-
-    def read_all(self, most: int) -> bytes:
-        """The rest of the body, but at most `most` bytes. Raises OSError."""
-
-    def skip(self, count: int) -> None:
-        """Discard bytes. Raises OSError if less comes."""
-
-    @property
-    def is_at_end(self) -> bool:
-        """Whether the whole body was read; a chunked body does not announce its length."""
-
-
-class _ComingBody:
-    """A body that is being received.
-
-    Args:
-        answer: an answer whose head was read.
-        wire: the socket that it comes from.
-    """
-
-    def __init__(self, answer: http.client.HTTPResponse, wire: socket.socket) -> None:
-        self._answer = answer
-        self._wire = wire
-
-    def read_into(self, into: memoryview) -> None:
-        done = self._receive(into)
-        while done < len(into):
-            try:
-                count = self._answer.readinto(into[done : done + PIECE])
-            except (http.client.HTTPException, ConnectionError, ssl.SSLError) as error:
-                raise CutOffError(_told(error), done) from error
-            if count == 0:
-                raise CutOffError(f"{len(into) - done} bytes are missing", done)
-            done += count
-
-    def _receive(self, into: memoryview) -> int:
-        """Fill a buffer from the socket, but for the end of it; returns the bytes received.
-
-        The library would do the same with more calls for each 16 KiB, a record of TLS.
-        """
-        answer, wire = self._answer, self._wire
-        if answer.length is None or answer.chunked or len(into) <= 2 * LAST_BYTES:
-            return 0
-        # First what the library has received ahead.
-        done = answer.readinto(into[: len(answer.fp.peek())])
-        # The end is left to the library, which sees that the body is over.
-        begun, most = done, min(len(into), done + answer.length) - LAST_BYTES
-        if done < most:
-            wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, WAKES_AT)
-            while done < most:
-                try:
-                    count = self._receive_some(into[done:most])
-                except (ConnectionError, ssl.SSLError) as error:
-                    raise CutOffError(_told(error), done) from error
-                if count == 0:
-                    raise CutOffError(f"{len(into) - done} bytes are missing", done)
-                done += count
-            wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-            answer.length -= done - begun
-        return done
-
-    def _receive_some(self, into: memoryview) -> int:
-        """As `socket.recv_into`. Raises TimeoutError only if nothing has come."""
-        try:
-            return self._wire.recv_into(into)
-        except TimeoutError:
-            poll = select.poll()
-            poll.register(self._wire, select.POLLIN)
-            self._wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-            if not poll.poll(0):
-                raise
-            return self._wire.recv_into(into)
-
-    def read_all(self, most: int) -> bytes:
-        try:
-            return self._answer.read(most)
-        except http.client.HTTPException as error:
-            raise CutOffError(_told(error)) from error
-
-    def skip(self, count: int) -> None:
-        into = memoryview(bytearray(min(count, PIECE)))
-        while count:
-            taken = into[: min(count, PIECE)]
-            try:
-                self.read_into(taken)
-            except CutOffError as error:
-                raise CutOffError(str(error)) from error
-            count -= len(taken)
-
-    @property
-    def is_at_end(self) -> bool:
-        return not self.read_all(1)
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The head of an answer, and its body, which is being received.
-
-    Attributes:
-        headers: names are in lower case; of a repeated header, the first value.
-        length: the length of the body in bytes; None if the answer does not say.
-    """
-
-    status: int
-    headers: Mapping[str, str]
-    length: int | None
-    body: Body
-
-
-class _Head:
-    """Reads the head of an answer, unless it is too long."""
-
-    def __init__(self, stream: BufferedIOBase) -> None:
-        self._stream = stream
-        self._left = MOST_HEAD_BYTES
-        self.close = stream.close
-
-    def readline(self, most: int) -> bytes:
-        line = self._stream.readline(min(most, self._left + 1))
-        self._left -= len(line)
-        if self._left < 0:
-            raise http.client.HTTPException(
-                f"the headers of the answer have over {MOST_HEAD_BYTES >> 10} KiB"
-            )
-        return line
-
-
-class Response(http.client.HTTPResponse):
-    """Skips informational answers, which the library mistakes for the final one.
-
-    RFC 9110, 15.2: a client must be able to parse one or more of them.
-    """
-
-    def begin(self) -> None:
-        stream = self.fp
-        self.fp = _Head(stream)  # type: ignore[assignment]
-        try:
-            super().begin()
-        finally:
-            if self.fp:  # it was not closed
-                self.fp = stream
-
-    def _read_status(self) -> tuple[str, int, str]:
-        for _ in range(MOST_INFORMATIONAL):
-            found: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
-            if not 100 < found[1] < 200 or found[1] == http.client.SWITCHING_PROTOCOLS:
-                return found
-            http.client.parse_headers(self.fp)
-        raise http.client.BadStatusLine("informational answers only")
 
 
 @dataclass(slots=True)
@@ -294,7 +112,7 @@ class Transport:
                 told: dict[str, str] = {}
                 for name, value in response.getheaders():
                     told.setdefault(name.lower(), value)
-                body = _ComingBody(response, wire)
+                body = ComingBody(response, wire)
                 handled = handle(Answer(response.status, told, response.length, body))
                 is_over = body.is_at_end
         except TimeoutError:
@@ -429,11 +247,7 @@ def _answer_of(
             connection.request(method, target, headers=dict(headers))
             return connection.getresponse()
         except http.client.HTTPException as error:
-            raise CutOffError(_told(error)) from error
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:200]
+            raise CutOffError(told_of(error)) from error
 
 
 @contextlib.contextmanager

@@ -26,13 +26,8 @@ from lazyfs.movers.context import tell_wire
 from lazyfs.store import ranges
 from lazyfs.store.addresses import BadAddressError, must_be_elsewhere
 from lazyfs.store.cancel import Cancel, CancelledError
-from lazyfs.store.http import (
-    Answer,
-    Body,
-    CutOffError,
-    Transport,
-    tls_context,
-)
+from lazyfs.store.http import Transport, tls_context
+from lazyfs.store.http_answer import Answer, Body, CutOffError
 from lazyfs.store.protocol import EACH
 from lazyfs.store.refusals import MOST_TEXT
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from lazyfs.errors import BadRequestError, BadResponseError, NotSupportedError, SourceError
 from lazyfs.store import listing
 from lazyfs.store.cancel import Cancel
-from lazyfs.store.http import Answer
+from lazyfs.store.http_answer import Answer
 from lazyfs.store.listing_page import Page
 from lazyfs.store.refusals import MOST_TEXT, Refusal
 from lazyfs.store.request import Request, refuse

@@ -19,7 +19,7 @@ from lazyfs.movers.call import Nudge
 from lazyfs.store import entity_tag, ranges
 from lazyfs.store.cancel import Cancel
 from lazyfs.store.fleet_cache import REFRESH, FleetCache
-from lazyfs.store.http import Answer, CutOffError
+from lazyfs.store.http_answer import Answer, CutOffError
 from lazyfs.store.listing_page import Pinned
 from lazyfs.store.request import Asked, RefusedError, Request, refuse
 from lazyfs.store.signed_client import Client

@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl, quote, unquote_to_bytes, urljoin, urlsplit
 
 from lazyfs.store import mover_requests
 from lazyfs.store.addresses import BadRedirectError, is_same_service
-from lazyfs.store.http import Answer
+from lazyfs.store.http_answer import Answer
 from lazyfs.store.refusals import MOST_TEXT, Refusal
 from lazyfs.store.signing import SigningCredentials, canonical_query
 

@@ -30,7 +30,7 @@ from lazyfs.options.mount_options import MountOptions
 from lazyfs.store import ranges
 from lazyfs.store.cancel import Cancel
 from lazyfs.store.credentials import Credentials, StaticCredentials, WebIdentity
-from lazyfs.store.http import Answer
+from lazyfs.store.http_answer import Answer
 from lazyfs.store.listing_page import Page, Pinned
 from lazyfs.store.live_credentials import LiveCredentials
 from lazyfs.store.pages import Lister

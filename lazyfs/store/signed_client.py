@@ -32,10 +32,8 @@ from lazyfs.store.addresses import (
 )
 from lazyfs.store.cancel import Cancel
 from lazyfs.store.fleet_cache import FleetCache
-from lazyfs.store.http import (
-    SILENCE_TIMEOUT_S,
-    Answer,
-)
+from lazyfs.store.http import SILENCE_TIMEOUT_S
+from lazyfs.store.http_answer import Answer
 from lazyfs.store.live_credentials import LiveCredentials
 from lazyfs.store.mover_requests import NotMovedError
 from lazyfs.store.refusals import Refusal, printable

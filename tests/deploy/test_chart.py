@@ -20,7 +20,8 @@ from lazyfs.cli import main as lazyfs_commands
 from lazyfs.cli.settings import settings
 from lazyfs.fleet.settings import FleetSettings
 from lazyfs.machine import LEAST_MEMORY
-from lazyfs.options.mount_options import OPTIONS, MountOptions, environment_layer, find_option
+from lazyfs.options.layers import environment_layer
+from lazyfs.options.mount_options import OPTIONS, MountOptions, find_option
 from lazyfs.options.option_types import Size
 
 # Building helm takes some minutes the first time.

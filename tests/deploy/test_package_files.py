@@ -19,7 +19,8 @@ from manifests import CHART, DEPLOY, ROOT
 from lazyfs import __version__
 from lazyfs.cli import COMMANDS, fstab, main
 from lazyfs.cli.mounting import mount
-from lazyfs.options.mount_options import OPTIONS, MountOptions, config_layer, config_places
+from lazyfs.options.layers import config_layer, config_places
+from lazyfs.options.mount_options import OPTIONS, MountOptions
 
 PACKAGE = DEPLOY / "package"
 EXAMPLE = PACKAGE / "example.toml"

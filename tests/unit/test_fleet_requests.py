@@ -13,7 +13,7 @@ from test_source import ANSWER, Request, Serve, refusal, serve
 from lazyfs.store import fleet_cache, ranges
 from lazyfs.store.cancel import Cancel, CancelledError
 from lazyfs.store.fleet_cache import FleetCache, FleetCacheError, Trouble
-from lazyfs.store.http import Answer
+from lazyfs.store.http_answer import Answer
 
 __all__ = ["serve"]
 

@@ -27,14 +27,8 @@ from lazyfs.store.addresses import (
     must_be_elsewhere,
 )
 from lazyfs.store.cancel import Cancel, CancelledError
-from lazyfs.store.http import (
-    Answer,
-    Body,
-    CutOffError,
-    Proxy,
-    Transport,
-    tls_context,
-)
+from lazyfs.store.http import Proxy, Transport, tls_context
+from lazyfs.store.http_answer import Answer, Body, CutOffError
 
 T = TypeVar("T")
 

@@ -6,13 +6,13 @@ import pytest
 
 from lazyfs.errors import BadRequestError
 from lazyfs.listed_object import ListedObject
-from lazyfs.store import objects
+from lazyfs.store import listing_page
 from lazyfs.store.listing_page import Page, Tokens
 
 
 @pytest.fixture(autouse=True)
 def few_empty_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objects, "MOST_EMPTY", 3)
+    monkeypatch.setattr(listing_page, "MOST_EMPTY", 3)
 
 
 def page(token: str | None, *keys: str, prefixes: tuple[str, ...] = ()) -> Page:

@@ -10,14 +10,8 @@ import pytest
 
 from lazyfs.cli.fstab import translate
 from lazyfs.errors import OptionError
-from lazyfs.options.mount_options import (
-    OPTIONS,
-    PRESETS,
-    MountOptions,
-    config_layer,
-    config_places,
-    environment_layer,
-)
+from lazyfs.options.layers import config_layer, config_places, environment_layer
+from lazyfs.options.mount_options import OPTIONS, PRESETS, MountOptions
 from lazyfs.options.option_types import (
     Duration,
     Share,

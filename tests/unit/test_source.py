@@ -25,7 +25,7 @@ from lazyfs.errors import BadRequestError, SourceError
 from lazyfs.listed_object import ListedObject
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store import http as transport
-from lazyfs.store import listing, range_reader, servers
+from lazyfs.store import http_answer, listing, range_reader, servers
 from lazyfs.store import s3_source as sources
 from lazyfs.store.credentials import StaticCredentials, WebIdentity, credentials_from
 from lazyfs.store.http import Proxy
@@ -462,7 +462,7 @@ def test_answers_of_another_version_reach_no_reader(
         lambda request: part(request, 'W/"v2"', DATA[::-1]),
         lambda request: part(request, "", DATA + b"x"),
     ):
-        monkeypatch.setattr(transport._ComingBody, "read_into", nobody)
+        monkeypatch.setattr(http_answer.ComingBody, "read_into", nobody)
         with pytest.raises(errors.ObjectChangedError):
             serve(answer).source().ranges.read(PIN, 0, 100)
 
