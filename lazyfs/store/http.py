@@ -214,6 +214,8 @@ class Transport:
                 self._unreachable.discard(str(address[0]))
                 return connected
         assert failed is not None
+        if isinstance(failed, TimeoutError):  # not a server that is silent
+            raise ConnectionError(f"no connection within {timeout_s:g} s") from failed
         raise failed
 
 

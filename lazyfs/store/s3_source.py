@@ -24,6 +24,7 @@ from lazyfs.errors import (
     ObjectChangedError,
     SourceError,
     ThrottledError,
+    UnavailableError,
     WrongRegionError,
 )
 from lazyfs.options.mount_options import MountOptions
@@ -262,9 +263,22 @@ class S3Source:
         raise AssertionError
 
     def _try_to_read(self, pin: Pinned) -> None:
-        """Read a range of one object. Errors of that object, and of S3 itself, are only logged."""
+        """Read a range of one object. Errors of that object, and of S3 itself, are only logged.
+
+        So is silence, and it is not waited out twice: some services fetch an object from a slower
+        place when it is first read, and listing has worked.
+        """
+
+        def read() -> None:
+            try:
+                self.ranges.read(pin, 0, 1)
+            except UnavailableError as error:
+                if not isinstance(error.__cause__, TimeoutError):
+                    raise
+                log.warning("listed, but not read yet: %s", error)
+
         try:
-            self._first(lambda: self.ranges.read(pin, 0, 1))
+            self._first(read)
         except ThrottledError as error:
             log.warning("%s", error)
         except SourceError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import http.server
 import json
+import socket
 import ssl
 import threading
 import time
@@ -281,6 +282,40 @@ def test_a_source_is_resolved_with_its_first_page(
     resumed = S3Source.resolve(URL, options, region="eu-west-1")
     assert (resumed.place.region, resumed.page) == ("eu-west-1", None)
     assert len(service.requests) == asked, "a resumed mount needs no S3"
+
+
+def test_an_object_that_is_slow_to_come_does_not_hold_a_mount(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(transport, "SILENCE_TIMEOUT_S", 0.3)
+    closing = threading.Event()
+    reads = []
+
+    def silent(request: Request) -> ANSWER:
+        reads.append(request)
+        closing.wait(30)
+        return part(request)
+
+    try:
+        options = MountOptions(endpoint_url=serve(listed(silent)).url, no_sign_request=True)
+        assert S3Source.resolve(URL, options).page is not None
+    finally:
+        closing.set()
+    assert len(reads) == 2, "over the kept connection, and over a new one"
+    assert "listed, but not read yet: s3://bucket/m/k: no usable answer" in caplog.text
+
+
+def test_no_connection_is_not_taken_for_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(address: tuple[str, int], timeout_s: float) -> socket.socket:
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(socket, "create_connection", never)
+    place = Place("us-east-1", "s3", "http://127.0.0.1:9", "/bucket/", "/none", None)
+    source = S3Source(
+        URL, MountOptions(no_sign_request=True), None, ResolvedSource(place, None, None)
+    )
+    with pytest.raises(errors.UnavailableError, match="no connection within 5 s"):
+        read(source)
 
 
 # Listings
