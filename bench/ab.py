@@ -51,29 +51,18 @@ COLUMNS = {
 
 @contextlib.contextmanager
 def tree(revision: str, base: Path) -> Iterator[Path]:
-    """A directory with the files of a revision; a directory is returned as it is.
-
-    Both are compiled: workers of root are other users, which cannot write what Python compiles, so
-    that each start would do it again.
-    """
+    """A directory with the files of a revision; a directory is returned as it is."""
     if (Path(revision) / "lazyfs").is_dir():
-        _compile(Path(revision))
         yield Path(revision).resolve()
         return
     path = Path(tempfile.mkdtemp(prefix="tree-", dir=base))
     git = ["git", "-C", str(ROOT), "worktree"]
     subprocess.run([*git, "add", "--detach", "-f", path, revision], check=True, timeout=60,
                    capture_output=True)  # fmt: skip
-    _compile(path)
     try:
         yield path
     finally:
         subprocess.run([*git, "remove", "--force", path], check=True, timeout=60)
-
-
-def _compile(directory: Path) -> None:
-    command = [sys.executable, "-m", "compileall", "-q", directory / "lazyfs"]
-    subprocess.run(command, check=True, timeout=120)
 
 
 def measure(lazyfs: Lazyfs, state: str, loader: Loader, meter: Meter, place: Place) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import os
 import shutil
@@ -80,7 +81,10 @@ class Contender(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Lazyfs:
-    """lazyfs from a source tree.
+    """lazyfs from a source tree, which is compiled: as in a release, no start has to do that.
+
+    Workers of root are other users, which cannot write what Python compiles. Each of them would
+    compile all its modules again, which takes about as long as the rest of the start.
 
     Attributes:
         tree: a directory with the package `lazyfs`.
@@ -93,6 +97,10 @@ class Lazyfs:
     folder: str = ""
     options: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=origins.environment)
+
+    def __post_init__(self) -> None:
+        if not compileall.compile_dir(self.tree / "lazyfs", quiet=1):
+            raise SystemExit(f"bench: {self.tree / 'lazyfs'} cannot be compiled")
 
     def version(self) -> str:
         """The output of `lazyfs --version`, and the commit."""

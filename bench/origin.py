@@ -203,17 +203,23 @@ class Origin:
         return Requests(lists, heads, gets, size)
 
     def first_range(self) -> float:
-        """When the first ranged GET since the mark arrived, in seconds since the epoch.
+        """When the first GET of a block since the mark arrived, in seconds since the epoch.
+
+        That is a range of more than one byte: one byte shows whether an object can be read.
 
         Raises:
             SystemExit: there was none.
         """
         with open(self._log) as log:
             log.seek(self._mark)
-            lines = [line.split(" ", 4) for line in log]
-        began = [float(end) - float(took) for end, took, _, status, _ in lines if status == "206"]
+            lines = [line.split(" ", 5) for line in log]
+        began = [
+            float(end) - float(took)
+            for end, took, _, status, sent, _ in lines
+            if status == "206" and int(sent) > 1
+        ]
         if not began:
-            raise SystemExit("bench: the origin was not asked for a range")
+            raise SystemExit("bench: the origin was not asked for a block")
         return min(began)
 
 

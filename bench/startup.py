@@ -5,7 +5,7 @@
 The output has medians in milliseconds of the time from the command until
 
 - the mount is ready (`lazyfs mount` returns),
-- the first ranged GET reaches the origin (the model has only a few MiB, because this does not
+- the first GET of a block reaches the origin (the model has only a few MiB, because this does not
   measure the link),
 
 and of the processor time of all processes of the mount until it is ready, and until they are idle.
@@ -26,7 +26,7 @@ from accounting import end_in_order, settle, workplace
 from model import write_model
 from mounts import Lazyfs, Place, forget
 
-COLUMNS = ("ready", "first range", "CPU at ready", "CPU at rest")
+COLUMNS = ("ready", "first block", "CPU at ready", "CPU at rest")
 
 
 def measure(lazyfs: Lazyfs, place: Place) -> tuple[float, ...]:

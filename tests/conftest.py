@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -21,6 +22,17 @@ collect_ignore = [
 # How long an example takes says how busy the machine is, and nothing about the code.
 settings.register_profile("lazyfs", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("lazyfs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the packages, once for all processes of a run.
+
+    Workers of root are other users, which cannot write what Python compiles. Without it each worker
+    that a test starts compiles all its modules again.
+    """
+    if not hasattr(config, "workerinput"):
+        for package in ("lazyfs", "csi"):
+            compileall.compile_dir(config.rootpath / package, quiet=1)
 
 
 @pytest.fixture(scope="session")
