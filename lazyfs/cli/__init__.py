@@ -6,6 +6,7 @@ Ctrl-C, 1 for everything else.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 from collections.abc import Sequence
@@ -86,6 +87,8 @@ class _Commands(OneLineErrors):
             return None
         module = importlib.import_module(f"lazyfs.cli.{COMMANDS[cmd_name]}")
         command: click.Command = getattr(module, _FUNCTIONS.get(cmd_name, cmd_name))
+        gc.freeze()  # see `__main__.py`
+        gc.enable()
         return command
 
 

@@ -18,9 +18,10 @@ from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.index import IndexFailedError
 from lazyfs.cache.inventory import models, objects
 from lazyfs.cache.space import Limits
+from lazyfs.cli.messages import tell
 from lazyfs.cli.progress import ByteProgress
 from lazyfs.cli.settings import settings, with_cache_options
-from lazyfs.cli.tables import console, print_rows, tell
+from lazyfs.cli.tables import console, print_rows
 from lazyfs.errors import CacheError, OptionError
 from lazyfs.options.option_types import Duration, Size, format_duration, format_size
 from lazyfs.process.worker_files import become_worker

@@ -12,8 +12,9 @@ import click
 from rich.text import Text
 
 from lazyfs.cli.checks import Finding, Outcome, examine
+from lazyfs.cli.messages import tell
 from lazyfs.cli.settings import settings, with_mount_options
-from lazyfs.cli.tables import console, tell
+from lazyfs.cli.tables import console
 from lazyfs.store.url import SourceUrl
 
 _STYLES = {Outcome.OK: "green", Outcome.WARNING: "yellow", Outcome.FAILED: "bold red"}

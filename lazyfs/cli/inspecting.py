@@ -16,9 +16,10 @@ from rich.table import Table
 
 from lazyfs.blocks import block_length
 from lazyfs.cache import BlockCache
+from lazyfs.cli.messages import tell
 from lazyfs.cli.mounts import record_at
 from lazyfs.cli.settings import settings, with_mount_options
-from lazyfs.cli.tables import console, print_rows, tell
+from lazyfs.cli.tables import console, print_rows
 from lazyfs.control.client import ControlClient, ControlError
 from lazyfs.errors import ObjectGoneError, SourceError
 from lazyfs.listed_object import File, ListedObject

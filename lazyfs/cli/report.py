@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
+from lazyfs.cli.messages import tell
 from lazyfs.cli.mounts import record_at
-from lazyfs.cli.tables import tell
 from lazyfs.control.client import ControlClient
 from lazyfs.errors import LazyfsError, OptionError
 from lazyfs.observe.chart import Chart

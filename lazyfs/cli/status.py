@@ -9,8 +9,9 @@ from pathlib import Path
 import click
 from rich.table import Table
 
+from lazyfs.cli.messages import tell
 from lazyfs.cli.mounts import Status, record_at, status_of
-from lazyfs.cli.tables import console, print_rows, tell
+from lazyfs.cli.tables import console, print_rows
 from lazyfs.errors import MountError
 from lazyfs.options.option_types import format_duration, format_size
 from lazyfs.process.mount_records import records

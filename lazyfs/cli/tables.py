@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-import click
 from rich.console import Console
 from rich.segment import Segment
 from rich.table import Table
@@ -33,15 +32,6 @@ def console() -> Console:
     """Standard output, with colours only in a terminal that has them, and not with `NO_COLOR`."""
     width = None if sys.stdout.isatty() else PIPE_WIDTH
     return _SafeConsole(width=width, highlight=False, markup=False, emoji=False)
-
-
-def tell(text: str, *, err: bool = False) -> None:
-    """Print a text; control characters in it are escaped, because others may have written it.
-
-    Args:
-        err: to standard error.
-    """
-    click.echo(escaped_lines(text), err=err)
 
 
 def print_rows(rows: Iterable[tuple[str, str]]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from lazyfs.cli.tables import tell
+from lazyfs.cli.messages import tell
 from lazyfs.errors import MountError
 from lazyfs.fuse import mount_syscalls
 from lazyfs.process.mount_records import DaemonWatch, MountRecord, is_detached, record_of

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from lazyfs.cli.tables import tell
+from lazyfs.cli.messages import tell
 from lazyfs.errors import MountError, OptionError
 from lazyfs.options.layers import config_places
 from lazyfs.process.mount_records import MountRecord, record_of, records

@@ -13,10 +13,10 @@ import trio
 
 from lazyfs import cache_place, log
 from lazyfs.cache import BlockCache
+from lazyfs.cli.messages import tell
 from lazyfs.cli.mounts import record_at
 from lazyfs.cli.progress import ByteProgress
 from lazyfs.cli.settings import settings, with_mount_options
-from lazyfs.cli.tables import tell
 from lazyfs.control.client import ControlClient, ControlError
 from lazyfs.errors import LazyfsError, OptionError
 from lazyfs.fetch.warm import IncompleteError, Progress, Warmer

@@ -7,7 +7,6 @@ and a leash, a pipe that is closed when the supervisor ends.
 
 from __future__ import annotations
 
-import ctypes.util
 import gc
 import os
 import signal
@@ -99,6 +98,8 @@ def _without_ldconfig() -> Iterator[None]:
     See trio/_core/_thread_cache.py. The name is that of glibc. If there is no such library, threads
     of trio have no names.
     """
+    import ctypes.util  # the probe does without
+
     find = ctypes.util.find_library
     ctypes.util.find_library = lambda name: "libpthread.so.0" if name == "pthread" else find(name)
     try:

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -145,14 +146,31 @@ def wait_for_end(worker: subprocess.Popen[bytes]) -> int:
     is locked for a read that the worker has not answered, and only the next worker will. So this
     waits only for the end of the first thread, which answers requests.
     """
-    while (code := worker.poll()) is None:
-        if _status(worker.pid)[:1] == ["Z"]:
-            # Nearly always the other threads end at once, and then the code is known.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return worker.wait(LAST_THREADS_S)
-            return -signal.SIGKILL
-        time.sleep(POLL_S)
+    with _watched(worker.pid) as process:
+        while (code := worker.poll()) is None:
+            if _status(worker.pid)[:1] == ["Z"]:
+                # Nearly always the other threads end at once, and then the code is known.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return worker.wait(LAST_THREADS_S)
+                return -signal.SIGKILL
+            process.poll(POLL_S * 1000)
     return code
+
+
+@contextlib.contextmanager
+def _watched(pid: int) -> Iterator[select.poll]:
+    """A poll(2) that returns at once when all threads of a process have ended."""
+    watch = select.poll()
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:  # it has just ended, or no descriptor is free: only the timeout ends a wait
+        yield watch
+        return
+    try:
+        watch.register(descriptor, select.POLLIN)
+        yield watch
+    finally:
+        os.close(descriptor)
 
 
 def end_within(worker: subprocess.Popen[bytes], timeout_s: float) -> int:

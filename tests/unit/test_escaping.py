@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 import lazyfs
-from lazyfs.cli.tables import console, print_rows, tell
+from lazyfs.cli.messages import tell
+from lazyfs.cli.tables import console, print_rows
 from lazyfs.escaping import escaped
 from lazyfs.log import JsonFormatter, TextFormatter, within
 
@@ -82,9 +83,9 @@ def test_tracebacks_cannot_imitate_log_lines(formatter: logging.Formatter) -> No
     assert "ValueError" in first + "".join(trace)
 
 
-def test_commands_print_only_through_tables() -> None:
+def test_commands_print_only_through_messages_and_tables() -> None:
     """What they print may name objects, processes and sources, which others chose."""
-    own = {"tables.py", "__init__.py", "completion.py", "fleet.py"}
+    own = {"messages.py", "__init__.py", "completion.py", "fleet.py"}
     for path in (Path(lazyfs.__path__[0]) / "cli").glob("*.py"):
         if path.name not in own:
             assert not re.search(r"click\.s?echo\(|sys\.std(out|err)\.write", path.read_text()), (

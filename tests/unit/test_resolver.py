@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 
 import pytest
+from botocore.exceptions import DataNotFoundError
+from botocore.loaders import Loader
 from hypothesis import given
 from hypothesis import strategies as st
 from test_source import serve
@@ -13,6 +15,7 @@ from lazyfs.errors import AccessDeniedError, OptionError, SourceError
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store import boto
 from lazyfs.store.boto.resolver import Resolver
+from lazyfs.store.boto.session import new_session
 from lazyfs.store.credentials import WebIdentity
 from lazyfs.store.resolved_source import Place
 from lazyfs.store.url import SourceUrl
@@ -272,3 +275,13 @@ def test_a_source_is_parsed_or_refused(text):
     except OptionError:
         return
     assert SourceUrl.parse(str(url)) == url
+
+
+def test_botocore_reads_the_same_from_our_files():
+    ours, theirs = new_session().get_component("data_loader"), Loader()
+    for name in ("endpoints", "partitions", "sdk-default-configuration", "_retry"):
+        assert ours.load_data(name) == theirs.load_data(name)
+    for name in ("service-2", "endpoint-rule-set-1"):
+        assert ours.load_service_model("s3", name) == theirs.load_service_model("s3", name)
+    with pytest.raises(DataNotFoundError):
+        ours.load_data("no such file")

@@ -1,10 +1,11 @@
-"""What is loaded before a mount is served, and what does not end a worker."""
+"""What a worker loads with trio and botocore, and what does not end it."""
 
 import fcntl
 import json
 import os
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,11 +21,12 @@ from lazyfs.errors import MountError
 from lazyfs.helper_process import HelperProcesses
 from lazyfs.listed_object import File
 from lazyfs.pagecache.walker import Walker
+from lazyfs.process import worker_process
 from lazyfs.process.mount_helpers import LOOK_UP, MountHelpers
 from lazyfs.process.privileges import Rights
 from lazyfs.process.worker_channel import SupervisorChannel, WorkerChannel
 from lazyfs.process.worker_files import rights_for
-from lazyfs.process.worker_process import next_pause_s, was_told_to_end
+from lazyfs.process.worker_process import next_pause_s, wait_for_end, was_told_to_end
 from lazyfs.user import worker_ids
 
 # In a process of its own: botocore looks for awscrt once.
@@ -123,16 +125,6 @@ def test_helpers_stay_below_the_mountpoint(tmp_path):
     assert trio.run(HelperProcesses(ours).run, "another", b"") == b""
     ours.close()
     serving.join(timeout=30)
-
-
-@pytest.mark.parametrize("module", ["lazyfs.process.source_probe", "lazyfs.movers.process"])
-def test_short_processes_do_not_load_trio(module):
-    """A mount waits for the probe of S3, and loads wait for movers: it takes 40 ms."""
-    code = f"import sys, {module}; print('trio' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout.strip() == "False"
 
 
 def test_a_worker_runs_no_program_to_load_trio():
@@ -239,6 +231,14 @@ def test_a_worker_that_was_told_to_end_did_not_die():
     for command, died in ends.items():
         code = subprocess.run(["bash", "-c", command], check=False).returncode
         assert was_told_to_end(code) is not bool(died), command
+
+
+def test_the_end_of_a_worker_is_noticed_at_once(monkeypatch):
+    """`lazyfs umount` waits for it."""
+    monkeypatch.setattr(worker_process, "POLL_S", 3600)
+    code = "import signal, time; signal.alarm(1); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code]) as worker:
+        assert wait_for_end(worker) == -signal.SIGALRM
 
 
 @pytest.mark.parametrize("killed", [True, False])
