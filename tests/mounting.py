@@ -17,15 +17,22 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from s3 import CREDENTIALS
 
-TIMEOUT_S = 60
+from lazyfs.cli import mounts
+from lazyfs.cli.unmounting import unmount
+from lazyfs.errors import MountError
+from lazyfs.process.mount_records import record_of
+
+TIMEOUT_S = 120  # only a hang takes that long
 # linux/sched.h: forked, and nothing executed since.
 PF_FORKNOEXEC = 0x40
 # Of this run alone; short, because sockets are in it.
 RUNTIME_DIRECTORY = tempfile.mkdtemp(prefix="lazyfs-")
 atexit.register(shutil.rmtree, RUNTIME_DIRECTORY)
+os.environ["LAZYFS_RUNTIME_DIR"] = RUNTIME_DIRECTORY  # for what this process asks of daemons
 
 
 @contextlib.contextmanager
@@ -126,6 +133,10 @@ class Mounted:
         """The process that serves it now."""
         return worker_pid(self.path)
 
+    def status(self) -> dict[str, Any]:
+        """What `lazyfs status --json` prints."""
+        return status_of(self.path)
+
     def log(self) -> str:
         """What the daemon logged."""
         return self.log_file.read_text() if self.log_file.exists() else ""
@@ -143,15 +154,24 @@ class Mounted:
     def end(self) -> None:
         """Unmount, by force if that must be, and see that the daemon is gone."""
         if is_mounted(self.path):
-            answer = lazyfs("umount", self.path)
-            if is_mounted(self.path):
-                os.kill(self.pid, signal.SIGKILL)
-                os.kill(self.worker, signal.SIGKILL)
-                lazyfs("umount", "--lazy", self.path)
-                raise AssertionError(answer.stderr)
+            try:
+                unmount(self.path, lazy=False, force=False)
+            except MountError:
+                if is_mounted(self.path):
+                    os.kill(self.pid, signal.SIGKILL)
+                    os.kill(self.worker, signal.SIGKILL)
+                    lazyfs("umount", "--lazy", self.path)
+                    raise
         assert not is_mounted(self.path)
         # On a busy machine longer than the command line waits for it.
         wait_until_gone(self.pid, TIMEOUT_S)
+
+
+def status_of(mountpoint: Path) -> dict[str, Any]:
+    """What `lazyfs status --json` prints, without the time that a command takes to start."""
+    record = record_of(mountpoint)
+    assert record is not None, f"no daemon serves {mountpoint}"
+    return mounts.status_of(record)
 
 
 def is_mounted(path: Path) -> bool:

@@ -1,6 +1,6 @@
 """Everything goes wrong at once, for as long as you like: is every byte right, and nobody stuck?
 
-    python tests/soak.py SECONDS [--patience SECONDS] [--movers N]
+    python tests/soak.py SECONDS [--patience SECONDS] [--movers N] [--readers N]
 
 A mount with little memory, and a cache that holds a part of the model, serves 256 reading
 threads. In *storms* of some seconds S3 refuses, hangs, resets, cuts off and crawls, workers are
@@ -40,7 +40,6 @@ from lazyfs.process.mount_records import control_socket
 MIB = 1 << 20
 SHARD_BYTES = 24 * MIB
 SHARDS = 6
-READERS = 256
 HANG_S = 2.0
 STEP_S = 1.0
 MOST_FAULTS_OF_STORM = 6
@@ -135,7 +134,8 @@ class Soak:
     s3: S3
     mounted: Mounted
     calm_s: float
-    rng: random.Random = field(default_factory=lambda: random.Random(1))
+    # Its first two storms have faults of almost every kind.
+    rng: random.Random = field(default_factory=lambda: random.Random(6))
     faults: int = 0
     asked: int = 0
     calms: list[tuple[float, float]] = field(default_factory=list)
@@ -195,14 +195,17 @@ class Soak:
         raise AssertionError("no worker serves")
 
     def _refuse(self) -> None:
-        status = self.rng.choice((500, 503))
-        self.s3.fault("GET /soak/m/", "status", times=8, status=status, code="SlowDown")
+        status, code = self.rng.choice(
+            ((500, "InternalError"), (503, "SlowDown"), (400, "ExpiredToken"))
+        )
+        self.s3.fault("GET /soak/m/", "status", times=8, status=status, code=code)
 
     def _reset(self) -> None:
         self.s3.fault("GET /soak/m/", "reset", times=4)
 
     def _cut_off(self) -> None:
-        self.s3.fault("GET /soak/m/", "truncate", times=4)
+        kind = self.rng.choice(("truncate", "corrupt_range"))
+        self.s3.fault("GET /soak/m/", kind, times=4)
 
     def _hang(self) -> None:
         self.s3.fault("GET /soak/m/", "hang", times=4, seconds=HANG_S)
@@ -279,12 +282,14 @@ def main() -> None:
     parser.add_argument("seconds", type=float)
     parser.add_argument("--patience", type=float, default=5.0)
     parser.add_argument("--movers", type=int, default=0, help="processes that move bytes")
+    parser.add_argument("--readers", type=int, default=256, help="threads")
     arguments = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="lazyfs-soak-") as directory,
         soaking(Path(directory), arguments.patience, arguments.movers) as soak,
         subprocess.Popen(
-            [sys.executable, "-c", READ, str(soak.mounted.path), str(READERS), str(LONG_S)],
+            [sys.executable, "-c", READ, str(soak.mounted.path), str(arguments.readers),
+             str(LONG_S)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         ) as readers,
     ):  # fmt: skip

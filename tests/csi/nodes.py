@@ -122,7 +122,7 @@ class TestNode:
         request = csi_pb2.NodeUnpublishVolumeRequest(
             volume_id=volume, target_path=str(self.target(volume, pod))
         )
-        self.stub.NodeUnpublishVolume(request, timeout=TIMEOUT_S)
+        _patiently(lambda: self.stub.NodeUnpublishVolume(request, timeout=TIMEOUT_S))
 
     def unstage(self, volume: str) -> None:
         """NodeUnstageVolume, where kubelet would call it; then its directory goes."""
@@ -131,7 +131,7 @@ class TestNode:
         request = csi_pb2.NodeUnstageVolumeRequest(
             volume_id=volume, staging_target_path=str(staging)
         )
-        self.stub.NodeUnstageVolume(request, timeout=TIMEOUT_S)
+        _patiently(lambda: self.stub.NodeUnstageVolume(request, timeout=TIMEOUT_S))
         kubelet.remove_mount_dir(staging)
 
     def stats(self, volume: str, path: Path) -> csi_pb2.NodeGetVolumeStatsResponse:
@@ -240,16 +240,22 @@ class TestNode:
 
 
 def _patiently(call: Callable[[], Any]) -> None:
-    """Call until the daemon is ready: on a busy machine it takes longer than a call waits."""
+    """Repeat a call as kubelet does: while its daemon starts, or another call has its volume.
+
+    The plugin itself has the volume while it mounts what a daemon has mounted again.
+    """
     deadline = time.monotonic() + TIMEOUT_S
     while True:
         try:
             call()
             return
         except grpc.RpcError as error:
-            if "is not mounted yet" not in error.details() or time.monotonic() > deadline:
+            passes = error.code() is grpc.StatusCode.ABORTED or (
+                "is not mounted yet" in error.details()
+            )
+            if not passes or time.monotonic() > deadline:
                 raise
-        time.sleep(0.5)
+        time.sleep(0.1)
 
 
 def hashes(path: Path) -> dict[str, str]:
@@ -270,18 +276,6 @@ def refused(call: Callable[[], Any]) -> tuple[str, str]:
     except grpc.RpcError as error:
         return error.code().name, error.details()
     raise AssertionError("was not refused")
-
-
-def eventually(call: Callable[[], Any]) -> Any:
-    """Call until it is not ABORTED, as kubelet does."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while True:
-        try:
-            return call()
-        except grpc.RpcError as error:
-            if error.code() is not grpc.StatusCode.ABORTED or time.monotonic() > deadline:
-                raise
-        time.sleep(0.05)
 
 
 def wait_for(what: Callable[[], Any], timeout_s: float = 60) -> None:

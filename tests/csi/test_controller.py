@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,6 +89,16 @@ def model(server: S3) -> S3:
 @pytest.fixture
 def controller(plugin: Callable[..., Plugin], tmp_path: Path) -> ControllerStub:
     return plugin("controller", f"--state-dir={tmp_path}/state").controller
+
+
+@pytest.fixture(scope="module")
+def unchanged() -> Iterator[ControllerStub]:
+    """One for all calls that must change nothing."""
+    directory = Path(tempfile.mkdtemp(prefix="csi-"))
+    started = Plugin("controller", directory, f"--state-dir={directory}/state")
+    yield started.controller
+    started.end()
+    shutil.rmtree(directory)
 
 
 class Replicas:
@@ -214,12 +226,12 @@ def test_every_access_mode_but_no_device(controller: ControllerStub, model: S3) 
     ],
 )  # fmt: skip
 def test_invalid_input_is_refused(
-    controller: ControllerStub, model: S3, changes: dict[str, Any], code: str, said: str
+    unchanged: ControllerStub, model: S3, changes: dict[str, Any], code: str, said: str
 ) -> None:
-    got, message = refused(controller.CreateVolume, request(model, **changes))
+    got, message = refused(unchanged.CreateVolume, request(model, **changes))
     assert (got, said in message) == (code, True), message
     assert SECRET["secretAccessKey"] not in message
-    assert not controller.ListVolumes(csi_pb2.ListVolumesRequest(), timeout=60).entries
+    assert not unchanged.ListVolumes(csi_pb2.ListVolumesRequest(), timeout=60).entries
 
 
 def test_a_source_that_may_be_listed_but_not_read(

@@ -17,7 +17,6 @@ from nodes import (
     Capability,
     TestNode,
     capability,
-    eventually,
     hashes,
     refused,
     sha256,
@@ -336,9 +335,9 @@ def test_many_calls_at_once(node: TestNode) -> None:
         source = f"s3://models/many/{number % 2}" if number % 10 < 5 else "s3://models/many/7"
         context = node.context(source, prefetch="off")
         for _ in range(8):
-            eventually(lambda: node.stage(volume, context))
+            node.stage(volume, context)
             try:
-                target = eventually(lambda: node.publish(volume, context, pod))
+                target = node.publish(volume, context, pod)
                 break
             except grpc.RpcError as error:
                 # Another cycle has just unstaged it.
@@ -346,8 +345,8 @@ def test_many_calls_at_once(node: TestNode) -> None:
         else:
             raise AssertionError("never published")
         content = shell("cat file", target).stdout
-        eventually(lambda: node.unpublish(volume, pod))
-        eventually(lambda: node.unstage(volume))
+        node.unpublish(volume, pod)
+        node.unstage(volume)
         assert content == f"content {source.rpartition('/')[2]}"
 
     with ThreadPoolExecutor(10) as threads:

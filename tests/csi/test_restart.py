@@ -38,6 +38,7 @@ while time.monotonic() < until or rounds < 2:  # on a busy machine one takes lon
             print(os.path.basename(path), hashlib.sha256(view).hexdigest(), flush=True)
             view.madvise(mmap.MADV_DONTNEED)
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        time.sleep(0.1)  # other tests want the processors, too
 """
 
 
@@ -79,7 +80,7 @@ def test_pods_keep_reading_while_the_plugin_restarts(
     node.stage("vol", context)
     target = node.publish("vol", context)
     mounted = node.mounts()
-    with reader(target, 8):
+    with reader(target, 6):
         for kill in (node.kill_plugin, node.plugin.end, node.kill_plugin):
             time.sleep(1)
             if kill == node.kill_plugin:

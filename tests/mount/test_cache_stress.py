@@ -30,7 +30,7 @@ pytestmark = [
 ]
 
 MIB = 1 << 20
-LENGTH_S = float(os.environ.get("LAZYFS_STRESS_S", "15"))
+LENGTH_S = float(os.environ.get("LAZYFS_STRESS_S", "8"))
 SEED = int(os.environ.get("LAZYFS_SEED") or random.SystemRandom().randrange(10**6))
 BLOCKS = "--block-size=1MiB"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,7 +68,7 @@ def bucket(server: S3) -> None:
 
 def skipped_and_repeated(mounted: Mounted) -> tuple[int, int]:
     """Blocks that were not written because the disk was slower than the link; second requests."""
-    status = json.loads(lazyfs("status", mounted.path, "--json").stdout)
+    status = mounted.status()
     return int(status["shed_blocks"]), int(status["second_requests"])
 
 

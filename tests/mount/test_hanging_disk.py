@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hanging_disk import HangingDisk, hanging_disk
@@ -84,10 +83,6 @@ def read(mounted: Mounted, names: list[str]) -> dict[str, str]:
     return {name: digest for name, digest, _ in json.loads(done.stdout)}
 
 
-def status(mounted: Mounted) -> Any:
-    return json.loads(lazyfs("status", "--json", mounted.path).stdout)
-
-
 def wait_for(what: Callable[[], bool]) -> None:
     until_s = time.monotonic() + 60
     while not what():
@@ -109,17 +104,17 @@ def test_readers_do_not_wait_for_a_disk_that_hangs(
     mounted = mount()
     names = list(SUMS)
     assert read(mounted, names[:2]) == {name: SUMS[name] for name in names[:2]}
-    assert status(mounted)["fetched_bytes"] == 0, "all of it is on the disk"
+    assert mounted.status()["fetched_bytes"] == 0, "all of it is on the disk"
     disk.hang()
     assert read(mounted, names[2:8]) == {name: SUMS[name] for name in names[2:8]}
-    assert status(mounted)["disk_hangs"]
+    assert mounted.status()["disk_hangs"]
     assert "the disk does not answer" in lazyfs("status", mounted.path).stdout
     disk.answer()
-    wait_for(lambda: not status(mounted)["disk_hangs"])
+    wait_for(lambda: not mounted.status()["disk_hangs"])
     assert "the disk of the cache answers again" in mounted.log()
-    fetched = status(mounted)["fetched_bytes"]
+    fetched = mounted.status()["fetched_bytes"]
     assert read(mounted, names[8:]) == {name: SUMS[name] for name in names[8:]}
-    assert status(mounted)["fetched_bytes"] == fetched, "the disk is used again"
+    assert mounted.status()["fetched_bytes"] == fetched, "the disk is used again"
 
 
 def test_a_load_is_not_held_up_by_a_disk_that_takes_no_writes(

@@ -135,7 +135,7 @@ def test_opening_a_shard_and_reading_its_header_needs_no_request(
         s3.forget()
         mounted = mount(f"s3://headers{turn}", "--block-size=1MiB", "--prefetch=headers")
         deadline = time.monotonic() + TIMEOUT_S
-        while not json.loads(lazyfs("status", mounted.path, "--json").stdout)["ready"]["headers"]:
+        while not mounted.status()["ready"]["headers"]:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         pushed: set[str] = set()

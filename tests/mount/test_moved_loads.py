@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import signal
 import subprocess
@@ -11,12 +10,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from certificates import make_certificates
-from mounting import Mounted, lazyfs, python, wait_until_gone
+from mounting import Mounted, python, wait_until_gone
 from s3 import S3
 from safetensors.numpy import save
 
@@ -46,11 +44,6 @@ def bucket(server: S3) -> None:
     server.put("moved", SHARDS)
 
 
-def status(mounted: Mounted) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(lazyfs("status", mounted.path, "--json").stdout)
-    return told
-
-
 def mover_pids(mounted: Mounted) -> list[int]:
     """The processes that the worker has started to move bytes."""
     children = Path(f"/proc/{mounted.worker}/task").glob("*/children")
@@ -69,7 +62,7 @@ def rights(pid: int) -> dict[str, str]:
 
 def wait_for_movers(mounted: Mounted) -> list[int]:
     until_s = time.monotonic() + 60
-    while status(mounted)["movers"]["running"] < 2:
+    while mounted.status()["movers"]["running"] < 2:
         assert time.monotonic() < until_s
         python("import os, sys; os.listdir(sys.argv[1])", mounted.path)
         time.sleep(0.05)
@@ -84,7 +77,7 @@ def test_a_load(mount: Callable[..., Mounted], s3: S3) -> None:
     assert len(pids) == 2
     for pid in pids:
         assert rights(pid) == rights(mounted.worker)
-    assert status(mounted)["movers"] == {"limit": 2, "running": 2, "lost": 0}
+    assert mounted.status()["movers"] == {"limit": 2, "running": 2, "lost": 0}
     mounted.end()
     for pid in pids:
         wait_until_gone(pid, 60)
@@ -162,7 +155,7 @@ def test_tls(tmp_path: Path) -> None:
     )  # fmt: skip
     try:
         assert python(LOAD, mounted.path).strip() == DIGEST
-        assert status(mounted)["movers"]["lost"] == 0
+        assert mounted.status()["movers"]["lost"] == 0
     finally:
         mounted.end()
         server.stop()

@@ -30,11 +30,6 @@ def _objects(server: S3) -> None:
     server.put("told", model("m/"))
 
 
-def status(mounted: Mounted) -> dict[str, object]:
-    described: dict[str, object] = json.loads(lazyfs("status", mounted.path, "--json").stdout)
-    return described
-
-
 def test_top_in_a_terminal_and_in_a_pipe(mount: Callable[..., Mounted]) -> None:
     mounted = mount("s3://told/m")
     terminal = Terminal("top", "-d", "0.2")
@@ -71,7 +66,7 @@ def test_pause_and_resume(mount: Callable[..., Mounted], s3: S3) -> None:
     mounted = mount("s3://told/m", "--block-size=256KiB", "--max-concurrency=1")
     assert lazyfs("pause", mounted.path).returncode == 0
     assert len(blocks(s3)) < ALL_BLOCKS
-    assert status(mounted)["prefetch"]["activity"] == "paused"  # type: ignore[index]
+    assert mounted.status()["prefetch"]["activity"] == "paused"
     assert "paused" in lazyfs("status", mounted.path).stdout
     read = shell("cat model-00002* | wc -c", mounted.path).stdout
     assert int(read) == len(model("")["model-00002-of-00002.safetensors"])
@@ -82,7 +77,7 @@ def test_pause_and_resume(mount: Callable[..., Mounted], s3: S3) -> None:
 def test_set(mount: Callable[..., Mounted]) -> None:
     mounted = mount("s3://told/m", "--prefetch=off")
     assert lazyfs("set", mounted.path, "max-concurrency=3", "log-level=debug").returncode == 0
-    assert status(mounted)["requests_limit"] == 3
+    assert mounted.status()["requests_limit"] == 3
     assert "max-concurrency=3, log-level=debug" in lazyfs("status", mounted.path).stdout
     for changes, words in (
         (["max-concurrency=many"], "max-concurrency: 'many' is not allowed: "),
@@ -94,7 +89,7 @@ def test_set(mount: Callable[..., Mounted]) -> None:
         wrong = lazyfs("set", mounted.path, *changes)
         assert (wrong.returncode, wrong.stdout) == (2, "")
         assert wrong.stderr.startswith(f"lazyfs: {words}") and wrong.stderr.count("\n") == 1
-    assert status(mounted)["requests_limit"] == 3, "nothing of a refused change is done"
+    assert mounted.status()["requests_limit"] == 3, "nothing of a refused change is done"
 
 
 def test_in_a_terminal(mount: Callable[..., Mounted], tmp_path: Path) -> None:
@@ -102,7 +97,7 @@ def test_in_a_terminal(mount: Callable[..., Mounted], tmp_path: Path) -> None:
     for arguments in (["pause"], ["resume"], ["set", "log-level=debug", "bandwidth-limit=1GB"]):
         command, *changes = arguments
         assert in_terminal(command, mounted.path, *changes)[:2] == (0, "")
-    assert status(mounted)["changed"] == {"log-level": "debug", "bandwidth-limit": "1GB"}
+    assert mounted.status()["changed"] == {"log-level": "debug", "bandwidth-limit": "1GB"}
     code, text, _ = in_terminal("set", mounted.path, "log-level=loud", columns=200)
     assert code == 2
     assert text.strip() == "lazyfs: log-level: 'loud' is not allowed: debug, info, warning or error"
@@ -122,7 +117,7 @@ def test_changes_outlive_the_worker(mount: Callable[..., Mounted], s3: S3) -> No
         before = blocks(s3)
         assert len(before) < ALL_BLOCKS
         os.kill(mounted.worker, signal.SIGKILL)
-        while (now := status(mounted)).get("restarts") != restarts or "error" in now:
+        while (now := mounted.status()).get("restarts") != restarts or "error" in now:
             time.sleep(0.1)
         assert now["resumes"] == restarts
         assert now["requests_limit"] == 2
@@ -130,7 +125,7 @@ def test_changes_outlive_the_worker(mount: Callable[..., Mounted], s3: S3) -> No
             "max-concurrency": "2", "log-level": "debug", "bandwidth-limit": "500MB",
         }  # fmt: skip
         assert blocks(s3) == before, "it fetches nothing"
-        assert status(mounted)["prefetch"]["activity"] == "paused"  # type: ignore[index]
+        assert mounted.status()["prefetch"]["activity"] == "paused"
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(socket_of(mounted)))
         client.sendall(b"no request\r\n\r\n")

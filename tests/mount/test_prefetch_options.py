@@ -6,7 +6,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +17,6 @@ from test_models import LOAD, model, settle
 pytestmark = pytest.mark.fuse
 
 BLOCK = 256 << 10
-
-
-def status_of(mounted: Mounted) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(lazyfs("status", mounted.path, "--json").stdout)
-    return told
 
 
 def layers(count: int) -> bytes:
@@ -97,7 +91,7 @@ with safe_open(sys.argv[1], framework="np") as opened:
     opened.get_tensor("layers.19.w").sum()
 """
     python(code, mounted.path / "model.safetensors")
-    told = json.loads(lazyfs("status", mounted.path, "--json").stdout)
+    told = mounted.status()
     assert told["prefetch"]["passed_over_bytes"] > 20 * BLOCK, "of 9 layers of 4 blocks"
     assert "skipped by the reader" in lazyfs("status", mounted.path).stdout
 
@@ -120,10 +114,10 @@ def test_requests_for_weights_that_a_loader_does_not_read_are_ended(
     s3.fault("GET /replaced/model-", "slow", times=10**6, seconds=6)  # a minute for each answer
     mounted = mount("s3://replaced", "--block-size=256KiB")
     began_s = time.monotonic()
-    while not (told := status_of(mounted))["in_flight"]:
+    while not (told := mounted.status())["in_flight"]:
         assert time.monotonic() < began_s + 20, told
     python(LOAD, mounted.path / "consolidated.safetensors")
-    while (told := status_of(mounted))["requests_in_flight"] > 2:  # two headers
+    while (told := mounted.status())["requests_in_flight"] > 2:  # two headers
         assert time.monotonic() < began_s + 40, told
     assert told["in_flight"] == 0
     s3.forget()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -77,11 +75,6 @@ def digest(mounted: Mounted) -> str:
     return python(DIGEST, mounted.path)
 
 
-def status_of(mounted: Mounted) -> dict[str, Any]:
-    answer: dict[str, Any] = json.loads(lazyfs("status", mounted.path, "--json").stdout)
-    return answer
-
-
 def wait_until(is_true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while not is_true():
@@ -93,10 +86,9 @@ def wait_for_successor(mounted: Mounted) -> None:
     """Until another worker serves the mount, and has fetched ahead all that it wants."""
 
     def has_all() -> bool:
-        answer = lazyfs("status", mounted.path, "--json")
-        if answer.returncode != 0:
+        status = mounted.status()
+        if "error" in status:
             return False
-        status = json.loads(answer.stdout)
         return bool(status["resumes"] and status["ready"]["model"] and not status["in_flight"])
 
     wait_until(has_all)

@@ -2,47 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
 
 import pytest
 from gate import Gate
-from mounting import Mounted, descriptors, peak_mib, python, shell
+from mounting import Mounted, python, shell
 from s3 import S3
 
 pytestmark = pytest.mark.fuse
 
 BODY = random.Random(9).randbytes(3 << 20)
 OPTIONS = ["--prefetch=off", "--block-size=1MiB"]
-# Reads a file in pieces of any size from anywhere, and prints the digest of all its bytes.
-SOAK = """
-import hashlib, os, random, sys, time
-path, until, dice = sys.argv[1], time.monotonic() + float(sys.argv[2]), random.Random(sys.argv[3])
-size = os.stat(path).st_size
-while True:
-    content = bytearray(size)
-    pieces, at = [], 0
-    while at < size:
-        pieces.append((at, min(size - at, dice.randint(1, 300_000))))
-        at += pieces[-1][1]
-    dice.shuffle(pieces)
-    with open(path, "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        for at, length in pieces:
-            content[at:at + length] = os.pread(file.fileno(), length, at)
-    print(hashlib.sha256(content).hexdigest(), flush=True)
-    if time.monotonic() > until:
-        break
-"""
 READ_ERRNO = """
 import errno, sys
 try:
@@ -172,66 +147,6 @@ def test_nothing_hangs_on_a_dead_endpoint(
         reader.wait(timeout=60)
     assert shell("stat file", mounted.path).returncode == 0
     mounted.end()
-
-
-@pytest.mark.parametrize("seconds", [float(os.environ.get("LAZYFS_SOAK_S", "10"))])
-def test_soak(mount: Callable[..., Mounted], s3: S3, gate: Gate, seconds: float) -> None:
-    """All faults at once, and dying workers; LAZYFS_SOAK_S=3600 makes the long version."""
-    seed = random.randrange(1 << 32)
-    print("seed", seed)
-    dice = random.Random(seed)
-    mounted = mount(
-        "s3://trouble/m", f"--endpoint-url={gate.url}", "--block-size=256KiB", "--cache-dir=none",
-        "--memory-limit=64MiB", "--page-cache=off",
-    )  # fmt: skip
-    readers = [
-        subprocess.Popen(
-            [sys.executable, "-c", SOAK, mounted.path / "file", str(seconds), str(dice.random())],
-            stdout=subprocess.PIPE, text=True,
-        )
-        for _ in range(3)
-    ]  # fmt: skip
-    faults: list[dict[str, Any]] = [
-        {"kind": "status", "status": 503, "code": "SlowDown"},
-        {"kind": "status", "status": 500, "code": "InternalError"},
-        {"kind": "status", "status": 400, "code": "ExpiredToken"},
-        {"kind": "truncate"},
-        {"kind": "reset"},
-        {"kind": "corrupt_range"},
-        {"kind": "hang", "seconds": 1},
-        {"kind": "slow", "seconds": 0.1},
-    ]
-    events: list[Callable[[], None]] = [
-        *(
-            partial(s3.fault, "GET /trouble/m/file", **fault, times=dice.randint(1, 20))
-            for fault in faults
-        ),
-        gate.close,
-        gate.stick,
-        lambda: os.kill(mounted.worker, signal.SIGKILL),
-    ]
-    try:
-        until = time.monotonic() + seconds
-        highest: dict[int, int] = {}
-        while time.monotonic() < until:
-            with contextlib.suppress(AssertionError):  # there is no worker at the moment
-                worker = mounted.worker
-                highest[worker] = max(highest.get(worker, 0), descriptors(worker))
-                dice.choice(events)()
-            time.sleep(dice.uniform(0, 0.6))
-            gate.open()
-        s3.forget()
-        expected = hashlib.sha256(BODY).hexdigest()
-        for reader in readers:
-            output, _ = reader.communicate(timeout=60)
-            assert reader.returncode == 0, "no error was seen"
-            assert set(output.split()) == {expected}
-        assert max(highest.values()) < 400
-        assert peak_mib(mounted.worker) < 64 + 256
-    finally:
-        for reader in readers:
-            reader.kill()
-            reader.communicate(timeout=60)
 
 
 @pytest.mark.parametrize(

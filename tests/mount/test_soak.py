@@ -1,4 +1,4 @@
-"""A minute of the soak test; `make soak SECONDS=3600` runs an hour."""
+"""Two storms of the soak test; `make soak SECONDS=3600` runs an hour."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 pytestmark = pytest.mark.fuse
 
 SOAK = Path(__file__).parent.parent / "soak.py"
-SECONDS = 75
+SECONDS = 25
+READERS = 64
 # Other tests run beside this one, and want the processors as well.
 PATIENCE_S = 12
 
@@ -20,11 +21,11 @@ PATIENCE_S = 12
 @pytest.mark.timeout(300)
 def test_every_byte_is_right_and_no_reader_is_stuck_while_everything_goes_wrong() -> None:
     ended = subprocess.run(
-        [sys.executable, SOAK, str(SECONDS), f"--patience={PATIENCE_S}"],
+        [sys.executable, SOAK, str(SECONDS), f"--patience={PATIENCE_S}", f"--readers={READERS}"],
         capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert ended.stdout, ended.stderr
     told = json.loads(ended.stdout)
     assert told["problems"] == []
-    assert told["reads"] > 1000 and told["faults"] > 5 and told["asked"] > 50
+    assert told["reads"] > 1000 and told["faults"] > 5 and told["asked"] > 20
     assert ended.returncode == 0

@@ -61,6 +61,7 @@ while time.monotonic() < until or not rounds:
                 digest = hashlib.sha256(file.read()).hexdigest()
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             print(os.path.basename(path), digest, flush=True)
+        time.sleep(0.1)  # other tests want the processors, too
     rounds += 1
 """
 
@@ -149,12 +150,12 @@ def test_readers_notice_nothing_of_dying_workers(
     mount: Callable[..., Mounted], cache: tuple[str, ...]
 ) -> None:
     """LAZYFS_KILLS=50 makes the long version."""
-    kills = int(os.environ.get("LAZYFS_KILLS", "4"))
+    kills = int(os.environ.get("LAZYFS_KILLS", "3"))
     seed = random.randrange(1 << 32)
     print("seed", seed)
     pauses = random.Random(seed)
     mounted = mount("s3://survival/m", "--block-size=1MiB", *cache)
-    with readers(mounted, 2.5 * kills) as started:
+    with readers(mounted, 1.5 * kills) as started:
         for _ in range(kills):
             time.sleep(pauses.uniform(0, 2))
             kill_worker(mounted)
