@@ -201,9 +201,8 @@ def test_model_prefetch_brings_the_whole_model_once(mount: Callable[..., Mounted
     assert shell("cat *.safetensors config.json | wc -c", mounted.path).stdout.strip() == str(
         3 * len(body) + 2
     )
-    fetched = blocks(s3)
-    assert len(fetched) == len(set(fetched)) == 31
-    assert not [path for path, _ in fetched if path.endswith("old.bin")]
+    assert_each_once(mounted, s3, 31)
+    assert not [path for path, _ in blocks(s3) if path.endswith("pytorch_model.bin")]
 
 
 def test_a_larger_model_than_memory_is_still_fetched_once(

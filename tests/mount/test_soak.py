@@ -14,6 +14,7 @@ pytestmark = pytest.mark.fuse
 SOAK = Path(__file__).parent.parent / "soak.py"
 SECONDS = 25
 READERS = 64
+FAULTS = 5  # of the first storm
 # Other tests run beside this one, and want the processors as well.
 PATIENCE_S = 12
 
@@ -27,5 +28,5 @@ def test_every_byte_is_right_and_no_reader_is_stuck_while_everything_goes_wrong(
     assert ended.stdout, ended.stderr
     told = json.loads(ended.stdout)
     assert told["problems"] == []
-    assert told["reads"] > 1000 and told["faults"] > 5 and told["asked"] > 20
+    assert told["reads"] > 1000 and told["faults"] >= FAULTS and told["asked"] > 20
     assert ended.returncode == 0
