@@ -78,6 +78,7 @@ class Request:
         asked: what a mover was told when it requested the range, for the first attempt.
         extra_bytes: what was reserved beyond its room: for a second attempt, and for what goes on
             after nobody wants it.
+        counted: the bytes and the seconds that it had when all requests were last counted.
     """
 
     file: File
@@ -93,6 +94,7 @@ class Request:
     is_elsewhere: bool = False
     is_direct: bool = False
     asked: Any = None
+    counted: tuple[int, float] = (0, 0.0)
 
 
 class Attempts:

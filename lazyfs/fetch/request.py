@@ -40,6 +40,9 @@ OVERTAKEN = 4
 # When nothing has come over any connection for this long, the connections are dead, however slow
 # the link is: its kernel would have sent lost packets again by then.
 SILENT_S = 4.0
+# After this time it is counted again what has come over all connections. Not by each request: when
+# a link stalls, all of them look at the same time.
+RECOUNT_S = 0.25
 # A second request that failed is repeated after this time, then after twice as long, as long as the
 # first one is not answered.
 AGAIN_S = 1.0
@@ -91,6 +94,9 @@ class BlockGetter:
         self._hedges_running = 0
         # When bytes came last, as far as was noticed.
         self._came_at_s = -math.inf
+        # When requests were counted, and the bytes and seconds of all of them.
+        self._counted_s = -math.inf
+        self._counted = 0, 0.0
         self.fleet: Fleet | None = None
         if options.fleet_cache:
             self.fleet = Fleet(FleetCache(options.fleet_cache))
@@ -399,11 +405,21 @@ class BlockGetter:
 
     def _usual_s(self, request: Request) -> float:
         """How long a request takes at the rate of the others under way; 0: nothing has come."""
-        came, lasted_s = 0, 0.0
-        for other in self._first_attempts:
-            if other is not request and other.under_way:
-                came += other.under_way[0].received_bytes() or 0
-                lasted_s += trio.current_time() - other.began_s
+        now_s = trio.current_time()
+        if now_s >= self._counted_s + RECOUNT_S:
+            under_way = [each for each in self._first_attempts if each.under_way]
+            for each in under_way:
+                came = each.under_way[0].received_bytes() or 0
+                each.counted = came, now_s - each.began_s
+            self._counted_s = now_s
+            self._counted = (
+                sum(each.counted[0] for each in under_way),
+                sum(each.counted[1] for each in under_way),
+            )
+        came, lasted_s = (
+            self._counted[0] - request.counted[0],
+            self._counted[1] - request.counted[1],
+        )
         return request.length * lasted_s / came if came else 0.0
 
     def _is_silent(self, request: Request) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, cast
 import pytest
 import trio
 import trio.testing
+from inline_mover import inline_mover
 from inline_threads import InlineThreads
 from test_jobs import BLOCK, FILE, JobsOver
 from test_source import ANSWER, Request, Serve, part, refusal, serve
@@ -57,8 +58,12 @@ def whole(asked: Request) -> ANSWER:
     return part(asked, data=DATA)
 
 
-@pytest.fixture
-def movers() -> Iterator[Movers]:
+@pytest.fixture(params=["process", "thread"])
+def movers(request: pytest.FixtureRequest) -> Iterator[Movers]:
+    if request.param == "thread":
+        with inline_mover() as made:
+            yield made
+        return
     made = Movers(1)
     yield made
     made.close()

@@ -254,6 +254,37 @@ def test_a_pause_on_a_slow_link_is_no_reason_to_ask_a_second_time(
         released.set()
 
 
+def test_requests_that_stall_together_are_counted_once_for_all_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a link that stalls, hundreds ask at the same time how fast the others are."""
+    requests, asked = 64, 0
+
+    def received(cancel: Cancel) -> int:
+        nonlocal asked
+        asked += 1
+        return 10
+
+    monkeypatch.setattr(Cancel, "received_bytes", received)
+
+    async def run() -> None:
+        memory = BlockMemory(1000 * requests, 10, BlockMap(10), lambda: 1)
+        getter = BlockGetter(
+            LateLink(), memory, MountOptions(movers=1), InlineThreads(), lambda: None, Recorder()  # type: ignore[arg-type]
+        )  # fmt: skip
+
+        async def one() -> None:
+            await getter.get(FILE, 0, 400, patience_s=lambda: 60.0, saturated=lambda: True)
+
+        with trio.move_on_after(3.5):  # the timer's first patience is 2 s
+            async with trio.open_nursery() as nursery:
+                for _ in range(requests):
+                    nursery.start_soon(one)
+
+    trio.run(run, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert requests < asked <= 5 * requests, "each looks three times, and twice all are counted"
+
+
 def test_an_error_of_the_second_attempt_leaves_the_first() -> None:
     first_may_answer = threading.Event()
 
