@@ -21,8 +21,9 @@ from lazyfs.errors import AccessDeniedError, SourceError, UnavailableError
 from lazyfs.fetch import request, scheduler
 from lazyfs.fetch.concurrency import START
 from lazyfs.fetch.fetcher import BlockFetcher
-from lazyfs.fetch.scheduler import BESIDE_FIRST, URGENT_EXTRA
+from lazyfs.fetch.scheduler import BESIDE_FIRST, LOADERS, URGENT_EXTRA
 from lazyfs.listed_object import File
+from lazyfs.observe.events import Activity
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.pagecache.page_cache import PageCache
@@ -716,3 +717,82 @@ def test_blocks_that_s3_does_not_give_leave_room_for_others() -> None:
             await refusing.wants(MODEL, 0)
 
     play(refusing.machine, scenario)
+
+
+def test_what_prefetching_does_is_known() -> None:
+    """`lazyfs status` and the report of a load say so."""
+    machine = Machine()
+    recorder = machine.fetcher._recorder
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        assert recorder.activity is Activity.DONE
+        machine.source.open.clear()
+        machine.order(MODEL)
+        machine.fetcher.pump()
+        assert recorder.activity is Activity.FETCHING
+        machine.fetcher.pause(True)
+        assert recorder.activity is Activity.PAUSED
+        machine.fetcher.pause(False)
+        assert recorder.activity is Activity.FETCHING
+        machine.source.open.set()
+        await until(lambda: recorder.activity is Activity.DONE)
+        assert len(machine.source.asked) == BLOCKS
+        await until_memory_is_full(machine)
+        assert recorder.activity is Activity.NO_ROOM
+
+    play(machine, scenario)
+
+
+def test_prefetching_waits_for_readers_that_have_no_request_yet() -> None:
+    machine = Machine(**{"max-concurrency": "1"})
+    machine.source.open.clear()
+    recorder = machine.fetcher._recorder
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        async with trio.open_nursery() as readers:
+            for number in range(URGENT_EXTRA + 2):
+                readers.start_soon(read, machine, number)
+            await until(lambda: len(machine.source.asked) == URGENT_EXTRA + 1)
+            machine.order(MODEL)
+            machine.fetcher.pump()
+            assert recorder.activity is Activity.DEMAND
+            assert machine.fetcher.in_flight == URGENT_EXTRA + 1
+            machine.source.open.set()
+        await until(lambda: recorder.activity is Activity.DONE)
+
+    play(machine, scenario)
+
+
+@pytest.mark.parametrize(
+    ("movers", "hangs", "loads"), [("0", False, LOADERS), ("4", False, 4), ("0", True, START)]
+)
+def test_few_blocks_are_read_ahead_from_the_disk_at_once(
+    movers: str, hangs: bool, loads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But when it hangs, all come from S3, where many at once are faster."""
+    machine = Machine(movers=movers)
+    large = replace(LARGE, inode=ON_DISK.inode, size_bytes=100 * BLOCK)
+    may_load = threading.Event()
+    loading: list[int] = []
+
+    def load(file: File, number: int) -> memoryview:
+        loading.append(number)
+        may_load.wait(20)
+        return memoryview(bytes(BLOCK))
+
+    monkeypatch.setattr(machine.disk, "load_or_claim", load)
+    monkeypatch.setattr(machine.disk, "present", lambda file: list(range(100)))
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        try:
+            machine.fetcher._scheduler.disk_hangs = hangs
+            await machine.fetcher.scan([large])
+            machine.order(large)
+            machine.fetcher.set_known(large, True)
+            await until(lambda: len(loading) >= loads)
+            await for_a_while()
+            assert len(loading) == loads == machine.fetcher._jobs.loading
+        finally:
+            may_load.set()
+
+    play(machine, scenario)
