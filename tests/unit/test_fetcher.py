@@ -15,6 +15,7 @@ from lazyfs.errors import AccessDeniedError
 from lazyfs.fetch import fetcher
 from lazyfs.handover.handover import new_near
 from lazyfs.listed_object import File
+from lazyfs.observe.recorder import Tier
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.pagecache.page_map import PageMap
 
@@ -258,5 +259,25 @@ def test_a_fault_in_following_a_reader_is_not_its_own(monkeypatch: pytest.Monkey
         machine.fetcher.was_read(MODEL, 0, 10)
         await read(machine, 0)
         assert machine.source.asked == [0]
+
+    play(machine, scenario)
+
+
+def test_what_readers_get_is_counted_by_where_it_came_from() -> None:
+    machine = Machine(prefetch="off")
+    counted = machine.fetcher._recorder.read_bytes
+    shard = File(9, 1, "s.safetensors", "s", 10 * BLOCK, "e", 0)
+    machine.source.contents["s"] = (100).to_bytes(8, "little") + b"{}".ljust(100)
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        await machine.fetcher.read(MODEL, Span(0, 0, 10))
+        await machine.fetcher.read(MODEL, Span(0, 10, 100))
+        await machine.fetcher.read(ON_DISK, Span(0, 0, 1000))
+        await machine.fetcher.header(shard)  # for the planner
+        await machine.fetcher.read(shard, Span(0, 0, 20))
+        await machine.fetcher.read(MODEL, Span(1, 0, 10), reader=False)
+        assert {tier: size for tier, size in counted.items() if size} == {
+            Tier.S3: 10, Tier.MEMORY: 90 + 20, Tier.DISK: 1000,
+        }  # fmt: skip
 
     play(machine, scenario)

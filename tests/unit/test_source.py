@@ -65,16 +65,11 @@ class Service:
 
     Args:
         pair: a certificate and its key, to serve https.
-
-    Attributes:
-        requests: all that came.
-        sent: those to which the whole answer was sent.
     """
 
     def __init__(self, answer: Callable[[Request], ANSWER], *pair: Path) -> None:
         self.answer = answer
         self.requests: list[Request] = []
-        self.sent: list[Request] = []
         service = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -91,7 +86,6 @@ class Service:
                 self.end_headers()
                 if self.command != "HEAD":
                     self.wfile.write(body)
-                service.sent.append(request)
 
             do_HEAD = do_POST = do_GET  # noqa: N815
 

@@ -14,6 +14,7 @@ from lazyfs.blocks import BlockId, Span
 from lazyfs.blocks.memory import Held
 from lazyfs.cache import CARE_S, BlockCache, Claim
 from lazyfs.cache.block_writer import BlockWriter
+from lazyfs.cache.disk_calls import DiskHangsError
 from lazyfs.cache.other_daemons import LEASE_S, LOOK_S, OtherDaemons
 from lazyfs.errors import AccessDeniedError, SourceError, UnavailableError
 from lazyfs.fetch.attempt import Got
@@ -496,6 +497,20 @@ def test_cache_maintenance_gets_the_present_plan() -> None:
             nursery.cancel_scope.cancel()
         await on_disk.tier.finish([FILE])
         assert (on_disk.writer.calls, on_disk.disk.planned[2:]) == (["finish"], [[2]])
+
+    run(scenario)
+
+
+def test_a_mount_ends_although_its_disk_hangs() -> None:
+    async def scenario() -> None:
+        on_disk = OnDisk()
+
+        async def hang() -> None:
+            raise DiskHangsError
+
+        on_disk.writer.finish = hang  # type: ignore[method-assign]
+        await on_disk.tier.finish([FILE])
+        assert on_disk.disk.planned == [], "it is not asked for anything else"
 
     run(scenario)
 
