@@ -64,17 +64,23 @@ class DiskWindow:
             nursery.start_soon(contained, "making room on the disk", self._exchange, spent)
 
     async def _exchange(self, spent: list[BlockId]) -> None:
-        for inode, blocks in groupby(spent, lambda block: block.inode):
-            numbers = [block.number for block in blocks]
-            if await self._given_up(self._files[inode], numbers):
-                for block in (BlockId(inode, number) for number in numbers):
-                    held = self._memory.get(block)
-                    if held is not None:
-                        held.on_disk, held.unread = False, 0
-                    elif self._prefetcher.blocks.place(block) == Place.LOCAL:
-                        self._prefetcher.blocks.moved(block, Place.USED)
-        self._writer.retry(self._kept)
-        self._sliding = False
+        try:
+            for inode, blocks in groupby(spent, lambda block: block.inode):
+                numbers = [block.number for block in blocks]
+                if await self._given_up(self._files[inode], numbers):
+                    for number in numbers:
+                        self._left(BlockId(inode, number))
+        finally:
+            self._sliding = False
+            self._writer.retry(self._kept)
+
+    def _left(self, block: BlockId) -> None:
+        """A block has left the disk, which no reader needs any more."""
+        held = self._memory.get(block)
+        if held is not None:
+            held.on_disk, held.unread = False, 0
+        elif self._prefetcher.blocks.place(block) == Place.LOCAL:
+            self._prefetcher.blocks.moved(block, Place.USED)
 
     async def _given_up(self, file: File, numbers: list[int]) -> bool:
         try:

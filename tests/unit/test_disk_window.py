@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import cast
 
+import pytest
 import trio
 import trio.testing
 from inline_threads import InlineThreads
@@ -132,6 +133,19 @@ def test_one_exchange_at_a_time() -> None:
             desk.threads.gate.set()
         await desk.slide()
         assert desk.asked == [SLIDE_BLOCKS] * 2
+
+    play(scenario)
+
+
+def test_a_fault_does_not_end_making_room_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(desk: Desk) -> None:
+        desk.consumed = [BlockId(2, 0)]
+        with monkeypatch.context() as patch:
+            patch.setattr(desk, "give_up", lambda *_: 1 // 0)
+            await desk.slide()
+        assert desk.kept is not None
+        await desk.slide()
+        assert desk.given_up == [(2, [0])]
 
     play(scenario)
 
