@@ -174,7 +174,6 @@ def test_the_end_of_a_mount_waits_until_what_came_is_on_the_disk() -> None:
         machine.order(MODEL, ON_DISK)
         machine.fetcher.pump()
         await until(lambda: len(machine.source.asked) == 20 and not machine.fetcher.in_flight)
-        planned.clear()
         ended = trio.Event()
 
         async def end() -> None:
@@ -187,7 +186,7 @@ def test_the_end_of_a_mount_waits_until_what_came_is_on_the_disk() -> None:
         may_write.set()
         await ended.wait()
         assert len(machine.disk.stored) == 20
-        assert planned == [[MODEL.inode, ON_DISK.inode]], "the cache knows what is needed next"
+        assert planned[-1] == [MODEL.inode, ON_DISK.inode], "the cache knows what is needed next"
 
     play(machine, scenario)
 

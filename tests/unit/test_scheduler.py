@@ -736,9 +736,9 @@ def test_what_prefetching_does_is_known() -> None:
         assert recorder.activity is Activity.FETCHING
         machine.source.open.set()
         await until(lambda: recorder.activity is Activity.DONE)
-        assert len(machine.source.asked) == BLOCKS
+        await until(lambda: len(machine.source.asked) == BLOCKS)
         await until_memory_is_full(machine)
-        assert recorder.activity is Activity.NO_ROOM
+        await until(lambda: recorder.activity is Activity.NO_ROOM)
 
     play(machine, scenario)
 
