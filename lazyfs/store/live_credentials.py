@@ -78,7 +78,7 @@ class LiveCredentials:
         return held.credentials if held is not None and self._is_good(held) else None
 
     def timed(self) -> TimedCredentials | None:
-        """The present credentials, for another process."""
+        """The present credentials, if there are any, for another process."""
         return self._held
 
     def refused(self, credentials: SigningCredentials) -> None:
@@ -91,8 +91,7 @@ class LiveCredentials:
 
     def worked(self, credentials: SigningCredentials) -> None:
         """S3 accepted these."""
-        if credentials is not self._worked:
-            self._worked = credentials
+        self._worked = credentials
         if self._refused is not None and credentials == self._refused:
             self._refused = None
 

@@ -32,10 +32,9 @@ class RefusedError(Exception):
 class RedirectedError(Exception):
     """The answer is a redirect."""
 
-    def __init__(self, location: str, refusal: Refusal) -> None:
+    def __init__(self, location: str) -> None:
         super().__init__(location)
         self.location = location
-        self.refusal = refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +117,7 @@ def unless_redirected(answer: Answer, handle: Callable[[Answer], T]) -> T:
         refusal = Refusal.of(answer.status, answer.headers, answer.body.read_all(MOST_TEXT))
         # A 301 of S3 itself reports the region of the bucket.
         if answer.status != 301 or not (refusal.code or refusal.region):
-            raise RedirectedError(location, refusal)
+            raise RedirectedError(location)
         raise RefusedError(refusal)
     return handle(answer)
 

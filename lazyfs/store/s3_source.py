@@ -153,9 +153,8 @@ class S3Source:
         return page
 
     def resolved(self, page: Page | None) -> ResolvedSource:
-        """What another process needs to know about this source. Raises SourceError."""
-        timed = None if self._options.no_sign_request else self._credentials.timed()
-        return ResolvedSource(self._client.place, timed, page)
+        """What another process needs to know about this source."""
+        return ResolvedSource(self._client.place, self._credentials.timed(), page)
 
     def prepare(self) -> None:
         """Get credentials if they are available soon; a resumed mount needs none for data on this

@@ -296,10 +296,10 @@ class Client:
         """Handle what a mover told of a request, if it is an ordinary answer; see `ask_mover`."""
         if isinstance(told, dict) and told["filled"]:
             transport, _ = self._servers.get(self.place.server)
+            # Its status is that of a success, so it is no refusal and no redirect.
             with contextlib.suppress(
-                NotMovedError, RedirectedError, ranges.ChangedError, ranges.OtherRangeError,
-                ranges.IgnoresRangeError, OSError,
-            ):  # fmt: skip
+                ranges.ChangedError, ranges.OtherRangeError, ranges.IgnoresRangeError, OSError
+            ):
                 answer = mover_requests.understand(
                     told, transport, lambda answer: handle(answer, False), cancel, into
                 )
@@ -340,13 +340,7 @@ class Client:
         """
         credentials = self._credentials.current() if self._credentials else None
         _, signer = self._servers.get(self.place.server)
-        headers = {**request.headers, "User-Agent": _AGENT, "Host": signer.host}
-        signed = {"x-amz-request-payer": "requester"} if self._requester_pays else {}
-        headers |= signed
-        if credentials is not None:
-            headers |= signer.headers(
-                request.method, request.path, request.query, signed, credentials
-            )
+        headers = {"Host": signer.host, **self._headers(request, signer, credentials, {})}
         return cache.ask(request.target, headers, lambda answer: handle(answer, False), cancel)
 
     def _takes_clock_of(self, refusal: Refusal) -> bool:
@@ -383,7 +377,6 @@ class Client:
         signed: Mapping[str, str],
     ) -> T:
         server, elsewhere = self.place.server, False
-        refusal: Refusal | None = None
         for _ in range(MOST_REDIRECTS + 1):
             transport, signer = self._servers.get(server)
             if elsewhere:
@@ -409,12 +402,10 @@ class Client:
                     request.method, request.target, headers, handle_here, cancel
                 )
             except RedirectedError as error:
-                refusal = error.refusal
                 server, request, elsewhere = redirected(
                     self.place.server, server, request, error.location, elsewhere
                 )
                 self.note(f"redirects to {printable(server)}")
-        assert refusal is not None
         raise BadRedirectError(f"redirected more than {MOST_REDIRECTS} times")
 
     def _is_moved(self, server: str) -> bool:

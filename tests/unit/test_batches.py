@@ -242,6 +242,20 @@ def test_what_has_not_come_is_cut_off_and_what_came_of_it_is_used(
     trio.run(main)
 
 
+@pytest.mark.parametrize(("etag", "tag"), [('"v1"', '"v1"'), ('W/"v1"', None)])
+def test_only_the_listed_version_is_asked_for(
+    serve: Serve, movers: Movers, etag: str, tag: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("test_batches.PIN", replace(PIN, etag=etag))
+
+    async def main() -> None:
+        service = serve(whole)
+        await Call(service, movers).run()
+        assert [asked.headers.get("if-match") for asked in service.requests] == [tag] * len(PARTS)
+
+    trio.run(main)
+
+
 def test_a_refusal_is_told_and_not_asked_for_again(serve: Serve, movers: Movers) -> None:
     def answer(asked: Request) -> ANSWER:
         return refusal(503, "SlowDown") if asked.range[0] == PART else whole(asked)

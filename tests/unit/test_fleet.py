@@ -232,7 +232,7 @@ def test_blocks_that_the_cache_does_not_deliver_come_from_s3(answer: Answer, tro
             assert mount.fleet.state is State.RESTING and mount.fleet.trouble
 
 
-def test_a_cache_behind_a_unix_socket(tmp_path: Path) -> None:
+def test_a_cache_behind_a_unix_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "door.sock"
     cache = FleetCache(f"unix:{path}")
     with pytest.raises(FleetCacheError, match="No such file or directory") as told:
@@ -250,6 +250,10 @@ def test_a_cache_behind_a_unix_socket(tmp_path: Path) -> None:
             head = connection.recv(1000).decode()
             connection.sendall(b"HTTP/1.1 206 OK\r\nContent-Length: 4\r\n\r\nbyte")
         assert asked.result() == b"byte"
+        monkeypatch.setattr(fleet_cache, "SILENCE_TIMEOUT_S", 0.1)
+        with pytest.raises(FleetCacheError) as told:  # nobody accepts
+            cache.ask("/bucket/m/w", {}, lambda answer: answer.body.read_all(9), Cancel())
+        assert told.value.trouble is Trouble.SILENT
     assert head.startswith("GET /bucket/m/w HTTP/1.1\r\n") and "\r\nHost: s3.test\r\n" in head
 
 

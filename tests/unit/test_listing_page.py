@@ -74,6 +74,7 @@ def test_a_prefix_of_the_namespace_makes_no_difference() -> None:
         b"  \n",
         b"{}",
         b"default backend",
+        b"\x1f\x8b\x08\xff",
         b"<!doctype html><html><body/></html>",
         b"<html><head><title>Sign in</title></head><body/></html>",
         b"<Error><Code>SlowDown</Code></Error>",

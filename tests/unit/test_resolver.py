@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from botocore.exceptions import DataNotFoundError
@@ -14,7 +16,7 @@ from test_source import serve
 from lazyfs.errors import AccessDeniedError, OptionError, SourceError
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store import boto
-from lazyfs.store.boto.resolver import Resolver
+from lazyfs.store.boto.resolver import BEFORE_THE_END_S, CREDENTIALS_LAST_S, Resolver
 from lazyfs.store.boto.session import new_session
 from lazyfs.store.credentials import WebIdentity
 from lazyfs.store.resolved_source import Place
@@ -185,6 +187,23 @@ def test_invalid_keys_are_refused_and_not_shown(monkeypatch, name, text):
     with pytest.raises(SourceError, match=r"blanks or control characters") as told:
         Resolver(SourceUrl.parse("s3://m-x"), MountOptions()).credentials()
     assert text not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("lasts_s", "renewed_after_s"),
+    [(200, 200 - BEFORE_THE_END_S), (12 * 3600, CREDENTIALS_LAST_S), (3, 1), (-100, 1)],
+)
+def test_credentials_are_renewed_before_they_end(monkeypatch, lasts_s, renewed_after_s):
+    """And not only then: those of a file may have been rewritten."""
+    from botocore.credentials import RefreshableCredentials
+
+    found = RefreshableCredentials(
+        "id", "secret", "token", datetime.now(UTC) + timedelta(seconds=lasts_s), None, "a test"
+    )
+    monkeypatch.setattr(found, "get_frozen_credentials", lambda: found._frozen_credentials)
+    resolver = Resolver(SourceUrl.parse("s3://bucket/m"), MountOptions(), None, "eu-west-1")
+    monkeypatch.setattr(resolver._session, "get_credentials", lambda: found)
+    assert resolver.credentials().until_s - time.time() == pytest.approx(renewed_after_s, abs=60)
 
 
 def test_a_file_that_is_rewritten_is_read_again(tmp_path):

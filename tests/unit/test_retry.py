@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import trio
 import trio.testing
@@ -69,3 +71,23 @@ def test_retries_end_at_the_timeout() -> None:
 def test_a_reader_that_comes_in_a_pause_waits_no_longer_than_it_may() -> None:
     assert times_asked([30], 20, timeout_later_s=5) == pytest.approx([0, 5])
     assert times_asked([30], 20, timeout_later_s=60) == pytest.approx([0, 30.1])
+
+
+def test_mounts_that_failed_together_do_not_come_back_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(retry.random, "random", lambda: 0.25)
+    assert times_asked([0.0, 0.0, 0.0], 60.0) == pytest.approx([0, 0.025, 0.075, 0.175])
+
+
+@pytest.mark.parametrize(("told_s", "lines"), [([1.0, 1.0], 0), ([4.0, 1.0, 1.0], 2)])
+def test_a_long_wait_is_told_once_and_its_end_too(
+    told_s: list[float], lines: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    times_asked(told_s, 60.0)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == lines
+    if told:
+        assert told[0].startswith("still waiting for x after 4 s: busy")
+        assert told[1].startswith("x answered after 6.")

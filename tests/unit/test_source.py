@@ -225,6 +225,20 @@ def test_given_credentials_are_replaced(serve: Serve) -> None:
     assert signed_with(serve, first, found, second) == ("two", 0)
 
 
+def test_given_credentials_sign_when_none_are_known_yet(serve: Serve) -> None:
+    """As in a mount that goes on after its worker was replaced."""
+    service = serve(lambda _: (200, {}, page(entry("m/a"))))
+    place = Place("us-east-1", "s3", service.url, "/bucket/", "/none", None)
+    source = S3Source(
+        URL, MountOptions(endpoint_url=service.url), StaticCredentials("one", "s"),
+        ResolvedSource(place, None, None),
+    )  # fmt: skip
+    source.list_page("m/")
+    assert "Credential=one/" in service.requests[0].headers["authorization"]
+    found = source.resolved(None).credentials
+    assert found is not None and found.credentials == SigningCredentials("one", "s")
+
+
 @pytest.mark.parametrize(("role", "expected"), [("role", "found"), ("another", "id-1")])
 def test_a_new_token_of_a_role_is_for_the_next_credentials(
     serve: Serve, role: str, expected: str
