@@ -40,6 +40,12 @@ FILE = File(2, 1, "w", "m/w", len(DATA), '"v1"', 0)
 Answer = Callable[[Any], None]
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine, the first connection may take longer than a mount waits for it."""
+    monkeypatch.setattr(fleet, "FIRST_WORD_S", 20.0)
+
+
 class Server:
     """An HTTP server that answers as it is told, and remembers what it was asked."""
 
@@ -509,6 +515,7 @@ def test_a_file_that_is_cut_off_on_a_shelf_is_replaced() -> None:
 def test_a_cache_that_does_not_accept_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its queue of connections is full: the kernel answers nothing more."""
     monkeypatch.setattr(fleet_cache, "CONNECT_TIMEOUT_S", 30.0)
+    monkeypatch.setattr(fleet, "FIRST_WORD_S", 0.25)
     with servers(part()) as (s3,), socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen(0)
