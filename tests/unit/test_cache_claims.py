@@ -72,6 +72,34 @@ def others_wait(claims: Claims) -> bool:
     return claims.others_wait()
 
 
+def test_whether_others_wait_is_looked_at_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked for each block, and several times."""
+    ours, theirs = Claims(tmp_path), Claims(tmp_path)
+    now_s = 100.0
+    monkeypatch.setattr(claims.time, "monotonic", lambda: now_s)
+    assert not ours.others_wait()
+    theirs.set_waiting("b", True)
+    now_s += 0.9 * LOOK_S
+    assert not ours.others_wait()
+    now_s += 0.2 * LOOK_S
+    assert ours.others_wait()
+    theirs.set_waiting("b", False)
+    assert ours.others_wait()
+    now_s += 1.1 * LOOK_S
+    assert not ours.others_wait()
+
+
+def test_who_loads_a_content_is_seen_by_others(tmp_path: Path) -> None:
+    ours, theirs = Claims(tmp_path), Claims(tmp_path)
+    assert not ours.others_load("c")
+    ours.set_loading("c")
+    assert not ours.others_load("c")
+    assert theirs.others_load("c")
+    assert not theirs.others_load("d")
+
+
 def test_on_a_filesystem_without_locks_each_process_fetches_for_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
