@@ -173,9 +173,10 @@ class _Parser:
     def __init__(self, encoding: str | None) -> None:
         self.page = RawPage()
         self._path: list[str] = []
-        self._text: list[str] = []
-        self._length = 0
-        self._entry: dict[str, str] = {}
+        # Of the element that is being read: see `_start`.
+        self._text: list[str]
+        self._length: int
+        self._entry: dict[str, str]
         self.expat = expat.ParserCreate(encoding)
         self.expat.buffer_text = True
         self.expat.StartElementHandler = self._start
