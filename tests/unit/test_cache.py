@@ -373,11 +373,11 @@ def test_orphans_do_not_stay(open_cache: Callable[..., BlockCache], tmp_path: Pa
     cache, one = open_cache(), file()
     fill(cache, one, range(2))
     cache.care([])
+    block_files(tmp_path / "cache")[-1].unlink()
     stray = tmp_path / f"cache/00/{'0' * 30}"
     stray.write_bytes(b"x" * 5000)
     others = tmp_path / "cache/00/not-ours"
     others.touch()
-    block_files(tmp_path / "cache")[-1].unlink()
     cache.care([])
     assert stray.exists()  # looked for once an hour
     os.utime(tmp_path / "cache/care", (0, 0))
