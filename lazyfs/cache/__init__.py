@@ -178,6 +178,14 @@ class BlockCache:
             if self._home(content, number).claim_absent(content, number)
         }
 
+    def claim_alone(self, file: File, number: int) -> bool:
+        """Claim a block of a file, unless another process may store some. Does not block.
+
+        If this returns true, `put` or `release` must follow.
+        """
+        content = self._content(file)
+        return self._home(content, number).claim_alone(content, number)
+
     def load(self, file: File, number: int) -> memoryview | None:
         """A block's bytes, if it is on disk."""
         content = self._content(file)

@@ -195,10 +195,22 @@ class CacheDirectory:
 
         With a full or failing disk each process fetches its own blocks.
         """
-        useless = any(map(self._index.is_resting, Side)) or self._load.is_declined
-        return (
-            useless or self._index.claims is None or self._index.claims.claim(_key(content, number))
-        )
+        claims = self._index.claims
+        if claims is None or self._load.is_declined or any(map(self._index.is_resting, Side)):
+            return True
+        claims.bring(content.digest)
+        return claims.claim(_key(content, number))
+
+    def claim_alone(self, content: Content, number: int) -> bool:
+        """Claim a block, unless another process may store blocks of the content. Does not block."""
+        if self._index.claims is None or not self.claim(content, number):
+            return False
+        if not self._index.claims.is_alone(content.digest):
+            self.release(content, number)
+            return False
+        self._load.used()
+        self.counters.misses += 1
+        return True
 
     def claim_absent(self, content: Content, number: int) -> bool:
         """Claim a block, unless it is here or another process fetches it."""

@@ -4,6 +4,10 @@ A block that is not on disk is claimed there before it is fetched, so that only 
 fetches it. If another daemon has claimed a block, a demand job waits for it, and a prefetch leaves
 it to that daemon, for at most `LEASE_S`.
 
+A call of the disk costs more time than all other decisions about a block. So what was seen there of
+a file counts for `SEEN_S`, if no other process may have stored blocks of it since: a block that is
+absent then is claimed without such a call.
+
 A worker that was killed is gone only when its last thread is, which may wait in the kernel for what
 the next worker answers. Until then its claims look like another daemon's. So after a resume, a
 reader waits only `FORMER_LEASE_S` for a claim.
@@ -16,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 
 import trio
@@ -35,6 +39,9 @@ from lazyfs.observe.recorder import Tier
 # After a resume: how long a reader waits for a claim, and for how long that holds.
 FORMER_LEASE_S = 2.0
 FORMER_S = 60.0
+# How long it counts which blocks of a file the disk had.
+SEEN_S = 1.0
+_ANY = range(1 << 62)
 
 
 class DiskTier:
@@ -65,6 +72,8 @@ class DiskTier:
         self._calls = calls
         self._nursery: trio.Nursery | None = None
         self._former_until_s = -math.inf
+        # By inode, for the files of the plan: the blocks that the disk had, and when it was asked.
+        self._looks: dict[int, tuple[Container[int], float]] = {}
 
     @property
     def hangs(self) -> bool:
@@ -98,10 +107,14 @@ class DiskTier:
         The cache records that they are needed, and S3 is asked whether the mount may read them.
         If the disk hangs there are none; each block is looked for again when it is wanted.
         """
+        began_s = trio.current_time()
         try:
             present = await self._calls.run(_find_present, self._cache, files)
         except DiskHangsError:
             present = []
+        else:
+            self._looks |= {file.inode: ((), began_s) for file in files}
+            self._looks |= {file.inode: (frozenset(there), began_s) for file, there in present}
         if present and self._nursery is not None:
             there = [file for file, _ in present]
             self._nursery.start_soon(
@@ -137,7 +150,11 @@ class DiskTier:
 
     async def claim(self, jobs: Sequence[Job]) -> Sequence[Job]:
         """See `CacheTier`."""
-        file, numbers = jobs[0].file, [job.block.number for job in jobs]
+        file = jobs[0].file
+        absent = {job.block for job in jobs if await self._is_absent(job)}
+        numbers = [job.block.number for job in jobs if job.block not in absent]
+        if not numbers:
+            return jobs
         try:
             ours = await self._calls.run(
                 self._cache.claim_absent, file, numbers,
@@ -145,13 +162,35 @@ class DiskTier:
             )  # fmt: skip
         except DiskHangsError:
             return jobs
-        return [job for job in jobs if job.block.number in ours]
+        return [job for job in jobs if job.block in absent or job.block.number in ours]
+
+    async def _is_absent(self, job: Job) -> bool:
+        """Claim a block that is certainly not on the disk; False: it may be there."""
+        if job.is_stored or job.file.inode not in self._looks:
+            return False
+        there, looked_s = self._looks[job.file.inode]
+        now_s = trio.current_time()
+        if now_s >= looked_s + SEEN_S:
+            self._looks[job.file.inode] = _ANY, now_s  # meanwhile, for other jobs
+            try:
+                there = frozenset(await self._calls.run(self._cache.present, job.file))
+            except DiskHangsError:
+                return False
+            self._looks[job.file.inode] = there, now_s
+        if job.block.number in there:
+            return False
+        if self._cache.claim_alone(job.file, job.block.number):
+            return True
+        self._looks[job.file.inode] = _ANY, now_s
+        return False
 
     async def _load_or_claim(self, job: Job) -> memoryview | Claim:
         """A block, or which daemon fetches it; waits for other daemons if a reader does.
 
         A block on a disk that hangs is ours to fetch.
         """
+        if await self._is_absent(job):
+            return Claim.OURS
         lease_until = math.inf
         while True:
             try:

@@ -138,10 +138,10 @@ class Jobs:
     def begin(self, job: Job, *, from_disk: bool = False) -> None:
         """A job is about to `run`. There must be room in memory, which it takes from now on."""
         job.started = True
+        job.is_stored = from_disk or self._map.is_stored(job.block)
         self._tiers.begin(job)
         self._memory.reserve(job.length)
-        is_here = from_disk or self._map.is_stored(job.block)
-        self._map.moved(job.block, Place.LOADING if is_here else Place.COMING)
+        self._map.moved(job.block, Place.LOADING if job.is_stored else Place.COMING)
         if from_disk:
             self.loading += 1
         else:

@@ -42,6 +42,7 @@ class Job:
         tier: where it came from.
         headed_bytes: how much of it was not asked for, because it came before, as a header.
         batch: the batch in which it is fetched now.
+        is_stored: it is on the disk, as far as this mount knows.
         is_claimed: no cache has it, and it is ours to fetch.
         is_pausing: its request pauses before another attempt.
         asked: the answer to the request of its batch, if that is not simply the block.
@@ -60,6 +61,7 @@ class Job:
     tier: Tier = Tier.S3
     headed_bytes: int = 0
     batch: Batch | None = None
+    is_stored: bool = False
     is_claimed: bool = False
     asked: Any = None
     is_pausing: bool = False

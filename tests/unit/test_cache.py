@@ -252,6 +252,23 @@ def test_processes_see_of_each_other_which_block_they_fetch_and_wait_for(
     assert other.load_or_claim(one, 1) is Claim.OURS
 
 
+def test_a_process_is_alone_until_another_one_claims_blocks_of_the_same_file(
+    open_cache: Callable[..., BlockCache],
+) -> None:
+    ours, other, one = open_cache(), open_cache(), file()
+    assert ours.claim_alone(one, 0)
+    assert ours.claim_alone(one, 1)
+    ours.release(one, 1)
+    assert other.load_or_claim(one, 1) is Claim.OURS
+    assert other.put(one, 1, body(one, 1))
+    assert not ours.claim_alone(one, 1), "it is there"
+    assert not ours.claim_alone(one, 2), "it may be there"
+    assert not other.is_claimed(one, 2), "and no claim is left"
+    assert other.is_claimed(one, 0)
+    del other
+    assert ours.claim_alone(one, 2), "what had come before, the caller has seen"
+
+
 def test_a_block_that_is_stored_between_a_look_and_a_claim_is_taken(
     open_cache: Callable[..., BlockCache], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from lazyfs.cache.disk_calls import DiskHangsError
 from lazyfs.cache.other_daemons import LEASE_S, LOOK_S, OtherDaemons
 from lazyfs.errors import AccessDeniedError, SourceError, UnavailableError
 from lazyfs.fetch.attempt import Got
-from lazyfs.fetch.disk_tier import FORMER_LEASE_S, FORMER_S, DiskTier
+from lazyfs.fetch.disk_tier import FORMER_LEASE_S, FORMER_S, SEEN_S, DiskTier
 from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter
 from lazyfs.fetch.tiers import Job, OriginTier, Tiers
 from lazyfs.listed_object import File
@@ -293,8 +293,17 @@ class Disk:
         self.announced: list[int] = []
         self.loading: list[int] = []
         self.planned: list[list[int]] = []
+        self.asked: list[int] = []
+        self.looks = 0
+        self.is_shared = False
+
+    def claim_alone(self, file: File, number: int) -> bool:
+        if not self.is_shared:
+            self.ours.add(number)
+        return not self.is_shared
 
     def load_or_claim(self, file: File, number: int) -> memoryview | Claim:
+        self.asked.append(number)
         if number in self.stored:
             return self.stored[number]
         if number in self.claimed:
@@ -314,6 +323,7 @@ class Disk:
         (self.waiting.add if waiting else self.waiting.discard)(number)
 
     def present(self, file: File) -> list[int]:
+        self.looks += 1
         return sorted(self.stored) if file is FILE else []
 
     def announce(self, files: list[File]) -> None:
@@ -386,6 +396,56 @@ def test_a_missing_block_is_claimed_until_it_is_given_up() -> None:
         on_disk.tier.give_up(wanted)
         assert on_disk.disk.ours == set()
         assert on_disk.getter.asked == []
+
+    run(scenario)
+
+
+def test_the_disk_is_not_asked_for_a_block_that_was_absent_a_moment_ago() -> None:
+    async def scenario() -> None:
+        on_disk = OnDisk()
+        on_disk.disk.stored[0] = DATA
+        await on_disk.tier.present([FILE])
+        assert await on_disk.get(job(1)) is Claim.OURS
+        assert (on_disk.disk.asked, on_disk.disk.ours) == ([], {1})
+        assert await on_disk.tier.claim([job(2), job(3)]) != []
+        assert (on_disk.disk.asked, on_disk.disk.ours) == ([], {1, 2, 3})
+        assert await on_disk.get(job(0)) == DATA
+
+    run(scenario)
+
+
+def test_the_disk_is_asked_for_a_block_that_may_have_come_since() -> None:
+    async def scenario() -> None:
+        on_disk = OnDisk()
+        await on_disk.tier.present([FILE])
+        on_disk.disk.stored = dict.fromkeys(range(4), DATA)
+        ours = job(0)
+        ours.is_stored = True
+        assert await on_disk.get(ours) == DATA, "this mount has stored it"
+        on_disk.disk.is_shared = True
+        assert await on_disk.get(job(1)) == DATA, "another one has"
+        on_disk.disk.is_shared = False
+        assert await on_disk.get(job(3)) == DATA, "and has ended since"
+        await on_disk.tier.present([FILE])
+        on_disk.disk.stored[4] = DATA
+        await trio.sleep(SEEN_S)
+        assert await on_disk.get(job(4)) == DATA, "one that began and ended since"
+
+    run(scenario)
+
+
+def test_blocks_are_asked_for_singly_while_the_disk_is_looked_through() -> None:
+    async def scenario() -> None:
+        on_disk = OnDisk()
+        await on_disk.tier.present([FILE])
+        on_disk.disk.stored[1] = DATA
+        await trio.sleep(SEEN_S)
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await on_disk.get(job(1))
+        looks = on_disk.disk.looks
+        assert await on_disk.get(job(1)) == DATA
+        assert (on_disk.disk.looks, on_disk.disk.asked) == (looks, [1])
 
     run(scenario)
 
