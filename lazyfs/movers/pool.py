@@ -12,7 +12,9 @@ movers.
 
 Movers start with the first calls, more of them if there are more concurrent calls, and end when
 none was made for a while. If a mover dies, its running calls are lost (`MoverLostError`); the next
-call starts another one.
+call starts another one. A mover that is stopped, or waits for something in the kernel, is *silent*:
+it does not end calls that nobody waits for any more. It gets no others, and another one does its
+work; if it stays silent, it is ended.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import socket
 import subprocess
@@ -28,6 +31,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lazyfs.blocks import buffers
@@ -47,6 +51,8 @@ log = logging.getLogger(__name__)
 
 # Movers end when nothing was moved for this time.
 MOST_IDLE_S = 30.0
+# A call that its task has left, and so is to end, takes no longer in a mover that is well.
+SILENT_S = 0.5
 # The pause after the death of a mover before another one starts; it grows while they keep dying.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 # Concurrent calls, or parts of them, of each mover before another one is started: they share an
@@ -75,10 +81,22 @@ class _Line(Line):
 
 @dataclass(slots=True, eq=False)
 class _Mover:
+    """A mover.
+
+    Attributes:
+        left: its calls that their tasks have left, and when.
+        was_stopped: it was, when it was looked at last.
+    """
+
     process: subprocess.Popen[bytes]
     control: socket.socket
     idle: list[_Line] = field(default_factory=list)
     busy: int = 0
+    left: dict[_Line, float] = field(default_factory=dict)
+    was_stopped: bool = False
+
+    def is_silent(self, for_s: float = SILENT_S) -> bool:
+        return time.monotonic() - min(self.left.values(), default=math.inf) > for_s
 
 
 class Movers:
@@ -212,6 +230,7 @@ class Movers:
         self, line: _Line, wire: Wire | None, ended: Callable[[], None], *, lost: bool
     ) -> None:
         """A call that a task awaited is over: the mover has answered, or closed the line."""
+        line.mover.left.pop(line, None)
         if wire is not None:
             wire.use(None)
         if lost:
@@ -230,6 +249,7 @@ class Movers:
         """Leave a call to a task that outlives the one that made it."""
         import trio
 
+        line.mover.left[line] = time.monotonic()
         trio.lowlevel.spawn_system_task(
             contained, "waiting for a mover", self._drain, line, buffer, wire, ended
         )
@@ -279,8 +299,13 @@ class Movers:
         while self._starting and not self._movers and has_time() and time.monotonic() < until_s:
             await trio.sleep(0.01)
 
-    def close_idle(self) -> None:
-        """End the movers and free idle memory if they were not used for a while."""
+    def look_after(self) -> None:
+        """End movers that stay silent, or all if none was used for a while. Called repeatedly."""
+        for mover in list(self._movers):
+            was_stopped, mover.was_stopped = mover.was_stopped, _is_stopped(mover)
+            stays = mover.is_silent(MOST_IDLE_S) or (was_stopped and mover.was_stopped)
+            if stays and self._remove(mover):
+                log.warning("a process that moves bytes does not answer: it is ended")
         with self._lock:
             # A call may take minutes: over a slow link, or while the kernel holds a page.
             is_used = any(mover.busy for mover in self._movers)
@@ -302,11 +327,14 @@ class Movers:
     def _take(self, parts: int = 1) -> _Line:
         with self._lock:
             self._used_s = time.monotonic()
-            there = len(self._movers) + self._starting
-            calls = parts + sum(mover.busy for mover in self._movers)
-            if not self._ended and there < min(self.count, max(2, calls // CALLS_OF_EACH)):
+            able = [mover for mover in self._movers if not mover.is_silent()]
+            there = len(able) + self._starting
+            calls = parts + sum(mover.busy for mover in able)
+            is_full = len(self._movers) >= 2 * self.count  # with silent ones
+            most = 0 if self._ended or is_full else self.count
+            if there < min(most, max(2, calls // CALLS_OF_EACH)):
                 self._start_another()
-            for mover in sorted(self._movers, key=lambda each: each.busy):
+            for mover in sorted(able, key=lambda each: each.busy):
                 if not mover.idle:
                     try:
                         mover.idle.append(_new_line(mover))
@@ -427,6 +455,15 @@ def _new_line(mover: _Mover) -> _Line:
         ours.close()
         raise
     return _Line(mover, ours)
+
+
+def _is_stopped(mover: _Mover) -> bool:
+    """Whether a signal has stopped a process (proc(5), stat)."""
+    try:
+        stat = Path(f"/proc/{mover.process.pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] == "T"
 
 
 def _end(mover: _Mover) -> None:

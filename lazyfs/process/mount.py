@@ -224,7 +224,7 @@ async def _serve(
             nursery.start_soon(_end_with_session, session, nursery.cancel_scope)
             fetcher.start(nursery)
             if movers.count:
-                nursery.start_soon(keep_running, "ending idle movers", _end_idle, movers)
+                nursery.start_soon(keep_running, "looking after movers", _look_after, movers)
             nursery.start_soon(keep_running, "testing direct reads", direct.run)
             routes: dict[tuple[str, str], Route] = {}
             if page_cache.supported and options.prefetch != "off":
@@ -356,10 +356,10 @@ async def _end_with_session(session: Session, scope: trio.CancelScope) -> None:
     scope.cancel()
 
 
-async def _end_idle(movers: Movers) -> None:
+async def _look_after(movers: Movers) -> None:
     while True:
         await trio.sleep(MOST_IDLE_S / 2)
-        await trio.to_thread.run_sync(movers.close_idle)
+        await trio.to_thread.run_sync(movers.look_after)
 
 
 def _prefetcher(options: MountOptions) -> Prefetcher:

@@ -99,6 +99,13 @@ def called(movers: Movers, function: Callable[..., object], *arguments: object) 
             time.sleep(0.01)
 
 
+def wait_until(what: Callable[[], bool]) -> None:
+    until_s = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < until_s
+        time.sleep(0.01)
+
+
 @pytest.fixture(autouse=True)
 def path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have movers find this module."""
@@ -342,6 +349,96 @@ def test_a_worker_ends_without_a_call_that_is_stuck(movers: Movers) -> None:
     assert sum(mover.busy for mover in movers._movers) == 1, "it was not waited for"
 
 
+def test_a_mover_that_is_stopped_gets_no_calls_until_it_answers(movers: Movers) -> None:
+    called(movers, fill, 0)
+    movers.start()
+    wait_until(lambda: movers.running == 2)
+    stopped, other = (mover.process.pid for mover in movers._movers)
+    os.kill(stopped, signal.SIGSTOP)
+
+    async def call(answered: set[int]) -> None:
+        answered.add(await movers.run(fill, 1, buffer=take_buffer(SIZE)))
+
+    async def pids() -> set[int]:
+        """Which movers answer to many calls made at once."""
+        answered: set[int] = set()
+        async with trio.open_nursery() as nursery:
+            for _ in range(8):
+                nursery.start_soon(call, answered)
+        return answered
+
+    async def run() -> None:
+        answered: set[int] = set()
+        async with trio.open_nursery() as nursery:
+            for _ in range(2):
+                nursery.start_soon(call, answered)
+            while not answered:
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+        assert answered == {other}
+        await trio.sleep(2 * pool.SILENT_S)
+        with trio.fail_after(120):
+            assert stopped not in await pids()
+            while len(await pids()) < 2:
+                assert movers.lost == 0, "another one takes its place"
+            os.kill(stopped, signal.SIGCONT)
+            while stopped not in await pids():
+                pass
+
+    trio.run(run)
+    assert movers.lost == 0
+
+
+def test_a_mover_that_stays_silent_is_ended(
+    movers: Movers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = called(movers, fill, 0)
+    assert isinstance(pid, int)
+    [mover] = [mover for mover in movers._movers if mover.process.pid == pid]
+    os.kill(pid, signal.SIGSTOP)
+
+    async def run() -> None:
+        ended = trio.Event()
+        with trio.move_on_after(0.1):
+            await movers.run(fill, 1, buffer=take_buffer(SIZE), ended=ended.set)
+        movers.look_after()
+        assert mover in movers._movers
+        monkeypatch.setattr(pool, "MOST_IDLE_S", 0.0)
+        movers.look_after()
+        with trio.fail_after(60):
+            await ended.wait()
+
+    trio.run(run)
+    assert mover.process.wait(60) == -signal.SIGKILL
+
+
+def test_a_mover_that_stays_stopped_loses_its_calls(movers: Movers) -> None:
+    pid = called(movers, fill, 0)
+    assert isinstance(pid, int)
+    [mover] = [mover for mover in movers._movers if mover.process.pid == pid]
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: pool._is_stopped(mover))
+    lost: list[MoverLostError] = []
+
+    def call() -> None:
+        try:
+            movers.call(fill, 1, buffer=take_buffer(SIZE))
+        except MoverLostError as error:
+            lost.append(error)
+
+    calling = [threading.Thread(target=call) for _ in range(2 * movers.running)]
+    for thread in calling:
+        thread.start()
+    wait_until(lambda: mover.busy > 0)
+    movers.look_after()
+    assert not lost
+    movers.look_after()
+    for thread in calling:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert lost
+
+
 def test_garbage_instead_of_an_answer_ends_a_mover(
     movers: Movers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -395,14 +492,14 @@ def test_a_long_call_is_not_idle(movers: Movers, monkeypatch: pytest.MonkeyPatch
         )
         thread.start()
         assert wire.told.wait(30)
-        movers.close_idle()
+        movers.look_after()
         connection, _ = server.accept()
         with connection:
             connection.send(b"abc")
             thread.join(30)
     assert came == [3]
     assert movers.lost == 0
-    movers.close_idle()
+    movers.look_after()
     assert movers.running == 0, "now it is"
 
 
