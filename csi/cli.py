@@ -339,9 +339,9 @@ def node(
     from csi.node import Node
     from csi.node_records import NodeRecords
     from lazyfs import cache_place
-    from lazyfs.cache import check_directory
     from lazyfs.fuse.mount_syscalls import check_fuse
     from lazyfs.handover.keeper import allow_many_descriptors
+    from lazyfs.patience import in_thread
     from lazyfs.process.mount_records import check_runtime_directory
 
     options, defaults = settings(config, given)
@@ -357,9 +357,15 @@ def node(
 
     def check_cache() -> None:
         directories = cache_place.directories(options.cache_dir)
-        cache_place.share_all(directories)
-        for directory in directories:
-            check_directory(directory)
+
+        def look() -> None:
+            cache_place.share_all(directories)
+            for directory in directories:
+                cache_place.check(directory)
+
+        # If its disk hangs, mounts do without it, and the plugin works.
+        if in_thread(("check", directories), look):
+            look()
 
     checks = [
         check_fuse, check_runtime_directory, attachments.daemons.check_keeper, check_cache,

@@ -37,6 +37,7 @@ from lazyfs.fuse import mount_syscalls
 from lazyfs.handover.handover import SPEC
 from lazyfs.handover.keeper import KeeperClient, KeeperError, connect
 from lazyfs.options.mount_options import MountOptions
+from lazyfs.patience import in_thread
 from lazyfs.process.mount_records import DaemonWatch
 from lazyfs.process.mount_spec import MountSpec
 from lazyfs.process.supervisor import Supervisor
@@ -395,4 +396,5 @@ class Daemons:
 def _with_rights(spec: MountSpec) -> MountSpec:
     """The spec of a mount with the rights of its worker; also prepares its cache for them."""
     options = MountOptions.parse(("{attribute}", spec.options))
-    return replace(spec, rights=rights_of(spec, options).value)
+    answers = in_thread(options.cache_dir, lambda: rights_of(spec, options, cache_answers=True))
+    return replace(spec, rights=rights_of(spec, options, cache_answers=answers).value)

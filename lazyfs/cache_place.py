@@ -9,14 +9,18 @@ workers of root read, write and remove each other's blocks, and nobody else does
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from lazyfs import user
+from lazyfs.errors import CacheError
+from lazyfs.patience import in_child
 
 _SHARED = stat.S_ISGID | stat.S_IRWXU | stat.S_IRWXG
 # Of a cache: folders of blocks, blocks, and other files.
@@ -55,6 +59,58 @@ def make(directory: Path) -> None:
         directory.stat()
     else:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+def check(directory: Path) -> None:
+    """Make a cache directory if necessary, and refuse one that others can write to.
+
+    Workers of root share root's directory, so they do not count as others.
+
+    Raises:
+        CacheError: it cannot be made, written, or trusted.
+    """
+    try:
+        make(directory)
+        status = directory.stat()
+    except OSError as error:
+        raise CacheError(
+            f"--cache-dir: {directory}: cannot be made: {error.strerror}; name another or 'none'"
+        ) from error
+    if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
+        raise CacheError(
+            f"--cache-dir: {directory}: not writable; name another directory or 'none'"
+        )
+    if is_shared(status):
+        return
+    if status.st_uid not in (os.geteuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise CacheError(
+            f"--cache-dir: {directory}: other users could put bytes into it; "
+            f"chown it to this user and chmod go-w"
+        )
+
+
+def check_disks(directories: Iterable[Path]) -> None:
+    """Refuse to wait for a disk that hangs. For commands: no other thread may run.
+
+    Raises:
+        CacheError: a disk does not answer.
+    """
+    for directory in directories:
+        if not in_child(partial(read_disk, directory)):
+            raise CacheError(
+                f"--cache-dir: {directory}: its disk does not answer; try again when it does"
+            )
+
+
+def read_disk(directory: Path) -> None:
+    """Read from the disk of a cache, past the page cache, if there is something to read."""
+    flags = os.O_RDONLY | os.O_DIRECT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with contextlib.suppress(OSError):  # there is no cache yet, or no direct I/O
+        descriptor = os.open(directory / "cache.db", flags)
+        try:
+            os.preadv(descriptor, [mmap.mmap(-1, mmap.PAGESIZE)], 0)
+        finally:
+            os.close(descriptor)
 
 
 def share_all(directories: Iterable[Path]) -> None:

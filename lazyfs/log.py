@@ -2,20 +2,33 @@
 
 Each line has fields for its context, as far as that is known: the mountpoint, the ids of the CSI
 volumes that the mount serves, and the id of the RPC.
+
+Standard error may be a file on a disk that hangs, or a pipe that nobody reads. So lines are written
+by a thread of their own (`LineWriter`), and whoever logs never waits.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import textwrap
+import threading
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from typing import TextIO
 
 from lazyfs.escaping import escaped, escaped_lines
+
+# Lines that may wait to be written; further ones are lost, and counted.
+MOST_LINES = 1000
+# How long a process that ends waits for its last lines.
+LAST_LINES_S = 1.0
 
 # Context of the process, and of the current thread or task.
 _about: dict[str, str] = {}
@@ -53,6 +66,62 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(fields, ensure_ascii=False)
 
 
+class LineWriter(logging.Handler):
+    """Writes formatted lines in a thread, which is started with the first line.
+
+    Args:
+        stream: written by nobody else, as far as lines must not be mixed.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin without lines, also in a process that was forked, which has no such thread."""
+        self._process = os.getpid()
+        self._thread: threading.Thread | None = None
+        self._lines: deque[str] = deque()
+        self._wakes = threading.Semaphore(0)
+        self._lost = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a line. Does not block."""
+        try:
+            if self._process != os.getpid():
+                self._begin()
+            if len(self._lines) >= MOST_LINES:
+                self._lost += 1
+                return
+            self._lines.append(self.format(record))
+            self._wakes.release()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+                self._thread.start()
+        except Exception:
+            self.handleError(record)
+
+    def flush(self) -> None:
+        """Wait until all lines are written, for at most `LAST_LINES_S`."""
+        until_s = time.monotonic() + LAST_LINES_S
+        while self._process == os.getpid() and self._lines and time.monotonic() < until_s:
+            time.sleep(0.001)
+
+    def _write(self) -> None:
+        while True:
+            self._wakes.acquire()
+            lost, self._lost = self._lost, 0
+            try:
+                if lost:
+                    self._stream.write(f"... {lost} lines of the log are lost\n")
+                self._stream.write(f"{self._lines[0]}\n")
+                self._stream.flush()
+            except (OSError, ValueError):  # a full disk, a closed stream
+                self._lost += lost + 1
+            self._lines.popleft()  # only now, for `flush`
+
+
 def configure(level: str, style: str, *ours: str, **about: str) -> None:
     """Send the log of this process to standard error. Other libraries log only warnings and errors.
 
@@ -62,7 +131,7 @@ def configure(level: str, style: str, *ours: str, **about: str) -> None:
         ours: loggers that use `level`, besides lazyfs.
         about: context fields of every line, such as `mountpoint`.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = LineWriter(sys.stderr)
     handler.setFormatter(TextFormatter() if style == "text" else JsonFormatter())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     for name in ("lazyfs", *ours):

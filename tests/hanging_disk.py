@@ -15,11 +15,14 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 NAME = b"disk"
+# A process that waits for the disk cannot be killed, so a test could not end.
+LONGEST_S = 150.0
 
 
 class HangingDisk:
@@ -27,18 +30,35 @@ class HangingDisk:
 
     Attributes:
         path: where it is mounted.
+        hung_long: it hung for `LONGEST_S`, and answers for that reason: somebody waited for it.
     """
 
-    def __init__(self, path: Path, server: int) -> None:
+    def __init__(self, path: Path, device: str, server: int) -> None:
         self.path = path
+        self._device = device
         self._server = server
+        self._ends: threading.Timer | None = None
+        self.hung_long = False
+
+    def forget(self) -> None:
+        """Have the kernel forget what it has read of it, as after a boot. No file may be open."""
+        _run("umount", self.path)
+        _run("mount", self._device, self.path)
 
     def hang(self) -> None:
         """Answer nothing any more."""
+        self._ends = threading.Timer(LONGEST_S, self._answer_at_last)
+        self._ends.start()
         os.kill(self._server, signal.SIGSTOP)
 
     def answer(self) -> None:
         """Answer again."""
+        if self._ends is not None:
+            self._ends.cancel()
+        os.kill(self._server, signal.SIGCONT)
+
+    def _answer_at_last(self) -> None:
+        self.hung_long = True
         os.kill(self._server, signal.SIGCONT)
 
 
@@ -62,8 +82,8 @@ def hanging_disk(directory: Path, size_bytes: int) -> Iterator[HangingDisk]:
     with contextlib.ExitStack() as stack:
         server = subprocess.Popen([sys.executable, __file__, backing, served])
         stack.callback(server.wait)
+        stack.callback(server.kill)  # if the disk is in use, it would not end
         stack.callback(_run, "umount", "--lazy", served)
-        disk = HangingDisk(path, server.pid)
         until_s = time.monotonic() + 20
         while not (served / NAME.decode()).exists():
             if server.poll() is not None or time.monotonic() > until_s:
@@ -73,9 +93,18 @@ def hanging_disk(directory: Path, size_bytes: int) -> Iterator[HangingDisk]:
         stack.callback(_run, "losetup", "--detach", loop)
         _run("mkfs.ext4", "-q", loop)
         _run("mount", loop, path)
-        stack.callback(_run, "umount", path)
+        disk = HangingDisk(path, loop, server.pid)
+        stack.callback(_unmount, path)
         stack.callback(disk.answer)
         yield disk
+
+
+def _unmount(path: Path) -> None:
+    """Unmount as soon as processes that were killed while they waited for the disk have ended."""
+    until_s = time.monotonic() + 60
+    while subprocess.run(["umount", path], check=False, capture_output=True).returncode:
+        assert time.monotonic() < until_s
+        time.sleep(0.1)
 
 
 def _run(*command: str | Path) -> str:

@@ -46,7 +46,7 @@ class InlineThreads:
     def calls(self) -> DiskCalls:
         """Calls of a disk, which are made so."""
         memory = BlockMemory(1 << 30, 1 << 20, BlockMap(1 << 20), lambda: 1)
-        return DiskCalls(self.threads, memory)
+        return DiskCalls(self.threads, memory, "/cache")
 
     @property
     def threads(self) -> Threads:

@@ -13,12 +13,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
-import os
-import stat
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from copy import copy
 from dataclasses import asdict
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from lazyfs.errors import CacheError
 from lazyfs.listed_object import File
 from lazyfs.movers.pool import Movers
 from lazyfs.options.mount_options import MountOptions
+from lazyfs.patience import begin
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -69,6 +71,8 @@ class BlockCache:
         block_size: int,
     ) -> None:
         self.directories = [CacheDirectory(path, limits) for path in directories]
+        # Also those of other parts, see `parts`.
+        self._all_directories = self.directories
         self.block_size = block_size
         self._limits = limits
         self.endpoint = endpoint
@@ -116,20 +120,27 @@ class BlockCache:
             CacheError: a directory cannot be made, written, or trusted.
         """
         for directory in self.directories:
-            check_directory(directory.path)
-            try:
-                directory.open()
-            except (OSError, IndexFailedError) as error:
-                if _is_full(error):
-                    log.warning(
-                        "--cache-dir: %s: its disk is full; blocks are cached when there is room",
-                        directory.path,
-                    )
-                    continue
-                raise CacheError(
-                    f"--cache-dir: {directory.path}: cannot be used: {error}; "
-                    "name another or 'none'"
-                ) from error
+            _open(directory)
+
+    def begin_to_open(self) -> list[Future[None]]:
+        """The same, each directory in a thread of its own."""
+        return [begin(partial(_open, directory)) for directory in self.directories]
+
+    def parts(self) -> list[BlockCache]:
+        """A cache for each directory, with the blocks that belong there."""
+        parts = [copy(self) for _ in self.directories]
+        for part, directory in zip(parts, self.directories, strict=True):
+            part.directories = [directory]
+        return parts
+
+    @property
+    def name(self) -> str:
+        """The directories."""
+        return ":".join(str(directory.path) for directory in self.directories)
+
+    def has_place_for(self, file: File, number: int) -> bool:
+        """Whether a block belongs into a directory of this part of the cache."""
+        return self._home(self._content(file), number) in self.directories
 
     def present(self, file: File) -> list[int]:
         """Which blocks of a file are on disk."""
@@ -278,41 +289,28 @@ class BlockCache:
 
     def _home(self, content: Content, number: int) -> CacheDirectory:
         """The directory of a block: if one is added or removed, few blocks move."""
-        if len(self.directories) == 1:
-            return self.directories[0]
+        if len(self._all_directories) == 1:
+            return self._all_directories[0]
 
         def weight(directory: CacheDirectory) -> bytes:
             text = f"{directory.path}:{content.digest}:{number}"
             return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
-        return max(self.directories, key=weight)
+        return max(self._all_directories, key=weight)
 
 
-def check_directory(directory: Path) -> None:
-    """Make the directory if necessary, and refuse one that others can write to.
-
-    Workers of root share root's directory, so they do not count as others.
-
-    Raises:
-        CacheError: it cannot be made, written, or trusted.
-    """
+def _open(directory: CacheDirectory) -> None:
+    """Open a directory, unless its disk is full. Raises CacheError."""
     try:
-        cache_place.make(directory)
-        status = directory.stat()
-    except OSError as error:
-        raise CacheError(
-            f"--cache-dir: {directory}: cannot be made: {error.strerror}; name another or 'none'"
-        ) from error
-    if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
-        raise CacheError(
-            f"--cache-dir: {directory}: not writable; name another directory or 'none'"
-        )
-    if cache_place.is_shared(status):
-        return
-    if status.st_uid not in (os.geteuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise CacheError(
-            f"--cache-dir: {directory}: other users could put bytes into it; "
-            f"chown it to this user and chmod go-w"
+        directory.open()
+    except (OSError, IndexFailedError) as error:
+        if not _is_full(error):
+            raise CacheError(
+                f"--cache-dir: {directory.path}: cannot be used: {error}; name another or 'none'"
+            ) from error
+        log.warning(
+            "--cache-dir: %s: its disk is full; blocks are cached when there is room",
+            directory.path,
         )
 
 

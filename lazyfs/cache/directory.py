@@ -86,7 +86,8 @@ class CacheDirectory:
         """Open or create the directory; otherwise the first use does.
 
         Raises:
-            OSError: it cannot be created or written.
+            CacheError: it cannot be made, written, or trusted.
+            OSError: nothing can be made in it.
             IndexFailedError: its index does not work.
         """
         self._index.open()

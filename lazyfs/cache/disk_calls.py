@@ -26,7 +26,9 @@ from typing import Any, TypeVar, TypeVarTuple, cast
 import trio
 
 from lazyfs.blocks.memory import BlockMemory
+from lazyfs.errors import LazyfsError
 from lazyfs.faults import report_fault
+from lazyfs.patience import PATIENCE_S
 from lazyfs.threads import Threads
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ log = logging.getLogger(__name__)
 # How long a reader waits for a disk that answers nobody. S3 answers in a tenth of a second, so less
 # would do; but a disk whose cache is being flushed, or that recovers from an error, answers again
 # within 1 or 2 s, and each block that is fetched instead costs money.
-DISK_PATIENCE_S = 3.0
+DISK_PATIENCE_S = PATIENCE_S
 # The same for a disk that answers others, and for calls that no reader waits for.
 LONGEST_S = 10.0
 # Writes, of hundreds of MiB on a large machine, may take any time on a slow disk. It counts as hung
@@ -87,21 +89,27 @@ class _Call:
 
 
 class DiskCalls:
-    """Makes the calls of one mount to its cache.
+    """Makes the calls of one mount to one directory of its cache.
 
     Args:
         threads: run them.
         memory: the mount's.
+        directory: named in the log.
+        directories: how many the cache has; each may fill its part of the memory.
 
     Attributes:
         hangs: the disk hangs, or rests after that.
         on_change: called when `hangs` has changed.
     """
 
-    def __init__(self, threads: Threads, memory: BlockMemory) -> None:
+    def __init__(
+        self, threads: Threads, memory: BlockMemory, directory: str, directories: int = 1
+    ) -> None:
         self._threads = threads
         self._memory = memory
-        self._loads = trio.CapacityLimiter(max(1, int(memory.most_blocks * LOADS_SHARE)))
+        self._directory = directory
+        loads = int(memory.most_blocks * LOADS_SHARE / directories)
+        self._loads = trio.CapacityLimiter(max(1, loads))
         self._others = trio.CapacityLimiter(MOST_OTHERS)
         self._calls: set[_Call] = set()
         # Those whose threads have not come back since the disk hung.
@@ -109,6 +117,8 @@ class DiskCalls:
         # When a block was loaded or written last: what is in the index may come from memory.
         self._answered_s = 0.0
         self._token: trio.lowlevel.TrioToken | None = None
+        # When it began to hang, when it answered again, and how long it rested after that.
+        self._began_s, self._over_s, self._rest_s = 0.0, -AGAIN_S, 0.0
         self.hangs = False
         self.on_change: list[Callable[[], None]] = []
 
@@ -178,24 +188,28 @@ class DiskCalls:
     async def watch(self) -> None:
         """Notice when the disk hangs, and when it answers again; until cancelled."""
         self._token = trio.lowlevel.current_trio_token()
-        over_s, rest_s = -AGAIN_S, 0.0
-        self.hangs = False
         while True:
-            began_s = await self._begins_to_hang()
-            self._changed(hangs=True)
-            log.warning(
-                "the disk of the cache does not answer; continuing without it, from S3, until it "
-                "does"
-            )
+            if not self.hangs:
+                self._began_s = await self._begins_to_hang()
+                self._changed(hangs=True)
+                log.warning(
+                    "the disk of the cache %s does not answer; continuing without it, from S3, "
+                    "until it does", self._directory,
+                )  # fmt: skip
             while self._hung:
                 await trio.sleep(LOOK_S)
             now_s = trio.current_time()
-            is_again = began_s - over_s < AGAIN_S
-            rest_s = min(max(FIRST_REST_S, 2 * rest_s), LONGEST_REST_S) if is_again else 0.0
-            await trio.sleep(rest_s)
-            over_s = trio.current_time()
+            is_again = self._began_s - self._over_s < AGAIN_S
+            self._rest_s = (
+                min(max(FIRST_REST_S, 2 * self._rest_s), LONGEST_REST_S) if is_again else 0.0
+            )
+            await trio.sleep(self._rest_s)
+            self._over_s = trio.current_time()
             self._changed(hangs=False)
-            log.warning("the disk of the cache answers again, after %.0f s", now_s - began_s)
+            log.warning(
+                "the disk of the cache %s answers again, after %.0f s",
+                self._directory, now_s - self._began_s,
+            )  # fmt: skip
 
     async def _begins_to_hang(self) -> float:
         """Wait until a call is overdue, and leave all; returns since when the disk hangs."""
@@ -264,7 +278,9 @@ class DiskCalls:
             call.limit.release_on_behalf_of(call)
         if call.counts:
             self._memory.release(call.size_bytes)
-        if call.is_left and call.error is not None:
+        if call.is_left and isinstance(call.error, LazyfsError):
+            log.warning("%s", call.error)
+        elif call.is_left and call.error is not None:
             report_fault("a call of the disk", call.error)
         elif call.is_left and call.late is not None and call.result is not None:
             call.late(call.result)

@@ -30,6 +30,7 @@ from lazyfs.cache.index import (
     IndexFailedError,
     remove_index,
 )
+from lazyfs.errors import CacheError
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ class GuardedIndex:
         """Open or create the directory and its index.
 
         Raises:
-            OSError: the directory cannot be created or written.
+            CacheError: the directory cannot be made, written, or trusted.
+            OSError: nothing can be made in it.
             IndexFailedError: the index does not work.
         """
         try:
@@ -90,7 +92,7 @@ class GuardedIndex:
             except IndexCorruptError as error:
                 self._replace(error)
                 result = otherwise
-        except (OSError, IndexFailedError) as error:
+        except (OSError, IndexFailedError, CacheError) as error:
             self._rest(side, error)
             return otherwise
         if self._rests_until.pop(side, None):
@@ -120,7 +122,10 @@ class GuardedIndex:
         return index
 
     def _open(self) -> BlockIndex:
-        cache_place.make(self._path)
+        # SQLite maps a file. A thread that waits for a page of it, as the disk hangs, holds the
+        # lock of the process's memory, and with that every other thread (mmap_lock of the kernel).
+        cache_place.read_disk(self._path)
+        cache_place.check(self._path)
         self._files.make_folders()
         self.claims = Claims(self._path)
         file = Path(self._path, INDEX_NAME)

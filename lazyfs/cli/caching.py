@@ -12,7 +12,6 @@ import click
 from rich.table import Table
 
 from lazyfs import cache_place
-from lazyfs.cache import check_directory
 from lazyfs.cache.block_format import Content
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.index import IndexFailedError
@@ -198,6 +197,7 @@ def _opened(given: dict[str, Any]) -> list[CacheDirectory]:
     options, _ = settings(None, given)
     limits = Limits(options.cache_size, options.cache_reserve)
     paths = cache_place.directories(options.cache_dir)
+    cache_place.check_disks(paths)
     cache_place.share_all(path for path in paths if path.is_dir())
     become_worker(paths)
     directories = [CacheDirectory(path, limits) for path in paths]
@@ -206,7 +206,7 @@ def _opened(given: dict[str, Any]) -> list[CacheDirectory]:
     for directory in directories:
         if not directory.path.is_dir():
             raise CacheError(f"--cache-dir: {directory.path}: no such directory")
-        check_directory(directory.path)
+        cache_place.check(directory.path)
         try:
             directory.open()
         except (OSError, IndexFailedError) as error:

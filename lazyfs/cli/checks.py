@@ -21,7 +21,6 @@ from urllib.parse import urlsplit
 
 from lazyfs import cache_place
 from lazyfs.blocks.buffers import take_buffer
-from lazyfs.cache import check_directory
 from lazyfs.cache.direct_io import read_file, write_file
 from lazyfs.cli.inspecting import models_of_source
 from lazyfs.errors import LazyfsError
@@ -185,7 +184,8 @@ def _cache(options: MountOptions) -> Iterator[Finding]:
 def _cache_directory(directory: Path) -> Finding:
     what = f"cache {directory}"
     try:
-        check_directory(directory)
+        cache_place.check_disks([directory])
+        cache_place.check(directory)
     except LazyfsError as error:
         return Finding(what, Outcome.FAILED, str(error))
     disk = os.statvfs(directory)

@@ -17,6 +17,7 @@ import click
 from lazyfs.cli.settings import config_file, settings, with_mount_options
 from lazyfs.errors import DaemonError, MountError, OptionError
 from lazyfs.options.layers import config_places
+from lazyfs.patience import in_child
 from lazyfs.process import standalone
 from lazyfs.process.background import BackgroundSupervisor
 from lazyfs.process.mount_records import default_log_file
@@ -68,7 +69,16 @@ def mount(
     mountpoint = Path(os.path.realpath(mountpoint))
     log_file = options.log_file or default_log_file(mountpoint)
     spec = MountSpec(source, str(mountpoint), texts)
-    spec = replace(spec, rights=rights_of(spec, options).value)
+
+    def try_disks() -> None:
+        rights_of(spec, options, cache_answers=True)
+        if not foreground:
+            _open_log(log_file)
+
+    answer = in_child(try_disks)
+    if not (answer or foreground or in_child(lambda: _open_log(log_file))):
+        raise OptionError(f"--log-file: {log_file}: its disk does not answer; name another file")
+    spec = replace(spec, rights=rights_of(spec, options, cache_answers=answer).value)
     if foreground:
         sys.exit(standalone.main(spec))
     _start_in_background(spec, log_file)

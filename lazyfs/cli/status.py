@@ -104,7 +104,8 @@ def rows(status: Status) -> list[tuple[str, str]]:
 
 def _hangs(status: Status) -> str:
     # Of a worker of an older version this is not known.
-    return "; the disk does not answer, S3 does instead" if status.get("disk_hangs") else ""
+    hanging = " and ".join(status.get("hanging_disks", []))
+    return f"; the disk of {hanging} does not answer, S3 does instead" if hanging else ""
 
 
 def _fleet(status: Status) -> list[tuple[str, str]]:

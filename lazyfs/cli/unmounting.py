@@ -16,9 +16,16 @@ import click
 from lazyfs.cli.messages import tell
 from lazyfs.errors import MountError
 from lazyfs.fuse import mount_syscalls
-from lazyfs.process.mount_records import DaemonWatch, MountRecord, is_detached, record_of
+from lazyfs.process.mount_records import (
+    DaemonWatch,
+    MountRecord,
+    has_ended,
+    is_detached,
+    record_of,
+)
 from lazyfs.process.mount_users import named, users_of
 from lazyfs.process.running_daemon import end_daemon
+from lazyfs.process.worker_process import stuck_of
 
 END_TIMEOUT_S = 15.0
 # A process that has just ended may be seen to have a copy. Then the session ends soon.
@@ -67,7 +74,10 @@ def unmount(mountpoint: Path, *, lazy: bool, force: bool) -> None:
         end_daemon(record)
     elif record is not None:
         _end_unused(mountpoint, entry.device if entry else record.device, record, watch)
-    if not watch.wait(END_TIMEOUT_S):
+    if watch.wait(END_TIMEOUT_S) or (record is not None and has_ended(record)):
+        for line in stuck_of(record.worker) if record and record.worker else []:
+            tell(f"{mountpoint}: unmounted; {line}", err=True)
+    else:
         raise MountError(
             f"{mountpoint}: unmounted, but its daemon is still running"
             + ("" if force else "; `lazyfs umount --force` ends it")

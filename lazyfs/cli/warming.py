@@ -60,6 +60,7 @@ def warm(
     """
     if is_url(source_or_mountpoint):
         options = descriptors.fit(settings(config, given)[0])
+        cache_place.check_disks(cache_place.directories(options.cache_dir))
         privileges.limit_memory(options.memory_limit)
         _warm_source(SourceUrl.parse(source_or_mountpoint), options, verify, as_json)
         return

@@ -140,9 +140,9 @@ def _cache(status: Status) -> Values:
     def each(value: Callable[[CacheDirectory], int]) -> list[tuple[dict[str, str], int]]:
         return list(zip(labels, map(value, directories), strict=True))
 
-    up: list[tuple[dict[str, str], int]] = [({}, int(not status.fetcher.disk_hangs))]
+    hanging = status.fetcher.hanging_disks
     return {
-        "lazyfs_cache_up": up if directories else [],
+        "lazyfs_cache_up": each(lambda directory: int(str(directory.path) not in hanging)),
         "lazyfs_cache_size_bytes": each(lambda directory: directory.filling[0]),
         "lazyfs_cache_limit_bytes": each(lambda directory: directory.filling[1]),
         "lazyfs_cache_hits_total": each(lambda directory: directory.counters.hits),

@@ -150,7 +150,7 @@ class Status:
 
     def _cache(self) -> dict[str, Any]:
         return {
-            "disk_hangs": self.fetcher.disk_hangs,
+            "hanging_disks": self.fetcher.hanging_disks,
             "cache": [
                 {
                     "directory": str(directory.path),

@@ -1,8 +1,9 @@
-"""The node's disk as a tier: shared with other daemons, and written while a load runs.
+"""A directory of the cache as a tier: shared with other daemons, written while a load runs.
 
-A block that is not on disk is claimed there before it is fetched, so that only one daemon of a node
-fetches it. If another daemon has claimed a block, a demand job waits for it, and a prefetch leaves
-it to that daemon, for at most `LEASE_S`.
+It has the blocks that belong there (`disks.py`), and passes over others. A block that is not on
+disk is claimed there before it is fetched, so that only one daemon of a node fetches it. If another
+daemon has claimed a block, a demand job waits for it, and a prefetch leaves it to that daemon, for
+at most `LEASE_S`.
 
 A call of the disk costs more time than all other decisions about a block. So what was seen there of
 a file counts for `SEEN_S`, if no other process may have stored blocks of it since: a block that is
@@ -21,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Container, Iterable, Sequence
+from concurrent.futures import Future
 from functools import partial
 
 import trio
@@ -31,7 +33,7 @@ from lazyfs.cache import CARE_S, BlockCache, Claim
 from lazyfs.cache.block_writer import BlockWriter
 from lazyfs.cache.disk_calls import DISK_PATIENCE_S, DiskCalls, DiskHangsError
 from lazyfs.cache.other_daemons import OtherDaemons
-from lazyfs.faults import contained, keep_running
+from lazyfs.faults import keep_running
 from lazyfs.fetch.tiers import Job, OriginTier
 from lazyfs.listed_object import File
 from lazyfs.observe.recorder import Tier
@@ -42,13 +44,15 @@ FORMER_S = 60.0
 # How long it counts which blocks of a file the disk had.
 SEEN_S = 1.0
 _ANY = range(1 << 62)
+# How many files are looked for in one call.
+AT_ONCE = 100
 
 
 class DiskTier:
-    """The blocks of one mount on the disk.
+    """The blocks of one mount in a directory.
 
     Args:
-        cache: the disk.
+        cache: the part of the cache that is the directory.
         writer: writes blocks to it.
         others: the blocks that are left to other daemons.
         origin: says whether the mount may read an object.
@@ -65,15 +69,19 @@ class DiskTier:
         origin: OriginTier,
         calls: DiskCalls,
     ) -> None:
+        self.writer = writer
         self._cache = cache
-        self._writer = writer
         self._others = others
         self._origin = origin
         self._calls = calls
-        self._nursery: trio.Nursery | None = None
         self._former_until_s = -math.inf
         # By inode, for the files of the plan: the blocks that the disk had, and when it was asked.
         self._looks: dict[int, tuple[Container[int], float]] = {}
+
+    @property
+    def name(self) -> str:
+        """The directory."""
+        return self._cache.name
 
     @property
     def hangs(self) -> bool:
@@ -90,46 +98,49 @@ class DiskTier:
         Args:
             plan: returns the files that a load will need, in order.
         """
-        self._nursery = nursery
-        nursery.start_soon(self._writer.run)
+        nursery.start_soon(self.writer.run)
         nursery.start_soon(keep_running, "following other daemons", self._others.follow)
         nursery.start_soon(keep_running, "cache care", self._care, plan)
 
     async def finish(self, plan: Iterable[File]) -> None:
         """Write the blocks that wait for the disk, so that the next mount finds them."""
         with contextlib.suppress(DiskHangsError):
-            await self._writer.finish()
+            await self.writer.finish()
             await self._calls.run(self._cache.care, plan)
 
-    async def present(self, files: Sequence[File]) -> list[tuple[File, list[int]]]:
-        """The files that have blocks on disk, with the numbers of these blocks.
+    async def watch(self) -> None:
+        """Notice when the disk hangs, and when it answers again; until cancelled."""
+        await self._calls.watch()
 
-        The cache records that they are needed, and S3 is asked whether the mount may read them.
-        If the disk hangs there are none; each block is looked for again when it is wanted.
-        """
-        began_s = trio.current_time()
-        try:
-            present = await self._calls.run(_find_present, self._cache, files)
-        except DiskHangsError:
-            present = []
-        else:
-            self._looks |= {file.inode: ((), began_s) for file in files}
-            self._looks |= {file.inode: (frozenset(there), began_s) for file, there in present}
-        if present and self._nursery is not None:
-            there = [file for file, _ in present]
-            self._nursery.start_soon(
-                contained, "asking what may be read", self._origin.check_access_ahead, there
-            )
-        for file in files:
-            self._cache.set_loading(file)
-        return present
+    async def open(self, opening: Future[None]) -> None:
+        """Wait until the directory is open, unless the disk hangs. Raises CacheError."""
+        with contextlib.suppress(DiskHangsError):
+            await self._calls.run(opening.result, patience_s=DISK_PATIENCE_S)
 
-    async def numbers(self, file: File) -> list[int]:
-        """Which blocks of a file are on disk; none if it hangs."""
+    async def numbers(self, files: Sequence[File]) -> dict[int, list[int]]:
+        """The numbers of the blocks that are here, by inodes; none if the disk hangs."""
+        found: dict[int, list[int]] = {}
+        with contextlib.suppress(DiskHangsError):
+            for some in (files[at : at + AT_ONCE] for at in range(0, len(files), AT_ONCE)):
+                began_s = trio.current_time()
+                found |= await self._calls.run(
+                    _numbers, self._cache, some, patience_s=DISK_PATIENCE_S
+                )
+                for file in some:
+                    self._looks[file.inode] = frozenset(found.get(file.inode, ())), began_s
+        return found
+
+    async def announce(self, files: Sequence[File]) -> None:
+        """See `BlockCache.announce`."""
+        with contextlib.suppress(DiskHangsError):
+            await self._calls.run(self._cache.announce, files)
+
+    async def give_up_read(self, file: File, numbers: Sequence[int]) -> bool:
+        """See `BlockCache.give_up`; False if the disk hangs."""
         try:
-            return await self._calls.run(self._cache.present, file)
+            return await self._calls.run(self._cache.give_up, file, numbers)
         except DiskHangsError:
-            return []
+            return False
 
     def opened(self, file: File) -> None:
         """A reader opened a file. Does not block."""
@@ -137,10 +148,13 @@ class DiskTier:
 
     def begin(self, job: Job) -> None:
         """See `CacheTier`. The block is no longer left to another daemon."""
-        job.lease_until = self._others.take_back(job.file, job.block)
+        if self._has_place_for(job):
+            job.lease_until = self._others.take_back(job.file, job.block)
 
     async def get(self, job: Job) -> memoryview | Claim:
         """See `CacheTier`."""
+        if not self._has_place_for(job):
+            return Claim.OURS
         found = await self._load_or_claim(job)
         if found is Claim.THEIRS:
             self._others.leave(job.file, job.block, job.lease_until)
@@ -151,18 +165,20 @@ class DiskTier:
     async def claim(self, jobs: Sequence[Job]) -> Sequence[Job]:
         """See `CacheTier`."""
         file = jobs[0].file
-        absent = {job.block for job in jobs if await self._is_absent(job)}
-        numbers = [job.block.number for job in jobs if job.block not in absent]
+        ours = [job for job in jobs if self._has_place_for(job)]
+        absent = {job.block for job in ours if await self._is_absent(job)}
+        numbers = [job.block.number for job in ours if job.block not in absent]
         if not numbers:
             return jobs
         try:
-            ours = await self._calls.run(
+            claimed = await self._calls.run(
                 self._cache.claim_absent, file, numbers,
                 patience_s=DISK_PATIENCE_S, late=partial(self._release, file),
             )  # fmt: skip
         except DiskHangsError:
             return jobs
-        return [job for job in jobs if job.block in absent or job.block.number in ours]
+        here = set(numbers) - claimed
+        return [job for job in jobs if job.block.number not in here]
 
     async def _is_absent(self, job: Job) -> bool:
         """Claim a block that is certainly not on the disk; False: it may be there."""
@@ -173,7 +189,9 @@ class DiskTier:
         if now_s >= looked_s + SEEN_S:
             self._looks[job.file.inode] = _ANY, now_s  # meanwhile, for other jobs
             try:
-                there = frozenset(await self._calls.run(self._cache.present, job.file))
+                there = frozenset(
+                    await self._calls.run(self._cache.present, job.file, patience_s=DISK_PATIENCE_S)
+                )
             except DiskHangsError:
                 return False
             self._looks[job.file.inode] = there, now_s
@@ -223,24 +241,26 @@ class DiskTier:
 
     def put(self, block: BlockId, held: Held, *, reader_waits: bool) -> None:
         """See `CacheTier`."""
-        self._writer.put(block, held, reader_waits=reader_waits)
+        if self._cache.has_place_for(held.file, block.number):
+            self.writer.put(block, held, reader_waits=reader_waits)
 
     def give_up(self, job: Job) -> None:
         """See `CacheTier`."""
-        self._cache.release(job.file, job.block.number)
+        if self._has_place_for(job):
+            self._cache.release(job.file, job.block.number)
+
+    def _has_place_for(self, job: Job) -> bool:
+        return self._cache.has_place_for(job.file, job.block.number)
 
     async def _care(self, plan: Callable[[], Iterable[File]]) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(keep_running, "watching the disk", self._calls.watch)
+            nursery.start_soon(keep_running, "watching the disk", self.watch)
             while True:
                 with contextlib.suppress(DiskHangsError):
                     await self._calls.run(self._cache.care, plan(), patience_s=math.inf)
                 await trio.sleep(CARE_S)
 
 
-def _find_present(cache: BlockCache, files: Sequence[File]) -> list[tuple[File, list[int]]]:
-    """The files that have blocks on disk, with their numbers; the cache keeps them."""
-    present = [(file, numbers) for file in files if (numbers := cache.present(file))]
-    if present:
-        cache.announce([file for file, _ in present])
-    return present
+def _numbers(cache: BlockCache, files: Sequence[File]) -> dict[int, list[int]]:
+    """The numbers of the blocks on disk, by the inodes of files that have some."""
+    return {file.inode: numbers for file in files if (numbers := cache.present(file))}

@@ -14,10 +14,8 @@ import trio
 from lazyfs.blocks import BlockId
 from lazyfs.blocks.file_blocks import Place
 from lazyfs.blocks.memory import BlockMemory, Held
-from lazyfs.cache import BlockCache
-from lazyfs.cache.block_writer import BlockWriter
-from lazyfs.cache.disk_calls import DiskCalls, DiskHangsError
 from lazyfs.faults import contained
+from lazyfs.fetch.disks import Disks
 from lazyfs.listed_object import File
 from lazyfs.prefetch.prefetcher import Prefetcher
 
@@ -29,34 +27,28 @@ class DiskWindow:
     """The part of a load that is on the disk.
 
     Args:
-        cache: the disk.
-        writer: knows the blocks for which there was no room.
+        disks: know the blocks for which there was no room.
         prefetcher: knows the blocks that all readers have consumed.
         memory: the mount's.
         files: the mount's, by inode.
-        calls: make the calls that block.
     """
 
     def __init__(
         self,
-        cache: BlockCache,
-        writer: BlockWriter,
+        disks: Disks,
         prefetcher: Prefetcher,
         memory: BlockMemory,
         files: Mapping[int, File],
-        calls: DiskCalls,
     ) -> None:
-        self._cache = cache
-        self._writer = writer
+        self._disks = disks
         self._prefetcher = prefetcher
         self._memory = memory
         self._files = files
-        self._calls = calls
         self._sliding = False
 
     def slide(self, nursery: trio.Nursery) -> None:
         """If the cache had no room for a block, remove consumed blocks to make room."""
-        if self._sliding or not self._writer.has_refused:
+        if self._sliding or not self._disks.has_refused:
             return
         spent = self._prefetcher.take_spent(SLIDE_BLOCKS)
         if spent:
@@ -67,12 +59,12 @@ class DiskWindow:
         try:
             for inode, blocks in groupby(spent, lambda block: block.inode):
                 numbers = [block.number for block in blocks]
-                if await self._given_up(self._files[inode], numbers):
+                if await self._disks.give_up_read(self._files[inode], numbers):
                     for number in numbers:
                         self._left(BlockId(inode, number))
         finally:
             self._sliding = False
-            self._writer.retry(self._kept)
+            self._disks.retry(self._kept)
 
     def _left(self, block: BlockId) -> None:
         """A block has left the disk, which no reader needs any more."""
@@ -81,12 +73,6 @@ class DiskWindow:
             held.on_disk, held.unread = False, 0
         elif self._prefetcher.blocks.place(block) == Place.LOCAL:
             self._prefetcher.blocks.moved(block, Place.USED)
-
-    async def _given_up(self, file: File, numbers: list[int]) -> bool:
-        try:
-            return await self._calls.run(self._cache.give_up, file, numbers)
-        except DiskHangsError:
-            return False
 
     def _kept(self, block: BlockId) -> Held | None:
         """A block that is only in memory, and that a reader still needs."""

@@ -8,6 +8,7 @@ fetched once, however many readers wait for it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 
 import trio
 
@@ -15,12 +16,9 @@ from lazyfs.blocks import BlockId, Span, block_length
 from lazyfs.blocks.file_blocks import AWAY, PAGES, Place
 from lazyfs.blocks.memory import BlockMemory, Held
 from lazyfs.cache import BlockCache
-from lazyfs.cache.block_writer import BlockWriter
-from lazyfs.cache.disk_calls import DiskCalls
-from lazyfs.cache.other_daemons import OtherDaemons
 from lazyfs.faults import keep_running, report_fault
-from lazyfs.fetch.disk_tier import DiskTier
 from lazyfs.fetch.disk_window import DiskWindow
+from lazyfs.fetch.disks import Disks
 from lazyfs.fetch.fleet import Fleet
 from lazyfs.fetch.jobs import Jobs
 from lazyfs.fetch.missed_pages import MissedPages
@@ -79,7 +77,7 @@ class BlockFetcher:
         self._reader_moved = False
         self._nursery: trio.Nursery | None = None
         self._threads = Threads(options.max_concurrency)
-        for_heads = heads_limit(options.memory_limit, options.block_size)
+        for_heads = heads_limit(options.memory_limit, options.least_blocks * options.block_size)
         for_blocks = options.memory_limit - for_heads
         self._memory = BlockMemory(
             for_blocks, options.block_size, self._map, lambda: prefetcher.readers,
@@ -101,20 +99,14 @@ class BlockFetcher:
             page_cache, self._map, prefetcher, self._memory, options.block_size, self._threads,
             recorder, self.pump, options.movers,
         )  # fmt: skip
-        self._disk: DiskTier | None = None
-        self._writer: BlockWriter | None = None
+        self._disks = Disks(
+            cache, options, self._threads, self._memory, self._origin, recorder, self._written,
+            self._found, self._disk_changed,
+        )  # fmt: skip
         window = None
         if cache is not None:
-            calls = DiskCalls(self._threads, self._memory)
-            self._writer = BlockWriter(
-                cache, options.memory_limit, calls, recorder, self._written,
-                self._memory.peek, options.movers,
-            )  # fmt: skip
-            others = OtherDaemons(cache, calls, self._found)
-            self._disk = DiskTier(cache, self._writer, others, self._origin, calls)
-            window = DiskWindow(cache, self._writer, prefetcher, self._memory, self._files, calls)
-            calls.on_change.append(self._disk_changed)
-        tiers = Tiers([self._disk] if self._disk else [], self._origin)
+            window = DiskWindow(self._disks, prefetcher, self._memory, self._files)
+        tiers = Tiers(self._disks.tiers, self._origin)
         self._jobs = Jobs(tiers, self._memory, self._map, self._pusher, recorder, self.pump)
         self._scheduler = Scheduler(
             self._files, self._jobs, self._memory, prefetcher, self._pusher, self._getter,
@@ -142,8 +134,15 @@ class BlockFetcher:
 
     def resumed(self) -> None:
         """A former worker of this mount has ended, or is about to."""
-        if self._disk:
-            self._disk.resumed()
+        self._disks.resumed()
+
+    async def open_cache(self, openings: Sequence[Future[None]]) -> None:
+        """Wait until the directories of the cache are open, but not for disks that hang.
+
+        Raises:
+            CacheError: a directory cannot be used.
+        """
+        await self._disks.open(openings)
 
     def start(self, nursery: trio.Nursery) -> None:
         """Serve in the tasks of a nursery until it is cancelled.
@@ -155,14 +154,12 @@ class BlockFetcher:
         self._nursery = nursery
         self._pusher.start(nursery)
         nursery.start_soon(keep_running, "closing idle connections", self._close_idle)
-        if self._disk:
-            self._disk.start(nursery, self._plan)
+        self._disks.start(nursery, self._plan)
         self._scheduler.begin(nursery)
 
     async def finish_writing(self) -> None:
         """Write the blocks that wait for the disk, so that the next mount finds them."""
-        if self._disk:
-            await self._disk.finish(self._plan())
+        await self._disks.finish(self._plan())
 
     def pump(self) -> None:
         """Start all jobs that may start now. Called after every change that may allow one."""
@@ -199,8 +196,7 @@ class BlockFetcher:
     def opened(self, file: File, *, direct: bool) -> None:
         """A file was opened; `direct`: its reads bypass the page cache."""
         self.add_file(file)
-        if self._disk:
-            self._disk.opened(file)
+        self._disks.opened(file)
         self._map.opened(file.inode, direct=direct)
 
     def was_read(self, file: File, offset: int, size: int) -> None:
@@ -329,18 +325,16 @@ class BlockFetcher:
         """Find which blocks of files are on disk already, so that they are not prefetched."""
         for file in files:
             self.add_file(file)
-        if self._disk is None:
-            return
-        for file, numbers in await self._disk.present(files):
+        for inode, numbers in (await self._disks.present(files)).items():
             for number in numbers:
-                block = BlockId(file.inode, number)
+                block = BlockId(inode, number)
                 self._map.stored(block)
                 if self._map.place(block) in AWAY - {Place.COMING} | {Place.USED}:
                     self._map.moved(block, Place.LOCAL)
 
     async def cached_bytes(self, file: File) -> int:
         """How many bytes of a file are on disk."""
-        numbers = await self._disk.numbers(file) if self._disk else []
+        numbers = (await self._disks.numbers([file])).get(file.inode, ())
         return sum(block_length(file.size_bytes, self._block_size, number) for number in numbers)
 
     def _written(self, blocks: Mapping[BlockId, bool]) -> None:
@@ -387,17 +381,17 @@ class BlockFetcher:
 
     @property
     def shed_blocks(self) -> int:
-        """How many blocks were not written because the disk was slow (see `BlockWriter`)."""
-        return self._writer.skipped_blocks if self._writer else 0
+        """How many blocks were not written because a disk was slow (see `BlockWriter`)."""
+        return self._disks.skipped_blocks
 
     def _disk_changed(self) -> None:
-        self._scheduler.disk_hangs = self.disk_hangs
+        self._scheduler.disk_hangs = bool(self.hanging_disks)
         self.pump()
 
     @property
-    def disk_hangs(self) -> bool:
-        """Whether the disk does not answer, so that the mount does without it."""
-        return self._disk is not None and self._disk.hangs
+    def hanging_disks(self) -> list[str]:
+        """The directories of the cache that the mount does without, as their disks hang."""
+        return self._disks.hanging
 
     @property
     def trouble(self) -> str | None:

@@ -44,13 +44,11 @@ SHARE = 1 / 16
 SHARE_OF_ONE = 1 / 4
 # Concurrent pushes of heads. Each may be stuck and holds a thread (`pagecache/block_pusher.py`).
 PUSHERS = 2
-# There must be memory for this many blocks beside heads.
-LEAST_BLOCKS = 4
 
 
-def heads_limit(memory_bytes: int, block_size: int) -> int:
-    """Bytes of memory for heads; none if there is hardly any for blocks."""
-    return max(0, min(int(memory_bytes * SHARE), memory_bytes - LEAST_BLOCKS * block_size))
+def heads_limit(memory_bytes: int, least_bytes: int) -> int:
+    """Bytes of memory for heads; none if blocks need all of it, of which they get the least."""
+    return max(0, min(int(memory_bytes * SHARE), memory_bytes - least_bytes))
 
 
 @dataclass(slots=True)

@@ -6,12 +6,15 @@ checked again. Started again, it continues where it stopped, because it fetches 
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from posixpath import basename
+from typing import TypeVar, TypeVarTuple
 
 import trio
 
@@ -19,8 +22,10 @@ from lazyfs.blocks import BlockId, block_count, block_length, spans
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.memory import BlockMemory
 from lazyfs.cache import CARE_S, BlockCache, Claim
+from lazyfs.cache.disk_calls import DiskCalls, DiskHangsError
 from lazyfs.cache.other_daemons import LEASE_S
 from lazyfs.errors import LazyfsError, ObjectChangedError, ObjectGoneError, SourceError
+from lazyfs.faults import the_error
 from lazyfs.fetch.request import BlockGetter
 from lazyfs.listed_object import File
 from lazyfs.model.directory import ModelFile
@@ -39,6 +44,11 @@ from lazyfs.threads import Threads
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+# A disk that does not answer for so long hangs. It may be slow, and have many blocks to write.
+DISK_PATIENCE_S = 60.0
 # How often a block that another process claimed is checked again.
 LOOK_S = 0.05
 # A damaged block is fetched and verified again.
@@ -88,6 +98,7 @@ class Warmer:
             options.memory_limit, options.block_size, BlockMap(options.block_size), lambda: 1
         )
         self._threads = Threads(options.max_concurrency)
+        self._calls = DiskCalls(self._threads, memory, cache.name)
         self._getter = BlockGetter(
             source, memory, options, self._threads, _nothing, Recorder("off")
         )
@@ -121,6 +132,15 @@ class Warmer:
         """
         if verify:
             checksum.check_available()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._calls.watch)
+                await self._run(include, verify=verify)
+                nursery.cancel_scope.cancel()
+        except ExceptionGroup as group:
+            raise the_error(group) from None
+
+    async def _run(self, include: tuple[str, ...], *, verify: bool) -> None:
         self._broken = []
         self._plan = await self._choose(include)
         self.progress.files = len(self._plan)
@@ -132,7 +152,7 @@ class Warmer:
                 if not verify or not await self._verify():
                     break
             nursery.cancel_scope.cancel()
-        await self._threads.run(self._cache.care, self._plan)
+        await self._on_disk(self._cache.care, self._plan)
         await self._see_what_is_there()
         missing = self.progress.total_bytes - self.progress.done_bytes
         if not missing and not include:
@@ -212,16 +232,16 @@ class Warmer:
         """A whole file, small enough for memory: an index."""
         parts = []
         for number in range(block_count(file.size_bytes, self._block_size)):
-            found = await self._threads.run(self._cache.load_or_claim, file, number)
+            found = await self._on_disk(self._cache.load_or_claim, file, number)
             if isinstance(found, Claim):
                 found = await self._get(file, number)
-                await self._threads.run(self._cache.put, file, number, found)
+                await self._on_disk(self._cache.put, file, number, found)
             parts.append(bytes(found))
         return b"".join(parts)
 
     async def _fill(self) -> None:
         self._has_no_room = False
-        await self._threads.run(self._cache.announce, self._plan)
+        await self._on_disk(self._cache.announce, self._plan)
         missing = await self._see_what_is_there()
         self._queue = deque(missing)
         async with trio.open_nursery() as nursery:
@@ -240,7 +260,7 @@ class Warmer:
         self.progress.done_bytes = 0
         for file in self._plan:
             self._files[file.inode] = file
-            there = set(await self._threads.run(self._cache.present, file))
+            there = set(await self._on_disk(self._cache.present, file))
             for number in range(block_count(file.size_bytes, self._block_size)):
                 if number in there:
                     self.progress.done_bytes += self._length(file, number)
@@ -263,8 +283,8 @@ class Warmer:
             self._ended.set()
 
     async def _bring_one(self, file: File, block: BlockId) -> None:
-        if not await self._threads.run(self._cache.holds, file, block.number):
-            found = await self._threads.run(self._cache.load_or_claim, file, block.number)
+        if not await self._on_disk(self._cache.holds, file, block.number):
+            found = await self._on_disk(self._cache.load_or_claim, file, block.number)
             lease_until = self._leases.setdefault(block, trio.current_time() + LEASE_S)
             if found is Claim.THEIRS and trio.current_time() < lease_until:
                 await trio.sleep(LOOK_S)
@@ -273,7 +293,7 @@ class Warmer:
             if isinstance(found, Claim):
                 data = await self._get(file, block.number)
                 self.progress.fetched_bytes += len(data)
-                if not await self._threads.run(self._cache.put, file, block.number, data):
+                if not await self._on_disk(self._cache.put, file, block.number, data):
                     self._has_no_room = True
                     return
         self.progress.done_bytes += self._length(file, block.number)
@@ -309,7 +329,7 @@ class Warmer:
         except SourceError as error:  # reading needs no HEAD, which a policy may deny
             self.progress.problems.append(f"not compared with a checksum of S3: {error}")
         for number in range(block_count(file.size_bytes, self._block_size)):
-            data = await self._threads.run(self._cache.load, file, number)
+            data = await self._on_disk(self._cache.load, file, number)
             if data is None:
                 damaged += 1
                 continue
@@ -320,7 +340,7 @@ class Warmer:
             if whole.matches:
                 self.progress.compared_files += 1
             else:
-                await self._threads.run(self._cache.drop, file)
+                await self._on_disk(self._cache.drop, file)
                 self.progress.problems.append(
                     f"{self._source.name(file.key)}: what was fetched has not the "
                     f"{whole.kind} checksum that S3 keeps of it; dropped from the cache"
@@ -342,10 +362,20 @@ class Warmer:
             what += ": there is no room for them; see --cache-size, --cache-reserve and the log"
         return what
 
+    async def _on_disk(self, function: Callable[[*Ts], T], *arguments: *Ts) -> T:
+        """Make a call of the cache. Raises IncompleteError: its disk does not answer."""
+        try:
+            return await self._calls.run(function, *arguments, patience_s=DISK_PATIENCE_S)
+        except DiskHangsError:
+            raise IncompleteError(
+                f"the disk of the cache {self._cache.name} does not answer; try again when it does"
+            ) from None
+
     async def _care(self) -> None:
         while True:
             await trio.sleep(CARE_S)
-            await self._threads.run(self._cache.care, self._plan)
+            with contextlib.suppress(DiskHangsError):  # who waits for a call says so
+                await self._calls.run(self._cache.care, self._plan, patience_s=math.inf)
 
     def _length(self, file: File, number: int) -> int:
         return block_length(file.size_bytes, self._block_size, number)

@@ -181,8 +181,8 @@ METRICS = (
         "now.", ("directory",),
     ),
     Metric(
-        "lazyfs_cache_up", "gauge", "1 while the cache's disk answers, 0 while it hangs and all "
-        "blocks come from S3. Only with a cache.",
+        "lazyfs_cache_up", "gauge", "1 while the disk of the cache directory answers, 0 while it "
+        "hangs and its blocks come from S3.", ("directory",),
     ),
     Metric("lazyfs_cache_hits_total", "counter", "Blocks found in the cache.", ("directory",)),
     Metric(

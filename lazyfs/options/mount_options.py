@@ -244,8 +244,9 @@ class MountOptions:
     memory_limit: int = _option(
         Size(64 * MIB, 1 << 40, words=("auto",)),
         "Reading",
-        "Maximum memory for blocks, requests in flight included. At least 4 blocks. auto: 128 MiB "
-        "for each processor, at most 2.5 % of the memory or 16 GiB, at least 256 MiB.",
+        "Maximum memory for blocks, requests in flight included. At least 4 blocks, and 2 more for "
+        "each further cache directory. auto: 128 MiB for each processor, at most 2.5 % of the "
+        "memory or 16 GiB, at least 256 MiB.",
         "auto",
     )
     prefetch: str = _option(
@@ -332,20 +333,30 @@ class MountOptions:
 
     def __post_init__(self) -> None:
         """Choose what is `auto`, and check options against each other. Raises OptionError."""
+        least_bytes = self.least_blocks * self.block_size
         chosen: dict[str, Callable[[], int]] = {
-            "memory_limit": lambda: auto_memory(self.block_size),
+            "memory_limit": lambda: max(auto_memory(self.block_size), least_bytes),
             "max_concurrency": lambda: auto_requests(self.memory_limit, self.block_size),
             "movers": auto_movers,
         }
         for name, choose in chosen.items():
             if getattr(self, name) == "auto":
                 object.__setattr__(self, name, choose())
-        if self.memory_limit < 4 * self.block_size:
+        if self.memory_limit < least_bytes:
             raise OptionError(
                 f"--memory-limit: {format_size(self.memory_limit)} is not allowed with "
-                f"--block-size {format_size(self.block_size)}: at least 4 blocks, "
-                f"{format_size(4 * self.block_size)}"
+                f"--block-size {format_size(self.block_size)}: at least {self.least_blocks} "
+                f"blocks, {format_size(least_bytes)}"
             )
+
+    @property
+    def least_blocks(self) -> int:
+        """How many blocks there must be memory for.
+
+        One for a push, one for demand, and two for each cache directory: if its disk hangs, one may
+        be written and one loaded.
+        """
+        return 2 + 2 * (len(self.cache_dir) if isinstance(self.cache_dir, tuple) else 1)
 
     def wants(self, path: str) -> bool:
         """Whether a file is to be shown, by `include` and `exclude`; its path in the mount."""

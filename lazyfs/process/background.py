@@ -6,6 +6,7 @@ A fork takes no time, and the supervisor has most of its modules already.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import signal
 from typing import Any, NoReturn
@@ -63,4 +64,5 @@ def _supervise(spec: MountSpec, log: int, report: int) -> NoReturn:
 
         traceback.print_exc()
     finally:
+        logging.shutdown()
         os._exit(code)

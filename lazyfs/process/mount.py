@@ -147,9 +147,8 @@ async def _serve(
     carried = RuntimeChanges(former.carried if former else new_carried())
     options = descriptors.fit(with_former_changes(mount.options, carried))
     cache = BlockCache.of(options, "", mount.url.bucket)
-    if cache and not former:
-        # A resumed mount continues without a failing cache.
-        await trio.to_thread.run_sync(cache.open)
+    # A resumed mount continues without a failing cache.
+    openings = cache.begin_to_open() if cache and not former else []
     source = await trio.to_thread.run_sync(opening.result)
     if cache:
         cache.endpoint = source.endpoint
@@ -168,6 +167,8 @@ async def _serve(
         if cache:
             cache.use(movers)
     fetcher = BlockFetcher(source, cache, page_cache, prefetcher, options, recorder)
+    if openings:
+        await fetcher.open_cache(openings)
     fetcher.pause(carried.paused)
     near = PageMap(former.near if former else new_near(), options.block_size)
     fetcher.carry(near, catalog.tree)

@@ -21,6 +21,7 @@ from lazyfs.errors import MountError
 from lazyfs.fuse.mount_syscalls import find_mount
 from lazyfs.handover.keeper import is_private, private_directory
 from lazyfs.known_fields import known_fields
+from lazyfs.process.worker_process import is_over
 
 # unix(7): sun_path has 108 bytes, the last of which is zero.
 LONGEST_SOCKET_PATH = 107
@@ -68,6 +69,10 @@ class RunningMount:
             with _alone(self._path.parent):
                 _forget_detached(self._path)
                 descriptor = _lock_patiently(self._path)
+                holder = _read(self._path) if descriptor is None else None
+                if holder is not None and has_ended(holder):
+                    self._path.unlink(missing_ok=True)
+                    descriptor = _lock(self._path)
         except OSError as error:
             raise MountError(f"{self._path}: {error.strerror}") from error
         if descriptor is None:
@@ -109,8 +114,13 @@ class RunningMount:
         return self._descriptor
 
     def close(self) -> None:
-        """Remove the record, because the mount ends."""
+        """Remove the record, because the mount ends.
+
+        A worker that a disk keeps from ending may have the descriptor, too: it must not hold the
+        lock.
+        """
         _remove(self._path, self._descriptor)
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         os.close(self._descriptor)
 
 
@@ -147,6 +157,12 @@ def is_detached(record: MountRecord) -> bool:
             continue  # it has ended
         return entry is None or entry.device != record.device
     return False
+
+
+def has_ended(record: MountRecord) -> bool:
+    """Whether no process of a mount runs any more, though a disk may keep one from ending."""
+    processes = [record.supervisor, *([record.worker] if record.worker else [])]
+    return all(map(is_over, processes))
 
 
 class DaemonWatch:

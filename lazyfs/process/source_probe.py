@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import json
+import logging
 import os
 import signal
 import threading
@@ -111,6 +112,7 @@ def _be_probe(answer: int, worker: int, find: Callable[[], ResolvedSource]) -> N
 
         traceback.print_exc()
     finally:
+        logging.shutdown()
         os._exit(code)
 
 

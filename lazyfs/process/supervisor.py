@@ -54,6 +54,7 @@ from lazyfs.process.worker_process import (
     next_pause_s,
     oom_kills,
     start_worker,
+    stuck_of,
     wait_for_end,
     was_told_to_end,
 )
@@ -334,6 +335,8 @@ class Supervisor:
             pause_s = next_pause_s(pause_s, unready_s)
         try:
             self._clean_up()
+            for line in stuck_of(self._worker.pid) if self._worker else []:
+                log.warning("%s: %s", self._mountpoint, line)
             log.info("unmounted %s", self._mountpoint)
         finally:
             self._on_end()

@@ -8,6 +8,7 @@ and a leash, a pipe that is closed when the supervisor ends.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import socket
@@ -178,9 +179,12 @@ def _end_with(leash: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(LAST_STEPS_S)
     finally:
+        logging.shutdown()
         os._exit(1)
 
 
 if __name__ == "__main__":
     numbers = [int(text) for text in sys.argv[2:]]
-    sys.exit(main(sys.argv[1], (numbers[0], numbers[1]), *numbers[2:]))
+    code = main(sys.argv[1], (numbers[0], numbers[1]), *numbers[2:])
+    logging.shutdown()
+    os._exit(code)  # without closing the index of a cache, whose disk may hang

@@ -69,15 +69,19 @@ def become_worker(cache: Sequence[Path]) -> None:
     os.umask(0o007)
 
 
-def rights_of(spec: MountSpec, options: MountOptions) -> Rights:
+def rights_of(spec: MountSpec, options: MountOptions, *, cache_answers: bool) -> Rights:
     """What the worker of a mount needs; also prepares the directories of its cache.
 
     Args:
         spec: what is mounted.
         options: its options.
+        cache_answers: the disk of the cache does not hang (`patience.py`). If it does, the worker
+            uses it later, if it is prepared already.
     """
     cache = cache_place.directories(options.cache_dir)
-    if user.worker_ids() is None or not prepare_cache(cache):
+    if not cache_answers:
+        cache = tuple(map(_above_disk, cache))
+    if user.worker_ids() is None or (cache_answers and not prepare_cache(cache)):
         return Rights.USER
     is_given = spec.credentials is not None or options.no_sign_request
     return rights_for(cache, uses_own_credentials=not is_given, ca_bundle=options.ca_bundle)
@@ -126,6 +130,14 @@ def _is_reachable(path: Path) -> bool:
         except OSError:
             continue  # it does not exist yet
     return True
+
+
+def _above_disk(path: Path) -> Path:
+    """A path in the directory at which the filesystem of a path is mounted, of the same name."""
+    from lazyfs.fuse.mount_syscalls import mounts  # only for a disk that hangs
+
+    points = {entry.mountpoint for entry in mounts()}
+    return next(parent for parent in path.parents if parent in points) / path.name
 
 
 def _configuration() -> list[Path]:

@@ -131,12 +131,45 @@ def send(pid: int, number: signal.Signals) -> None:
 
 
 def serves(pid: int, name: str) -> bool:
-    """Whether the process is a worker of the mount of this name, with a live first thread."""
+    """Whether the process is a worker of the mount of this name, and its first thread may run."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
-    return os.fsencode(name) in words and _status(pid)[:1] not in ([], ["Z"])
+    return os.fsencode(name) in words and not is_over(pid)
+
+
+def is_over(pid: int) -> bool:
+    """Whether the first thread of a process has ended, or was killed and never runs again.
+
+    A thread that waits for a disk (state D) ends only when that answers, even if it was killed.
+    """
+    status = _status(pid)
+    if status[:1] != ["D"]:
+        return status[:1] in ([], ["Z"], ["X"])
+    return bool(int(_field(pid, "SigPnd") or "0", 16) & 1 << signal.SIGKILL - 1)
+
+
+def stuck_of(worker: int) -> list[str]:
+    """A line for each process of a worker that has ended which waits for a disk.
+
+    Movers are processes of a worker, too: all of them have its session id.
+    """
+    stuck = _waiting_of(worker)
+    if stuck:
+        time.sleep(LAST_THREADS_S)
+        stuck &= _waiting_of(worker)
+    return [
+        f"process {pid} waits for a disk and cannot be killed; it ends when the disk answers"
+        for pid in sorted(stuck)
+    ]
+
+
+def _waiting_of(worker: int) -> set[int]:
+    """The processes of a worker's session with a thread that waits in the kernel (state D)."""
+    processes = (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit())
+    ours = (pid for pid in processes if _status(pid)[3:4] == [str(worker)])
+    return {pid for pid in ours if "D" in map(_state, Path(f"/proc/{pid}/task").glob("*/stat"))}
 
 
 def wait_for_end(worker: subprocess.Popen[bytes]) -> int:
@@ -144,17 +177,30 @@ def wait_for_end(worker: subprocess.Popen[bytes]) -> int:
 
     A killed process is only gone when all its threads are. One of them may be pushing a page that
     is locked for a read that the worker has not answered, and only the next worker will. So this
-    waits only for the end of the first thread, which answers requests.
+    waits only for the end of the first thread, which answers requests (`is_over`).
     """
     with _watched(worker.pid) as process:
         while (code := worker.poll()) is None:
-            if _status(worker.pid)[:1] == ["Z"]:
+            if is_over(worker.pid):
                 # Nearly always the other threads end at once, and then the code is known.
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return worker.wait(LAST_THREADS_S)
-                return -signal.SIGKILL
+                return _code_of_last(worker.pid)
             process.poll(POLL_S * 1000)
     return code
+
+
+def _code_of_last(pid: int) -> int:
+    """The exit code of a process with a thread that has not ended, as far as it can be known."""
+    try:
+        Path(f"/proc/{pid}/exe").readlink()
+    except PermissionError:
+        return -signal.SIGKILL  # the kernel says 0 to whoever may not look into the process
+    except OSError:
+        pass  # it has no memory any more
+    status = _status(pid)
+    is_known = status[:1] == ["Z"]
+    return os.waitstatus_to_exitcode(int(status[49])) if is_known else -signal.SIGKILL
 
 
 @contextlib.contextmanager
@@ -223,6 +269,23 @@ def _status(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return []
+
+
+def _state(stat: Path) -> str:
+    """The state of a thread (proc(5), stat); empty if there is no such thread."""
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def _field(pid: int, name: str) -> str | None:
+    """A field of the status of a process's first thread (proc(5), status)."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/task/{pid}/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return line.partition(":")[2].strip()
+    return None
 
 
 def how_it_ended(code: int) -> str:

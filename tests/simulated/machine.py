@@ -395,6 +395,14 @@ class Disk:
         await self._movers.take(size, self._machine.check)
         await self._writes.take(size)
 
+    name = "/cache"
+
+    def parts(self) -> list[Any]:
+        return [self]
+
+    def has_place_for(self, file: File, number: int) -> bool:
+        return True
+
     def set_loading(self, file: File) -> None:
         pass
 

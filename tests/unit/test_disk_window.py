@@ -8,15 +8,13 @@ from typing import cast
 import pytest
 import trio
 import trio.testing
-from inline_threads import InlineThreads
 
 from lazyfs.blocks import BlockId
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.file_blocks import Place
 from lazyfs.blocks.memory import BlockMemory, Held
-from lazyfs.cache import BlockCache
-from lazyfs.cache.block_writer import BlockWriter
 from lazyfs.fetch.disk_window import SLIDE_BLOCKS, DiskWindow
+from lazyfs.fetch.disks import Disks
 from lazyfs.listed_object import File
 from lazyfs.prefetch.prefetcher import Prefetcher
 
@@ -38,17 +36,18 @@ class Desk:
         self.gives_up = True
         self.given_up: list[tuple[int, list[int]]] = []
         self.kept: Callable[[BlockId], Held | None] | None = None
-        self.threads = InlineThreads()
+        self.gate = trio.Event()
+        self.gate.set()
         self.window = DiskWindow(
-            cast(BlockCache, self), cast(BlockWriter, self), cast(Prefetcher, self), self.memory,
-            FILES, self.threads.calls,
+            cast(Disks, self), cast(Prefetcher, self), self.memory, FILES,
         )  # fmt: skip
 
     def take_spent(self, count: int) -> list[BlockId]:
         self.asked.append(count)
         return self.consumed
 
-    def give_up(self, file: File, numbers: list[int]) -> bool:
+    async def give_up_read(self, file: File, numbers: list[int]) -> bool:
+        await self.gate.wait()
         self.given_up.append((file.inode, numbers))
         return self.gives_up
 
@@ -124,13 +123,13 @@ def test_with_nothing_consumed_nothing_happens() -> None:
 def test_one_exchange_at_a_time() -> None:
     async def scenario(desk: Desk) -> None:
         desk.consumed = [BlockId(2, 0)]
-        desk.threads.hold()
+        desk.gate = trio.Event()
         async with trio.open_nursery() as nursery:
             desk.window.slide(nursery)
             await trio.testing.wait_all_tasks_blocked()
             desk.window.slide(nursery)
             assert desk.asked == [SLIDE_BLOCKS]
-            desk.threads.gate.set()
+            desk.gate.set()
         await desk.slide()
         assert desk.asked == [SLIDE_BLOCKS] * 2
 
@@ -141,7 +140,7 @@ def test_a_fault_does_not_end_making_room_for_good(monkeypatch: pytest.MonkeyPat
     async def scenario(desk: Desk) -> None:
         desk.consumed = [BlockId(2, 0)]
         with monkeypatch.context() as patch:
-            patch.setattr(desk, "give_up", lambda *_: 1 // 0)
+            patch.setattr(desk, "give_up_read", lambda *_: 1 // 0)
             await desk.slide()
         assert desk.kept is not None
         await desk.slide()

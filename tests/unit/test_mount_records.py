@@ -43,6 +43,31 @@ def test_a_mountpoint_has_one_supervisor() -> None:
     RunningMount(RECORD).close()
 
 
+def test_a_worker_that_cannot_end_holds_no_mountpoint() -> None:
+    """It has the descriptor of the lock, too."""
+    running = RunningMount(RECORD)
+    of_worker = os.dup(running.descriptor)
+    watch = DaemonWatch(MOUNTPOINT)
+    running.close()
+    assert watch.wait(timeout_s=0)
+    os.close(of_worker)
+
+
+def test_processes_that_never_run_again_hold_no_mountpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Supervisor and worker were killed, and the worker waits for a disk."""
+    of_worker = RunningMount(replace(RECORD, worker=2))
+    with pytest.raises(MountError):
+        RunningMount(RECORD)
+    monkeypatch.setattr(mount_records, "is_over", lambda pid: pid == 2)
+    with pytest.raises(MountError):
+        RunningMount(RECORD)
+    monkeypatch.setattr(mount_records, "is_over", lambda pid: True)
+    RunningMount(RECORD).close()
+    of_worker.close()
+
+
 def test_a_record_that_is_removed_before_it_is_locked(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

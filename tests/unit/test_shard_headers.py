@@ -14,7 +14,7 @@ from inline_threads import InlineThreads
 from lazyfs.errors import SourceError, UnavailableError
 from lazyfs.fetch.attempt import Got
 from lazyfs.fetch.request import PREFETCH_PATIENCE_S
-from lazyfs.fetch.shard_headers import AT_ONCE, LEAST_BLOCKS, PUSHERS, ShardHeaders, heads_limit
+from lazyfs.fetch.shard_headers import AT_ONCE, PUSHERS, ShardHeaders, heads_limit
 from lazyfs.fetch.tiers import OriginTier
 from lazyfs.listed_object import File
 from lazyfs.model.safetensors import HEAD_BYTES, LONGEST_HEADER, MalformedHeaderError
@@ -120,10 +120,10 @@ def play(scenario: Callable[[Desk], Awaitable[None]], *desk: float) -> None:
 
 
 def test_how_much_memory_headers_may_take() -> None:
-    assert heads_limit(1024 * MIB, 8 * MIB) == 64 * MIB
-    assert heads_limit(34 * MIB, 8 * MIB) == 2 * MIB, "there must be room for blocks"
-    assert heads_limit(LEAST_BLOCKS * 8 * MIB, 8 * MIB) == 0
-    assert heads_limit(8 * MIB, 8 * MIB) == 0
+    assert heads_limit(1024 * MIB, 32 * MIB) == 64 * MIB
+    assert heads_limit(34 * MIB, 32 * MIB) == 2 * MIB, "there must be room for blocks"
+    assert heads_limit(32 * MIB, 32 * MIB) == 0
+    assert heads_limit(8 * MIB, 32 * MIB) == 0
 
 
 def test_a_header_is_fetched_once_and_kept() -> None:

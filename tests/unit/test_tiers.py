@@ -11,7 +11,8 @@ import trio.testing
 from inline_threads import InlineThreads
 
 from lazyfs.blocks import BlockId, Span
-from lazyfs.blocks.memory import Held
+from lazyfs.blocks.block_map import BlockMap
+from lazyfs.blocks.memory import BlockMemory, Held
 from lazyfs.cache import CARE_S, BlockCache, Claim
 from lazyfs.cache.block_writer import BlockWriter
 from lazyfs.cache.disk_calls import DiskHangsError
@@ -19,11 +20,13 @@ from lazyfs.cache.other_daemons import LEASE_S, LOOK_S, OtherDaemons
 from lazyfs.errors import AccessDeniedError, SourceError, UnavailableError
 from lazyfs.fetch.attempt import Got
 from lazyfs.fetch.disk_tier import FORMER_LEASE_S, FORMER_S, SEEN_S, DiskTier
+from lazyfs.fetch.disks import Disks
 from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter
 from lazyfs.fetch.tiers import Job, OriginTier, Tiers
 from lazyfs.listed_object import File
 from lazyfs.model.safetensors import HEAD_BYTES
-from lazyfs.observe.recorder import Tier
+from lazyfs.observe.recorder import Recorder, Tier
+from lazyfs.options.mount_options import MountOptions
 
 SIZE = 10
 IO_TIMEOUT_S = 77.0
@@ -287,6 +290,7 @@ class Disk:
 
     def __init__(self) -> None:
         self.stored: dict[int, memoryview] = {}
+        self.elsewhere: set[int] = set()
         self.claimed: set[int] = set()
         self.ours: set[int] = set()
         self.waiting: set[int] = set()
@@ -329,6 +333,17 @@ class Disk:
     def announce(self, files: list[File]) -> None:
         self.announced += [file.inode for file in files]
 
+    def claim_absent(self, file: File, numbers: list[int]) -> set[int]:
+        return {number for number in numbers if self.load_or_claim(file, number) is Claim.OURS}
+
+    name = "/cache"
+
+    def parts(self) -> list[Disk]:
+        return [self]
+
+    def has_place_for(self, file: File, number: int) -> bool:
+        return number not in self.elsewhere
+
     def set_loading(self, file: File) -> None:
         self.loading.append(file.inode)
 
@@ -361,6 +376,11 @@ class OnDisk:
         cache, calls = cast(BlockCache, self.disk), InlineThreads().calls
         others = OtherDaemons(cache, calls, lambda block, there: None)
         self.tier = DiskTier(cache, cast(BlockWriter, self.writer), others, self.origin, calls)
+        memory = BlockMemory(1 << 30, 1 << 20, BlockMap(1 << 20), lambda: 1)
+        self.disks = Disks(
+            cache, MountOptions(), InlineThreads().threads, memory, self.origin, Recorder("off"),
+            lambda written: None, lambda block, there: None, lambda: None,
+        )  # fmt: skip
 
     async def get(self, wanted: Job) -> memoryview | Claim:
         self.tier.begin(wanted)
@@ -404,7 +424,7 @@ def test_the_disk_is_not_asked_for_a_block_that_was_absent_a_moment_ago() -> Non
     async def scenario() -> None:
         on_disk = OnDisk()
         on_disk.disk.stored[0] = DATA
-        await on_disk.tier.present([FILE])
+        await on_disk.tier.numbers([FILE])
         assert await on_disk.get(job(1)) is Claim.OURS
         assert (on_disk.disk.asked, on_disk.disk.ours) == ([], {1})
         assert await on_disk.tier.claim([job(2), job(3)]) != []
@@ -417,7 +437,7 @@ def test_the_disk_is_not_asked_for_a_block_that_was_absent_a_moment_ago() -> Non
 def test_the_disk_is_asked_for_a_block_that_may_have_come_since() -> None:
     async def scenario() -> None:
         on_disk = OnDisk()
-        await on_disk.tier.present([FILE])
+        await on_disk.tier.numbers([FILE])
         on_disk.disk.stored = dict.fromkeys(range(4), DATA)
         ours = job(0)
         ours.is_stored = True
@@ -426,7 +446,7 @@ def test_the_disk_is_asked_for_a_block_that_may_have_come_since() -> None:
         assert await on_disk.get(job(1)) == DATA, "another one has"
         on_disk.disk.is_shared = False
         assert await on_disk.get(job(3)) == DATA, "and has ended since"
-        await on_disk.tier.present([FILE])
+        await on_disk.tier.numbers([FILE])
         on_disk.disk.stored[4] = DATA
         await trio.sleep(SEEN_S)
         assert await on_disk.get(job(4)) == DATA, "one that began and ended since"
@@ -437,7 +457,7 @@ def test_the_disk_is_asked_for_a_block_that_may_have_come_since() -> None:
 def test_blocks_are_asked_for_singly_while_the_disk_is_looked_through() -> None:
     async def scenario() -> None:
         on_disk = OnDisk()
-        await on_disk.tier.present([FILE])
+        await on_disk.tier.numbers([FILE])
         on_disk.disk.stored[1] = DATA
         await trio.sleep(SEEN_S)
         with trio.CancelScope() as scope:
@@ -511,21 +531,39 @@ def test_a_claim_that_a_killed_worker_left_delays_a_reader_only_a_little() -> No
     run(scenario)
 
 
+def test_a_directory_passes_over_blocks_of_others() -> None:
+    async def scenario() -> None:
+        on_disk = OnDisk()
+        on_disk.disk.stored, on_disk.disk.elsewhere = {0: DATA, 1: DATA}, {1, 2}
+        assert await on_disk.get(job(1)) is Claim.OURS
+        jobs = [job(number) for number in range(4)]
+        assert await on_disk.tier.claim(jobs) == jobs[1:]
+        assert on_disk.disk.ours == {3}
+        on_disk.disk.ours.add(2)
+        on_disk.tier.give_up(job(2))
+        assert on_disk.disk.ours == {2, 3}
+        for number in (0, 1):
+            on_disk.tier.put(BlockId(2, number), Held(FILE, DATA), reader_waits=False)
+        assert on_disk.writer.calls == ["put 0 False"]
+
+    run(scenario)
+
+
 def test_files_with_blocks_on_disk_are_announced_and_checked_in_advance() -> None:
     async def scenario() -> None:
         on_disk = OnDisk()
         on_disk.disk.stored = {0: DATA, 2: DATA}
         empty = File(3, 1, "g", "g", 9, "e", 0)
         async with trio.open_nursery() as nursery:
-            on_disk.tier.start(nursery, list)
-            assert await on_disk.tier.present([FILE, empty]) == [(FILE, [0, 2])]
+            on_disk.disks.start(nursery, list)
+            assert await on_disk.disks.present([FILE, empty]) == {2: [0, 2]}
             await trio.testing.wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
         assert on_disk.disk.announced == [2]
         assert on_disk.disk.loading == [2, 3]
         assert on_disk.getter.asked == [(0, 1, False)]
-        assert await on_disk.tier.numbers(FILE) == [0, 2]
-        on_disk.tier.opened(empty)
+        assert await on_disk.disks.numbers([FILE]) == {2: [0, 2]}
+        on_disk.disks.opened(empty)
         assert on_disk.disk.loading == [2, 3, 3]
 
     run(scenario)
@@ -535,8 +573,8 @@ def test_plans_are_not_announced_to_an_empty_disk_cache() -> None:
     async def scenario() -> None:
         on_disk = OnDisk()
         async with trio.open_nursery() as nursery:
-            on_disk.tier.start(nursery, list)
-            assert await on_disk.tier.present([FILE]) == []
+            on_disk.disks.start(nursery, list)
+            assert await on_disk.disks.present([FILE]) == {}
             await trio.testing.wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
         assert (on_disk.disk.announced, on_disk.getter.asked) == ([], [])

@@ -58,6 +58,49 @@ def test_loads_awscrt_only_for_profiles_of_aws_login(tmp_path, config, expected)
     assert said.stdout.strip() == expected
 
 
+@pytest.mark.parametrize(
+    ("state", "pending", "expected"),
+    [
+        ("S", 0, False),
+        ("D", 0, False),
+        ("D", 1 << signal.SIGTERM - 1, False),
+        ("D", 1 << signal.SIGKILL - 1, True),
+        ("S", 1 << signal.SIGKILL - 1, False),  # it is about to end
+        ("Z", 0, True),
+        (None, 0, True),
+    ],
+)
+def test_a_process_never_runs_again(monkeypatch, state, pending, expected):
+    status = [] if state is None else [state, "1"]
+    monkeypatch.setattr(worker_process, "_status", lambda pid: status)
+    monkeypatch.setattr(worker_process, "_field", lambda pid, name: f"{pending:016x}")
+    assert worker_process.is_over(5) is expected
+
+
+def test_a_process_that_waits_for_a_disk_is_named(monkeypatch):
+    """A process that waits for one that it has forked without a copy is in the same state."""
+    code = """
+import ctypes, os, time
+libc = ctypes.CDLL(None)
+if libc.vfork() == 0:
+    time.sleep(600)
+"""
+    waiting = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    try:
+        until = time.monotonic() + 60
+        while not (said := worker_process.stuck_of(waiting.pid)):
+            assert time.monotonic() < until
+        assert said == [
+            f"process {waiting.pid} waits for a disk and cannot be killed; "
+            "it ends when the disk answers"
+        ]
+    finally:
+        os.killpg(waiting.pid, signal.SIGKILL)
+        waiting.wait()
+    assert worker_process.stuck_of(waiting.pid) == []
+    assert worker_process.is_over(waiting.pid)
+
+
 def test_serves_on_where_no_process_can_be_started(monkeypatch, caplog):
     """As in a container whose number of processes is limited."""
     monkeypatch.setattr(sys, "executable", "/nonexistent")

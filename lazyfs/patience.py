@@ -1,0 +1,82 @@
+"""Calls that may wait for a disk that hangs: made elsewhere first, and waited for only so long.
+
+A thread that waits for such a disk cannot be ended, and a process with such a thread ends only when
+the disk answers. So a command, for whose end somebody waits, has a process make the call; a daemon,
+which stays, a thread. Disks of a running mount: see `cache/disk_calls.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+# How long a disk may take to answer. One whose cache is being flushed, or that recovers from an
+# error, needs 1 to 2 s.
+PATIENCE_S = 3.0
+
+T = TypeVar("T")
+
+_begun: dict[Hashable, Future[object]] = {}
+
+
+def begin(function: Callable[[], T]) -> Future[T]:
+    """Call a function in a thread for which nobody waits when the process ends."""
+    from concurrent.futures import Future  # not for commands, which are to begin soon
+
+    future: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
+
+
+def in_thread(disk: Hashable, function: Callable[[], object]) -> bool:
+    """Whether a call comes back in time, with a result or an exception; it is made in a thread.
+
+    Args:
+        disk: what it waits for. While a call for the same one has not come back, none is made.
+    """
+    from concurrent.futures import wait
+
+    future = _begun.get(disk)
+    if future is None or future.done():
+        future = _begun[disk] = begin(function)
+        wait([future], PATIENCE_S)
+    return future.done()
+
+
+def in_child(function: Callable[[], object]) -> bool:
+    """Whether a call comes back in time, with a result or an exception; it is made in a fork.
+
+    No other thread may run.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            os.closerange(0, os.sysconf("SC_OPEN_MAX"))  # somebody may wait for their end
+            function()
+        finally:
+            os._exit(0)
+    descriptor = os.pidfd_open(child)
+    try:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        if not poll.poll(PATIENCE_S * 1000):
+            os.kill(child, signal.SIGKILL)  # as soon as the disk answers
+            return False
+    finally:
+        os.close(descriptor)
+    os.waitpid(child, 0)
+    return True

@@ -1,0 +1,60 @@
+"""Calls that may wait for a disk that hangs."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lazyfs import patience
+from lazyfs.patience import in_child, in_thread
+
+
+def refuse() -> None:
+    raise OSError(30, "Read-only file system")
+
+
+def test_a_call_that_comes_back_is_in_time(tmp_path: Path) -> None:
+    assert in_child((tmp_path / "made").mkdir)
+    assert (tmp_path / "made").is_dir()
+    assert in_child(refuse), "the caller makes the call again, and gets the reason"
+    assert in_thread("a", refuse)
+
+
+def test_nobody_waits_for_a_child_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also whoever waits for the end of the outputs of the process."""
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.2)
+    read, write = os.pipe()
+
+    def hang() -> None:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(write)
+        time.sleep(600)
+
+    assert not in_child(hang)
+    os.close(write)
+    assert os.read(read, 1) == b""
+    os.close(read)
+    _, status = os.waitpid(-1, 0)
+    assert os.WTERMSIG(status) == 9, "it ends as soon as it can"
+
+
+def test_one_call_at_a_time_waits_for_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.2)
+    answers, made = threading.Event(), []
+
+    def ask() -> None:
+        made.append(1)
+        assert answers.wait(60)
+
+    assert not in_thread("disk", ask)
+    assert not in_thread("disk", ask)
+    assert len(made) == 1
+    assert in_thread("another disk", refuse)
+    answers.set()
+    patience._begun["disk"].result(60)
+    assert in_thread("disk", ask)
+    assert len(made) == 2
