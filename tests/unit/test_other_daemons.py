@@ -28,13 +28,16 @@ class Disk:
         self.looks = 0
 
     def is_claimed(self, file: File, number: int) -> bool:
+        assert file is FILE
         self.looks += 1
         return number in self.claimed
 
     def holds(self, file: File, number: int) -> bool:
+        assert file is FILE
         return number in self.stored
 
     def set_waiting(self, file: File, number: int, waiting: bool) -> None:
+        assert file is FILE
         (self.waiting.add if waiting else self.waiting.discard)(number)
 
 
