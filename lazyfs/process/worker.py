@@ -131,7 +131,7 @@ def _ask_keeper(keeper: KeeperClient, name: str) -> _Order:
         LazyfsError, KeeperError: it cannot be mounted.
     """
     kept = keeper.fetch(name)
-    if LOG in kept:
+    if LOG in kept and not os.path.sameopenfile(kept[LOG], 2):
         for output in (1, 2):
             os.dup2(kept[LOG], output)
     spec = MountSpec.from_descriptor(kept[SPEC])

@@ -6,11 +6,13 @@ Uses only the standard library.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import select
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -71,14 +73,37 @@ def start_worker(
     passed = [connection.fileno(), theirs.fileno(), *([] if leash is None else [leash])]
     numbers = [os.geteuid(), os.getegid(), restarts, *passed]
     command = [sys.executable, "-P", "-m", "lazyfs.process.worker", name, *map(str, numbers)]
+    log = _own_log()
     try:
         with theirs:
-            process = start(command, user, descriptors=passed, environment=child_environment())
+            process = start(
+                command, user, descriptors=passed, environment=child_environment(),
+                outputs=(subprocess.DEVNULL, log, log),
+            )  # fmt: skip
     except BaseException:
         ours.close()
         raise
+    finally:
+        if log is not None:
+            os.close(log)
     protect_from_oom(process.pid)
     return StartedWorker(process, ours)
+
+
+def _own_log() -> int | None:
+    """The log for a worker, opened once more if it is a file; None: it inherits this one.
+
+    A write that waits for a disk locks the position of its open file (lseek(2)), and Python asks
+    for the position of its standard error before it begins. Without O_APPEND, two positions would
+    have lines overwrite each other.
+    """
+    try:
+        appends = fcntl.fcntl(2, fcntl.F_GETFL) & os.O_APPEND
+        if appends and stat.S_ISREG(os.fstat(2).st_mode):
+            return os.open("/proc/self/fd/2", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+    except OSError:
+        pass  # it is closed, or cannot be opened again
+    return None
 
 
 def child_environment() -> dict[str, str] | None:
@@ -271,10 +296,10 @@ def _status(pid: int) -> list[str]:
         return []
 
 
-def _state(stat: Path) -> str:
+def _state(path: Path) -> str:
     """The state of a thread (proc(5), stat); empty if there is no such thread."""
     try:
-        return stat.read_text().rpartition(")")[2].split()[0]
+        return path.read_text().rpartition(")")[2].split()[0]
     except OSError:
         return ""
 
