@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import textwrap
 import threading
 import time
@@ -21,10 +20,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import TextIO
+from queue import SimpleQueue
 
 from lazyfs.escaping import escaped, escaped_lines
 
+STDERR = 2
 # Lines that may wait to be written; further ones are lost, and counted.
 MOST_LINES = 1000
 # How long a process that ends waits for its last lines.
@@ -69,36 +69,46 @@ class JsonFormatter(logging.Formatter):
 class LineWriter(logging.Handler):
     """Writes formatted lines in a thread, which is started with the first line.
 
+    It calls write(2) itself. A file object would keep what it could not write, and has a lock,
+    which a process that is forked during a write would inherit.
+
     Args:
-        stream: written by nobody else, as far as lines must not be mixed.
+        descriptor: of a file that is written by nobody else, as far as lines must not be mixed.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, descriptor: int) -> None:
         super().__init__()
-        self._stream = stream
+        self._descriptor = descriptor
         self._begin()
 
     def _begin(self) -> None:
         """Begin without lines, also in a process that was forked, which has no such thread."""
         self._process = os.getpid()
-        self._thread: threading.Thread | None = None
-        self._lines: deque[str] = deque()
-        self._wakes = threading.Semaphore(0)
+        self._has_thread = False
+        # Each with the number of lines that are lost if it is.
+        self._lines: deque[tuple[str, int]] = deque()
+        # A semaphore must not be released by a signal handler that interrupts its release.
+        self._wakes: SimpleQueue[None] = SimpleQueue()
         self._lost = 0
+        self._is_torn = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Queue a line. Does not block."""
+        """Queue a line. Does not block, unless no thread can be started."""
         try:
             if self._process != os.getpid():
                 self._begin()
             if len(self._lines) >= MOST_LINES:
                 self._lost += 1
                 return
-            self._lines.append(self.format(record))
-            self._wakes.release()
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._write, name="log", daemon=True)
-                self._thread.start()
+            text = self.format(record)
+            lost, self._lost = self._lost, 0
+            if lost:
+                text = f"{self.format(_loss(lost))}\n{text}"
+            self._lines.append((text, lost + 1))
+            if self._has_thread or self._start():
+                self._wakes.put(None)
+            else:
+                self._write_next()
         except Exception:
             self.handleError(record)
 
@@ -108,18 +118,34 @@ class LineWriter(logging.Handler):
         while self._process == os.getpid() and self._lines and time.monotonic() < until_s:
             time.sleep(0.001)
 
+    def _start(self) -> bool:
+        try:
+            threading.Thread(target=self._write, name="log", daemon=True).start()
+        except RuntimeError:  # no more threads are allowed
+            return False
+        self._has_thread = True
+        return True
+
     def _write(self) -> None:
         while True:
-            self._wakes.acquire()
-            lost, self._lost = self._lost, 0
-            try:
-                if lost:
-                    self._stream.write(f"... {lost} lines of the log are lost\n")
-                self._stream.write(f"{self._lines[0]}\n")
-                self._stream.flush()
-            except (OSError, ValueError):  # a full disk, a closed stream
-                self._lost += lost + 1
-            self._lines.popleft()  # only now, for `flush`
+            self._wakes.get()
+            self._write_next()
+
+    def _write_next(self) -> None:
+        text, lines = self._lines[0]
+        data = b"\n" * self._is_torn + f"{text}\n".encode(errors="backslashreplace")
+        try:
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+                self._is_torn = bool(data)
+        except OSError:  # a full disk, a closed pipe
+            self._lost += lines
+        self._lines.popleft()  # only now, for `flush`
+
+
+def _loss(lines: int) -> logging.LogRecord:
+    text = "lines of the log that are lost here: %d"
+    return logging.LogRecord(__name__, logging.WARNING, __file__, 0, text, (lines,), None)
 
 
 def configure(level: str, style: str, *ours: str, **about: str) -> None:
@@ -131,7 +157,7 @@ def configure(level: str, style: str, *ours: str, **about: str) -> None:
         ours: loggers that use `level`, besides lazyfs.
         about: context fields of every line, such as `mountpoint`.
     """
-    handler = LineWriter(sys.stderr)
+    handler = LineWriter(STDERR)
     handler.setFormatter(TextFormatter() if style == "text" else JsonFormatter())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     for name in ("lazyfs", *ours):
