@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import threading
+import time
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -23,7 +24,8 @@ PATIENCE_S = 3.0
 
 T = TypeVar("T")
 
-_begun: dict[Hashable, Future[object]] = {}
+# With the time when each began.
+_begun: dict[Hashable, tuple[Future[object], float]] = {}
 
 
 def begin(function: Callable[[], T]) -> Future[T]:
@@ -46,14 +48,15 @@ def in_thread(disk: Hashable, function: Callable[[], object]) -> bool:
     """Whether a call comes back in time, with a result or an exception; it is made in a thread.
 
     Args:
-        disk: what it waits for. While a call for the same one has not come back, none is made.
+        disk: what it waits for. While a call for the same one has not come back, none is made: then
+            this says whether that one comes back in time.
     """
     from concurrent.futures import wait
 
-    future = _begun.get(disk)
+    future, began_s = _begun.get(disk, (None, 0.0))
     if future is None or future.done():
-        future = _begun[disk] = begin(function)
-        wait([future], PATIENCE_S)
+        future, began_s = _begun[disk] = begin(function), time.monotonic()
+    wait([future], max(0.0, began_s + PATIENCE_S - time.monotonic()))
     return future.done()
 
 

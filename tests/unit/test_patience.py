@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from concurrent import futures
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,27 @@ def test_one_call_at_a_time_waits_for_a_disk(monkeypatch: pytest.MonkeyPatch) ->
     assert len(made) == 1
     assert in_thread("another disk", refuse)
     answers.set()
-    patience._begun["disk"].result(60)
+    patience._begun["disk"][0].result(60)
     assert in_thread("disk", ask)
     assert len(made) == 2
+
+
+def test_all_wait_for_a_call_that_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, made = threading.Event(), []
+
+    def ask() -> None:
+        made.append(1)
+        assert answers.wait(60)
+
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.01)
+    assert not in_thread("busy disk", ask)
+    monkeypatch.setattr(patience, "PATIENCE_S", 60.0)
+    wait = futures.wait
+
+    def answer_and_wait(calls: list[futures.Future[object]], timeout_s: float) -> object:
+        answers.set()
+        return wait(calls, timeout_s)
+
+    monkeypatch.setattr(futures, "wait", answer_and_wait)
+    assert in_thread("busy disk", ask)
+    assert len(made) == 1
