@@ -22,7 +22,7 @@ from lazyfs.blocks import BlockId, block_count, block_length, spans
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.memory import BlockMemory
 from lazyfs.cache import CARE_S, BlockCache, Claim
-from lazyfs.cache.disk_calls import DiskCalls, DiskHangsError
+from lazyfs.cache.disk_calls import MOST_OTHERS, DiskCalls, DiskHangsError
 from lazyfs.cache.other_daemons import LEASE_S
 from lazyfs.errors import LazyfsError, ObjectChangedError, ObjectGoneError, SourceError
 from lazyfs.faults import the_error
@@ -99,6 +99,8 @@ class Warmer:
         )
         self._threads = Threads(options.max_concurrency)
         self._calls = DiskCalls(self._threads, memory, cache.name)
+        # A call that waits for others is not made yet: on a slow disk that takes minutes.
+        self._at_once = trio.CapacityLimiter(MOST_OTHERS)
         self._getter = BlockGetter(
             source, memory, options, self._threads, _nothing, Recorder("off")
         )
@@ -365,7 +367,8 @@ class Warmer:
     async def _on_disk(self, function: Callable[[*Ts], T], *arguments: *Ts) -> T:
         """Make a call of the cache. Raises IncompleteError: its disk does not answer."""
         try:
-            return await self._calls.run(function, *arguments, patience_s=DISK_PATIENCE_S)
+            async with self._at_once:
+                return await self._calls.run(function, *arguments, patience_s=DISK_PATIENCE_S)
         except DiskHangsError:
             raise IncompleteError(
                 f"the disk of the cache {self._cache.name} does not answer; try again when it does"

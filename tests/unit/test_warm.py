@@ -8,12 +8,17 @@ from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import trio
+import trio.testing
 from memory_store import MemoryStore
 
+from lazyfs.blocks.block_map import BlockMap
+from lazyfs.blocks.memory import BlockMemory
 from lazyfs.cache import BlockCache, Claim
+from lazyfs.cache.disk_calls import MOST_OTHERS, DiskCalls
 from lazyfs.errors import AccessDeniedError, SourceError
 from lazyfs.fetch import warm
 from lazyfs.fetch.warm import IncompleteError, Warmer
@@ -25,6 +30,7 @@ from lazyfs.options.mount_options import MountOptions
 from lazyfs.store.cancel import Cancel
 from lazyfs.store.checksum import ObjectSum
 from lazyfs.store.listing_page import Pinned
+from lazyfs.threads import Threads
 
 BLOCK = 64 << 10
 OPTIONS = MountOptions(block_size=BLOCK, memory_limit=64 * BLOCK, cache_size=1 << 30)
@@ -297,3 +303,26 @@ class TestVerify:
         progress = there.warmer.progress
         assert progress.verified_bytes == progress.total_bytes
         assert progress.compared_files == 2
+
+
+def test_a_slow_disk_does_not_hang_while_blocks_wait_for_it(place: Callable[..., Place]) -> None:
+    class Slow:
+        async def run(self, function: Callable[..., object], *arguments: object) -> object:
+            await trio.sleep(warm.DISK_PATIENCE_S / 10)
+            return function(*arguments)
+
+    warmer = place().warmer
+    made: list[int] = []
+    memory = BlockMemory(1 << 30, BLOCK, BlockMap(BLOCK), lambda: 1)
+    warmer._calls = DiskCalls(cast(Threads, Slow()), memory, "/cache")
+
+    async def main() -> None:
+        async with trio.open_nursery() as watching:
+            watching.start_soon(warmer._calls.watch)
+            async with trio.open_nursery() as nursery:
+                for number in range(20 * MOST_OTHERS):
+                    nursery.start_soon(warmer._on_disk, made.append, number)
+            watching.cancel_scope.cancel()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert len(made) == 20 * MOST_OTHERS
