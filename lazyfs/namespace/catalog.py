@@ -12,17 +12,20 @@ In both cases a directory is listed once and then stays the same: the mount is a
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import defaultdict
+from collections.abc import Callable, Generator
 
 import trio
 
 from lazyfs.errors import ObjectGoneError, SourceError, TooManyNamesError
 from lazyfs.listed_object import ListedObject
 from lazyfs.namespace.listing_log import Listing, ListingLog
-from lazyfs.namespace.tree import Directory, Node, Tree, whole_directories
+from lazyfs.namespace.tree import STEP, Directory, Node, Tree, whole_directories
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
+from lazyfs.steps import in_turn
 from lazyfs.store.listing_page import Hidden, Page, Tokens
 from lazyfs.store.protocol import Store
 from lazyfs.store.retry import patiently
@@ -56,6 +59,8 @@ class Catalog:
         self._options = options
         self._journal = journal
         self.tree = Tree(source.url.prefix, options.wants)
+        # Only one listing is added at a time.
+        self._adding = trio.Lock()
         self._listing: defaultdict[int, trio.Lock] = defaultdict(trio.Lock)
         # The first page, if the source has more objects.
         self._first: list[ListedObject] = []
@@ -86,7 +91,8 @@ class Catalog:
                 f"{self._source.url}: {what} below this prefix; check its spelling"
             )
         if page.next_token is None:
-            self._add(Listing(self.tree.root.prefix, page.objects, [], whole=True))
+            root = self.tree.root
+            await self._add(root, Listing(root.prefix, page.objects, [], whole=True))
         else:
             self._first = page.objects
 
@@ -95,7 +101,8 @@ class Catalog:
         for listing in self._journal.read():
             # They were within the limit once, and count against later listings.
             self._names_bytes += self._cost_bytes(listing)
-            self._plant(listing)
+            directory = self.tree.directory(listing.prefix)
+            self.tree.plant(directory, listing.objects, listing.prefixes, whole=listing.whole)
 
     @property
     def listed_ahead(self) -> list[ListedObject]:
@@ -128,9 +135,12 @@ class Catalog:
             await self._list_from(directory)
         # Readers may have seen what other tasks listed meanwhile, so those listings stay.
         if directory.children is None:
-            listing = await self._list_alone(directory.prefix)
+            listing, cost_bytes = await self._list_alone(directory.prefix)
             if directory.children is None:
-                self._add(listing)
+                await self._add(directory, listing, cost_bytes)
+                while listing.objects:  # to free a million of them at once takes long
+                    del listing.objects[-STEP:]
+                    await trio.lowlevel.checkpoint()
                 if directory is self.tree.root:
                     first, self._first = self._first, []
                     await self._add_whole(directory, first, ended=False)
@@ -178,10 +188,11 @@ class Catalog:
         for name, below in whole_directories(parent.prefix, objects, ended=ended).items():
             node = parent.children.get(name)
             if isinstance(node, Directory) and node.children is None:
-                self._add(Listing(node.prefix, below, [], whole=True))
+                await self._add(node, Listing(node.prefix, below, [], whole=True))
                 await trio.lowlevel.checkpoint()
 
-    async def _list_alone(self, prefix: str) -> Listing:
+    async def _list_alone(self, prefix: str) -> tuple[Listing, int]:
+        """The listing of a directory, and about how much memory its names take."""
         objects: list[ListedObject] = []
         prefixes: list[str] = []
         coming = 0
@@ -195,7 +206,8 @@ class Catalog:
             prefixes += page.prefixes
             token = tokens.after(page)
             if token is None:
-                return Listing(prefix, objects, prefixes, whole=False)
+                return Listing(prefix, objects, prefixes, whole=False), coming
+            _keep_from_collector()
 
     async def _patient_page(
         self, prefix: str, token: str | None = None, delimiter: str = "", after: str = ""
@@ -229,12 +241,27 @@ class Catalog:
                 "prefix, or raise the limit"
             )
 
-    def _add(self, listing: Listing) -> None:
-        cost = self._cost_bytes(listing)
-        self._check_room(listing.prefix, cost)
-        self._names_bytes += cost
-        self._journal.append(listing)
-        self._tell_hidden(self._plant(listing))
+    async def _add(
+        self, directory: Directory, listing: Listing, cost_bytes: int | None = None
+    ) -> None:
+        """Show a listing, unless another task has shown one of the directory meanwhile.
+
+        Requests are answered in between: a million names take many seconds.
+        """
+        async with self._adding:
+            if directory.children is not None:
+                return
+            cost = self._cost_bytes(listing) if cost_bytes is None else cost_bytes
+            self._check_room(listing.prefix, cost)
+            counts = await in_turn(self._journal.writing(listing), _keep_from_collector)
+
+            def on_whole() -> None:
+                counts()
+                self._names_bytes += cost
+
+            planting = self._planting(directory, listing, on_whole)
+            hidden = await in_turn(planting, _keep_from_collector)
+            self._tell_hidden(hidden)
 
     def _cost_bytes(self, listing: Listing) -> int:
         directory = self.tree.directory(listing.prefix)
@@ -249,9 +276,20 @@ class Catalog:
             self._recorder.hidden_objects += len(new)
             log.warning("%s", _hidden_sentence(new))
 
-    def _plant(self, listing: Listing) -> list[Hidden]:
-        directory = self.tree.directory(listing.prefix)
-        return self.tree.plant(directory, listing.objects, listing.prefixes, whole=listing.whole)
+    def _planting(
+        self, directory: Directory, listing: Listing, on_whole: Callable[[], None]
+    ) -> Generator[None, None, list[Hidden]]:
+        return self.tree.planting(
+            directory, listing.objects, listing.prefixes, whole=listing.whole, on_whole=on_whole
+        )
+
+
+def _keep_from_collector() -> None:
+    """Names stay as long as the mount: the collector of cycles need not look at a million of them.
+
+    That would take 0.3 s each time.
+    """
+    gc.freeze()
 
 
 def _hidden_sentence(hidden: list[Hidden]) -> str:

@@ -17,14 +17,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 from lazyfs.listed_object import File, ListedObject
+from lazyfs.steps import at_once
 from lazyfs.store.listing_page import Hidden
 
 ROOT_INODE = 1
 NAME_MAX_BYTES = 255
+# Objects or prefixes that are planted in one step: about 3 ms.
+STEP = 250
 SAME_NAME = "a directory has the same name"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -121,7 +124,6 @@ class Tree:
         self._nodes: dict[int, Node] = {ROOT_INODE: self.root}
         self.file_count = 0
         self.total_bytes = 0
-        self._shadowed: list[Hidden] = []
 
     def get(self, inode: int) -> Node | None:
         """The node of that inode number, if it was listed."""
@@ -183,7 +185,22 @@ class Tree:
         *,
         whole: bool,
     ) -> list[Hidden]:
-        """Set the children of a directory, once.
+        """Set the children of a directory, once; see `planting`."""
+        return at_once(self.planting(directory, objects, prefixes, whole=whole))
+
+    def planting(
+        self,
+        directory: Directory,
+        objects: Iterable[ListedObject],
+        prefixes: Iterable[str] = (),
+        *,
+        whole: bool,
+        on_whole: Callable[[], None] = lambda: None,
+    ) -> Generator[None, None, list[Hidden]]:
+        """Set the children of a directory, once, in short steps, between which others may work.
+
+        The directory has its children from the last step on. If it ends before that, nothing is
+        left of it.
 
         Args:
             directory: a directory without children so far.
@@ -191,24 +208,46 @@ class Tree:
             prefixes: the common prefixes of a listing by `/`.
             whole: the objects are all below it, at any depth, so that its subdirectories are
                 complete too; otherwise they are listed on first access.
+            on_whole: called in the last step, before the directory has its children.
 
         Returns:
             The keys that are not shown.
         """
-        directory.children = {}
-        self._shadowed = []
-        hidden = [
-            Hidden(listed.shown, reason)
-            for listed in objects
-            if (reason := self._plant_object(directory, listed, whole))
-        ]
-        for prefix in prefixes:
-            name = prefix[len(directory.prefix) :]
-            if reason := refusal(name) or self._grow(directory, name[:-1], False)[1]:
-                hidden.append(Hidden(prefix, reason))
-        return hidden + self._shadowed
+        top = replace(directory, children={})
+        planted: list[Node] = []
+        hidden: list[Hidden] = []
+        count = 0
+        is_done = False
+        try:
+            for listed in objects:
+                if reason := self._plant_object(top, listed, whole, planted, hidden):
+                    hidden.append(Hidden(listed.shown, reason))
+                if (count := count + 1) % STEP == 0:
+                    yield
+            for prefix in prefixes:
+                name = prefix[len(top.prefix) :]
+                reason = refusal(name) or self._grow(top, name[:-1], False, planted, hidden)[1]
+                if reason:
+                    hidden.append(Hidden(prefix, reason))
+                if (count := count + 1) % STEP == 0:
+                    yield
+            on_whole()
+            directory.children = top.children
+            is_done = True
+            return hidden
+        finally:
+            if not is_done:
+                for node in planted:
+                    self._remove(node)
 
-    def _plant_object(self, top: Directory, listed: ListedObject, whole: bool) -> str | None:
+    def _plant_object(
+        self,
+        top: Directory,
+        listed: ListedObject,
+        whole: bool,
+        planted: list[Node],
+        hidden: list[Hidden],
+    ) -> str | None:
         """Add one object below `top`; returns the reason if it cannot be shown."""
         relative = listed.key[len(top.prefix) :]
         if not relative:
@@ -218,13 +257,20 @@ class Tree:
         *parents, name = relative.split("/")
         directory = top
         for part in parents:
-            grown, reason = self._grow(directory, part, whole)
+            grown, reason = self._grow(directory, part, whole, planted, hidden)
             if grown is None:
                 return reason
             directory = grown
-        return self._add_file(directory, name, listed) if name else None
+        return self._add_file(directory, name, listed, planted) if name else None
 
-    def _grow(self, parent: Directory, name: str, whole: bool) -> tuple[Directory | None, str]:
+    def _grow(
+        self,
+        parent: Directory,
+        name: str,
+        whole: bool,
+        planted: list[Node],
+        hidden: list[Hidden],
+    ) -> tuple[Directory | None, str]:
         """The directory `name` of `parent`, created if necessary; or None and the reason."""
         siblings = _children(parent)
         found = siblings.get(name)
@@ -235,12 +281,16 @@ class Tree:
         if inode in self._nodes:
             return None, "its inode number is taken"
         if found is not None:
-            self._forget(found)
+            self._remove(found)
+            hidden.append(Hidden(found.key, SAME_NAME))
         directory = Directory(inode, parent.inode, name, prefix, {} if whole else None)
         self._nodes[inode] = siblings[name] = directory
+        planted.append(directory)
         return directory, ""
 
-    def _add_file(self, parent: Directory, name: str, listed: ListedObject) -> str | None:
+    def _add_file(
+        self, parent: Directory, name: str, listed: ListedObject, planted: list[Node]
+    ) -> str | None:
         siblings = _children(parent)
         if name in siblings:
             return SAME_NAME
@@ -255,14 +305,15 @@ class Tree:
             self._nodes[inode] = siblings[name] = file
             self.file_count += 1
             self.total_bytes += file.size_bytes
+            planted.append(file)
         return None
 
-    def _forget(self, file: File) -> None:
-        """Remove a file, because a directory of its name was listed after it."""
-        del self._nodes[file.inode]
-        self.file_count -= 1
-        self.total_bytes -= file.size_bytes
-        self._shadowed.append(Hidden(file.key, SAME_NAME))
+    def _remove(self, node: Node) -> None:
+        """Remove a node, if it is there."""
+        removed = self._nodes.pop(node.inode, None)
+        if isinstance(removed, File):
+            self.file_count -= 1
+            self.total_bytes -= removed.size_bytes
 
 
 def _common_length(one: str, other: str, start: int) -> int:

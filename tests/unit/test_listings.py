@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -16,8 +16,10 @@ from lazyfs.blocks.file_blocks import Place
 from lazyfs.fetch.fetcher import BlockFetcher
 from lazyfs.listed_object import File, ListedObject
 from lazyfs.model.directory import SMALL_COUNT
+from lazyfs.namespace import listing_log
 from lazyfs.namespace.catalog import Catalog
 from lazyfs.namespace.listing_log import ListingLog
+from lazyfs.namespace.tree import STEP, Tree
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.prefetch import found_models
@@ -195,3 +197,100 @@ def test_lazyfs_reads_ahead_in_files_that_are_read(
     keys: list[str], near: list[str], reads: list[str], planned: list[str]
 ) -> None:
     assert trio.run(plan_of_reads, keys, near, reads) == sorted(planned)
+
+
+# A directory of many objects, listed page by page.
+PAGES, EACH = 12, 1000
+
+
+def large_directory(journal: ListingLog | None = None) -> Catalog:
+    names = [[f"{page:02}-{number:04}" for number in range(EACH)] for page in range(PAGES)]
+    pages = [
+        Page(objects(*of_page), [], str(page) if page + 1 < PAGES else None)
+        for page, of_page in enumerate(names)
+    ]
+    # The first page again: it is asked for at mount, without a delimiter.
+    source = cast(Store, Bucket(pages[0], *pages))
+    return Catalog(source, OPTIONS, journal or ListingLog(), Recorder())
+
+
+class Steps(trio.abc.Instrument):
+    """How many names were written or planted in each step of a task in which some were."""
+
+    def __init__(self) -> None:
+        self.names = [0]
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        if self.names[-1]:
+            self.names.append(0)
+
+    def counting(self, function: Callable[..., Any], names: Callable[..., int]) -> Any:
+        def counted(*arguments: Any) -> Any:
+            self.names[-1] += names(*arguments)
+            return function(*arguments)
+
+        return counted
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
+    found = Steps()
+    planted = found.counting(Tree._plant_object, lambda *_: 1)
+    written = found.counting(
+        listing_log.json.dumps, lambda value: len(value) if isinstance(value, list) else 0
+    )
+    monkeypatch.setattr(Tree, "_plant_object", planted)
+    monkeypatch.setattr(listing_log.json, "dumps", written)
+    return found
+
+
+def test_names_are_planted_in_short_steps_and_shown_all_at_once(steps: Steps) -> None:
+    seen: set[int] = set()
+
+    async def main() -> None:
+        trio.lowlevel.add_instrument(steps)
+        catalog = large_directory()
+        await catalog.open()
+
+        async def look() -> None:
+            while True:
+                children = catalog.tree.root.children
+                seen.add(-1 if children is None else len(children))
+                await trio.lowlevel.checkpoint()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look)
+            await catalog.children(catalog.tree.root)
+            await trio.sleep(0)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    assert sum(steps.names) == 2 * PAGES * EACH, "written and planted"
+    assert max(steps.names) <= STEP
+    assert seen == {-1, PAGES * EACH}
+
+
+def test_a_reader_that_goes_away_while_names_are_planted_leaves_nothing(steps: Steps) -> None:
+    async def main() -> None:
+        trio.lowlevel.add_instrument(steps)
+        journal = ListingLog()
+        for limit in (5, 30, 70):  # while they are written, and while they are planted
+            catalog = large_directory(journal)
+            await catalog.open()
+            steps.names = [0]
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(catalog.children, catalog.tree.root)
+                while len(steps.names) < limit:
+                    await trio.lowlevel.checkpoint()
+                nursery.cancel_scope.cancel()
+            assert catalog.tree.root.children is None
+            assert (catalog.tree.file_count, catalog.tree.total_bytes) == (0, 0)
+            assert list(ListingLog(journal.descriptor).read()) == []
+        catalog = large_directory(journal)
+        await catalog.open()
+        assert len(await catalog.children(catalog.tree.root)) == PAGES * EACH
+        after = Catalog(cast(Store, Bucket()), OPTIONS, ListingLog(journal.descriptor), Recorder())
+        after.restore()
+        assert list(after.tree.files()) == list(catalog.tree.files())
+
+    trio.run(main)
