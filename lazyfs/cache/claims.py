@@ -8,8 +8,9 @@ limited time, the lease, and then fetch the block themselves.
 Waiting processes hold a shared lock on a byte of a second file, so that a holder sees that others
 need the block on disk soon. Processes that load a content hold one on a byte of a third file, so
 that blocks which one of them has read stay for the others. From its first claim to a block of a
-content on, a process holds a shared lock for the content: without another one, it is *alone*, and
-no block of the content appears on disk but its own.
+content on, a process holds a shared lock for the content, on another byte of the third file:
+without another process's one, it is *alone*, and no block of the content appears on disk but its
+own. The kernel goes through all locks of a file at each call, so none stays in that of the claims.
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ class Claims:
     def bring(self, content: str) -> None:
         """Show other processes from now on that this one may store blocks of a content."""
         if content not in self._brought:
-            self._lock(self._claims, fcntl.F_RDLCK, _place(content))
+            self._lock(self._loading, fcntl.F_RDLCK, _place(f"{content} is brought"))
             self._brought.add(content)
 
     def is_alone(self, content: str) -> bool:
         """Whether no other process that runs now may store blocks of a content."""
-        return not self._is_locked(self._claims, _place(content), 1)
+        return not self._is_locked(self._loading, _place(f"{content} is brought"), 1)
 
     def claim(self, key: str) -> bool:
         """Claim a block, unless another process has it."""
