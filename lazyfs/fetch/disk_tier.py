@@ -6,8 +6,9 @@ daemon has claimed a block, a demand job waits for it, and a prefetch leaves it 
 at most `LEASE_S`.
 
 A call of the disk costs more time than all other decisions about a block. So what was seen there of
-a file counts for `SEEN_S`, if no other process may have stored blocks of it since: a block that is
-absent then is claimed without such a call.
+a file counts for `SEEN_S` while no other process shows that it may store blocks of it: a block that
+is absent then is claimed without such a call. If a process begins, stores a block and ends within
+that time, the block is fetched a second time.
 
 A worker that was killed is gone only when its last thread is, which may wait in the kernel for what
 the next worker answers. Until then its claims look like another daemon's. So after a resume, a
