@@ -207,7 +207,6 @@ class Catalog:
             token = tokens.after(page)
             if token is None:
                 return Listing(prefix, objects, prefixes, whole=False), coming
-            _keep_from_collector()
 
     async def _patient_page(
         self, prefix: str, token: str | None = None, delimiter: str = "", after: str = ""
