@@ -165,7 +165,7 @@ def test_a_load_without_prefetch(mount: Callable[..., Mounted], s3: S3) -> None:
 
 def test_a_limit_that_was_asked_for(mount: Callable[..., Mounted]) -> None:
     # A reader that starts late would find what was prefetched meanwhile.
-    options = ["--prefetch=off", "--block-size=256KiB", "--bandwidth-limit=4MiB"]
+    options = ["--prefetch-on=open", "--block-size=256KiB", "--bandwidth-limit=4MiB"]
     mounted = mount("s3://reported/m", *options)
     load(mounted)
     told = report(mounted)
