@@ -58,7 +58,6 @@ class FileBlocks:
             opened.
         stored: 1 for each block that is on the disk.
         failed: 1 for each block that could not be fetched and was not requested since.
-        is_refused: S3 refuses the object for now, so nothing of it is fetched ahead of readers.
         has_head: the file's header is or was here, without its first block.
         rank: the file's position in the loading order; -1: none.
         roles: the role of each piece's tensor (`role_of`); empty if the tensors are not known.
@@ -75,7 +74,6 @@ class FileBlocks:
         self.reads_pages: bool | None = None
         self.stored = zero_bytes(count)
         self.failed = zero_bytes(count)
-        self.is_refused = False
         self.has_head = False
         self.rank = -1
         self.roles: Sequence[str] = ()

@@ -160,7 +160,6 @@ class DiskTier:
         if found is Claim.THEIRS:
             self._others.leave(job.file, job.block, job.lease_until)
         elif isinstance(found, memoryview):
-            job.tier = self.kind
             await self._origin.check_access(job)
         return found
 

@@ -22,7 +22,6 @@ from lazyfs.fetch.disks import Disks
 from lazyfs.fetch.fleet import Fleet
 from lazyfs.fetch.jobs import Jobs
 from lazyfs.fetch.missed_pages import MissedPages
-from lazyfs.fetch.refused import RefusedBlocks
 from lazyfs.fetch.request import BlockGetter
 from lazyfs.fetch.scheduler import Scheduler
 from lazyfs.fetch.shard_headers import ShardHeaders, heads_limit
@@ -89,8 +88,9 @@ class BlockFetcher:
             source, self._memory, options, self._threads, self.pump, recorder
         )
         self._origin = OriginTier(
-            self._getter, options.access_check, options.block_size,
+            self._getter, options.access_check, options.block_size, options.io_timeout,
             lambda: self._scheduler.is_saturated, lambda inode: self._heads.get(inode),
+            lambda job, pauses: self._jobs.pauses(job, pauses),
         )  # fmt: skip
         self._heads = ShardHeaders(
             self._origin, for_heads, page_cache, prefetcher, self._threads, recorder
@@ -107,17 +107,11 @@ class BlockFetcher:
         if cache is not None:
             window = DiskWindow(self._disks, prefetcher, self._memory, self._files)
         tiers = Tiers(self._disks.tiers, self._origin)
-        self._refused = RefusedBlocks(
-            self._map, source.name, options.io_timeout, self.pump,
-            ready=lambda job: self._scheduler.ready(job),
-            fail=lambda job, error: self._jobs.give_up(job, error),
-        )  # fmt: skip
-        self._jobs = Jobs(
-            tiers, self._memory, self._map, self._pusher, recorder, self.pump, self._refused
-        )
+        self._jobs = Jobs(tiers, self._memory, self._map, self._pusher, recorder, self.pump)
         self._scheduler = Scheduler(
-            self._files, self._jobs, self._refused, self._memory, prefetcher, self._pusher,
-            self._getter, self._heads, window, options.block_size, recorder, options.movers,
+            self._files, self._jobs, self._memory, prefetcher, self._pusher, self._getter,
+            self._heads, window, options.block_size, recorder,
+            options.movers,
         )  # fmt: skip
 
     def carry(self, near: PageMap, tree: Tree) -> None:
@@ -269,11 +263,9 @@ class BlockFetcher:
     async def _wait_for(self, file: File, span: Span, reader: bool) -> tuple[Held, Tier]:
         """Wait for a block. Returns it, and where it came from; its `users` count the waiter."""
         block = BlockId(file.inode, span.number)
-        if (error := self._jobs.just_failed(block)) is not None:
-            raise error.with_traceback(None)
         wait = self._recorder.begin_wait(file, span, coming=block in self._jobs) if reader else None
         # If other blocks are on their way, the reader may have asked just before this one arrived.
-        if reader and not self._jobs.fetching + self._jobs.loading:
+        if reader and not self.in_flight:
             self.missed_pages.requested(block)
         job = self._scheduler.demand(block, span)
         try:
@@ -364,8 +356,8 @@ class BlockFetcher:
 
     @property
     def in_flight(self) -> int:
-        """How many jobs are running, or wait until S3 does not refuse them."""
-        return self._jobs.fetching + self._jobs.loading + len(self._refused)
+        """How many jobs are running."""
+        return self._jobs.fetching + self._jobs.loading
 
     @property
     def requests_limit(self) -> int:

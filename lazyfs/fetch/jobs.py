@@ -4,13 +4,14 @@ A job reserves memory, gets the bytes from a tier in a thread (`tiers.py`), and 
 memory. Then the parts that no reader waits for are pushed into the page cache, and after that the
 readers are answered, so that they find the rest in place. Tiers above the one that had the block
 are given it; no reader waits for that. Afterwards the block stays in memory until its room is
-needed. A job whose block S3 refuses for now has not started any more (`refused.py`).
+needed.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Container, Sequence
 
 import trio
@@ -22,7 +23,6 @@ from lazyfs.blocks.memory import BlockMemory, Held, all_unread
 from lazyfs.errors import FaultError, SourceError
 from lazyfs.faults import contained, report_fault
 from lazyfs.fetch.attempt import Got
-from lazyfs.fetch.refused import RefusedBlocks
 from lazyfs.fetch.tiers import Batch, Came, Job, Tiers
 from lazyfs.listed_object import File
 from lazyfs.observe.events import Purpose
@@ -35,10 +35,6 @@ log = logging.getLogger(__name__)
 # After a wait, a reader counts as waiting for this long. It reads at the speed of the link, because
 # otherwise it would not have waited; between two waits the disk must not slow it down.
 WAITING_S = 1.0
-# When a read ahead fails, the kernel reads the page that is needed once more, at once
-# (`filemap_update_page` and `filemap_fault` in Linux). Otherwise a reader would wait for
-# `--io-timeout` twice. It is longer than that takes, even if the processors are busy.
-FAILED_AGAIN_S = 1.0
 
 
 class Jobs:
@@ -51,7 +47,6 @@ class Jobs:
         pusher: pushes them into the page cache.
         recorder: is told of each block.
         on_end: called after a job.
-        refused: the jobs that S3 refuses.
 
     Attributes:
         fetching: how many started jobs ask all tiers.
@@ -66,7 +61,6 @@ class Jobs:
         pusher: BlockPusher,
         recorder: Recorder,
         on_end: Callable[[], None],
-        refused: RefusedBlocks,
     ) -> None:
         self._tiers = tiers
         self._memory = memory
@@ -74,12 +68,11 @@ class Jobs:
         self._pusher = pusher
         self._recorder = recorder
         self._on_end = on_end
-        self._refused = refused
         self._jobs: dict[BlockId, Job] = {}
-        # Those that readers wait for and S3 does not refuse: few, where hundreds may be running.
+        # Those that readers wait for: few, where hundreds may be running.
         self._waited_for: set[BlockId] = set()
-        # Blocks that S3 refused for too long, and when they were given up last.
-        self._given_up: dict[BlockId, tuple[SourceError, float]] = {}
+        # By key: how many jobs pause.
+        self._pausing: Counter[str] = Counter()
         # When a reader waited last.
         self._waited_s = -math.inf
         self.fetching = 0
@@ -92,25 +85,15 @@ class Jobs:
         """The job of a block, if there is one."""
         return self._jobs.get(block)
 
-    def just_failed(self, block: BlockId) -> SourceError | None:
-        """Why a reader that waited for a block got an error a moment ago.
-
-        None if that was longer ago, or if S3 has given anything since then.
-        """
-        error, at_s = self._given_up.get(block, (None, 0.0))
-        return error if trio.current_time() < at_s + FAILED_AGAIN_S else None
-
     @property
     def demanded(self) -> int:
-        """How many started jobs have readers that wait for them."""
-        return sum(self._jobs[block].started for block in self._waited_for)
+        """How many started jobs, none of which pauses, have readers that wait for them."""
+        waited_for = (self._jobs[block] for block in self._waited_for)
+        return sum(job.started and not job.is_pausing for job in waited_for)
 
     @property
     def reader_waits(self) -> bool:
-        """Whether a reader waits, or waited for one of the last blocks: see `WAITING_S`.
-
-        Those that wait for what S3 refuses do not count.
-        """
+        """Whether a reader waits, or waited for one of the last blocks: see `WAITING_S`."""
         return bool(self._waited_for) or trio.current_time() - self._waited_s < WAITING_S
 
     def new(self, file: File, block: BlockId, length: int) -> Job:
@@ -123,8 +106,7 @@ class Jobs:
         if not job.waiting:
             job.waits_since_s = trio.current_time()
         job.waiting.append(span)
-        if job not in self._refused:
-            self._waited_for.add(job.block)
+        self._waited_for.add(job.block)
         if job.batch is not None:
             job.batch.hurry()
 
@@ -134,31 +116,10 @@ class Jobs:
         if not job.waiting:
             self._waited_for.discard(job.block)
             if not job.started:
-                self.forget(job)
-
-    def keeps(self, job: Job) -> bool:
-        """Whether a job that is about to start waits instead, because S3 refuses its object."""
-        if not self._refused.keeps(job):
-            return False
-        self._waited_for.discard(job.block)
-        if self._map.place(job.block) is Place.LOCAL:
-            self._map.moved(job.block, Place.LOADING)
-        return True
-
-    def forget(self, job: Job) -> None:
-        """A job that has not started, or does not run any more, is not wanted."""
-        del self._jobs[job.block]
-        self._refused.over(job, is_answer=False)
-        place = self._map.place(job.block)
-        if place is Place.COMING:
-            self._map.moved(job.block, Place.ABSENT)
-        elif place is Place.LOADING:
-            self._map.moved(job.block, Place.LOCAL)
+                del self._jobs[job.block]
 
     def abandon(self, inodes: Container[int]) -> None:
         """End the requests for blocks of these files that no reader waits for."""
-        for job in self._refused.ahead_of(inodes):
-            self.forget(job)
         for job in self._jobs.values():
             if job.started and not job.waiting and job.block.inode in inodes:
                 job.scope.cancel()
@@ -178,9 +139,6 @@ class Jobs:
         """A job is about to `run`. There must be room in memory, which it takes from now on."""
         job.started = True
         job.is_stored = from_disk or self._map.is_stored(job.block)
-        job.began_s = job.began_s or trio.current_time()
-        if job.waiting:
-            self._waited_for.add(job.block)
         self._tiers.begin(job)
         self._memory.reserve(job.length)
         self._map.moved(job.block, Place.LOADING if job.is_stored else Place.COMING)
@@ -223,7 +181,6 @@ class Jobs:
                     leave(job)
                     job.tier = got.tier
                     self._landed(job, got.data, began_s[job.block])
-                    self.fetching -= 1
                     self._is_over(job)
                     if job.waiting:
                         nursery.start_soon(contained, "answering readers", self._answer, job)
@@ -241,49 +198,53 @@ class Jobs:
                 runs_alone(job)
 
     async def _run(self, job: Job, from_disk: bool) -> None:
-        """Run one job until its readers are answered, or S3 refuses its block for now."""
-        refusal: SourceError | None = None
+        """Run one job until its readers are answered, whatever happens."""
         try:
-            refusal = await self._obtain(job)
+            await self._obtain(job)
         except BaseException:
             job.done.set()
             raise
         finally:
-            if from_disk:
-                self.loading -= 1
-            else:
-                self.fetching -= 1
-            if refusal is None:
-                self._is_over(job)
-        if refusal is None:
-            await self._answer(job)
-        else:
-            self._stops(job, refusal)
+            self._is_over(job, from_disk=from_disk)
+        await self._answer(job)
         self._on_end()
 
-    def _is_over(self, job: Job) -> None:
+    def _is_over(self, job: Job, *, from_disk: bool = False) -> None:
         """A job has its block, or has failed."""
+        if from_disk:
+            self.loading -= 1
+        else:
+            self.fetching -= 1
+        self.pauses(job, False)
         del self._jobs[job.block]
         self._waited_for.discard(job.block)
-        came = job.held is not None and job.tier is not Tier.DISK
-        is_final = job.error is not None and not job.error.transient
-        if came:
-            self._given_up.clear()
-        self._refused.over(job, is_answer=came or is_final)
 
-    def _stops(self, job: Job, refusal: SourceError) -> None:
-        """S3 refuses the block of a job for now: it waits, and holds nothing."""
-        job.started = False
-        # Its readers went away, or its file is not planned any more.
-        is_unwanted = job.waits_since_s > 0 or job.scope.cancel_called
-        job.scope = trio.CancelScope()
-        self._waited_for.discard(job.block)
-        if not job.waiting and is_unwanted:
-            self.forget(job)
+    def pauses(self, job: Job, pauses: bool) -> None:
+        """The request of a job begins to pause before another attempt, or goes on."""
+        if pauses == job.is_pausing:
             return
-        self._tiers.refused(job, refusal, is_news=self._refused.is_news(job))
-        self._refused.refused(job, refusal, is_here=job.tier is Tier.DISK)
-        job.tier = Tier.S3
+        job.is_pausing = pauses
+        self._pausing[job.file.key] += 1 if pauses else -1
+        if not self._pausing[job.file.key]:
+            del self._pausing[job.file.key]
+        if pauses:
+            try:
+                self._on_end()  # another job may start
+            except Exception as error:
+                report_fault("starting other jobs", error)
+
+    def is_pausing(self, key: str) -> bool:
+        """Whether a request for an object pauses."""
+        return key in self._pausing
+
+    def busy(self, most_pausing: int) -> int:
+        """How many jobs that ask all tiers count against a limit of requests.
+
+        Those that pause do not, because S3 has nothing to do for them. But if it refuses several
+        objects, it most likely wants fewer requests: then `most_pausing` of them do not count.
+        """
+        pausing = sum(self._pausing.values())
+        return self.fetching - (pausing if len(self._pausing) == 1 else min(pausing, most_pausing))
 
     async def _answer(self, job: Job) -> None:
         """Have the readers of a job answered, but first push what they do not wait for."""
@@ -293,29 +254,24 @@ class Jobs:
         finally:
             job.done.set()
 
-    async def _obtain(self, job: Job) -> SourceError | None:
-        """Get the block of a job, and hold it; returns why it is to be asked for again."""
+    async def _obtain(self, job: Job) -> None:
+        """Get the block of a job, and hold it."""
         began_s = self._recorder.begun(job.block)
         try:
             data = await self._tiers.get(job)
         except SourceError as error:
-            self._memory.release(job.length)
-            if error.transient and self._refused.may_try(job):
-                return error
             self._fail(job, error)
-            return None
+            return
         except Exception as error:
             report_fault("bringing a block", error)
-            self._memory.release(job.length)
             self._fail(job, FaultError(f"{job.file.key}: a fault of lazyfs; its log has more"))
-            return None
+            return
         if data is None:
             self._memory.release(job.length)
             if job.scope.cancelled_caught:
                 self._map.moved(job.block, Place.ABSENT)
-            return None
+            return
         self._landed(job, data, began_s)
-        return None
 
     def _landed(self, job: Job, data: memoryview, began_s: float) -> None:
         """A block has come: hold it, and give it to the tiers above the one that had it."""
@@ -325,7 +281,6 @@ class Jobs:
             report_fault("bringing a block", error)
             if job.held is None:
                 self._tiers.give_up(job)
-                self._memory.release(job.length)
                 self._fail(job, FaultError(f"{job.file.key}: a fault of lazyfs; its log has more"))
 
     def _hold(self, job: Job, data: memoryview, began_s: float) -> None:
@@ -346,27 +301,9 @@ class Jobs:
             self._waited_s = trio.current_time()
         self._tiers.put(job, job.held, reader_waits=self.reader_waits)
 
-    def give_up(self, job: Job, error: SourceError) -> None:
-        """A job that S3 has refused for too long fails."""
-        del self._jobs[job.block]
-        self._fail(job, error)
-        job.done.set()
-
     def _fail(self, job: Job, error: SourceError) -> None:
+        self._memory.release(job.length)
         self._map.failed(job.block)
-        if error.transient and job.waiting:
-            now_s = trio.current_time()
-            lasting = self._given_up.items()
-            self._given_up = {
-                block: (why, at_s)
-                for block, (why, at_s) in lasting
-                if now_s < at_s + FAILED_AGAIN_S
-            }
-            self._given_up[job.block] = error, now_s
-        elif error.transient:
-            # Nor do the others come that would be asked for in turn.
-            for number in self._map.files[job.block.inode].all_at(Place.ABSENT):
-                self._map.failed(job.block._replace(number=number))
         self._recorder.failed(job.file, job.block, error)
         level = logging.ERROR if job.waiting else logging.WARNING
         log.log(level, "block %d of %s: %s", job.block.number, job.file.key, error)

@@ -10,7 +10,6 @@ import logging
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import trio
@@ -56,19 +55,8 @@ SHARE_OF_CALL = 1 / 4
 LEAST_RATE = 40.0
 # How long a mover may need to end a call that takes too long.
 LEAVES_S = 4.0
-# What is asked ahead of readers, and is no block, is given up after this time.
+# A prefetch is given up after this time; a reader that needs the block starts a request of its own.
 PREFETCH_PATIENCE_S = 20.0
-
-
-@dataclass(slots=True)
-class Tries:
-    """What the attempts at one request know of each other.
-
-    Attributes:
-        asked_of_cache: how many of them asked the cache of the fleet.
-    """
-
-    asked_of_cache: int = 0
 
 
 class BlockGetter:
@@ -162,91 +150,85 @@ class BlockGetter:
         *,
         patience_s: Callable[[], float],
         saturated: Callable[[], bool],
-        is_block: bool = True,
-    ) -> Got:
-        """`length` bytes of a file from `start`, asked for again after transient errors.
-
-        Args:
-            patience_s: returns for how long transient errors are still retried.
-            saturated, is_block: see `ask`.
-
-        Raises:
-            SourceError: they could not be fetched in that time.
-        """
-        tries = Tries()
-
-        async def ask() -> Got:
-            return await self.ask(file, start, length, tries, saturated, is_block=is_block)
-
-        return await patiently(
-            ask,
-            what=self._source.name(file.key),
-            timeout_s=patience_s,
-            on_retry=lambda error: self.refused(file, start, error),
-        )
-
-    async def ask(
-        self,
-        file: File,
-        start: int,
-        length: int,
-        tries: Tries,
-        saturated: Callable[[], bool],
-        *,
         has_time: Callable[[], bool] = lambda: False,
         is_block: bool = True,
         asked: Any = None,
+        pauses: Callable[[bool], None] = lambda pauses: None,
     ) -> Got:
-        """`length` bytes of a file from `start`, asked for once.
+        """`length` bytes of a file from `start`.
 
         A single byte always comes from S3: it shows whether the mount may read the file.
 
         Args:
-            tries: the same for all attempts.
+            patience_s: returns for how long transient errors are still retried.
             saturated: whether as many requests are in flight as `limit` allows; only then does the
                 rate say whether the limit is right.
             has_time: whether no reader waits for it.
             is_block: whether a whole block is requested; only blocks count for usual times.
             asked: what `get_each` told of the same range: the request goes on with that.
+            pauses: called with true when it pauses before the next attempt, then with false.
 
         Raises:
-            SourceError: they did not come. If it is to be asked again, `refused` must be called.
+            SourceError: they could not be fetched in that time.
         """
-        await trio.sleep(self._pacer.delay_s(trio.current_time(), length))
-        began_s = trio.current_time()
-        request = Request(file, start, length, began_s, has_time, asked=asked)
-        if self.fleet and length > 1 and tries.asked_of_cache < MOST_ASKED_OF_CACHE:
-            request.is_elsewhere = await self.fleet.may_be_asked()
-            request.is_direct = not request.is_elsewhere
-            tries.asked_of_cache += request.is_elsewhere
+
+        asked_of_cache = 0 if length > 1 else MOST_ASKED_OF_CACHE
+
+        async def attempt() -> Got:
+            nonlocal asked_of_cache, asked
+            goes_on()
+            await trio.sleep(self._pacer.delay_s(trio.current_time(), length))
+            began_s = trio.current_time()
+            request = Request(file, start, length, began_s, has_time, asked=asked)
+            asked = None
+            if self.fleet and asked_of_cache < MOST_ASKED_OF_CACHE:
+                request.is_elsewhere = await self.fleet.may_be_asked()
+                request.is_direct = not request.is_elsewhere
+                asked_of_cache += request.is_elsewhere
+            got = await self._first_answer(request, note)
+            now_s = trio.current_time()
+            is_last = length > 1 and asked_of_cache == MOST_ASKED_OF_CACHE
+            self._came_at_s = now_s
+            if self.fleet and is_last and got.tier is Tier.S3:
+                self.fleet.outdone()
+            self.troubles.pop(file.key, None)
+            if is_block:
+                if request.first_ended:  # otherwise its connection is dead (RFC 6298, section 3)
+                    self._timer.answered(now_s - began_s)
+                self._concurrency.answered(now_s, length, saturated=saturated())
+            return got
+
+        what = self._source.name(file.key)
+
+        def note(error: SourceError) -> None:
+            self._recorder.block_retried(file, start // self._block_size, error)
+            self.troubles[file.key] = str(error)
+            if isinstance(error, ThrottledError):
+                self._concurrency.throttled()
+
+        is_pausing = False
+
+        def begins_to_pause(error: SourceError) -> None:
+            nonlocal is_pausing
+            note(error)
+            is_pausing = True
+            pauses(True)
+
+        def goes_on() -> None:
+            nonlocal is_pausing
+            if is_pausing:
+                is_pausing = False
+                pauses(False)
+
         try:
-            got = await self._first_answer(request)
+            return await patiently(
+                attempt, what=what, timeout_s=patience_s, on_retry=begins_to_pause
+            )
         except SourceError as error:
             self.troubles[file.key] = str(error)
             raise
-        now_s = trio.current_time()
-        self._came_at_s = now_s
-        is_last = tries.asked_of_cache == MOST_ASKED_OF_CACHE
-        if self.fleet and is_last and got.tier is Tier.S3:
-            self.fleet.outdone()
-        self.troubles.pop(file.key, None)
-        if is_block:
-            if request.first_ended:  # otherwise its connection is dead (RFC 6298, section 3)
-                self._timer.answered(now_s - began_s)
-            self._concurrency.answered(now_s, length, saturated=saturated())
-        return got
-
-    def refused(self, file: File, start: int, error: SourceError, *, is_news: bool = True) -> None:
-        """An attempt failed, and is followed by another one.
-
-        Args:
-            is_news: whether S3 was not known to refuse this. Otherwise one object that it refuses
-                would keep the limit low for all.
-        """
-        self._recorder.block_retried(file, start // self._block_size, error)
-        self.troubles[file.key] = str(error)
-        if is_news and isinstance(error, ThrottledError):
-            self._concurrency.throttled()
+        finally:
+            goes_on()
 
     @property
     def together(self) -> int:
@@ -325,10 +307,13 @@ class BlockGetter:
         if not missing and all_came:
             self._timer.answered(trio.current_time() - began_s)
 
-    async def _first_answer(self, request: Request) -> Got:
+    async def _first_answer(self, request: Request, note: Callable[[SourceError], None]) -> Got:
         """The answer to one GET, or to a second one if the first is much slower than usual.
 
         A second one that fails is repeated, as long as the first one is not answered.
+
+        Args:
+            note: called with an error that is followed by another attempt.
 
         Raises:
             SourceError: all attempts failed.
@@ -367,7 +352,7 @@ class BlockGetter:
                             answer = await receive.receive()
                             unanswered -= 1
                         if pause.cancelled_caught:
-                            self.refused(request.file, request.start, failed)
+                            note(failed)
                 nursery.cancel_scope.cancel()
         finally:
             if request.under_way and not isinstance(answer, Got):

@@ -20,7 +20,6 @@ from lazyfs.blocks.memory import BlockMemory
 from lazyfs.faults import report_fault
 from lazyfs.fetch.disk_window import DiskWindow
 from lazyfs.fetch.jobs import Jobs
-from lazyfs.fetch.refused import RefusedBlocks
 from lazyfs.fetch.request import BlockGetter
 from lazyfs.fetch.shard_headers import ShardHeaders
 from lazyfs.fetch.tiers import Job
@@ -49,7 +48,6 @@ class Scheduler:
     Args:
         files: of the mount, by inode.
         jobs: run.
-        refused: those that S3 refuses.
         memory: has room for jobs, or not.
         prefetcher: says what is wanted next.
         pusher: pushes what is in memory into the page cache.
@@ -69,7 +67,6 @@ class Scheduler:
         self,
         files: Mapping[int, File],
         jobs: Jobs,
-        refused: RefusedBlocks,
         memory: BlockMemory,
         prefetcher: Prefetcher,
         pusher: BlockPusher,
@@ -83,7 +80,6 @@ class Scheduler:
         self._loaders = max(LOADERS, movers)
         self._files = files
         self._jobs = jobs
-        self._refused = refused
         self._memory = memory
         self._prefetcher = prefetcher
         self._pusher = pusher
@@ -101,53 +97,40 @@ class Scheduler:
     def begin(self, nursery: trio.Nursery) -> None:
         """Start jobs in tasks of a nursery from now on."""
         self._nursery = nursery
-        self._refused.begin(nursery)
         self.pump()
 
     @property
     def is_saturated(self) -> bool:
         """Whether as many requests are in flight as S3 answers at once."""
         full = self._getter.limit - self._getter.together
-        return bool(self._urgent) or self._jobs.fetching > full
+        return bool(self._urgent) or self._busy > full
 
     def demand(self, block: BlockId, span: Span) -> Job:
         """The job that brings a block for a reader, which waits for `span`. `pump` starts it."""
         job = self._jobs.get(block) or self._new_job(block)
-        is_queued = job.started or job in self._refused or job in self._urgent
-        if not job.waiting and not is_queued:
+        if not job.waiting and not job.started:
             self._urgent.append(job)
         self._jobs.wait(job, span)
         return job
-
-    def ready(self, job: Job) -> None:
-        """Start a job again that S3 has refused."""
-        self._urgent.append(job)
 
     def leave(self, job: Job, span: Span) -> None:
         """A reader that waits for a job goes away."""
         if job.held is not None:
             job.held.users -= 1
             return
-        is_last = not job.started and len(job.waiting) == 1
-        if is_last and job in self._urgent:
-            self._urgent.remove(job)
         self._jobs.leave(job, span)
-        if is_last:
-            self.pump()  # another one may be asked for in its place
+        if not job.waiting and not job.started:
+            self._urgent.remove(job)
 
     def pump(self) -> None:
         """Start all jobs that may start now. Called after every change that may allow one."""
         if self._nursery is None or self._nursery.cancel_scope.cancel_called:
             return  # not begun, or ended: threads may come back after that
         while (job := self._next_urgent()) is not None:
-            has_room = self._make_room(job.length, urgent=bool(job.waiting))
-            if job.waiting and not has_room:
+            if not self._make_room(job.length, urgent=True):
                 break
-            self._urgent.popleft()
-            if has_room and (job.waiting or not self.paused):
-                self._jobs.start(self._nursery, job)
-            else:
-                self._jobs.forget(job)  # it is fetched ahead of readers in its turn
+            self._urgent.remove(job)
+            self._jobs.start(self._nursery, job)
         if self._ahead_rests_until_s <= trio.current_time():
             try:
                 self._work_ahead(self._nursery)
@@ -157,19 +140,30 @@ class Scheduler:
                 self._ahead_rests_until_s = trio.current_time() + AHEAD_REST_S
 
     def _next_urgent(self) -> Job | None:
-        """The job to start next of those that readers wait for, if one may start."""
-        while self._urgent and self._jobs.fetching < self._getter.limit + URGENT_EXTRA:
-            if not self._jobs.keeps(self._urgent[0]):
-                return self._urgent[0]
-            self._urgent.popleft()
-        return None
+        """The job to start next of those that readers wait for, if one may start.
+
+        Within the limit it is the first one. Requests that pause take places, but not from objects
+        of which none pauses: these may be well.
+        """
+        most = self._getter.limit + URGENT_EXTRA
+        if self._jobs.fetching < most:
+            return self._urgent[0] if self._urgent else None
+        return self._first_unhindered() if self._busy < most else None
+
+    def _first_unhindered(self) -> Job | None:
+        """The first job that a reader waits for, and whose object S3 is not refusing now."""
+        return next((job for job in self._urgent if not self._jobs.is_pausing(job.file.key)), None)
+
+    @property
+    def _busy(self) -> int:
+        return self._jobs.busy(self._getter.limit + URGENT_EXTRA)
 
     def _work_ahead(self, nursery: trio.Nursery) -> None:
         """Start prefetch jobs, as far as there is room."""
         pushes_lag = self._push_ahead(nursery, from_disk=not self._urgent and not self.paused)
         if self._window:
             self._window.slide(nursery)
-        if self._urgent:
+        if self._first_unhindered() is not None:
             self._recorder.prefetch_is(Activity.DEMAND)
         elif self.paused:
             self._recorder.prefetch_is(Activity.PAUSED)
@@ -197,9 +191,7 @@ class Scheduler:
                 and self._jobs.loading < (self._getter.limit if self.disk_hangs else self._loaders)
                 and self._make_room(self._length(block), urgent=False, soon=True)
             ):
-                job = self._new_job(block)
-                if not self._jobs.keeps(job):
-                    self._jobs.start(nursery, job, from_disk=True)
+                self._jobs.start(nursery, self._new_job(block), from_disk=True)
             else:
                 return False
         return not self._pusher.has_room
@@ -223,12 +215,12 @@ class Scheduler:
     ) -> Activity:
         """Begin jobs as `_fetch_ahead`, and run them in batches; the last batch is left to run."""
         together = self._getter.together
-        waits = self._jobs.fetching >= together > 1
-        while self._jobs.fetching < self._getter.limit:
+        waits = self._busy >= together > 1
+        while self._busy < self._getter.limit:
             block = self._prefetcher.next_fetch()
             if block is None:
-                return Activity.FETCHING if self._refused else Activity.DONE
-            if self._can_wait(block) or self._refused.is_all:
+                return Activity.DONE
+            if self._can_wait(block) or self._is_refused(block):
                 return Activity.FETCHING
             if self._memory.peek(block) is not None:
                 # The kernel forgot its pages, and nobody has needed its room since.
@@ -242,22 +234,27 @@ class Scheduler:
             if waits:
                 # While others are on their way, a batch waits until all of it can begin.
                 waits = False
-                if self._jobs.fetching + together > self._getter.limit:
+                if self._busy + together > self._getter.limit:
                     return Activity.FETCHING
                 room = together * self._block_size
             if not self._make_room(room, urgent=False, keep_local=pushes_lag):
                 # Blocks on their way take room too; with enough of them, room is not what lacks.
-                enough = 2 * self._jobs.fetching >= self._getter.limit
+                enough = 2 * self._busy >= self._getter.limit
                 return Activity.FETCHING if enough else Activity.NO_ROOM
             self._jobs.begin(job := self._new_job(block))
             batch.append(job)
         return Activity.FETCHING
 
+    def _is_refused(self, block: BlockId) -> bool:
+        """Whether enough requests are under way for an object that S3 is refusing now."""
+        key = self._files[block.inode].key
+        return self._jobs.fetching >= self._getter.limit and self._jobs.is_pausing(key)
+
     def _can_wait(self, block: BlockId) -> bool:
         """Whether a block would only take bandwidth from the first file of a load."""
         enough = BESIDE_FIRST * self._getter.proven_limit
         return (
-            self._jobs.fetching >= enough
+            self._busy >= enough
             and self._jobs.reader_waits
             and self._prefetcher.can_wait(block)
             and self._prefetcher.blocks.ordered_blocks(Place.ABSENT) >= enough

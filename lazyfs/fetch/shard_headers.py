@@ -10,7 +10,7 @@ that bypass the page cache and for the planner, which parses it.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -32,15 +32,12 @@ from lazyfs.observe.events import Purpose
 from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.pagecache.page_cache import PageCache
 from lazyfs.prefetch.prefetcher import Prefetcher
-from lazyfs.store.retry import Pauses
 from lazyfs.threads import Threads
 
 log = logging.getLogger(__name__)
 
 # Concurrent requests.
 AT_ONCE = 16
-# While S3 refuses this many, no others are asked for: it most likely refuses all.
-MOST_REFUSED = 64
 # The share of the memory limit for heads, and of that for one of them: one that is dropped before
 # its block comes is fetched twice.
 SHARE = 1 / 16
@@ -96,10 +93,6 @@ class ShardHeaders:
         self._heads: OrderedDict[int, _Head] = OrderedDict()
         self._pushers = trio.Semaphore(PUSHERS)
         self._coming = 0
-        # Files whose headers S3 refused: those that pause, with the time of the first request, and
-        # those whose pause is over.
-        self._refused: dict[int, tuple[Pauses, float]] = {}
-        self._again: deque[int] = deque()
         self.used_bytes = 0
 
     def get(self, inode: int) -> memoryview:
@@ -110,12 +103,7 @@ class ShardHeaders:
     def pump(self, nursery: trio.Nursery, files: Mapping[int, File]) -> None:
         """Fetch wanted heads, as far as there is room."""
         while self._coming < AT_ONCE and self._make_room(HEAD_BYTES):
-            if self._again:
-                inode: int | None = self._again.popleft()
-            elif len(self._refused) >= MOST_REFUSED:
-                return
-            else:
-                inode = self._prefetcher.next_head()
+            inode = self._prefetcher.next_head()
             if inode is None:
                 return
             self._coming += 1
@@ -136,8 +124,8 @@ class ShardHeaders:
         Only the part that is not in memory is fetched.
 
         Args:
-            ahead: nobody needs it yet, and it is asked for once. If it is long, and the first block
-                is on its way, that brings it: None.
+            ahead: nobody needs it yet. If it is long, and the first block is on its way, that
+                brings it: None.
 
         Raises:
             SourceError: it cannot be fetched.
@@ -145,27 +133,26 @@ class ShardHeaders:
         """
         data = self.get(file.inode)
         if not data:
-            data = await self._fetch(file, data, min(HEAD_BYTES, file.size_bytes), ahead=ahead)
+            data = await self._fetch(file, data, min(HEAD_BYTES, file.size_bytes))
         length = header_size(data[:LENGTH_BYTES], file.size_bytes)
         if length > max(HEAD_BYTES, min(LONGEST_HEADER, self._limit_bytes * SHARE_OF_ONE)):
             return None
         if length > len(data):
             if ahead and not self._prefetcher.needs_head(file.inode):
                 return None
-            data = await self._fetch(file, data, length, ahead=ahead)
+            data = await self._fetch(file, data, length)
         return data[:length]
 
-    async def _fetch(self, file: File, have: memoryview, length: int, *, ahead: bool) -> memoryview:
+    async def _fetch(self, file: File, have: memoryview, length: int) -> memoryview:
         """The first bytes of a file, rounded up to whole heads; `have` is not fetched again."""
         end = min(file.size_bytes, -(-length // HEAD_BYTES) * HEAD_BYTES)
         self.used_bytes += end - len(have)
         try:
             rest, tier = await self._origin.get_part(
-                file, len(have), end - len(have), lambda: 0.0 if ahead else PREFETCH_PATIENCE_S
+                file, len(have), end - len(have), lambda: PREFETCH_PATIENCE_S
             )
         except SourceError as error:
-            if not ahead:
-                log.warning("the header of %s cannot be fetched: %s", file.key, error)
+            log.warning("the header of %s cannot be fetched: %s", file.key, error)
             raise
         finally:
             self.used_bytes -= end - len(have)
@@ -180,42 +167,16 @@ class ShardHeaders:
         self.used_bytes -= HEAD_BYTES
         try:
             await self.header(file, ahead=True)
-        except SourceError as error:
-            self._failed(nursery, files, file, error)
-        except MalformedHeaderError as error:
+        except (SourceError, MalformedHeaderError) as error:
             # The planner says so when it needs the tensors; readers get the block.
             log.debug("%s: %s", file.key, error)
         finally:
             self._coming -= 1
         if file.inode in self._heads:
-            self._refused.pop(file.inode, None)
             self._prefetcher.head_came(file.inode)
             if self._prefetcher.takes_head(file.inode):
                 await self._push(self._heads[file.inode])
         self.pump(nursery, files)
-
-    def _failed(
-        self, nursery: trio.Nursery, files: Mapping[int, File], file: File, error: SourceError
-    ) -> None:
-        """A header is refused: it is asked for again after a pause, in which it holds nothing."""
-        now_s = trio.current_time()
-        pauses, began_s = self._refused.get(file.inode) or (Pauses(file.key, now_s), now_s)
-        if not error.transient or now_s >= began_s + PREFETCH_PATIENCE_S:
-            log.warning("the header of %s cannot be fetched: %s", file.key, error)
-            self._refused.pop(file.inode, None)
-            return
-        self._origin.refused(file, 0, error, is_news=file.inode not in self._refused)
-        self._refused[file.inode] = pauses, began_s
-
-        async def ask_again() -> None:
-            await trio.sleep_until(pauses.until_s(error))
-            if self._prefetcher.needs_head(file.inode):
-                self._again.append(file.inode)
-                self.pump(nursery, files)
-            else:
-                del self._refused[file.inode]
-
-        nursery.start_soon(contained, "asking for a header again", ask_again)
 
     async def _push(self, head: _Head) -> None:
         if self._page_cache.supported:

@@ -21,13 +21,12 @@ from lazyfs.cache import Claim
 from lazyfs.errors import SourceError
 from lazyfs.fetch.attempt import Got
 from lazyfs.fetch.read_access import ReadAccess
-from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter, Tries
+from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter
 from lazyfs.listed_object import File
 from lazyfs.model.safetensors import HEAD_BYTES
 from lazyfs.movers.call import Nudge
 from lazyfs.observe.recorder import Tier
 from lazyfs.store.protocol import EACH, STOP
-from lazyfs.store.retry import Pauses
 
 _NO_BYTES = memoryview(b"")
 
@@ -45,8 +44,7 @@ class Job:
         batch: the batch in which it is fetched now.
         is_stored: it is on the disk, as far as this mount knows.
         is_claimed: no cache has it, and it is ours to fetch.
-        began_s: when it was started first.
-        pauses: between the requests for it, if S3 has refused one (`refused.py`).
+        is_pausing: its request pauses before another attempt.
         asked: the answer to the request of its batch, if that is not simply the block.
         scope: its request; cancelled if nobody wants the block any more.
     """
@@ -66,9 +64,7 @@ class Job:
     is_stored: bool = False
     is_claimed: bool = False
     asked: Any = None
-    began_s: float = 0.0
-    tries: Tries = field(default_factory=Tries)
-    pauses: Pauses | None = None
+    is_pausing: bool = False
     error: SourceError | None = None
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
@@ -148,8 +144,11 @@ class OriginTier:
         getter: makes the requests.
         access_check_s: how long S3's permission to read an object counts; 0: it is not asked for.
         block_size: the mount's, in bytes.
+        io_timeout_s: how long readers wait for S3.
         saturated: whether as many requests are in flight as S3 answers at once.
         head: the beginning of a file as far as it is in memory, by inode.
+        pauses: called with a job when its request begins to pause before another attempt (true),
+            and when it goes on.
     """
 
     def __init__(
@@ -157,17 +156,21 @@ class OriginTier:
         getter: BlockGetter,
         access_check_s: float,
         block_size: int,
+        io_timeout_s: float,
         saturated: Callable[[], bool],
         head: Callable[[int], memoryview],
+        pauses: Callable[[Job, bool], None] = lambda job, pauses: None,
     ) -> None:
+        self._pauses = pauses
         self._getter = getter
         self._access = ReadAccess(access_check_s)
         self._block_size = block_size
+        self._io_timeout_s = io_timeout_s
         self._saturated = saturated
         self._head = head
 
     async def get(self, job: Job) -> Got:
-        """The bytes of a block, asked for once. Raises SourceError.
+        """The bytes of a block. Raises SourceError.
 
         Of a long header, what came by itself is not fetched again with the block.
         """
@@ -178,15 +181,16 @@ class OriginTier:
         asked, job.asked = job.asked, None
         if len(have) == job.length:
             return Got(_joined(have, have[:0]), Tier.S3)
-        got = await self._getter.ask(
+        got = await self._getter.get(
             job.file,
             start + len(have),
             job.length - len(have),
-            job.tries,
-            self._saturated,
+            patience_s=self._patience_of(job),
+            saturated=self._saturated,
             is_block=not have,
             has_time=lambda: not job.waiting,
             asked=asked,
+            pauses=lambda pauses: self._pauses(job, pauses),
         )
         self._access.shown(job.file)
         return got._replace(data=_joined(have, got.data)) if have else got
@@ -233,12 +237,9 @@ class OriginTier:
         return got
 
     async def check_access(self, job: Job) -> None:
-        """Return when S3 has shown that the mount may read the object; it is asked once.
-
-        Raises:
-            SourceError: it has not.
-        """
-        await self._access.check(job.file, lambda: self.get_part(job.file, 0, 1, lambda: 0.0))
+        """Return when S3 has shown that the mount may read the object. Raises SourceError."""
+        patience_s = self._patience_of(job)
+        await self._access.check(job.file, lambda: self.get_part(job.file, 0, 1, patience_s))
 
     async def check_access_ahead(self, files: Iterable[File]) -> None:
         """Ask S3 about files, none of them empty, before a reader needs them."""
@@ -252,13 +253,16 @@ class OriginTier:
         """S3 gave bytes of a file to this mount, or to its former worker."""
         self._access.shown(file)
 
-    def refused(self, file: File, start: int, error: SourceError, *, is_news: bool) -> None:
-        """What was asked for once did not come, and is asked for again; see `BlockGetter`."""
-        self._getter.refused(file, start, error, is_news=is_news)
+    def _patience_of(self, job: Job) -> Callable[[], float]:
+        """How long to retry from now on; longer as soon as a reader waits, from then on."""
+        began_s = trio.current_time()
 
-    def refused_block(self, job: Job, error: SourceError, *, is_news: bool) -> None:
-        """The same of a block."""
-        self.refused(job.file, job.block.number * self._block_size, error, is_news=is_news)
+        def patience_s() -> float:
+            if not job.waiting:
+                return PREFETCH_PATIENCE_S
+            return job.waits_since_s - began_s + self._io_timeout_s
+
+        return patience_s
 
 
 class Tiers:
@@ -339,13 +343,8 @@ class Tiers:
 
     def give_up(self, job: Job) -> None:
         """The block of a job does not come."""
-        job.is_claimed = False
         for cache in self._caches:
             cache.give_up(job)
-
-    def refused(self, job: Job, error: SourceError, *, is_news: bool) -> None:
-        """The block of a job did not come from the origin, and is asked for again."""
-        self._origin.refused_block(job, error, is_news=is_news)
 
     def put(self, job: Job, held: Held, *, reader_waits: bool) -> None:
         """Give a block to the tiers above the one that it came from."""

@@ -20,11 +20,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pyfuse3
-import trio
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FUSEError, InodeT, StatvfsData
 
 from lazyfs import user
-from lazyfs.blocks import Span, spans
+from lazyfs.blocks import spans
 from lazyfs.errors import SourceError
 from lazyfs.faults import contained, report_fault
 from lazyfs.fetch.fetcher import BlockFetcher
@@ -41,7 +40,6 @@ log = logging.getLogger(__name__)
 # How long the kernel may cache names and attributes: practically for ever.
 REMEMBER_S = 30 * 86400.0
 READ_UNIT = 1 << 20
-_NO_BYTES = memoryview(b"")
 _KEY, _ETAG, _CACHED = b"user.lazyfs.key", b"user.lazyfs.etag", b"user.lazyfs.cached"
 
 
@@ -178,37 +176,20 @@ class Filesystem(pyfuse3.Operations):
         file = self._file(InodeT(fh))
         self.reads += 1
         self._fetcher.was_read(file, off, size)
-        wanted = list(spans(off, size, file.size_bytes, self._options.block_size))
-        if len(wanted) == 1:
-            part = await self._part(file, wanted[0])
-            if isinstance(part, FUSEError):
-                raise part
-            return part  # type: ignore[return-value] # pyfuse3 takes any buffer
-        # All at once: if they cannot be had, it takes `--io-timeout` once.
-        parts: list[memoryview | FUSEError] = [_NO_BYTES] * len(wanted)
-
-        async def get(which: int) -> None:
-            parts[which] = await self._part(file, wanted[which])
-
-        async with trio.open_nursery() as nursery:
-            for which in range(len(wanted)):
-                nursery.start_soon(get, which)
-        for part in parts:
-            if isinstance(part, FUSEError):
-                raise part
-        return b"".join(parts)  # type: ignore[arg-type] # there is no error among them
-
-    async def _part(self, file: File, span: Span) -> memoryview | FUSEError:
-        """A part of a block, or the error for the kernel."""
-        try:
-            part = await self._fetcher.read(file, span)
-        except SourceError as error:
-            return FUSEError(error.errno)
-        if len(part) != span.stop - span.start:
-            # The kernel would take it for the end of the file: SIGBUS for its mappings.
-            log.error("%s: block %d is shorter than it should be", file.key, span.number)
-            return FUSEError(errno.EIO)
-        return part
+        parts: list[memoryview] = []
+        for span in spans(off, size, file.size_bytes, self._options.block_size):
+            try:
+                part = await self._fetcher.read(file, span)
+            except SourceError as error:
+                raise FUSEError(error.errno) from error
+            if len(part) != span.stop - span.start:
+                # The kernel would take it for the end of the file: SIGBUS for its mappings.
+                log.error("%s at %d: a block is shorter than it should be", file.key, off)
+                raise FUSEError(errno.EIO)
+            if len(part) == size:
+                return part  # type: ignore[return-value] # pyfuse3 takes any buffer
+            parts.append(part)
+        return b"".join(parts)
 
     async def release(self, fh: FileHandleT) -> None:
         self._recorder.closed(self._file(InodeT(fh)))

@@ -325,17 +325,13 @@ class Prefetcher:
         if place == Place.ABSENT:
             while self._first and self.blocks.place(self._first[0]) != Place.ABSENT:
                 self._first.popleft()
-            return next((each for each in self._first if self._is_fetchable(each)), None)
+            return self._first[0] if self._first else None
         while self._first_pages and self.blocks.place(self._first_pages[0]) in (
             Place.NEAR,
             Place.USED,
         ):
             self._first_pages.popleft()
         return next((block for block in self._first_pages if self._is_loadable(block)), None)
-
-    def _is_fetchable(self, block: BlockId) -> bool:
-        blocks = self._files[block.inode]
-        return self._find(blocks, Place.ABSENT, block.number, block.number + 1) >= 0
 
     def _is_loadable(self, block: BlockId) -> bool:
         """Whether a block is local and can be put into the page cache."""
@@ -373,14 +369,14 @@ class Prefetcher:
         """The first absent block after a reader, if the reader will probably read it."""
         blocks = self._files[inode]
         _, after = blocks.blocks_of(piece)
-        number = self._find(blocks, Place.ABSENT, after - 1, len(blocks.places))
+        number = blocks.find(Place.ABSENT, after - 1, len(blocks.places))
         lead = number - after
         if number < 0 and 0 <= blocks.rank < len(self.blocks.order) - 1:
             lead = len(blocks.places) - after
             inode = self.blocks.order[blocks.rank + 1]
             following = self._files[inode]
-            number = self._find(
-                following, Place.ABSENT, 0, len(following.places) if following.roles else 0
+            number = following.find(
+                Place.ABSENT, 0, len(following.places) if following.roles else 0
             )
             lead += number
         if number >= 0 and self._taste.may_venture(BlockId(inode, number)):
@@ -401,7 +397,7 @@ class Prefetcher:
         return None
 
     def _find(self, blocks: FileBlocks, place: Place, start: int, stop: int) -> int:
-        if not blocks.takes_pages if place == Place.LOCAL else blocks.is_refused:
+        if place == Place.LOCAL and not blocks.takes_pages:
             return -1
         return blocks.find(place, start, stop)
 

@@ -25,44 +25,6 @@ LOOK_S = 1.0
 LOG_AFTER_S = 3.0
 
 
-class Pauses:
-    """The pauses between the attempts at one request; says in the log that it takes long.
-
-    They double from 0.1 s to 3 s with full jitter, so that many mounts that failed together do not
-    come back together
-    (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/). If S3 says how long
-    to wait (`Retry-After`), they begin after that time, at most 30 s later.
-
-    Args:
-        what: the name of the object.
-        began_s: when the first attempt was made.
-    """
-
-    def __init__(self, what: str, began_s: float) -> None:
-        self._what = what
-        self._began_s = began_s
-        self._longest_s = FIRST_PAUSE_S
-        self._logged = False
-
-    def until_s(self, error: SourceError) -> float:
-        """An attempt failed: when to make the next one."""
-        now_s = trio.current_time()
-        waited_s = now_s - self._began_s
-        if waited_s >= LOG_AFTER_S and not self._logged:
-            self._logged = True
-            log.warning("still waiting for %s after %.0f s: %s", self._what, waited_s, error)
-        pause_s = self._longest_s * random.random()  # noqa: S311
-        self._longest_s = min(self._longest_s * 2, LONGEST_PAUSE_S)
-        return now_s + min(error.retry_after_s, LONGEST_TOLD_S) + pause_s
-
-    def end(self) -> None:
-        """It was answered."""
-        if self._logged:
-            self._logged = False
-            waited_s = trio.current_time() - self._began_s
-            log.info("%s answered after %.1f s", self._what, waited_s)
-
-
 async def patiently(
     ask: Callable[[], Awaitable[T]],
     *,
@@ -70,7 +32,12 @@ async def patiently(
     timeout_s: Callable[[], float],
     on_retry: Callable[[SourceError], None] = lambda error: None,
 ) -> T:
-    """The result of `ask`, which is called again after transient errors (`Pauses`).
+    """The result of `ask`, which is called again after transient errors.
+
+    Pauses double from 0.1 s to 3 s with full jitter, so that many mounts that failed together do
+    not come back together
+    (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/). If S3 says how
+    long to wait (`Retry-After`), they begin after that time, at most 30 s later.
 
     Args:
         what: the name of the object, for the log.
@@ -82,7 +49,8 @@ async def patiently(
         SourceError: the last error, if it is final or the time is over.
     """
     began = trio.current_time()
-    pauses = Pauses(what, began)
+    pause_s = FIRST_PAUSE_S
+    logged = False
     while True:
         try:
             answer = await ask()
@@ -91,9 +59,15 @@ async def patiently(
             if not error.transient or waited >= timeout_s():
                 raise
             on_retry(error)
-            until_s = pauses.until_s(error)
+            if waited >= LOG_AFTER_S and not logged:
+                logged = True
+                log.warning("still waiting for %s after %.0f s: %s", what, waited, error)
+            told_s = min(error.retry_after_s, LONGEST_TOLD_S)
+            until_s = trio.current_time() + told_s + pause_s * random.random()  # noqa: S311
             while (left_s := min(until_s, began + timeout_s()) - trio.current_time()) > 0:
                 await trio.sleep(min(left_s, LOOK_S))
+            pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
         else:
-            pauses.end()
+            if logged:
+                log.info("%s answered after %.1f s", what, trio.current_time() - began)
             return answer

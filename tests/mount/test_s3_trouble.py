@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 from gate import Gate
-from mounting import Mounted, lazyfs, python, shell
+from mounting import Mounted, python, shell
 from s3 import S3
-
-from lazyfs.fetch.refused import AT_ONCE
 
 pytestmark = pytest.mark.fuse
 
@@ -93,62 +89,6 @@ os._exit(0)
         s3.forget()
         waiting.communicate(timeout=60)
     assert took_s < 15
-
-
-def status_of(mounted: Mounted) -> dict[str, Any]:
-    """What its daemon says of it."""
-    told: dict[str, Any] = json.loads(lazyfs("status", mounted.path, "--json").stdout)
-    return told
-
-
-# Reads four blocks of each file at once, and says when all are asked for.
-CROWD = """
-import os, sys, threading
-threading.stack_size(256 << 10)
-for path in sys.argv[1:]:
-    file = os.open(path, os.O_RDONLY)
-    for number in range(4):
-        threading.Thread(target=os.pread, args=[file, 1, number << 20], daemon=True).start()
-print("begun", flush=True)
-sys.stdin.read()
-os._exit(0)
-"""
-
-
-def test_dozens_of_objects_that_s3_does_not_give_hold_nothing(
-    mount: Callable[..., Mounted], s3: S3
-) -> None:
-    """Some are refused in two ways, some time out; more readers wait than there are requests."""
-    broken = [f"{kind}{number}" for kind in ("slow-down", "error", "late") for number in range(12)]
-    s3.put("trouble", {f"dozens/{name}": bytes(4 << 20) for name in broken})
-    s3.put("trouble", {f"dozens/healthy{number}": BODY for number in range(8)})
-    mounted = mount("s3://trouble/dozens", *OPTIONS, "--memory-limit=64MiB", "--cache-dir=none")
-    for name, status, code in [
-        ("slow-down", 503, "SlowDown"), ("error", 500, "InternalError"), ("late", 408, ""),
-    ]:  # fmt: skip
-        match = f"GET /trouble/dozens/{name}"
-        s3.fault(match, "status", status=status, code=code, times=10**6)
-    with subprocess.Popen(
-        [sys.executable, "-c", CROWD, *[mounted.path / name for name in broken]],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    ) as waiting:  # fmt: skip
-        try:
-            assert waiting.stdout is not None
-            waiting.stdout.readline()
-            while (told := status_of(mounted))["in_flight"] < 4 * len(broken):
-                time.sleep(0.1)
-            for number in range(8):
-                read = shell(f"sha256sum < healthy{number}", mounted.path, timeout_s=60)
-                assert read.stdout.split()[0] == hashlib.sha256(BODY).hexdigest()
-                told = status_of(mounted)
-                assert told["in_flight"] >= 4 * len(broken), "all of them still wait"
-                assert told["memory_bytes"] <= len(BODY) * 8 + AT_ONCE * (1 << 20)
-            s3.forget()
-            while status_of(mounted)["in_flight"]:
-                time.sleep(0.1)
-        finally:
-            s3.forget()
-            waiting.communicate(timeout=60)
 
 
 def test_a_stuck_connection_does_not_stall_a_load(mount: Callable[..., Mounted], s3: S3) -> None:
@@ -234,36 +174,6 @@ def test_lasting_errors_end_with_their_cause(mount: Callable[..., Mounted], s3: 
     s3.fault("GET /trouble/m/file", "status", status=503, code="SlowDown", times=10_000)
     assert python(READ_ERRNO, mounted.path / "file").strip() == "EIO"
     assert "SlowDown" in mounted.log()
-
-
-@pytest.mark.parametrize("way", ["read", "fault"])
-def test_a_read_fails_once_its_time_is_over_and_not_later(
-    mount: Callable[..., Mounted], s3: S3, way: str
-) -> None:
-    """When what it reads ahead fails, the kernel asks for the page again before it gives up."""
-    mounted = mount("s3://trouble/m", *OPTIONS, "--io-timeout=10s")
-    s3.fault("GET /trouble/m/file", "status", status=503, code="SlowDown", times=10_000)
-    reader = """
-import mmap, os, sys, time
-began_s = time.monotonic()
-file = open(sys.argv[1], "rb", buffering=0)
-pid = os.fork()
-if pid:
-    print(os.waitpid(pid, 0)[1] != 0, time.monotonic() - began_s)
-elif sys.argv[2] == "read":
-    file.read()
-    os._exit(0)
-else:
-    print(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)[1 << 20])
-    os._exit(0)
-"""
-    failed, took_s = python(reader, mounted.path / "file", way).split()
-    assert failed == "True"
-    assert 9 < float(took_s) < 18
-    s3.forget()
-    deadline = time.monotonic() + 60
-    while python(READ_ERRNO, mounted.path / "file").strip() != str(len(BODY)):
-        assert time.monotonic() < deadline, "S3 is well again"
 
 
 def test_a_replaced_object_never_mixes_bytes(mount: Callable[..., Mounted], s3: S3) -> None:

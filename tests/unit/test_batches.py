@@ -32,7 +32,6 @@ from lazyfs.fetch import request
 from lazyfs.fetch.attempt import Got
 from lazyfs.fetch.concurrency import START
 from lazyfs.fetch.jobs import Jobs
-from lazyfs.fetch.refused import RefusedBlocks
 from lazyfs.fetch.request import BlockGetter
 from lazyfs.fetch.scheduler import Scheduler
 from lazyfs.fetch.shard_headers import ShardHeaders
@@ -720,6 +719,12 @@ class Started:
     def new(self, file: File, block: BlockId, length: int) -> Job:
         return Job(file, block, length)
 
+    def busy(self, most_pausing: int) -> int:
+        return self.fetching
+
+    def is_pausing(self, key: str) -> bool:
+        return False
+
     def begin(self, job: Job) -> None:
         self.fetching += 1
         self._memory.reserve(job.length)
@@ -761,8 +766,7 @@ class Starter:
         self.jobs = Started(self.map, self.memory)
         self.getter = SimpleNamespace(limit=limit, together=together, proven_limit=limit)
         self.scheduler = Scheduler(
-            {file.inode: file for file in files}, cast(Jobs, self.jobs),
-            cast(RefusedBlocks, SimpleNamespace(is_all=False, begin=lambda _: None)), self.memory,
+            {file.inode: file for file in files}, cast(Jobs, self.jobs), self.memory,
             cast(Prefetcher, Policy(self.map)), cast(BlockPusher, SimpleNamespace(is_ready=False,
             has_room=True)), cast(BlockGetter, self.getter),
             cast(ShardHeaders, SimpleNamespace(pump=lambda *_: None)), None, BLOCK, Recorder(),
@@ -841,7 +845,7 @@ class Asked:
         self.parts += parts
         came([(0, GOT), (1, "what came")][: len(parts)])
 
-    async def ask(self, file: File, start: int, length: int, *_: Any, **given: Any) -> Got:
+    async def get(self, file: File, start: int, length: int, **given: Any) -> Got:
         self.went_on.append((start, length, given["asked"]))
         return Got(memoryview(bytes(length)), Tier.S3)
 
@@ -877,7 +881,7 @@ def large_jobs() -> list[Job]:
 
 def tiers_of(asked: Asked, *caches: Any, head: bytes = b"") -> Tiers:
     origin = OriginTier(
-        cast(BlockGetter, asked), 60.0, PART, lambda: False, lambda inode: memoryview(head)
+        cast(BlockGetter, asked), 60.0, PART, 60.0, lambda: False, lambda inode: memoryview(head)
     )
     return Tiers(caches, origin)
 

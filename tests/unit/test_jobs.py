@@ -14,9 +14,8 @@ from lazyfs.blocks import BlockId, Span
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.file_blocks import Place
 from lazyfs.blocks.memory import BlockMemory, Held, all_unread
-from lazyfs.errors import AccessDeniedError, FaultError, SourceError
+from lazyfs.errors import AccessDeniedError, FaultError
 from lazyfs.fetch.jobs import WAITING_S, Jobs
-from lazyfs.fetch.refused import RefusedBlocks
 from lazyfs.fetch.tiers import Job, Tiers
 from lazyfs.listed_object import File
 from lazyfs.observe.recorder import Recorder, Tier
@@ -25,7 +24,6 @@ from lazyfs.pagecache.block_pusher import BlockPusher
 BLOCK = 128 << 10
 FILE = File(2, 1, "f", "f", 4 * BLOCK, "e", 0)
 PART = Span(1, 0, 10)
-IO_TIMEOUT_S = 60.0
 
 
 class FakeTiers:
@@ -56,8 +54,6 @@ class FakeTiers:
     def put(self, job: Job, held: Held, *, reader_waits: bool) -> None:
         self.stored.append((job.block, reader_waits))
 
-    def refused(self, job: Job, error: SourceError, *, is_news: bool) -> None: ...
-
 
 class FakePusher:
     """Pushes what is around the parts that readers wait for, when it may."""
@@ -87,14 +83,9 @@ class JobsOver(Generic[T]):
         self.memory = BlockMemory(8 * BLOCK, BLOCK, self.map, lambda: 1)
         self.tiers, self.pusher, self.ended = tiers, FakePusher(), 0
         self.recorder = Recorder()
-        self.again: list[Job] = []
-        self.refused = RefusedBlocks(
-            self.map, str, IO_TIMEOUT_S, self._end, ready=self.again.append,
-            fail=lambda job, error: self.jobs.give_up(job, error),
-        )  # fmt: skip
         self.jobs = Jobs(
             cast(Tiers, self.tiers), self.memory, self.map, cast(BlockPusher, self.pusher),
-            self.recorder, self._end, self.refused,
+            self.recorder, self._end,
         )  # fmt: skip
 
     def _end(self) -> None:

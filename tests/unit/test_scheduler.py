@@ -15,8 +15,9 @@ import trio.testing
 from lazyfs.blocks import BlockId, Span
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.file_blocks import Place
+from lazyfs.blocks.memory import Held
 from lazyfs.cache import BlockCache, Claim, other_daemons
-from lazyfs.errors import AccessDeniedError, SourceError
+from lazyfs.errors import AccessDeniedError, SourceError, UnavailableError
 from lazyfs.fetch import request, scheduler
 from lazyfs.fetch.concurrency import START
 from lazyfs.fetch.fetcher import BlockFetcher
@@ -47,6 +48,8 @@ class Source:
         self.open.set()
         self.error: SourceError | None = None
         self.asked: list[int] = []
+        self.keys: set[str] = set()
+        self.broken: set[str] = set()
 
     def name(self, key: str) -> str:
         return key
@@ -57,7 +60,10 @@ class Source:
 
     def read(self, pin: File, start: int, length: int, cancel: Cancel) -> memoryview:
         self.asked.append(start // BLOCK)
+        self.keys.add(pin.key)
         self.open.wait(20)
+        if pin.key in self.broken:
+            raise UnavailableError("not now")
         if self.error is not None:
             raise self.error
         content = self.contents.get(pin.key, b"")[start : start + length]
@@ -629,6 +635,96 @@ def test_a_header_is_fetched_once_with_its_block_or_without(blocks: int, is_here
         assert len(machine.source.asked) == (1 if comes_with_block else 2)
 
     play(machine, scenario)
+
+
+def others(count: int) -> list[File]:
+    return [File(10 + n, 1, f"o{n}", f"o{n}", 2 * BLOCK, "e", 0) for n in range(count)]
+
+
+class Refusing:
+    """A machine without a disk whose S3 refuses an object, and has answered one request at once."""
+
+    def __init__(self, **options: str) -> None:
+        self.machine = Machine(has_disk=False, **{"prefetch": "off", **options})
+        self.machine.source.broken.add(LARGE.key)
+        self.machine.fetcher._getter._concurrency.limit = 1
+        self.jobs = self.machine.fetcher._jobs
+        self.most = 1 + URGENT_EXTRA
+
+    async def wants(self, file: File, number: int) -> None:
+        await self.machine.fetcher.read(file, Span(number, 0, 10))
+
+    async def fill(self, nursery: trio.Nursery, count: int = 4) -> None:
+        """Have more readers wait for the refused object than there are places for requests."""
+        for number in range(self.most + count):
+            nursery.start_soon(self.wants, LARGE, number)
+        await until(lambda: self.jobs._pausing[LARGE.key] == self.most)
+        assert self.jobs.fetching == self.most, "of this object there are enough"
+
+
+def test_an_object_that_s3_does_not_give_holds_up_no_other_one() -> None:
+    """Its requests pause most of the time, and take the places of all requests meanwhile."""
+    refusing = Refusing()
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        await refusing.fill(nursery)
+        # What was wrong with another object once says nothing about now.
+        refusing.machine.fetcher._getter.troubles[MODEL.key] = "it was not well"
+        for number in range(3):
+            with trio.fail_after(5):
+                await refusing.wants(MODEL, number)
+        assert refusing.jobs.fetching <= refusing.most + 1
+
+    play(refusing.machine, scenario)
+    assert not refusing.jobs._pausing
+
+
+def test_an_object_that_s3_does_not_give_does_not_stop_prefetching() -> None:
+    refusing = Refusing(prefetch="model")
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        await refusing.fill(nursery)
+        refusing.machine.order(MODEL)
+        refusing.machine.fetcher.pump()
+        with trio.fail_after(20):
+            await until(lambda: MODEL.key in refusing.machine.source.keys)
+
+    play(refusing.machine, scenario)
+
+
+def test_an_s3_that_refuses_all_objects_is_asked_for_few() -> None:
+    refusing = Refusing()
+    files = others(40)
+    refusing.machine.source.broken |= {file.key for file in files}
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        await refusing.fill(nursery)
+        for file in files:
+            nursery.start_soon(refusing.wants, file, 0)
+        for _ in range(10):
+            await for_a_while()
+            assert refusing.jobs.fetching <= 2 * refusing.most
+
+    play(refusing.machine, scenario)
+
+
+def test_blocks_that_s3_does_not_give_leave_room_for_others() -> None:
+    """Otherwise demand would wait for them, as it waits for blocks on their way to readers."""
+    refusing = Refusing()
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        await refusing.fill(nursery)
+        memory = refusing.machine.fetcher._memory
+        while memory.unused_bytes >= BLOCK:  # what was prefetched, and is not read yet
+            number = len(memory._held)
+            memory.reserve(BLOCK)
+            memory.hold(
+                BlockId(LARGE.inode, 100 + number), Held(LARGE, memoryview(bytes(BLOCK)), unread=1)
+            )
+        with trio.fail_after(5):
+            await refusing.wants(MODEL, 0)
+
+    play(refusing.machine, scenario)
 
 
 def test_what_prefetching_does_is_known() -> None:

@@ -16,14 +16,13 @@ from lazyfs.blocks.file_blocks import Place
 from lazyfs.blocks.memory import BlockMemory, Held
 from lazyfs.errors import AccessDeniedError, SourceError, ThrottledError, UnavailableError
 from lazyfs.fetch import request
-from lazyfs.fetch.request import HEDGES, SILENT_S, BlockGetter, Tries
+from lazyfs.fetch.request import HEDGES, SILENT_S, BlockGetter
 from lazyfs.listed_object import File
 from lazyfs.observe.events import Cause, EventKind
 from lazyfs.observe.recorder import Recorder
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store import retry
 from lazyfs.store.cancel import Cancel
-from lazyfs.store.retry import patiently
 
 SIZE = 4
 FILE = File(2, 1, "f", "f", 100 * SIZE, "e", 0)
@@ -115,18 +114,13 @@ class Mount:
         reader: bool = True, **given: Any,
     ) -> float:  # fmt: skip
         """Get a range; returns how long that took."""
-        tries = Tries()
         began_s = trio.current_time()
         self.memory.reserve(length)
         try:
-            got = await patiently(
-                lambda: self.getter.ask(
-                    file, start, length, tries, lambda: False, has_time=lambda: not reader, **given
-                ),
-                what=file.key,
-                timeout_s=lambda: patience_s,
-                on_retry=lambda error: self.getter.refused(file, start, error),
-            )
+            got = await self.getter.get(
+                file, start, length, patience_s=lambda: patience_s, saturated=lambda: False,
+                has_time=lambda: not reader, **given,
+            )  # fmt: skip
             assert len(got.data) == length
         finally:
             self.memory.release(length)
@@ -351,6 +345,26 @@ def test_requests_keep_to_the_rate() -> None:
         assert [each - first for each in mount.link.asked] == pytest.approx([0, 2, 4])
 
     play(steps, warm=False, bandwidth_limit=SIZE // 2)
+
+
+def test_a_request_says_when_it_pauses_and_when_it_goes_on() -> None:
+    async def steps(mount: Mount) -> None:
+        heard: list[tuple[bool, int]] = []
+
+        def pauses(does: bool) -> None:
+            heard.append((does, len(mount.link.asked)))
+
+        mount.link.replies = [Reply(0.1, UnavailableError("not now"))] * 2
+        await mount.get(pauses=pauses)
+        assert heard == [(True, 1), (False, 1), (True, 2), (False, 2)]
+        heard.clear()
+        mount.link.asked.clear()
+        mount.link.replies = [Reply(0.1, UnavailableError("not now"))]
+        with trio.move_on_after(0.15):
+            await mount.get(pauses=pauses)
+        assert heard == [(True, 1), (False, 1)], "when it is not wanted any more, too"
+
+    play(steps)
 
 
 def test_trouble_is_that_of_all_objects_that_cannot_be_read() -> None:

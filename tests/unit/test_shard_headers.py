@@ -11,10 +11,10 @@ import trio
 import trio.testing
 from inline_threads import InlineThreads
 
-from lazyfs.errors import AccessDeniedError, SourceError, UnavailableError
+from lazyfs.errors import SourceError, UnavailableError
 from lazyfs.fetch.attempt import Got
 from lazyfs.fetch.request import PREFETCH_PATIENCE_S
-from lazyfs.fetch.shard_headers import AT_ONCE, MOST_REFUSED, PUSHERS, ShardHeaders, heads_limit
+from lazyfs.fetch.shard_headers import AT_ONCE, PUSHERS, ShardHeaders, heads_limit
 from lazyfs.fetch.tiers import OriginTier
 from lazyfs.listed_object import File
 from lazyfs.model.safetensors import HEAD_BYTES, LONGEST_HEADER, MalformedHeaderError
@@ -42,17 +42,11 @@ class S3:
         self.gate = trio.Event()
         self.gate.set()
         self.at_once = self.most_at_once = 0
-        self.patiences_s: list[float] = []
-        self.told: list[bool] = []
-        self.refuses: set[int] = set()
-
-    def refused(self, file: File, start: int, error: SourceError, *, is_news: bool) -> None:
-        self.told.append(is_news)
 
     async def get_part(
         self, file: File, start: int, length: int, patience_s: Callable[[], float]
     ) -> Got:
-        self.patiences_s.append(patience_s())
+        assert patience_s() == PREFETCH_PATIENCE_S
         self.asked.append((file.inode, start, length))
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
@@ -61,8 +55,6 @@ class S3:
         self.at_once -= 1
         if self.error is not None:
             raise self.error
-        if file.inode in self.refuses:
-            raise UnavailableError("not now")
         return Got(memoryview(self.body)[start : start + length], self.tier)
 
 
@@ -367,51 +359,9 @@ def test_a_damaged_header_does_not_hold_up_the_others() -> None:
 
 def test_an_error_does_not_hold_up_the_others() -> None:
     async def scenario(desk: Desk) -> None:
-        desk.s3.error = AccessDeniedError("no")
+        desk.s3.error = UnavailableError("away")
         await desk.pump(*range(2, 2 + 2 * AT_ONCE))
         assert len(desk.s3.asked) == 2 * AT_ONCE
         assert desk.policy.came == []
-
-    play(scenario)
-
-
-def test_headers_that_s3_refuses_hold_nothing_until_they_are_asked_for_again() -> None:
-    async def scenario(desk: Desk) -> None:
-        refused, others = range(2, 2 + 3 * AT_ONCE), range(100, 120)
-        desk.s3.refuses = {*refused}
-        desk.policy.wanted += [*refused, *others]
-        async with trio.open_nursery() as nursery:
-            desk.headers.pump(nursery, {inode: shard(inode) for inode in range(200)})
-            await trio.sleep(0.01)
-            assert sorted(desk.policy.came) == [*others]
-            assert desk.headers.used_bytes == len(others) * HEAD_BYTES
-            assert desk.s3.told.count(True) == len(refused), "each is news once"
-            await trio.sleep(10)
-            desk.s3.refuses.clear()
-        assert sorted(desk.policy.came) == [*refused, *others]
-        assert set(desk.s3.patiences_s) == {0.0}
-
-    play(scenario)
-
-
-def test_headers_that_s3_goes_on_to_refuse_are_given_up() -> None:
-    async def scenario(desk: Desk) -> None:
-        desk.s3.error = UnavailableError("away")
-        began_s = trio.current_time()
-        await desk.pump(*range(2, 2 + 2 * MOST_REFUSED))
-        first = {inode for inode, _, _ in desk.s3.asked[: MOST_REFUSED + AT_ONCE]}
-        assert len(first) <= MOST_REFUSED + AT_ONCE, "if S3 refuses all, it is asked for some"
-        assert PREFETCH_PATIENCE_S <= trio.current_time() - began_s <= 3 * PREFETCH_PATIENCE_S
-        assert desk.policy.came == [] and desk.headers.used_bytes == 0
-
-    play(scenario)
-
-
-def test_a_refused_header_that_came_with_its_block_is_not_asked_for_again() -> None:
-    async def scenario(desk: Desk) -> None:
-        desk.s3.error = UnavailableError("away")
-        desk.policy.coming = {2}
-        await desk.pump(2)
-        assert len(desk.s3.asked) == 1
 
     play(scenario)

@@ -21,7 +21,7 @@ from lazyfs.errors import AccessDeniedError, SourceError, UnavailableError
 from lazyfs.fetch.attempt import Got
 from lazyfs.fetch.disk_tier import FORMER_LEASE_S, FORMER_S, SEEN_S, DiskTier
 from lazyfs.fetch.disks import Disks
-from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter, Tries
+from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter
 from lazyfs.fetch.tiers import Job, OriginTier, Tiers
 from lazyfs.listed_object import File
 from lazyfs.model.safetensors import HEAD_BYTES
@@ -29,6 +29,7 @@ from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.options.mount_options import MountOptions
 
 SIZE = 10
+IO_TIMEOUT_S = 77.0
 FILE = File(2, 1, "f", "f", 4 * SIZE, "e", 0)
 
 
@@ -70,23 +71,19 @@ class Getter:
         self.tier = Tier.S3
         self.asked: list[tuple[int, int, bool]] = []
         self.went_on_with: object = None
+        self.patience: Callable[[], float] = float
         self.patience_s = 0.0
         self.may_answer = trio.Event()
         self.may_answer.set()
 
     async def get(
         self, file: File, start: int, length: int, *, patience_s: Callable[[], float],
-        saturated: Callable[[], bool], is_block: bool,
-    ) -> Got:  # fmt: skip
-        self.patience_s = patience_s()
-        return await self.ask(file, start, length, Tries(), saturated, is_block=is_block)
-
-    async def ask(
-        self, file: File, start: int, length: int, tries: Tries, saturated: Callable[[], bool], *,
-        has_time: Callable[[], bool] = bool, is_block: bool = True, asked: object = None,
+        saturated: Callable[[], bool], has_time: Callable[[], bool] = bool, is_block: bool = True,
+        asked: object = None, pauses: Callable[[bool], None] = bool,
     ) -> Got:  # fmt: skip
         self.went_on_with = asked
         self.asked.append((start, length, is_block))
+        self.patience, self.patience_s = patience_s, patience_s()
         await self.may_answer.wait()
         if self.error is not None:
             raise self.error
@@ -95,7 +92,7 @@ class Getter:
 
 def origin(getter: Getter, access_check_s: float = 60.0, *, head: bytes = b"") -> OriginTier:
     return OriginTier(
-        cast(BlockGetter, getter), access_check_s, SIZE, lambda: False,
+        cast(BlockGetter, getter), access_check_s, SIZE, IO_TIMEOUT_S, lambda: False,
         lambda inode: memoryview(head),
     )  # fmt: skip
 
@@ -229,6 +226,34 @@ def test_after_an_error_no_tier_waits_for_the_block(is_refused_above: bool) -> N
     run(scenario)
 
 
+@pytest.mark.parametrize(
+    "waiting, patience_s", [(True, IO_TIMEOUT_S), (False, PREFETCH_PATIENCE_S)]
+)
+def test_requests_are_repeated_longer_for_readers(waiting: bool, patience_s: float) -> None:
+    async def scenario() -> None:
+        getter = Getter()
+        await origin(getter).get(job(waiting=waiting))
+        assert getter.patience_s == patience_s
+
+    run(scenario)
+
+
+def test_a_reader_that_comes_later_has_all_of_its_time() -> None:
+    async def scenario() -> None:
+        getter, wanted = Getter(), job()
+        getter.may_answer = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(origin(getter).get, wanted)
+            await trio.sleep(15)
+            assert getter.patience() == PREFETCH_PATIENCE_S
+            wanted.waits_since_s = trio.current_time()
+            wanted.waiting.append(Span(1, 0, 1))
+            assert getter.patience() == 15 + IO_TIMEOUT_S
+            getter.may_answer.set()
+
+    run(scenario)
+
+
 def test_access_to_objects_that_s3_delivered_is_not_checked() -> None:
     async def scenario() -> None:
         for show in (
@@ -252,7 +277,7 @@ def test_access_is_checked_with_one_byte() -> None:
         tier = origin(getter)
         await tier.check_access(job(2, waiting=True))
         await tier.check_access_ahead([FILE])
-        assert (getter.asked, getter.patience_s) == ([(0, 1, False)], 0.0)
+        assert (getter.asked, getter.patience_s) == ([(0, 1, False)], IO_TIMEOUT_S)
         other = File(3, 1, "g", "g", 1, "e", 0)
         await tier.check_access_ahead([other])
         assert (getter.asked[1:], getter.patience_s) == ([(0, 1, False)], PREFETCH_PATIENCE_S)
