@@ -95,6 +95,18 @@ def free_memory() -> int:
     return max(0, free)
 
 
+def stat_of(task: Path) -> list[str]:
+    """State, parent and so on of a process or thread; empty if there is none (proc(5), stat).
+
+    Args:
+        task: `/proc/PID` or `/proc/PID/task/TID`.
+    """
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
 def _meminfo(name: str) -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith(f"{name}:"):

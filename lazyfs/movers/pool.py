@@ -37,6 +37,7 @@ from typing import Any
 from lazyfs.blocks import buffers
 from lazyfs.blocks.arena import Arena
 from lazyfs.faults import contained, report_fault
+from lazyfs.machine import stat_of
 from lazyfs.movers.call import (
     MOST_BYTES,
     Line,
@@ -458,12 +459,8 @@ def _new_line(mover: _Mover) -> _Line:
 
 
 def _is_stopped(mover: _Mover) -> bool:
-    """Whether a signal has stopped a process (proc(5), stat)."""
-    try:
-        stat = Path(f"/proc/{mover.process.pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] == "T"
+    """Whether a signal has stopped a process."""
+    return stat_of(Path(f"/proc/{mover.process.pid}"))[:1] == ["T"]
 
 
 def _end(mover: _Mover) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from lazyfs.machine import stat_of
 from lazyfs.process.privileges import WorkerUser, protect_from_oom, start
 
 # A worker that has neither become ready nor failed by then is given up.
@@ -194,7 +195,11 @@ def _waiting_of(worker: int) -> set[int]:
     """The processes of a worker's session with a thread that waits in the kernel (state D)."""
     processes = (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit())
     ours = (pid for pid in processes if _status(pid)[3:4] == [str(worker)])
-    return {pid for pid in ours if "D" in map(_state, Path(f"/proc/{pid}/task").glob("*/stat"))}
+    return {
+        pid
+        for pid in ours
+        if any(stat_of(task)[:1] == ["D"] for task in Path(f"/proc/{pid}/task").glob("*"))
+    }
 
 
 def wait_for_end(worker: subprocess.Popen[bytes]) -> int:
@@ -289,19 +294,8 @@ def parent_of(pid: int) -> int | None:
 
 
 def _status(pid: int) -> list[str]:
-    """State, parent and so on of a process (proc(5), stat); empty if there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-def _state(path: Path) -> str:
-    """The state of a thread (proc(5), stat); empty if there is no such thread."""
-    try:
-        return path.read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
+    """The state, parent and so on of a process; see `stat_of`."""
+    return stat_of(Path(f"/proc/{pid}"))
 
 
 def _field(pid: int, name: str) -> str | None:

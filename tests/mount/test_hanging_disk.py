@@ -93,6 +93,14 @@ def wait_for(what: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
+def all_come_from_the_disk(mounted: Mounted, names: list[str]) -> None:
+    """Wait until no disk hangs; then nothing of these files is fetched."""
+    wait_for(lambda: not mounted.status()["hanging_disks"])
+    fetched = mounted.status()["fetched_bytes"]
+    assert read(mounted, names) == {name: SUMS[name] for name in names}
+    assert mounted.status()["fetched_bytes"] == fetched, "the disk is used again"
+
+
 def in_cache(disk: HangingDisk, mount: Callable[[], Mounted]) -> None:
     """Put the files on the disk, and end that mount."""
     mounted = mount()
@@ -113,11 +121,8 @@ def test_readers_do_not_wait_for_a_disk_that_hangs(
     assert mounted.status()["hanging_disks"]
     assert f"the disk of {disk.path}/cache does not answer" in lazyfs("status", mounted.path).stdout
     disk.answer()
-    wait_for(lambda: not mounted.status()["hanging_disks"])
+    all_come_from_the_disk(mounted, names[8:])
     assert "answers again" in mounted.log()
-    fetched = mounted.status()["fetched_bytes"]
-    assert read(mounted, names[8:]) == {name: SUMS[name] for name in names[8:]}
-    assert mounted.status()["fetched_bytes"] == fetched, "the disk is used again"
 
 
 def test_a_load_is_not_held_up_by_a_disk_that_takes_no_writes(
@@ -148,10 +153,7 @@ def test_a_mount_begins_while_the_disk_hangs(
     names = list(SUMS)
     assert read(mounted, names[:4]) == {name: SUMS[name] for name in names[:4]}
     disk.answer()
-    wait_for(lambda: not mounted.status()["hanging_disks"])
-    fetched = mounted.status()["fetched_bytes"]
-    assert read(mounted, names[4:]) == {name: SUMS[name] for name in names[4:]}
-    assert mounted.status()["fetched_bytes"] == fetched, "the disk is used"
+    all_come_from_the_disk(mounted, names[4:])
 
 
 def test_the_next_worker_serves_while_the_disk_hangs(
