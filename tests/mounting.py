@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,14 @@ def shell(
     )
 
 
+def wait_for_log(log: Callable[[], str], text: str, times: int = 1) -> None:
+    """Wait until a log contains a text so many times: a thread of the daemon writes it."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while (now := log()).count(text) < times:
+        assert time.monotonic() < deadline, f"{text!r} is not {times} times in:\n{now}"
+        time.sleep(0.02)
+
+
 class Mounted:
     """A mount that stands; `end` takes it down and checks that nothing is left."""
 
@@ -140,6 +148,10 @@ class Mounted:
     def log(self) -> str:
         """What the daemon logged."""
         return self.log_file.read_text() if self.log_file.exists() else ""
+
+    def wait_for_log(self, text: str, times: int = 1) -> None:
+        """Wait until the log contains a text so many times."""
+        wait_for_log(self.log, text, times)
 
     def kill(self, number: signal.Signals) -> None:
         """Send its supervisor a signal."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 import grpc
-from mounting import environment
+from mounting import environment, wait_for_log
 
 from csi import csi_pb2
 from csi.csi_pb2_grpc import ControllerStub, IdentityStub, NodeStub
@@ -44,6 +44,10 @@ class Plugin:
     def log(self) -> str:
         """What it and those before it at the same place logged."""
         return self._log_file.read_text()
+
+    def wait_for_log(self, text: str) -> None:
+        """Wait until the log contains a text."""
+        wait_for_log(self.log, text)
 
     def kill(self) -> None:
         """End it by SIGKILL."""

@@ -222,7 +222,7 @@ def test_waiting_for_the_model_respects_the_deadline(node: TestNode, s3: S3) -> 
         call.result()
     assert info.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert "waitFor model: not all is here yet" in info.value.details(), "not gRPC's own deadline"
-    assert "bytes are here" in node.plugin.log()
+    node.plugin.wait_for_log("bytes are here")
     s3.forget()
     node.stage("vol", context)  # goes on from there
     node.unstage("vol")

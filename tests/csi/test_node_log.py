@@ -31,6 +31,7 @@ def test_lines_name_volumes_and_requests(make_node: Callable[..., TestNode], s3:
     context = node.context("s3://logged/a")
     node.stage("pvc-1", context)
     node.publish("pvc-1", context)
+    node.plugin.wait_for_log("NodeStageVolume: OK")
     (mounted,) = [line for line in lines(node) if line["message"].startswith("mounted ")]
     assert mounted["volume"] == "pvc-1"
     assert mounted["mountpoint"].startswith(str(node.state / "mounts"))
@@ -72,6 +73,6 @@ def test_requests_of_s3_that_failed_are_named(make_node: Callable[..., TestNode]
     code, message = refused(lambda: node.stage("pvc-1", node.context("s3://logged/a")))
     assert code == "PERMISSION_DENIED"
     assert "request" not in message, "events that are equal are counted"
-    assert "(request 4442587FB7D0A2F9)" in node.plugin.log()
+    node.plugin.wait_for_log('"NodeStageVolume: ')
     (line,) = [line for line in lines(node) if line["message"].startswith("NodeStageVolume: ")]
     assert line["level"] == "warning" and "(request 4442587FB7D0A2F9)" in line["message"]

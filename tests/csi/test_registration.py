@@ -60,14 +60,14 @@ def test_kubelet_registers_the_driver(registered: Registered) -> None:
         endpoint = kubelet.register(registered.registry, "node-1")
         assert endpoint == str(registered.node.plugin.socket)
         assert registered.ready() == "ok"
-    assert "kubelet registered the driver csi.lazyfs.io" in registered.node.plugin.log()
+    registered.node.plugin.wait_for_log("kubelet registered the driver csi.lazyfs.io")
 
 
 def test_a_refusal_says_why(registered: Registered) -> None:
     why = "Another driver with the same name is already registered"
     registered.notify(False, why)
     assert why in registered.ready()
-    assert why in registered.node.plugin.log()
+    registered.node.plugin.wait_for_log(why)
     registered.notify(True)
     assert registered.ready() == "ok"
 

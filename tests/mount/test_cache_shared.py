@@ -422,7 +422,7 @@ def test_a_mount_is_made_while_the_disk_is_full(
             others.write(bytes(4096))
     mounted = mount(source, BLOCKS, f"--cache-dir={small_disk}/cache", "--cache-reserve=0")
     assert sums(mounted) == SUMS
-    assert "its disk is full" in mounted.log()
+    mounted.wait_for_log("its disk is full")
     assert "Traceback" not in mounted.log()
 
 

@@ -122,7 +122,7 @@ def test_readers_do_not_wait_for_a_disk_that_hangs(
     assert f"the disk of {disk.path}/cache does not answer" in lazyfs("status", mounted.path).stdout
     disk.answer()
     all_come_from_the_disk(mounted, names[8:])
-    assert "answers again" in mounted.log()
+    mounted.wait_for_log("answers again")
 
 
 def test_a_load_is_not_held_up_by_a_disk_that_takes_no_writes(
@@ -149,6 +149,7 @@ def test_a_mount_begins_while_the_disk_hangs(
     mounted = mount()
     assert mounted.status()["hanging_disks"]
     assert f"the disk of {disk.path}/cache does not answer" in lazyfs("status", mounted.path).stdout
+    mounted.wait_for_log("does not answer")
     assert mounted.log().count("does not answer") == 1
     names = list(SUMS)
     assert read(mounted, names[:4]) == {name: SUMS[name] for name in names[:4]}
@@ -196,7 +197,7 @@ def test_an_unmount_ends_while_the_disk_hangs(
     wait_until_gone(mounted.pid)
     assert not is_mounted(mounted.path)
     line = f"process {worker} waits for a disk"
-    assert line in mounted.log()
+    mounted.wait_for_log(line)
     assert not said or line in said
     again = mount()
     assert read(again, names[:1]) == {names[0]: SUMS[names[0]]}

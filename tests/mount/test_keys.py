@@ -58,7 +58,7 @@ def test_awkward_keys(mount: Callable[..., Mounted], s3: S3, many: bool) -> None
     assert all(path == content for path, content in files.items())
     assert shell("ls -d marker m2 both", mounted.path).stdout.split() == ["both", "m2", "marker"]
     assert shell("ls marker", mounted.path).stdout == ""
-    assert "keys that cannot be shown" in mounted.log()
+    mounted.wait_for_log("keys that cannot be shown")
 
 
 def test_missing_names(mount: Callable[..., Mounted], s3: S3) -> None:

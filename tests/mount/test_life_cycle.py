@@ -52,7 +52,7 @@ def test_signals_unmount(mount: Callable[..., Mounted], number: signal.Signals, 
         mounted.kill(number)
         wait_until_gone(mounted.pid)
         assert not is_mounted(mounted.path)
-        assert "unmounted" in mounted.log()
+        mounted.wait_for_log("unmounted")
         assert "Traceback" not in mounted.log()
     finally:
         reader.kill()

@@ -101,10 +101,7 @@ def blocks(s3: S3) -> set[int]:
 def wait_until_continued(mounted: Mounted, times: int = 1) -> None:
     """Have the worker find out what the kernel does with direct reads."""
     python(PIECE, mounted.path / "file", 0)
-    deadline = time.monotonic() + TIMEOUT_S
-    while mounted.log().count("direct reads use the page cache") < times:
-        assert time.monotonic() < deadline, mounted.log()
-        time.sleep(0.05)
+    mounted.wait_for_log("direct reads use the page cache", times)
 
 
 @contextlib.contextmanager

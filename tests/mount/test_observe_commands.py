@@ -130,7 +130,7 @@ def test_changes_outlive_the_worker(mount: Callable[..., Mounted], s3: S3) -> No
         client.connect(str(socket_of(mounted)))
         client.sendall(b"no request\r\n\r\n")
         client.recv(100)
-    assert "DEBUG control.conversation" in mounted.log()
+    mounted.wait_for_log("DEBUG control.conversation")
     assert lazyfs("resume", mounted.path).returncode == 0
     wait_for_all_blocks(s3)
 
@@ -139,10 +139,7 @@ def test_the_log_has_one_line_of_the_first_load(mount: Callable[..., Mounted]) -
     mounted = mount("s3://told/m")
     for _ in range(2):
         shell("cat model-0000*.safetensors | wc -c", mounted.path)
-        deadline = time.monotonic() + 60
-        while "first load: " not in mounted.log():
-            assert time.monotonic() < deadline, mounted.log()
-            time.sleep(0.1)
+        mounted.wait_for_log("first load: ")
     (line,) = [line for line in mounted.log().splitlines() if "first load" in line]
     assert f"lazyfs report {mounted.path}" in line
 

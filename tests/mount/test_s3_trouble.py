@@ -114,8 +114,7 @@ def test_an_endpoint_that_was_gone(mount: Callable[..., Mounted], gate: Gate) ->
         ["sha256sum", mounted.path / "file"], stdout=subprocess.PIPE, text=True
     )
     try:
-        while "waiting for s3://trouble/m/file" not in mounted.log():
-            time.sleep(0.1)
+        mounted.wait_for_log("waiting for s3://trouble/m/file")
         assert reader.poll() is None
         gate.open()
         output, _ = reader.communicate(timeout=60)
@@ -123,7 +122,7 @@ def test_an_endpoint_that_was_gone(mount: Callable[..., Mounted], gate: Gate) ->
         reader.kill()
         reader.communicate(timeout=60)
     assert output.split()[0] == hashlib.sha256(BODY).hexdigest()
-    assert "answered after" in mounted.log()
+    mounted.wait_for_log("answered after")
     assert mounted.log().count("waiting for") <= 3, "one for each block at most"
 
 
@@ -164,7 +163,8 @@ def test_errors_that_a_retry_cannot_fix_are_reported_at_once(
     mounted = mount("s3://trouble/m", *OPTIONS)
     s3.fault("GET /trouble/m/file", "status", status=status, code=code, times=1000)
     assert python(READ_ERRNO, mounted.path / "file").strip() == expected
-    assert code in mounted.log() and "trouble/m/file" in mounted.log()
+    mounted.wait_for_log(code)
+    assert "trouble/m/file" in mounted.log()
     s3.forget()
     assert python(READ_ERRNO, mounted.path / "file").strip() == str(len(BODY))
 
@@ -173,7 +173,7 @@ def test_lasting_errors_end_with_their_cause(mount: Callable[..., Mounted], s3: 
     mounted = mount("s3://trouble/m", *OPTIONS, "--io-timeout=2s")
     s3.fault("GET /trouble/m/file", "status", status=503, code="SlowDown", times=10_000)
     assert python(READ_ERRNO, mounted.path / "file").strip() == "EIO"
-    assert "SlowDown" in mounted.log()
+    mounted.wait_for_log("SlowDown")
 
 
 def test_a_replaced_object_never_mixes_bytes(mount: Callable[..., Mounted], s3: S3) -> None:
@@ -181,7 +181,7 @@ def test_a_replaced_object_never_mixes_bytes(mount: Callable[..., Mounted], s3: 
     assert shell("head -c 1000 file | md5sum", mounted.path).returncode == 0
     s3.put("trouble", {"m/file": bytes(len(BODY))})
     assert python(READ_ERRNO, mounted.path / "file").strip() == "ESTALE"
-    assert "listed with the ETag" in mounted.log()
+    mounted.wait_for_log("listed with the ETag")
     # What was fetched before is still the old object, and a new mount shows the new one.
     again = mount("s3://trouble/m", *OPTIONS)
     assert python("import sys; print(set(open(sys.argv[1],'rb').read()))", again.path / "file") == (

@@ -161,8 +161,10 @@ def test_readers_notice_nothing_of_dying_workers(
             kill_worker(mounted)
         assert_right(started)
     # One that is killed while it starts has not resumed anything yet.
-    assert mounted.log().count("was ended by SIGKILL; another one continues") == kills
-    assert "resumed s3://survival/m" in mounted.log()
+    died = "was ended by SIGKILL; another one continues"
+    mounted.wait_for_log(died, kills)
+    assert mounted.log().count(died) == kills
+    mounted.wait_for_log("resumed s3://survival/m")
     assert "Traceback" not in mounted.log()
 
 
