@@ -5,10 +5,12 @@ from __future__ import annotations
 import compileall
 import itertools
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hanging_disk import HangingDisk, hanging_disk
 from hypothesis import HealthCheck, settings
 from mounting import Mounted
 from s3 import S3
@@ -54,6 +56,23 @@ def s3(server: S3) -> Iterator[S3]:
     server.forget()
     yield server
     server.forget()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[HangingDisk]:
+    """A disk of 512 MiB that hangs when it is told to; no command may wait for it."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    try:
+        made = hanging_disk(directory, 512 << 20)
+        disk = made.__enter__()
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"this machine cannot have a disk that hangs: {error}")
+    try:
+        yield disk
+        assert not disk.hung_long, "somebody waited for the disk"
+    finally:
+        made.__exit__(None, None, None)
 
 
 @pytest.fixture

@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 # After a wait, a reader counts as waiting for this long. It reads at the speed of the link, because
 # otherwise it would not have waited; between two waits the disk must not slow it down.
 WAITING_S = 1.0
+# A read that waited for `--io-timeout` in vain fails, and then the kernel asks for its first page
+# once more. That request fails as well, if it comes within this time, instead of waiting as long.
+FAILED_S = 1.0
 
 
 class Jobs:
@@ -73,6 +76,8 @@ class Jobs:
         self._waited_for: set[BlockId] = set()
         # By key: how many jobs pause.
         self._pausing: Counter[str] = Counter()
+        # Blocks for which a reader waited in vain, and when that was over.
+        self._failed: dict[BlockId, tuple[SourceError, float]] = {}
         # When a reader waited last.
         self._waited_s = -math.inf
         self.fetching = 0
@@ -84,6 +89,11 @@ class Jobs:
     def get(self, block: BlockId) -> Job | None:
         """The job of a block, if there is one."""
         return self._jobs.get(block)
+
+    def failure(self, block: BlockId) -> SourceError | None:
+        """Why a reader has just waited for a block in vain, if one has: see `FAILED_S`."""
+        error, failed_s = self._failed.get(block, (None, -math.inf))
+        return error if trio.current_time() < failed_s + FAILED_S else None
 
     @property
     def demanded(self) -> int:
@@ -308,3 +318,11 @@ class Jobs:
         level = logging.ERROR if job.waiting else logging.WARNING
         log.log(level, "block %d of %s: %s", job.block.number, job.file.key, error)
         job.error = error
+        if job.waiting and error.transient:
+            now_s = trio.current_time()
+            self._failed = {
+                block: (former, at_s)
+                for block, (former, at_s) in self._failed.items()
+                if now_s < at_s + FAILED_S
+            }
+            self._failed[job.block] = error, now_s

@@ -137,7 +137,11 @@ def _above_disk(path: Path) -> Path:
     from lazyfs.fuse.mount_syscalls import mounts  # only for a disk that hangs
 
     points = {entry.mountpoint for entry in mounts()}
-    return next(parent for parent in path.parents if parent in points) / path.name
+    if path in points:
+        return path
+    # In a chroot, no mountpoint may be visible.
+    above = next((parent for parent in path.parents if parent in points), Path(path.anchor))
+    return above / path.name
 
 
 def _configuration() -> list[Path]:

@@ -68,7 +68,9 @@ def timed(what: str, since: float) -> float:
     return now
 
 
-def main(command: str, *arguments: str) -> int:
+def main(command: str = "", *arguments: str) -> int:
+    if command not in ("run", "down"):
+        raise ClusterError("main.py run|down [ARGUMENTS OF PYTEST]")
     if os.geteuid() != 0:
         raise ClusterError("a cluster needs root: sudo make cluster")
     CACHE.mkdir(parents=True, exist_ok=True)

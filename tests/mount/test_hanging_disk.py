@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hanging_disk import HangingDisk, hanging_disk
+from hanging_disk import HangingDisk
 from mounting import Mounted, is_mounted, lazyfs, shell, wait_until_gone
 from s3 import S3
 
@@ -25,22 +25,6 @@ FILES = {f"part-{i:02}.bin": random.Random(i).randbytes(8 * MIB + i) for i in ra
 SUMS = {name: hashlib.sha256(body).hexdigest() for name, body in FILES.items()}
 SIZE = sum(map(len, FILES.values()))
 OPTIONS = ("--block-size=1MiB", "--memory-limit=64MiB", "--prefetch=off")
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[HangingDisk]:
-    directory = tmp_path / "disk"
-    directory.mkdir()
-    try:
-        made = hanging_disk(directory, 512 * MIB)
-        disk = made.__enter__()
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"this machine cannot have a disk that hangs: {error}")
-    try:
-        yield disk
-        assert not disk.hung_long, "somebody waited for the disk"
-    finally:
-        made.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="module")

@@ -170,10 +170,15 @@ def test_errors_that_a_retry_cannot_fix_are_reported_at_once(
 
 
 def test_lasting_errors_end_with_their_cause(mount: Callable[..., Mounted], s3: S3) -> None:
-    mounted = mount("s3://trouble/m", *OPTIONS, "--io-timeout=2s")
+    mounted = mount("s3://trouble/m", *OPTIONS, "--io-timeout=6s")
     s3.fault("GET /trouble/m/file", "status", status=503, code="SlowDown", times=10_000)
+    began_s = time.monotonic()
     assert python(READ_ERRNO, mounted.path / "file").strip() == "EIO"
+    assert 6 <= time.monotonic() - began_s < 11, "once, though the kernel asks twice"
     mounted.wait_for_log("SlowDown")
+    s3.forget()
+    time.sleep(1)
+    assert python(READ_ERRNO, mounted.path / "file").strip() == str(len(BODY))
 
 
 def test_a_replaced_object_never_mixes_bytes(mount: Callable[..., Mounted], s3: S3) -> None:

@@ -14,8 +14,8 @@ from lazyfs.blocks import BlockId, Span
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.file_blocks import Place
 from lazyfs.blocks.memory import BlockMemory, Held, all_unread
-from lazyfs.errors import AccessDeniedError, FaultError
-from lazyfs.fetch.jobs import WAITING_S, Jobs
+from lazyfs.errors import AccessDeniedError, FaultError, UnavailableError
+from lazyfs.fetch.jobs import FAILED_S, WAITING_S, Jobs
 from lazyfs.fetch.tiers import Job, Tiers
 from lazyfs.listed_object import File
 from lazyfs.observe.recorder import Recorder, Tier
@@ -262,6 +262,32 @@ def test_a_failure_is_told_to_readers_and_leaves_the_block_to_them(
         assert (record.levelno, record.getMessage()) == (level, "block 1 of f: denied")
 
     play(steps)
+
+
+def test_who_asks_again_at_once_after_a_wait_in_vain_does_not_wait_again() -> None:
+    async def steps(machine: Machine, nursery: trio.Nursery) -> None:
+        ours, other, ahead, denied = (BlockId(FILE.inode, number) for number in range(4))
+        machine.tiers.answer = error = UnavailableError("no answer")
+        machine.start(nursery, PART, number=0)
+        machine.start(nursery, number=2)
+        await machine.end()
+        assert machine.jobs.failure(ours) is error
+        assert machine.jobs.failure(other) is None
+        assert machine.jobs.failure(ahead) is None, "nobody waited for it"
+        machine.tiers.answer = AccessDeniedError("denied")
+        machine.start(nursery, PART, number=3)
+        await machine.end()
+        assert machine.jobs.failure(denied) is None, "S3 says so again at once"
+        await trio.sleep(FAILED_S * 0.9)
+        assert machine.jobs.failure(ours) is error
+        await trio.sleep(FAILED_S * 0.2)
+        assert machine.jobs.failure(ours) is None
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            await steps(Machine(), nursery)
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 def test_a_fault_of_ours_fails_one_block_and_no_more() -> None:
