@@ -9,7 +9,7 @@ from lazyfs import __version__
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.control.status import Status, resident_bytes
 from lazyfs.faults import FAULTS
-from lazyfs.fetch.fleet import State
+from lazyfs.fetch.fleet_policy import State
 from lazyfs.observe.events import Activity, Purpose
 from lazyfs.observe.metrics import Values, histogram_value
 from lazyfs.observe.recorder import Tier

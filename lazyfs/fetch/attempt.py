@@ -1,6 +1,6 @@
 """One attempt at a request: a ranged GET, of the fleet's cache first where there is one.
 
-It is made by a mover, or in a thread. `fleet.py` decides whether the cache is asked.
+It is made by a mover, or in a thread. `fleet_policy.py` decides whether the cache is asked.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import trio
 
 from lazyfs.errors import SourceError, UnavailableError
-from lazyfs.fetch.fleet import Fleet
+from lazyfs.fetch.fleet_policy import Fleet
 from lazyfs.listed_object import File
 from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.store.cancel import Cancel, CancelledError

@@ -19,7 +19,7 @@ from lazyfs.cache import BlockCache
 from lazyfs.faults import keep_running, report_fault
 from lazyfs.fetch.disk_window import DiskWindow
 from lazyfs.fetch.disks import Disks
-from lazyfs.fetch.fleet import Fleet
+from lazyfs.fetch.fleet_policy import Fleet
 from lazyfs.fetch.jobs import Jobs
 from lazyfs.fetch.missed_pages import MissedPages
 from lazyfs.fetch.request import BlockGetter

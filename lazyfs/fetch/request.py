@@ -19,7 +19,7 @@ from lazyfs.blocks.memory import BlockMemory
 from lazyfs.errors import SourceError, ThrottledError
 from lazyfs.fetch.attempt import MOST_ASKED_OF_CACHE, Answer, Attempts, Got, Request
 from lazyfs.fetch.concurrency import START, Concurrency, HedgeTimer, Pacer
-from lazyfs.fetch.fleet import FAR_OVERTAKEN, LATE_S, Fleet
+from lazyfs.fetch.fleet_policy import FAR_OVERTAKEN, LATE_S, Fleet
 from lazyfs.listed_object import File
 from lazyfs.movers.call import Nudge
 from lazyfs.observe.recorder import Recorder, Tier

@@ -17,7 +17,7 @@ import struct
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from lazyfs.model.safetensors import CutOffError, MalformedHeaderError
+from lazyfs.model.safetensors import MalformedHeaderError, TruncatedFileError
 
 MAGIC = b"GGUF"
 # The first version with 64-bit counts, and the one that added big-endian files.
@@ -85,13 +85,13 @@ def check_is_whole(first: bytes, size_bytes: int, read: Callable[[int, int], byt
         read: returns the bytes at an offset, as many as asked for.
 
     Raises:
-        CutOffError: the file ends before.
+        TruncatedFileError: the file ends before.
         MalformedHeaderError: the header is not valid, or of another version.
         SourceError: from `read`.
     """
     end = _Header(first, size_bytes, read).end_of_tensors()
     if end > size_bytes:
-        raise CutOffError(
+        raise TruncatedFileError(
             f"the tensors end at byte {end}, the file has {size_bytes}: it is cut off"
         )
 
@@ -168,7 +168,7 @@ class _Header:
     def _skip(self, length: int) -> None:
         self._at += length
         if self._at > self._size_bytes:
-            raise CutOffError(
+            raise TruncatedFileError(
                 f"its header goes on to byte {self._at}, the file has {self._size_bytes}: it is "
                 "cut off"
             )

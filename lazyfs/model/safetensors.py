@@ -85,7 +85,7 @@ class MalformedHeaderError(ValueError):
     """The header of a file is not valid in its format. The message is one line."""
 
 
-class CutOffError(MalformedHeaderError):
+class TruncatedFileError(MalformedHeaderError):
     """The file ends before its last tensor, or in its header: an upload was not completed."""
 
 
@@ -157,7 +157,7 @@ def header_size(first8: Buffer, size_bytes: int) -> int:
             f"the length of the header is {length} bytes, the limit is {MAX_HEADER_LENGTH}"
         )
     if LENGTH_BYTES + length > size_bytes:
-        raise CutOffError(
+        raise TruncatedFileError(
             f"the length of the header is {length} bytes, the whole file has {size_bytes}: it is "
             "cut off"
         )
@@ -296,7 +296,7 @@ def _check_cover(tensors: list[Tensor], header_bytes: int, size_bytes: int) -> N
             raise MalformedHeaderError(f"there is {what} tensor {_shown(tensor.name)}")
         end = tensor.end
     if end > size_bytes:
-        raise CutOffError(
+        raise TruncatedFileError(
             f"the tensors end at byte {end}, the file has {size_bytes}: it is cut off"
         )
     if end < size_bytes:

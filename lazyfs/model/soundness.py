@@ -25,9 +25,9 @@ from lazyfs.model.safetensors import (
     HEAD_BYTES,
     LENGTH_BYTES,
     LONGEST_HEADER,
-    CutOffError,
     MalformedHeaderError,
     Tensor,
+    TruncatedFileError,
     header_size,
     parse_header,
 )
@@ -112,7 +112,7 @@ def _look_at_safetensors(path: str, size: int, first: bytes, read: Reader) -> Lo
         if json_cost(first + rest) > MOST_PARSED_BYTES:
             return Look(odd="its header takes too much memory, so it is prefetched by offset")
         return Look(parse_header(first + rest, size).tensors)
-    except CutOffError as error:
+    except TruncatedFileError as error:
         return Look(broken=f"{path}: {error}; upload it again", odd=str(error))
     except MalformedHeaderError as error:
         return Look(odd=f"its header is not valid, so it is prefetched by offset: {error}")
@@ -121,7 +121,7 @@ def _look_at_safetensors(path: str, size: int, first: bytes, read: Reader) -> Lo
 def _look_at_gguf(path: str, size: int, first: bytes, read: Reader) -> Look:
     try:
         check_is_whole(first, size, lambda offset, length: read(path, offset, length))
-    except CutOffError as error:
+    except TruncatedFileError as error:
         return Look(broken=f"{path}: {error}; upload it again", odd=str(error))
     except MalformedHeaderError as error:
         return Look(odd=f"its header is not valid: {error}")

@@ -105,7 +105,7 @@ class Prefetcher:
         self._named_heads: set[int] = set()
         self._touched: OrderedDict[tuple[int, int], None] = OrderedDict()
         self._streams = Streams()
-        self._taste = SkipLearner(self._files, blocks.moved, 1 if policy == "tensor" else 2)
+        self._skip_learner = SkipLearner(self._files, blocks.moved, 1 if policy == "tensor" else 2)
         self._ahead = PagesAhead(self._files)
         self._spent = ConsumedBlocks(self._files, self._ahead)
         blocks.on_move.append(self._has_moved)
@@ -187,7 +187,7 @@ class Prefetcher:
             chosen = (at for at, tensor in enumerate(filled) if self._wanted(tensor.name))
             first = [] if blocks.has_head else [(0, 1)]
             self._leave(inode, [*first, *map(blocks.blocks_of, chosen)])
-        self._taste.add_tensors(inode)
+        self._skip_learner.add_tensors(inode)
         self._ahead.locate(self.blocks.order, self._streams)
 
     def can_wait(self, block: BlockId) -> bool:
@@ -207,7 +207,7 @@ class Prefetcher:
 
         Reads from the page cache make no requests, so blocks there are not counted.
         """
-        return self._taste.passed_by_blocks * self._block_size
+        return self._skip_learner.passed_by_blocks * self._block_size
 
     @property
     def near_ahead_bytes(self) -> int:
@@ -304,7 +304,7 @@ class Prefetcher:
         if block is None and self._policy == "model":
             block = self._in_order(place)
         if block is not None and self._policy == "tensor" and place == Place.ABSENT:
-            self._taste.venture(block)
+            self._skip_learner.add_speculative(block)
         return block
 
     def _of_touched(self, place: Place) -> BlockId | None:
@@ -379,7 +379,7 @@ class Prefetcher:
                 Place.ABSENT, 0, len(following.places) if following.roles else 0
             )
             lead += number
-        if number >= 0 and self._taste.may_venture(BlockId(inode, number)):
+        if number >= 0 and self._skip_learner.may_speculate(BlockId(inode, number)):
             yield BlockId(inode, number), lead
 
     def _in_order(self, place: Place) -> BlockId | None:
@@ -417,7 +417,7 @@ class Prefetcher:
             return False
         if self._by_tensor(blocks) and not blocks.is_touched_at_all:
             passed = range(piece)  # a reader that begins here does not want what comes before
-        self._taste.read(inode, piece, passed, partial(self._may_be_pages, blocks))
+        self._skip_learner.read(inode, piece, passed, partial(self._may_be_pages, blocks))
         self._ahead.locate(self.blocks.order, self._streams)
         return True
 

@@ -87,11 +87,11 @@ class SkipLearner:
             self._wasted.discard(block)
             self._passed_by.discard(block)
 
-    def venture(self, block: BlockId) -> None:
+    def add_speculative(self, block: BlockId) -> None:
         """A block is fetched speculatively: it may never be read."""
         self._unread.add(block)
 
-    def may_venture(self, block: BlockId) -> bool:
+    def may_speculate(self, block: BlockId) -> bool:
         """Whether to fetch a block speculatively now."""
         unread, wasted = len(self._unread), len(self._wasted)
         if self._is_expected(block):
@@ -103,9 +103,9 @@ class SkipLearner:
     def _was_passed(self, inode: int, piece: int, may_be_pages: Callable[[int], bool]) -> None:
         blocks = self._files[inode]
         numbers = range(*blocks.blocks_of(piece))
-        ventured = self._unread.intersection(BlockId(inode, number) for number in numbers)
-        self._unread -= ventured
-        self._wasted |= ventured
+        speculative = self._unread.intersection(BlockId(inode, number) for number in numbers)
+        self._unread -= speculative
+        self._wasted |= speculative
         if blocks.touched[piece] or all(map(may_be_pages, numbers)):
             return
         self._passed_by.update(

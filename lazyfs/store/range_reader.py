@@ -187,7 +187,7 @@ class RangeReader:
         }  # fmt: skip
         if tag:
             headers["If-Match"] = tag
-        path = self._client.place.path + quote(pin.key)
+        path = self._client.endpoint.path + quote(pin.key)
         return Request("GET", path, "", headers)
 
     def _ask_for_range(

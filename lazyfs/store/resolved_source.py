@@ -27,7 +27,7 @@ def is_of_aws(server: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Endpoint:
     """Where the objects of a bucket are, how to reach them, and what signatures must name.
 
     Attributes:
@@ -77,7 +77,7 @@ class ResolvedSource:
         page: the first page of a listing of the prefix, if it was requested.
     """
 
-    place: Place
+    endpoint: Endpoint
     credentials: TimedCredentials | None
     page: Page | None
 
@@ -88,12 +88,12 @@ class ResolvedSource:
     @classmethod
     def of_json(cls, fields: Mapping[str, Any]) -> ResolvedSource:
         """Parse the output of `as_json`."""
-        place, timed, page = (fields[name] for name in ("place", "credentials", "page"))
-        proxy = place["proxy"] and Proxy(**place["proxy"])
+        endpoint, timed, page = (fields[name] for name in ("endpoint", "credentials", "page"))
+        proxy = endpoint["proxy"] and Proxy(**endpoint["proxy"])
         if timed:
             timed = TimedCredentials(SigningCredentials(*timed["credentials"]), timed["until_s"])
         if page:
             objects = [ListedObject(**each) for each in page["objects"]]
             hidden = [Hidden(**each) for each in page["hidden"]]
             page = Page(objects, page["prefixes"], page["next_token"], hidden)
-        return cls(Place(**{**place, "proxy": proxy}), timed, page)
+        return cls(Endpoint(**{**endpoint, "proxy": proxy}), timed, page)

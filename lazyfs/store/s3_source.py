@@ -38,7 +38,7 @@ from lazyfs.store.pages import Lister
 from lazyfs.store.range_reader import AS_STORED, RangeReader
 from lazyfs.store.refusals import Refusal
 from lazyfs.store.request import RefusedError, Request
-from lazyfs.store.resolved_source import Place, ResolvedSource, TimedCredentials
+from lazyfs.store.resolved_source import Endpoint, ResolvedSource, TimedCredentials
 from lazyfs.store.signed_client import Client
 from lazyfs.store.signing import SigningCredentials, canonical_query
 from lazyfs.store.url import SourceUrl
@@ -94,13 +94,13 @@ class S3Source:
             resolver = self._loaded(region)
             # A resumed mount fetches them when they are needed.
             first = None if region else resolver.credentials()
-            resolved = ResolvedSource(resolver.place(region), first, None)
+            resolved = ResolvedSource(resolver.endpoint(region), first, None)
         self._ahead = resolved.page
         self._credentials = LiveCredentials(
             self._fetch_credentials, resolved.credentials, had=goes_on
         )
         self._movers: Movers | None = None
-        self._set_place(resolved.place)
+        self._set_endpoint(resolved.endpoint)
 
     @classmethod
     def resolve(
@@ -124,12 +124,12 @@ class S3Source:
     @property
     def region(self) -> str:
         """The region of the bucket."""
-        return self._client.place.region
+        return self._client.endpoint.region
 
     @property
     def endpoint(self) -> str:
         """The identity of the service, which keeps cached content of two services apart."""
-        return self._client.place.identity
+        return self._client.endpoint.identity
 
     def name(self, key: str) -> str:
         """The name of an object of this source, for messages."""
@@ -154,7 +154,7 @@ class S3Source:
 
     def resolved(self, page: Page | None) -> ResolvedSource:
         """What another process needs to know about this source."""
-        return ResolvedSource(self._client.place, self._credentials.timed(), page)
+        return ResolvedSource(self._client.endpoint, self._credentials.timed(), page)
 
     def prepare(self) -> None:
         """Get credentials if they are available soon; a resumed mount needs none for data on this
@@ -235,7 +235,7 @@ class S3Source:
             ranges.check_whole(answer.headers, pin, elsewhere=elsewhere)
             return ObjectSum.of(answer.headers)
 
-        path = self._client.place.path + quote(pin.key)
+        path = self._client.endpoint.path + quote(pin.key)
         request = Request("HEAD", path, "", {"Accept-Encoding": AS_STORED})
         signed, what = {"x-amz-checksum-mode": "ENABLED"}, self.url.name(pin.key)
         try:
@@ -305,14 +305,14 @@ class S3Source:
                     f"{self.url}: the bucket is in {told}, not in {self._options.region}: "
                     f"use --region {told}, or leave the option out"
                 ) from error
-        self._set_place(self._loaded(told).place(told))
+        self._set_endpoint(self._loaded(told).endpoint(told))
         return action()
 
-    def _set_place(self, place: Place) -> None:
+    def _set_endpoint(self, endpoint: Endpoint) -> None:
         credentials = None if self._options.no_sign_request else self._credentials
         self._client = Client(
             str(self.url),
-            place,
+            endpoint,
             credentials,
             requester_pays=self._options.requester_pays,
             refuse_local=self._options.refuse_local,

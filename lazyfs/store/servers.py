@@ -6,7 +6,7 @@ import ssl
 
 from lazyfs.store.addresses import anywhere, may_be_redirected_to, must_be_elsewhere
 from lazyfs.store.http import Transport, tls_context
-from lazyfs.store.resolved_source import Place
+from lazyfs.store.resolved_source import Endpoint
 from lazyfs.store.signing import Signer
 
 # How many servers that redirects led to are kept with their connections.
@@ -17,18 +17,18 @@ class Servers:
     """Connections to each server, and a signer of requests for it.
 
     Args:
-        place: has the endpoint.
+        endpoint: the one that the options name.
         refuse_local: addresses of this machine are not contacted.
     """
 
-    def __init__(self, place: Place, *, refuse_local: bool) -> None:
-        self._place = place
+    def __init__(self, endpoint: Endpoint, *, refuse_local: bool) -> None:
+        self._endpoint = endpoint
         self._refuse_local = refuse_local
         self._servers: dict[str, tuple[Transport, Signer]] = {}
         self._tls: ssl.SSLContext | None = None
         # How far the clock of the service is ahead of ours, if the service has refused our time.
         self._ahead_s = 0.0
-        self.get(place.server)
+        self.get(endpoint.server)
 
     def close_idle(self, longer_than_s: float) -> None:
         """Close connections that have been idle for this long."""
@@ -46,15 +46,15 @@ class Servers:
         found = self._servers.get(server)
         if found is None:
             if server.startswith("https:") and self._tls is None:
-                self._tls = tls_context(self._place.authorities)
+                self._tls = tls_context(self._endpoint.authorities)
             may_connect = must_be_elsewhere if self._refuse_local else anywhere
             if self._servers:
                 first = next(iter(self._servers.values()))[0]
                 if not self._refuse_local:
                     may_connect = lambda address: may_be_redirected_to(address, first.address)  # noqa: E731
                 self._forget()
-            transport = Transport(server, self._tls, self._place.proxy, may_connect)
-            found = transport, Signer(server, self._place.region, self._place.service)
+            transport = Transport(server, self._tls, self._endpoint.proxy, may_connect)
+            found = transport, Signer(server, self._endpoint.region, self._endpoint.service)
             found[1].ahead_s = self._ahead_s
             self._servers[server] = found
         return found

@@ -45,7 +45,7 @@ from lazyfs.store.request import (
     redirected,
     unless_redirected,
 )
-from lazyfs.store.resolved_source import Place
+from lazyfs.store.resolved_source import Endpoint
 from lazyfs.store.servers import Servers
 from lazyfs.store.signing import Signer, SigningCredentials
 
@@ -67,7 +67,7 @@ class Client:
 
     Args:
         what: the source, for the log.
-        place: where the bucket is.
+        endpoint: where the bucket is.
         credentials: None: requests are not signed.
         requester_pays: requests accept that the requester pays.
         refuse_local: the administrator did not choose the server: addresses of this machine are
@@ -80,7 +80,7 @@ class Client:
     def __init__(
         self,
         what: str,
-        place: Place,
+        endpoint: Endpoint,
         credentials: LiveCredentials | None,
         *,
         requester_pays: bool = False,
@@ -89,17 +89,17 @@ class Client:
     ) -> None:
         self.movers = movers
         self._what = what
-        self.place = place
+        self.endpoint = endpoint
         self._credentials = credentials
         self._requester_pays = requester_pays
         self._refuse_local = refuse_local
-        self._servers = Servers(place, refuse_local=refuse_local)
+        self._servers = Servers(endpoint, refuse_local=refuse_local)
         self._noted: set[str] = set()
 
     @property
     def bucket_path(self) -> str:
         """The path of the bucket itself."""
-        return self.place.path.removesuffix("/") or "/"
+        return self.endpoint.path.removesuffix("/") or "/"
 
     def close_idle(self, longer_than_s: float) -> None:
         """Close connections that have been idle for this long."""
@@ -162,7 +162,7 @@ class Client:
         except OSError as error:
             self.be_vague(what, error)
             raise UnavailableError(
-                f"{what}: no usable answer from {self.place.server} ({_cause(error)})"
+                f"{what}: no usable answer from {self.endpoint.server} ({_cause(error)})"
             ) from error
         if self._credentials and credentials:
             self._credentials.worked(credentials)
@@ -186,7 +186,7 @@ class Client:
         """
         try:
             credentials = self._credentials.present() if self._credentials else None
-            server = self.place.server
+            server = self.endpoint.server
             if self.movers is None or request.into is None or not self._may_move(credentials):
                 ended()
                 return None
@@ -198,7 +198,7 @@ class Client:
         told: mover_requests.Told
         try:
             told = await self.movers.run(
-                mover_requests.receive, server, self.place.authorities, self._refuse_local,
+                mover_requests.receive, server, self.endpoint.authorities, self._refuse_local,
                 request.method, request.target, headers,
                 buffer=request.into, wire=cancel, ended=ended,
             )  # fmt: skip
@@ -235,7 +235,7 @@ class Client:
             if self.movers is None or not self._may_move(credentials):
                 ended()
                 return
-            _, signer = self._servers.get(self.place.server)
+            _, signer = self._servers.get(self.endpoint.server)
             headers = self._headers(requests[0], signer, credentials, {})
         except BaseException:
             ended()
@@ -254,7 +254,7 @@ class Client:
 
         try:
             rest = await self.movers.run(
-                mover_requests.receive_each, self.place.server, self.place.authorities,
+                mover_requests.receive_each, self.endpoint.server, self.endpoint.authorities,
                 self._refuse_local, requests[0].target, headers,
                 [request.headers["Range"] for request in requests], patience_s,
                 buffer=buffers, ended=ended, came=tell, nudge=nudge, parts=len(buffers),
@@ -283,7 +283,7 @@ class Client:
     def _may_move(self, credentials: SigningCredentials | None) -> bool:
         """Whether a mover may make a request now, with these credentials."""
         has_keys = self._credentials is None or credentials is not None
-        return has_keys and self._is_moved(self.place.server)
+        return has_keys and self._is_moved(self.endpoint.server)
 
     def _ordinary(
         self,
@@ -295,7 +295,7 @@ class Client:
     ) -> T | Asked:
         """Handle what a mover told of a request, if it is an ordinary answer; see `ask_mover`."""
         if isinstance(told, dict) and told["filled"]:
-            transport, _ = self._servers.get(self.place.server)
+            transport, _ = self._servers.get(self.endpoint.server)
             # Its status is that of a success, so it is no refusal and no redirect.
             with contextlib.suppress(
                 ranges.ChangedError, ranges.OtherRangeError, ranges.IgnoresRangeError, OSError
@@ -339,7 +339,7 @@ class Client:
             SourceError: there are no credentials.
         """
         credentials = self._credentials.current() if self._credentials else None
-        _, signer = self._servers.get(self.place.server)
+        _, signer = self._servers.get(self.endpoint.server)
         headers = {"Host": signer.host, **self._headers(request, signer, credentials, {})}
         return cache.ask(request.target, headers, lambda answer: handle(answer, False), cancel)
 
@@ -376,7 +376,7 @@ class Client:
         credentials: SigningCredentials | None,
         signed: Mapping[str, str],
     ) -> T:
-        server, elsewhere = self.place.server, False
+        server, elsewhere = self.endpoint.server, False
         for _ in range(MOST_REDIRECTS + 1):
             transport, signer = self._servers.get(server)
             if elsewhere:
@@ -394,7 +394,7 @@ class Client:
                                 request.asked.told, transport, handle_here, cancel, request.into
                             )
                         return mover_requests.exchange(
-                            self.movers, transport, server, self.place.authorities,
+                            self.movers, transport, server, self.endpoint.authorities,
                             self._refuse_local, request.method, request.target, headers,
                             handle_here, cancel, request.into,
                         )  # fmt: skip
@@ -403,14 +403,14 @@ class Client:
                 )
             except RedirectedError as error:
                 server, request, elsewhere = redirected(
-                    self.place.server, server, request, error.location, elsewhere
+                    self.endpoint.server, server, request, error.location, elsewhere
                 )
                 self.note(f"redirects to {printable(server)}")
         raise BadRedirectError(f"redirected more than {MOST_REDIRECTS} times")
 
     def _is_moved(self, server: str) -> bool:
         """Whether a mover may contact that server: only the endpoint, and only without a proxy."""
-        return server == self.place.server and not self.place.proxy
+        return server == self.endpoint.server and not self.endpoint.proxy
 
     def _raise_refused(
         self, what: str, error: RefusedError, credentials: SigningCredentials | None

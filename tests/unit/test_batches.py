@@ -186,7 +186,8 @@ def test_a_connection_that_fails_is_told_as_such(serve: Serve, movers: Movers) -
     async def main() -> None:
         call = Call(serve(whole), movers)
         client = call.source._client
-        client.place = replace(client.place, server="http://127.0.0.1:1")  # refuses connections
+        # It refuses connections.
+        client.endpoint = replace(client.endpoint, server="http://127.0.0.1:1")
         await call.run()
         assert sorted(call.found) == [0, 1, 2, 3]
         assert all(isinstance(each.asked.told, ConnectionError) for each in call.found.values())

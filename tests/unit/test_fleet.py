@@ -20,8 +20,8 @@ from ports import free_port
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.memory import BlockMemory
 from lazyfs.errors import AccessDeniedError, ObjectChangedError, OptionError, SourceError
-from lazyfs.fetch import fleet
-from lazyfs.fetch.fleet import REST_S, State
+from lazyfs.fetch import fleet_policy
+from lazyfs.fetch.fleet_policy import REST_S, State
 from lazyfs.fetch.request import BlockGetter
 from lazyfs.listed_object import File
 from lazyfs.observe.recorder import Recorder, Tier
@@ -29,7 +29,7 @@ from lazyfs.options.mount_options import MountOptions
 from lazyfs.store import fleet_cache
 from lazyfs.store.cancel import Cancel
 from lazyfs.store.fleet_cache import FleetCache, FleetCacheError, Trouble
-from lazyfs.store.resolved_source import Place, ResolvedSource, TimedCredentials
+from lazyfs.store.resolved_source import Endpoint, ResolvedSource, TimedCredentials
 from lazyfs.store.s3_source import S3Source
 from lazyfs.store.signing import SigningCredentials
 from lazyfs.store.url import SourceUrl
@@ -43,7 +43,7 @@ Answer = Callable[[Any], None]
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine, the first connection may take longer than a mount waits for it."""
-    monkeypatch.setattr(fleet, "FIRST_WORD_S", 20.0)
+    monkeypatch.setattr(fleet_policy, "FIRST_WORD_S", 20.0)
 
 
 class Server:
@@ -131,10 +131,10 @@ class Mount:
 
     def __init__(self, s3: Server, url: str) -> None:
         options = MountOptions(fleet_cache=url)
-        place = Place("eu-west-1", "s3", f"http://127.0.0.1:{s3.port}", "/bucket/", "", None)
+        endpoint = Endpoint("eu-west-1", "s3", f"http://127.0.0.1:{s3.port}", "/bucket/", "", None)
         timed = TimedCredentials(SigningCredentials("AKID", "secret", "token"))
         source = S3Source(
-            SourceUrl("bucket", "m/"), options, resolved=ResolvedSource(place, timed, None)
+            SourceUrl("bucket", "m/"), options, resolved=ResolvedSource(endpoint, timed, None)
         )
         self.recorder = Recorder()
         memory = BlockMemory(1 << 30, 1000, BlockMap(1000), lambda: 1)
@@ -344,7 +344,7 @@ def test_a_cache_that_is_not_there_rests_before_s3_has_answered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Else what S3 takes long to answer would send a cache to rest that is there again."""
-    monkeypatch.setattr(fleet, "RETURN_S", 0.05)
+    monkeypatch.setattr(fleet_policy, "RETURN_S", 0.05)
     hold = threading.Event()
 
     def slow(handler: Any) -> None:
@@ -369,8 +369,8 @@ def test_a_cache_that_is_not_there_rests_before_s3_has_answered(
 
 
 def test_a_cache_that_is_started_again_is_used_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet, "KNOCK_S", 0.05)
-    monkeypatch.setattr(fleet, "RETURN_S", 0.05)
+    monkeypatch.setattr(fleet_policy, "RECONNECT_S", 0.05)
+    monkeypatch.setattr(fleet_policy, "RETURN_S", 0.05)
     port = free_port()
     with servers(part()) as (s3,):
 
@@ -419,8 +419,8 @@ def test_requests_wait_for_a_cache_that_comes_back() -> None:
 @contextmanager
 def holding_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Server, threading.Event]]:
     """An S3 whose answers wait for the event, for a cache that stays away."""
-    monkeypatch.setattr(fleet, "RETURN_S", 0.05)
-    monkeypatch.setattr(fleet, "DOUBLES_S", 1e9)
+    monkeypatch.setattr(fleet_policy, "RETURN_S", 0.05)
+    monkeypatch.setattr(fleet_policy, "DOUBLES_S", 1e9)
     hold = threading.Event()
 
     def slow(handler: Any) -> None:
@@ -436,7 +436,7 @@ async def ask_for_eight(mount: Mount, s3: Server, nursery: trio.Nursery) -> None
     mount.fleet.state = State.USED  # as if it had been there
     for start in range(0, 8000, 1000):
         nursery.start_soon(mount.get, start)
-    while s3.asked < fleet.FIRST_DIRECT:
+    while s3.asked < fleet_policy.FIRST_DIRECT:
         await trio.sleep(0.01)
 
 
@@ -444,15 +444,15 @@ def test_a_cache_that_stays_away_sends_few_requests_to_s3_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And more later, so that a load goes on at its speed."""
-    monkeypatch.setattr(fleet, "KNOCK_S", 0.05)
+    monkeypatch.setattr(fleet_policy, "RECONNECT_S", 0.05)
     with holding_s3(monkeypatch) as (s3, hold):
 
         async def stays(mount: Mount) -> None:
             async with trio.open_nursery() as nursery:
                 await ask_for_eight(mount, s3, nursery)
                 await trio.sleep(0.5)  # the others would have come
-                assert s3.asked == fleet.FIRST_DIRECT
-                monkeypatch.setattr(fleet, "DOUBLES_S", 0.01)
+                assert s3.asked == fleet_policy.FIRST_DIRECT
+                monkeypatch.setattr(fleet_policy, "DOUBLES_S", 0.01)
                 while s3.asked < 8:
                     await trio.sleep(0.01)
                 hold.set()
@@ -515,7 +515,7 @@ def test_a_file_that_is_cut_off_on_a_shelf_is_replaced() -> None:
 def test_a_cache_that_does_not_accept_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its queue of connections is full: the kernel answers nothing more."""
     monkeypatch.setattr(fleet_cache, "CONNECT_TIMEOUT_S", 30.0)
-    monkeypatch.setattr(fleet, "FIRST_WORD_S", 0.25)
+    monkeypatch.setattr(fleet_policy, "FIRST_WORD_S", 0.25)
     with servers(part()) as (s3,), socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen(0)

@@ -10,11 +10,11 @@ import pytest
 import trio
 import trio.testing
 
-from lazyfs.fetch import fleet
-from lazyfs.fetch.fleet import (
+from lazyfs.fetch import fleet_policy
+from lazyfs.fetch.fleet_policy import (
     FIRST_WORD_S,
-    KNOCK_S,
     MOST_CUT_OFF,
+    RECONNECT_S,
     REST_S,
     TRIAL_S,
     Fleet,
@@ -58,7 +58,7 @@ def play(steps: Callable[[Door, Fleet], Awaitable[None]], *, is_open: bool = Tru
 
     async def main() -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cast(Any, fleet.trio.to_thread), "run_sync", run_sync)
+            patch.setattr(cast(Any, fleet_policy.trio.to_thread), "run_sync", run_sync)
             made = Fleet(cast(FleetCache, door))
             await steps(door, made)
 
@@ -95,18 +95,18 @@ def test_the_first_requests_wait_only_a_moment_for_a_connection() -> None:
 def test_without_a_connection_it_rests_and_is_used_as_soon_as_there_is_one(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.INFO, fleet.__name__)
+    caplog.set_level(logging.INFO, fleet_policy.__name__)
 
     async def steps(door: Door, made: Fleet) -> None:
         assert not await made.may_be_asked()
         assert made.results == {"away": 1}
         assert (made.state, made.trouble) == (State.RESTING, "no connection")
-        await trio.sleep(2.5 * KNOCK_S)
+        await trio.sleep(2.5 * RECONNECT_S)
         assert not await made.may_be_asked()
         door.is_open = True
-        await trio.sleep(KNOCK_S)
+        await trio.sleep(RECONNECT_S)
         assert [round(at - door.tries[0], 3) for at in door.tries] == [
-            0, KNOCK_S, 2 * KNOCK_S, 3 * KNOCK_S,
+            0, RECONNECT_S, 2 * RECONNECT_S, 3 * RECONNECT_S,
         ]  # fmt: skip
         assert (made.state, made.trouble) == (State.USED, None)
         assert await made.may_be_asked()
@@ -188,23 +188,23 @@ def test_answers_that_were_cut_off_in_a_row_end_it() -> None:
     play(steps)
 
 
-def test_a_cache_that_goes_away_rests_at_once_and_is_knocked_at_by_one_task() -> None:
+def test_a_cache_that_goes_away_rests_at_once_and_one_task_tries_to_reconnect() -> None:
     async def steps(door: Door, made: Fleet) -> None:
         assert await made.may_be_asked()
         door.is_open = False
         for _ in range(3):
             made.failed(failure(Trouble.AWAY), s3_gave=False)
         assert made.state is State.RESTING
-        await trio.sleep(KNOCK_S + 0.1)
-        assert len(door.tries) == 2, "the first one, and one knock"
+        await trio.sleep(RECONNECT_S + 0.1)
+        assert len(door.tries) == 2, "the first one, and one more"
         await trio.sleep(2 * LONGEST_REST_S)
-        knocks = len(door.tries)
+        tries = len(door.tries)
         await trio.sleep(LONGEST_REST_S)
-        assert len(door.tries) == knocks, "after the rest requests try it"
+        assert len(door.tries) == tries, "after the rest requests try it"
         assert await made.may_be_asked()
         made.failed(failure(Trouble.AWAY), s3_gave=False)
-        await trio.sleep(KNOCK_S + 0.1)
-        assert len(door.tries) == knocks + 1, "a new rest"
+        await trio.sleep(RECONNECT_S + 0.1)
+        assert len(door.tries) == tries + 1, "a new rest"
 
     play(steps)
 
@@ -220,7 +220,7 @@ def test_an_answer_from_before_the_trouble_does_not_end_a_rest() -> None:
 
 
 def test_only_the_first_rest_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, fleet.__name__)
+    caplog.set_level(logging.DEBUG, fleet_policy.__name__)
 
     async def steps(door: Door, made: Fleet) -> None:
         assert await made.may_be_asked()

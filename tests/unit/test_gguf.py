@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazyfs.model.gguf import BLOCKS, check_is_whole
-from lazyfs.model.safetensors import CutOffError, MalformedHeaderError
+from lazyfs.model.safetensors import MalformedHeaderError, TruncatedFileError
 
 HEAD_BYTES = 64 << 10
 
@@ -71,7 +71,7 @@ def test_a_file_is_whole_until_its_last_tensor_ends(
     check(content[:last])
     for size in (last - 1, len(content) // 2, 5000, 100, 12, 5):
         if size < last:
-            with pytest.raises(CutOffError, match="cut off"):
+            with pytest.raises(TruncatedFileError, match="cut off"):
                 check(content[:size])
 
 
@@ -98,7 +98,7 @@ def test_a_type_that_is_not_known_is_not_judged(tmp_path: Path) -> None:
 def test_what_is_no_header_is_malformed(content: bytes) -> None:
     with pytest.raises(MalformedHeaderError) as error:
         check(content)
-    assert not isinstance(error.value, CutOffError)
+    assert not isinstance(error.value, TruncatedFileError)
 
 
 def test_a_header_is_read_so_far_and_no_farther() -> None:

@@ -9,7 +9,7 @@ import pytest
 from lazyfs.store import servers
 from lazyfs.store.addresses import BadRedirectError, is_same_service
 from lazyfs.store.request import Asked, Request, redirected
-from lazyfs.store.resolved_source import Place
+from lazyfs.store.resolved_source import Endpoint
 from lazyfs.store.servers import MOST_SERVERS, Servers
 
 SERVICE = "https://s3.example"
@@ -105,8 +105,8 @@ def test_the_servers_behind_redirects_are_few_and_the_endpoint_stays(
     monkeypatch.setattr(
         servers.Transport, "close_idle", lambda transport, _: closed.append(transport._url.netloc)
     )
-    place = Place("eu-west-1", "s3", "http://s3.example", "/bucket/", "", None)
-    known = Servers(place, refuse_local=False)
+    endpoint = Endpoint("eu-west-1", "s3", "http://s3.example", "/bucket/", "", None)
+    known = Servers(endpoint, refuse_local=False)
     first = known.get("http://s3.example")
     made = [known.get(f"http://cdn{number}.example") for number in range(MOST_SERVERS)]
     assert known.get("http://s3.example") is first
@@ -116,8 +116,8 @@ def test_the_servers_behind_redirects_are_few_and_the_endpoint_stays(
 
 
 def test_a_new_server_knows_the_time_of_the_service(tmp_path: Path) -> None:
-    place = Place("eu-west-1", "s3", "http://s3.example", "/bucket/", str(tmp_path), None)
-    known = Servers(place, refuse_local=False)
+    endpoint = Endpoint("eu-west-1", "s3", "http://s3.example", "/bucket/", str(tmp_path), None)
+    known = Servers(endpoint, refuse_local=False)
     known.set_clock(77.0)
     for server in ("http://s3.example", "http://bucket.s3.example"):
         assert known.get(server)[1].ahead_s == 77

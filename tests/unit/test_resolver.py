@@ -19,7 +19,7 @@ from lazyfs.store import boto
 from lazyfs.store.boto.resolver import BEFORE_THE_END_S, CREDENTIALS_LAST_S, Resolver
 from lazyfs.store.boto.session import new_session
 from lazyfs.store.credentials import WebIdentity
-from lazyfs.store.resolved_source import Place
+from lazyfs.store.resolved_source import Endpoint
 from lazyfs.store.url import SourceUrl
 
 __all__ = ["serve"]
@@ -39,8 +39,8 @@ def nothing_of_this_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
 
 
-def place(source: str, region: str | None = None, **options: object) -> Place:
-    return Resolver(SourceUrl.parse(source), MountOptions(**options)).place(region)
+def endpoint_of(source: str, region: str | None = None, **options: object) -> Endpoint:
+    return Resolver(SourceUrl.parse(source), MountOptions(**options)).endpoint(region)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def place(source: str, region: str | None = None, **options: object) -> Place:
     ],
 )  # fmt: skip
 def test_host_and_path(source, options, at):
-    found = place(source, **options)
+    found = endpoint_of(source, **options)
     assert found.server + found.path == at
     assert found.service == "s3"
 
@@ -81,7 +81,7 @@ def test_host_and_path(source, options, at):
 )
 def test_the_environment_is_used(monkeypatch, name, value, server):
     monkeypatch.setenv(name, value)
-    assert place("s3://m-x").server == server
+    assert endpoint_of("s3://m-x").server == server
 
 
 @pytest.mark.parametrize(
@@ -98,14 +98,14 @@ def test_the_environment_is_used(monkeypatch, name, value, server):
 )  # fmt: skip
 def test_the_profile_is_used(tmp_path, lines, at):
     (tmp_path / "config").write_text(f"[default]\n{lines}\n")
-    found = place("s3://m-x")
+    found = endpoint_of("s3://m-x")
     assert found.server + found.path == at
 
 
 def test_the_region_from_s3_overrides_the_configuration(monkeypatch):
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
-    assert place("s3://m-x", "eu-west-1").region == "eu-west-1"
-    assert place("s3://m-x").region == "us-west-2"
+    assert endpoint_of("s3://m-x", "eu-west-1").region == "eu-west-1"
+    assert endpoint_of("s3://m-x").region == "us-west-2"
 
 
 @pytest.mark.parametrize(
@@ -128,13 +128,13 @@ def test_the_region_from_s3_overrides_the_configuration(monkeypatch):
 )  # fmt: skip
 def test_unsupported_kinds_of_buckets_are_refused_by_name(source, words):
     with pytest.raises(OptionError, match=words):
-        place(source)
+        endpoint_of(source)
 
 
 @pytest.mark.parametrize("endpoint", ["minio:9000", "http://", "ftp://x"])
 def test_invalid_endpoints_are_refused(endpoint):
     with pytest.raises(OptionError):
-        place("s3://m-x", endpoint_url=endpoint)
+        endpoint_of("s3://m-x", endpoint_url=endpoint)
 
 
 @pytest.mark.parametrize(
@@ -153,13 +153,13 @@ def test_invalid_endpoints_are_refused(endpoint):
     ],
 )
 def test_the_identity_of_cached_content_is_the_service(server, identity):
-    found = Place("eu-west-1", "s3", server, "/b/", "ca", None)
+    found = Endpoint("eu-west-1", "s3", server, "/b/", "ca", None)
     assert found.identity == (identity or f"{server}/b/")
 
 
 def test_style_and_endpoint_make_another_identity():
     styles = {
-        place("s3://m-x", endpoint_url="http://minio", addressing_style=style).identity
+        endpoint_of("s3://m-x", endpoint_url="http://minio", addressing_style=style).identity
         for style in ("path", "virtual")
     }
     assert len(styles) == 2
@@ -245,15 +245,15 @@ def test_a_role_needs_no_configured_region(serve, monkeypatch):
 )
 def test_proxies_of_the_environment(monkeypatch, name, value, endpoint, expected):
     monkeypatch.setenv(name, value)
-    found = place("s3://m-x", endpoint_url=endpoint).proxy
+    found = endpoint_of("s3://m-x", endpoint_url=endpoint).proxy
     assert (found and (found.host, found.port)) == expected
     monkeypatch.setenv("NO_PROXY", "s3.test")
-    assert place("s3://m-x", endpoint_url=endpoint).proxy is None
+    assert endpoint_of("s3://m-x", endpoint_url=endpoint).proxy is None
 
 
 def test_the_password_of_a_proxy_is_for_the_proxy(monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", "http://user:pass@proxy:3128")
-    found = place("s3://m-x", endpoint_url="https://s3.test").proxy
+    found = endpoint_of("s3://m-x", endpoint_url="https://s3.test").proxy
     assert found.headers == {"Proxy-Authorization": "Basic dXNlcjpwYXNz"}
     assert "dXNlcjpwYXNz" not in repr(found)
 
@@ -262,7 +262,7 @@ def test_the_password_of_a_proxy_is_for_the_proxy(monkeypatch):
 def test_other_kinds_of_proxies_are_refused(monkeypatch, value):
     monkeypatch.setenv("HTTPS_PROXY", value)
     with pytest.raises(OptionError, match=r"names a proxy that is not http://HOST:PORT$"):
-        place("s3://m-x", endpoint_url="https://s3.test")
+        endpoint_of("s3://m-x", endpoint_url="https://s3.test")
 
 
 @pytest.mark.parametrize("by_variable", [True, False])

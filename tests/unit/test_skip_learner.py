@@ -75,12 +75,12 @@ class Learner:
     def place(self, number: int) -> Place:
         return self.map.place(BlockId(2, number))
 
-    def ventured(self, numbers: range) -> int:
+    def speculated(self, numbers: range) -> int:
         """How many of these blocks are fetched on a guess, one after the other."""
         count = 0
         for number in numbers:
-            if self.learner.may_venture(BlockId(2, number)):
-                self.learner.venture(BlockId(2, number))
+            if self.learner.may_speculate(BlockId(2, number)):
+                self.learner.add_speculative(BlockId(2, number))
                 count += 1
         return count
 
@@ -137,30 +137,30 @@ class TestLearner:
         for layer in range(read):
             made.read(2 * layer)
             made.read(2 * layer)  # a second read of it is no more
-        assert made.ventured(range(2 * read + 1, 2 * LAYERS, 2)) == budget
+        assert made.speculated(range(2 * read + 1, 2 * LAYERS, 2)) == budget
 
     def test_a_guess_that_was_read_makes_room_for_another(self) -> None:
         made = Learner(times=LAYERS)
-        made.ventured(range(2 * LAYERS))
+        made.speculated(range(2 * LAYERS))
         made.read(3)
-        assert made.ventured(range(20, 40, 2)) == 1
+        assert made.speculated(range(20, 40, 2)) == 1
 
     def test_more_is_fetched_of_what_was_read_in_the_last_layer(self) -> None:
         made = Learner(times=LAYERS)
         made.read(0)
-        assert made.ventured(range(2, 2 * LAYERS, 2)) == EXPECTED_BLOCKS
-        assert made.ventured(range(3, 2 * LAYERS, 2)) == 0
+        assert made.speculated(range(2, 2 * LAYERS, 2)) == EXPECTED_BLOCKS
+        assert made.speculated(range(3, 2 * LAYERS, 2)) == 0
 
     def test_wrong_guesses_end_guessing(self) -> None:
         made = Learner(times=LAYERS)
-        made.ventured(range(1, 2 * LEAST_BLOCKS, 2))
+        made.speculated(range(1, 2 * LEAST_BLOCKS, 2))
         made.read(2 * LEAST_BLOCKS, *range(1, 2 * LEAST_BLOCKS, 2))
-        assert made.ventured(range(101, 2 * LAYERS, 2)) == 0
+        assert made.speculated(range(101, 2 * LAYERS, 2)) == 0
         made.read(1)
-        assert made.ventured(range(100, 2 * LAYERS, 2)) > 0, "one of them was right after all"
+        assert made.speculated(range(100, 2 * LAYERS, 2)) > 0, "one of them was right after all"
 
     def test_wrong_guesses_that_are_predicted_from_now_on_do_not_count(self) -> None:
         made = Learner(times=LEAST_BLOCKS)
-        made.ventured(range(1, 2 * LEAST_BLOCKS, 2))
+        made.speculated(range(1, 2 * LEAST_BLOCKS, 2))
         made.read(2 * LEAST_BLOCKS, *range(1, 2 * LEAST_BLOCKS, 2))
-        assert made.ventured(range(101, 2 * LAYERS, 2)) == LEAST_BLOCKS
+        assert made.speculated(range(101, 2 * LAYERS, 2)) == LEAST_BLOCKS

@@ -31,13 +31,13 @@ from lazyfs.store import s3_source as sources
 from lazyfs.store.credentials import StaticCredentials, WebIdentity, credentials_from
 from lazyfs.store.http import Proxy
 from lazyfs.store.listing_page import Hidden, Page
-from lazyfs.store.resolved_source import Place, ResolvedSource, TimedCredentials
+from lazyfs.store.resolved_source import Endpoint, ResolvedSource, TimedCredentials
 from lazyfs.store.s3_source import S3Source
 from lazyfs.store.signing import SigningCredentials
 from lazyfs.store.url import SourceUrl
 
 PROXY = Proxy("proxy", 80, {"a": "b"})
-PLACE = Place("eu-west-1", "s3", "http://127.0.0.1:9", "/bucket/", "/etc/ca.pem", PROXY)
+ENDPOINT = Endpoint("eu-west-1", "s3", "http://127.0.0.1:9", "/bucket/", "/etc/ca.pem", PROXY)
 URL = SourceUrl.parse("s3://bucket/m")
 DATA = bytes(range(256)) * 16
 PIN = ListedObject("m/k", len(DATA), '"v1"', 0, "m/k")
@@ -101,9 +101,9 @@ class Service:
         threading.Thread(target=self._server.serve_forever, args=[0.01], daemon=True).start()
 
     def source(self, *, authorities: Path = Path("/none"), **options: Any) -> S3Source:
-        place = Place("us-east-1", "s3", self.url, "/bucket/", str(authorities), None)
+        endpoint = Endpoint("us-east-1", "s3", self.url, "/bucket/", str(authorities), None)
         timed = TimedCredentials(SigningCredentials("id", "secret"))
-        return S3Source(URL, MountOptions(**options), None, ResolvedSource(place, timed, None))
+        return S3Source(URL, MountOptions(**options), None, ResolvedSource(endpoint, timed, None))
 
     def close(self) -> None:
         self._server.shutdown()
@@ -155,23 +155,23 @@ def part(request: Request, etag: str = '"v1"', data: bytes = DATA) -> ANSWER:
 def test_a_resolved_source_can_be_passed_to_another_process(
     timed: TimedCredentials | None, first: Page | None, proxy: Proxy | None
 ) -> None:
-    place = Place("eu-west-1", "s3", "https://host", "/", "/etc/ca.pem", proxy)
-    found = ResolvedSource(place, timed, first)
+    endpoint = Endpoint("eu-west-1", "s3", "https://host", "/", "/etc/ca.pem", proxy)
+    found = ResolvedSource(endpoint, timed, first)
     assert ResolvedSource.of_json(json.loads(json.dumps(found.as_json()))) == found
 
 
 def test_secrets_are_not_shown() -> None:
     timed = TimedCredentials(SigningCredentials("the-id", "the-secret", "the-token"))
-    found = ResolvedSource(PLACE, timed, None)
+    found = ResolvedSource(ENDPOINT, timed, None)
     assert not [word for word in ("the-id", "the-secret", "the-token") if word in repr(found)]
 
 
 def test_a_listed_page_is_given_once(serve: Serve) -> None:
     service = serve(lambda _: (200, {}, page(entry("m/a"))))
-    place = Place("us-east-1", "s3", service.url, "/bucket/", "/none", None)
+    endpoint = Endpoint("us-east-1", "s3", service.url, "/bucket/", "/none", None)
     first = Page([], [], None)
     source = S3Source(URL, MountOptions(no_sign_request=True), None,
-                    ResolvedSource(place, None, first))  # fmt: skip
+                    ResolvedSource(endpoint, None, first))  # fmt: skip
     assert source.list_page("m/") is first
     assert [each.key for each in source.list_page("m/").objects] == ["m/a"]
 
@@ -201,8 +201,8 @@ class Resolver:
 def signed_with(serve: Serve, given: Any, found: TimedCredentials, new: Any) -> tuple[str, int]:
     """The key id of a request once others were given, and how often botocore was asked."""
     service = serve(lambda _: (200, {}, page(entry("m/a"))))
-    place = Place("us-east-1", "s3", service.url, "/bucket/", "/none", None)
-    source = S3Source(URL, MountOptions(), given, ResolvedSource(place, found, None))
+    endpoint = Endpoint("us-east-1", "s3", service.url, "/bucket/", "/none", None)
+    source = S3Source(URL, MountOptions(), given, ResolvedSource(endpoint, found, None))
     resolver = Resolver()
     source._resolver = resolver  # type: ignore[assignment]
     if new:
@@ -228,10 +228,10 @@ def test_given_credentials_are_replaced(serve: Serve) -> None:
 def test_given_credentials_sign_when_none_are_known_yet(serve: Serve) -> None:
     """As in a mount that goes on after its worker was replaced."""
     service = serve(lambda _: (200, {}, page(entry("m/a"))))
-    place = Place("us-east-1", "s3", service.url, "/bucket/", "/none", None)
+    endpoint = Endpoint("us-east-1", "s3", service.url, "/bucket/", "/none", None)
     source = S3Source(
         URL, MountOptions(endpoint_url=service.url), StaticCredentials("one", "s"),
-        ResolvedSource(place, None, None),
+        ResolvedSource(endpoint, None, None),
     )  # fmt: skip
     source.list_page("m/")
     assert "Credential=one/" in service.requests[0].headers["authorization"]
@@ -250,7 +250,7 @@ def test_a_new_token_of_a_role_is_for_the_next_credentials(
 
 def test_credentials_that_were_not_given_are_not_replaced() -> None:
     found = TimedCredentials(SigningCredentials("found", "s"))
-    source = S3Source(URL, MountOptions(), None, ResolvedSource(PLACE, found, None))
+    source = S3Source(URL, MountOptions(), None, ResolvedSource(ENDPOINT, found, None))
     with pytest.raises(BadRequestError, match="without credentials of its own"):
         source.set_credentials(StaticCredentials("one", "s"))
 
@@ -289,12 +289,12 @@ def test_a_source_is_resolved_with_its_first_page(
     service = serve(listing_of)
     options = MountOptions(endpoint_url=service.url, no_sign_request=True)
     found = S3Source.resolve(URL, options)
-    assert (found.place.server, found.place.path) == (service.url, "/bucket/")
+    assert (found.endpoint.server, found.endpoint.path) == (service.url, "/bucket/")
     assert found.credentials is None
     assert found.page is not None and [each.key for each in found.page.objects] == ["m/k"]
     asked = len(service.requests)
     resumed = S3Source.resolve(URL, options, region="eu-west-1")
-    assert (resumed.place.region, resumed.page) == ("eu-west-1", None)
+    assert (resumed.endpoint.region, resumed.page) == ("eu-west-1", None)
     assert len(service.requests) == asked, "a resumed mount needs no S3"
 
 
@@ -324,9 +324,9 @@ def test_no_connection_is_not_taken_for_silence(monkeypatch: pytest.MonkeyPatch)
         raise TimeoutError("timed out")
 
     monkeypatch.setattr(socket, "create_connection", never)
-    place = Place("us-east-1", "s3", "http://127.0.0.1:9", "/bucket/", "/none", None)
+    endpoint = Endpoint("us-east-1", "s3", "http://127.0.0.1:9", "/bucket/", "/none", None)
     source = S3Source(
-        URL, MountOptions(no_sign_request=True), None, ResolvedSource(place, None, None)
+        URL, MountOptions(no_sign_request=True), None, ResolvedSource(endpoint, None, None)
     )
     with pytest.raises(errors.UnavailableError, match="no connection within 5 s"):
         read(source)

@@ -37,7 +37,7 @@ from lazyfs.store.boto.session import new_session
 from lazyfs.store.credentials import Credentials
 from lazyfs.store.http import Proxy, tls_context
 from lazyfs.store.refusals import classify, hint_for, printable
-from lazyfs.store.resolved_source import Place, TimedCredentials
+from lazyfs.store.resolved_source import Endpoint, TimedCredentials
 from lazyfs.store.signing import SigningCredentials
 from lazyfs.store.url import SourceUrl
 
@@ -79,7 +79,7 @@ class Resolver:
             self._given = GivenCredentials(credentials, home)
         self._session = self._new_session()
 
-    def place(self, region: str | None = None) -> Place:
+    def endpoint(self, region: str | None = None) -> Endpoint:
         """Where the bucket is.
 
         Args:
@@ -103,10 +103,10 @@ class Resolver:
         if given:
             tls_context(authorities)  # raises now if it cannot be used
         path = url.path.removesuffix(_KEY)
-        place = Place(scope[1], scope[2], server, path, authorities, _proxy(server))
-        if ":" in self._url.bucket and "%3A" in path and place.is_of_aws:
+        endpoint = Endpoint(scope[1], scope[2], server, path, authorities, _proxy(server))
+        if ":" in self._url.bucket and "%3A" in path and endpoint.is_of_aws:
             raise OptionError(f"{self._url}: TENANT:BUCKET is for Ceph, and needs --endpoint-url")
-        return place
+        return endpoint
 
     def credentials(self, anew: bool = False) -> TimedCredentials | None:
         """The present credentials; None if requests are not signed.

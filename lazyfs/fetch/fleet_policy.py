@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 
 REST_S = 30.0
 # The time between two attempts to connect, so that a cache that is back is used soon.
-KNOCK_S = 0.25
-# For how long requests wait for a door that was there and is gone.
+RECONNECT_S = 0.25
+# For how long requests wait for a cache that was there and is gone.
 RETURN_S = 2.0
 # How many requests S3 then gets at a time, and after how long twice as many.
 FIRST_DIRECT = 2
@@ -84,7 +84,7 @@ class Fleet:
         self._trial_until_s = 0.0
         self._cut_off = 0
         self._told = False
-        self._knocks = False
+        self._is_reconnecting = False
         # Requests of S3 under way, and the most of them: limited while the cache is lost.
         self._direct = 0
         self._most_direct: float = math.inf
@@ -179,9 +179,9 @@ class Fleet:
                 self.cache.url, trouble, REST_S,
             )  # fmt: skip
         self.state, self.trouble = State.RESTING, trouble
-        if is_away and not self._knocks:
-            self._knocks = True
-            trio.lowlevel.spawn_system_task(contained, "trying the fleet cache", self._knock)
+        if is_away and not self._is_reconnecting:
+            self._is_reconnecting = True
+            trio.lowlevel.spawn_system_task(contained, "trying the fleet cache", self._reconnect)
 
     def _lose(self) -> None:
         """It was there a moment ago: let requests wait."""
@@ -189,11 +189,11 @@ class Fleet:
         self._waits_until_s = trio.current_time() + RETURN_S
         self._most_direct = FIRST_DIRECT
 
-    async def _knock(self) -> None:
+    async def _reconnect(self) -> None:
         """Try to connect while the cache rests."""
         try:
             while self.state is State.RESTING and trio.current_time() < self._rests_until_s:
-                await trio.sleep(KNOCK_S)
+                await trio.sleep(RECONNECT_S)
                 if self.is_lost:
                     gone_s = trio.current_time() - self._waits_until_s
                     self._most_direct = FIRST_DIRECT * 2 ** max(0, int(gone_s / DOUBLES_S))
@@ -204,7 +204,7 @@ class Fleet:
                         self.state, self.trouble = State.USED, None
                         log.info("the fleet cache %s is there again", self.cache.url)
         finally:
-            self._knocks = False
+            self._is_reconnecting = False
             self._most_direct = math.inf
             self._heard.set()
             self._turns.unpark_all()
