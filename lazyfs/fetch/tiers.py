@@ -115,6 +115,9 @@ class CacheTier(Protocol):
     async def get(self, job: Job) -> memoryview | Claim:
         """The bytes of a block.
 
+        A tier that several mounts share must call `OriginTier.check_access` before it returns
+        bytes: another mount may have brought them, with credentials that this one does not have.
+
         Returns:
             `Claim.OURS` if the block is not here: the next tier is asked.
             `Claim.THEIRS` if another daemon brings it, and no reader waits for it here.

@@ -18,6 +18,7 @@ from lazyfs.errors import CredentialsExpiredError, SourceError, ThrottledError
 from lazyfs.listed_object import File
 from lazyfs.observe.events import ARRIVALS, Activity, Cause, EventKind, EventRing, Purpose
 from lazyfs.observe.histogram import Histogram
+from lazyfs.options.mount_options import PLANNED
 
 # A shorter wait is counted, but not kept as an event.
 STALL_S = 0.01
@@ -79,7 +80,7 @@ class Recorder:
         self._openers: dict[int, dict[int, None]] = {}
         self.activity = Activity.OFF if policy == "off" else Activity.DONE
         # Until there is a plan, no block is expected to have arrived before its reader.
-        self._planned = policy in ("off", "sequential")
+        self._planned = policy not in PLANNED
         self.waits: dict[Wait, None] = {}
         self._accounted_until_s = 0.0
         self._troubled: dict[BlockId, Cause] = {}

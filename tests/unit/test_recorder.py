@@ -10,6 +10,7 @@ from lazyfs.listed_object import File
 from lazyfs.observe.events import Activity, Cause, EventKind, EventRing, Purpose, unpack
 from lazyfs.observe.histogram import Histogram
 from lazyfs.observe.recorder import Recorder, Tier
+from lazyfs.options.mount_options import PLANNED, POLICIES
 
 FILE = File(5, 1, "f", "m/f", 100, "e", 0)
 SPAN = Span(3, 0, 10)
@@ -105,8 +106,9 @@ def test_trouble_of_a_block_and_throttling_of_all(clock: Clock) -> None:
     assert recorder.last_error == "503"
 
 
-def test_without_prefetch_that_is_the_cause(clock: Clock) -> None:
-    recorder = Recorder("off", now_s=clock)
+@pytest.mark.parametrize("policy", sorted({*POLICIES} - PLANNED))
+def test_without_prefetch_that_is_the_cause(clock: Clock, policy: str) -> None:
+    recorder = Recorder(policy, now_s=clock)
     recorder.prefetch_is(Activity.DONE)
     wait = recorder.begin_wait(FILE, SPAN, coming=False)
     clock.now_s += 1
