@@ -21,11 +21,11 @@ test: lint
 	@./.ci/s3-servers
 	@./.ci/tests $(JOBS)
 
-# Mutation tests of the unit tests: make mutants ROOM=blocks SAMPLE=20. Hours for a whole room.
+# Mutation tests of the unit tests: make mutants PACKAGE=blocks SAMPLE=20. Hours for a whole package.
 .PHONY: mutants
 mutants: setup
-	@for room in $(or $(ROOM),blocks prefetch cache fetch pagecache store); do \
-	    .venv/bin/python .ci/mutants $$room || exit; done
+	@for package in $(or $(PACKAGE),blocks prefetch cache fetch pagecache store); do \
+	    .venv/bin/python .ci/mutants $$package || exit; done
 
 # The references of options and metrics, made from the tables in the code.
 docs: setup

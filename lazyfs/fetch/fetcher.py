@@ -1,4 +1,4 @@
-"""What the other rooms ask of the blocks of a mount.
+"""What the other packages ask of the blocks of a mount.
 
 A reader's bytes come from memory at once, or from a job that may already run. `scheduler.py`
 decides which job starts next, `jobs.py` runs jobs, and `tiers.py` gets the bytes. Each block is

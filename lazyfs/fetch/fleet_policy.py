@@ -1,9 +1,9 @@
 """Whether a mount asks the cache of its fleet, or S3 itself.
 
-The cache (`store/fleet_cache.py`) is asked first, for blocks and headers, while it serves. What it
-does not give, S3 is asked for in the same attempt, so a reader never sees its trouble. If S3 then
-gives what the cache did not, the cache *rests*: nothing goes there for `REST_S`. Then one request
-is made of it as a trial, and the others go on to S3 until that one succeeds.
+While the cache (`store/fleet_cache.py`) serves, it is asked first for blocks and headers. If it
+does not deliver, the same attempt asks S3, so readers never see trouble with the cache. If S3 then
+delivers, the cache *rests*: it is not asked for `REST_S`. Then it gets one request as a trial, and
+the others go to S3 until that one succeeds.
 
 If there is no connection, the cache rests until there is one, or as long. A cache that was there a
 moment ago is most likely being started again. If all requests of this node went to S3 meanwhile,
@@ -15,7 +15,7 @@ cache would join the first one, and a request of S3 would send the range once mo
 requests of the cache are not hedged. The exception is one request at a time that many others have
 overtaken: a slow machine of the cache must not stop a load.
 
-The state is kept in the trio thread, like all decisions of this room.
+The state is kept in the trio thread, like all decisions of this package.
 """
 
 from __future__ import annotations

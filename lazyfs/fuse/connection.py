@@ -199,7 +199,7 @@ class KernelConnection:
                     self._answer(unique, 0, data)
 
     async def _is_answered(self, unique: int, data: Buffer) -> bool:
-        """Have a mover answer a read; False if none does. An answer too many does no harm."""
+        """Have a mover answer a read; False if it may not have. A second answer does no harm."""
         if self._movers is None or not self._movers.running or len(data) < LEAST_MOVED:
             return False
         try:

@@ -27,9 +27,9 @@ The policies:
   the page cache, so that the first read of the next tensor is a request, and shows what the loader
   skips.
 - `sequential`: twice as much of a file as has been read of it. So a look at the end of a
-  large file costs little, and a copy of the file runs at full speed. The other policies do the same
-  with files that have no place in the order, but from their third block on if it may be a look
-  (`Loads`); `tensor` also with files that have no tensors.
+  large file costs little, and a copy of the file runs at full speed. `model` and `tensor` treat
+  files without a place in the order in the same way, and `tensor` also files without tensors. But
+  while a reader may only be looking at a file (`Loads`), the first two blocks read do not count.
 - `headers`: rule 2 only.
 
 A read of a header says nothing about what is read next: see rule 2. How far ahead of the readers
@@ -169,7 +169,10 @@ class Prefetcher:
         return inode in self._files and self._files[inode].rank >= 0
 
     def set_tensors(self, inode: int, tensors: Sequence[Tensor]) -> None:
-        """Set the tensors of a file, in the order of bytes. None: it is prefetched by offset."""
+        """Set the tensors of a file, in the order of bytes.
+
+        A file without tensors is prefetched by offset.
+        """
         blocks = self._files[inode]
         filled = [tensor for tensor in tensors if tensor.end > tensor.begin]
         if inode in self._tabled:

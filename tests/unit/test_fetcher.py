@@ -1,4 +1,4 @@
-"""What the other rooms ask of the blocks of a mount; what it takes from a former worker."""
+"""What the other packages ask of the blocks of a mount; what it takes from a former worker."""
 
 from __future__ import annotations
 

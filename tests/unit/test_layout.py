@@ -1,6 +1,6 @@
-"""The plan of the house: a room imports from rooms below it only.
+"""The plan of the house: a package imports from packages below it only.
 
-`ROOMS` is the order, from the bottom up. What is here is also the table of contents of
+`LAYERS` is the order, from the bottom up. What is here is also the table of contents of
 `docs/ARCHITECTURE.md`.
 """
 
@@ -14,14 +14,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "lazyfs"
-# The bottom: errors, logging, objects, memory files and helper processes, which any room may use.
+# The bottom: errors, logging, objects, memory files and helper processes. Any package may use them.
 FOUNDATION = "."
-ROOMS = (
+LAYERS = (
     FOUNDATION, "options", "model", "blocks", "movers", "observe", "store", "namespace",
     "pagecache", "cache", "prefetch", "fetch", "fleet", "handover", "fuse", "control", "process",
     "cli",
 )  # fmt: skip
-# Pure rooms and modules: plain values in, plain values out.
+# Pure packages and modules: plain values in, plain values out.
 PURE = (
     "model", "blocks/__init__.py", "blocks/block_map.py", "blocks/file_blocks.py",
     "blocks/memory.py", "namespace/tree.py", "prefetch/prefetcher.py",
@@ -48,7 +48,7 @@ def _imports(path: Path) -> Iterator[str]:
                 yield f"{module}.{alias.name}" if is_module else module
 
 
-def _room(module: str) -> str:
+def _layer(module: str) -> str:
     parts = module.split(".")
     return parts[1] if len(parts) > 1 and (ROOT / PACKAGE / parts[1]).is_dir() else FOUNDATION
 
@@ -59,7 +59,7 @@ def _files() -> list[Path]:
 
 def test_every_package_has_a_layer() -> None:
     found = {path.name for path in (ROOT / PACKAGE).iterdir() if (path / "__init__.py").exists()}
-    assert found == set(ROOMS) - {FOUNDATION}
+    assert found == set(LAYERS) - {FOUNDATION}
 
 
 def test_imports_run_downwards() -> None:
@@ -68,7 +68,7 @@ def test_imports_run_downwards() -> None:
         for path in _files()
         for imported in _imports(path)
         if imported.startswith(f"{PACKAGE}.")
-        and ROOMS.index(_room(imported)) > ROOMS.index(_room(_module_name(path)))
+        and LAYERS.index(_layer(imported)) > LAYERS.index(_layer(_module_name(path)))
     }
     assert upward == set(), "move what is shared down, or pass it in"
 
