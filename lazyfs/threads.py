@@ -4,15 +4,22 @@ A load keeps all processors busy with these threads. With equal priority, each s
 thread would wait for its turn among them, and answering a lookup takes several steps. So these
 threads have a lower priority. It does not delay the bytes: the sooner the trio thread decides, the
 sooner they start.
+
+Writes of the disk cache are an exception. They take little time, and until they are done their
+blocks stay in memory. With a lower priority they fell behind receiving, which fills it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 from collections.abc import Callable
-from typing import TypeVar, TypeVarTuple
+from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
+from typing import TypeVar, TypeVarTuple, cast
 
 import trio
 
@@ -41,6 +48,9 @@ class Threads:
     def __init__(self, requests: int) -> None:
         self._limit = trio.CapacityLimiter(1)
         self.allow(requests)
+        # Calls of `run_first`, and its threads; both change in the trio thread only.
+        self._first: SimpleQueue[_Call] = SimpleQueue()
+        self._first_calls = self._first_threads = 0
 
     def allow(self, requests: int) -> None:
         """Have threads for this many requests from now on."""
@@ -51,6 +61,50 @@ class Threads:
         return await trio.to_thread.run_sync(
             _nicer, function, *arguments, abandon_on_cancel=True, limiter=self._limit
         )
+
+    async def run_first(self, function: Callable[[*Ts], T], *arguments: *Ts) -> T:
+        """The same for a call that frees memory: its thread has the priority of the trio thread.
+
+        Raises:
+            RuntimeError: no thread can be started.
+        """
+        call = _Call(partial(function, *arguments), trio.lowlevel.current_trio_token(), self._ended)
+        if self._first_calls == self._first_threads:
+            threading.Thread(target=_serve, args=[self._first], name="writes", daemon=True).start()
+            self._first_threads += 1
+        self._first_calls += 1
+        self._first.put(call)
+        await call.done.wait()
+        if call.error is not None:
+            raise call.error
+        return cast(T, call.result)
+
+    def _ended(self, call: _Call) -> None:
+        self._first_calls -= 1
+        call.done.set()
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A call of `run_first`. `on_end` is called in the trio thread."""
+
+    function: Callable[[], object]
+    token: trio.lowlevel.TrioToken
+    on_end: Callable[[_Call], None]
+    done: trio.Event = field(default_factory=trio.Event)
+    result: object = None
+    error: BaseException | None = None
+
+
+def _serve(calls: SimpleQueue[_Call]) -> None:
+    while True:
+        call = calls.get()
+        try:
+            call.result = call.function()
+        except BaseException as error:
+            call.error = error
+        with contextlib.suppress(trio.RunFinishedError):
+            call.token.run_sync_soon(call.on_end, call)
 
 
 def _nicer(function: Callable[[*Ts], T], *arguments: *Ts) -> T:

@@ -168,7 +168,7 @@ class DiskCalls:
         raise DiskHangsError
 
     async def run_to_end(self, function: Callable[[*Ts], T], *arguments: *Ts) -> T:
-        """Call a function in a thread, and wait even for a disk that hangs.
+        """Write in a thread (`Threads.run_first`), and wait even for a disk that hangs.
 
         Raises:
             DiskHangsError: the disk hung before; the call is not made.
@@ -178,7 +178,7 @@ class DiskCalls:
         call = _Call(trio.current_time(), WRITE_PATIENCE_S, stays=True)
         self._calls.add(call)
         try:
-            result = await self._threads.run(function, *arguments)
+            result = await self._threads.run_first(function, *arguments)
             self._answered_s = trio.current_time()
             return result
         finally:

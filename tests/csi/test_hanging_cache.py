@@ -23,9 +23,9 @@ def volume(
     disk: HangingDisk, make_node: Callable[..., TestNode], s3: S3
 ) -> Iterator[tuple[TestNode, dict[str, str]]]:
     """A node whose cache is on the disk, and the attributes of a volume."""
-    s3.put("hanging", {f"m/{name}": body for name, body in FILES.items()})
+    s3.put("hanging-volume", {f"m/{name}": body for name, body in FILES.items()})
     node = make_node(f"--cache-dir={disk.path}/cache")
-    yield node, node.context("s3://hanging/m", blockSize="1MiB", prefetch="off")
+    yield node, node.context("s3://hanging-volume/m", blockSize="1MiB", prefetch="off")
     disk.answer()
 
 
