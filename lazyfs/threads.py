@@ -5,8 +5,9 @@ thread would wait for its turn among them, and answering a lookup takes several 
 threads have a lower priority. It does not delay the bytes: the sooner the trio thread decides, the
 sooner they start.
 
-Writes of the disk cache are an exception. They take little time, and until they are done their
-blocks stay in memory. With a lower priority they fell behind receiving, which fills it.
+Writes of the disk cache are an exception, where there are no movers. They take little time, and
+until they are done their blocks stay in memory. With a lower priority they fell behind receiving,
+which fills it.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ Ts = TypeVarTuple("Ts")
 
 # Added to the nice value: a third of the weight (sched(7), "The nice value").
 NICER = 5
-# For each request: two attempts, a write, and a push. Beyond them: readers that are in a hurry,
-# disk reads, maintenance. The callers bound themselves; this limit must not be in their way.
+# For each request: two attempts, a read of the disk, and a push. Beyond them: readers that are in
+# a hurry, other calls of the disk, maintenance. The callers bound themselves; this limit must not
+# be in their way.
 FOR_A_REQUEST = 4
 FOR_THE_REST = 64
 
@@ -68,6 +70,7 @@ class Threads:
         Raises:
             RuntimeError: no thread can be started.
         """
+        await trio.lowlevel.checkpoint_if_cancelled()
         call = _Call(partial(function, *arguments), trio.lowlevel.current_trio_token(), self._ended)
         if self._first_calls == self._first_threads:
             threading.Thread(target=_serve, args=[self._first], name="writes", daemon=True).start()
@@ -75,9 +78,12 @@ class Threads:
         self._first_calls += 1
         self._first.put(call)
         await call.done.wait()
-        if call.error is not None:
-            raise call.error
-        return cast(T, call.result)
+        try:
+            if call.error is not None:
+                raise call.error
+            return cast(T, call.result)
+        finally:
+            del call  # otherwise the error refers to itself
 
     def _ended(self, call: _Call) -> None:
         self._first_calls -= 1
@@ -105,6 +111,7 @@ def _serve(calls: SimpleQueue[_Call]) -> None:
             call.error = error
         with contextlib.suppress(trio.RunFinishedError):
             call.token.run_sync_soon(call.on_end, call)
+        del call  # with the buffers of its blocks
 
 
 def _nicer(function: Callable[[*Ts], T], *arguments: *Ts) -> T:

@@ -163,6 +163,7 @@ class BlockWriter:
             await self._queue.wait()
             if batch := self._batch():
                 await self._write(batch)
+                del batch  # with the buffers of its blocks
             else:
                 await self._full.park()
 

@@ -263,7 +263,7 @@ class BlockFetcher:
     async def _wait_for(self, file: File, span: Span, reader: bool) -> tuple[Held, Tier]:
         """Wait for a block. Returns it, and where it came from; its `users` count the waiter."""
         block = BlockId(file.inode, span.number)
-        if (error := self._jobs.failure(block)) is not None:
+        if reader and (error := self._jobs.failure(block)) is not None:
             raise error
         wait = self._recorder.begin_wait(file, span, coming=block in self._jobs) if reader else None
         # If other blocks are on their way, the reader may have asked just before this one arrived.

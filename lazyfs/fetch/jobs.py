@@ -76,8 +76,9 @@ class Jobs:
         self._waited_for: set[BlockId] = set()
         # By key: how many jobs pause.
         self._pausing: Counter[str] = Counter()
-        # Blocks for which a reader waited in vain, and when that was over.
-        self._failed: dict[BlockId, tuple[SourceError, float]] = {}
+        # Blocks for which a reader waited in vain: the error, and when that was over. Not the
+        # exception, because its traceback refers to the buffer of the block.
+        self._failed: dict[BlockId, tuple[type[SourceError], str, float]] = {}
         # When a reader waited last.
         self._waited_s = -math.inf
         self.fetching = 0
@@ -92,8 +93,8 @@ class Jobs:
 
     def failure(self, block: BlockId) -> SourceError | None:
         """Why a reader has just waited for a block in vain, if one has: see `FAILED_S`."""
-        error, failed_s = self._failed.get(block, (None, -math.inf))
-        return error if trio.current_time() < failed_s + FAILED_S else None
+        kind, message, failed_s = self._failed.get(block, (SourceError, "", -math.inf))
+        return kind(message) if trio.current_time() < failed_s + FAILED_S else None
 
     @property
     def demanded(self) -> int:
@@ -318,11 +319,12 @@ class Jobs:
         level = logging.ERROR if job.waiting else logging.WARNING
         log.log(level, "block %d of %s: %s", job.block.number, job.file.key, error)
         job.error = error
-        if job.waiting and error.transient:
+        # The planner waits for no bytes of its own.
+        if error.transient and any(span.stop > span.start for span in job.waiting):
             now_s = trio.current_time()
             self._failed = {
-                block: (former, at_s)
-                for block, (former, at_s) in self._failed.items()
-                if now_s < at_s + FAILED_S
+                block: failed
+                for block, failed in self._failed.items()
+                if now_s < failed[-1] + FAILED_S
             }
-            self._failed[job.block] = error, now_s
+            self._failed[job.block] = type(error), str(error), now_s

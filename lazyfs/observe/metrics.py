@@ -63,7 +63,11 @@ METRICS = (
         "lazyfs_faults_total", "counter", "Unexpected exceptions that the worker survived; the log "
         "has a traceback of each kind.",
     ),
-    Metric("lazyfs_trouble", "gauge", "1 while the last answer for an object was an error."),
+    Metric(
+        "lazyfs_trouble",
+        "gauge",
+        "1 while the last answer for at least one object was an error.",
+    ),
     # The model
     Metric("lazyfs_size_bytes", "gauge", "Total size of the files listed so far."),
     Metric("lazyfs_model_bytes", "gauge", "Total size of the files to be prefetched."),
@@ -107,7 +111,7 @@ METRICS = (
     ),
     Metric(
         "lazyfs_hidden_objects_total", "counter", "Listed objects that cannot be shown as files; "
-        "the log names the first of each listing.",
+        "the log names the first five of each listing.",
     ),
     Metric(
         "lazyfs_s3_second_requests_total", "counter", "Second requests sent because the first was "

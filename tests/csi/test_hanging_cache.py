@@ -35,8 +35,12 @@ def test_volumes_leave_while_the_disk_hangs(
     node, context = volume
     node.stage("pvc-1", context)
     assert hashes(node.publish("pvc-1", context)) == sha256(FILES)
+    node.unpublish("pvc-1")
+    node.unstage("pvc-1")
+    node.stage("pvc-1", context)
+    node.publish("pvc-1", context)
     disk.hang()
-    assert hashes(node.target("pvc-1")) == sha256(FILES)
+    assert hashes(node.target("pvc-1")) == sha256(FILES), "from S3"
     began_s = time.monotonic()
     node.unpublish("pvc-1")
     node.unstage("pvc-1")

@@ -177,7 +177,7 @@ def test_lasting_errors_end_with_their_cause(mount: Callable[..., Mounted], s3: 
     assert 6 <= time.monotonic() - began_s < 11, "once, though the kernel asks twice"
     mounted.wait_for_log("SlowDown")
     s3.forget()
-    time.sleep(1)
+    time.sleep(2)
     assert python(READ_ERRNO, mounted.path / "file").strip() == str(len(BODY))
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
+import weakref
 
 import pytest
 import trio
 
 from lazyfs.threads import NICER, Threads
+
+
+class Given:
+    """An argument."""
 
 
 def nice() -> int:
@@ -64,10 +70,30 @@ def test_a_call_that_is_left_keeps_its_thread_until_it_ends() -> None:
         with trio.move_on_after(0.05):
             await threads.run_first(may_end.wait, 20)
         assert not may_end.is_set()
-        assert await threads.run_first(divmod, 7, 2) == (3, 1), "in another thread"
+        with trio.fail_after(10):
+            assert await threads.run_first(divmod, 7, 2) == (3, 1), "in another thread"
         may_end.set()
 
     trio.run(main)
+
+
+def test_what_a_call_was_given_is_freed_when_it_is_over() -> None:
+    async def main() -> None:
+        threads, given, failing = Threads(1), Given(), Given()
+        refs = [weakref.ref(given), weakref.ref(failing)]
+        await threads.run_first(id, given)
+        with pytest.raises(TypeError):
+            await threads.run_first(len, failing)  # type: ignore[arg-type]
+        del given, failing
+        with trio.fail_after(10):
+            while any(ref() is not None for ref in refs):
+                await trio.sleep(0.01)
+
+    gc.disable()
+    try:
+        trio.run(main)
+    finally:
+        gc.enable()
 
 
 def test_a_call_may_outlast_the_loop() -> None:
