@@ -75,6 +75,8 @@ class ControlClient:
             answer = response.read(self._most_bytes + 1)
             if len(answer) > self._most_bytes:
                 raise ControlError(f"{self._path}: the daemon's answer is too long")
+            if response.length:  # the library takes an answer that was cut off for a whole one
+                raise ControlError(f"{self._path}: the daemon ended while it answered")
         except (OSError, http.client.HTTPException) as error:
             raise ControlError(f"{self._path}: the daemon does not answer: {error}") from error
         finally:

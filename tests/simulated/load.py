@@ -25,6 +25,7 @@ from lazyfs.pagecache.page_cache import PageCache
 from lazyfs.prefetch.planner import Planner
 from lazyfs.prefetch.prefetcher import Prefetcher
 from lazyfs.store.protocol import Store
+from lazyfs.threads import Threads as WorkerThreads
 from simulated.loaders import Job, Loader, Read
 from simulated.machine import PAGE, Bucket, Disk, Link, Machine, Movers, Pages, Threads
 from simulated.models import Model
@@ -99,6 +100,7 @@ def simulate(
     clock = trio.testing.MockClock(autojump_threshold=0)
     with (
         mock.patch("trio.to_thread.run_sync", load.threads.run_sync),
+        mock.patch("lazyfs.threads.Threads.run_first", WorkerThreads.run),
         # As Hypothesis and pytest-trio do it: the same order of tasks each time.
         mock.patch("trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING", True),
         mock.patch("trio._core._run._r", random.Random(0)),

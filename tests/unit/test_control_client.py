@@ -74,6 +74,15 @@ def dripping(connection: socket.socket) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("came", [b"", b"1", b'{"same": true'])
+def test_an_answer_that_is_cut_off_is_none(worker: Callable[..., Path], came: bytes) -> None:
+    def dies(connection: socket.socket) -> None:
+        connection.sendall(OK + b"Content-Length: 20\r\n\r\n" + came)
+
+    with pytest.raises(ControlError, match="ended while it answered"):
+        ControlClient(worker(dies)).get("/status")
+
+
 def test_an_answer_is_read(worker: Callable[..., Path]) -> None:
     assert ControlClient(worker(says(b'{"a": 1}'))).get("/status") == {"a": 1}
 
