@@ -17,6 +17,7 @@ from certificates import make_certificates
 from mounting import Mounted, python, wait_until_gone
 from s3 import S3
 from safetensors.numpy import save
+from test_models import settle
 
 pytestmark = pytest.mark.fuse
 
@@ -132,6 +133,7 @@ def test_a_refusal_of_s3_is_not_repeated(mount: Callable[..., Mounted], s3: S3) 
     code = f"open({str(mounted.path / first)!r}, 'rb').read(3 << 20)"
     python(code)
     wait_for_movers(mounted)
+    settle(s3)
     s3.fault("GET /moved/m/", "status", times=10**6, status=403, code="AccessDenied")
     before = len(s3.data_requests())
     for shard in sorted(SHARDS)[1:3]:

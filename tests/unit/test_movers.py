@@ -20,6 +20,7 @@ from lazyfs.blocks import buffers
 from lazyfs.blocks.buffers import LEAST_SHARED, MOST_IDLE_BYTES, shared_offset, take_buffer
 from lazyfs.cache.block_format import Content
 from lazyfs.cache.block_io import NewFile, read_block, write_blocks
+from lazyfs.machine import stat_of
 from lazyfs.movers import pool
 from lazyfs.movers.call import MOST_BYTES, MoverFaultError, MoverLostError
 from lazyfs.movers.pool import Movers
@@ -355,6 +356,8 @@ def test_a_mover_that_is_stopped_gets_no_calls_until_it_answers(movers: Movers) 
     wait_until(lambda: movers.running == 2)
     stopped, other = (mover.process.pid for mover in movers._movers)
     os.kill(stopped, signal.SIGSTOP)
+    threads = [*Path(f"/proc/{stopped}/task").iterdir()]
+    wait_until(lambda: all(stat_of(thread)[:1] == ["T"] for thread in threads))
 
     async def call(answered: set[int]) -> None:
         answered.add(await movers.run(fill, 1, buffer=take_buffer(SIZE)))
