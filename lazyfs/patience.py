@@ -33,15 +33,18 @@ def begin(function: Callable[[], T]) -> Future[T]:
     from concurrent.futures import Future  # not for commands, which are to begin soon
 
     future: Future[T] = Future()
-
-    def call() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=call, daemon=True).start()
+    threading.Thread(target=settle, args=[future, function], daemon=True).start()
     return future
+
+
+def settle(future: Future[T], function: Callable[[], T]) -> None:
+    """Call a function, and give a future its result or exception. Keeps neither of them."""
+    try:
+        future.set_result(function())
+    except BaseException as error:
+        future.set_exception(error)
+    finally:
+        del future, function  # otherwise the traceback of the error has them
 
 
 def in_thread(disk: Hashable, function: Callable[[], object]) -> bool:

@@ -17,12 +17,14 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import Future
 from functools import partial
 from queue import SimpleQueue
-from typing import TypeVar, TypeVarTuple, cast
+from typing import Any, TypeVar, TypeVarTuple
 
 import trio
+
+from lazyfs.patience import settle
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ class Threads:
         self._limit = trio.CapacityLimiter(1)
         self.allow(requests)
         # Calls of `run_first`, and its threads; both change in the trio thread only.
-        self._first: SimpleQueue[_Call] = SimpleQueue()
+        self._first: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
         self._first_calls = self._first_threads = 0
 
     def allow(self, requests: int) -> None:
@@ -71,47 +73,33 @@ class Threads:
             RuntimeError: no thread can be started.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        call = _Call(partial(function, *arguments), trio.lowlevel.current_trio_token(), self._ended)
+        future: Future[T] = Future()
+        done, token = trio.Event(), trio.lowlevel.current_trio_token()
+
+        def ended() -> None:
+            self._first_calls -= 1
+            done.set()
+
+        def tell(_: object) -> None:
+            with contextlib.suppress(trio.RunFinishedError):
+                token.run_sync_soon(ended)
+
+        future.add_done_callback(tell)
         if self._first_calls == self._first_threads:
             threading.Thread(target=_serve, args=[self._first], name="writes", daemon=True).start()
             self._first_threads += 1
         self._first_calls += 1
-        self._first.put(call)
-        await call.done.wait()
+        self._first.put((future, partial(function, *arguments)))
+        await done.wait()
         try:
-            if call.error is not None:
-                raise call.error
-            return cast(T, call.result)
+            return future.result()
         finally:
-            del call  # otherwise the error refers to itself
-
-    def _ended(self, call: _Call) -> None:
-        self._first_calls -= 1
-        call.done.set()
+            del future  # otherwise its error refers to itself
 
 
-@dataclass(slots=True, eq=False)
-class _Call:
-    """A call of `run_first`. `on_end` is called in the trio thread."""
-
-    function: Callable[[], object]
-    token: trio.lowlevel.TrioToken
-    on_end: Callable[[_Call], None]
-    done: trio.Event = field(default_factory=trio.Event)
-    result: object = None
-    error: BaseException | None = None
-
-
-def _serve(calls: SimpleQueue[_Call]) -> None:
+def _serve(calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]]]) -> None:
     while True:
-        call = calls.get()
-        try:
-            call.result = call.function()
-        except BaseException as error:
-            call.error = error
-        with contextlib.suppress(trio.RunFinishedError):
-            call.token.run_sync_soon(call.on_end, call)
-        del call  # with the buffers of its blocks
+        settle(*calls.get())
 
 
 def _nicer(function: Callable[[*Ts], T], *arguments: *Ts) -> T:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import gc
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Generator
 
 import trio
 
@@ -258,7 +257,9 @@ class Catalog:
                 counts()
                 self._names_bytes += cost
 
-            planting = self._planting(directory, listing, on_whole)
+            planting = self.tree.planting(
+                directory, listing.objects, listing.prefixes, whole=listing.whole, on_whole=on_whole
+            )
             hidden = await in_turn(planting, _keep_from_collector)
             self._tell_hidden(hidden)
 
@@ -274,13 +275,6 @@ class Catalog:
                 self._hidden.update(each.key for each in new)
             self._recorder.hidden_objects += len(new)
             log.warning("%s", _hidden_sentence(new))
-
-    def _planting(
-        self, directory: Directory, listing: Listing, on_whole: Callable[[], None]
-    ) -> Generator[None, None, list[Hidden]]:
-        return self.tree.planting(
-            directory, listing.objects, listing.prefixes, whole=listing.whole, on_whole=on_whole
-        )
 
 
 def _keep_from_collector() -> None:

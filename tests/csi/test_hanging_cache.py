@@ -29,14 +29,19 @@ def volume(
     disk.answer()
 
 
-def test_volumes_leave_while_the_disk_hangs(
-    volume: tuple[TestNode, dict[str, str]], disk: HangingDisk
-) -> None:
-    node, context = volume
+def in_cache(node: TestNode, context: dict[str, str]) -> None:
+    """Put the files on the disk, and end that volume."""
     node.stage("pvc-1", context)
     assert hashes(node.publish("pvc-1", context)) == sha256(FILES)
     node.unpublish("pvc-1")
     node.unstage("pvc-1")
+
+
+def test_volumes_leave_while_the_disk_hangs(
+    volume: tuple[TestNode, dict[str, str]], disk: HangingDisk
+) -> None:
+    node, context = volume
+    in_cache(node, context)
     node.stage("pvc-1", context)
     node.publish("pvc-1", context)
     disk.hang()
@@ -52,10 +57,7 @@ def test_volumes_come_while_the_disk_hangs(
     volume: tuple[TestNode, dict[str, str]], disk: HangingDisk
 ) -> None:
     node, context = volume
-    node.stage("pvc-1", context)
-    assert hashes(node.publish("pvc-1", context)) == sha256(FILES)
-    node.unpublish("pvc-1")
-    node.unstage("pvc-1")
+    in_cache(node, context)
     wait_for(lambda: not node.workers())
     disk.hang()
     began_s = time.monotonic()
