@@ -12,6 +12,7 @@ import pytest
 
 from lazyfs.blocks import buffers
 from lazyfs.movers import pool, process
+from lazyfs.movers.mover import Mover
 from lazyfs.movers.pool import Movers
 
 
@@ -40,14 +41,14 @@ def _started(arena: int, lent: Mapping[str, int]) -> Any:
                 threading.Thread(target=process._serve, args=[line, memory], daemon=True).start()
 
     threading.Thread(target=serve_lines, daemon=True).start()
-    return pool._Mover(_Process(), ours)  # type: ignore[arg-type]
+    return Mover(_Process(), ours)  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
 def inline_mover() -> Iterator[Movers]:
     """One mover, whose functions run in threads of this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pool, "_started", _started)
+        patch.setattr(pool, "start_mover", _started)
         movers = Movers(1)
         try:
             yield movers

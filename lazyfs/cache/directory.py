@@ -28,6 +28,7 @@ from lazyfs.cache.current_load import CurrentLoad
 from lazyfs.cache.guarded_index import GuardedIndex, Side, locked
 from lazyfs.cache.index import BlockIndex, Entered, Entry, Stored
 from lazyfs.cache.space import Limits
+from lazyfs.cache.sweep import is_due, sweep
 from lazyfs.movers.pool import Movers
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# How often files without a row and rows without a file are removed.
-SWEEP_S = 3600.0
 # The log names this many damaged blocks.
 DAMAGED_SHOWN = 10
 
@@ -275,25 +274,9 @@ class CacheDirectory:
         """
         self._index.attempt(Side.WRITING, lambda index: self._care(index, plan), None)
 
-    def sweep(self, index: BlockIndex) -> None:
-        """Remove files without a row and rows without a file.
-
-        If the index was lost, rows are made again from the files.
-        """
-        files = self._files.names()
-        # Rows after files: a file that was listed had its row before it existed.
-        rows = {row.filename: row for row in index.rows()}
-        for filename in files:
-            if filename not in rows:
-                adopted = self._index.is_anew and self._adopt(index, filename)
-                if not adopted:
-                    self._files.remove([filename])
-        there, claims = set(files), self._index.claims
-        for row in rows.values():
-            unfinished = row.is_pending and not (claims and claims.is_taken(row.key))
-            if unfinished or not (row.filename in there or self._files.path(row.filename).exists()):
-                index.discard(row.key, row.filename)
-                self._files.remove([row.filename])
+    def _sweep(self, index: BlockIndex) -> None:
+        adopt = (lambda name: self._adopt(index, name)) if self._index.is_anew else None
+        sweep(index, self._files, self._index.claims, adopt)
         self._index.is_anew = False
 
     def _announce(self, index: BlockIndex, plan: Sequence[Content]) -> None:
@@ -315,8 +298,8 @@ class CacheDirectory:
         if used > allowed:
             self._evict(index.shrink(used - allowed, time.time()))
         with locked(self.path / "care", wait=False) as care:
-            if care is not None and (self._index.is_anew or _is_older(care, SWEEP_S)):
-                self.sweep(index)
+            if care is not None and (self._index.is_anew or is_due(care)):
+                self._sweep(index)
                 os.utime(care)
 
     def _tell_use(self, index: BlockIndex) -> None:
@@ -410,8 +393,3 @@ def _entry(filename: str, content: Content, number: int) -> Entry:
     """The row of a block."""
     key, tag = _key(content, number), content.identity.decode()
     return Entry(key, filename, content.file_length(number), tag)
-
-
-def _is_older(descriptor: int, age_s: float) -> bool:
-    """Whether a file was not changed for this long; times in the future count as old."""
-    return not 0 <= time.time() - os.fstat(descriptor).st_mtime < age_s

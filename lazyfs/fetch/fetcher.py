@@ -2,7 +2,8 @@
 
 A reader's bytes come from memory at once, or from a job that may already run. `scheduler.py`
 decides which job starts next, `jobs.py` runs jobs, and `tiers.py` gets the bytes. Each block is
-fetched once, however many readers wait for it.
+fetched once, however many readers wait for it. This module is long because it is the whole
+interface of the package.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from lazyfs.blocks.file_blocks import AWAY, PAGES, Place
 from lazyfs.blocks.memory import BlockMemory, Held
 from lazyfs.cache import BlockCache
 from lazyfs.faults import keep_running, report_fault
+from lazyfs.fetch.block_getter import BlockGetter
 from lazyfs.fetch.disk_window import DiskWindow
 from lazyfs.fetch.disks import Disks
 from lazyfs.fetch.fleet_policy import Fleet
 from lazyfs.fetch.jobs import Jobs
 from lazyfs.fetch.missed_pages import MissedPages
-from lazyfs.fetch.request import BlockGetter
 from lazyfs.fetch.scheduler import Scheduler
 from lazyfs.fetch.shard_headers import ShardHeaders, heads_limit
 from lazyfs.fetch.tiers import OriginTier, Tiers

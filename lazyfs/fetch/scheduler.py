@@ -18,9 +18,9 @@ from lazyfs.blocks import BlockId, Span, block_length
 from lazyfs.blocks.file_blocks import Place
 from lazyfs.blocks.memory import BlockMemory
 from lazyfs.faults import report_fault
+from lazyfs.fetch.block_getter import BlockGetter
 from lazyfs.fetch.disk_window import DiskWindow
 from lazyfs.fetch.jobs import Jobs
-from lazyfs.fetch.request import BlockGetter
 from lazyfs.fetch.shard_headers import ShardHeaders
 from lazyfs.fetch.tiers import Job
 from lazyfs.listed_object import File

@@ -18,7 +18,7 @@ import trio
 
 from lazyfs.errors import SourceError
 from lazyfs.faults import contained
-from lazyfs.fetch.request import PREFETCH_PATIENCE_S
+from lazyfs.fetch.block_getter import PREFETCH_PATIENCE_S
 from lazyfs.fetch.tiers import OriginTier
 from lazyfs.listed_object import File
 from lazyfs.model.safetensors import (

@@ -20,8 +20,8 @@ from lazyfs.blocks.memory import Held
 from lazyfs.cache import Claim
 from lazyfs.errors import SourceError
 from lazyfs.fetch.attempt import Got
+from lazyfs.fetch.block_getter import PREFETCH_PATIENCE_S, BlockGetter
 from lazyfs.fetch.read_access import ReadAccess
-from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter
 from lazyfs.listed_object import File
 from lazyfs.model.safetensors import HEAD_BYTES
 from lazyfs.movers.call import Nudge
@@ -141,7 +141,7 @@ class CacheTier(Protocol):
 
 
 class OriginTier:
-    """The last tier: S3, directly or through the fleet's cache (`request.py`).
+    """The last tier: S3, directly or through the fleet's cache (`block_getter.py`).
 
     Args:
         getter: makes the requests.

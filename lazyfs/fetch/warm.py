@@ -26,7 +26,7 @@ from lazyfs.cache.disk_calls import MOST_OTHERS, DiskCalls, DiskHangsError
 from lazyfs.cache.other_daemons import LEASE_S
 from lazyfs.errors import LazyfsError, ObjectChangedError, ObjectGoneError, SourceError
 from lazyfs.faults import the_error
-from lazyfs.fetch.request import BlockGetter
+from lazyfs.fetch.block_getter import BlockGetter
 from lazyfs.listed_object import File
 from lazyfs.model.directory import ModelFile
 from lazyfs.model.filenames import format_of, is_projector

@@ -30,7 +30,8 @@ from lazyfs.model.indexes import (
     shown,
 )
 from lazyfs.model.loading_order import natural_order, small_file_order
-from lazyfs.model.weight_sets import Choice, choose, group
+from lazyfs.model.weight_choice import Choice, choose
+from lazyfs.model.weight_sets import group
 from lazyfs.options.option_types import matches
 
 # Limits on the small files of one model that are fetched ahead.

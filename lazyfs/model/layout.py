@@ -1,7 +1,7 @@
 """Which files of a listing a model loader will read, and in which order. Pure.
 
 Each directory with weights gets a `ModelLayout`. Which of its weights are read is decided in
-`weight_sets.py`. This module decides about directories; `docs/MODELS.md` shows what comes of
+`weight_choice.py`. This module decides about directories; `docs/MODELS.md` shows what comes of
 it for published models:
 
 - **Copies in directories** (`original/`, `onnx/`, `openvino/`, ...) below a model are excluded. A

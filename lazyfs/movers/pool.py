@@ -20,40 +20,29 @@ work; if it stays silent, it is ended.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import math
-import os
-import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lazyfs.blocks import buffers
 from lazyfs.blocks.arena import Arena
 from lazyfs.faults import contained, report_fault
-from lazyfs.machine import stat_of
 from lazyfs.movers.call import (
     MOST_BYTES,
-    Line,
     MoverLostError,
     Nudge,
     Wire,
     message_of,
     value_of,
 )
+from lazyfs.movers.mover import Mover, MoverLine, start_mover
 
 log = logging.getLogger(__name__)
 
 # Movers end when nothing was moved for this time.
 MOST_IDLE_S = 30.0
-# A call that its task has left, and so is to end, takes no longer in a mover that is well.
-SILENT_S = 0.5
 # The pause after the death of a mover before another one starts; it grows while they keep dying.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 # Concurrent calls, or parts of them, of each mover before another one is started: they share an
@@ -61,43 +50,6 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 CALLS_OF_EACH = 6
 # How long a task that is in no hurry waits for a mover that is starting.
 LONGEST_START_S = 5.0
-# Prefixes of environment variables that movers inherit. Other variables may contain keys.
-_PASSED_ON = ("PATH", "PYTHON", "LD_", "LANG", "LC_", "TZ", "OPENSSL_")
-
-
-class _Line(Line):
-    """A line to a thread of a mover of this pool.
-
-    Attributes:
-        parts: how many things its present call does at once.
-    """
-
-    __slots__ = ("mover", "parts")
-
-    def __init__(self, mover: _Mover, channel: socket.socket) -> None:
-        super().__init__(channel)
-        self.mover = mover
-        self.parts = 1
-
-
-@dataclass(slots=True, eq=False)
-class _Mover:
-    """A mover.
-
-    Attributes:
-        left: its calls that their tasks have left, and when.
-        was_stopped: it was, when it was looked at last.
-    """
-
-    process: subprocess.Popen[bytes]
-    control: socket.socket
-    idle: list[_Line] = field(default_factory=list)
-    busy: int = 0
-    left: dict[_Line, float] = field(default_factory=dict)
-    was_stopped: bool = False
-
-    def is_silent(self, for_s: float = SILENT_S) -> bool:
-        return time.monotonic() - min(self.left.values(), default=math.inf) > for_s
 
 
 class Movers:
@@ -114,7 +66,7 @@ class Movers:
         self.count = count
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
-        self._movers: list[_Mover] = []
+        self._movers: list[Mover] = []
         self._starting = 0
         self._ended = False
         self._used_s = 0.0
@@ -228,7 +180,7 @@ class Movers:
         return value_of(told)
 
     def _done(
-        self, line: _Line, wire: Wire | None, ended: Callable[[], None], *, lost: bool
+        self, line: MoverLine, wire: Wire | None, ended: Callable[[], None], *, lost: bool
     ) -> None:
         """A call that a task awaited is over: the mover has answered, or closed the line."""
         line.mover.left.pop(line, None)
@@ -242,7 +194,7 @@ class Movers:
 
     def _go_on(
         self,
-        line: _Line,
+        line: MoverLine,
         buffer: memoryview | Sequence[memoryview],
         wire: Wire | None,
         ended: Callable[[], None],
@@ -257,7 +209,7 @@ class Movers:
 
     async def _drain(
         self,
-        line: _Line,
+        line: MoverLine,
         buffer: memoryview | Sequence[memoryview],
         wire: Wire | None,
         ended: Callable[[], None],
@@ -303,7 +255,7 @@ class Movers:
     def look_after(self) -> None:
         """End movers that stay silent, or all if none was used for a while. Called repeatedly."""
         for mover in list(self._movers):
-            was_stopped, mover.was_stopped = mover.was_stopped, _is_stopped(mover)
+            was_stopped, mover.was_stopped = mover.was_stopped, mover.is_stopped
             stays = mover.is_silent(MOST_IDLE_S) or (was_stopped and mover.was_stopped)
             if stays and self._remove(mover):
                 log.warning("a process that moves bytes does not answer: it is ended")
@@ -314,7 +266,7 @@ class Movers:
                 return
             movers, self._movers = self._movers, []
         for mover in movers:
-            _end(mover)
+            mover.end()
         buffers.free_idle()
 
     def close(self) -> None:
@@ -323,9 +275,9 @@ class Movers:
             self._ended = True
             movers, self._movers = self._movers, []
         for mover in movers:
-            _end(mover)
+            mover.end()
 
-    def _take(self, parts: int = 1) -> _Line:
+    def _take(self, parts: int = 1) -> MoverLine:
         with self._lock:
             self._used_s = time.monotonic()
             able = [mover for mover in self._movers if not mover.is_silent()]
@@ -338,12 +290,12 @@ class Movers:
             for mover in sorted(able, key=lambda each: each.busy):
                 if not mover.idle:
                     try:
-                        mover.idle.append(_new_line(mover))
+                        mover.add_line()
                     except OSError:  # it has ended, or this process may open no more files
                         if mover.process.poll() is not None:
                             self._movers.remove(mover)
                             self._rest()
-                            _end(mover)
+                            mover.end()
                         continue
                 mover.busy += parts
                 line = mover.idle.pop()
@@ -351,7 +303,7 @@ class Movers:
                 return line
         raise MoverLostError("none is running")
 
-    def _give_back(self, line: _Line) -> None:
+    def _give_back(self, line: MoverLine) -> None:
         with self._lock:
             self._used_s = time.monotonic()
             line.mover.busy -= line.parts
@@ -361,7 +313,7 @@ class Movers:
                 return
         line.close()
 
-    def _lose(self, line: _Line, *, is_over: bool = False) -> None:
+    def _lose(self, line: MoverLine, *, is_over: bool = False) -> None:
         """A call broke off: end its mover, and wait until it can use the buffer no longer.
 
         Args:
@@ -382,14 +334,14 @@ class Movers:
                 line.mover.process.poll(),
             )
 
-    def _remove(self, mover: _Mover) -> bool:
+    def _remove(self, mover: Mover) -> bool:
         """End a mover; False if it was ended before."""
         with self._lock:
             if mover not in self._movers:
                 return False
             self._movers.remove(mover)
             self._rest()
-        _end(mover)
+        mover.end()
         return True
 
     def _rest(self) -> None:
@@ -410,7 +362,7 @@ class Movers:
     def _start(self) -> None:
         mover = None
         try:
-            mover = _started(self._arena.descriptor, self._descriptors)
+            mover = start_mover(self._arena.descriptor, self._descriptors)
         except (OSError, EOFError) as error:
             log.warning("no process to move bytes could be started: %s", error)
         with self._lock:
@@ -421,53 +373,4 @@ class Movers:
             if not self._ended:
                 self._movers.append(mover)
                 return
-        _end(mover)
-
-
-def _started(arena: int, lent: Mapping[str, int]) -> _Mover:
-    """A mover that is ready. Raises OSError, EOFError."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        with theirs:
-            # Descriptors keep their numbers, which are named in the arguments.
-            passed = {"control": theirs.fileno(), "arena": arena, **lent}
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "lazyfs.movers.process", json.dumps(passed)],
-                pass_fds=list(passed.values()),
-                stdin=subprocess.DEVNULL,
-                cwd="/",
-                env={k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)},
-            )
-        if not ours.recv(16):
-            raise EOFError(f"it ended at once, with exit code {process.wait()}")
-    except BaseException:
-        ours.close()
-        raise
-    return _Mover(process, ours)
-
-
-def _new_line(mover: _Mover) -> _Line:
-    """A line to a new thread of a mover. Raises OSError."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        with theirs:
-            socket.send_fds(mover.control, [b"line"], [theirs.fileno()])
-    except OSError:
-        ours.close()
-        raise
-    return _Line(mover, ours)
-
-
-def _is_stopped(mover: _Mover) -> bool:
-    """Whether a signal has stopped a process."""
-    return stat_of(Path(f"/proc/{mover.process.pid}"))[:1] == ["T"]
-
-
-def _end(mover: _Mover) -> None:
-    """End a process that may be waiting in the kernel, without waiting for it."""
-    for line in mover.idle:
-        line.close()
-    mover.control.close()
-    mover.process.kill()
-    with contextlib.suppress(RuntimeError):  # no more threads are allowed: it stays a zombie
-        threading.Thread(target=mover.process.wait, name="end of a mover", daemon=True).start()
+        mover.end()

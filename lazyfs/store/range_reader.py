@@ -21,6 +21,7 @@ from lazyfs.store.cancel import Cancel
 from lazyfs.store.fleet_cache import REFRESH, FleetCache
 from lazyfs.store.http_answer import Answer, CutOffError
 from lazyfs.store.listing_page import Pinned
+from lazyfs.store.moved_requests import MovedRequests
 from lazyfs.store.request import Asked, RefusedError, Request, refuse
 from lazyfs.store.signed_client import Client
 from lazyfs.store.url import SourceUrl
@@ -57,6 +58,7 @@ class RangeReader:
     def __init__(self, url: SourceUrl, client: Client) -> None:
         self._url = url
         self._client = client
+        self._moved = MovedRequests(client)
         self._sends_if_match = True
         self._coding = AS_STORED
 
@@ -106,7 +108,7 @@ class RangeReader:
         def handle(answer: Answer, elsewhere: bool) -> int:
             return self._receive(answer, elsewhere, request, pin, start, into)
 
-        return self._found(await self._client.ask_mover(request, handle, cancel, ended), into)
+        return self._found(await self._moved.ask(request, handle, cancel, ended), into)
 
     def _found(
         self, answer: int | Asked | None, into: memoryview
@@ -141,14 +143,12 @@ class RangeReader:
         def tell(found: Sequence[tuple[int, memoryview, int | Asked]]) -> None:
             came([(which, self._found(answer, into)) for which, into, answer in found])
 
-        await self._client.ask_mover_for_each(
-            requests, buffers, handle, tell, nudge, patience_s, ended
-        )
+        await self._moved.ask_each(requests, buffers, handle, tell, nudge, patience_s, ended)
 
     @property
     def may_move(self) -> bool:
         """See `Ranges`."""
-        return self._client.may_move
+        return self._moved.may_be_made
 
     def read_cached(
         self,

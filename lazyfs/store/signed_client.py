@@ -9,10 +9,10 @@ import contextlib
 import logging
 import ssl
 import time
-from collections.abc import Callable, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from lazyfs import __version__
 from lazyfs.errors import (
@@ -24,7 +24,7 @@ from lazyfs.errors import (
     UnavailableError,
     UntrustedError,
 )
-from lazyfs.movers.call import MoverFaultError, MoverLostError, Nudge, error_of
+from lazyfs.movers.call import MoverFaultError, MoverLostError
 from lazyfs.store import mover_requests, ranges
 from lazyfs.store.addresses import (
     BadAddressError,
@@ -32,13 +32,12 @@ from lazyfs.store.addresses import (
 )
 from lazyfs.store.cancel import Cancel
 from lazyfs.store.fleet_cache import FleetCache
-from lazyfs.store.http import SILENCE_TIMEOUT_S
+from lazyfs.store.http import SILENCE_TIMEOUT_S, Transport
 from lazyfs.store.http_answer import Answer
 from lazyfs.store.live_credentials import LiveCredentials
 from lazyfs.store.mover_requests import NotMovedError
 from lazyfs.store.refusals import Refusal, printable
 from lazyfs.store.request import (
-    Asked,
     RedirectedError,
     RefusedError,
     Request,
@@ -47,7 +46,7 @@ from lazyfs.store.request import (
 )
 from lazyfs.store.resolved_source import Endpoint
 from lazyfs.store.servers import Servers
-from lazyfs.store.signing import Signer, SigningCredentials
+from lazyfs.store.signing import SigningCredentials
 
 if TYPE_CHECKING:
     from lazyfs.movers.pool import Movers
@@ -59,7 +58,6 @@ MOST_REDIRECTS = 5
 # How many peculiarities of a service are logged.
 MOST_NOTED = 50
 _AGENT = f"lazyfs/{__version__}"
-_NO_BYTES = memoryview(b"")
 
 
 class Client:
@@ -92,7 +90,7 @@ class Client:
         self.endpoint = endpoint
         self._credentials = credentials
         self._requester_pays = requester_pays
-        self._refuse_local = refuse_local
+        self.refuse_local = refuse_local
         self._servers = Servers(endpoint, refuse_local=refuse_local)
         self._noted: set[str] = set()
 
@@ -164,162 +162,46 @@ class Client:
             raise UnavailableError(
                 f"{what}: no usable answer from {self.endpoint.server} ({_cause(error)})"
             ) from error
-        if self._credentials and credentials:
-            self._credentials.worked(credentials)
+        self.worked(credentials)
         return answer
 
-    async def ask_mover(
-        self,
-        request: Request,
-        handle: Callable[[Answer, bool], T],
-        cancel: Cancel,
-        ended: Callable[[], None],
-    ) -> T | Asked | None:
-        """Make a request without a thread of this process, if a mover can make it.
+    @property
+    def present_credentials(self) -> SigningCredentials | None:
+        """The credentials that are here, without waiting for new ones."""
+        return self._credentials.present() if self._credentials else None
 
-        Args:
-            ended: called when the mover is done, see `Movers.run`.
-
-        Returns:
-            What `handle` returns for an ordinary answer. Any other answer is for `ask`, which may
-            have to wait. None: the request was not made.
-        """
-        try:
-            credentials = self._credentials.present() if self._credentials else None
-            server = self.endpoint.server
-            if self.movers is None or request.into is None or not self._may_move(credentials):
-                ended()
-                return None
-            _, signer = self._servers.get(server)
-            headers = self._headers(request, signer, credentials, {})
-        except BaseException:
-            ended()
-            raise
-        told: mover_requests.Told
-        try:
-            told = await self.movers.run(
-                mover_requests.receive, server, self.endpoint.authorities, self._refuse_local,
-                request.method, request.target, headers,
-                buffer=request.into, wire=cancel, ended=ended,
-            )  # fmt: skip
-        except OSError as error:
-            return Asked(error, credentials)
-        except (MoverLostError, MoverFaultError):
-            return None
-        return self._ordinary(told, request.into, handle, cancel, credentials)
-
-    async def ask_mover_for_each(
-        self,
-        requests: Sequence[Request],
-        buffers: MutableSequence[memoryview],
-        handle: Callable[[int, memoryview, Answer], T],
-        came: Callable[[Sequence[tuple[int, memoryview, T | Asked]]], None],
-        nudge: Nudge,
-        patience_s: float,
-        ended: Callable[[], None],
-    ) -> None:
-        """Have a mover make several requests at once, which differ in their ranges only.
-
-        Args:
-            buffers: for the body of each request. A buffer is taken out when it is told of.
-            handle: gets the position of a request, its buffer, and the answer.
-            came: called with the position of a request, its buffer, and what `ask_mover` would
-                return, of some requests at a time. It is not called with requests that were not
-                made.
-            nudge: sends `EACH` and `STOP` of `protocol.py` meanwhile.
-            patience_s: after this time, in seconds, what is missing is cut off.
-            ended: called when the mover is done, see `Movers.run`.
-        """
-        try:
-            credentials = self._credentials.present() if self._credentials else None
-            if self.movers is None or not self._may_move(credentials):
-                ended()
-                return
-            _, signer = self._servers.get(self.endpoint.server)
-            headers = self._headers(requests[0], signer, credentials, {})
-        except BaseException:
-            ended()
-            raise
-
-        def tell(parts: Sequence[tuple[int, Any]]) -> None:
-            found: list[tuple[int, memoryview, T | Asked]] = []
-            for which, told in parts:
-                into, buffers[which] = buffers[which], _NO_BYTES
-                handle_it = partial(self._handle_one, handle, which, into)
-                answer = error_of(told) if told and "kind" in told else told
-                found.append(
-                    (which, into, self._ordinary(answer, into, handle_it, Cancel(), credentials))
-                )
-            came(found)
-
-        try:
-            rest = await self.movers.run(
-                mover_requests.receive_each, self.endpoint.server, self.endpoint.authorities,
-                self._refuse_local, requests[0].target, headers,
-                [request.headers["Range"] for request in requests], patience_s,
-                buffer=buffers, ended=ended, came=tell, nudge=nudge, parts=len(buffers),
-            )  # fmt: skip
-        except (MoverLostError, MoverFaultError, OSError):
-            return
-        tell(rest)
+    def can_sign_with(self, credentials: SigningCredentials | None) -> bool:
+        """Whether requests can be made with these credentials, or without any."""
+        return self._credentials is None or credentials is not None
 
     @property
-    def may_move(self) -> bool:
-        """Whether movers may make requests now."""
-        credentials = self._credentials.present() if self._credentials else None
-        return self.movers is not None and self._may_move(credentials)
+    def transport(self) -> Transport:
+        """The connections to our own service."""
+        return self._servers.get(self.endpoint.server)[0]
 
-    @staticmethod
-    def _handle_one(
-        handle: Callable[[int, memoryview, Answer], T],
-        which: int,
-        into: memoryview,
-        answer: Answer,
-        elsewhere: bool,
-    ) -> T:
-        """Handle an answer to one of several requests; `elsewhere` is false."""
-        return handle(which, into, answer)
+    def worked(self, credentials: SigningCredentials | None) -> None:
+        """The service accepted a request that was signed with these credentials."""
+        if self._credentials and credentials:
+            self._credentials.worked(credentials)
 
-    def _may_move(self, credentials: SigningCredentials | None) -> bool:
-        """Whether a mover may make a request now, with these credentials."""
-        has_keys = self._credentials is None or credentials is not None
-        return has_keys and self._is_moved(self.endpoint.server)
-
-    def _ordinary(
-        self,
-        told: mover_requests.Told,
-        into: memoryview,
-        handle: Callable[[Answer, bool], T],
-        cancel: Cancel,
-        credentials: SigningCredentials | None,
-    ) -> T | Asked:
-        """Handle what a mover told of a request, if it is an ordinary answer; see `ask_mover`."""
-        if isinstance(told, dict) and told["filled"]:
-            transport, _ = self._servers.get(self.endpoint.server)
-            # Its status is that of a success, so it is no refusal and no redirect.
-            with contextlib.suppress(
-                ranges.ChangedError, ranges.OtherRangeError, ranges.IgnoresRangeError, OSError
-            ):
-                answer = mover_requests.understand(
-                    told, transport, lambda answer: handle(answer, False), cancel, into
-                )
-                if self._credentials and credentials:
-                    self._credentials.worked(credentials)
-                return answer
-        return Asked(told, credentials)
-
-    def _headers(
+    def headers(
         self,
         request: Request,
-        signer: Signer,
         credentials: SigningCredentials | None,
-        signed: Mapping[str, str],
+        signed: Mapping[str, str] = MappingProxyType({}),
+        server: str = "",
     ) -> dict[str, str]:
-        """The headers of a request to our own service."""
+        """The headers of a request to our own service.
+
+        Args:
+            signed: further headers, which are signed.
+            server: of the service; empty: the endpoint.
+        """
         if self._requester_pays:
             signed = {**signed, "x-amz-request-payer": "requester"}
         headers = {**request.headers, "User-Agent": _AGENT, **signed}
         if credentials is not None:
+            _, signer = self._servers.get(server or self.endpoint.server)
             headers |= signer.headers(
                 request.method, request.path, request.query, signed, credentials
             )
@@ -340,7 +222,7 @@ class Client:
         """
         credentials = self._credentials.current() if self._credentials else None
         _, signer = self._servers.get(self.endpoint.server)
-        headers = {"Host": signer.host, **self._headers(request, signer, credentials, {})}
+        headers = {"Host": signer.host, **self.headers(request, credentials)}
         return cache.ask(request.target, headers, lambda answer: handle(answer, False), cancel)
 
     def _takes_clock_of(self, refusal: Refusal) -> bool:
@@ -364,7 +246,7 @@ class Client:
         Raises:
             UnavailableError: the same error for a closed port, for silence and for other servers.
         """
-        if self._refuse_local:
+        if self.refuse_local:
             log.info("%s: %s: %s", what, type(error).__name__, printable(str(error)))
             raise UnavailableError(f"{what}: no usable answer of S3") from error
 
@@ -378,16 +260,16 @@ class Client:
     ) -> T:
         server, elsewhere = self.endpoint.server, False
         for _ in range(MOST_REDIRECTS + 1):
-            transport, signer = self._servers.get(server)
+            transport, _ = self._servers.get(server)
             if elsewhere:
                 headers = {**request.headers, "User-Agent": _AGENT}
             else:
-                headers = self._headers(request, signer, credentials, signed)
+                headers = self.headers(request, credentials, signed, server)
             handle_here = lambda answer, elsewhere=elsewhere: unless_redirected(  # noqa: E731
                 answer, lambda answer: handle(answer, elsewhere)
             )
             try:
-                if self.movers and request.into is not None and self._is_moved(server):
+                if self.movers and request.into is not None and self.is_moved(server):
                     with contextlib.suppress(NotMovedError, MoverLostError, MoverFaultError):
                         if request.asked is not None:
                             return mover_requests.understand(
@@ -395,7 +277,7 @@ class Client:
                             )
                         return mover_requests.exchange(
                             self.movers, transport, server, self.endpoint.authorities,
-                            self._refuse_local, request.method, request.target, headers,
+                            self.refuse_local, request.method, request.target, headers,
                             handle_here, cancel, request.into,
                         )  # fmt: skip
                 return transport.exchange(
@@ -408,7 +290,7 @@ class Client:
                 self.note(f"redirects to {printable(server)}")
         raise BadRedirectError(f"redirected more than {MOST_REDIRECTS} times")
 
-    def _is_moved(self, server: str) -> bool:
+    def is_moved(self, server: str) -> bool:
         """Whether a mover may contact that server: only the endpoint, and only without a proxy."""
         return server == self.endpoint.server and not self.endpoint.proxy
 

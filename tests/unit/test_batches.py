@@ -28,11 +28,11 @@ from lazyfs.blocks.memory import BlockMemory
 from lazyfs.cache import BlockCache, Claim
 from lazyfs.cache.space import Limits
 from lazyfs.errors import FaultError, ThrottledError, UnavailableError
-from lazyfs.fetch import request
 from lazyfs.fetch.attempt import Got
+from lazyfs.fetch.attempt import Request as BlockRequest
+from lazyfs.fetch.block_getter import LEAVES_S, BlockGetter
 from lazyfs.fetch.concurrency import START
 from lazyfs.fetch.jobs import Jobs
-from lazyfs.fetch.request import BlockGetter
 from lazyfs.fetch.scheduler import Scheduler
 from lazyfs.fetch.shard_headers import ShardHeaders
 from lazyfs.fetch.tiers import Batch, Came, Job, OriginTier, Tiers
@@ -390,10 +390,10 @@ def test_blocks_are_requested_together_where_many_are_under_way(
     async def steps(machine: Machine) -> None:
         assert machine.getter.together == 1, "before it is known how long a block takes"
         for _ in range(START):
-            machine.getter._timer.answered(0.1)
+            machine.getter.hedger.timer.answered(0.1)
         assert machine.getter.together == together
         for _ in range(30):
-            machine.getter._timer.answered(machine.getter.limit / 30)
+            machine.getter.hedger.timer.answered(machine.getter.limit / 30)
         assert machine.getter.together == 1, "of a slow link"
 
     play(steps, **options)
@@ -449,12 +449,12 @@ def test_a_call_that_does_not_end_is_left_and_its_memory_counts_until_it_does() 
             await trio.sleep(0.1)
             machine.link.tells([(1, memoryview(b"bbbb"))])
         took_s = trio.current_time() - began_s
-        assert took_s == pytest.approx(machine.link.patience_s + request.LEAVES_S)
+        assert took_s == pytest.approx(machine.link.patience_s + LEAVES_S)
         assert machine.recorder.in_flight["get"] == 0
         assert machine.memory.used_bytes == 4
         machine.link.ended()
         assert (machine.memory.used_bytes, machine.made_room) == (0, 1)
-        assert machine.getter._timer.delay_s == machine.link.patience_s, "and is no measure"
+        assert machine.getter.hedger.timer.delay_s == machine.link.patience_s, "and is no measure"
 
     play(steps)
 
@@ -462,11 +462,11 @@ def test_a_call_that_does_not_end_is_left_and_its_memory_counts_until_it_does() 
 def test_a_call_that_no_mover_makes_says_nothing_about_the_link() -> None:
     async def steps(machine: Machine) -> None:
         await machine.warm()
-        before_s = machine.getter._timer.delay_s
+        before_s = machine.getter.hedger.timer.delay_s
         machine.link.may_end.set()
         await machine.get(4, 8)
         assert (machine.told, machine.recorder.in_flight["get"]) == ([], 0)
-        assert machine.getter._timer.delay_s == before_s
+        assert machine.getter.hedger.timer.delay_s == before_s
 
     play(steps)
 
@@ -952,7 +952,7 @@ def test_blocks_that_came_together_show_that_the_mount_may_read_the_file() -> No
 def test_limits_that_change_are_followed() -> None:
     async def steps(machine: Machine) -> None:
         for _ in range(START):
-            machine.getter._timer.answered(0.1)
+            machine.getter.hedger.timer.answered(0.1)
         machine.getter.tune(MountOptions(movers=8, bandwidth_limit=10**9))
         assert machine.getter.together == 1
         machine.getter.tune(MountOptions(movers=8))
@@ -966,8 +966,8 @@ def test_limits_that_change_are_followed() -> None:
 def test_a_late_request_is_overtaken_once_by_all_that_came_together() -> None:
     async def steps(machine: Machine) -> None:
         await machine.warm()
-        late = request.Request(FILE, 0, 4, trio.current_time() - 100, lambda: True)
-        machine.getter._first_attempts[late] = None
+        late = BlockRequest(FILE, 0, 4, trio.current_time() - 100, lambda: True)
+        machine.getter.hedger._first_attempts[late] = None
         machine.getter._block_size = 4
         async with trio.open_nursery() as nursery:
             nursery.start_soon(machine.get, 4, 8, 12)

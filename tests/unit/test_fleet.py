@@ -21,8 +21,8 @@ from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.memory import BlockMemory
 from lazyfs.errors import AccessDeniedError, ObjectChangedError, OptionError, SourceError
 from lazyfs.fetch import fleet_policy
+from lazyfs.fetch.block_getter import BlockGetter
 from lazyfs.fetch.fleet_policy import REST_S, State
-from lazyfs.fetch.request import BlockGetter
 from lazyfs.listed_object import File
 from lazyfs.observe.recorder import Recorder, Tier
 from lazyfs.options.mount_options import MountOptions

@@ -23,6 +23,7 @@ from lazyfs.cache.block_io import NewFile, read_block, write_blocks
 from lazyfs.machine import stat_of
 from lazyfs.movers import pool
 from lazyfs.movers.call import MOST_BYTES, MoverFaultError, MoverLostError
+from lazyfs.movers.mover import SILENT_S, Mover
 from lazyfs.movers.pool import Movers
 
 SIZE = 3 << 20
@@ -212,11 +213,9 @@ def test_a_call_that_breaks_off_leaves_the_buffer_alone(
             if connection is not None:
                 raise RuntimeError("refused")
 
-    end_mover = pool._end
+    end = Mover.end
     # A process does not end at once.
-    monkeypatch.setattr(
-        pool, "_end", lambda mover: threading.Timer(0.3, end_mover, [mover]).start()
-    )
+    monkeypatch.setattr(Mover, "end", lambda mover: threading.Timer(0.3, end, [mover]).start())
     called(movers, fill, 0)
     buffer = take_buffer(SIZE)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -379,7 +378,7 @@ def test_a_mover_that_is_stopped_gets_no_calls_until_it_answers(movers: Movers) 
                 await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
         assert answered == {other}
-        await trio.sleep(2 * pool.SILENT_S)
+        await trio.sleep(2 * SILENT_S)
         with trio.fail_after(120):
             assert stopped not in await pids()
             while len(await pids()) < 2:
@@ -420,7 +419,7 @@ def test_a_mover_that_stays_stopped_loses_its_calls(movers: Movers) -> None:
     assert isinstance(pid, int)
     [mover] = [mover for mover in movers._movers if mover.process.pid == pid]
     os.kill(pid, signal.SIGSTOP)
-    wait_until(lambda: pool._is_stopped(mover))
+    wait_until(lambda: mover.is_stopped)
     lost: list[MoverLostError] = []
 
     def call() -> None:

@@ -18,7 +18,7 @@ from lazyfs.blocks.file_blocks import Place
 from lazyfs.blocks.memory import Held
 from lazyfs.cache import BlockCache, Claim, other_daemons
 from lazyfs.errors import AccessDeniedError, SourceError, UnavailableError
-from lazyfs.fetch import request, scheduler
+from lazyfs.fetch import hedger, scheduler
 from lazyfs.fetch.concurrency import START
 from lazyfs.fetch.fetcher import BlockFetcher
 from lazyfs.fetch.scheduler import BESIDE_FIRST, LOADERS, URGENT_EXTRA
@@ -152,7 +152,7 @@ class Pages:
 @pytest.fixture(autouse=True)
 def _no_second_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine, requests may take longer than usual."""
-    monkeypatch.setattr(request, "HEDGES", 0)
+    monkeypatch.setattr(hedger, "HEDGES", 0)
 
 
 class Machine:

@@ -13,7 +13,7 @@ from inline_threads import InlineThreads
 
 from lazyfs.errors import SourceError, UnavailableError
 from lazyfs.fetch.attempt import Got
-from lazyfs.fetch.request import PREFETCH_PATIENCE_S
+from lazyfs.fetch.block_getter import PREFETCH_PATIENCE_S
 from lazyfs.fetch.shard_headers import AT_ONCE, PUSHERS, ShardHeaders, heads_limit
 from lazyfs.fetch.tiers import OriginTier
 from lazyfs.listed_object import File

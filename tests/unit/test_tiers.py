@@ -19,9 +19,9 @@ from lazyfs.cache.disk_calls import DiskHangsError
 from lazyfs.cache.other_daemons import LEASE_S, LOOK_S, OtherDaemons
 from lazyfs.errors import AccessDeniedError, SourceError, UnavailableError
 from lazyfs.fetch.attempt import Got
+from lazyfs.fetch.block_getter import PREFETCH_PATIENCE_S, BlockGetter
 from lazyfs.fetch.disk_tier import FORMER_LEASE_S, FORMER_S, SEEN_S, DiskTier
 from lazyfs.fetch.disks import Disks
-from lazyfs.fetch.request import PREFETCH_PATIENCE_S, BlockGetter
 from lazyfs.fetch.tiers import Job, OriginTier, Tiers
 from lazyfs.listed_object import File
 from lazyfs.model.safetensors import HEAD_BYTES

@@ -15,8 +15,9 @@ from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.file_blocks import Place
 from lazyfs.blocks.memory import BlockMemory, Held
 from lazyfs.errors import AccessDeniedError, SourceError, ThrottledError, UnavailableError
-from lazyfs.fetch import request
-from lazyfs.fetch.request import HEDGES, SILENT_S, BlockGetter
+from lazyfs.fetch import hedger
+from lazyfs.fetch.block_getter import BlockGetter
+from lazyfs.fetch.hedger import HEDGES, SILENT_S
 from lazyfs.listed_object import File
 from lazyfs.observe.events import Cause, EventKind
 from lazyfs.observe.recorder import Recorder
@@ -141,7 +142,7 @@ class Mount:
 def no_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses are the longest that they can be."""
     monkeypatch.setattr(retry.random, "random", lambda: 1.0)
-    monkeypatch.setattr(request.random, "random", lambda: 1.0)
+    monkeypatch.setattr(hedger.random, "random", lambda: 1.0)
 
 
 def play(steps: Callable[[Mount], Awaitable[None]], *, warm: bool = True, **options: Any) -> Mount:

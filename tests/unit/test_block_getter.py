@@ -18,8 +18,9 @@ from inline_threads import InlineThreads
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.memory import BlockMemory
 from lazyfs.errors import AccessDeniedError, SourceError, ThrottledError, UnavailableError
-from lazyfs.fetch import request
-from lazyfs.fetch.request import HEDGES, OVERTAKEN, BlockGetter
+from lazyfs.fetch import hedger
+from lazyfs.fetch.block_getter import BlockGetter
+from lazyfs.fetch.hedger import HEDGES, OVERTAKEN
 from lazyfs.listed_object import File
 from lazyfs.observe.events import Cause
 from lazyfs.observe.recorder import Recorder
@@ -377,7 +378,7 @@ class LateLink(DeadLink):
 def test_a_link_that_comes_back_before_the_second_attempt_costs_no_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(request, "SILENT_S", 0.1)
+    monkeypatch.setattr(hedger, "SILENT_S", 0.1)
 
     async def run() -> None:
         memory = BlockMemory(64, 4, BlockMap(4), lambda: 1)
@@ -405,7 +406,7 @@ def test_a_link_that_comes_back_before_the_second_attempt_costs_no_room(
             link.is_back.set()
             await trio.testing.wait_all_tasks_blocked()
             threads.gate.set()
-        assert (link.asked, memory.used_bytes, getter._hedges_running) == (9, 0, 0)
+        assert (link.asked, memory.used_bytes, getter.hedger.running) == (9, 0, 0)
 
     trio.run(run, clock=trio.testing.MockClock(autojump_threshold=0))
 
@@ -420,7 +421,7 @@ def test_an_answer_in_the_moment_of_a_second_attempt_costs_no_room() -> None:
         ) -> memoryview | None:  # fmt: skip
             self.asked += 1
             try:
-                await trio.sleep(getter._timer.delay_s)
+                await trio.sleep(getter.hedger.timer.delay_s)
                 return memoryview(bytes(length))
             finally:
                 ended()
@@ -429,7 +430,7 @@ def test_an_answer_in_the_moment_of_a_second_attempt_costs_no_room() -> None:
         for _ in range(40):
             await getter.get(FILE, 0, 4, patience_s=lambda: 60.0, saturated=lambda: False)
             await trio.testing.wait_all_tasks_blocked()
-        assert (memory.used_bytes, getter._hedges_running) == (0, 0)
+        assert (memory.used_bytes, getter.hedger.running) == (0, 0)
 
     memory = BlockMemory(64, 4, BlockMap(4), lambda: 1)
     getter = BlockGetter(

@@ -1,0 +1,45 @@
+"""What is left over in a cache directory, and removed: files without a row, rows without a file."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+from lazyfs.cache.block_files import BlockFiles
+from lazyfs.cache.claims import Claims
+from lazyfs.cache.index import BlockIndex
+
+# How often a directory is swept.
+SWEEP_S = 3600.0
+
+
+def is_due(descriptor: int) -> bool:
+    """Whether the last sweep is long ago, by the time of a file; a time in the future is."""
+    return not 0 <= time.time() - os.fstat(descriptor).st_mtime < SWEEP_S
+
+
+def sweep(
+    index: BlockIndex,
+    files: BlockFiles,
+    claims: Claims | None,
+    adopt: Callable[[str], bool] | None,
+) -> None:
+    """Remove files without a row and rows without a file.
+
+    Args:
+        claims: of the directory; a row whose file is being written is claimed.
+        adopt: makes the row of a file again, or returns false; None: the index was not lost.
+    """
+    names = files.names()
+    # Rows after files: a file that was listed had its row before it existed.
+    rows = {row.filename: row for row in index.rows()}
+    for filename in names:
+        if filename not in rows and not (adopt and adopt(filename)):
+            files.remove([filename])
+    there = set(names)
+    for row in rows.values():
+        unfinished = row.is_pending and not (claims and claims.is_taken(row.key))
+        if unfinished or not (row.filename in there or files.path(row.filename).exists()):
+            index.discard(row.key, row.filename)
+            files.remove([row.filename])
