@@ -107,6 +107,16 @@ def stat_of(task: Path) -> list[str]:
         return []
 
 
+def processor_time_s(task: Path) -> float:
+    """Processor time of a process or thread in seconds; 0 if there is none (proc(5), stat).
+
+    Args:
+        task: as of `stat_of`.
+    """
+    ticks = stat_of(task)[11:13]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+
 def _meminfo(name: str) -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith(f"{name}:"):

@@ -19,6 +19,8 @@ from lazyfs.movers.pool import Movers
 class _Process:
     """In the place of a process. It ends with its control socket."""
 
+    pid = 0  # there is none
+
     def poll(self) -> None: ...
 
     def kill(self) -> None: ...

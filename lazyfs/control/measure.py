@@ -81,6 +81,10 @@ def _s3(status: Status) -> Values:
         "lazyfs_s3_requests_limit": [({}, status.fetcher.requests_limit)],
         "lazyfs_movers": [({}, status.movers.running)],
         "lazyfs_movers_lost_total": [({}, status.movers.lost)],
+        "lazyfs_cpu_seconds_total": [
+            ({"process": "worker"}, time.process_time()),
+            ({"process": "movers"}, status.movers.processor_s),
+        ],
         "lazyfs_s3_received_bytes_total": [({}, recorder.received_bytes)],
         "lazyfs_s3_retries_total": [
             ({"cause": cause.label}, count) for cause, count in recorder.retries.items()

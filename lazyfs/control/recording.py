@@ -13,6 +13,7 @@ def recording(status: Status) -> dict[str, Any]:
     """The record, as values that JSON supports."""
     recorder, options = status.recorder, status.options
     path = status.catalog.tree.path
+    worker_s, movers_s = recorder.processor_s
     directories = [str(one.path) for one in status.cache.directories] if status.cache else []
     return {
         "about": {
@@ -21,7 +22,8 @@ def recording(status: Status) -> dict[str, Any]:
             "version": __version__,
             "mounted_at_s": status.mounted_ns / 10**9,
             "processors": machine.usable_processors(),
-            "processor_s": recorder.processor_s,
+            "processor_s": worker_s,
+            "movers_s": movers_s,
             # None: no file was read with O_DIRECT.
             "direct_reads_use_page_cache": status.filesystem.direct.continued,
             "options": {

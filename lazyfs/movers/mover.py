@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lazyfs.machine import stat_of
+from lazyfs.machine import processor_time_s, stat_of
 from lazyfs.movers.call import Line
 
 # A call that its task has left, and so is to end, takes no longer in a mover that is well.
@@ -74,6 +74,11 @@ class Mover:
             ours.close()
             raise
         self.idle.append(MoverLine(self, ours))
+
+    @property
+    def processor_s(self) -> float:
+        """Its processor time in seconds; 0: it has ended."""
+        return processor_time_s(Path(f"/proc/{self.process.pid}"))
 
     @property
     def is_stopped(self) -> bool:

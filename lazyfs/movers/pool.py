@@ -73,6 +73,7 @@ class Movers:
         self._pause_s = 0.0
         self._not_before_s = 0.0
         self.lost = 0
+        self._ended_s = 0.0
         if count:
             self._arena = Arena()
             buffers.share(self._arena)
@@ -81,6 +82,12 @@ class Movers:
     def running(self) -> int:
         """The present number of processes."""
         return len(self._movers)
+
+    @property
+    def processor_s(self) -> float:
+        """Processor time of all movers so far, in seconds."""
+        with self._lock:
+            return self._ended_s + sum(mover.processor_s for mover in self._movers)
 
     def lend(self, name: str, descriptor: int) -> None:
         """Let movers that start from now on inherit a descriptor; see `context.lent`."""
@@ -266,7 +273,7 @@ class Movers:
                 return
             movers, self._movers = self._movers, []
         for mover in movers:
-            mover.end()
+            self._end(mover)
         buffers.free_idle()
 
     def close(self) -> None:
@@ -275,7 +282,7 @@ class Movers:
             self._ended = True
             movers, self._movers = self._movers, []
         for mover in movers:
-            mover.end()
+            self._end(mover)
 
     def _take(self, parts: int = 1) -> MoverLine:
         with self._lock:
@@ -295,7 +302,7 @@ class Movers:
                         if mover.process.poll() is not None:
                             self._movers.remove(mover)
                             self._rest()
-                            mover.end()
+                            self._end(mover)
                         continue
                 mover.busy += parts
                 line = mover.idle.pop()
@@ -341,8 +348,12 @@ class Movers:
                 return False
             self._movers.remove(mover)
             self._rest()
-        mover.end()
+        self._end(mover)
         return True
+
+    def _end(self, mover: Mover) -> None:
+        self._ended_s += mover.processor_s
+        mover.end()
 
     def _rest(self) -> None:
         self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LONGEST_PAUSE_S)
@@ -373,4 +384,4 @@ class Movers:
             if not self._ended:
                 self._movers.append(mover)
                 return
-        mover.end()
+        self._end(mover)

@@ -104,6 +104,10 @@ METRICS = (
         "lazyfs_movers_lost_total", "counter", "Calls lost because a process that moves bytes "
         "ended; the worker made each of them itself.",
     ),
+    Metric(
+        "lazyfs_cpu_seconds_total", "counter", "Processor time of the mount's present worker, and "
+        "of the processes that move bytes for it.", ("process",),
+    ),
     Metric("lazyfs_s3_received_bytes_total", "counter", "Bytes of objects received from S3."),
     Metric(
         "lazyfs_s3_retries_total", "counter", "Requests to S3 that were retried, by "

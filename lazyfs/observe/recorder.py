@@ -68,9 +68,10 @@ class Recorder:
         self._now_s = now_s
         self._began_s = now_s()
         self.open_files = 0
-        # Processor time of this process while files were open, and since when it is not counted.
-        self._processor_s = 0.0
-        self._counted_s = 0.0
+        # The processor time of the processes that move bytes for this one, in seconds.
+        self.movers_s: Callable[[], float] = lambda: 0.0
+        # Processor times while files were open, and what they were when the first was opened.
+        self._processor_s = self._counted_s = 0.0, 0.0
         self.events = EventRing()
         self.files: list[File] = []
         self._numbers: dict[int, int] = {}
@@ -149,22 +150,27 @@ class Recorder:
             del openers[next(iter(openers))]
         self._seen.pop(file.inode, None)
         if not self.open_files:
-            self._counted_s = time.process_time()
+            self._counted_s = self._clocks()
         self.open_files += 1
         self.events.add(self.uptime_s, EventKind.OPENED, direct, self._number(file))
 
     def closed(self, file: File) -> None:
         """A file handle was released. It may have been opened under a previous worker."""
         if self.open_files == 1:
-            self._processor_s += time.process_time() - self._counted_s
+            self._processor_s = self.processor_s
         self.open_files = max(0, self.open_files - 1)
         self.events.add(self.uptime_s, EventKind.CLOSED, file=self._number(file))
 
     @property
-    def processor_s(self) -> float:
-        """Processor time of this process, in seconds, while files were open."""
-        now_s = time.process_time() - self._counted_s if self.open_files else 0.0
-        return self._processor_s + now_s
+    def processor_s(self) -> tuple[float, float]:
+        """Processor time of this process, and of its movers, in seconds, while files were open."""
+        if not self.open_files:
+            return self._processor_s
+        before, began, now = self._processor_s, self._counted_s, self._clocks()
+        return before[0] + now[0] - began[0], before[1] + now[1] - began[1]
+
+    def _clocks(self) -> tuple[float, float]:
+        return time.process_time(), self.movers_s()
 
     def was_opened(self, file: File) -> bool:
         """Whether the file was opened since the worker started."""

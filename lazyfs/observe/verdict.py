@@ -74,7 +74,7 @@ Explained = tuple[str, str, str]
 def _network(load: Load) -> Explained:
     options = load.recording.about["options"]
     limit, best = options["bandwidth_limit"], load.best_rate()
-    busy, processors = _busy_processors(load)
+    worker, movers, processors = _busy_processors(load)
     if isinstance(limit, int) and best >= BANDWIDTH_LIMIT_SHARE * limit:
         return (
             "bandwidth-limit",
@@ -82,10 +82,11 @@ def _network(load: Load) -> Explained:
             "Raise --bandwidth-limit, or remove it.",
         )
     why = f"blocks were in flight from S3; the best rate over a second was {format_size(best)}/s."
-    if busy >= BUSY_SHARE * processors or (busy >= ONE_BUSY and not options.get("movers")):
+    is_full = worker + movers >= BUSY_SHARE * processors
+    if is_full or (worker >= ONE_BUSY and not options.get("movers")):
         return (
             "processor",
-            f"{why} The worker used {busy:.1f} of {processors} processors for them.",
+            f"{why} {_used(worker, movers, processors)} for them.",
             "Give the mount more processors"
             + (", and --movers." if processors >= LEAST_FOR_MOVERS else "."),
         )
@@ -105,12 +106,22 @@ def _network(load: Load) -> Explained:
     )
 
 
-def _busy_processors(load: Load) -> tuple[float, int]:
-    """How many processors the worker used while files were open, and of how many."""
+def _busy_processors(load: Load) -> tuple[float, float, int]:
+    """How many processors worker and movers used while files were open, and of how many."""
     about = load.recording.about
-    if load.duration_s <= 0 or "processor_s" not in about:
-        return 0.0, about.get("processors", 1)
-    return about["processor_s"] / load.duration_s, about["processors"]
+    if load.duration_s <= 0:
+        return 0.0, 0.0, about.get("processors", 1)
+    # Workers of former versions do not tell all of it.
+    worker_s, movers_s = about.get("processor_s", 0.0), about.get("movers_s", 0.0)
+    return worker_s / load.duration_s, movers_s / load.duration_s, about.get("processors", 1)
+
+
+def _used(worker: float, movers: float, processors: int) -> str:
+    if movers:
+        return (
+            f"The worker used {worker:.1f} and its movers {movers:.1f} of {processors} processors"
+        )
+    return f"The worker used {worker:.1f} of {processors} processors"
 
 
 def _throttled(load: Load) -> Explained:
@@ -238,11 +249,9 @@ def _facts(load: Load) -> tuple[str, ...]:
         facts.append(f"{demanded / total:.0%} came only when a reader waited for them.")
     if load.has_direct:
         facts.append(_DIRECT[load.recording.about.get("direct_reads_use_page_cache")])
-    busy, processors = _busy_processors(load)
-    if busy:
-        facts.append(
-            f"The worker used {busy:.1f} of {processors} processors while files were open."
-        )
+    worker, movers, processors = _busy_processors(load)
+    if worker:
+        facts.append(f"{_used(worker, movers, processors)} while files were open.")
     no_room_s = load.activity_s.get(Activity.NO_ROOM, 0.0)
     if no_room_s > READER_LIMIT_SHARE * load.duration_s:
         facts.append(

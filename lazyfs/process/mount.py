@@ -162,6 +162,7 @@ async def _serve(
     page_cache = PageCache(options.page_cache)
     movers = Movers(options.movers)
     if movers.count:
+        recorder.movers_s = lambda: movers.processor_s
         source.use(movers)
         page_cache.movers = movers
         if cache:

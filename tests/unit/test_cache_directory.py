@@ -16,9 +16,10 @@ from lazyfs.blocks.buffers import take_buffer
 from lazyfs.cache import block_io
 from lazyfs.cache import directory as module
 from lazyfs.cache.block_format import Content
-from lazyfs.cache.directory import DAMAGED_SHOWN, SWEEP_S, CacheCounters, CacheDirectory
+from lazyfs.cache.directory import DAMAGED_SHOWN, CacheCounters, CacheDirectory
 from lazyfs.cache.index import BlockIndex, IndexCorruptError, IndexFailedError
 from lazyfs.cache.space import Limits
+from lazyfs.cache.sweep import SWEEP_S
 from lazyfs.movers.pool import Movers
 
 BLOCK = 4096

@@ -161,6 +161,15 @@ def test_a_worker_that_uses_all_processors_that_it_can_is_the_limit(
         assert ("--movers" in verdict.advice) == (processors >= 4)
 
 
+def test_movers_count_as_processors_that_a_load_used() -> None:
+    verdict = waited_for_s3(processors=16, processor_s=2.0, movers_s=30.8, options={"movers": 8})
+    assert verdict.limit == "processor"
+    used = "The worker used 0.5 and its movers 7.7 of 16 processors while files were open."
+    assert used in verdict.facts
+    verdict = waited_for_s3(processors=16, processor_s=2.0, movers_s=20.0, options={"movers": 8})
+    assert verdict.limit == "network"
+
+
 def test_a_worker_of_a_version_that_did_not_tell_its_processor_time() -> None:
     assert waited_for_s3().limit == "network"
 

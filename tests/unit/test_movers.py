@@ -73,6 +73,12 @@ def wait_for(port: int, data: memoryview) -> int:
         return connection.recv_into(data)
 
 
+def work(seconds: float, data: memoryview) -> None:
+    until_s = time.process_time() + seconds
+    while time.process_time() < until_s:
+        pass
+
+
 def write_for_ever(port: int, data: memoryview) -> None:
     from lazyfs.movers.context import tell_wire
 
@@ -505,6 +511,21 @@ def test_a_long_call_is_not_idle(movers: Movers, monkeypatch: pytest.MonkeyPatch
     assert movers.running == 0, "now it is"
 
 
+def test_processor_time_of_movers_is_counted_when_they_have_ended(
+    movers: Movers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert movers.processor_s == 0
+    called(movers, work, 0.3)
+    used_s = movers.processor_s
+    assert used_s >= 0.25, "and ticks of 10 ms"
+    monkeypatch.setattr(pool, "MOST_IDLE_S", -1.0)
+    movers.look_after()
+    assert movers.running == 0
+    assert movers.processor_s >= used_s
+    called(movers, work, 0.3)
+    assert movers.processor_s >= used_s + 0.25
+
+
 def test_a_mover_that_ended_before_its_first_call_is_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -537,7 +558,7 @@ def test_movers_survive_a_lack_of_descriptors(
         raise OSError(24, "Too many open files")
 
     with monkeypatch.context() as patched:
-        patched.setattr(pool.socket, "socketpair", refuse)
+        patched.setattr(socket, "socketpair", refuse)
         for mover in movers._movers:
             mover.idle.clear()
         with pytest.raises(MoverLostError):

@@ -7,6 +7,7 @@ import pytest
 from lazyfs.blocks import BlockId, Span
 from lazyfs.errors import ThrottledError, UnavailableError
 from lazyfs.listed_object import File
+from lazyfs.observe import recorder as recorder_module
 from lazyfs.observe.events import Activity, Cause, EventKind, EventRing, Purpose, unpack
 from lazyfs.observe.histogram import Histogram
 from lazyfs.observe.recorder import Recorder, Tier
@@ -140,3 +141,24 @@ def test_a_block_counts_as_read_once_an_open(clock: Clock) -> None:
     assert kinds == [EventKind.READ, EventKind.OPENED] * 2
     assert recorder.reads[Tier.MEMORY].count == 6
     assert recorder.openers(FILE) == [77]
+
+
+def test_processor_time_counts_while_files_are_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = {"worker": 10.0, "movers": 5.0}
+    monkeypatch.setattr(recorder_module.time, "process_time", lambda: now["worker"])
+    recorder = Recorder()
+    recorder.movers_s = lambda: now["movers"]
+    now |= {"worker": 11.0, "movers": 6.0}
+    assert recorder.processor_s == (0.0, 0.0)
+    recorder.opened(FILE, 77)
+    now |= {"worker": 13.0, "movers": 9.0}
+    recorder.opened(FILE, 78)
+    assert recorder.processor_s == (2.0, 3.0)
+    recorder.closed(FILE)
+    now |= {"worker": 14.0, "movers": 13.0}
+    recorder.closed(FILE)
+    now |= {"worker": 90.0, "movers": 90.0}
+    assert recorder.processor_s == (3.0, 7.0)
+    recorder.opened(FILE, 79)
+    now |= {"worker": 91.0, "movers": 92.0}
+    assert recorder.processor_s == (4.0, 9.0)
