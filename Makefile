@@ -16,7 +16,7 @@ lint: setup
 	@.venv/bin/mypy
 
 # Most of a test is waiting, so more run at once than there are processors.
-JOBS ?= $(shell expr 2 \* $$(nproc))
+JOBS ?= $(shell expr 3 \* $$(nproc))
 test: lint
 	@./.ci/s3-servers
 	@./.ci/tests $(JOBS)

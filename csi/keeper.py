@@ -21,19 +21,23 @@ def main(socket: Path) -> int:
     """Keep descriptors until SIGTERM or SIGINT; the exit code."""
     # The first process of a container is not ended by signals without a handler.
     with end_signals() as signals:
-        threading.Thread(target=_end_with, args=[signals], daemon=True).start()
+        ending = threading.Thread(target=_end_with, args=[signals], daemon=True)
+        ending.start()
         protect_from_oom()
         leave_no_core_dump()
         try:
             Keeper().serve_at(socket)
         except KeeperError as error:
             print(f"lazyfs-csi: {escaped(str(error))}", file=sys.stderr)
+            # A thread that still runs while the interpreter ends prints its own error.
+            signals.wake()
+            ending.join()
     return 1
 
 
 def _end_with(signals: EndSignals) -> None:
-    signals.wait()
-    os._exit(0)
+    if signals.wait() is not None:
+        os._exit(0)
 
 
 if __name__ == "__main__":

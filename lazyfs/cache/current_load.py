@@ -24,9 +24,14 @@ DECLINE_S = 1.0
 
 
 class CurrentLoad:
-    """The present load, or the last one."""
+    """The present load, or the last one.
+
+    Attributes:
+        times_given_up: how often blocks were given up.
+    """
 
     def __init__(self) -> None:
+        self.times_given_up = 0
         self._began = self._last_used = time.monotonic()
         self._announced = self._declined = float("-inf")
 
@@ -61,10 +66,17 @@ class CurrentLoad:
         """Whether a block was declined a moment ago: the next one would be, too."""
         return time.monotonic() < self._declined + DECLINE_S
 
-    def declined(self) -> None:
-        """A block was declined."""
-        self._declined = time.monotonic()
+    def declined(self, times_given_up: int) -> None:
+        """A block was declined.
+
+        Args:
+            times_given_up: before room was looked for. If blocks were given up meanwhile, the next
+                block may have room.
+        """
+        if times_given_up == self.times_given_up:
+            self._declined = time.monotonic()
 
     def gave_up(self) -> None:
         """Blocks were given up: there may be room again."""
+        self.times_given_up += 1
         self._declined = float("-inf")

@@ -304,7 +304,9 @@ class CacheDirectory:
 
     def _tell_use(self, index: BlockIndex) -> None:
         used, self._used = self._used, {}
-        index.touch(sorted((moment, key) for key, moment in list(used.items())))
+        index.touch(
+            sorted((moment, key) for key, moment in list(used.items()) if key not in self._given_up)
+        )
         counts = self.counters.hits, self.counters.misses
         index.add_counts(counts[0] - self._told[0], counts[1] - self._told[1])
         self._told = counts
@@ -334,6 +336,7 @@ class CacheDirectory:
             kept: set for each block that is here, also when this raises.
         """
         entries = [_entry(new_name(), content, number) for content, number, _ in blocks]
+        times_given_up = self._load.times_given_up
         allowed = self.limits.allowed_bytes(os.statvfs(self.path), index.used_bytes())
         entered, left = index.reserve(entries, time.time(), allowed, self._load.may_leave_before_s)
         self._evict(left)
@@ -344,7 +347,7 @@ class CacheDirectory:
             raise error
         declined = entered.count(Entered.DECLINED)
         if declined:
-            self._load.declined()
+            self._load.declined(times_given_up)
             self.counters.declined += declined
         return kept.count(False)
 

@@ -101,6 +101,8 @@ class KernelConnection:
         device: a descriptor of `/dev/fuse`.
         libfuse: the other end of what libfuse takes for the kernel.
         read: serves a read: handle, offset and size; raises FUSEError.
+        arrives: called with each read before it is served, in the order in which they came: trio
+            runs tasks in any order.
         answers_empty: whether a direct read (handle, offset, size, flags of the file) is answered
             with no bytes, so that the kernel continues it in the page cache.
         movers: write long answers.
@@ -111,6 +113,7 @@ class KernelConnection:
         device: int,
         libfuse: socket.socket,
         read: Callable[[FileHandleT, int, int], Awaitable[Buffer]],
+        arrives: Callable[[FileHandleT, int, int], None],
         answers_empty: Callable[[FileHandleT, int, int, int], bool],
         movers: Movers | None = None,
     ) -> None:
@@ -118,6 +121,7 @@ class KernelConnection:
         self._device = device
         self._libfuse = libfuse
         self._read = read
+        self._arrives = arrives
         self._answers_empty = answers_empty
         self._waiting: dict[int, _Waiting] = {}
 
@@ -156,6 +160,7 @@ class KernelConnection:
             if kind & _IS_DIRECT and self._answers_empty(FileHandleT(handle), offset, size, flags):
                 self._send(reply(unique, 0))
                 return
+            self._arrives(FileHandleT(handle), offset, size)
             scope = trio.CancelScope()
             self._waiting[unique] = _Waiting(thread, trio.current_time(), scope)
             nursery.start_soon(

@@ -172,10 +172,15 @@ class Filesystem(pyfuse3.Operations):
             self._fetcher.is_read_directly(file)
         return False
 
+    def read_arrives(self, handle: FileHandleT, offset: int, size: int) -> None:
+        """A read came; `read` will serve it. The order of these calls is that of the kernel."""
+        file = self._tree.get(handle)
+        if isinstance(file, File):
+            self._fetcher.was_read(file, offset, size)
+
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         file = self._file(InodeT(fh))
         self.reads += 1
-        self._fetcher.was_read(file, off, size)
         parts: list[memoryview] = []
         for span in spans(off, size, file.size_bytes, self._options.block_size):
             try:

@@ -117,7 +117,12 @@ class Session:
         struct.pack_into("<I", message, ASKED_FLAGS, flags & ~SPLICE)
         ours.send(message)
         return KernelConnection(
-            self.descriptor, ours, operations.read, operations.answers_empty, movers
+            self.descriptor,
+            ours,
+            operations.read,
+            operations.read_arrives,
+            operations.answers_empty,
+            movers,
         )
 
     def resend(self) -> None:

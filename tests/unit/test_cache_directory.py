@@ -157,6 +157,38 @@ def test_blocks_that_were_given_up_make_room_at_once(opened: Open) -> None:
     assert cache.counters.evicted == 1
 
 
+def test_blocks_that_were_given_up_while_another_was_declined_make_room_at_once(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = opened(2)
+    store(cache, ONE, 0, 1)
+    reserve = BlockIndex.reserve
+
+    def reserve_late(*arguments: Any) -> Any:
+        result = reserve(*arguments)
+        monkeypatch.undo()
+        assert cache.give_up(ONE, [0, 1])
+        return result
+
+    monkeypatch.setattr(BlockIndex, "reserve", reserve_late)
+    assert store(cache, ONE, 2) == [False]
+    assert store(cache, ONE, 2, 3) == [True, True]
+    assert cache.present(ONE) == [2, 3]
+
+
+def test_blocks_that_were_read_before_they_were_given_up_make_room_at_any_time(
+    opened: Open,
+) -> None:
+    cache = opened(2)
+    store(cache, ONE, 0, 1)
+    cache.announce([ONE])
+    assert cache.load(ONE, 0) is not None
+    assert cache.give_up(ONE, [0])
+    cache.care([ONE])
+    assert store(cache, ONE, 2) == [True]
+    assert cache.present(ONE) == [1, 2]
+
+
 def test_what_another_process_loads_is_not_given_up(opened: Open) -> None:
     cache, other = opened(2), opened(2)
     store(cache, ONE, 0, 1)

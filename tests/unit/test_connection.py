@@ -85,13 +85,21 @@ def converse(
     read: Read = at_once,
     answers_empty: Callable[[int, int, int, int], bool] = with_bytes,
     movers: object = None,
+    arrives: Callable[[int, int, int], None] = lambda *_: None,
 ) -> None:
     """Let a connection serve while a script plays the kernel and libfuse."""
 
     async def run() -> None:
         ends = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
         with ends[0][0], ends[0][1], ends[1][0], ends[1][1]:
-            served = KernelConnection(ends[0][0].fileno(), ends[1][0], read, answers_empty, movers)  # type: ignore[arg-type]
+            served = KernelConnection(
+                ends[0][0].fileno(),
+                ends[1][0],
+                read,
+                arrives,
+                answers_empty,
+                movers,  # type: ignore[arg-type]
+            )
             with trio.fail_after(1000):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(served.run)
@@ -122,6 +130,24 @@ def test_a_read_is_answered_with_its_bytes() -> None:
         assert await kernel.answer() == (2, 0, DATA[:9])
 
     converse(script)
+
+
+def test_reads_are_told_in_the_order_in_which_they_came() -> None:
+    """Tasks that start together run in any order, and a policy follows the positions of readers."""
+    told: list[int] = []
+
+    async def read(handle: int, offset: int, size: int) -> bytes:
+        assert len(told) == 12, "all were told before one was served"
+        return DATA
+
+    async def script(kernel: Kernel) -> None:
+        for at in range(12):
+            kernel.read(2 * at, size=at)
+        answers = [await kernel.answer() for _ in range(12)]
+        assert sorted(unique for unique, _, _ in answers) == list(range(0, 24, 2))
+
+    converse(script, read, arrives=lambda handle, offset, size: told.append(size))
+    assert told == list(range(12))
 
 
 def test_direct_reads_may_be_answered_empty_and_others_are_not() -> None:

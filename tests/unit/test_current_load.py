@@ -94,10 +94,15 @@ def test_a_load_says_again_and_again_what_it_needs(clock: Clock) -> None:
 def test_after_a_block_was_declined_the_next_ones_are_for_a_moment(clock: Clock) -> None:
     load = CurrentLoad()
     assert not load.is_declined
-    load.declined()
+    load.declined(0)
     assert load.is_declined
     clock.now_s += DECLINE_S
     assert not load.is_declined
-    load.declined()
+    load.declined(0)
     load.gave_up()
     assert not load.is_declined
+    assert load.times_given_up == 1
+    load.declined(0)
+    assert not load.is_declined, "it was declined before there was room"
+    load.declined(1)
+    assert load.is_declined
