@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pyfuse3
@@ -86,7 +87,7 @@ def test_libfuse_moves_no_messages_by_splice(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(pyfuse3, "init", init)
     message = struct.pack("<40xIIII", 7, 45, 128 << 10, FLAGS)
-    filesystem = cast(Filesystem, type("Nothing", (), {"read": None, "answers_empty": None})())
+    filesystem = cast(Filesystem, SimpleNamespace(read=None, read_arrives=None, answers_empty=None))
     Session(Path("/mnt"), 0, message).attach(filesystem, Movers(0))
     with socket.socket(fileno=int.from_bytes(given[0], "little")) as libfuse:
         got = libfuse.recv(1 << 16)
