@@ -277,7 +277,7 @@ class MountOptions:
         "Reading",
         "Maximum size of the data put into the kernel's page cache before it is read. auto: a "
         "whole model if it takes at most 80 % of the memory that the machine and the cgroup leave "
-        "free, otherwise 30 % of that memory.",
+        "free, otherwise half of the unread pages that the kernel keeps: 0.1 GiB of 1, 0.7 of 24.",
         "auto",
     )
     read_ahead: int = _option(

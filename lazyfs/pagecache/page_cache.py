@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import struct
 import threading
@@ -29,8 +30,8 @@ DEVICE = "fuse"
 PIECE = 1 << 20
 # A model up to this share of the free memory may be in the page cache as a whole.
 SHARE_FOR_ALL = 0.8
-# For a larger model, the share of the free memory that unread pages may take.
-SHARE_AHEAD = 0.3
+# For a larger model, the share of the kernel's list of inactive pages that unread pages may take.
+SHARE_AHEAD = 0.5
 BUDGET_AGE_S = 1.0
 
 # linux/fuse.h: struct fuse_out_header with a notification's number in the place of an error, and
@@ -76,8 +77,9 @@ class PageCache:
         """How many unread bytes may be in the page cache.
 
         If everything that a load reads fits, the kernel drops nothing, and all of it may be there.
-        Otherwise the kernel must reclaim pages, and it spares pages that were read once longer than
-        unread ones: pushed pages must be read before it has gone through half of its list.
+        Otherwise the kernel must reclaim pages. Pages that a process mapped and read become active,
+        and are spared; pushed pages are inactive until they are read, so they must be read before
+        the kernel has gone through that list (`_inactive`).
 
         Args:
             planned_bytes: returns how many bytes readers read or will read.
@@ -92,7 +94,7 @@ class PageCache:
             self._read_at_s = now_s
             free = max(0, free_memory() - unused_bytes)
             holds_all = planned_bytes() <= free * SHARE_FOR_ALL
-            self._budget = int(free * (SHARE_FOR_ALL if holds_all else SHARE_AHEAD))
+            self._budget = int(free * SHARE_FOR_ALL if holds_all else _inactive(free) * SHARE_AHEAD)
         return self._budget
 
     def push(self, inode: int, offset: int, data: memoryview) -> bool:
@@ -166,6 +168,18 @@ class PageCache:
         elif error.errno not in (errno.ENOENT, errno.ENODEV, errno.EINTR, errno.EBADF):
             log.warning("pages of inode %d could not be put into the page cache: %s", inode, error)
         return False
+
+
+def _inactive(memory_bytes: int) -> int:
+    """The size below which the kernel does not shrink its list of inactive pages.
+
+    It keeps one inactive page for isqrt(10 x GiB) active ones (Linux, mm/vmscan.c,
+    inactive_is_low).
+
+    Args:
+        memory_bytes: what both lists take.
+    """
+    return memory_bytes // (1 + (math.isqrt(10 * (memory_bytes >> 30)) or 1))
 
 
 def store(device: int, inode: int, offset: int, piece: memoryview) -> None:

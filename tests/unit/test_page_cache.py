@@ -207,7 +207,18 @@ class TestBudget:
     def test_all_of_a_model_that_fits_may_be_there(self) -> None:
         room = int(8 * GIB * SHARE_FOR_ALL)
         assert opened().budget(lambda: room, 2 * GIB) == room
-        assert opened().budget(lambda: room + 1, 2 * GIB) == int(8 * GIB * SHARE_AHEAD)
+
+    @pytest.mark.parametrize(
+        ("free", "inactive"),
+        [(GIB // 2, GIB // 4), (GIB, GIB // 4), (8 * GIB, 8 * GIB // 9), (24 * GIB, 24 * GIB // 16),
+         (256 * GIB, 256 * GIB // 51)],
+    )  # fmt: skip
+    def test_of_a_larger_model_unread_pages_take_half_of_the_inactive_ones(
+        self, free: int, inactive: int
+    ) -> None:
+        """The kernel keeps the pages that were read, and drops inactive ones."""
+        self.free = free
+        assert opened().budget(lambda: free, 0) == int(inactive * SHARE_AHEAD)
 
     def test_memory_that_is_short_leaves_none(self) -> None:
         assert opened().budget(lambda: GIB, 11 * GIB) == 0
@@ -219,7 +230,7 @@ class TestBudget:
         self.now_s += BUDGET_AGE_S - 0.01
         assert made.budget(lambda: GIB, 0) == first
         self.now_s += 0.01
-        assert made.budget(lambda: GIB, 0) == int(GIB * SHARE_AHEAD)
+        assert made.budget(lambda: GIB, 0) == GIB // 4 * SHARE_AHEAD
 
     def test_the_first_question_is_answered_at_once(self) -> None:
         self.now_s = 0.0
