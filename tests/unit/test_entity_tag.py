@@ -23,7 +23,11 @@ from lazyfs.store import entity_tag
         ('"a"b"', None),
         ('"x\r\nX-Evil: 1"', None),
         ('"\u20ac"', None),
+        ("x" * 256, '"' + "x" * 256 + '"'),
         ("x" * 257, None),
+        ('"', None),
+        ('W/""', ""),
+        ("a b", None),
     ],
 )
 def test_one_form_of_all(text, expected):

@@ -491,9 +491,13 @@ def test_connections_that_fall_silent_together_cost_one_time_out(
         ("169.254.169.254", "127.0.0.1", False),
         ("fe80::1%eth0", "10.0.0.1", False),
         ("0.0.0.0", "10.0.0.1", False),
+        ("224.0.0.1", "10.0.0.1", False),
+        ("ff02::1", "10.0.0.1", False),
+        ("127.0.0.1", None, False),
+        ("10.0.0.7", None, True),
     ],
 )
-def test_allowed_redirects(address: str, before: str, allowed: bool) -> None:
+def test_allowed_redirects(address: str, before: str | None, allowed: bool) -> None:
     if allowed:
         may_be_redirected_to(address, before)
     else:
@@ -514,6 +518,8 @@ def test_allowed_redirects(address: str, before: str, allowed: bool) -> None:
         ("fe80::1%lo", False),
         ("0.0.0.0", False),
         ("::", False),
+        ("224.0.0.1", False),
+        ("ff02::1", False),
     ],
 )
 def test_addresses_that_pods_may_not_reach(address: str, allowed: bool) -> None:

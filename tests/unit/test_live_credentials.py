@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import pytest
@@ -129,6 +130,55 @@ def test_a_signature_is_doubted_before_it_is_believed(clock: list[float]) -> Non
     assert not live.may_be_replaced(A)
     live.replace(TimedCredentials(B))
     assert live.may_be_replaced(A), "there are others by now"
+
+
+def test_without_waiting_only_good_credentials_are_given() -> None:
+    giver = Giver(B)
+    live = LiveCredentials(giver, None)
+    assert (live.present(), live.timed()) == (None, None)
+    for until_s, present in ((None, A), (time.time() + 100, A), (time.time() - 1, None)):
+        held = TimedCredentials(A, until_s)
+        live.replace(held)
+        assert (live.present(), live.timed()) == (present, held)
+    live.replace(TimedCredentials(A))
+    live.refused(A)
+    assert live.present() is None
+    live.worked(B)
+    assert live.present() is None, "others worked"
+    live.worked(A)
+    assert live.present() == A
+    assert not giver.asked
+
+
+def test_others_can_be_fetched_at_once_after_a_replacement() -> None:
+    giver = Giver(AccessDeniedError("none"))
+    live = LiveCredentials(giver, None)
+    with pytest.raises(AccessDeniedError):
+        live.current()
+    giver.now = B
+    with pytest.raises(AccessDeniedError):
+        live.current()
+    live.replace(None)
+    assert live.current() == B
+    assert giver.asked == [False, False]
+
+
+def test_the_begin_and_the_end_of_a_failure_are_logged_once(
+    clock: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    giver = Giver(AccessDeniedError("the agent is starting"))
+    live = LiveCredentials(giver, TimedCredentials(A, time.time() - 1))
+    for _ in range(3):
+        live.current()
+        clock[0] += 10
+    giver.now, giver.lasts_s = B, -1.0
+    for _ in range(2):
+        live.current()
+        clock[0] += 10
+    assert [record.getMessage() for record in caplog.records] == [
+        "credentials cannot be renewed: the agent is starting", "credentials were renewed",
+    ]  # fmt: skip
 
 
 def test_no_secret_is_shown() -> None:

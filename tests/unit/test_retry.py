@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 import pytest
 import trio
 import trio.testing
 
-from lazyfs.errors import SourceError, ThrottledError
+from lazyfs.errors import ObjectGoneError, SourceError, ThrottledError
 from lazyfs.store import retry
 from lazyfs.store.retry import patiently
 
@@ -32,6 +33,7 @@ def times_asked(
             raise error
 
     async def main() -> None:
+        await trio.sleep(1000)
         began_s = trio.current_time()
 
         def patience_s() -> float:
@@ -60,6 +62,50 @@ def test_retry_after_is_obeyed() -> None:
 
 def test_long_retry_after_is_bounded() -> None:
     assert times_asked([86400], 60) == pytest.approx([0, retry.LONGEST_TOLD_S + 0.1])
+
+
+def test_pauses_have_a_longest() -> None:
+    asked = times_asked([0.0] * 8, 60)
+    pauses_s = [later - former for former, later in itertools.pairwise(asked)]
+    assert pauses_s[4:] == pytest.approx([1.6, *[retry.LONGEST_PAUSE_S] * 3])
+
+
+def test_each_error_that_is_followed_by_another_attempt_is_told_of() -> None:
+    answers: list[SourceError] = [ThrottledError("one"), ThrottledError("two")]
+    told: list[SourceError] = []
+
+    async def ask() -> str:
+        if len(told) < len(answers):
+            raise answers[len(told)]
+        return "the answer"
+
+    async def main() -> None:
+        found = await patiently(ask, what="x", timeout_s=lambda: 60, on_retry=told.append)
+        assert found == "the answer"
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert told == answers
+
+
+@pytest.mark.parametrize(
+    ("error", "timeout_s"), [(ObjectGoneError("gone"), 60.0), (ThrottledError("busy"), 0.0)]
+)
+def test_where_waiting_does_not_help_nothing_is_asked_again(
+    error: SourceError, timeout_s: float
+) -> None:
+    asked: list[int] = []
+    told: list[SourceError] = []
+
+    async def ask() -> None:
+        asked.append(1)
+        raise error
+
+    async def main() -> None:
+        with pytest.raises(type(error)):
+            await patiently(ask, what="x", timeout_s=lambda: timeout_s, on_retry=told.append)
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert (asked, told) == ([1], [])
 
 
 def test_retries_end_at_the_timeout() -> None:

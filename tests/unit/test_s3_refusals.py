@@ -11,7 +11,7 @@ import pytest
 
 from lazyfs import errors
 from lazyfs.errors import SourceError
-from lazyfs.store.refusals import RULES, Refusal, classify
+from lazyfs.store.refusals import RULES, Refusal, classify, printable
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,6 +119,74 @@ def test_errors_of_gateways_say_so() -> None:
 def test_a_proxy_that_needs_a_password_is_named() -> None:
     said = "407: the proxy needs a user and a password (HTTP_PROXY, HTTPS_PROXY)"
     assert str(told(407, "<html></html>")) == f"s3://b/k: {said}"
+
+
+ALL_TOLD = (
+    "<Error><Code> A{0} </Code><Message>B{0}</Message><RequestId>C{0}</RequestId>"
+    "<Region>D{0}</Region><ServerTime>2026-01-02T03:04:05Z</ServerTime></Error>"
+)
+
+
+def test_a_refusal_has_what_the_body_tells() -> None:
+    found = Refusal.of(400, {}, ALL_TOLD.format("").encode())
+    assert found == Refusal(400, "A", "B", "D", "C", False, 0.0, 1767323045)
+
+
+def test_headers_say_better_who_answered_and_where_the_bucket_is() -> None:
+    headers = {
+        "x-amz-request-id": "R", "x-amz-bucket-region": "eu-west-1", "x-amz-error-code": "E",
+        "date": "Tue, 14 Nov 2023 22:13:20 GMT", "retry-after": "3",
+    }  # fmt: skip
+    found = Refusal.of(400, headers, ALL_TOLD.format("").encode(), headed=True)
+    assert found == Refusal(400, "A", "B", "eu-west-1", "R", True, 3.0, 1767323045)
+    found = Refusal.of(400, headers, b"")
+    assert found == Refusal(400, "E", "", "eu-west-1", "R", False, 3.0, 1_700_000_000)
+
+
+def test_all_that_a_refusal_tells_is_of_bounded_length() -> None:
+    found = Refusal.of(400, {}, ALL_TOLD.format("x" * 1000).encode())
+    told = [len(text) for text in (found.code, found.message, found.region, found.request)]
+    assert told == [128, 300, 64, 128]
+
+
+@pytest.mark.parametrize(
+    ("message", "region"),
+    [
+        ("the region 'us-east-1' is wrong; expecting 'eu-north-1'", "eu-north-1"),
+        ("the region 'us-east-1' is wrong", ""),
+        ("expecting 'EU'", ""),
+        (f"expecting '{'a' * 65}'", ""),
+    ],
+)
+def test_some_services_name_the_region_in_the_message_only(message: str, region: str) -> None:
+    assert Refusal.of(400, {}, f"<Message>{message}</Message>".encode()).region == region
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (404, "404, without an error code of S3: it comes from a proxy or gateway"),
+        (499, "499, without an error code of S3: it comes from a proxy or gateway"),
+        (500, "500, without an error code of S3"),
+        (412, "412, without an error code of S3"),
+    ],
+)
+def test_an_answer_without_a_code_says_so(status: int, text: str) -> None:
+    assert str(told(status, "")) == f"s3://b/k: {text}"
+
+
+def test_a_bucket_that_does_not_exist_is_named_so() -> None:
+    error = told(404, "<Code>NoSuchBucket</Code>", x_amz_request_id="R1")
+    said = "there is no such bucket (404 NoSuchBucket (request R1))"
+    assert str(error) == f"s3://b/k: {said}; check its name and the endpoint"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("a\n  b\tc ", "a b c"), ("a\x1bb\u202ec", "a?b?c"), ("ä € 模", "ä € 模"), ("", "")],
+)
+def test_foreign_text_is_printable(text: str, line: str) -> None:
+    assert printable(text) == line
 
 
 def test_refused_head_requests_have_no_error_code() -> None:
