@@ -6,11 +6,13 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_source import ANSWER, Request, Serve, refusal, serve
 
 from lazyfs.store import fleet_cache, ranges
+from lazyfs.store.addresses import BadAddressError
 from lazyfs.store.cancel import Cancel, CancelledError
 from lazyfs.store.fleet_cache import FleetCache, FleetCacheError, Trouble
 from lazyfs.store.http_answer import Answer
@@ -22,8 +24,12 @@ def body_of(answer: Answer) -> bytes:
     return answer.body.read_all(1000)
 
 
+def ask_of(cache: FleetCache) -> bytes:
+    return cache.ask("/b/k?x=1", {"Host": "s3", "Range": "bytes=0-3"}, body_of, Cancel())
+
+
 def ask(url: str) -> bytes:
-    return FleetCache(url).ask("/b/k?x=1", {"Host": "s3", "Range": "bytes=0-3"}, body_of, Cancel())
+    return ask_of(FleetCache(url))
 
 
 def trouble_of(url: str) -> FleetCacheError:
@@ -94,7 +100,7 @@ class Door:
     def __init__(self, path: Path, answer: bytes) -> None:
         self.url = f"unix:{path}"
         self.heads: list[bytes] = []
-        self._answer = answer
+        self.answer = answer
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
         self._listener.listen()
@@ -109,8 +115,8 @@ class Door:
             with connection:
                 while head := connection.recv(4096):
                     self.heads.append(head)
-                    connection.sendall(self._answer)
-                    if not self._answer.endswith(b"data"):
+                    connection.sendall(self.answer)
+                    if self.answer and not self.answer.endswith(b"data"):
                         break
 
     def close(self) -> None:
@@ -165,6 +171,76 @@ def test_a_cache_that_does_not_answer_is_silent(
         Trouble.SILENT, "silent for 0.2 s", False,
     )  # fmt: skip
     assert len(service.requests) == 1, "it is not asked again"
+
+
+def test_a_kept_connection_that_falls_silent_is_not_replaced(
+    doors: list[Door], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 is asked instead."""
+    monkeypatch.setattr(fleet_cache, "SILENCE_TIMEOUT_S", 0.2)
+    cache = FleetCache(doors[0].url)
+    assert cache.ask("/b/k", {"Host": "s3"}, body_of, Cancel()) == b"data"
+    doors[0].answer = b""
+    with pytest.raises(FleetCacheError, match=r"silent for 0\.2 s"):
+        cache.ask("/b/k", {"Host": "s3"}, body_of, Cancel())
+    assert len(doors[0].heads) == 2
+
+
+def test_a_connection_is_made_sooner_than_an_answer_comes(
+    serve: Serve, doors: list[Door], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited_s: list[float | None] = []
+
+    class Watched(socket.socket):
+        def connect(self, address: Any, /) -> None:
+            waited_s.append(self.gettimeout())
+            super().connect(address)
+
+    caches = [FleetCache(serve(lambda _: (206, {}, b"data")).url), FleetCache(doors[0].url)]
+    monkeypatch.setattr(socket, "socket", Watched)
+    for cache in caches:
+        cache.connect()
+        silence_s = cache._connections._idle[0].connection.sock.gettimeout()
+        assert silence_s == fleet_cache.SILENCE_TIMEOUT_S
+        assert ask_of(cache) == b"data", "it is asked over this connection"
+        cache._connections.close_idle(0.0)
+    assert waited_s == [fleet_cache.CONNECT_TIMEOUT_S] * 2
+
+
+@pytest.mark.parametrize(
+    ("error", "trouble", "said"),
+    [
+        (OSError(5, "Input/output error"), Trouble.CUT_OFF, "cut off (Input/output error)"),
+        (ConnectionError("3 bytes are missing"), Trouble.CUT_OFF, "cut off (3 bytes are missing)"),
+        (ConnectionResetError(), Trouble.CUT_OFF, "cut off (ConnectionResetError)"),
+        (BadAddressError("not there"), Trouble.AWAY, "not there"),
+        (TimeoutError("timed out"), Trouble.SILENT, "silent for 60 s"),
+    ],
+)
+def test_trouble_is_told_in_a_few_words(
+    serve: Serve, error: Exception, trouble: Trouble, said: str
+) -> None:
+    def handle(_: Answer) -> bytes:
+        raise error
+
+    with pytest.raises(FleetCacheError) as told:
+        FleetCache(serve(lambda _: (206, {}, b"data")).url).ask("/b/k", {}, handle, Cancel())
+    assert (told.value.trouble, str(told.value), told.value.refusal) == (trouble, said, None)
+    assert told.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [OSError(113, "No route to host"), OSError("No route to host")])
+def test_why_no_connection_was_made_is_told(
+    monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    def never(*_: object) -> socket.socket:
+        raise error
+
+    monkeypatch.setattr(socket, "create_connection", never)
+    for act in (ask_of, FleetCache.connect):
+        with pytest.raises(FleetCacheError) as told:
+            act(FleetCache("http://127.0.0.1:9"))
+        assert str(told.value) == "no connection (No route to host)"
 
 
 def test_a_request_that_is_not_wanted_any_more_is_no_trouble(serve: Serve) -> None:

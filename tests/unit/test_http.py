@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import pytest
 from certificates import make_certificates
 
+from lazyfs.errors import OptionError
 from lazyfs.store import http as transport
 from lazyfs.store.addresses import (
     BadAddressError,
@@ -154,6 +155,108 @@ def test_a_connection_whose_encryption_broke_is_replaced(monkeypatch: pytest.Mon
         assert server.connections == 2
 
 
+Dialled = list[tuple[tuple[str, int], float]]
+
+
+@pytest.fixture
+def dialled(monkeypatch: pytest.MonkeyPatch) -> Dialled:
+    """What is connected to in vain, and how long. The address of a host is its name's."""
+    seen: Dialled = []
+
+    def look_up(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+        return [(0, 0, 0, "", (f"address of {host}", port))]
+
+    def never(address: tuple[str, int], timeout_s: float) -> socket.socket:
+        seen.append((address, timeout_s))
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(socket, "create_connection", never)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("server", "port"),
+    [("http://s3.test", 80), ("https://s3.test", 443), ("http://s3.test:9000", 9000),
+     ("https://s3.test:9443", 9443)],
+)  # fmt: skip
+@pytest.mark.parametrize("timeouts_s", [None, (0.5, 7.0)])
+def test_the_port_of_the_server_is_connected_to(
+    dialled: Dialled, server: str, port: int, timeouts_s: tuple[float, float] | None
+) -> None:
+    allowed: list[str] = []
+    client = Transport(server, ssl.create_default_context(), None, allowed.append, timeouts_s)
+    with pytest.raises(ConnectionRefusedError):
+        get(client)
+    expected_s = 0.5 if timeouts_s else transport.CONNECT_TIMEOUT_S
+    assert dialled == [(("address of s3.test", port), expected_s)]
+    assert allowed == ["address of s3.test"]
+
+
+@pytest.mark.parametrize("server", ["http://s3.test", "https://s3.test:9443"])
+def test_a_proxy_may_be_anywhere(dialled: Dialled, server: str) -> None:
+    proxy = Proxy("proxy.test", 3128, {})
+    client = Transport(server, ssl.create_default_context(), proxy, pytest.fail)
+    with pytest.raises(ConnectionRefusedError):
+        get(client)
+    assert [address for address, _ in dialled] == [("address of proxy.test", 3128)]
+
+
+@pytest.mark.parametrize("timeouts_s", [None, (0.5, 7.0)])
+def test_a_connection_may_be_silent_for_longer_than_it_takes_to_make(
+    timeouts_s: tuple[float, float] | None,
+) -> None:
+    with serving(always(ANSWER)) as (server, _):
+        client = Transport(f"http://127.0.0.1:{server.port}", timeouts_s=timeouts_s)
+        client.connect_ahead()
+        assert client.address == "127.0.0.1"
+        silence_s = client._idle[0].connection.sock.gettimeout()
+        assert silence_s == (7.0 if timeouts_s else transport.SILENCE_TIMEOUT_S)
+        assert get(client) == DATA
+        assert server.connections == 1
+        client.close_idle(0.0)
+
+
+def test_an_address_that_can_be_reached_again_is_tried_first_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[str] = []
+    unreachable = {"192.0.2.1"}
+    connect, resolve = socket.create_connection, socket.getaddrinfo
+
+    def look_up(host: str, port: int, *rest: Any, **named: Any) -> Any:
+        if host != "two.test":
+            return resolve(host, port, *rest, **named)
+        return [(0, 0, 0, "", (address, port)) for address in ("192.0.2.1", "192.0.2.2")]
+
+    def connecting(address: tuple[str, int], timeout_s: float) -> socket.socket:
+        tried.append(address[0])
+        if address[0] in unreachable:
+            raise ConnectionRefusedError(address[0])
+        return connect(("127.0.0.1", address[1]), timeout_s)
+
+    with serving(always(ANSWER)) as (server, _):
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
+        monkeypatch.setattr(socket, "create_connection", connecting)
+        client = Transport(f"http://two.test:{server.port}")
+        for now in ({"192.0.2.1"}, {"192.0.2.2"}, set[str]()):
+            unreachable = now
+            client.connect_ahead()
+        unreachable = {"192.0.2.1", "192.0.2.2"}
+        with pytest.raises(ConnectionRefusedError, match=r"192\.0\.2\.2"):
+            client.connect_ahead()
+        client.close_idle(0.0)
+    first, second = "192.0.2.1", "192.0.2.2"
+    assert tried == [first, second, second, first, first, first, second]
+
+
+def test_of_a_repeated_header_the_first_counts() -> None:
+    answer = HEAD + b"ETag: one\r\nEtag: two\r\n" + LENGTH
+    with serving(always(answer)) as (_, client):
+        told = client.exchange("HEAD", "/", {}, lambda given: given.headers, Cancel())
+        assert told["etag"] == "one"
+
+
 def test_an_address_that_cannot_be_reached_is_tried_last(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
     connect, look_up = socket.create_connection, socket.getaddrinfo
@@ -232,9 +335,11 @@ def test_a_body_over_tls_is_received_in_parts_of_all_sizes(tmp_path: Path) -> No
     authority, certificate, key = make_certificates(tmp_path / "tls")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
+    context.set_alpn_protocols(["h2", "http/1.1"])
 
     def serve(connection: socket.socket) -> None:
         with context.wrap_socket(connection, server_side=True) as wire:
+            assert wire.selected_alpn_protocol() == "http/1.1"
             for _ in range(2):
                 while not wire.recv(4096).endswith(b"\r\n\r\n"):
                     pass
@@ -631,6 +736,20 @@ def test_a_tunnel_through_a_proxy_is_asked_for(tmp_path_factory: pytest.TempPath
             get(Transport("https://s3.test", tls_context(certifi.where()), proxy))
         assert server.heads[0].startswith("CONNECT s3.test:443")
         assert "Proxy-Authorization: Basic c2VjcmV0" in server.heads[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [(None, "No such file or directory"), ("nothing", "no certificate or crl found")],
+)
+def test_authorities_that_cannot_be_read_are_named(
+    tmp_path: Path, text: str | None, words: str
+) -> None:
+    authorities = tmp_path / "ca.pem"
+    if text is not None:
+        authorities.write_text(text)
+    with pytest.raises(OptionError, match=rf"--ca-bundle: {authorities}: .*{words}"):
+        tls_context(str(authorities))
 
 
 def test_a_request_tells_how_much_has_come() -> None:
