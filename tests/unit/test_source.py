@@ -48,6 +48,7 @@ class Request:
     """What was asked: `query` and `headers` by name, headers in lower case."""
 
     def __init__(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        self.body = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
         url = urlsplit(handler.path)
         self.method, self.path, self.target = handler.command, url.path, handler.path
         self.query = dict(parse_qsl(url.query, keep_blank_values=True))
@@ -76,7 +77,6 @@ class Service:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 request = Request(self)
                 service.requests.append(request)
                 status, headers, body = service.answer(request)
@@ -253,6 +253,63 @@ def test_credentials_that_were_not_given_are_not_replaced() -> None:
     source = S3Source(URL, MountOptions(), None, ResolvedSource(ENDPOINT, found, None))
     with pytest.raises(BadRequestError, match="without credentials of its own"):
         source.set_credentials(StaticCredentials("one", "s"))
+
+
+def test_keys_that_cannot_be_sent_are_refused_and_not_shown() -> None:
+    found = TimedCredentials(SigningCredentials("found", "s"))
+    given = StaticCredentials("one", "s")
+    source = S3Source(URL, MountOptions(), given, ResolvedSource(ENDPOINT, found, None))
+    with pytest.raises(BadRequestError, match=r"^s3://bucket/m: the access key id is") as told:
+        source.set_credentials(StaticCredentials("the id", "s"))
+    assert "the id" not in str(told.value)
+
+
+def test_a_resumed_mount_does_not_wait_for_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data on this machine needs none."""
+    monkeypatch.setattr(sources, "CREDENTIALS_SOON_S", 0.05)
+    asked, over = threading.Event(), threading.Event()
+
+    class Slow(Resolver):
+        def credentials(self, anew: bool = False) -> TimedCredentials:
+            asked.set()
+            over.wait(30)
+            return super().credentials(anew)
+
+    for unsigned in (True, False):
+        options = MountOptions(no_sign_request=unsigned)
+        source = S3Source(URL, options, None, ResolvedSource(ENDPOINT, None, None))
+        source._resolver = Slow()  # type: ignore[assignment]
+        source.prepare()
+        assert asked.is_set() is not unsigned
+    assert source.resolved(None).credentials is None
+    over.set()
+
+
+def test_credentials_that_are_there_soon_are_waited_for() -> None:
+    source = S3Source(URL, MountOptions(), None, ResolvedSource(ENDPOINT, None, None))
+    source._resolver = Resolver()  # type: ignore[assignment]
+    source.prepare()
+    found = source.resolved(None).credentials
+    assert found is not None and found.credentials.access_key_id == "id-1"
+
+
+def test_a_source_without_credentials_goes_on_without() -> None:
+    class Empty(Resolver):
+        def credentials(self, anew: bool = False) -> TimedCredentials:
+            raise errors.AccessDeniedError("none")
+
+    source = S3Source(URL, MountOptions(), None, ResolvedSource(ENDPOINT, None, None))
+    source._resolver = Empty()  # type: ignore[assignment]
+    source.prepare()
+    assert source.resolved(None).credentials is None
+
+
+def test_a_source_has_names() -> None:
+    source = S3Source(
+        URL, MountOptions(no_sign_request=True), None, ResolvedSource(ENDPOINT, None, None)
+    )
+    assert (source.region, source.endpoint) == ("eu-west-1", "http://127.0.0.1:9/bucket/")
+    assert source.name("m/k") == "s3://bucket/m/k"
 
 
 def test_fields_that_are_no_credentials_are_named_without_their_values() -> None:
@@ -917,6 +974,70 @@ def test_transient_errors_do_not_refuse_the_mount(
         return troubles.pop() if troubles else listed(part)(request)
 
     assert begin(serve(answer), monkeypatch).objects
+
+
+@pytest.mark.parametrize(
+    ("told_s", "pauses_s"),
+    [(0, [0.3, 0.6]), (2, [2, 2]), (60, [5, 5])],
+)
+def test_the_first_requests_are_tried_a_few_times(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, told_s: int, pauses_s: list[float]
+) -> None:
+    slept_s: list[float] = []
+    monkeypatch.setattr(sources.time, "sleep", slept_s.append)
+    service = serve(lambda _: refusal(503, "SlowDown", Retry_After=str(told_s)))
+    with pytest.raises(errors.ThrottledError):
+        service.source().begin()
+    assert len(service.requests) == 3
+    assert slept_s == pytest.approx(pauses_s)
+
+
+def test_what_waiting_does_not_help_refuses_the_mount_at_once(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources.time, "sleep", pytest.fail)
+    service = serve(lambda _: refusal(403, "AccessDenied"))
+    with pytest.raises(errors.AccessDeniedError):
+        service.source().begin()
+    assert len(service.requests) == 1
+
+
+@pytest.mark.parametrize("region", [None, "us-east-1"])
+def test_a_bucket_in_another_region_than_the_option_says(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, region: str | None
+) -> None:
+    def answer(request: Request) -> ANSWER:
+        if "/eu-north-1/" in request.headers["authorization"]:
+            return listed(part)(request)
+        return refusal(301, "PermanentRedirect", x_amz_bucket_region="eu-north-1")
+
+    service = serve(answer)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", service.url)
+    source = service.source(region=region)
+    if region is None:
+        assert len(source.begin().objects) == 1
+        assert source.region == "eu-north-1"
+    else:
+        words = r"s3://bucket/m: the bucket is in eu-north-1, not in us-east-1: use --region eu-no"
+        with pytest.raises(errors.WrongRegionError, match=words):
+            source.begin()
+
+
+def test_objects_without_bytes_are_not_read_first(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    items = [entry("m/", ETag=None, Size="0"), entry("m/k", ETag='"v1"', Size=str(len(DATA)))]
+    for shown in (items[:1], items):
+        service = serve(
+            lambda request, shown=shown: (  # type: ignore[misc]
+                (200, {}, page(*shown)) if request.path == "/bucket" else part(request)
+            )
+        )
+        begin(service, monkeypatch)
+        paths = [request.path for request in service.requests]
+        assert paths == ["/bucket", "/bucket/m/k"][: len(shown)]
+    assert service.requests[1].range == (0, 0)
+    assert not caplog.records
 
 
 def test_objects_without_etags_are_logged(
