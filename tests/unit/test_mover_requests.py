@@ -5,20 +5,34 @@ from __future__ import annotations
 import base64
 import email.utils
 import gzip
+import http.client
+import http.server
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import trio
 from certificates import make_certificates
-from test_source import ANSWER, DATA, PIN, Request, Serve, Service, part, refusal, serve
+from test_source import (
+    ANSWER,
+    DATA,
+    PIN,
+    Request,
+    Resolver,
+    Serve,
+    Service,
+    part,
+    refusal,
+    serve,
+)
 
 from lazyfs.errors import (
     BadResponseError,
+    CredentialsExpiredError,
     ObjectChangedError,
     ObjectGoneError,
     SourceError,
@@ -28,10 +42,14 @@ from lazyfs.movers import process
 from lazyfs.movers.call import value_of
 from lazyfs.movers.pool import Movers
 from lazyfs.store import mover_requests, range_reader
-from lazyfs.store.cancel import Cancel
+from lazyfs.store.cancel import Cancel, CancelledError
 from lazyfs.store.http import Transport
+from lazyfs.store.http_answer import Answer, CutOffError
 from lazyfs.store.listing_page import Pinned
+from lazyfs.store.mover_requests import MOST_HEADERS, NotMovedError
+from lazyfs.store.refusals import MOST_TEXT
 from lazyfs.store.s3_source import S3Source
+from lazyfs.store.signing import SigningCredentials
 
 __all__ = ["serve"]
 LENGTH = 512
@@ -142,6 +160,198 @@ def test_an_ordinary_answer_needs_no_thread(serve: Serve) -> None:
     assert read(service.source(), PIN) == (DATA[:LENGTH], True)
     assert len(service.requests) == 1
     assert "authorization" in service.requests[0].headers
+
+
+def told(**fields: object) -> mover_requests.Told:
+    """What a mover tells of an answer of 8 bytes."""
+    usual = {
+        "status": 206, "headers": {"etag": '"v1"'}, "length": 8, "filled": True, "text": "",
+        "more": False, "address": "192.0.2.7", "came": None,
+    }  # fmt: skip
+    return usual | fields
+
+
+def understood(
+    given: mover_requests.Told, handle: Callable[[Answer], object], cancel: Cancel | None = None
+) -> object:
+    into = memoryview(bytearray(8))
+    transport = Transport("http://s3.test")
+    found = mover_requests.understand(given, transport, handle, cancel or Cancel(), into)
+    assert transport.address == "192.0.2.7"
+    return found
+
+
+def test_an_answer_that_a_mover_has_received_is_like_any_other() -> None:
+    into = memoryview(bytearray(8))
+
+    def handle(answer: Answer) -> str:
+        assert (answer.status, answer.headers, answer.length) == (206, {"etag": '"v1"'}, 8)
+        answer.body.skip(0)
+        answer.body.read_into(into)
+        assert answer.body.is_at_end
+        return "handled"
+
+    found = mover_requests.understand(told(), Transport("http://s3.test"), handle, Cancel(), into)
+    assert found == "handled"
+    assert understood(told(more=True), lambda answer: answer.body.is_at_end) is False
+
+
+def test_the_text_of_an_answer_is_read_in_pieces() -> None:
+    def handle(answer: Answer) -> list[bytes]:
+        return [answer.body.read_all(most) for most in (2, 0, 100, 100)]
+
+    text = base64.b64encode(b"refused").decode()
+    assert understood(told(filled=False, text=text), handle) == [b"re", b"", b"fused", b""]
+
+
+@pytest.mark.parametrize(
+    ("fields", "into", "words", "came"),
+    [
+        ({"came": 3}, slice(0, 8), "5 bytes are missing", 3),
+        ({}, slice(0, 7), "not what was asked for", 0),
+        ({"filled": False}, slice(0, 8), "not what was asked for", 0),
+        ({}, None, "not what was asked for", 0),
+    ],
+)
+def test_a_body_is_for_the_buffer_that_a_mover_filled(
+    fields: dict[str, object], into: slice | None, words: str, came: int
+) -> None:
+    asked = memoryview(bytearray(8))
+    given = memoryview(bytearray(8)) if into is None else asked[into]
+    with pytest.raises(CutOffError, match=words) as error:
+        mover_requests.understand(
+            told(**fields), Transport("http://s3.test"),
+            lambda answer: answer.body.read_into(given), Cancel(), asked,
+        )  # fmt: skip
+    assert error.value.came == came
+
+
+def test_nothing_of_a_body_that_a_mover_received_can_be_skipped() -> None:
+    with pytest.raises(CutOffError, match="not what was asked for"):
+        understood(told(), lambda answer: answer.body.skip(1))
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        (None, NotMovedError),
+        (OSError(113, "No route to host"), NotMovedError),
+        (TimeoutError("timed out"), TimeoutError),
+        (ConnectionResetError("cut off"), ConnectionResetError),
+    ],
+)
+def test_what_a_mover_could_not_do_is_done_here(
+    given: mover_requests.Told, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        understood(given, pytest.fail)
+    cancel = Cancel()
+    cancel()
+    with pytest.raises(CancelledError):
+        understood(given, pytest.fail, cancel)
+
+
+def receive(url: str, *, refuse_local: bool = False, length: int = LENGTH) -> Any:
+    headers = {"Range": f"bytes=0-{length - 1}"}
+    into = memoryview(bytearray(length))
+    return mover_requests.receive(url, "/none", refuse_local, "GET", "/bucket/m/k", headers, into)
+
+
+def test_addresses_of_this_machine_are_left_to_the_worker(serve: Serve) -> None:
+    service = serve(part)
+    assert receive(service.url, refuse_local=True) is None
+    assert service.requests == []
+    assert receive(service.url)["filled"]
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_an_answer_with_a_long_head_is_left_to_the_worker(serve: Serve, over: int) -> None:
+    def answer(request: Request) -> ANSWER:
+        status, headers, body = part(request)
+        named = headers | {"Content-Length": str(len(body)), "Date": date, "Server": server}
+        used = sum(len(name) + len(value) for name, value in named.items())
+        return status, headers | {"x-a": "v" * (MOST_HEADERS - used - 3 + over)}, body
+
+    date, server = email.utils.formatdate(0, usegmt=True), "test"
+    with pytest.MonkeyPatch.context() as patch:
+        handler = http.server.BaseHTTPRequestHandler
+        patch.setattr(handler, "date_time_string", lambda *_: date)
+        patch.setattr(handler, "version_string", lambda _: server)
+        patch.setattr(http.client, "_MAXLINE", 1 << 20)
+        found = receive(serve(answer).url)
+    assert (found is None) == bool(over)
+
+
+def test_more_than_was_asked_for_is_told_of(serve: Serve) -> None:
+    def answer(request: Request) -> ANSWER:
+        status, headers, body = part(request)
+        return chunked((status, headers, body + b"more"))
+
+    found = receive(serve(answer).url)
+    assert (found["filled"], found["more"], found["length"]) == (True, True, None)
+
+
+def test_an_answer_that_is_cut_off_is_told_with_what_came(serve: Serve) -> None:
+    def answer(request: Request) -> ANSWER:
+        status, headers, body = part(request)
+        told = {"Content-Length": str(len(body)), "Connection": "close"}
+        return status, headers | told, body[:300]
+
+    found = receive(serve(answer).url)
+    assert (found["filled"], found["came"], found["status"]) == (True, 300, 206)
+    assert found["headers"]["etag"] == '"v1"'
+    assert found["address"] == "127.0.0.1"
+
+
+def test_the_text_of_a_refusal_has_a_bound(serve: Serve) -> None:
+    found = receive(serve(lambda _: (503, {}, b"x" * (MOST_TEXT + 1))).url)
+    assert (found["filled"], len(base64.b64decode(found["text"]))) == (False, MOST_TEXT)
+
+
+def test_a_mover_keeps_connections_to_a_few_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr(
+        Transport, "close_idle", lambda transport, _: closed.append(transport._url.netloc)
+    )
+    known: dict[Any, Transport] = {}
+    made = [
+        mover_requests._transport(known, f"http://{name}", "/none", name == "d") for name in "abcd"
+    ]
+    assert closed == []
+    again = [
+        mover_requests._transport(known, f"http://{name}", "/none", name == "d") for name in "abcd"
+    ]
+    assert again == made
+    for about in (("http://a", "/none", True), ("http://a", "/other", False)):
+        assert mover_requests._transport(known, *about) not in made
+    assert closed == ["a", "b"]
+    assert len(known) == 4
+
+
+@pytest.mark.usefixtures("any_length")
+def test_a_mover_is_asked_for_the_same_request(serve: Serve) -> None:
+    service = serve(part)
+    source = service.source()
+    for moved in (False, True):
+        if moved:
+            source.use(cast(Movers, Inline()))
+        assert bytes(source.ranges.read(PIN, 0, LENGTH)) == DATA[:LENGTH]
+    here, there = service.requests
+    assert (here.method, here.target) == (there.method, there.target) == ("GET", "/bucket/m/k")
+    assert here.headers == there.headers
+
+
+@pytest.mark.usefixtures("any_length")
+def test_a_signature_that_held_for_a_mover_may_hold_again(serve: Serve) -> None:
+    answers = iter([part])
+    service = serve(
+        lambda request: next(answers, lambda _: refusal(403, "SignatureDoesNotMatch"))(request)
+    )
+    source = service.source()
+    source._resolver = Resolver(SigningCredentials("id", "secret"))  # type: ignore[assignment]
+    assert read(source, PIN) == (DATA[:LENGTH], True)
+    with pytest.raises(CredentialsExpiredError, match="SignatureDoesNotMatch"):
+        source.ranges.read(PIN, 0, LENGTH)
 
 
 @pytest.mark.usefixtures("any_length")

@@ -138,7 +138,7 @@ def test_services_that_ignore_ranges_do_not_send_gigabytes():
         check(200, SAME, 1 << 40, pin=huge, start=1 << 30)
 
 
-def test_a_little_before_the_range_is_skipped():
+def test_a_little_before_the_range_is_skipped() -> None:
     least = ranges.MOST_SKIPPED
     huge = ListedObject("k", 1 << 40, '"v1"', 0, "k")
     assert check(200, SAME, 1 << 40, pin=huge, start=least) == (least, 100)
@@ -151,12 +151,12 @@ def test_a_little_before_the_range_is_skipped():
     [("bytes 100-199/1000", 100), ("bytes 5-5/*", 1), (" Bytes = 0-9/10 ", 10),
      ("bytes */1000", None), ("items 1-2/3", None), ("bytes 1-2", None), ("", None)],
 )  # fmt: skip
-def test_the_length_that_a_content_range_tells(text, length):
+def test_the_length_that_a_content_range_tells(text: str, length: int | None) -> None:
     assert ranges.told_length({"content-range": text}) == length
     assert ranges.told_length({}) is None
 
 
-def test_errors_show_what_came_instead():
+def test_errors_show_what_came_instead() -> None:
     for told in ("bytes 0-99/1000", "x" * 5000):
         with pytest.raises(OtherRangeError) as error:
             check(206, {"content-range": told} | SAME)
@@ -256,7 +256,7 @@ def test_the_head_of_a_whole_object(headers, changed):
         ranges.check_whole(headers, TAGGED)
 
 
-def test_behind_a_redirect_a_whole_object_is_known_by_its_size():
+def test_behind_a_redirect_a_whole_object_is_known_by_its_size() -> None:
     ranges.check_whole(OTHER | {"content-length": "1000"}, TAGGED, elsewhere=True)
     ranges.check_whole({"content-length": "many"}, TAGGED)
     with pytest.raises(ChangedError, match="listed with 1000 bytes, and now has 999"):

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+import gzip
+import os
 import sys
 import time
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import parse_qsl
 
+import botocore.httpsession
 import pytest
-from botocore.exceptions import DataNotFoundError
+from botocore.credentials import ReadOnlyCredentials
+from botocore.exceptions import (
+    ClientError,
+    CredentialRetrievalError,
+    DataNotFoundError,
+    EndpointConnectionError,
+    ReadTimeoutError,
+)
 from botocore.loaders import Loader
 from hypothesis import given
 from hypothesis import strategies as st
-from test_source import serve
+from test_source import ANSWER, Request, Serve, serve
 
-from lazyfs.errors import AccessDeniedError, OptionError, SourceError
+from lazyfs.errors import (
+    AccessDeniedError,
+    CredentialsExpiredError,
+    OptionError,
+    SourceError,
+    ThrottledError,
+    UnavailableError,
+)
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.store import boto
 from lazyfs.store.boto.resolver import BEFORE_THE_END_S, CREDENTIALS_LAST_S, Resolver
 from lazyfs.store.boto.session import new_session
-from lazyfs.store.credentials import WebIdentity
+from lazyfs.store.credentials import StaticCredentials, WebIdentity
 from lazyfs.store.resolved_source import Endpoint
 from lazyfs.store.url import SourceUrl
 
@@ -29,8 +49,6 @@ AP = "arn:aws:s3:eu-west-1:123456789012:accesspoint/models"
 
 @pytest.fixture(autouse=True)
 def nothing_of_this_machine(monkeypatch, tmp_path):
-    import os
-
     for name in list(os.environ):
         if name.startswith("AWS_") or "proxy" in name.lower():
             monkeypatch.delenv(name)
@@ -39,8 +57,8 @@ def nothing_of_this_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
 
 
-def endpoint_of(source: str, region: str | None = None, **options: object) -> Endpoint:
-    return Resolver(SourceUrl.parse(source), MountOptions(**options)).endpoint(region)
+def endpoint_of(source: str, told: str | None = None, /, **options: object) -> Endpoint:
+    return Resolver(SourceUrl.parse(source), MountOptions(**options)).endpoint(told)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +250,166 @@ def test_a_role_needs_no_configured_region(serve, monkeypatch):
     role = WebIdentity("arn:aws:iam::123456789012:role/reader", "pod", "a-jwt")
     resolver = Resolver(SourceUrl.parse("s3://m-x"), MountOptions(), role)
     assert resolver.credentials().credentials == ("AKID", "secret", "token")
+    assert dict(parse_qsl(sts.requests[0].body.decode())) == {
+        "Action": "AssumeRoleWithWebIdentity", "Version": "2011-06-15", "RoleArn": role.role_arn,
+        "RoleSessionName": "pod", "WebIdentityToken": "a-jwt",
+    }  # fmt: skip
+
+
+def refreshed(resolver: Resolver, *, anew: bool = True) -> str:
+    """The key id of the present credentials."""
+    found = resolver.credentials(anew)
+    assert found is not None
+    return found.credentials.access_key_id
+
+
+def test_given_keys_are_used_and_replaced_at_once() -> None:
+    one, two = StaticCredentials("one", "s", "t"), StaticCredentials("two", "s")
+    resolver = Resolver(SourceUrl.parse("s3://m-x"), MountOptions(), one)
+    found = resolver.credentials()
+    assert (found.credentials, found.until_s) == (("one", "s", "t"), None)
+    assert refreshed(resolver) == "one", "there are no others"
+    resolver.replace_credentials(two)
+    assert resolver.credentials().credentials == ("two", "s", None)
+
+
+def test_a_token_is_exchanged_again_if_the_role_or_its_keys_are_refused(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(request: Request) -> ANSWER:
+        number = len(sts.requests)
+        body = (
+            "<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult><Credentials>"
+            f"<AccessKeyId>id-{number}</AccessKeyId><SecretAccessKey>secret</SecretAccessKey>"
+            "<SessionToken>token</SessionToken><Expiration>2100-01-01T00:00:00Z</Expiration>"
+            "</Credentials></AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>"
+        )
+        return 200, {"Content-Type": "text/xml"}, body.encode()
+
+    sts = serve(answer)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", sts.url)
+    role, other = (f"arn:aws:iam::123456789012:role/{name}" for name in ("reader", "other"))
+    resolver = Resolver(
+        SourceUrl.parse("s3://m-x"), MountOptions(), WebIdentity(role, "pod", "jwt-1")
+    )
+    assert [refreshed(resolver, anew=False) for _ in range(2)] == ["id-1"] * 2
+    resolver.replace_credentials(WebIdentity(role, "pod", "jwt-2"))
+    assert refreshed(resolver, anew=False) == "id-1", "the keys are still valid"
+    assert refreshed(resolver) == "id-2"
+    resolver.replace_credentials(WebIdentity(role, "pod", "jwt-2"))
+    assert refreshed(resolver, anew=False) == "id-2"
+    resolver.replace_credentials(WebIdentity(other, "pod", "jwt-3"))
+    assert refreshed(resolver, anew=False) == "id-3"
+    asked = [dict(parse_qsl(request.body.decode())) for request in sts.requests]
+    assert [(each["RoleArn"], each["WebIdentityToken"]) for each in asked] == [
+        (role, "jwt-1"), (role, "jwt-2"), (other, "jwt-3"),
+    ]  # fmt: skip
+
+
+def of_sts(status: int, code: str) -> ClientError:
+    told = {"Error": {"Code": code, "Message": "as\ntold"}}
+    about = {"ResponseMetadata": {"HTTPStatusCode": status}}
+    return ClientError({**told, **about}, "AssumeRole")  # type: ignore[typeddict-item]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (of_sts(403, "AccessDenied"), AccessDeniedError,
+         "AccessDenied: as told; the permissions s3:ListBucket and s3:GetObject are needed"),
+        (of_sts(400, "InvalidIdentityToken"), CredentialsExpiredError,
+         "InvalidIdentityToken: as told; the role does not trust this identity provider or "
+         "audience"),
+        (of_sts(400, "Throttling"), ThrottledError, "Throttling: as told"),
+        (of_sts(503, "Strange"), UnavailableError, "Strange: as told"),
+        (ClientError({}, "AssumeRole"), UnavailableError, ":"),
+        (EndpointConnectionError(endpoint_url="http://a"), UnavailableError,
+         'Could not connect to the endpoint URL: "http://a"'),
+        (ReadTimeoutError(endpoint_url="http://a"), UnavailableError,
+         'Read timeout on endpoint URL: "http://a"'),
+        (CredentialRetrievalError(provider="x", error_msg="no\nlogin"), CredentialsExpiredError,
+         "Error when retrieving credentials from x: no login"),
+        (FileNotFoundError(2, "No such file"), CredentialsExpiredError, "[Errno 2] No such file"),
+        (KeyError(), CredentialsExpiredError, "KeyError"),
+        (ValueError("no JSON"), CredentialsExpiredError, "no JSON"),
+    ],
+)  # fmt: skip
+def test_why_there_are_no_credentials(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[SourceError], words: str
+) -> None:
+    resolver = Resolver(SourceUrl.parse("s3://m-x"), MountOptions())
+
+    def never() -> None:
+        raise error
+
+    monkeypatch.setattr(resolver._session, "get_credentials", never)
+    with pytest.raises(SourceError) as told:
+        resolver.credentials()
+    assert (type(told.value), str(told.value)) == (kind, f"s3://m-x: no credentials: {words}")
+
+
+@pytest.mark.parametrize(("access", "secret"), [("", "s"), ("id", ""), (None, None)])
+def test_empty_credentials_are_none(
+    monkeypatch: pytest.MonkeyPatch, access: str | None, secret: str | None
+) -> None:
+    resolver = Resolver(SourceUrl.parse("s3://m-x"), MountOptions())
+    found = SimpleNamespace(get_frozen_credentials=lambda: ReadOnlyCredentials(access, secret, ""))
+    monkeypatch.setattr(resolver._session, "get_credentials", lambda: found)
+    with pytest.raises(CredentialsExpiredError, match=r"^s3://m-x: the credentials are empty$"):
+        resolver.credentials()
+
+
+def test_unsigned_requests_need_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolver = Resolver(SourceUrl.parse("s3://m-x"), MountOptions(no_sign_request=True))
+    monkeypatch.setattr(resolver._session, "get_credentials", pytest.fail)
+    assert resolver.credentials() is None
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "AWS none:c2lnbmF0dXJl"}])
+def test_other_versions_of_signatures_are_refused(
+    monkeypatch: pytest.MonkeyPatch, headers: dict[str, str]
+) -> None:
+    """botocore signs so for some settings."""
+    resolver = Resolver(SourceUrl.parse("s3://m-x"), MountOptions())
+    request = SimpleNamespace(url="https://m-x.s3.test/k", headers=headers)
+    monkeypatch.setattr(resolver, "_request", lambda region: request)
+    with pytest.raises(OptionError, match=r"^s3://m-x: only signatures of version 4 are supported"):
+        resolver.endpoint()
+
+
+def test_authorities_are_those_of_the_option_or_of_the_configuration(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert endpoint_of("s3://m-x").authorities == botocore.httpsession.where()
+    ours, theirs = tmp_path / "ours.pem", tmp_path / "theirs.pem"
+    for path in (ours, theirs):
+        path.write_bytes(Path(botocore.httpsession.where()).read_bytes())
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(theirs))
+    assert endpoint_of("s3://m-x").authorities == str(theirs)
+    assert endpoint_of("s3://m-x", ca_bundle=ours).authorities == str(ours)
+    ours.unlink()
+    with pytest.raises(OptionError, match=f"--ca-bundle: {ours}: No such file or directory"):
+        endpoint_of("s3://m-x", ca_bundle=ours)
+
+
+def test_a_profile_is_chosen_by_name(tmp_path: Path) -> None:
+    (tmp_path / "config").write_text("[default]\nregion = a-b-1\n[profile two]\nregion = c-d-2\n")
+    assert endpoint_of("s3://m-x").region == "a-b-1"
+    assert endpoint_of("s3://m-x", profile="two").region == "c-d-2"
+    with pytest.raises(OptionError, match=r"^--profile: there is no profile 'three'$"):
+        endpoint_of("s3://m-x", profile="three")
+
+
+@pytest.mark.parametrize(
+    ("option", "told", "region"),
+    [
+        (None, None, "us-east-1"),
+        ("eu-west-1", None, "eu-west-1"),
+        ("eu-west-1", "eu-south-2", "eu-south-2"),
+    ],
+)
+def test_the_region_of_a_bucket(option: str | None, told: str | None, region: str) -> None:
+    assert endpoint_of("s3://m-x", told, region=option).region == region
 
 
 @pytest.mark.parametrize(
@@ -304,3 +482,17 @@ def test_botocore_reads_the_same_from_our_files():
         assert ours.load_service_model("s3", name) == theirs.load_service_model("s3", name)
     with pytest.raises(DataNotFoundError):
         ours.load_data("no such file")
+
+
+def test_data_of_the_user_is_read_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """botocore has a variable for it."""
+    (tmp_path / "one.json").write_text('{"a": 1}')
+    (tmp_path / "two.json.gz").write_bytes(gzip.compress(b'{"b": 2}'))
+    (tmp_path / "mine" / "2026-01-01").mkdir(parents=True)
+    (tmp_path / "mine" / "2026-01-01" / "service-2.json").write_text("{}")
+    monkeypatch.setenv("AWS_DATA_PATH", os.pathsep.join([str(tmp_path), str(tmp_path / "none")]))
+    loader = new_session().get_component("data_loader")
+    assert (loader.load_data("one"), loader.load_data("two")) == ({"a": 1}, {"b": 2})
+    services = loader.list_available_services("service-2")
+    assert {"mine", "s3", "sts"} <= set(services)
+    assert services == sorted(set(services))

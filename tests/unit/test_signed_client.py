@@ -104,7 +104,7 @@ def test_redirects_are_few(serve: Serve, over: int) -> None:
 
     service = serve(answer)
     if over:
-        with pytest.raises(BadRequestError, match="^the object: redirected more than 5 times$"):
+        with pytest.raises(BadRequestError, match=r"^the object: redirected more than 5 times$"):
             status_of(client_of(service.url))
     else:
         assert status_of(client_of(service.url)) == 200
@@ -280,7 +280,7 @@ def test_a_wrong_secret_is_no_matter_of_waiting(serve: Serve) -> None:
     client = client_of(
         serve(refusing("SignatureDoesNotMatch")).url, live(lambda _: TimedCredentials(KEYS))
     )
-    with pytest.raises(AccessDeniedError, match="SignatureDoesNotMatch.*secretAccessKey"):
+    with pytest.raises(AccessDeniedError, match=r"SignatureDoesNotMatch.*secretAccessKey"):
         status_of(client)
 
 
