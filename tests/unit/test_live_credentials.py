@@ -173,12 +173,12 @@ def test_the_begin_and_the_end_of_a_failure_are_logged_once(
         live.current()
         clock[0] += 10
     giver.now, giver.lasts_s = B, -1.0
-    for _ in range(2):
+    for _ in range(3):
         live.current()
         clock[0] += 10
-    assert [record.getMessage() for record in caplog.records] == [
-        "credentials cannot be renewed: the agent is starting", "credentials were renewed",
-    ]  # fmt: skip
+        assert [record.getMessage() for record in caplog.records] == [
+            "credentials cannot be renewed: the agent is starting", "credentials were renewed",
+        ]  # fmt: skip
 
 
 def test_no_secret_is_shown() -> None:
