@@ -95,15 +95,19 @@ def test_a_cache_that_is_not_there_is_away(tmp_path: Path) -> None:
 
 
 class Door:
-    """A Unix socket behind which one connection after another gets the same bytes."""
+    """A Unix socket, or a port, behind which one connection after another gets the same bytes."""
 
-    def __init__(self, path: Path, answer: bytes) -> None:
-        self.url = f"unix:{path}"
+    def __init__(self, path: Path | None, answer: bytes) -> None:
         self.heads: list[bytes] = []
         self.answer = answer
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(path))
-        self._listener.listen()
+        if path is None:
+            self._listener = socket.create_server(("127.0.0.1", 0))
+            self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        else:
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(str(path))
+            self._listener.listen()
+            self.url = f"unix:{path}"
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
@@ -127,7 +131,7 @@ class Door:
 @pytest.fixture
 def doors(tmp_path: Path) -> Iterator[list[Door]]:
     whole = b"HTTP/1.1 206 Partial Content\r\nContent-Length: 4\r\n\r\ndata"
-    made = [Door(tmp_path / "door", whole), Door(tmp_path / "cut", whole[:-3])]
+    made = [Door(tmp_path / "door", whole), Door(tmp_path / "cut", whole[:-3]), Door(None, whole)]
     yield made
     for door in made:
         door.close()
@@ -173,17 +177,19 @@ def test_a_cache_that_does_not_answer_is_silent(
     assert len(service.requests) == 1, "it is not asked again"
 
 
+@pytest.mark.parametrize("which", [0, 2])
 def test_a_kept_connection_that_falls_silent_is_not_replaced(
-    doors: list[Door], monkeypatch: pytest.MonkeyPatch
+    doors: list[Door], monkeypatch: pytest.MonkeyPatch, which: int
 ) -> None:
     """S3 is asked instead."""
     monkeypatch.setattr(fleet_cache, "SILENCE_TIMEOUT_S", 0.2)
-    cache = FleetCache(doors[0].url)
+    door = doors[which]
+    cache = FleetCache(door.url)
     assert cache.ask("/b/k", {"Host": "s3"}, body_of, Cancel()) == b"data"
-    doors[0].answer = b""
+    door.answer = b""
     with pytest.raises(FleetCacheError, match=r"silent for 0\.2 s"):
         cache.ask("/b/k", {"Host": "s3"}, body_of, Cancel())
-    assert len(doors[0].heads) == 2
+    assert len(door.heads) == 2
 
 
 def test_a_connection_is_made_sooner_than_an_answer_comes(

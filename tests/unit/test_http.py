@@ -139,6 +139,24 @@ def test_a_connection_that_the_server_has_closed_is_replaced() -> None:
         assert server.connections == 3
 
 
+def test_connections_that_the_server_has_closed_are_replaced_together() -> None:
+    together = threading.Barrier(3)
+
+    def serve(number: int, request: Callable[[], str], send: Callable[[bytes], None]) -> None:
+        request()
+        if number <= 3:
+            together.wait(20)
+        send(ANSWER)
+
+    with serving(serve) as (server, client):
+        with ThreadPoolExecutor(3) as threads:
+            assert list(threads.map(lambda _: get(client), range(3))) == [DATA] * 3
+        assert len(client._idle) == 3
+        assert get(client) == DATA
+        assert len(client._idle) == 1, "the others are closed as well"
+        assert server.connections == 4
+
+
 def test_a_connection_whose_encryption_broke_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     ask = transport._answer_of
 

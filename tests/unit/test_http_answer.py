@@ -129,6 +129,15 @@ def test_more_informational_answers_are_no_answer(wires: Wires) -> None:
         pytest.fail("it was taken")
 
 
+def test_a_server_that_only_says_continue_is_not_listened_to_for_ever(wires: Wires) -> None:
+    said = head(status="100 Continue")
+    with (
+        pytest.raises(http_answer.http.client.HTTPException, match="have over 256 KiB"),
+        begun(wires, said * (MOST_HEAD_BYTES // len(said) + 1)),
+    ):
+        pytest.fail("it was taken")
+
+
 @pytest.mark.parametrize("status", [101, 200, 206, 404])
 def test_any_other_status_is_final(wires: Wires, status: int) -> None:
     with begun(wires, head("Content-Length: 0", status=f"{status} Said")) as answer:

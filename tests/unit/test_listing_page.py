@@ -147,6 +147,124 @@ def test_invalid_entries_are_hidden_and_the_others_are_shown(item: str, reason: 
     assert len(found.hidden[0].key) <= 120
 
 
+def test_entries_at_the_limits_of_s3_are_shown() -> None:
+    key = "m/" + "k" * (listing.LONGEST_KEY_BYTES - 2)
+    found = entries(entry(key, Size=str(listing.LARGEST_OBJECT_BYTES)), entry("m/l", Size=" 0 "))
+    assert [(each.key, each.size_bytes) for each in found.objects] == [
+        (key, listing.LARGEST_OBJECT_BYTES), ("m/l", 0),
+    ]  # fmt: skip
+    assert not found.hidden
+    parsed = listing.parse(page(*[entry()] * (listing.MOST_ENTRIES - 1), prefix("m/d/")))
+    assert len(parsed.entries) + len(parsed.prefixes) == listing.MOST_ENTRIES
+
+
+NOT_BELOW = "it is not below the prefix 'm/' that was asked for"
+
+
+@pytest.mark.parametrize(
+    ("item", "key", "reason"),
+    [
+        (entry(None), "an entry", "it has no key"),
+        (entry(""), "", "it has no key"),
+        (entry("x/" + "y" * 500), "x/" + "y" * 118, NOT_BELOW),
+        (entry("m/a", Size="9" * 500), "m/a", f"its size is '{'9' * 120}'"),
+        (entry("m/a", Size=str((50 << 40) + 1)), "m/a",
+         f"its size is {(50 << 40) + 1}, and S3 has no object over {50 << 40}"),
+        (entry("m/a", ETag="a b"), "m/a", "its ETag is 'a b'"),
+        (prefix("y/z/"), "y/z/", NOT_BELOW),
+        (prefix(""), "", "it has no key"),
+        ("<CommonPrefixes></CommonPrefixes>", "", "it has no key"),
+    ],
+)  # fmt: skip
+def test_a_hidden_entry_is_named_with_the_reason(item: str, key: str, reason: str) -> None:
+    (hidden,) = entries(item).hidden
+    assert (hidden.key, hidden.reason) == (key, reason)
+
+
+@pytest.mark.parametrize(
+    ("items", "last"),
+    [
+        ([entry("m/a"), entry("m/b", Size="ten")], "m/b"),
+        ([entry("m/a"), entry("x")], "m/a"),
+        ([prefix("m/a/")], "m/a/"),
+        ([entry("m/b"), prefix("m/a/")], "m/b"),
+        ([entry("m/b"), prefix("m/c/"), prefix("m/a/")], "m/c/"),
+        ([entry("m/d/x")], "m/d/x"),
+        ([prefix("m/")], None),
+        ([], None),
+    ],
+)
+def test_a_listing_goes_on_after_the_last_of_all(items: list[str], last: str | None) -> None:
+    assert entries(*items, delimiter="/").last == last
+
+
+def test_a_prefix_that_is_the_listed_one_or_comes_twice_is_not_shown_again() -> None:
+    found = entries(prefix("m/"), prefix("m/a/"), prefix("m/a/"), entry("m/a/x"), delimiter="/")
+    assert (found.prefixes, found.hidden) == (["m/a/"], [])
+
+
+@pytest.mark.parametrize("root", ["ListBucketResult", "ListObjectsV2Output", "a:ListBucketResult"])
+def test_the_root_of_a_listing(root: str) -> None:
+    declared = ' xmlns:a="a"' if ":" in root else ""
+    body = f"<{root}{declared}><Contents><Key>m/a</Key><Size>1</Size></Contents></{root}>"
+    assert listing.parse(body.encode()).entries == [{"Key": "m/a", "Size": "1"}]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "the answer is empty"),
+        (b"{}" * 500, f"it begins with '{'{}' * 60}'"),
+        (b"<" + b"a" * 500 + b"/>", f"the answer is XML, but its root is '{'a' * 120}'"),
+        (b"<!DOCTYPE " + b"h" * 500 + b"><h/>", f"the answer is a document of type '{'h' * 120}'"),
+    ],
+)
+def test_what_is_no_listing_is_shown_in_part(body: bytes, words: str) -> None:
+    with pytest.raises(NotAListingError) as told:
+        listing.parse(body)
+    assert str(told.value).endswith(words)
+
+
+def test_blanks_belong_to_keys_and_to_no_other_field() -> None:
+    parsed = listing.parse(page(entry(" m/a\n"), prefix("m/b /"), IsTruncated=" true\n"))
+    assert list(parsed.texts()) == [" m/a\n", "m/b /"]
+    assert parsed.about == {"IsTruncated": "true"}
+
+
+@pytest.mark.parametrize(
+    ("key", "encoding", "encoded"),
+    [("m/a%20b", "url", True), ("m/a%2Fb", "URL", True), ("m/a", "url", True), ("m/a", "", False),
+     ("m/a", "none", False), ("m/a b", "url", False), ("m/a%2", "url", False),
+     ("m/%g0", "url", False)],
+)  # fmt: skip
+def test_whether_keys_are_encoded(key: str, encoding: str, encoded: bool) -> None:
+    assert listing.parse(page(entry(key), EncodingType=encoding)).is_encoded is encoded
+    assert listing.parse(page(prefix(key), EncodingType=encoding)).is_encoded is encoded
+
+
+@pytest.mark.parametrize(
+    ("keys", "space", "matters"),
+    [(["a%20b", "a%2Bb"], False, False), (["a%2bb+"], True, True), (["a+b"], None, True),
+     (["ab"], None, False), ([], None, False)],
+)  # fmt: skip
+def test_what_a_page_shows_of_the_meaning_of_plus(
+    keys: list[str], space: bool | None, matters: bool
+) -> None:
+    for item in (entry, prefix):
+        parsed = listing.parse(page(*map(item, keys)))
+        assert listing.plus_is_space(parsed) is space
+        assert listing.has_plus(parsed) is matters
+
+
+@pytest.mark.parametrize(
+    ("text", "encoded", "plus", "key"),
+    [("a+%2B", True, True, "a +"), ("a+%2B", True, False, "a++"), ("a+%2B", False, True, "a+%2B"),
+     ("%C3%A4", True, False, "ä"), ("%ff", True, False, None)],
+)  # fmt: skip
+def test_keys_are_decoded(text: str, encoded: bool, plus: bool, key: str | None) -> None:
+    assert listing.decode(text, encoded=encoded, plus=plus) == key
+
+
 @pytest.mark.parametrize("field", ["ETag", "LastModified"])
 def test_without_etag_or_time_an_object_is_shown(field: str) -> None:
     for text in (None, ""):
@@ -170,6 +288,9 @@ def test_without_etag_or_time_an_object_is_shown(field: str) -> None:
         ("1970-01-01T00:00:00.000Z", 0),
         ("0001-01-01T00:00:00Z", 0),
         ("1601-01-01T00:00:00Z", 0),
+        ("2262-04-11T23:47:15Z", (1 << 63) // 10**9 - 1),
+        ("2262-04-11T23:47:16Z", 0),
+        (" 2026-01-02T03:04:05Z\n", 1767323045),
         ("9999-12-31T23:59:59.999Z", 0),
         ("", 0),
         ("yesterday", 0),

@@ -492,7 +492,9 @@ def test_data_of_the_user_is_read_too(monkeypatch: pytest.MonkeyPatch, tmp_path:
     (tmp_path / "mine" / "2026-01-01" / "service-2.json").write_text("{}")
     monkeypatch.setenv("AWS_DATA_PATH", os.pathsep.join([str(tmp_path), str(tmp_path / "none")]))
     loader = new_session().get_component("data_loader")
-    assert (loader.load_data("one"), loader.load_data("two")) == ({"a": 1}, {"b": 2})
+    one, two = loader.load_data("one"), loader.load_data("two")
+    assert (one, two) == ({"a": 1}, {"b": 2})
+    assert type(one) is type(two) is dict, "an OrderedDict takes longer"
     services = loader.list_available_services("service-2")
     assert {"mine", "s3", "sts"} <= set(services)
     assert services == sorted(set(services))

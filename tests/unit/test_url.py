@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lazyfs.errors import OptionError
+from lazyfs.store import url
 from lazyfs.store.url import SourceUrl, is_url, object_name
 
 POINT = "arn:aws:s3:eu-west-1:123456789012:accesspoint"
@@ -28,10 +29,12 @@ POINT = "arn:aws:s3:eu-west-1:123456789012:accesspoint"
     ],
 )
 def test_a_source_is_a_bucket_and_a_prefix(text: str, bucket: str, prefix: str) -> None:
-    url = SourceUrl.parse(text)
-    assert (url.scheme, url.bucket, url.prefix) == ("s3", bucket, prefix)
-    assert str(url) == text.removesuffix("/")
-    assert url.name(f"{prefix}k") == object_name(bucket, f"{prefix}k") == f"s3://{bucket}/{prefix}k"
+    made = SourceUrl.parse(text)
+    assert (made.scheme, made.bucket, made.prefix) == ("s3", bucket, prefix)
+    assert str(made) == text.removesuffix("/")
+    assert (
+        made.name(f"{prefix}k") == object_name(bucket, f"{prefix}k") == f"s3://{bucket}/{prefix}k"
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,6 +48,16 @@ def test_what_is_no_source_says_how_to_write_one(text: str) -> None:
         SourceUrl.parse(text)
     words = "is not a source: write s3://BUCKET or s3://BUCKET/PREFIX"
     assert str(told.value) == f"{text!r} {words}"
+
+
+def test_each_kind_of_store_has_a_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(url._DIVIDE, "gs", lambda text, rest: ("bucket", rest))
+    made = SourceUrl.parse("gs://m/")
+    assert (made, str(made)) == (SourceUrl("bucket", "m/", "gs"), "gs://bucket/m")
+    assert made.name("m/k") == "gs://bucket/m/k"
+    assert is_url("gs://m/")
+    with pytest.raises(OptionError, match=r"write s3://B.*/PREFIX or gs://BUCKET or gs://B.*/PRE"):
+        SourceUrl.parse("m")
 
 
 @pytest.mark.parametrize(
