@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import email.utils
 import gzip
 import http.client
 import http.server
 import json
+import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -38,8 +41,8 @@ from lazyfs.errors import (
     SourceError,
     ThrottledError,
 )
-from lazyfs.movers import process
-from lazyfs.movers.call import value_of
+from lazyfs.movers import context, process
+from lazyfs.movers.call import MOST_BYTES, value_of
 from lazyfs.movers.pool import Movers
 from lazyfs.store import mover_requests, range_reader
 from lazyfs.store.cancel import Cancel, CancelledError
@@ -47,6 +50,7 @@ from lazyfs.store.http import Transport
 from lazyfs.store.http_answer import Answer, CutOffError
 from lazyfs.store.listing_page import Pinned
 from lazyfs.store.mover_requests import MOST_HEADERS, NotMovedError
+from lazyfs.store.protocol import EACH, STOP
 from lazyfs.store.refusals import MOST_TEXT
 from lazyfs.store.s3_source import S3Source
 from lazyfs.store.signing import SigningCredentials
@@ -466,3 +470,141 @@ def test_the_address_that_a_mover_reached_is_known(serve: Serve) -> None:
         lambda answer: answer.status, Cancel(), memoryview(bytearray(LENGTH)),
     )  # fmt: skip
     assert transport.address == "127.0.0.1"
+
+
+# Several ranges at once
+
+
+@pytest.fixture
+def line() -> Iterator[socket.socket]:
+    """The worker's end of the line of this thread's call."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(20)
+    with ours, theirs:
+        context.serve(theirs)
+        yield ours
+    mover_requests._shared.clear()
+
+
+def receive_each(url: str, count: int = 4, patience_s: float = 20.0) -> dict[int, Any]:
+    """What is told at the end of ranges of `LENGTH` bytes, by their numbers."""
+    asked = [f"bytes={number * LENGTH}-{(number + 1) * LENGTH - 1}" for number in range(count)]
+    into = [memoryview(bytearray(LENGTH)) for _ in asked]
+    headers = {"Host": "s3"}
+    rest = mover_requests.receive_each(
+        url, "/none", False, "/bucket/m/k", headers, asked, patience_s, *into
+    )
+    for number, answer in rest:
+        if answer is not None and answer.get("filled") and answer["came"] is None:
+            assert into[number] == DATA[number * LENGTH : (number + 1) * LENGTH]
+    return dict(rest)
+
+
+def told_before(line: socket.socket) -> dict[int, Any]:
+    """What was told before the end."""
+    found: dict[int, Any] = {}
+    line.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            found |= json.loads(line.recv(MOST_BYTES))["part"]
+    return found
+
+
+def test_a_half_of_the_answers_is_told_before_the_others(serve: Serve, line: socket.socket) -> None:
+    service = serve(part)
+    rest = receive_each(service.url)
+    assert sorted([*told_before(line), *rest]) == [0, 1, 2, 3]
+    assert len(rest) in (0, 1, 2)
+    assert {request.target for request in service.requests} == {"/bucket/m/k"}
+    assert {request.headers["host"] for request in service.requests} == {"s3"}
+    assert sorted(request.range[0] for request in service.requests) == [0, 512, 1024, 1536]
+
+
+def test_after_a_word_each_is_told_as_it_comes(serve: Serve, line: socket.socket) -> None:
+    turn = threading.Semaphore(1)
+    line.send(EACH)
+
+    def answer(request: Request) -> ANSWER:
+        turn.acquire(timeout=20)
+        return part(request)
+
+    told: list[dict[int, Any]] = []
+
+    def listen() -> None:
+        for _ in range(3):
+            told.append(dict(json.loads(line.recv(MOST_BYTES))["part"]))
+            turn.release()
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    rest = receive_each(serve(answer).url)
+    listener.join(20)
+    assert [len(each) for each in (*told, rest)] == [1, 1, 1, 1]
+
+
+def test_an_answer_that_is_too_long_to_tell_is_left_to_the_worker(
+    serve: Serve, line: socket.socket
+) -> None:
+    length = MOST_BYTES // 4 * 3 // 4  # in Base64 too much for one of four, not for one of two
+    service = serve(lambda _: (503, {}, b"x" * length))
+    for count, is_told in ((2, True), (4, False)):
+        answers = receive_each(service.url, count) | told_before(line)
+        assert [answers[number] is not None for number in range(count)] == [is_told] * count
+
+
+def test_what_a_request_met_is_told(line: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = [ConnectionResetError(104, "reset"), ValueError("a fault"), None, CancelledError()]
+
+    def failing(*arguments: Any) -> dict[str, Any]:
+        number = int(arguments[3]["Range"].partition("=")[2].partition("-")[0]) // LENGTH
+        if (error := errors[number]) is not None:
+            raise error
+        return {"filled": False}
+
+    monkeypatch.setattr(mover_requests, "_receive", failing)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    rest = receive_each("http://127.0.0.1:9")
+    rest |= told_before(line)
+    assert rest == {
+        0: {"kind": 1, "errno": 104, "text": "reset"}, 1: None, 2: {"filled": False},
+    }  # fmt: skip
+
+
+def test_where_no_more_threads_are_allowed_the_worker_is_told(
+    serve: Serve, line: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = serve(part).url
+    start = threading.Thread.start
+    begun: list[threading.Thread] = []
+
+    def limited(thread: threading.Thread) -> None:
+        if threading.current_thread() is threading.main_thread():
+            begun.append(thread)
+            if len(begun) > 1:
+                raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    rest = receive_each(url, 3)
+    rest |= told_before(line)
+    assert rest[0]["filled"]
+    assert rest[1] == rest[2] == {"kind": 3, "errno": 11, "text": "can't start new thread"}
+
+
+@pytest.mark.parametrize("by", ["end", "word", "time"])
+def test_all_ends_with_the_worker_or_at_its_word_or_in_time(
+    serve: Serve, line: socket.socket, by: str
+) -> None:
+    over = threading.Event()
+
+    def answer(request: Request) -> ANSWER:
+        over.wait(20)
+        return part(request)
+
+    if by == "end":
+        line.shutdown(socket.SHUT_RDWR)
+    elif by == "word":
+        line.send(STOP)
+    service = serve(answer)
+    assert receive_each(service.url, patience_s=0.05 if by == "time" else 60.0) == {}
+    over.set()
