@@ -119,12 +119,15 @@ class InTheirPlace:
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
         self.calls: list[str] = []
+        self.arguments: tuple[object, ...] = ()
+        self.given: dict[str, object] = {}
 
     async def wait_for_first(self, has_time: Callable[[], bool]) -> None:
         self.calls.append("wait")
 
-    async def run(self, *_: object, ended: Callable[[], None], **given: object) -> Any:
+    async def run(self, *arguments: object, ended: Callable[[], None], **given: object) -> Any:
         self.calls.append("run")
+        self.arguments, self.given = arguments, given
         ended()
         if self.error is not None:
             raise self.error
@@ -190,6 +193,30 @@ def test_movers_are_asked_if_that_needs_neither_a_proxy_nor_new_credentials(
     assert moved(source) == (None, 1)
     assert each_moved(source) == ([], 1)
     assert movers.calls == (["wait", "run", "run"] if may_move else ["wait"])
+
+
+@pytest.mark.usefixtures("any_length")
+@pytest.mark.parametrize("refuse_local", [False, True])
+def test_a_mover_knows_what_it_may_contact_and_can_be_ended(
+    serve: Serve, refuse_local: bool
+) -> None:
+    service = serve(part)
+    source = service.source(refuse_local=refuse_local)
+    movers = InTheirPlace(MoverLostError("it ended"))
+    source.use(cast(Movers, movers))
+    cancel, nudge = Cancel(), Nudge()
+
+    async def main() -> None:
+        ranges = source.ranges
+        await ranges.read_by_mover(PIN, 256, 512, cancel, lambda: True, lambda: None)
+        assert movers.arguments[1:6] == (service.url, "/none", refuse_local, "GET", "/bucket/m/k")
+        assert movers.given["wire"] is cancel
+        await ranges.read_each(PIN, [(0, 64), (64, 64)], lambda _: None, nudge, 5.0, lambda: None)
+        assert movers.arguments[1:5] == (service.url, "/none", refuse_local, "/bucket/m/k")
+        assert movers.arguments[6:] == (["bytes=0-63", "bytes=64-127"], 5.0)
+        assert (movers.given["nudge"], movers.given["parts"]) == (nudge, 2)
+
+    trio.run(main)
 
 
 @pytest.mark.usefixtures("any_length")

@@ -1111,4 +1111,6 @@ def test_the_clock_of_the_service_is_compared(
     service = serve(lambda _: (200, {}, b""))
     skew_s = service.source().clock_skew_s()
     assert skew_s == (None if ahead_s is None else pytest.approx(ahead_s, abs=30))
-    assert service.requests[0].query == {"list-type": "2", "max-keys": "1", "prefix": "m/"}
+    (request,) = service.requests
+    assert (request.method, request.path) == ("GET", "/bucket")
+    assert request.query == {"list-type": "2", "max-keys": "1", "prefix": "m/"}

@@ -77,7 +77,7 @@ def test_a_prefix_whose_parts_no_directory_could_have_is_refused(prefix: str) ->
         ("arn:aws:s3:::models/x", "of ARNs, only those of access points are: s3://arn:aws:s3:"),
         ("arn:aws:s3:eu-west-1:123456789012:bucket/models", "only those of access points"),
         ("arn:aws:s3:eu-west-1:123456789012:accesspoint", "only those of access points"),
-        ("arn:aws:s3", "only those of access points"),
+        ("arn:aws:s3", "are: s3://arn:aws:s3:REGION:ACCOUNT:accesspoint/NAME/PREFIX$"),
         ("arn:aws:s3express:eu-west-1:123456789012:accesspoint/x", "ARNs of s3express are not"),
         ("arn:aws:s3-object-lambda:eu-west-1:123456789012:accesspoint/x", "does not support range"),
         ("arn:aws:s3::123456789012:accesspoint/x.mrap/y", "Multi-Region Access Points"),
