@@ -102,7 +102,7 @@ def test_compressed_answers_count_as_stored_if_compression_was_not_allowed():
     ],
 )
 def test_another_version(status, headers, length):
-    with pytest.raises(ChangedError):
+    with pytest.raises(ChangedError, match=r"^listed with .* has "):
         check(status, headers, length)
 
 
