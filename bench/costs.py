@@ -6,8 +6,9 @@
 A large model is one shard of 1 GiB under many names (hard links), so that the origin keeps it in
 the page cache, while each shard of the mount has pages of its own. Rounds are interleaved, and
 prefetching begins when a file is opened. Times are those of the load, from before the first open to
-the last tensor; processor time counts from the moment at which the mount was ready. Needs root and
-nginx with Lua.
+the last tensor; processor time counts from the moment at which the mount was ready. Before each
+load the page cache is full, as on a node that has worked for a while. Needs root and nginx with
+Lua.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import origin as origins
-from accounting import end_in_order, workplace
+from accounting import end_in_order, fill_page_cache, workplace
 from measure import Loader, Meter, Run
 from model import write_model
 from mounts import Lazyfs, Mounted, Place, forget
@@ -65,6 +66,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         base = stack.enter_context(workplace("lazyfs-costs-"))
         served = base / "served"
+        (base / "holes").mkdir()
         cases = []
         for size in arguments.sizes:
             shards = max(1, round(size / SHARD))
@@ -123,6 +125,7 @@ def measure(lazyfs: Lazyfs, origin: origins.Origin, case: Case, base: Path) -> R
     for place in places:
         place.mountpoint.mkdir(exist_ok=True)
         forget(place)
+    fill_page_cache(base / "holes" / "file")
     meter = Meter(origin, None)
     meter.mark(base / "served" / case.prefix)
     with contextlib.ExitStack() as stack:
