@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +61,12 @@ def _files() -> list[Path]:
 def test_every_package_has_a_layer() -> None:
     found = {path.name for path in (ROOT / PACKAGE).iterdir() if (path / "__init__.py").exists()}
     assert found == set(LAYERS) - {FOUNDATION}
+
+
+def test_the_table_of_packages_has_their_order() -> None:
+    text = (ROOT / "docs" / "ARCHITECTURE.md").read_text()
+    table = text[text.index("\n| package |") : text.index("\n| beside them |")]
+    assert re.findall(r"^\| `(\w+)/`", table, re.MULTILINE) == list(LAYERS[:0:-1])
 
 
 def test_imports_run_downwards() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import pytest
 from csi import controller_records, request_fields
 from csi.csi_pb2 import VolumeCapability
 from csi.errors import InvalidArgumentError
-from csi.volume_attributes import Rules, credentials_of, options_of
+from csi.volume_attributes import OF_THE_NODE, Rules, credentials_of, options_of
 from lazyfs import machine
 from lazyfs.errors import OptionError
+from lazyfs.options.mount_options import OPTIONS
 from lazyfs.options.option_types import GIB
 from lazyfs.store.credentials import StaticCredentials
 
@@ -226,3 +228,10 @@ def test_ids() -> None:
     assert len(longest) == 2
     for each in longest:
         request_fields.check_text("volume_id", each)
+
+
+def test_the_documentation_names_what_only_the_administrator_sets() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "CSI.md").read_text()
+    named = text.partition("belong to the administrator: ")[2].partition(" are\nrefused")[0]
+    options = {option.camel_case for option in OPTIONS if option.name in OF_THE_NODE}
+    assert set(re.findall(r"`(\w+)`", named)) == options
