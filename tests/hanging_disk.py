@@ -41,8 +41,15 @@ class HangingDisk:
         self.hung_long = False
 
     def forget(self) -> None:
-        """Have the kernel forget what it has read of it, as after a boot. No file may be open."""
+        """Have the kernel forget what it has read of it, as after a boot. No file may be open.
+
+        A mount namespace that another test made meanwhile has a copy of the mount: it must end.
+        """
         _run("umount", self.path)
+        until_s = time.monotonic() + 60
+        while any(f" {self._device} " in mounts for mounts in _mounts()):
+            assert time.monotonic() < until_s
+            time.sleep(0.1)
         _run("mount", self._device, self.path)
 
     def hang(self) -> None:
@@ -97,6 +104,13 @@ def hanging_disk(directory: Path, size_bytes: int) -> Iterator[HangingDisk]:
         stack.callback(_unmount, path)
         stack.callback(disk.answer)
         yield disk
+
+
+def _mounts() -> Iterator[str]:
+    """The mounts that each process sees."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            yield (process / "mountinfo").read_text()
 
 
 def _unmount(path: Path) -> None:
