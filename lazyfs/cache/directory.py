@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from lazyfs.cache.block_files import BlockFiles, new_name
 from lazyfs.cache.block_format import Content, DamagedBlockError
+from lazyfs.cache.claims import Claims
 from lazyfs.cache.current_load import CurrentLoad
 from lazyfs.cache.guarded_index import GuardedIndex, Side, locked
 from lazyfs.cache.index import BlockIndex, Entered, Entry, Stored
@@ -276,7 +277,7 @@ class CacheDirectory:
 
     def _sweep(self, index: BlockIndex) -> None:
         adopt = (lambda name: self._adopt(index, name)) if self._index.is_anew else None
-        sweep(index, self._files, self._index.claims, adopt)
+        sweep(index, self._files, Claims(self.path), adopt)
         self._index.is_anew = False
 
     def _announce(self, index: BlockIndex, plan: Sequence[Content]) -> None:

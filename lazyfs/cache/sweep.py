@@ -22,24 +22,27 @@ def is_due(descriptor: int) -> bool:
 def sweep(
     index: BlockIndex,
     files: BlockFiles,
-    claims: Claims | None,
+    claims: Claims,
     adopt: Callable[[str], bool] | None,
 ) -> None:
     """Remove files without a row and rows without a file.
 
     Args:
-        claims: of the directory; a row whose file is being written is claimed.
+        claims: of the directory, and no process's own: a row whose file is being written is
+            claimed, perhaps by this process.
         adopt: makes the row of a file again, or returns false; None: the index was not lost.
     """
     names = files.names()
     # Rows after files: a file that was listed had its row before it existed.
     rows = {row.filename: row for row in index.rows()}
+    there = set(names)
+    # Before files are adopted, which takes long: meanwhile blocks are written to their end.
+    for row in rows.values():
+        if row.is_pending and claims.is_taken(row.key):
+            continue
+        if row.is_pending or not (row.filename in there or files.path(row.filename).exists()):
+            index.discard(row.key, row.filename)
+            files.remove([row.filename])
     for filename in names:
         if filename not in rows and not (adopt and adopt(filename)):
             files.remove([filename])
-    there = set(names)
-    for row in rows.values():
-        unfinished = row.is_pending and not (claims and claims.is_taken(row.key))
-        if unfinished or not (row.filename in there or files.path(row.filename).exists()):
-            index.discard(row.key, row.filename)
-            files.remove([row.filename])
