@@ -11,6 +11,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -19,6 +20,7 @@ from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.space import Limits
 from lazyfs.errors import CacheError
 from lazyfs.listed_object import File
+from lazyfs.movers.pool import Movers
 from lazyfs.options.mount_options import MountOptions
 
 BLOCK = 256 << 10
@@ -512,3 +514,187 @@ def test_another_process_uses_the_cache_that_the_options_name(tmp_path: Path) ->
     assert cache.put(one, 0, body(one, 0))
     assert load(other, one, 0) == body(one, 0)
     assert BlockCache.of(MountOptions(cache_dir="none"), "http://s3", "b") is None
+
+
+def test_blocks_that_are_absent_are_claimed_once(open_cache: Callable[..., BlockCache]) -> None:
+    ours, theirs, one = open_cache("a", "b"), open_cache("a", "b"), file(blocks=8)
+    assert fill(ours, one, range(2)) == [True, True]
+    assert theirs.claim_absent(one, [2, 3]) == {2, 3}
+    assert ours.claim_absent(one, range(6)) == {4, 5}
+    assert theirs.claim_absent(one, [0, 4, 5, 6]) == {6}, "the claim to what is there has ended"
+    assert not theirs.is_claimed(one, 0)
+    counters = [directory.counters for directory in ours.directories]
+    assert sum(each.misses for each in counters) == 2, "what others fetch is not missing"
+    ours.release(one, 4)
+    assert theirs.claim_absent(one, [4]) == {4}
+
+
+def test_a_block_is_loaded_without_a_claim(open_cache: Callable[..., BlockCache]) -> None:
+    cache, other, one = open_cache("a", "b"), open_cache("a", "b"), file(blocks=8)
+    fill(cache, one, range(8))
+    assert [cache.load(one, number) for number in range(8)] == [body(one, n) for n in range(8)]
+    assert cache.load(one, 9) is None
+    assert other.load_or_claim(one, 9) is Claim.OURS
+
+
+def test_each_directory_is_a_part_with_its_own_blocks(
+    open_cache: Callable[..., BlockCache], tmp_path: Path
+) -> None:
+    cache, one, numbers = open_cache("a", "b", "c"), file(blocks=30), range(30)
+    parts = cache.parts()
+    assert [part.name for part in parts] == [str(tmp_path / name) for name in "abc"]
+    assert cache.name == ":".join(part.name for part in parts)
+    for number in numbers:
+        (home,) = (part for part in parts if part.has_place_for(one, number))
+        assert home.put(one, number, body(one, number))
+        assert cache.has_place_for(one, number)
+    present = [part.present(one) for part in parts]
+    assert all(present)
+    assert sorted(sum(present, [])) == list(numbers) == cache.present(one)
+    assert [load(cache, one, number) for number in numbers] == [body(one, n) for n in numbers]
+    assert [len(cache.directories), *(len(part.directories) for part in parts)] == [3, 1, 1, 1]
+
+
+def test_blocks_of_one_call_come_to_their_directories(
+    open_cache: Callable[..., BlockCache],
+) -> None:
+    cache, other = open_cache("a", "b"), open_cache("a", "b")
+    one, two = file("1", blocks=8), file("2", blocks=8)
+    assert cache.claim_absent(one, range(8)) == set(range(8))
+    blocks = [(each, number, body(each, number)) for number in range(8) for each in (one, two)]
+    assert cache.put_all(blocks) == [True] * 16
+    for each in (one, two):
+        assert [load(other, each, number) for number in range(8)] == [
+            body(each, number) for number in range(8)
+        ]
+    assert not any(other.is_claimed(one, number) for number in range(8))
+    assert all(directory.counters.hits for directory in other.directories)
+
+
+def test_what_a_full_directory_refuses_others_still_store(
+    open_cache: Callable[..., BlockCache],
+) -> None:
+    cache, other, one = open_cache("a", "b"), open_cache("a", "b"), file(blocks=16)
+    full, roomy = cache.parts()
+    full.directories[0].limits = Limits(0)
+    assert cache.claim_absent(one, range(16)) == set(range(16))
+    kept = cache.put_all([(one, number, body(one, number)) for number in range(16)])
+    assert kept == [roomy.has_place_for(one, number) for number in range(16)]
+    assert 0 < kept.count(True) < 16
+    assert not any(other.is_claimed(one, number) for number in range(16))
+
+
+def test_claims_end_also_if_blocks_cannot_be_stored_for_an_unforeseen_reason(
+    open_cache: Callable[..., BlockCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, other, one = open_cache(), open_cache(), file()
+    assert cache.claim_absent(one, range(3)) == {0, 1, 2}
+    monkeypatch.setattr(CacheDirectory, "put_all", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        cache.put_all([(one, number, body(one, number)) for number in range(2)])
+    assert [other.is_claimed(one, number) for number in range(3)] == [False, False, True]
+
+
+def test_a_file_is_dropped_from_all_directories(open_cache: Callable[..., BlockCache]) -> None:
+    cache, one, two = open_cache("a", "b"), file("1", blocks=16), file("2", blocks=16)
+    fill(cache, one, range(16))
+    fill(cache, two, range(16))
+    cache.drop(one)
+    assert (cache.present(one), cache.present(two)) == ([], list(range(16)))
+    assert not cache.holds(one, 3)
+    assert cache.holds(two, 3)
+
+
+def test_blocks_are_given_up_in_the_directories_that_have_them(
+    open_cache: Callable[..., BlockCache],
+) -> None:
+    cache, one = open_cache("a", "b"), file(blocks=16)
+    first, second = (
+        [number for number in range(16) if part.has_place_for(one, number)]
+        for part in cache.parts()
+    )
+    other, another = open_cache("a"), file("2")
+    other.set_loading(one)
+    assert cache.give_up(one, second), "whoever loads it has no blocks there"
+    assert not cache.give_up(one, first)
+    assert not cache.give_up(one, range(16))
+    assert cache.give_up(another, range(4))
+    assert cache.give_up(one, [])
+    both = open_cache("a", "b")
+    both.set_loading(another)
+    assert not cache.give_up(another, range(16))
+    assert not any(part.give_up(another, range(16)) for part in cache.parts())
+
+
+def test_whoever_waits_in_one_of_the_directories_is_seen(
+    open_cache: Callable[..., BlockCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = file(blocks=16)
+    now_s = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    cache, other = open_cache("a", "b"), open_cache("a", "b")
+    for part in other.parts():
+        number = next(number for number in range(16) if part.has_place_for(one, number))
+        other.set_waiting(one, number, True)
+        now_s += 1
+        assert cache.others_wait()
+        other.set_waiting(one, number, False)
+        now_s += 1
+        assert not cache.others_wait()
+
+
+def test_all_directories_are_cared_for_and_know_what_is_needed(
+    open_cache: Callable[..., BlockCache],
+) -> None:
+    cache, one, two = open_cache("a", "b"), file("1", blocks=16), file("2", blocks=16)
+    fill(cache, one, range(16))
+    fill(cache, two, range(16))
+    grow_old(cache, 5000)
+    cache.care([one])
+    assert all(directory.filling[0] > 0 for directory in cache.directories)
+    used = sum(directory.drop_older(time.time() - 4000) for directory in cache.directories)
+    assert used == 16
+    assert (cache.present(one), cache.present(two)) == (list(range(16)), [])
+    grow_old(cache, 5000)
+    cache.announce([one])
+    assert sum(each.drop_older(time.time() - 4000) for each in cache.directories) == 0
+
+
+def test_directories_are_opened_at_once_and_each_tells_its_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    places = [tmp_path / "a", tmp_path / "file" / "cache", tmp_path / "b"]
+    cache = BlockCache(places, Limits(1 << 20), "http://s3", "b", BLOCK)
+    opened = cache.begin_to_open()
+    assert [opened[at].result(60) for at in (0, 2)] == [None, None]
+    with pytest.raises(CacheError, match="file/cache: cannot be made"):
+        opened[1].result(60)
+    assert all((places[at] / "cache.db").exists() for at in (0, 2))
+
+
+class Mover:
+    """A mover in this process."""
+
+    def __init__(self) -> None:
+        self.called: list[str] = []
+
+    def call(self, function: Callable[..., Any], *arguments: Any, buffer: Any) -> Any:
+        self.called.append(function.__name__)
+        return function(*arguments, *(buffer if isinstance(buffer, list) else [buffer]))
+
+
+def test_movers_are_used_for_all_directories(open_cache: Callable[..., BlockCache]) -> None:
+    cache, mover, one = open_cache("a", "b"), Mover(), file(blocks=16)
+    cache.use(cast(Movers, mover))
+    blocks = [(one, number, body(one, number)) for number in range(16)]
+    assert cache.put_all(blocks) == [True] * 16
+    assert mover.called == ["write", "write"], "one call for each directory"
+    assert all(load(cache, one, number) == body(one, number) for number in range(16))
+    assert mover.called[2:] == ["read"] * 16
+
+
+def test_the_endpoint_may_be_known_later(open_cache: Callable[..., BlockCache]) -> None:
+    cache, one = open_cache(), file()
+    fill(cache, one, range(1))
+    other = BlockCache([cache.directories[0].path], Limits(1 << 30), "", "b", BLOCK)
+    other.endpoint = "http://s3"
+    assert load(other, one, 0) == body(one, 0)

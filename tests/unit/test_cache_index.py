@@ -265,3 +265,59 @@ def test_only_texts_are_keys_and_nothing_is_a_value(index: BlockIndex) -> None:
     assert index.rows() == []
     enter(index, "a:0")
     assert list(index) == ["a:0"]
+
+
+def test_what_is_no_text_is_no_key() -> None:
+    """diskcache would unpickle it."""
+    disk = module._NoValues(".")
+    assert disk.put("a:0") == ("a:0", True)
+    assert disk.get("a:0", 1) == "a:0"
+    for key, raw in (("a:0", 0), (b"a:0", 1), (7, 1)):
+        with pytest.raises(ValueError, match="not a block's key"):
+            disk.get(key, raw)
+    for use in (disk.store, disk.fetch):
+        with pytest.raises(TypeError, match="not stored as values"):
+            use(b"value", False)
+        with pytest.raises(TypeError, match="not stored as values"):
+            use(b"value", False, key="a:0")
+
+
+def test_the_blocks_that_leave_first_are_found_without_a_look_at_all(index: BlockIndex) -> None:
+    columns = {
+        column
+        for _, name, *_ in index._sql("PRAGMA index_list(Cache)")
+        for _, _, column in index._sql(f"PRAGMA index_info({name})")
+    }
+    assert "access_time" in columns
+
+
+def test_an_index_takes_little_memory_and_maps_no_file(index: BlockIndex) -> None:
+    """A thread that waits for a page of a file on a disk that hangs would stop all others."""
+    for name, value in (("cache_size", 256), ("mmap_size", 0)):
+        found = index._sql(f"PRAGMA {name}").fetchone()
+        assert (found or (0,))[0] == value
+
+
+def test_an_index_that_is_locked_is_waited_for_for_a_moment(index: BlockIndex) -> None:
+    (milliseconds,) = index._sql("PRAGMA busy_timeout").fetchone()
+    assert milliseconds == module.LOCK_TIMEOUT_S * 1000
+
+
+def test_a_block_that_is_too_large_keeps_no_other_from_being_entered(index: BlockIndex) -> None:
+    enter(index, "a:0", at_s=NOW_S - 9)
+    enter(index, "a:1", at_s=NOW_S - 8)
+    entries = [entry("b:0", 30), entry("b:1", 5), entry("a:1"), entry("b:2", 6)]
+    assert index.reserve(entries, NOW_S, 25, NOW_S - 5) == (
+        [DECLINED, NEW, KNOWN, NEW], ["00/a:0"],
+    )  # fmt: skip
+    assert keys(index) == {"a:1", "b:1", "b:2"}
+
+
+def test_rows_go_only_with_the_file_that_they_name(index: BlockIndex) -> None:
+    enter(index, "a:0", "a:1")
+    index.discard("a:0", "00/a:1")
+    index.discard("a:2", "00/a:1")
+    assert keys(index) == {"a:0", "a:1"}
+    index.discard("a:1", "00/a:1")
+    assert keys(index) == {"a:0"}
+    assert index.complete([entry("a:0", name="00/x")]) == [False]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from typing import cast
 
 import pytest
@@ -19,13 +20,17 @@ from lazyfs.cache.disk_calls import (
     AGAIN_S,
     DISK_PATIENCE_S,
     FIRST_REST_S,
+    LONGEST_REST_S,
     LONGEST_S,
     LOOK_S,
+    MOST_OTHERS,
     WRITE_PATIENCE_S,
     DiskCalls,
     DiskHangsError,
 )
 from lazyfs.cache.other_daemons import OtherDaemons
+from lazyfs.errors import LazyfsError
+from lazyfs.faults import FAULTS
 from lazyfs.fetch.disk_tier import DiskTier
 from lazyfs.fetch.tiers import Job, OriginTier
 from lazyfs.listed_object import File
@@ -384,5 +389,211 @@ def test_a_slow_disk_that_goes_on_writing_does_not_hang() -> None:
             desk.calls._answered_s = trio.current_time()  # another one has ended
         assert not desk.calls.hangs
         await desk.answer()
+
+    play(scenario)
+
+
+def test_results_and_errors_of_calls_come_back_and_make_room_for_others() -> None:
+    async def scenario(desk: Desk) -> None:
+        for _ in range(MOST_OTHERS + 1):
+            with pytest.raises(ZeroDivisionError):
+                await desk.calls.run(divmod, 1, 0)
+            assert await desk.calls.run(divmod, 7, 2) == (3, 1)
+            assert await desk.calls.run(lambda: DATA, size_bytes=SIZE) == DATA
+        assert await desk.calls.run_to_end(divmod, 7, 2) == (3, 1)
+        with pytest.raises(ZeroDivisionError):
+            await desk.calls.run_to_end(divmod, 1, 0)
+        assert desk.memory.used_bytes == 0
+        await desk.passes(2 * LONGEST_S)
+        assert desk.changes == [], "none of them is waited for any more"
+
+    play(scenario)
+
+
+def test_what_comes_in_time_is_not_undone() -> None:
+    async def scenario(desk: Desk) -> None:
+        late: list[int] = []
+        assert await desk.calls.run(int, "7", late=late.append) == 7
+        await desk.hang()
+        await desk.answer()
+        assert late == []
+
+    play(scenario)
+
+
+class Left:
+    """Calls of a disk that hangs, which nobody waits for any more."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._stuck = threading.Event()
+        self.late: list[object] = []
+
+    async def leave(self, *results: object) -> None:
+        """Make calls, and have them left; exceptions are raised, later."""
+        for result in results:
+            self._desk.nursery.start_soon(self._call, result)
+        await self._desk.passes(LONGEST_S + 2 * LOOK_S)
+        assert self._desk.calls.hangs
+
+    async def come(self) -> None:
+        """Have all threads come back."""
+        self._stuck.set()
+        await self._desk.answer()
+
+    async def _call(self, result: object) -> None:
+        def function() -> object:
+            assert self._stuck.wait(60)
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        with pytest.raises(DiskHangsError):
+            await self._desk.calls.run(function, late=self.late.append)
+
+
+def test_what_a_call_did_that_was_left_is_undone() -> None:
+    async def scenario(desk: Desk) -> None:
+        left = Left(desk)
+        await left.leave("claimed", None, ZeroDivisionError())
+        assert left.late == []
+        await left.come()
+        assert left.late == ["claimed"], "there is nothing to undo of the others"
+
+    play(scenario)
+
+
+def test_errors_of_calls_that_were_left_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(desk: Desk) -> None:
+        left, faults = Left(desk), FAULTS.count
+        await left.leave(LazyfsError("the disk is broken"), ZeroDivisionError("a bug"))
+        caplog.clear()
+        await left.come()
+        levels = {record.getMessage(): record.levelname for record in caplog.records}
+        assert levels["the disk is broken"] == "WARNING"
+        assert FAULTS.count == faults + 1, "only the other one is a fault"
+
+    play(scenario)
+
+
+def test_how_long_a_disk_hung_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(desk: Desk) -> None:
+        await desk.hang()
+        assert "the disk of the cache /cache does not answer" in caplog.text
+        desk.clock.jump(100 - (DISK_PATIENCE_S + 2 * LOOK_S))
+        await desk.answer()
+        assert "the disk of the cache /cache answers again, after 10" in caplog.text
+
+    play(scenario)
+
+
+def test_no_call_begins_while_the_disk_hangs() -> None:
+    async def scenario(desk: Desk) -> None:
+        made: list[int] = []
+        await desk.hang()
+        with pytest.raises(DiskHangsError):
+            await desk.calls.run(made.append, 1)
+        with pytest.raises(DiskHangsError):
+            await desk.calls.run(made.append, 2, size_bytes=SIZE)
+        with pytest.raises(DiskHangsError):
+            await desk.calls.run_to_end(made.append, 3)
+        await desk.answer()
+        await desk.calls.run_to_end(made.append, 4)
+        assert made == [4]
+
+    play(scenario)
+
+
+@pytest.mark.parametrize(("directories", "most"), [(1, BLOCKS // 4), (2, BLOCKS // 8), (99, 1)])
+def test_directories_share_the_memory_for_loads(directories: int, most: int) -> None:
+    async def scenario(desk: Desk) -> None:
+        calls = DiskCalls(desk.threads, desk.memory, "/cache", directories)
+        begun: list[int] = []
+
+        def load(number: int) -> memoryview:
+            begun.append(number)
+            assert desk.disk.answers.wait(60)
+            return DATA
+
+        async def get(number: int) -> None:
+            assert await calls.run(load, number, size_bytes=SIZE) == DATA
+
+        desk.disk.answers.clear()
+        async with trio.open_nursery() as nursery:
+            for number in range(BLOCKS):
+                nursery.start_soon(get, number)
+            while len(begun) < most:
+                await trio.lowlevel.checkpoint()
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert len(begun) == most
+            assert await calls.run(divmod, 7, 2) == (3, 1), "other calls need no memory"
+            desk.disk.answers.set()
+        assert sorted(begun) == list(range(BLOCKS))
+
+    play(scenario)
+
+
+def test_only_so_many_other_calls_are_made_at_once() -> None:
+    async def scenario(desk: Desk) -> None:
+        begun: list[int] = []
+
+        def look(number: int) -> None:
+            begun.append(number)
+            assert desk.disk.answers.wait(60)
+
+        desk.disk.answers.clear()
+        async with trio.open_nursery() as nursery:
+            for number in range(MOST_OTHERS + 5):
+                nursery.start_soon(desk.calls.run, look, number)
+            while len(begun) < MOST_OTHERS:
+                await trio.lowlevel.checkpoint()
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert len(begun) == MOST_OTHERS
+            desk.disk.answers.set()
+        assert len(begun) == MOST_OTHERS + 5
+
+    play(scenario)
+
+
+def test_a_call_may_be_given_more_time_than_others() -> None:
+    async def scenario(desk: Desk) -> None:
+        stuck = threading.Event()
+        desk.nursery.start_soon(partial(desk.calls.run, stuck.wait, 60, patience_s=3 * LONGEST_S))
+        await desk.passes(3 * LONGEST_S - LOOK_S)
+        assert not desk.calls.hangs
+        stuck.set()
+
+    play(scenario)
+
+
+def test_a_disk_rests_for_twice_as_long_each_time_up_to_a_limit() -> None:
+    async def scenario(desk: Desk) -> None:
+        await desk.hang()
+        await desk.answer()
+        for rest_s in (2.0, 4.0, 8.0, 16.0, LONGEST_REST_S, LONGEST_REST_S):
+            await desk.hang()
+            desk.disk.answers.set()
+            while desk.calls._hung:
+                await trio.lowlevel.checkpoint()
+            await desk.passes(LOOK_S)
+            desk.clock.jump(rest_s - LOOK_S)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert desk.calls.hangs
+            await desk.passes(LOOK_S)
+            assert not desk.calls.hangs
+
+    play(scenario)
+
+
+def test_time_in_which_the_process_was_stopped_counts_for_no_call() -> None:
+    async def scenario(desk: Desk) -> None:
+        desk.disk.answers.clear()
+        desk.get(1)
+        await desk.passes(DISK_PATIENCE_S - 2 * LOOK_S)
+        desk.clock.jump(1000)
+        await desk.passes(LOOK_S)
+        assert not desk.calls.hangs
+        await desk.passes(3 * LOOK_S)
+        assert desk.calls.hangs, "but the time before and after that does"
 
     play(scenario)
