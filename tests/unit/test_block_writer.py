@@ -13,8 +13,14 @@ import trio.testing
 from lazyfs.blocks import BlockId
 from lazyfs.blocks.memory import Held
 from lazyfs.cache import BlockCache, block_writer
-from lazyfs.cache.block_writer import WRITERS, WRITING_SHARE, BlockWriter
-from lazyfs.cache.disk_calls import DiskCalls
+from lazyfs.cache.block_writer import (
+    MOST_AT_ONCE,
+    MOVERS_OF_WRITER,
+    WRITERS,
+    WRITING_SHARE,
+    BlockWriter,
+)
+from lazyfs.cache.disk_calls import DiskCalls, DiskHangsError
 from lazyfs.listed_object import File
 from lazyfs.observe.recorder import Recorder
 
@@ -47,18 +53,25 @@ class Disk:
 
 
 class Desk:
-    """A writer whose disk is told when to get on."""
+    """A writer whose disk is told when to get on.
 
-    def __init__(self) -> None:
+    Attributes:
+        refuses: the disk begins to hang with each call.
+    """
+
+    nursery: trio.Nursery
+
+    def __init__(self, movers: int = 0, limit_bytes: int = LIMIT) -> None:
         self.disk = Disk()
         self.hangs = False
+        self.refuses = False
         self.on_change: list[Callable[[], None]] = []
         self.recorder = Recorder("model")
         self.written: dict[int, bool] = {}
         self.memory: dict[BlockId, Held] = {}
         self.writer = BlockWriter(
-            cast(BlockCache, self.disk), LIMIT, cast(DiskCalls, self), self.recorder,
-            self.note, self.memory.get,
+            cast(BlockCache, self.disk), limit_bytes, cast(DiskCalls, self), self.recorder,
+            self.note, self.memory.get, movers,
         )  # fmt: skip
 
     def note(self, blocks: Mapping[BlockId, bool]) -> None:
@@ -66,8 +79,16 @@ class Desk:
 
     async def run_to_end(self, function: Callable[..., list[bool]], blocks: object) -> list[bool]:
         """In the place of `DiskCalls.run_to_end`."""
+        if self.refuses:
+            self.hangs = True
+            raise DiskHangsError
         await self.disk.ready.acquire()
         return function(blocks)
+
+    async def release_after(self, seconds: float) -> None:
+        """Let the disk get on after some time."""
+        await trio.sleep(seconds)
+        self.disk.ready.release()
 
     def put(self, number: int, *, reader_waits: bool = False) -> Held:
         held = Held(FILE, memoryview(bytes(4)), unread=1)
@@ -78,12 +99,13 @@ class Desk:
 Scenario = Callable[[Desk], Awaitable[None]]
 
 
-def play(scenario: Scenario) -> Desk:
+def play(scenario: Scenario, desk: Desk | None = None) -> Desk:
     """Run a scenario beside a writer that is at work."""
-    desk = Desk()
+    desk = desk or Desk()
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
+            desk.nursery = nursery
             nursery.start_soon(desk.writer.run)
             await scenario(desk)
             nursery.cancel_scope.cancel()
@@ -302,5 +324,109 @@ def test_a_block_that_is_larger_than_the_share_of_writing_is_written_alone() -> 
             desk.disk.ready.release()
         await desk.writer.finish()
         assert desk.disk.batches == [[1], [2]]
+
+    play(scenario)
+
+
+def test_the_end_of_a_mount_comes_as_soon_as_all_is_written() -> None:
+    async def scenario(desk: Desk) -> None:
+        desk.put(1)
+        desk.nursery.start_soon(desk.release_after, 0.5)
+        began_s = trio.current_time()
+        await desk.writer.finish()
+        assert 0.5 <= trio.current_time() - began_s < 0.6
+
+    play(scenario)
+
+
+@pytest.mark.parametrize(
+    ("movers", "writers"),
+    [(0, WRITERS), (1, WRITERS), (MOVERS_OF_WRITER * (WRITERS + 3) - 1, WRITERS + 2),
+     (MOVERS_OF_WRITER * (WRITERS + 3), WRITERS + 3)],
+)  # fmt: skip
+def test_many_movers_have_more_writers(movers: int, writers: int) -> None:
+    async def scenario(desk: Desk) -> None:
+        for number in range(WRITERS + 9):
+            desk.put(number)
+            await trio.testing.wait_all_tasks_blocked()
+        assert desk.disk.ready.statistics().tasks_waiting == writers
+
+    play(scenario, Desk(movers, limit_bytes=1000))
+
+
+def test_a_batch_has_no_more_blocks_than_an_index_changes_at_once() -> None:
+    async def scenario(desk: Desk) -> None:
+        for number in range(MOST_AT_ONCE + 1):
+            desk.put(number)
+        for _ in range(2):
+            desk.disk.ready.release()
+        await desk.writer.finish()
+
+    desk = play(scenario, Desk(limit_bytes=1 << 20))
+    assert sorted(map(len, desk.disk.batches)) == [1, MOST_AT_ONCE]
+
+
+def test_a_skipped_block_that_came_to_the_disk_otherwise_is_not_written() -> None:
+    async def scenario(desk: Desk) -> None:
+        held = [desk.put(number, reader_waits=True) for number in range(11)]
+        desk.memory.update({BlockId(2, number): held[number] for number in (8, 9, 10)})
+        held[9].on_disk = True
+        assert desk.writer.skipped_blocks == 3
+        for _ in range(12):
+            desk.disk.ready.release()
+        await desk.writer.finish()
+        assert (held[8].on_disk, held[10].on_disk) == (True, True)
+
+    desk = play(scenario)
+    assert sorted(itertools.chain(*desk.disk.batches)) == [*range(9), 10]
+    assert desk.writer.skipped_blocks == 0
+
+
+def test_blocks_that_were_refused_are_offered_once() -> None:
+    async def scenario(desk: Desk) -> None:
+        desk.disk.full = True
+        held = desk.put(0)
+        assert not desk.writer.has_refused
+        for _ in range(2):
+            desk.disk.ready.release()
+            await desk.writer.finish()
+            assert desk.writer.has_refused, "the cache is still full"
+            desk.writer.retry(lambda _: held)
+            assert not desk.writer.has_refused
+        desk.disk.ready.release()
+        await desk.writer.finish()
+        desk.writer.retry(lambda _: None)
+        assert not desk.writer.has_refused
+
+    desk = play(scenario)
+    assert desk.disk.batches == [[0]] * 3
+    assert desk.recorder.written_bytes == 0
+
+
+def test_each_block_that_leaves_the_queue_makes_room_for_another() -> None:
+    async def scenario(desk: Desk) -> None:
+        for number in range(40):
+            assert desk.put(number, reader_waits=True).users == 1
+            desk.disk.ready.release()
+            await desk.writer.finish()
+            assert not desk.disk.released
+
+    desk = play(scenario)
+    assert desk.written == dict.fromkeys(range(40), True)
+    assert desk.recorder.written_bytes == 160
+
+
+def test_a_disk_that_hangs_as_a_batch_begins_is_done_without() -> None:
+    async def scenario(desk: Desk) -> None:
+        desk.refuses = True
+        held = [desk.put(number) for number in range(3)]
+        await trio.testing.wait_all_tasks_blocked()
+        assert [each.users for each in held] == [0, 0, 0]
+        assert desk.disk.released == [0, 1, 2], "others may fetch them"
+        assert desk.writer.skipped_blocks == 3
+        assert desk.written == dict.fromkeys(range(3), False)
+        assert desk.disk.batches == []
+        with trio.fail_after(1):
+            await desk.writer.finish()
 
     play(scenario)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -550,7 +551,7 @@ def test_each_directory_is_a_part_with_its_own_blocks(
         assert cache.has_place_for(one, number)
     present = [part.present(one) for part in parts]
     assert all(present)
-    assert sorted(sum(present, [])) == list(numbers) == cache.present(one)
+    assert sorted(itertools.chain(*present)) == list(numbers) == cache.present(one)
     assert [load(cache, one, number) for number in numbers] == [body(one, n) for n in numbers]
     assert [len(cache.directories), *(len(part.directories) for part in parts)] == [3, 1, 1, 1]
 

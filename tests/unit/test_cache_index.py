@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
+import diskcache
 import pytest
 
 from lazyfs.cache import index as module
@@ -231,21 +232,22 @@ def test_an_index_with_other_tables_or_rows_is_damaged(
 
 
 @pytest.mark.parametrize(
-    ("code", "kind"),
+    ("code", "kind", "reason"),
     [
-        (sqlite3.SQLITE_CORRUPT, IndexCorruptError),
-        (sqlite3.SQLITE_CORRUPT | 2 << 8, IndexCorruptError),
-        (sqlite3.SQLITE_NOTADB, IndexCorruptError),
-        (sqlite3.SQLITE_ERROR, IndexCorruptError),
-        (sqlite3.SQLITE_FULL, IndexFullError),
-        (sqlite3.SQLITE_IOERR, IndexFailedError),
-        (sqlite3.SQLITE_READONLY, IndexFailedError),
-        (None, IndexCorruptError),
+        (sqlite3.SQLITE_CORRUPT, IndexCorruptError, "its index is damaged: told"),
+        (sqlite3.SQLITE_CORRUPT | 2 << 8, IndexCorruptError, "its index is damaged: told"),
+        (sqlite3.SQLITE_NOTADB, IndexCorruptError, "its index is damaged: told"),
+        (sqlite3.SQLITE_ERROR, IndexCorruptError, "its index is damaged: told"),
+        (sqlite3.SQLITE_FULL, IndexFullError, "its disk is full"),
+        (sqlite3.SQLITE_IOERR, IndexFailedError, "its index does not work: told"),
+        (sqlite3.SQLITE_READONLY, IndexFailedError, "its index does not work: told"),
+        (None, IndexCorruptError, "its index is damaged: told"),
     ],
 )
 def test_what_sqlite_says_decides_whether_an_index_is_made_again(
-    index: BlockIndex, monkeypatch: pytest.MonkeyPatch, code: int | None, kind: type[Exception]
-) -> None:
+    index: BlockIndex, monkeypatch: pytest.MonkeyPatch, code: int | None, kind: type[Exception],
+    reason: str,
+) -> None:  # fmt: skip
     def fail(*_: object) -> None:
         error = sqlite3.DatabaseError("told")
         if code is not None:
@@ -256,6 +258,35 @@ def test_what_sqlite_says_decides_whether_an_index_is_made_again(
     with pytest.raises(IndexFailedError) as error:
         index.filename("a:0")
     assert type(error.value) is kind
+    assert str(error.value) == reason
+
+
+def test_what_fails_as_a_change_begins_decides_as_well(
+    index: BlockIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diskcache calls it a timeout, whatever it was."""
+
+    def fail(*_: object) -> None:
+        error = sqlite3.OperationalError("told")
+        error.sqlite_errorcode = sqlite3.SQLITE_FULL  # type: ignore[misc]
+        try:
+            raise error
+        except sqlite3.OperationalError:
+            raise diskcache.Timeout  # noqa: B904
+
+    monkeypatch.setattr(BlockIndex, "_transact", fail)
+    for change in (
+        lambda: index.touch([(NOW_S, "a:0")]),
+        lambda: index.reserve([entry("a:0")], NOW_S, 10, 0),
+        lambda: index.complete([entry("a:0")]),
+        lambda: index.discard("a:0", "00/a:0"),
+        lambda: index.forget("a"),
+        lambda: index.forget_older(NOW_S),
+        lambda: index.shrink(10, NOW_S),
+        lambda: index.add_counts(1, 1),
+    ):
+        with pytest.raises(IndexFullError, match="its disk is full"):
+            change()
 
 
 def test_only_texts_are_keys_and_nothing_is_a_value(index: BlockIndex) -> None:

@@ -146,6 +146,33 @@ def test_a_small_file_is_kept(tmp_path: Path) -> None:
     os.close(again)
 
 
+def test_a_small_file_of_another_worker_is_used_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only its owner may change its mode, and is about to."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "not the owner")
+
+    (tmp_path / "small").write_bytes(b"kept")
+    (tmp_path / "small").chmod(0o640)
+    monkeypatch.setattr(direct_io.os, "fchmod", refuse)
+    descriptor = direct_io.open_own(tmp_path / "small")
+    assert os.read(descriptor, 9) == b"kept"
+    os.close(descriptor)
+
+
+def test_a_folder_with_the_right_mode_is_not_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker of root may have made it, whose it is."""
+    changed: list[int] = []
+    monkeypatch.setattr(direct_io.os, "fchmod", lambda _, mode: changed.append(mode))
+    direct_io.make_folder(tmp_path / "00")
+    os.close(direct_io.open_own(tmp_path / "small"))
+    assert changed == []
+
+
 @pytest.mark.parametrize("what", ["link", "file"])
 def test_what_another_process_puts_in_place_of_a_folder_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str

@@ -47,13 +47,16 @@ class Node:
     def __init__(self) -> None:
         self.disk = Disk()
         self.found: list[tuple[int, bool]] = []
+        self.calls = InlineThreads().calls
         self.others = OtherDaemons(
-            cast(BlockCache, self.disk), InlineThreads().calls,
+            cast(BlockCache, self.disk), self.calls,
             lambda block, there: self.found.append((block.number, there)),
         )  # fmt: skip
 
-    def leave(self) -> None:
-        self.others.leave(FILE, BLOCK, self.others.take_back(FILE, BLOCK))
+    def leave(self, *numbers: int) -> None:
+        for number in numbers or (3,):
+            block = BlockId(2, number)
+            self.others.leave(FILE, block, self.others.take_back(FILE, block))
 
 
 def play(scenario: Callable[[Node], Awaitable[None]]) -> None:
@@ -195,5 +198,76 @@ def test_a_reader_waits_no_longer_than_the_lease() -> None:
         await node.others.wait_for(FILE, 3, began_s + LEASE_S)
         assert trio.current_time() == began_s + LEASE_S
         assert node.disk.waiting == set()
+
+    play(scenario)
+
+
+def test_blocks_are_left_to_others_one_by_one() -> None:
+    async def scenario(node: Node) -> None:
+        node.disk.claimed = {3, 4, 5}
+        node.leave(3, 4, 5)
+        node.disk.stored, node.disk.claimed = {4}, {3, 5}
+        await trio.sleep(2 * LOOK_S)
+        assert (node.found, node.disk.waiting) == ([(4, True)], {3, 5})
+        node.disk.stored, node.disk.claimed = {3, 4, 5}, set()
+        await trio.sleep(2 * LOOK_S)
+        assert node.found == [(4, True), (3, True), (5, True)]
+        assert node.disk.waiting == set()
+
+    play(scenario)
+
+
+def test_a_block_that_is_taken_back_keeps_no_other_from_being_found() -> None:
+    async def scenario(node: Node) -> None:
+        holds = node.disk.holds
+
+        def hold_and_take_back(file: File, number: int) -> bool:
+            if number == 3:
+                node.others.take_back(FILE, BLOCK)
+            return holds(file, number)
+
+        node.disk.holds = hold_and_take_back  # type: ignore[method-assign]
+        node.leave(3, 4)
+        node.disk.stored, node.disk.claimed = {3, 4}, set()
+        await trio.sleep(2 * LOOK_S)
+        assert node.found == [(4, True)]
+
+    play(scenario)
+
+
+def test_what_others_stored_on_a_disk_that_hangs_is_not_there() -> None:
+    async def scenario(node: Node) -> None:
+        node.leave()
+        node.calls.hangs = True
+        node.disk.stored, node.disk.claimed = {3}, set()
+        await trio.sleep(2 * LOOK_S)
+        assert (node.found, node.disk.waiting) == ([(3, False)], set())
+        node.calls.hangs = False
+        node.leave()
+        await trio.sleep(2 * LOOK_S)
+        assert node.found[1:] == [(3, True)], "blocks are looked for again"
+
+    play(scenario)
+
+
+def test_a_reader_waits_for_no_daemon_while_the_disk_hangs() -> None:
+    async def scenario(node: Node) -> None:
+        node.calls.hangs = True
+        began_s = trio.current_time()
+        await node.others.wait_for(FILE, 3, began_s + LEASE_S)
+        assert trio.current_time() == began_s
+        assert node.disk.waiting == set()
+
+    play(scenario)
+
+
+def test_a_block_is_looked_at_again_and_again_and_not_too_often() -> None:
+    async def scenario(node: Node) -> None:
+        node.leave()
+        await trio.sleep(1)
+        assert 0.8 / LOOK_S < node.disk.looks < 1.2 / LOOK_S
+        node.disk.looks = 0
+        await node.others.wait_for(FILE, 3, trio.current_time() + 1)
+        assert 1.6 / LOOK_S < node.disk.looks < 2.4 / LOOK_S, "of the reader as well"
 
     play(scenario)
