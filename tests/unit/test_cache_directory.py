@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any, cast
 import pytest
 
 from lazyfs.blocks.buffers import take_buffer
-from lazyfs.cache import block_io
+from lazyfs.cache import block_io, current_load
 from lazyfs.cache import directory as module
 from lazyfs.cache.block_format import Content
+from lazyfs.cache.current_load import ANNOUNCE_S, IDLE_S
 from lazyfs.cache.directory import DAMAGED_SHOWN, CacheCounters, CacheDirectory
 from lazyfs.cache.index import BlockIndex, IndexCorruptError, IndexFailedError
 from lazyfs.cache.space import Limits
@@ -422,3 +424,261 @@ def test_rows_are_made_again_from_files_but_for_those_that_are_known(
     assert again.present(ONE) == [0, 1, 2, 3]
     assert [again.load(ONE, number) for number in range(4)] == [block(n) for n in range(4)]
     assert len(files(again)) == 4, "the second file of block 3 is gone"
+
+
+def test_before_it_is_opened_a_directory_claims_nothing_of_others(tmp_path: Path) -> None:
+    cache = CacheDirectory(tmp_path / "cache", Limits(1 << 30))
+    assert cache.claim(ONE, 0), "each process fetches its own blocks then"
+    assert not cache.claim_alone(ONE, 0)
+    assert not cache.is_claimed(ONE, 0)
+    assert not cache.others_wait()
+    assert not cache.give_up(ONE, [0])
+    cache.release(ONE, 0)
+    cache.set_waiting(ONE, 0, True)
+    cache.set_loading(ONE)
+    assert not cache.path.exists()
+    assert store(cache, ONE, 0) == [True], "its first use opens it"
+    assert cache.load(ONE, 0) == block(0)
+
+
+def test_an_absent_block_is_claimed_and_counts_as_missed(opened: Open) -> None:
+    cache, other = opened(), opened()
+    store(cache, ONE, 0)
+    assert not cache.claim_absent(ONE, 0), "it is here"
+    assert not other.is_claimed(ONE, 0)
+    assert cache.claim_absent(ONE, 1)
+    assert other.is_claimed(ONE, 1)
+    assert not other.claim_absent(ONE, 1), "another process fetches it"
+    assert (cache.counters, other.counters) == (CacheCounters(misses=1), CacheCounters())
+
+
+def test_a_process_that_is_alone_claims_without_a_look_and_that_counts_as_missed(
+    opened: Open,
+) -> None:
+    cache, other = opened(), opened()
+    assert cache.claim_alone(ONE, 1)
+    assert other.is_claimed(ONE, 1)
+    assert not other.claim_alone(ONE, 1)
+    assert not other.claim_alone(ONE, 2), "it is not alone"
+    assert not cache.is_claimed(ONE, 2)
+    assert (cache.counters, other.counters) == (CacheCounters(misses=1), CacheCounters())
+
+
+def grow_old(cache: CacheDirectory, seconds: float = 5000) -> None:
+    """Let all blocks have been used that long ago."""
+    with sqlite3.connect(cache.path / "cache.db") as connection:
+        connection.execute("UPDATE Cache SET access_time = access_time - ?", [seconds])
+    connection.close()
+
+
+def used_lately(cache: CacheDirectory) -> set[tuple[str, int]]:
+    """Contents and numbers of the blocks that were used, or announced, a moment ago."""
+    with sqlite3.connect(cache.path / "cache.db") as connection:
+        rows = connection.execute("SELECT key, access_time FROM Cache").fetchall()
+    connection.close()
+    digests = {ONE.digest: ONE.key, OTHER.digest: OTHER.key}
+    return {
+        (digests[key.partition(":")[0]], int(key.partition(":")[2]))
+        for key, used_s in rows
+        if time.time() - 60 < used_s <= time.time()
+    }
+
+
+def test_uses_are_recorded_once_when_the_directory_is_cared_for(opened: Open) -> None:
+    cache = opened()
+    store(cache, ONE, 0, 1, 2)
+    grow_old(cache)
+    cache.load(ONE, 1)
+    assert used_lately(cache) == set(), "a read writes nothing"
+    cache.care([])
+    assert used_lately(cache) == {(ONE.key, 1)}
+    grow_old(cache)
+    cache.care([])
+    assert used_lately(cache) == set()
+
+
+def test_a_check_of_a_block_is_no_use_of_it(opened: Open) -> None:
+    cache = opened()
+    store(cache, ONE, 0)
+    grow_old(cache)
+    assert cache.verify(ONE, 0)
+    assert cache.holds(ONE, 0)
+    cache.care([])
+    assert used_lately(cache) == set()
+
+
+class Clock:
+    """That of a load."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def time(self) -> float:
+        return time.time()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(current_load, "time", made)
+    return made
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda cache: cache.load(ONE, 0),
+        lambda cache: cache.load(ONE, 9),
+        lambda cache: cache.put(ONE, 0, block(0)),
+        lambda cache: cache.claim_alone(ONE, 9),
+        lambda cache: cache.announce([]),
+    ],
+)
+def test_what_a_load_needs_is_announced_now_and_then_while_it_goes_on(
+    opened: Open, clock: Clock, use: Callable[[CacheDirectory], object]
+) -> None:
+    cache = opened()
+    store(cache, ONE, 0, 1)
+    store(cache, OTHER, 5)
+    grow_old(cache)
+    cache.care([OTHER])
+    assert used_lately(cache) == {(OTHER.key, 5)}
+    cache.care([ONE, OTHER])
+    assert used_lately(cache) == {(OTHER.key, 5)}, "a moment later nothing else is needed"
+    clock.now_s += ANNOUNCE_S
+    grow_old(cache)
+    cache.care([ONE])
+    assert used_lately(cache) == {(ONE.key, 0), (ONE.key, 1)}
+    clock.now_s += IDLE_S + 1
+    grow_old(cache)
+    cache.care([ONE])
+    assert used_lately(cache) == set(), "the load has ended"
+    use(cache)
+    cache.care([OTHER])
+    assert (OTHER.key, 5) in used_lately(cache), "this is another one"
+
+
+def test_what_is_announced_first_is_evicted_last(opened: Open) -> None:
+    cache = opened()
+    store(cache, OTHER, 0, 1)
+    store(cache, ONE, 0, 1)
+    cache.announce([ONE, OTHER])
+    present = []
+    for size in (3, 2, 1, 0):
+        assert cache.shrink(size * FILE_BYTES) == 1
+        present.append((cache.present(ONE), cache.present(OTHER)))
+    assert present == [([0, 1], [0]), ([0, 1], []), ([0], []), ([], [])]
+
+
+def test_blocks_of_a_former_load_make_room_for_another_one(opened: Open, clock: Clock) -> None:
+    cache = opened(2)
+    store(cache, ONE, 0, 1)
+    cache.care([ONE])
+    assert store(cache, OTHER, 0) == [False]
+    clock.now_s += IDLE_S + 1
+    cache.announce([OTHER])
+    cache.care([OTHER])
+    grow_old(cache, 60)
+    assert store(cache, OTHER, 0) == [True]
+    assert (len(cache.present(ONE)), cache.present(OTHER)) == (1, [0])
+    assert cache.counters.evicted == 1
+
+
+def test_a_cache_that_is_full_to_the_last_byte_is_left_as_it_is(opened: Open) -> None:
+    cache = opened(3)
+    store(cache, ONE, 0, 1, 2)
+    cache.care([])
+    assert cache.present(ONE) == [0, 1, 2]
+    assert cache.counters.evicted == 0
+
+
+def test_a_block_whose_file_was_deleted_is_forgotten(opened: Open) -> None:
+    cache = opened()
+    store(cache, ONE, 0, 1)
+    files(cache)[0].unlink()
+    found = [cache.load(ONE, number) for number in (0, 1)]
+    assert found.count(None) == 1
+    assert len(cache.present(ONE)) == 1
+    assert cache.used_bytes() == FILE_BYTES
+    assert cache.counters == CacheCounters(hits=1, misses=1), "that is no damage"
+
+
+def test_a_file_that_cannot_be_read_stays(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "bad disk")
+
+    cache = opened()
+    store(cache, ONE, 0)
+    monkeypatch.setattr(block_io, "read_file", fail)
+    assert cache.load(ONE, 0) is None
+    monkeypatch.undo()
+    assert cache.load(ONE, 0) is None, "the disk is left alone"
+    assert opened().load(ONE, 0) == block(0)
+    assert cache.counters == CacheCounters(misses=2)
+
+
+def test_a_damaged_block_is_named_with_what_is_wrong(
+    opened: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = opened()
+    store(cache, ONE, 0)
+    (path,) = files(cache)
+    path.write_bytes(bytes(FILE_BYTES - 1))
+    assert cache.load(ONE, 0) is None
+    assert f"dropped from the cache: {path} has a wrong length" in caplog.text
+    assert cache.used_bytes() == 0
+
+
+def test_of_a_lost_index_only_what_fits_is_made_again(opened: Open) -> None:
+    cache = opened()
+    store(cache, ONE, *range(8))
+    (cache.path / "cache.db").unlink()
+    smaller = opened(4)
+    smaller.care([])
+    smaller.care([])
+    assert smaller.counters.adopted >= 4
+    assert len(files(smaller)) == len(smaller.present(ONE)) == 4
+    assert smaller.used_bytes() == 4 * FILE_BYTES
+
+
+def test_files_that_were_used_in_the_place_of_a_lost_index_are_evicted_by_age(opened: Open) -> None:
+    cache = opened()
+    store(cache, ONE, *range(4))
+    (cache.path / "cache.db").unlink()
+    for age, path in enumerate(files(cache)):
+        moment_s = time.time() - 5000 - age
+        os.utime(path, (moment_s, moment_s))
+    newest = files(cache)[:2]
+    again = opened()
+    again.care([])
+    assert again.shrink(2 * FILE_BYTES) == 2
+    assert files(again) == newest
+
+
+def test_a_file_that_comes_from_elsewhere_is_no_block_of_an_index_that_was_not_lost(
+    opened: Open, tmp_path: Path
+) -> None:
+    cache = opened()
+    cache.care([])
+    elsewhere = CacheDirectory(tmp_path / "elsewhere", Limits(1 << 30))
+    store(elsewhere, ONE, 0)
+    (path,) = files(elsewhere)
+    copied = cache.path / path.relative_to(elsewhere.path)
+    copied.write_bytes(path.read_bytes())
+    os.utime(cache.path / "care", (0, 0))
+    cache.care([])
+    assert not copied.exists()
+    assert cache.counters == CacheCounters()
+
+
+def test_blocks_of_one_call_are_stored_as_far_as_there_is_room(opened: Open) -> None:
+    cache = opened(3)
+    store(cache, OTHER, 0)
+    blocks = [(OTHER, 0, block(0)), (ONE, 0, block(0)), (ONE, 1, block(1)), (ONE, 2, block(2))]
+    assert cache.put_all(blocks) == [True, True, True, False]
+    assert cache.counters == CacheCounters(declined=1)
+    assert cache.put_all([]) == []
+    assert [cache.load(ONE, number) for number in (0, 1)] == [block(0), block(1)]
