@@ -85,6 +85,12 @@ class Desk:
         await self.disk.ready.acquire()
         return function(blocks)
 
+    def tell(self, *, hangs: bool) -> None:
+        """The disk begins to hang, or answers again."""
+        self.hangs = hangs
+        for tell in self.on_change:
+            tell()
+
     async def release_after(self, seconds: float) -> None:
         """Let the disk get on after some time."""
         await trio.sleep(seconds)
@@ -275,9 +281,7 @@ def test_while_the_disk_hangs_only_what_is_being_written_stays_in_memory() -> No
         await trio.testing.wait_all_tasks_blocked()
         writing = [number for batch in desk.disk.batches for number in batch]
         assert writing == []
-        desk.hangs = True
-        for tell in desk.on_change:
-            tell()
+        desk.tell(hangs=True)
         late = desk.put(30)
         users = [each.users for each in held]
         in_use = users.count(1)
@@ -288,9 +292,7 @@ def test_while_the_disk_hangs_only_what_is_being_written_stays_in_memory() -> No
         assert desk.writer.skipped_blocks == 31 - in_use
         assert not desk.writer.has_refused, "the cache has room"
         desk.memory[BlockId(2, 30)] = late
-        desk.hangs = False
-        for tell in desk.on_change:
-            tell()
+        desk.tell(hangs=False)
         for _ in range(20):
             desk.disk.ready.release()
         await desk.writer.finish()
@@ -298,6 +300,25 @@ def test_while_the_disk_hangs_only_what_is_being_written_stays_in_memory() -> No
         assert desk.writer.skipped_blocks == 30 - in_use
 
     play(scenario)
+
+
+def test_what_waited_as_the_disk_began_to_hang_is_written_when_it_answers() -> None:
+    async def scenario(desk: Desk) -> None:
+        held = [desk.put(number) for number in range(20)]
+        await trio.testing.wait_all_tasks_blocked()
+        desk.tell(hangs=True)
+        waiting = [number for number, each in enumerate(held) if not each.users]
+        assert waiting
+        desk.memory.update({BlockId(2, number): held[number] for number in waiting[1:]})
+        for _ in range(20):
+            desk.disk.ready.release()
+        await trio.testing.wait_all_tasks_blocked()
+        assert [each.on_disk for each in held].count(True) == 20 - len(waiting)
+        desk.tell(hangs=False)
+        await desk.writer.finish()
+        assert [number for number, each in enumerate(held) if not each.on_disk] == waiting[:1]
+
+    assert play(scenario).writer.skipped_blocks == 1
 
 
 def test_the_end_of_a_mount_does_not_wait_for_a_disk_that_hangs() -> None:

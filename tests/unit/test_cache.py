@@ -556,6 +556,17 @@ def test_each_directory_is_a_part_with_its_own_blocks(
     assert [len(cache.directories), *(len(part.directories) for part in parts)] == [3, 1, 1, 1]
 
 
+def test_blocks_are_looked_for_where_earlier_versions_stored_them() -> None:
+    paths = [Path("/a"), Path("/b"), Path("/c")]
+    cache = BlockCache(paths, Limits(0), "http://s3", "b", BLOCK)
+    one = File(2, 1, "w", "m/w", 24 * BLOCK, '"1"', 0)
+    homes = [
+        next(part.name for part in cache.parts() if part.has_place_for(one, number))
+        for number in range(24)
+    ]
+    assert "".join(homes).replace("/", "") == "cbbbaccbcbaaccccabccabac"
+
+
 def test_blocks_of_one_call_come_to_their_directories(
     open_cache: Callable[..., BlockCache],
 ) -> None:

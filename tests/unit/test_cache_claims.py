@@ -132,3 +132,40 @@ def test_on_a_filesystem_without_locks_each_process_fetches_for_itself(
     assert not ours.is_taken("a")
     assert not ours.others_wait()
     assert not ours.others_load("c")
+
+
+def test_processes_of_earlier_versions_see_the_same_claims(tmp_path: Path) -> None:
+    """Mounts go on while lazyfs is upgraded."""
+    ours, theirs = Claims(tmp_path), Claims(tmp_path)
+    ours.claim("c:1")
+    ours.bring("c")
+    ours.set_loading("c")
+    ours.set_waiting("c:1", True)
+    for file, place in (
+        (theirs._claims, 2404234094649250543),
+        (theirs._waiting, 2404234094649250543),
+        (theirs._loading, 2474228946859560938),
+        (theirs._loading, 489487129183309773),
+    ):
+        assert theirs._is_locked(file, place, 1)
+        assert not theirs._is_locked(file, place - 1, 1)
+        assert not theirs._is_locked(file, place + 1, 1)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["claims", "loading", "waiting"]
+
+
+def test_without_locks_nobody_is_told_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = Claims(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EINVAL, "no such locks")
+
+    monkeypatch.setattr(claims.fcntl, "fcntl", refuse)
+    ours.bring("c")
+    ours.set_waiting("b", True)
+    ours.set_loading("c")
+    ours.release("a")
+    assert ours.is_alone("c")
+    monkeypatch.undo()
+    assert Claims(tmp_path).is_alone("c")
