@@ -106,3 +106,23 @@ def test_after_a_block_was_declined_the_next_ones_are_for_a_moment(clock: Clock)
     assert not load.is_declined, "it was declined before there was room"
     load.declined(1)
     assert load.is_declined
+
+
+def test_room_that_was_made_while_it_was_looked_for_is_seen_each_time(clock: Clock) -> None:
+    load = CurrentLoad()
+    for times in range(3):
+        load.gave_up()
+        load.declined(times)
+        assert not load.is_declined
+        assert load.times_given_up == times + 1
+    load.declined(3)
+    assert load.is_declined
+
+
+def test_a_load_that_has_ended_without_a_use_needs_nothing(clock: Clock) -> None:
+    load = CurrentLoad()
+    assert load.needs_announcement
+    clock.now_s += IDLE_S - 1
+    assert load.needs_announcement
+    clock.now_s += 1
+    assert not load.needs_announcement, "it was not used since"
