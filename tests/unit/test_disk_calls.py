@@ -611,3 +611,56 @@ def test_time_in_which_the_process_was_stopped_counts_for_no_call() -> None:
         assert desk.calls.hangs, "but the time before and after that does"
 
     play(scenario)
+
+
+class StuckThreads:
+    """In the place of `Threads`: no answer comes.
+
+    Attributes:
+        makes: calls are made at once.
+        called: what was to be called.
+    """
+
+    def __init__(self, *, makes: bool) -> None:
+        self.makes = makes
+        self.called: list[Callable[[], object]] = []
+
+    async def run(self, function: Callable[..., object], *arguments: object) -> None:
+        self.called.append(partial(function, *arguments))
+        if self.makes:
+            self.called[-1]()
+        await trio.sleep_forever()
+
+
+@pytest.mark.parametrize("makes", [True, False])
+def test_a_call_that_has_no_thread_when_it_is_left_is_waited_for_by_nobody(makes: bool) -> None:
+    """It has just ended, or has not begun; then it is not made any more."""
+
+    async def main() -> None:
+        memory = BlockMemory(BLOCKS * SIZE, SIZE, BlockMap(SIZE), lambda: 1)
+        threads = StuckThreads(makes=makes)
+        calls = DiskCalls(cast(Threads, threads), memory, "/cache")
+        made: list[str] = []
+        late: list[memoryview] = []
+
+        def load() -> memoryview:
+            made.append("load")
+            return DATA
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(calls.watch)
+            for _ in range(BLOCKS):
+                with pytest.raises(DiskHangsError):
+                    await calls.run(load, size_bytes=SIZE, late=late.append)
+                assert memory.used_bytes == 0
+                await trio.sleep(2 * AGAIN_S)
+                assert not calls.hangs, "no thread has to come back"
+            for call in threads.called if not makes else []:
+                call()
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        assert made == ["load"] * (BLOCKS if makes else 0)
+        assert late == [DATA] * (BLOCKS if makes else 0)
+        assert memory.used_bytes == 0
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
