@@ -69,8 +69,10 @@ def main() -> None:
         (base / "holes").mkdir()
         cases = []
         for size in arguments.sizes:
-            shards = max(1, round(size / SHARD))
-            write_linked(served / f"size-{shards}", min(size, SHARD), shards)
+            shards, rest = divmod(size, SHARD)
+            if rest:
+                raise SystemExit(f"bench: {size} bytes: sizes are multiples of 1GiB")
+            write_linked(served / f"size-{shards}", shards)
             cases.append(Case(f"size-{shards}", 1, f"{shards} GiB"))
         if arguments.mounts:
             write_model(served / "each", arguments.each, 1)
@@ -102,9 +104,9 @@ def cpu_s(run: Run) -> float:
     return (run.client_cpu_s or 0.0) - (run.start_cpu_s or 0.0)
 
 
-def write_linked(directory: Path, shard_bytes: int, shards: int) -> None:
+def write_linked(directory: Path, shards: int) -> None:
     """Write a model of one shard under many names."""
-    write_model(directory, shard_bytes, 1)
+    write_model(directory, SHARD, 1)
     (first,) = directory.glob("*.safetensors")
     names = [f"model-{number:05d}-of-{shards:05d}.safetensors" for number in range(1, shards + 1)]
     first = first.rename(directory / names[0])

@@ -34,6 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import fleet as machines
 from mounting import is_mounted, lazyfs
 
+from lazyfs.machine import processor_time_s
+
 _NET = "10.213.7"
 _READ = """
 import os, sys
@@ -312,11 +314,7 @@ class Bench:
 
 def _processor_s(pids: list[int]) -> float:
     """What processes and their threads have used."""
-    ticks = 0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    return sum(processor_time_s(Path(f"/proc/{pid}")) for pid in pids)
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ def main(socket: Path) -> int:
             Keeper().serve_at(socket)
         except KeeperError as error:
             print(f"lazyfs-csi: {escaped(str(error))}", file=sys.stderr)
-            # A thread that still runs while the interpreter ends prints its own error.
+        finally:  # a thread that still runs while the interpreter ends prints its own error
             signals.wake()
             ending.join()
     return 1

@@ -20,6 +20,7 @@ class _Process:
     """In the place of a process. It ends with its control socket."""
 
     pid = 0  # there is none
+    returncode = None
 
     def poll(self) -> None: ...
 

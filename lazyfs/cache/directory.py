@@ -9,7 +9,8 @@
 Any number of processes use a directory at once, any of them may be killed at any time, and other
 programs may delete or change files: every block is checked when it is read, and damaged ones are
 dropped. Nothing here raises after the directory was opened (`guarded_index.py`). Which blocks are
-evicted for others: see `current_load.py`. All calls block: they are made in threads.
+evicted for others: see `current_load.py`. All calls block: they are made in threads. The module is
+long because it is all that a daemon does with a directory.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from typing import TYPE_CHECKING
 
 from lazyfs.cache.block_files import BlockFiles, new_name
 from lazyfs.cache.block_format import Content, DamagedBlockError
-from lazyfs.cache.claims import Claims
 from lazyfs.cache.current_load import CurrentLoad
 from lazyfs.cache.guarded_index import GuardedIndex, Side, locked
 from lazyfs.cache.index import BlockIndex, Entered, Entry, Stored
@@ -77,6 +77,7 @@ class CacheDirectory:
         self._told = (0, 0)
         self._given_up: set[str] = set()
         self._load = CurrentLoad()
+        self._writing: set[str] = set()
 
     def use(self, movers: Movers) -> None:
         """Have movers read and write blocks from now on."""
@@ -118,8 +119,8 @@ class CacheDirectory:
             self.counters.misses += 1
         else:
             self.counters.hits += 1
-            self._used[key] = time.time()
             self._given_up.discard(key)
+            self._used[key] = time.time()
         return data
 
     def verify(self, content: Content, number: int) -> bool:
@@ -142,9 +143,15 @@ class CacheDirectory:
         if self._load.is_declined:
             self.counters.declined += len(blocks)
         else:
-            left_out = self._index.attempt(
-                Side.WRITING, lambda index: self._write(index, blocks, kept), 0
-            )
+            entries = [_entry(new_name(), content, number) for content, number, _ in blocks]
+            names = [entry.filename for entry in entries]
+            self._writing.update(names)
+            try:
+                left_out = self._index.attempt(
+                    Side.WRITING, lambda index: self._write(index, blocks, entries, kept), 0
+                )
+            finally:
+                self._writing.difference_update(names)
             self.counters.failed_writes += kept.count(False) - left_out
         return kept
 
@@ -277,7 +284,7 @@ class CacheDirectory:
 
     def _sweep(self, index: BlockIndex) -> None:
         adopt = (lambda name: self._adopt(index, name)) if self._index.is_anew else None
-        sweep(index, self._files, Claims(self.path), adopt)
+        sweep(index, self._files, self._index.claims, self._writing, adopt)
         self._index.is_anew = False
 
     def _announce(self, index: BlockIndex, plan: Sequence[Content]) -> None:
@@ -330,13 +337,15 @@ class CacheDirectory:
             self._files.remove([filename])
             return None
 
-    def _write(self, index: BlockIndex, blocks: Sequence[Block], kept: list[bool]) -> int:
+    def _write(
+        self, index: BlockIndex, blocks: Sequence[Block], entries: Sequence[Entry],
+        kept: list[bool],
+    ) -> int:  # fmt: skip
         """Write blocks that are not here yet; returns how many were declined.
 
         Args:
             kept: set for each block that is here, also when this raises.
         """
-        entries = [_entry(new_name(), content, number) for content, number, _ in blocks]
         times_given_up = self._load.times_given_up
         allowed = self.limits.allowed_bytes(os.statvfs(self.path), index.used_bytes())
         entered, left = index.reserve(entries, time.time(), allowed, self._load.may_leave_before_s)

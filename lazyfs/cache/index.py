@@ -255,10 +255,19 @@ class BlockIndex(diskcache.Cache):  # type: ignore[misc]
             ]
 
     @_asks
-    def discard(self, key: str, filename: str) -> None:
-        """Remove a block, if that is still its file."""
+    def discard(self, key: str, filename: str, *, is_pending: bool | None = None) -> bool:
+        """Remove a block, if that is still its file; returns whether it was.
+
+        Args:
+            is_pending: whether it must be pending, or ready; None: it may be either.
+        """
+        one, other = PENDING if is_pending is not False else READY, PENDING if is_pending else READY
         with self._transact() as (sql, _):
-            sql("DELETE FROM Cache WHERE key = ? AND raw = 1 AND filename = ?", (key, filename))
+            done = sql(
+                "DELETE FROM Cache WHERE key = ? AND raw = 1 AND filename = ? AND mode IN (?, ?)",
+                (key, filename, one, other),
+            )
+            return bool(done.rowcount)
 
     @_asks
     def forget(self, content: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from lazyfs.cache.block_files import BlockFiles
 from lazyfs.cache.claims import Claims
@@ -22,14 +22,16 @@ def is_due(descriptor: int) -> bool:
 def sweep(
     index: BlockIndex,
     files: BlockFiles,
-    claims: Claims,
+    claims: Claims | None,
+    writing: Container[str],
     adopt: Callable[[str], bool] | None,
 ) -> None:
     """Remove files without a row and rows without a file.
 
     Args:
-        claims: of the directory, and no process's own: a row whose file is being written is
-            claimed, perhaps by this process.
+        claims: of the directory. What another process writes is claimed, if that was possible; if
+            not, it may be removed, and the block is fetched again.
+        writing: the files that this process is writing.
         adopt: makes the row of a file again, or returns false; None: the index was not lost.
     """
     names = files.names()
@@ -38,11 +40,15 @@ def sweep(
     there = set(names)
     # Before files are adopted, which takes long: meanwhile blocks are written to their end.
     for row in rows.values():
-        if row.is_pending and claims.is_taken(row.key):
-            continue
-        if row.is_pending or not (row.filename in there or files.path(row.filename).exists()):
-            index.discard(row.key, row.filename)
+        if row.is_pending:
+            is_left = row.filename not in writing and not (claims and claims.is_taken(row.key))
+        else:
+            is_left = not (row.filename in there or files.path(row.filename).exists())
+        # It may have become complete since the rows were listed.
+        if is_left and index.discard(row.key, row.filename, is_pending=row.is_pending):
             files.remove([row.filename])
     for filename in names:
-        if filename not in rows and not (adopt and adopt(filename)):
+        if filename in rows or filename in writing:
+            continue
+        if not (adopt and adopt(filename)):
             files.remove([filename])

@@ -47,10 +47,10 @@ class BlockGetter:
 
     Args:
         source: the object store.
-        memory: second attempts reserve room there.
+        memory: second attempts, and what movers still write, reserve room there.
         options: limits of concurrency and bandwidth.
         threads: run the requests.
-        room_made: called when an attempt whose answer is no longer wanted has freed its room.
+        room_made: called when a request whose answer is no longer wanted has freed its room.
         recorder: is told of requests and retries.
 
     Attributes:

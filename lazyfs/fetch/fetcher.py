@@ -202,8 +202,8 @@ class BlockFetcher:
 
     def was_read(self, file: File, offset: int, size: int) -> None:
         """Handle a reader's request for `size` bytes at `offset` of a file."""
-        self.add_file(file)
         try:
+            self.add_file(file)
             self._reader_moved |= self._prefetcher.was_read(file.inode, offset, size)
         except Exception as error:
             report_fault("following a reader", error)  # which is answered all the same

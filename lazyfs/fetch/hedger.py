@@ -56,7 +56,7 @@ class Hedger:
 
     Attributes:
         timer: how long answers usually take.
-        running: how many second attempts are under way.
+        second_attempts: how many are under way.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Hedger:
             source, fleet, threads, recorder, self._attempt_ended, has_movers=has_movers
         )
         self.timer = HedgeTimer()
-        self.running = 0
+        self.second_attempts = 0
         # Requests without a second attempt.
         self._first_attempts: dict[Request, None] = {}
         # When bytes came last, as far as was noticed.
@@ -220,13 +220,13 @@ class Hedger:
             return False
         is_silent = self._is_silent(request)
         if not is_silent:
-            if self.running >= HEDGES:
+            if self.second_attempts >= HEDGES:
                 return False
             # On a slow link, connections pause for seconds while others have their turn.
             if trio.current_time() < request.began_s + 2 * self._usual_s(request):
                 return False
         if request.is_elsewhere and (
-            self.running
+            self.second_attempts
             or request.overtaken < FAR_OVERTAKEN
             or trio.current_time() < request.began_s + LATE_S
         ):
@@ -236,7 +236,7 @@ class Hedger:
             return False
         log.debug("%s at %d is slow: sending a second request", request.file.key, request.start)
         self._reserve(request, request.length)
-        self.running += 1
+        self.second_attempts += 1
         self._recorder.hedges += 1
         request.hedged = True
         return True
@@ -248,7 +248,7 @@ class Hedger:
     def _attempt_ended(self, request: Request) -> None:
         """Free what was reserved beyond a request's room when all attempts have ended."""
         if request.extra_bytes and not request.under_way:
-            self.running -= request.hedged
+            self.second_attempts -= request.hedged
             self._memory.release(request.extra_bytes)
             request.extra_bytes = 0
             self._room_made()

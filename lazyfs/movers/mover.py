@@ -51,6 +51,7 @@ class Mover:
         busy: how many things its calls do at once.
         left: its calls that their tasks have left, and when.
         was_stopped: it was, when it was looked at last.
+        used_s: its processor time then, in seconds.
     """
 
     process: subprocess.Popen[bytes]
@@ -59,6 +60,7 @@ class Mover:
     busy: int = 0
     left: dict[MoverLine, float] = field(default_factory=dict)
     was_stopped: bool = False
+    used_s: float = 0.0
 
     def is_silent(self, for_s: float = SILENT_S) -> bool:
         """Whether it has not ended, for this long, a call that its task has left."""
@@ -77,8 +79,11 @@ class Mover:
 
     @property
     def processor_s(self) -> float:
-        """Its processor time in seconds; 0: it has ended."""
-        return processor_time_s(Path(f"/proc/{self.process.pid}"))
+        """Its processor time in seconds; of one that has ended, as it was last read."""
+        if self.process.returncode is None:  # else another process may have its number
+            now_s = processor_time_s(Path(f"/proc/{self.process.pid}"))
+            self.used_s = max(self.used_s, now_s)
+        return self.used_s
 
     @property
     def is_stopped(self) -> bool:

@@ -48,6 +48,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 # Concurrent calls, or parts of them, of each mover before another one is started: they share an
 # interpreter.
 CALLS_OF_EACH = 6
+# Processor times of movers are read at most this often, each time a file of each.
+READ_AGAIN_S = 0.1
 # How long a task that is in no hurry waits for a mover that is starting.
 LONGEST_START_S = 5.0
 
@@ -73,7 +75,9 @@ class Movers:
         self._pause_s = 0.0
         self._not_before_s = 0.0
         self.lost = 0
-        self._ended_s = 0.0
+        # Processor times: of movers that have ended, and of all as they were last read, and when.
+        self._ended_s = self._read_s = 0.0
+        self._read_at_s = -READ_AGAIN_S
         if count:
             self._arena = Arena()
             buffers.share(self._arena)
@@ -87,7 +91,13 @@ class Movers:
     def processor_s(self) -> float:
         """Processor time of all movers so far, in seconds."""
         with self._lock:
-            return self._ended_s + sum(mover.processor_s for mover in self._movers)
+            now_s = time.monotonic()
+            if now_s < self._read_at_s + READ_AGAIN_S:
+                return self._read_s
+            self._read_at_s = now_s
+            ended_s, movers = self._ended_s, list(self._movers)
+        self._read_s = max(self._read_s, ended_s + sum(mover.processor_s for mover in movers))
+        return self._read_s
 
     def lend(self, name: str, descriptor: int) -> None:
         """Let movers that start from now on inherit a descriptor; see `context.lent`."""
@@ -271,18 +281,22 @@ class Movers:
             is_used = any(mover.busy for mover in self._movers)
             if is_used or time.monotonic() - self._used_s <= MOST_IDLE_S:
                 return
-            movers, self._movers = self._movers, []
+            movers = list(self._movers)
+            for mover in movers:
+                self._forget(mover)
         for mover in movers:
-            self._end(mover)
+            mover.end()
         buffers.free_idle()
 
     def close(self) -> None:
         """End them for good; calls in progress are lost."""
         with self._lock:
             self._ended = True
-            movers, self._movers = self._movers, []
+            movers = list(self._movers)
+            for mover in movers:
+                self._forget(mover)
         for mover in movers:
-            self._end(mover)
+            mover.end()
 
     def _take(self, parts: int = 1) -> MoverLine:
         with self._lock:
@@ -300,9 +314,9 @@ class Movers:
                         mover.add_line()
                     except OSError:  # it has ended, or this process may open no more files
                         if mover.process.poll() is not None:
-                            self._movers.remove(mover)
+                            self._forget(mover)
                             self._rest()
-                            self._end(mover)
+                            mover.end()
                         continue
                 mover.busy += parts
                 line = mover.idle.pop()
@@ -346,14 +360,15 @@ class Movers:
         with self._lock:
             if mover not in self._movers:
                 return False
-            self._movers.remove(mover)
+            self._forget(mover)
             self._rest()
-        self._end(mover)
+        mover.end()
         return True
 
-    def _end(self, mover: Mover) -> None:
+    def _forget(self, mover: Mover) -> None:
+        """Count one no longer. The caller has the lock."""
+        self._movers.remove(mover)
         self._ended_s += mover.processor_s
-        mover.end()
 
     def _rest(self) -> None:
         self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LONGEST_PAUSE_S)
@@ -384,4 +399,4 @@ class Movers:
             if not self._ended:
                 self._movers.append(mover)
                 return
-        self._end(mover)
+        mover.end()

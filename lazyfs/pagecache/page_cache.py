@@ -174,7 +174,8 @@ def _inactive(memory_bytes: int) -> int:
     """The size below which the kernel does not shrink its list of inactive pages.
 
     It keeps one inactive page for isqrt(10 x GiB) active ones (Linux, mm/vmscan.c,
-    inactive_is_low).
+    inactive_is_low), for each cgroup and NUMA node. With generations in the place of lists
+    (`lru_gen`) no such size is promised; it is used there, too.
 
     Args:
         memory_bytes: what both lists take.

@@ -189,13 +189,13 @@ class Client:
         request: Request,
         credentials: SigningCredentials | None,
         signed: Mapping[str, str] = MappingProxyType({}),
-        server: str = "",
+        server: str | None = None,
     ) -> dict[str, str]:
         """The headers of a request to our own service.
 
         Args:
             signed: further headers, which are signed.
-            server: of the service; empty: the endpoint.
+            server: of the service; None: the endpoint.
         """
         if self._requester_pays:
             signed = {**signed, "x-amz-request-payer": "requester"}

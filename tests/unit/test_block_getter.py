@@ -406,7 +406,7 @@ def test_a_link_that_comes_back_before_the_second_attempt_costs_no_room(
             link.is_back.set()
             await trio.testing.wait_all_tasks_blocked()
             threads.gate.set()
-        assert (link.asked, memory.used_bytes, getter.hedger.running) == (9, 0, 0)
+        assert (link.asked, memory.used_bytes, getter.hedger.second_attempts) == (9, 0, 0)
 
     trio.run(run, clock=trio.testing.MockClock(autojump_threshold=0))
 
@@ -430,7 +430,7 @@ def test_an_answer_in_the_moment_of_a_second_attempt_costs_no_room() -> None:
         for _ in range(40):
             await getter.get(FILE, 0, 4, patience_s=lambda: 60.0, saturated=lambda: False)
             await trio.testing.wait_all_tasks_blocked()
-        assert (memory.used_bytes, getter.hedger.running) == (0, 0)
+        assert (memory.used_bytes, getter.hedger.second_attempts) == (0, 0)
 
     memory = BlockMemory(64, 4, BlockMap(4), lambda: 1)
     getter = BlockGetter(

@@ -31,6 +31,7 @@ class Place:
         self.files.make_folders()
         self.index = BlockIndex(path)
         self.claims = Claims(path)
+        self.writing: set[str] = set()
 
     def add(self, key: str, name: str, *, row: bool = True, file: bool = True) -> None:
         """A block that is ready."""
@@ -48,7 +49,7 @@ class Place:
 
     def sweep(self, adopt: Callable[[str], bool] | None = None) -> tuple[list[str], list[str]]:
         """The names of rows and of files that are there after that."""
-        sweep(self.index, self.files, self.claims, adopt)
+        sweep(self.index, self.files, self.claims, self.writing, adopt)
         return sorted(row.filename for row in self.index.rows()), sorted(self.files.names())
 
 
@@ -102,7 +103,7 @@ def test_a_block_that_was_stored_since_the_files_were_listed_stays(
         return listed
 
     monkeypatch.setattr(place.files, "names", names_and_then_store)
-    sweep(place.index, place.files, place.claims, None)
+    sweep(place.index, place.files, place.claims, (), None)
     monkeypatch.undo()
     assert place.sweep() == ([NAMES[0]], [NAMES[0]])
 
@@ -138,8 +139,31 @@ def test_blocks_that_become_complete_while_files_are_taken_again_stay(
     assert place.sweep(adopt) == ([NAMES[0]], [NAMES[0]])
 
 
+def test_a_block_that_becomes_complete_just_before_its_claim_is_looked_at_stays(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.add_pending("a:0", NAMES[0], file=True)
+
+    def complete(key: str) -> bool:
+        assert place.index.complete([Entry(key, NAMES[0], 10, "tag")]) == [True]
+        return False
+
+    monkeypatch.setattr(place.claims, "is_taken", complete)
+    assert place.sweep() == ([NAMES[0]], [NAMES[0]])
+
+
+def test_what_this_process_writes_without_a_claim_stays(place: Place) -> None:
+    place.add_pending("a:0", NAMES[0], file=True)
+    place.add("a:1", NAMES[1], row=False)
+    place.writing = {NAMES[0], NAMES[1]}
+    assert place.sweep() == ([NAMES[0]], NAMES[:2]), "the index may have been made anew"
+    place.writing = set()
+    assert place.sweep() == ([], [])
+
+
+@pytest.mark.parametrize("is_claimed", [True, False])
 def test_what_this_process_is_writing_is_not_swept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_claimed: bool
 ) -> None:
     content = Content("http://s3", "b", "m/w", '"1"', 2 * 4096, 4096)
     cache = CacheDirectory(tmp_path / "cache", Limits(1 << 30))
@@ -154,7 +178,7 @@ def test_what_this_process_is_writing_is_not_swept(
         return write_all(files, blocks)  # type: ignore[arg-type]
 
     monkeypatch.setattr(BlockFiles, "write_all", write_as_it_is_swept)
-    assert cache.claim(content, 0) and cache.claim(content, 1)
+    assert not is_claimed or (cache.claim(content, 0) and cache.claim(content, 1))
     blocks = [(content, number, take_buffer(4096)) for number in (0, 1)]
     assert cache.put_all(blocks) == [True, True]
     assert cache.present(content) == [0, 1]
