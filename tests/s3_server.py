@@ -3,7 +3,8 @@
 It is a process apart from the tests and from the daemon, so that none of them waits for another's
 interpreter lock. Below `/_test/` it takes orders: `GET requests`, `DELETE requests`, `PUT fault`,
 `PUT objects`, `PUT access` (the access keys that are let in, "" for unsigned requests; null: all).
-A fault is JSON: {"match": regex on "METHOD /path?query", "kind": ..., "times": N}, with kinds
+A fault is JSON: {"match": regex on "METHOD /path?query", "kind": ..., "times": N}, perhaps with a
+"range", the value of the header, and with kinds
 `status` (with "status" and "code"), `hang` (with "seconds"), `truncate`, `reset`, `corrupt_range`,
 `slow` (the body in ten parts, one in every "seconds"), `headers` ("add" in the
 place of those that begin with "without").
@@ -44,7 +45,15 @@ class Middleware:
         with self.lock:
             if method in ("GET", "HEAD"):
                 self.requests.append({"line": line, "range": environ.get("HTTP_RANGE")})
-            fault = next((f for f in self.faults if re.search(f["match"], line)), None)
+            wanted = environ.get("HTTP_RANGE")
+            fault = next(
+                (
+                    f
+                    for f in self.faults
+                    if re.search(f["match"], line) and f.get("range", wanted) == wanted
+                ),
+                None,
+            )
             if fault:
                 fault["times"] -= 1
                 self.faults = [f for f in self.faults if f["times"] > 0]

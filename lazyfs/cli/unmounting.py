@@ -16,6 +16,7 @@ import click
 from lazyfs.cli.messages import tell
 from lazyfs.errors import MountError
 from lazyfs.fuse import mount_syscalls
+from lazyfs.patience import begin
 from lazyfs.process.mount_records import (
     DaemonWatch,
     MountRecord,
@@ -28,6 +29,8 @@ from lazyfs.process.running_daemon import end_daemon
 from lazyfs.process.worker_process import stuck_of
 
 END_TIMEOUT_S = 15.0
+# umount(2) waits for pushes into the page cache. This is long for one that no read holds up.
+UNMOUNT_PATIENCE_S = 2.0
 # A process that has just ended may be seen to have a copy. Then the session ends soon.
 SESSION_END_S = 1.0
 
@@ -67,7 +70,7 @@ def unmount(mountpoint: Path, *, lazy: bool, force: bool) -> None:
     if entry is not None and entry.filesystem_type != mount_syscalls.FILESYSTEM_TYPE:
         raise MountError(f"{mountpoint}: the mount is of type {entry.filesystem_type}, not lazyfs")
     if entry is not None:
-        _unmount_here(mountpoint, entry.device, lazy=lazy or force)
+        _unmount_here(mountpoint, entry.device, record, lazy=lazy or force)
     if lazy and not force:
         return
     if force and record is not None:
@@ -84,9 +87,18 @@ def unmount(mountpoint: Path, *, lazy: bool, force: bool) -> None:
         )
 
 
-def _unmount_here(mountpoint: Path, device: str, *, lazy: bool) -> None:
+def _unmount_here(mountpoint: Path, device: str, record: MountRecord | None, *, lazy: bool) -> None:
+    unmounting = begin(lambda: mount_syscalls.unmount(mountpoint, lazy=lazy))
     try:
-        mount_syscalls.unmount(mountpoint, lazy=lazy)
+        try:
+            unmounting.result(UNMOUNT_PATIENCE_S)
+        except TimeoutError:
+            # It waits for reads that wait for S3. Nobody uses the mount: it is gone from here.
+            if record is not None:
+                end_daemon(record)
+            unmounting.result(END_TIMEOUT_S)
+    except TimeoutError:
+        raise MountError(f"{mountpoint}: the kernel does not unmount it") from None
     except MountError as error:
         users = [user for user in users_of(device) if user.uses and user.is_here]
         raise MountError(f"{error} (used by {named(users)})" if users else str(error)) from None

@@ -36,6 +36,7 @@ import trio
 from pyfuse3 import FileHandleT, FUSEError
 
 from lazyfs.faults import contained, keep_running, report_fault
+from lazyfs.fuse.mount_syscalls import REQUEST_BYTES
 from lazyfs.fuse.reply import HEADER, Buffer, reply, reply_in_mover
 from lazyfs.movers.call import MoverFaultError, MoverLostError
 from lazyfs.movers.pool import Movers
@@ -57,8 +58,6 @@ _UNANSWERED = {2, _BATCH_FORGET}  # the first one is FORGET
 # are the same for both.
 _IS_DIRECT = 1 << 1
 
-# The kernel requires room for the longest write that was negotiated, 1 MiB, and its header.
-REQUEST_BYTES = (1 << 20) + (64 << 10)
 # Part of a directory in one answer: enough for nearly all, and fits into a socket's buffer.
 MOST_OF_DIRECTORY = 64 << 10
 # Inodes of one FUSE_BATCH_FORGET, for the same reason: the kernel sends up to 65,000 of them.

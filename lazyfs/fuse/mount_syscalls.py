@@ -13,6 +13,7 @@ import os
 import select
 import shutil
 import socket
+import struct
 import subprocess
 import time
 from collections.abc import Sequence
@@ -31,6 +32,13 @@ MNT_DETACH = 2
 FILESYSTEM_TYPE = "fuse.lazyfs"
 # The first kernel that can resend the requests of a dead worker (FUSE_NOTIFY_RESEND).
 RESEND_SINCE = (6, 9)
+
+# linux/fuse.h: struct fuse_out_header with FUSE_NOTIFY_RESEND in place of an error.
+RESEND = struct.pack("<IiQ", 16, 7, 0)
+# The kernel requires room for the longest write that was negotiated, 1 MiB, and its header.
+REQUEST_BYTES = (1 << 20) + (64 << 10)
+# Requests without an answer: FUSE_FORGET, FUSE_INTERRUPT, FUSE_BATCH_FORGET.
+_WITHOUT_ANSWER = (2, 36, 42)
 
 # The kernel refuses reads with smaller buffers (FUSE_MIN_READ_BUFFER).
 INIT_BUFFER = 1 << 16
@@ -162,6 +170,32 @@ def session_ended(descriptor: int) -> bool:
     watch = select.poll()
     watch.register(descriptor, select.POLLIN)
     return any(events & select.POLLERR for _, events in watch.poll(0))
+
+
+def refuse_requests(descriptor: int) -> None:
+    """Answer all requests with ENOTCONN, also those that a worker took and did not answer.
+
+    A page is locked until the read that wants it is answered. A thread of the worker that puts this
+    page into the page cache waits for that, cannot be killed, and umount(2) waits for the thread.
+    Needs `RESEND_SINCE`. Only after the worker has ended.
+
+    Args:
+        descriptor: of `/dev/fuse`.
+    """
+    buffer = bytearray(REQUEST_BYTES)
+    with contextlib.suppress(OSError):  # BlockingIOError: all are answered
+        os.set_blocking(descriptor, False)
+        with contextlib.suppress(OSError):
+            os.write(descriptor, RESEND)
+        while True:
+            try:
+                os.readv(descriptor, [buffer])
+                _, operation, unique = struct.unpack_from("<IIQ", buffer)
+                if operation not in _WITHOUT_ANSWER:
+                    os.write(descriptor, struct.pack("<IiQ", 16, -errno.ENOTCONN, unique))
+            except OSError as error:
+                if error.errno != errno.ENOENT:  # a request that was withdrawn meanwhile
+                    raise
 
 
 def abort(device: str) -> None:

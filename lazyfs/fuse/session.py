@@ -30,8 +30,6 @@ from lazyfs.fuse.connection import KernelConnection
 from lazyfs.fuse.filesystem import Filesystem
 from lazyfs.movers.pool import Movers
 
-# linux/fuse.h: struct fuse_out_header with FUSE_NOTIFY_RESEND in place of an error.
-RESEND = struct.pack("<IiQ", 16, 7, 0)
 OPTIONS = {"default_permissions"}
 # linux/fuse.h: offsets in FUSE_INIT and in the answer to it, headers included (struct
 # fuse_init_in, fuse_init_out). `congestion_threshold` follows `max_background`.
@@ -132,7 +130,7 @@ class Session:
             CannotResumeError: this kernel cannot, and waiting readers would wait for ever.
         """
         try:
-            os.write(self.descriptor, RESEND)
+            os.write(self.descriptor, mount_syscalls.RESEND)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise

@@ -22,6 +22,9 @@ from lazyfs.handover.pending_requests import note_death
 
 log = logging.getLogger(__name__)
 
+# How often requests are refused while a mount is taken away.
+REFUSE_S = 0.1
+
 
 class MountedSession:
     """One mount: made, kept, found again, taken away. Thread-safe.
@@ -137,7 +140,33 @@ class MountedSession:
                     if lazy and mount_syscalls.find_mount(self._mountpoint) is not None:
                         log.error("%s", error)
 
-    def abort(self) -> None:
+    def end(self) -> None:
+        """Unmount after the last worker has ended, also if it left requests unanswered.
+
+        Users of the mount get an error.
+        """
+        self._refuse_requests()
+        ended = threading.Event()
+        refusing = threading.Thread(target=self._refuse_until, args=[ended], daemon=True)
+        refusing.start()
+        try:
+            self.unmount()
+        finally:
+            ended.set()
+            refusing.join()
+        self._abort()
+
+    def _refuse_until(self, ended: threading.Event) -> None:
+        """Refuse what readers ask for until the mount has ended."""
+        while not ended.wait(REFUSE_S):
+            self._refuse_requests()
+
+    def _refuse_requests(self) -> None:
+        with self._kept_lock:
+            if FUSE in self._kept:
+                mount_syscalls.refuse_requests(self._kept[FUSE])
+
+    def _abort(self) -> None:
         """Give remaining users of the mount an error, and end threads of a killed worker."""
         # After the session has ended, another mount may have its device number.
         if self.device is not None and not self.has_ended:

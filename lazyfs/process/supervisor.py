@@ -69,6 +69,8 @@ log = logging.getLogger(__name__)
 STDERR = 2
 # The longest answer of a worker to its supervisor, which has many: a status is a few KiB.
 MOST_ANSWERED_BYTES = 2 << 20
+# umount(2) waits for pushes into the page cache. This is long for one that no read holds up.
+UNMOUNT_PATIENCE_S = 2.0
 # A worker that lived this long did not die for the same reason as its predecessor.
 LONG_LIFE_S = 60.0
 
@@ -187,8 +189,7 @@ class Supervisor:
 
     def _start_first(self, timeout_s: float) -> None:
         if not self._session.has_ended:
-            self._session.unmount()  # it was never complete
-            self._session.abort()
+            self._session.end()  # it was never complete
         self._session.drop()
         self._store_spec()
         if mount_syscalls.clear_stale(self._mountpoint):
@@ -254,8 +255,12 @@ class Supervisor:
     def stop(self) -> None:
         """Unmount, even if it is in use, and end the worker, which finishes its writes first."""
         self._stopping.set()
-        self._session.unmount()
+        # A push may wait for a read, and the read for S3. Without a worker both end.
+        unmounting = threading.Thread(target=self._session.unmount, name="unmounting", daemon=True)
+        unmounting.start()
+        unmounting.join(UNMOUNT_PATIENCE_S)
         self._end_workers()
+        unmounting.join()
 
     def _start_worker(self, timeout_s: float) -> None:
         """Start a worker; returns when the mount can be used.
@@ -439,14 +444,12 @@ class Supervisor:
 
     def _forget_session(self) -> None:
         """Detach the mount and close our descriptor: its users get an error instead of waiting."""
-        self._session.unmount()
-        self._session.abort()
+        self._session.end()
         self._session.drop()
         self._store_spec()
 
     def _clean_up(self) -> None:
-        self._session.unmount()
-        self._session.abort()
+        self._session.end()
         try:
             self._session.drop()
         except KeeperError as error:
