@@ -6,6 +6,7 @@ again, and so that the mount ends when neither has them any more.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -148,12 +149,14 @@ class MountedSession:
         self._refuse_requests()
         ended = threading.Event()
         refusing = threading.Thread(target=self._refuse_until, args=[ended], daemon=True)
-        refusing.start()
+        with contextlib.suppress(RuntimeError):  # no more threads are allowed
+            refusing.start()
         try:
             self.unmount()
         finally:
             ended.set()
-            refusing.join()
+            if refusing.is_alive():
+                refusing.join()
         self._abort()
 
     def _refuse_until(self, ended: threading.Event) -> None:

@@ -257,10 +257,14 @@ class Supervisor:
         self._stopping.set()
         # A push may wait for a read, and the read for S3. Without a worker both end.
         unmounting = threading.Thread(target=self._session.unmount, name="unmounting", daemon=True)
-        unmounting.start()
-        unmounting.join(UNMOUNT_PATIENCE_S)
+        try:
+            unmounting.start()
+            unmounting.join(UNMOUNT_PATIENCE_S)
+        except RuntimeError:  # no more threads are allowed
+            self._session.unmount()
         self._end_workers()
-        unmounting.join()
+        if unmounting.is_alive():
+            unmounting.join()
 
     def _start_worker(self, timeout_s: float) -> None:
         """Start a worker; returns when the mount can be used.
