@@ -381,6 +381,9 @@ def _ignore(file: File) -> None:
 async def _end_on_signal(
     scope: trio.CancelScope, page_cache: PageCache, fetcher: BlockFetcher
 ) -> None:
+    # What the receiver restores when the worker is ending anyway: else a signal would cut it short.
+    for ends in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ends, signal.SIG_IGN)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for number in signals:
             log.info("ending on %s", signal.Signals(number).name)
