@@ -29,8 +29,6 @@ from lazyfs.process.running_daemon import end_daemon
 from lazyfs.process.worker_process import stuck_of
 
 END_TIMEOUT_S = 15.0
-# umount(2) waits for pushes into the page cache. This is long for one that no read holds up.
-UNMOUNT_PATIENCE_S = 2.0
 # A process that has just ended may be seen to have a copy. Then the session ends soon.
 SESSION_END_S = 1.0
 
@@ -91,7 +89,7 @@ def _unmount_here(mountpoint: Path, device: str, record: MountRecord | None, *, 
     unmounting = begin(lambda: mount_syscalls.unmount(mountpoint, lazy=lazy))
     try:
         try:
-            unmounting.result(UNMOUNT_PATIENCE_S)
+            unmounting.result(mount_syscalls.UNMOUNT_PATIENCE_S)
         except TimeoutError:
             # It waits for reads that wait for S3. Nobody uses the mount: it is gone from here.
             if record is not None:

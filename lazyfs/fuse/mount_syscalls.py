@@ -37,6 +37,8 @@ RESEND_SINCE = (6, 9)
 RESEND = struct.pack("<IiQ", 16, 7, 0)
 # The kernel requires room for the longest write that was negotiated, 1 MiB, and its header.
 REQUEST_BYTES = (1 << 20) + (64 << 10)
+# umount(2) waits for pushes into the page cache. This is long for one that no read holds up.
+UNMOUNT_PATIENCE_S = 2.0
 # Requests without an answer: FUSE_FORGET, FUSE_INTERRUPT, FUSE_BATCH_FORGET.
 _WITHOUT_ANSWER = (2, 36, 42)
 

@@ -15,6 +15,8 @@ none was made for a while. If a mover dies, its running calls are lost (`MoverLo
 call starts another one. A mover that is stopped, or waits for something in the kernel, is *silent*:
 it does not end calls that nobody waits for any more. It gets no others, and another one does its
 work; if it stays silent, it is ended.
+
+The module is long because it is one class: each call may lose its mover, and those of others.
 """
 
 from __future__ import annotations
@@ -281,9 +283,7 @@ class Movers:
             is_used = any(mover.busy for mover in self._movers)
             if is_used or time.monotonic() - self._used_s <= MOST_IDLE_S:
                 return
-            movers = list(self._movers)
-            for mover in movers:
-                self._forget(mover)
+            movers = self._forget_all()
         for mover in movers:
             mover.end()
         buffers.free_idle()
@@ -292,9 +292,7 @@ class Movers:
         """End them for good; calls in progress are lost."""
         with self._lock:
             self._ended = True
-            movers = list(self._movers)
-            for mover in movers:
-                self._forget(mover)
+            movers = self._forget_all()
         for mover in movers:
             mover.end()
 
@@ -369,6 +367,12 @@ class Movers:
         """Count one no longer. The caller has the lock."""
         self._movers.remove(mover)
         self._ended_s += mover.processor_s
+
+    def _forget_all(self) -> list[Mover]:
+        movers = list(self._movers)
+        for mover in movers:
+            self._forget(mover)
+        return movers
 
     def _rest(self) -> None:
         self._pause_s = min(max(FIRST_PAUSE_S, 2 * self._pause_s), LONGEST_PAUSE_S)

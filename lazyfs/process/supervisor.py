@@ -69,8 +69,6 @@ log = logging.getLogger(__name__)
 STDERR = 2
 # The longest answer of a worker to its supervisor, which has many: a status is a few KiB.
 MOST_ANSWERED_BYTES = 2 << 20
-# umount(2) waits for pushes into the page cache. This is long for one that no read holds up.
-UNMOUNT_PATIENCE_S = 2.0
 # A worker that lived this long did not die for the same reason as its predecessor.
 LONG_LIFE_S = 60.0
 
@@ -259,7 +257,7 @@ class Supervisor:
         unmounting = threading.Thread(target=self._session.unmount, name="unmounting", daemon=True)
         try:
             unmounting.start()
-            unmounting.join(UNMOUNT_PATIENCE_S)
+            unmounting.join(mount_syscalls.UNMOUNT_PATIENCE_S)
         except RuntimeError:  # no more threads are allowed
             self._session.unmount()
         self._end_workers()
