@@ -1,9 +1,10 @@
 """Makes the gRPC messages of `proto/` when the package is built; the rest is in pyproject.toml.
 
 For a wheel, an sdist and an editable install alike, `csi/NAME_pb2.py`, `.pyi` and
-`csi/NAME_pb2_grpc.py` are written beside the other modules, where git ignores them.
+`csi/NAME_pb2_grpc.py` are written beside the other modules, where git ignores them. The one module
+in C uses only what every Python from 3.11 on has (the stable ABI), so one wheel serves all of them.
 
-First it looks for what pip will need to compile pyfuse3, so that pip ends with the names of
+First it looks for what pip will need to compile it and pyfuse3, so that pip ends with the names of
 packages and not with a compiler's errors.
 """
 
@@ -16,23 +17,23 @@ from importlib.resources import files
 from pathlib import Path
 
 from grpc_tools import protoc
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 
 
 def missing_packages() -> list[str]:
-    """Packages of Debian without which pip cannot compile pyfuse3 here; none if it is installed."""
-    # -I: the environment that pip installs into, without what it made for this build.
-    there = [sys.executable, "-I", "-c", "import pyfuse3"]
-    if subprocess.run(there, capture_output=True, check=False).returncode == 0:
-        return []
+    """Packages of Debian without which pip cannot compile lazyfs and pyfuse3 here."""
     missing = []
     if not any(map(shutil.which, ("cc", "gcc", "clang"))):
         missing += ["gcc", "libc6-dev"]
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         missing.append("python3-dev")
+    # -I: the environment that pip installs into, without what it made for this build.
+    there = [sys.executable, "-I", "-c", "import pyfuse3"]
+    if subprocess.run(there, capture_output=True, check=False).returncode == 0:
+        return missing
     pkg_config = shutil.which("pkg-config")
     if pkg_config is None:
         missing.append("pkg-config")
@@ -47,7 +48,7 @@ def missing_packages() -> list[str]:
 # Set by pip for the builds that it starts, and by nothing else.
 if "PIP_BUILD_TRACKER" in os.environ and (names := missing_packages()):
     sys.exit(
-        f"lazyfs: pyfuse3, which it needs, is compiled here. Please run: apt-get install "
+        f"lazyfs and pyfuse3, which it needs, are compiled here. Please run: apt-get install "
         f"{' '.join(names)} (names as in Debian), or use the package or the archive of lazyfs"
     )
 
@@ -73,4 +74,15 @@ class BuildWithMessages(build_py):
         super().run()
 
 
-setup(cmdclass={"build_py": BuildWithMessages})
+setup(
+    cmdclass={"build_py": BuildWithMessages},
+    ext_modules=[
+        Extension(
+            "lazyfs.store._receive",
+            ["lazyfs/store/_receive.c"],
+            extra_compile_args=["-O2", "-Wall", "-Wextra"],
+            py_limited_api=True,
+        )
+    ],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

@@ -1,13 +1,14 @@
 """Compares two versions of lazyfs in interleaved rounds, to see whether a change is a gain.
 
     python bench/ab.py --base main [--head TREE] [--rounds 5] [--workload vllm]
-        [--origins s3like unlimited] [--cache disk none] [--state cold] [--size 1GiB]
+        [--origins s3like unlimited] [--cache disk none] [--state cold] [--size 1GiB] [--metadata]
 
 BASE and HEAD are git revisions, or directories with the package `lazyfs`. HEAD defaults to the work
 tree of this program. Each round measures both, in alternating order, so that drift of the machine
 affects both alike. The output has medians of the figures of measure.py, the ratio of seconds
-HEAD/BASE (below 1: HEAD is faster), and the number of rounds in which HEAD was faster. Needs root,
-nginx with Lua and, for the throttled origin, tc.
+HEAD/BASE (below 1: HEAD is faster), and the number of rounds in which HEAD was faster. With
+`--metadata`, each cold load is measured beside calls of latency.py, whose latencies are shown too.
+Needs root, nginx with Lua and, for the throttled origin, tc.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import os
 import statistics
 import subprocess
 import sys
@@ -26,7 +28,7 @@ from pathlib import Path
 import load
 import origin as origins
 from accounting import FuseRequests, end_in_order, fuse_requests, settle, workplace
-from measure import Loader, Meter, Run
+from measure import Loader, Meter, Run, answer_of, program
 from model import write_model
 from mounts import Lazyfs, Place, forget, from_disk
 
@@ -60,6 +62,10 @@ def tree(revision: str, base: Path) -> Iterator[Path]:
     subprocess.run([*git, "add", "--detach", "-f", path, revision], check=True, timeout=60,
                    capture_output=True)  # fmt: skip
     try:
+        subprocess.run(
+            [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=path, check=True,
+            timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT / "build" / "backend")},
+        )  # fmt: skip
         yield path
     finally:
         subprocess.run([*git, "remove", "--force", path], check=True, timeout=60)
@@ -82,6 +88,20 @@ def measure(lazyfs: Lazyfs, state: str, loader: Loader, meter: Meter, place: Pla
     return run
 
 
+def measure_metadata(
+    lazyfs: Lazyfs, loader: Loader, meter: Meter, place: Place
+) -> tuple[Run, dict[str, float]]:
+    """Measure a cold load beside metadata calls."""
+    forget(place)
+    meter.mark()
+    with lazyfs.mount(place) as mounted:
+        asking = program("latency.py", "metadata", mounted.directory)
+        try:
+            return meter.first(loader, mounted, place), answer_of(asking)
+        finally:
+            asking.kill()
+
+
 def compare(
     arguments: argparse.Namespace, contenders: Sequence[Lazyfs], base: Path,
     requests: FuseRequests | None,
@@ -91,6 +111,7 @@ def compare(
     loader = Loader(arguments.workload)
     for profile, cache in itertools.product(arguments.origins, arguments.cache):
         runs: defaultdict[str, list[Run]] = defaultdict(list)
+        calls: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
         with origins.serve(base / "served", profile) as origin:
             meter = Meter(origin, requests)
             for turn in range(arguments.rounds):
@@ -104,12 +125,20 @@ def compare(
                         cache == "disk",
                         lazyfs.options,
                     )
-                    run = measure(tried, arguments.state, loader, meter, place)
+                    if arguments.metadata:
+                        run, latencies = measure_metadata(tried, loader, meter, place)
+                        calls[lazyfs.name].append(latencies)
+                    else:
+                        run = measure(tried, arguments.state, loader, meter, place)
                     runs[lazyfs.name].append(run)
                     print(f"{profile}, {cache}, {turn + 1}: {lazyfs.name} {run.seconds:.2f} s",
                           file=sys.stderr, flush=True)  # fmt: skip
         print(f"\n{profile}, cache {cache}, {arguments.state}, {arguments.workload}")
         print(table(runs["base"], runs["head"]), flush=True)
+        for name in ("stat", "listdir", "statvfs") if calls else ():
+            p99 = [statistics.median(call[f"{name}_p99_ms"] for call in calls[who])
+                   for who in ("base", "head")]  # fmt: skip
+            print(f"{name + ' p99 ms':18}{p99[0]:10.1f}{p99[1]:10.1f}", flush=True)
 
 
 def table(base: list[Run], head: list[Run]) -> str:
@@ -140,6 +169,7 @@ def main() -> None:
                         choices=origins.PROFILES)  # fmt: skip
     parser.add_argument("--cache", nargs="+", default=["disk", "none"], choices=["disk", "none"])
     parser.add_argument("--state", default="cold", choices=STATES)
+    parser.add_argument("--metadata", action="store_true")
     parser.add_argument("--size", default="1GiB", type=parse_size)
     parser.add_argument("--shards", default=4, type=int)
     parser.add_argument("--option", action="append", default=[], metavar="--NAME=VALUE",

@@ -3,7 +3,7 @@
 # as the image does, and Go.
 #
 #   dist/VERSION/
-#     lazyfs-VERSION-py3-none-any.whl, lazyfs-VERSION.tar.gz    for pip
+#     lazyfs-VERSION-cp311-abi3-linux_x86_64.whl, lazyfs-VERSION.tar.gz    for pip
 #     lazyfs_VERSION_amd64.deb                                  for Debian 12, Ubuntu 24.04 and newer
 #     lazyfs-VERSION-linux-x86_64.tar.gz                        a folder that runs anywhere
 #     lazyfs-VERSION-linux-x86_64.cdx.json                      the SBOM of that folder, and of the package

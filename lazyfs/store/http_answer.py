@@ -1,14 +1,13 @@
 """Answers of HTTP: the head, and a body that is received into given memory.
 
 A body goes from the socket straight into memory that the caller owns: one copy, made by the kernel
-or by OpenSSL while other threads run. Other clients cannot do that, because they return memory of
-their own. At 8 MiB a request it halves the processor time (`bench/transport.py`).
+or by OpenSSL while other threads run, in one call for the whole body (`_receive.c`). Other clients
+cannot do that, because they return memory of their own (`bench/transport.py`).
 """
 
 from __future__ import annotations
 
 import http.client
-import select
 import socket
 import ssl
 from collections.abc import Mapping
@@ -16,13 +15,12 @@ from dataclasses import dataclass
 from io import BufferedIOBase
 from typing import Protocol
 
+from lazyfs.store._receive import receive
+
 # How many bytes of a body are received before the rest is checked.
 PIECE = 1 << 20
-# A thread that receives a body is woken when this much has come, not for each record or segment.
-WAKES_AT = 64 << 10
-# The end of a body is received as it comes: less than `WAKES_AT` may be left in the kernel when
-# OpenSSL has taken a part of a record (16 KiB).
-LAST_BYTES = WAKES_AT + (32 << 10)
+# Shorter bodies are left to the library.
+LEAST_RECEIVED = 64 << 10
 # The most informational answers (103 and the like) before the final one.
 MOST_INFORMATIONAL = 20
 # The longest head of an answer; curl accepts 300 KiB. An object may have hundreds of headers as
@@ -80,42 +78,24 @@ class ComingBody:
             done += count
 
     def _receive(self, into: memoryview) -> int:
-        """Fill a buffer from the socket, but for the end of it; returns the bytes received.
+        """Fill a buffer from the socket, but for its last byte; returns the bytes received.
 
-        The library would do the same with more calls for each 16 KiB, a record of TLS.
+        The library would do the same with many calls for each record of TLS, or segment.
         """
         answer, wire = self._answer, self._wire
-        if answer.length is None or answer.chunked or len(into) <= 2 * LAST_BYTES:
+        if answer.length is None or answer.chunked or len(into) < LEAST_RECEIVED:
             return 0
         # First what the library has received ahead.
         done = answer.readinto(into[: len(answer.fp.peek())])
-        # The end is left to the library, which sees that the body is over.
-        begun, most = done, min(len(into), done + answer.length) - LAST_BYTES
-        if done < most:
-            wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, WAKES_AT)
-            while done < most:
-                try:
-                    count = self._receive_some(into[done:most])
-                except (ConnectionError, ssl.SSLError) as error:
-                    raise CutOffError(told_of(error), done) from error
-                if count == 0:
-                    raise CutOffError(f"{len(into) - done} bytes are missing", done)
-                done += count
-            wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-            answer.length -= done - begun
+        # The last byte is left to the library, which sees that the body is over.
+        most = min(len(into), done + answer.length) - 1
+        tls = getattr(wire, "_sslobj", None)
+        count, failed = receive(wire.fileno(), tls, into[done:most], wire.gettimeout() or 0.0)
+        answer.length -= count
+        done += count
+        if failed:
+            raise CutOffError(f"{failed}: {len(into) - done} bytes are missing", done)
         return done
-
-    def _receive_some(self, into: memoryview) -> int:
-        """As `socket.recv_into`. Raises TimeoutError only if nothing has come."""
-        try:
-            return self._wire.recv_into(into)
-        except TimeoutError:
-            poll = select.poll()
-            poll.register(self._wire, select.POLLIN)
-            self._wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-            if not poll.poll(0):
-                raise
-            return self._wire.recv_into(into)
 
     def read_all(self, most: int) -> bytes:
         try:

@@ -13,7 +13,6 @@ from lazyfs.store.http_answer import (
     MOST_HEAD_BYTES,
     MOST_INFORMATIONAL,
     PIECE,
-    WAKES_AT,
     ComingBody,
     CutOffError,
     Response,
@@ -92,23 +91,6 @@ def test_a_part_in_broken_chunks_is_cut_off_after_what_came(wires: Wires) -> Non
         with pytest.raises(CutOffError) as told:
             ComingBody(answer, wires[0]).read_into(into)
     assert bytes(into[: told.value.came]) == b"abc"[: told.value.came]
-
-
-@pytest.mark.parametrize("sent", [b"x", b""])
-def test_a_wait_ends_with_what_has_come(wires: Wires, sent: bytes) -> None:
-    """It may be less than wakes the thread."""
-    ours, theirs = wires
-    with begun(wires, head("Content-Length: 9"), ends=False) as answer:
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, WAKES_AT)
-        ours.settimeout(0.02)
-        theirs.sendall(sent)
-        into = memoryview(bytearray(9))
-        body = ComingBody(answer, ours)
-        if sent:
-            assert body._receive_some(into) == 1
-        else:
-            with pytest.raises(TimeoutError):
-                body._receive_some(into)
 
 
 EARLY = head("Link: </x>", status="103 Early Hints")
