@@ -29,6 +29,7 @@ from lazyfs.listed_object import ListedObject
 from lazyfs.machine import free_memory
 from lazyfs.options.mount_options import MountOptions
 from lazyfs.options.option_types import GIB, MIB, format_duration, format_size
+from lazyfs.store._receive import knows_tls
 from lazyfs.store.protocol import Source
 from lazyfs.store.stores import open_source
 from lazyfs.store.url import SourceUrl
@@ -284,6 +285,13 @@ def _models(source: Source, options: MountOptions, *, is_large: bool) -> Iterato
 
 def _transport(endpoint: str) -> Finding:
     parts = urlsplit(endpoint)
+    if parts.scheme == "https" and not knows_tls():
+        return Finding(
+            "endpoint", Outcome.WARNING,
+            f"{endpoint}: TLS needs twice the processor time with this Python, whose OpenSSL is a "
+            "part of its program",
+            "use the Python of the distribution, or the package or the archive of lazyfs",
+        )  # fmt: skip
     if parts.scheme == "https" or parts.hostname in ("127.0.0.1", "localhost", "::1"):
         return Finding("endpoint", Outcome.OK, endpoint)
     return Finding(

@@ -200,6 +200,10 @@ static PyObject *receive(PyObject *Py_UNUSED(module), PyObject *arguments) {
     return Py_BuildValue("ns", (Py_ssize_t)receipt.done, end == FAILED ? receipt.told : NULL);
 }
 
+static PyObject *knows_tls(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none)) {
+    return PyBool_FromLong(openssl.is_known);
+}
+
 /* Find the functions of the OpenSSL that the module `_ssl` is linked with. */
 static void find_openssl(void) {
     PyObject *module = PyImport_ImportModule("_ssl");
@@ -239,6 +243,7 @@ static void find_openssl(void) {
 
 static PyMethodDef methods[] = {
     {"receive", receive, METH_VARARGS, "See _receive.pyi."},
+    {"knows_tls", knows_tls, METH_NOARGS, "See _receive.pyi."},
     {NULL, NULL, 0, NULL},
 };
 

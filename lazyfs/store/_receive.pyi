@@ -16,3 +16,6 @@ def receive(
     Raises:
         TimeoutError: the connection was silent.
     """
+
+def knows_tls() -> bool:
+    """Whether `receive` takes connections over TLS of this Python; if not, it receives nothing."""

@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 from certificates import make_certificates
 
-from lazyfs.store._receive import receive
+from lazyfs.cli import checks
+from lazyfs.cli.checks import Outcome
+from lazyfs.store._receive import knows_tls, receive
 from lazyfs.store.http import tls_context
 
 DATA = os.urandom(3_000_001)
@@ -88,6 +90,7 @@ Transport = tuple[Path, Path, Path] | None
 
 def test_the_tls_of_this_python_is_known(certificates: tuple[Path, Path, Path]) -> None:
     """Otherwise nothing would be received here, and Python would take each record."""
+    assert knows_tls()
     with connected(certificates, lambda wire: wire.sendall(DATA)) as wire:
         assert take(wire, 1) == (DATA[:1], None)
 
@@ -266,3 +269,22 @@ def test_a_closed_connection_is_told() -> None:
         os.close(number)
         count, why = receive(number, None, memoryview(bytearray(10)), 1.0)
     assert (count, why) == (0, "Bad file descriptor")
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "known", "state", "words"),
+    [
+        ("https://s3.test", True, Outcome.OK, ""),
+        ("https://s3.test", False, Outcome.WARNING, "twice the processor time"),
+        ("http://s3.test", False, Outcome.WARNING, "not encrypted"),
+        ("http://127.0.0.1:9000", False, Outcome.OK, ""),
+    ],
+)
+def test_doctor_tells_what_an_endpoint_costs(
+    monkeypatch: pytest.MonkeyPatch, endpoint: str, known: bool, state: Outcome, words: str
+) -> None:
+    monkeypatch.setattr(checks, "knows_tls", lambda: known)
+    found = checks._transport(endpoint)
+    assert (found.what, found.state) == ("endpoint", state)
+    assert words in found.words
+    assert bool(found.advice) is (state is Outcome.WARNING)
