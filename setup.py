@@ -80,7 +80,8 @@ setup(
         Extension(
             "lazyfs.store._receive",
             ["lazyfs/store/_receive.c"],
-            extra_compile_args=["-O2", "-Wall", "-Wextra"],
+            # -g0: without the path of the folder in which it was compiled.
+            extra_compile_args=["-O2", "-g0", "-Wall", "-Wextra"],
             py_limited_api=True,
         )
     ],

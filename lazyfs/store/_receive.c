@@ -19,6 +19,7 @@
 #include <poll.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <time.h>
 
 typedef struct ssl_st SSL;
 
@@ -61,6 +62,7 @@ typedef struct {
     size_t size;
     size_t done;
     int silence_ms;
+    long long patience_ends_ms; /* 0: bytes have come since the last wait */
     int wakes_at;
     char told[120]; /* why it failed */
 } Receipt;
@@ -77,6 +79,18 @@ static void wake_at(Receipt *receipt, int bytes) {
 
 static void tell(Receipt *receipt, const char *why) {
     strncpy(receipt->told, why, sizeof receipt->told - 1);
+}
+
+/* Wait for an event of poll(2). Returns as poll(2): 0 if nothing has come for too long. */
+static int wait_for(Receipt *receipt, int events) {
+    struct timespec clock;
+    clock_gettime(CLOCK_MONOTONIC, &clock);
+    long long now_ms = clock.tv_sec * 1000LL + clock.tv_nsec / 1000000;
+    if (!receipt->patience_ends_ms)
+        receipt->patience_ends_ms = now_ms + receipt->silence_ms;
+    long long left_ms = receipt->patience_ends_ms - now_ms; /* less after a signal */
+    struct pollfd wait = {.fd = receipt->fd, .events = (short)events};
+    return poll(&wait, 1, left_ms > 0 ? (int)left_ms : 0);
 }
 
 /* Receive what is there. Returns 1 if something was, 0 after a failure, and otherwise the negated
@@ -133,13 +147,13 @@ static End fill(Receipt *receipt) {
             return FAILED;
         if (taken > 0) {
             was_silent = 0;
+            receipt->patience_ends_ms = 0;
             continue;
         }
         if (was_silent)
             return SILENT;
         wake_at(receipt, receipt->size - receipt->done > LAST_BYTES ? WAKES_AT : 1);
-        struct pollfd wait = {.fd = receipt->fd, .events = (short)-taken};
-        int ready = poll(&wait, 1, receipt->silence_ms);
+        int ready = wait_for(receipt, -taken);
         if (ready < 0 && errno == EINTR)
             return INTERRUPTED;
         /* Less than wakes the thread may have come. */

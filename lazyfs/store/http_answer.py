@@ -8,6 +8,7 @@ cannot do that, because they return memory of their own (`bench/transport.py`).
 from __future__ import annotations
 
 import http.client
+import math
 import socket
 import ssl
 from collections.abc import Mapping
@@ -83,14 +84,18 @@ class ComingBody:
         The library would do the same with many calls for each record of TLS, or segment.
         """
         answer, wire = self._answer, self._wire
-        if answer.length is None or answer.chunked or len(into) < LEAST_RECEIVED:
+        if not answer.length or answer.chunked or len(into) < LEAST_RECEIVED:
             return 0
-        # First what the library has received ahead.
-        done = answer.readinto(into[: len(answer.fp.peek())])
+        try:
+            # First what the library has received ahead.
+            done = answer.readinto(into[: len(answer.fp.peek())])
+        except (ConnectionError, ssl.SSLError) as error:
+            raise CutOffError(told_of(error)) from error
         # The last byte is left to the library, which sees that the body is over.
         most = min(len(into), done + answer.length) - 1
         tls = getattr(wire, "_sslobj", None)
-        count, failed = receive(wire.fileno(), tls, into[done:most], wire.gettimeout() or 0.0)
+        silence_s = wire.gettimeout() or math.inf
+        count, failed = receive(wire.fileno(), tls, into[done:most], silence_s)
         answer.length -= count
         done += count
         if failed:

@@ -93,6 +93,28 @@ def test_a_part_in_broken_chunks_is_cut_off_after_what_came(wires: Wires) -> Non
     assert bytes(into[: told.value.came]) == b"abc"[: told.value.came]
 
 
+@pytest.mark.parametrize("length", [0, 100_000])
+def test_no_more_is_waited_for_than_there_is(wires: Wires, length: int) -> None:
+    """Even where the connection stays open."""
+    wires[1].settimeout(5)
+    body = bytes(length)
+    with begun(wires, head(f"Content-Length: {length}"), body, ends=False) as answer:
+        coming = ComingBody(answer, wires[0])
+        coming.read_into(memoryview(bytearray(length)))
+        with pytest.raises(CutOffError, match="200000 bytes are missing"):
+            coming.read_into(memoryview(bytearray(200_000)))
+        assert coming.is_at_end
+
+
+def test_a_reset_before_the_body_is_told(wires: Wires) -> None:
+    with begun(wires, head("Content-Length: 100000"), ends=False) as answer:
+        wires[1].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        wires[1].close()
+        with pytest.raises(CutOffError, match="Connection reset") as told:
+            ComingBody(answer, wires[0]).read_into(memoryview(bytearray(100_000)))
+    assert told.value.came == 0
+
+
 EARLY = head("Link: </x>", status="103 Early Hints")
 
 

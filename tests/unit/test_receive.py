@@ -242,6 +242,27 @@ def test_signals_are_handled_at_once(transport: Transport) -> None:
     assert len(handled) == 2
 
 
+def test_signals_do_not_lengthen_the_wait(transport: Transport) -> None:
+    over = threading.Event()
+
+    def serve(wire: socket.socket) -> None:
+        wire.sendall(DATA[:10])
+        over.wait(10)
+
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    try:
+        with connected(transport, serve, timeout_s=0.5) as wire:
+            signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+            began_s = time.monotonic()
+            with pytest.raises(TimeoutError):
+                take(wire, 500_000)
+            over.set()
+            assert time.monotonic() - began_s < 2
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_other_tls_is_left_to_its_own_functions(certificates: tuple[Path, Path, Path]) -> None:
     """Of another connection, without a socket, or no TLS at all."""
     with connected(certificates, lambda wire: wire.sendall(DATA)) as wire, socket.socket() as other:
