@@ -1,7 +1,7 @@
 /* Receives the body of an answer into given memory, without the interpreter's lock.
 
    OpenSSL returns one record (16 KiB at most) a call. When Python made each of these calls, a thread
-   took the interpreter's lock 65,000 times for a gigabyte, in competition with all other threads. Here
+   took the interpreter's lock 60,000 times for a gigabyte, in competition with all other threads. Here
    one call receives a whole block.
 
    The connection is one of Python's `ssl` module, which has checked the server's certificate. Its
@@ -116,7 +116,7 @@ static int take(Receipt *receipt) {
         return 1;
     }
     int was = errno;
-    unsigned long first;
+    unsigned long last;
     const char *reason;
     switch (openssl.get_error(receipt->ssl, result)) {
     case SSL_ERROR_WANT_READ:
@@ -127,8 +127,8 @@ static int take(Receipt *receipt) {
         tell(receipt, was ? strerror(was) : "the server closed the connection");
         break;
     case SSL_ERROR_SSL:
-        first = openssl.peek_last_error();
-        reason = first ? openssl.reason_error_string(first) : NULL;
+        last = openssl.peek_last_error();
+        reason = last ? openssl.reason_error_string(last) : NULL;
         tell(receipt, reason ? reason : "an error of TLS");
         break;
     default:
