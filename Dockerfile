@@ -4,7 +4,7 @@
 # `make image` makes one with debootstrap, so that no registry is needed.
 ARG BASE_IMAGE
 
-# What compiles: pyfuse3 against libfuse's headers, the CSI messages from proto/.
+# What compiles: pyfuse3 against libfuse's headers, a module of lazyfs, the CSI messages from proto/.
 FROM ${BASE_IMAGE} AS build
 # For pip: a bundle of authorities, and another index than PyPI.
 ARG PIP_CERT

@@ -1,11 +1,11 @@
-"""Makes the gRPC messages of `proto/` when the package is built; the rest is in pyproject.toml.
+"""Makes the gRPC messages and the module in C when the package is built; see pyproject.toml too.
 
-For a wheel, an sdist and an editable install alike, `csi/NAME_pb2.py`, `.pyi` and
+From `proto/`, for a wheel, an sdist and an editable install alike, `csi/NAME_pb2.py`, `.pyi` and
 `csi/NAME_pb2_grpc.py` are written beside the other modules, where git ignores them. The one module
 in C uses only what every Python from 3.11 on has (the stable ABI), so one wheel serves all of them.
 
-First it looks for what pip will need to compile it and pyfuse3, so that pip ends with the names of
-packages and not with a compiler's errors.
+First it looks for what pip will need to compile that module and pyfuse3, so that pip ends with the
+names of packages and not with a compiler's errors.
 """
 
 import os

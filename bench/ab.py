@@ -28,7 +28,7 @@ from pathlib import Path
 import load
 import origin as origins
 from accounting import FuseRequests, end_in_order, fuse_requests, settle, workplace
-from measure import Loader, Meter, Run, answer_of, program
+from measure import Loader, Meter, Run, beside_metadata
 from model import write_model
 from mounts import Lazyfs, Place, forget, from_disk
 
@@ -95,11 +95,7 @@ def measure_metadata(
     forget(place)
     meter.mark()
     with lazyfs.mount(place) as mounted:
-        asking = program("latency.py", "metadata", mounted.directory)
-        try:
-            return meter.first(loader, mounted, place), answer_of(asking)
-        finally:
-            asking.kill()
+        return beside_metadata(mounted, lambda: meter.first(loader, mounted, place))
 
 
 def compare(
@@ -175,6 +171,8 @@ def main() -> None:
     parser.add_argument("--option", action="append", default=[], metavar="--NAME=VALUE",
                         help="for both mounts, such as --option=--memory-limit=512MiB")  # fmt: skip
     arguments = parser.parse_args()
+    if arguments.metadata and arguments.state != "cold":
+        parser.error("--metadata measures cold loads")
     end_in_order()
     with contextlib.ExitStack() as stack:
         base = stack.enter_context(workplace("lazyfs-ab-"))

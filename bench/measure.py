@@ -13,13 +13,16 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import origin as origins
 from accounting import FuseRequests, keep_in_page_cache, touch_memory
 from mounts import Mounted, Place
+
+T = TypeVar("T")
 
 HERE = Path(__file__).parent
 TIMEOUT_S = 180
@@ -248,6 +251,15 @@ def program(
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=clients_of.environment if clients_of else origins.environment(),
     )  # fmt: skip
+
+
+def beside_metadata(mounted: Mounted, load: Callable[[], T]) -> tuple[T, dict[str, float]]:
+    """What a load returns, and the latencies of metadata calls during it, from latency.py."""
+    asking = program("latency.py", "metadata", mounted.directory)
+    try:
+        return load(), answer_of(asking)
+    finally:
+        asking.kill()
 
 
 def answer_of(process: subprocess.Popen[str]) -> dict[str, float]:

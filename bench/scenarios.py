@@ -17,7 +17,18 @@ from pathlib import Path
 
 import origin as origins
 from accounting import FuseRequests, drop_page_cache, settle
-from measure import Loader, Meter, Run, answer_of, download, limit, local, program, runai
+from measure import (
+    Loader,
+    Meter,
+    Run,
+    answer_of,
+    beside_metadata,
+    download,
+    limit,
+    local,
+    program,
+    runai,
+)
 from mounts import Contender, Lazyfs, Place, forget, from_disk
 
 MODEL, RECORDED, SMALL = "model", "recorded", "small"
@@ -167,12 +178,7 @@ class Scenarios:
         forget(place)
         self._meter.mark(self._source)
         with lazyfs.mount(place) as mounted:
-            asking = program("latency.py", "metadata", mounted.directory)
-            try:
-                Loader("vllm").load(mounted.directory)
-                return answer_of(asking)
-            finally:
-                asking.kill()
+            return beside_metadata(mounted, lambda: Loader("vllm").load(mounted.directory))[1]
 
     def small_files(self, contender: Contender, prefix: str) -> dict[str, float]:
         """Mount time of a prefix, and latencies of its small files in each state."""

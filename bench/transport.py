@@ -6,7 +6,7 @@ Each client runs in a process of its own, with 1, 8 and 16 requests in flight, a
 origin of `origin.py`. The output has medians: GB/s, processor seconds per GB (user and system), and
 the peak of resident memory.
 
-    lazyfs            the client of lazyfs: http.client, into buffers that are reused
+    lazyfs            the client of lazyfs: bodies by `_receive.c`, into buffers that are reused
     obstore           in Rust: a new buffer for each range, filled outside the interpreter
     boto3, read       the body as one bytes object
     boto3, readinto   the body into one buffer per thread, which is reused

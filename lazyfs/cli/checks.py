@@ -288,8 +288,8 @@ def _transport(endpoint: str) -> Finding:
     if parts.scheme == "https" and not knows_tls():
         return Finding(
             "endpoint", Outcome.WARNING,
-            f"{endpoint}: TLS takes twice the processor time with this Python, whose OpenSSL "
-            "lazyfs cannot call",
+            f"{endpoint}: TLS takes more processor time with this Python, whose OpenSSL lazyfs "
+            "cannot call",
             "use the Python of the distribution, or the package or the archive of lazyfs",
         )  # fmt: skip
     if parts.scheme == "https" or parts.hostname in ("127.0.0.1", "localhost", "::1"):

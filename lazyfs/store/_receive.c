@@ -55,6 +55,8 @@ typedef struct {
 /* The end is taken as it comes: a part of a record may be with OpenSSL, not with the kernel. */
 #define LAST_BYTES (WAKES_AT + (32 << 10))
 
+static const char CLOSED[] = "the server closed the connection";
+
 typedef struct {
     int fd;
     SSL *ssl; /* NULL: the connection is not encrypted */
@@ -106,7 +108,7 @@ static int take(Receipt *receipt) {
         }
         if (count < 0 && (errno == EAGAIN || errno == EINTR))
             return -POLLIN;
-        tell(receipt, count ? strerror(errno) : "the server closed the connection");
+        tell(receipt, count ? strerror(errno) : CLOSED);
         return 0;
     }
     size_t count = 0;
@@ -124,7 +126,7 @@ static int take(Receipt *receipt) {
     case SSL_ERROR_WANT_WRITE:
         return -POLLOUT;
     case SSL_ERROR_SYSCALL:
-        tell(receipt, was ? strerror(was) : "the server closed the connection");
+        tell(receipt, was ? strerror(was) : CLOSED);
         break;
     case SSL_ERROR_SSL:
         last = openssl.peek_last_error();
@@ -132,7 +134,7 @@ static int take(Receipt *receipt) {
         tell(receipt, reason ? reason : "an error of TLS");
         break;
     default:
-        tell(receipt, "the server closed the connection");
+        tell(receipt, CLOSED);
     }
     openssl.clear_error(); /* the errors of this thread would be taken for those of its next call */
     return 0;

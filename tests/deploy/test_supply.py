@@ -121,6 +121,9 @@ def test_pip_names_the_packages_that_are_missing(tmp_path: Path) -> None:
     assert refused.returncode == 1
     (line,) = refused.stderr.splitlines()
     assert "apt-get install gcc libc6-dev pkg-config libfuse3-dev" in line
+    (packages,) = (bare / "lib").glob("python*/site-packages")
+    (packages / "pyfuse3.py").touch()  # then only lazyfs is compiled
+    assert "apt-get install gcc libc6-dev (" in build(PIP_BUILD_TRACKER="/nowhere").stderr
     assert build().stdout.split() == [__version__]
     assert build(PIP_BUILD_TRACKER="/nowhere", PATH=os.environ["PATH"]).stdout.split() == [
         __version__

@@ -96,7 +96,7 @@ def test_a_part_in_broken_chunks_is_cut_off_after_what_came(wires: Wires) -> Non
 @pytest.mark.parametrize("length", [0, 100_000])
 def test_no_more_is_waited_for_than_there_is(wires: Wires, length: int) -> None:
     """Even where the connection stays open."""
-    wires[1].settimeout(5)
+    wires[0].settimeout(5)
     body = bytes(length)
     with begun(wires, head(f"Content-Length: {length}"), body, ends=False) as answer:
         coming = ComingBody(answer, wires[0])
