@@ -78,6 +78,16 @@ def take(wire: socket.socket, size: int) -> tuple[bytes, str | None]:
     return bytes(into[:count]), why
 
 
+def silent_after(count: int, over: threading.Event) -> Serve:
+    """A server that sends so many bytes, and then nothing until the test is over."""
+
+    def serve(wire: socket.socket) -> None:
+        wire.sendall(DATA[:count])
+        over.wait(10)
+
+    return serve
+
+
 @pytest.fixture(params=["plain", "tls"])
 def transport(
     request: pytest.FixtureRequest, certificates: tuple[Path, Path, Path]
@@ -155,11 +165,7 @@ def test_silence_is_a_time_out(transport: Transport, sent: int) -> None:
     """However little or much came before, and soon after the limit."""
     over = threading.Event()
 
-    def serve(wire: socket.socket) -> None:
-        wire.sendall(DATA[:sent])
-        over.wait(10)
-
-    with connected(transport, serve, timeout_s=0.3) as wire:
+    with connected(transport, silent_after(sent, over), timeout_s=0.3) as wire:
         began_s = time.monotonic()
         with pytest.raises(TimeoutError):
             take(wire, 500_000)
@@ -181,11 +187,7 @@ def test_what_comes_slowly_is_not_silent(transport: Transport) -> None:
 def test_another_thread_ends_it(transport: Transport) -> None:
     over = threading.Event()
 
-    def serve(wire: socket.socket) -> None:
-        wire.sendall(DATA[:10])
-        over.wait(10)
-
-    with connected(transport, serve) as wire, ThreadPoolExecutor(1) as pool:
+    with connected(transport, silent_after(10, over)) as wire, ThreadPoolExecutor(1) as pool:
         taken = pool.submit(take, wire, 500_000)
         time.sleep(0.2)
         socket.socket.shutdown(wire, socket.SHUT_RDWR)
@@ -214,10 +216,6 @@ def test_signals_are_handled_at_once(transport: Transport) -> None:
     """A command that receives in its main thread can be ended with Ctrl-C."""
     over = threading.Event()
 
-    def serve(wire: socket.socket) -> None:
-        wire.sendall(DATA[:10])
-        over.wait(10)
-
     handled: list[int] = []
 
     def handle(number: int, _: object) -> None:
@@ -227,7 +225,7 @@ def test_signals_are_handled_at_once(transport: Transport) -> None:
 
     before = signal.signal(signal.SIGUSR1, handle)
     try:
-        with connected(transport, serve) as wire:
+        with connected(transport, silent_after(10, over)) as wire:
             for delay_s in (0.2, 0.4):
                 threading.Timer(delay_s, signal.pthread_kill, [
                     threading.main_thread().ident, signal.SIGUSR1
@@ -245,13 +243,9 @@ def test_signals_are_handled_at_once(transport: Transport) -> None:
 def test_signals_do_not_lengthen_the_wait(transport: Transport) -> None:
     over = threading.Event()
 
-    def serve(wire: socket.socket) -> None:
-        wire.sendall(DATA[:10])
-        over.wait(10)
-
     before = signal.signal(signal.SIGALRM, lambda *_: None)
     try:
-        with connected(transport, serve, timeout_s=0.5) as wire:
+        with connected(transport, silent_after(10, over), timeout_s=0.5) as wire:
             signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
             began_s = time.monotonic()
             with pytest.raises(TimeoutError):
