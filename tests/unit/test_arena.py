@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from descriptors import descriptors
 
 from lazyfs.blocks import buffers
 from lazyfs.blocks.arena import STEP, Arena
@@ -35,11 +35,6 @@ def arena() -> Iterator[Arena]:
 def content(arena: Arena, offset: int, size: int) -> bytes:
     """What another process sees there."""
     return os.pread(arena.descriptor, size, offset)
-
-
-def descriptors() -> int:
-    """How many descriptors this process has."""
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 class TestSlots:

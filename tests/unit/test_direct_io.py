@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from descriptors import descriptors
 
 from lazyfs import cache_place
 from lazyfs.blocks.buffers import ALIGNMENT, align, take_buffer
@@ -203,13 +203,12 @@ def test_no_descriptor_stays_open_or_goes_to_other_programs(
         return opens(path, flags, mode, **more)
 
     monkeypatch.setattr(direct_io.os, "open", noted)
-    gc.collect()  # what earlier tests left open
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = descriptors()
     direct_io.write_file(path, buffer(b"x" * ALIGNMENT), TAIL)
     assert read(path, ALIGNMENT) is not None
     assert read(path, 5 * ALIGNMENT) is None
     (path.parent / "below").mkdir()
     direct_io.make_folder(path.parent / "below")
     os.close(direct_io.open_own(path.parent / "small"))
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert descriptors() == before
     assert all(flags & os.O_CLOEXEC and flags & os.O_NOFOLLOW for flags in flags_of)
