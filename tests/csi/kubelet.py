@@ -67,7 +67,8 @@ def register(directory: Path, node_id: str) -> str:
     (socket,) = found
     with grpc.insecure_channel(f"unix:{socket}") as channel:
         plugin = RegistrationStub(channel)
-        info = plugin.GetInfo(api.InfoRequest(), timeout=60)
+        # The socket is there a moment before it listens; kubelet tries again.
+        info = plugin.GetInfo(api.InfoRequest(), timeout=60, wait_for_ready=True)
         assert info.type == "CSIPlugin"
         assert socket.name == f"{info.name}-reg.sock"
         assert any(version.startswith("1.") for version in info.supported_versions)
