@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lazyfs import cache_place
+from lazyfs.blocks import Span
 from lazyfs.cache.block_format import Content
 from lazyfs.cache.directory import CacheDirectory
 from lazyfs.cache.index import IndexFailedError, IndexFullError
@@ -201,6 +202,11 @@ class BlockCache:
         """A block's bytes, if it is on disk."""
         content = self._content(file)
         return self._home(content, number).load(content, number)
+
+    def load_part(self, file: File, span: Span) -> memoryview | None:
+        """A part of a block; None if it is not on disk, or can only be loaded with all of it."""
+        content = self._content(file)
+        return self._home(content, span.number).load_part(content, *span)
 
     def drop(self, file: File) -> None:
         """Forget all blocks of a file."""

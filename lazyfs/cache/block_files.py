@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from lazyfs.blocks.buffers import ALIGNMENT
 from lazyfs.cache.block_format import Content, DamagedBlockError, parse_tail
-from lazyfs.cache.block_io import NewFile, read_block, write_blocks
+from lazyfs.cache.block_io import NewFile, read_block, read_pieces, write_blocks
 from lazyfs.cache.direct_io import make_folder
 from lazyfs.cache.index import FOLDERS, IndexCorruptError
 from lazyfs.movers.pool import Movers
@@ -72,9 +72,15 @@ class BlockFiles:
         """
         return read_block(self.path(filename), content, number, self.movers)
 
+    def read_part(
+        self, filename: str, length: int, sums: bytes, start: int, stop: int
+    ) -> memoryview:
+        """The checked bytes `start` to `stop` of a block. See `read_pieces`."""
+        return read_pieces(self.path(filename), length, sums, start, stop)
+
     def write_all(
         self, blocks: Sequence[tuple[str, Content, int, memoryview]]
-    ) -> tuple[int, OSError | None]:
+    ) -> tuple[list[bytes], OSError | None]:
         """Write new files: name, content, number and bytes of each. See `write_blocks`."""
         files = [
             NewFile(self.path(filename), content, number, data)

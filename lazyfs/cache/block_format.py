@@ -8,6 +8,10 @@ can be rebuilt from the files:
     which object's block it is (`Content`), as JSON
     the footer: magic, block number, length of the block, length of the JSON, CRC-32C of the
     block, CRC-32C of JSON and footer; 32 bytes, little-endian
+
+The index may have the sums of a block's pieces as well (`running_sums`), so that a part of a block
+can be read and checked without the rest. They are not in the file, because older versions of
+lazyfs, which may use the same directory, would take it for damaged.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 MAGIC = b"lazyfs\x00\x01"
+# A part of a block is read and checked in pieces of this size.
+PIECE = 256 << 10
 _FOOTER = struct.Struct("<8sQIIII")
 _CRC = struct.Struct("<I")
 # crc32c: "positive: always release the GIL". A checksum of 8 MiB takes a third of a millisecond.
@@ -90,17 +96,59 @@ class Content:
         return align(self.length(number)) + self.tail_length
 
 
-def checksum(data: Buffer) -> int:
-    """CRC-32C, without the interpreter's lock."""
+def checksum(data: Buffer, before: int = 0) -> int:
+    """CRC-32C, without the interpreter's lock.
+
+    Args:
+        before: that of the bytes before `data`.
+    """
     from crc32c import crc32c  # imports argparse, which a mount does not need to be ready
 
-    return crc32c(data, 0, _RELEASE_GIL)
+    return crc32c(data, before, _RELEASE_GIL)
 
 
-def make_tail(content: Content, number: int, data: Buffer) -> bytes:
-    """The tail to store after a block."""
-    length = memoryview(data).nbytes
-    footer = _FOOTER.pack(MAGIC, number, length, len(content.identity), checksum(data), 0)
+def running_sums(data: memoryview) -> bytes:
+    """The CRC-32C of a block up to the end of each piece, little-endian, 4 bytes each.
+
+    The last one is that of the block. From the one before it, each piece can be checked by itself.
+    """
+    crc = 0
+    sums = bytearray()
+    for start in range(0, len(data), PIECE):
+        crc = checksum(data[start : start + PIECE], crc)
+        sums += _CRC.pack(crc)
+    return bytes(sums)
+
+
+def sums_length(length: int) -> int:
+    """The length of the running sums of a block of that length."""
+    return len(pieces_of(0, length)) * _CRC.size
+
+
+def block_sum(sums: bytes) -> int:
+    """The CRC-32C of a block with these running sums."""
+    return int(_CRC.unpack_from(sums, len(sums) - _CRC.size)[0])
+
+
+def pieces_of(start: int, stop: int) -> range:
+    """The pieces that have bytes `start` to `stop` of a block."""
+    return range(start // PIECE, -(-stop // PIECE))
+
+
+def check_pieces(sums: bytes, pieces: range, data: memoryview) -> None:
+    """Check successive pieces of a block with these running sums.
+
+    Raises:
+        DamagedBlockError: they are not what was stored.
+    """
+    crcs = [0, *(crc for (crc,) in _CRC.iter_unpack(sums))]
+    if checksum(data, crcs[pieces.start]) != crcs[pieces.stop]:
+        raise DamagedBlockError("has a wrong checksum")
+
+
+def make_tail(content: Content, number: int, length: int, crc: int) -> bytes:
+    """The tail to store after a block of that length and CRC-32C."""
+    footer = _FOOTER.pack(MAGIC, number, length, len(content.identity), crc, 0)
     tail = content.identity + footer[: -_CRC.size]
     return tail + _CRC.pack(checksum(tail))
 

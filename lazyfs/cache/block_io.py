@@ -8,8 +8,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lazyfs.blocks.buffers import align, take_buffer
-from lazyfs.cache.block_format import Content, DamagedBlockError, check, make_tail
-from lazyfs.cache.direct_io import read_file, write_file
+from lazyfs.cache.block_format import (
+    PIECE,
+    Content,
+    DamagedBlockError,
+    block_sum,
+    check,
+    check_pieces,
+    make_tail,
+    pieces_of,
+    running_sums,
+)
+from lazyfs.cache.direct_io import read_file, read_part, write_file
 from lazyfs.movers.call import MoverFaultError, MoverLostError
 from lazyfs.movers.pool import Movers
 
@@ -23,36 +33,42 @@ class NewFile(NamedTuple):
     data: memoryview
 
 
-def write_blocks(files: Sequence[NewFile], movers: Movers | None) -> tuple[int, OSError | None]:
+def write_blocks(
+    files: Sequence[NewFile], movers: Movers | None
+) -> tuple[list[bytes], OSError | None]:
     """Write new files, in order.
 
     Returns:
-        How many were written, and why the next one was not: it exists, or cannot be written. What
-        was written of it is left for the caller.
+        The running sums of those that were written, and why the next one was not: it exists, or
+        cannot be written. What was written of it is left for the caller.
     """
     if movers is not None and files:
         named = [(str(file.path), file.content.identity.decode(), file.number) for file in files]
         try:
-            count, failed = movers.call(write, named, buffer=[file.data for file in files])
-            return count, OSError(*failed) if failed else None
+            sums, failed = movers.call(write, named, buffer=[file.data for file in files])
+            return [bytes.fromhex(each) for each in sums], OSError(*failed) if failed else None
         except MoverLostError:
             for file in files:
                 with contextlib.suppress(OSError):  # what it began
                     file.path.unlink()
         except MoverFaultError as error:
-            return 0, OSError(0, str(error))
+            return [], OSError(0, str(error))
         except OSError as error:
-            return 0, error
+            return [], error
     return _write(files)
 
 
-def _write(files: Sequence[NewFile]) -> tuple[int, OSError | None]:
-    for at, file in enumerate(files):
+def _write(files: Sequence[NewFile]) -> tuple[list[bytes], OSError | None]:
+    written: list[bytes] = []
+    for file in files:
+        sums = running_sums(file.data)
+        tail = make_tail(file.content, file.number, len(file.data), block_sum(sums))
         try:
-            write_file(file.path, file.data, make_tail(file.content, file.number, file.data))
+            write_file(file.path, file.data, tail)
         except OSError as error:
-            return at, error
-    return len(files), None
+            return written, error
+        written.append(sums)
+    return written, None
 
 
 def read_block(path: Path, content: Content, number: int, movers: Movers | None) -> memoryview:
@@ -87,20 +103,42 @@ def _read(path: Path, content: Content, number: int, data: memoryview) -> None:
     check(content, number, data[: content.length(number)], tail)
 
 
+def read_pieces(path: Path, length: int, sums: bytes, start: int, stop: int) -> memoryview:
+    """Bytes `start` to `stop` of a block, of which only the pieces that have them are read.
+
+    Args:
+        length: that of the block.
+        sums: its running sums.
+
+    Raises:
+        DamagedBlockError: they are not what was stored.
+        OSError: they cannot be read, or the file is not there.
+    """
+    pieces = pieces_of(start, stop)
+    begin, end = pieces.start * PIECE, min(pieces.stop * PIECE, length)
+    data = take_buffer(align(end - begin))
+    if not read_part(path, begin, data):
+        raise DamagedBlockError("has a wrong length")
+    check_pieces(sums, pieces, data[: end - begin])
+    return data[start - begin : stop - begin]
+
+
 # In a mover.
 
 
 def write(
     named: Sequence[tuple[str, str, int]], *parts: memoryview
-) -> tuple[int, tuple[int, str] | None]:
-    """Write new files: path, content and number of each. Returns as `write_blocks`."""
-    count, error = _write(
+) -> tuple[list[str], tuple[int, str] | None]:
+    """Write new files: path, content and number of each. Returns as `write_blocks`, the sums in
+    hexadecimal digits."""
+    sums, error = _write(
         [
             NewFile(Path(path), Content.from_identity(identity.encode()), number, data)
             for (path, identity, number), data in zip(named, parts, strict=True)
         ]
     )
-    return count, (error.errno or 0, error.strerror or str(error)) if error else None
+    failed = (error.errno or 0, error.strerror or str(error)) if error else None
+    return [each.hex() for each in sums], failed
 
 
 def read(path: str, identity: str, number: int, data: memoryview) -> str | None:

@@ -42,6 +42,23 @@ def read_file(path: Path, data: memoryview, tail_length: int) -> memoryview | No
         os.close(descriptor)
 
 
+def read_part(path: Path, start: int, data: memoryview) -> bool:
+    """Read a part of a file of `write_file`; False if the file ends before.
+
+    Args:
+        start: where the part begins, in bytes; a multiple of the alignment.
+        data: filled with it; as long as a multiple of the alignment.
+
+    Raises:
+        OSError: the file cannot be opened or read.
+    """
+    descriptor = _open(path, os.O_RDONLY)
+    try:
+        return os.preadv(descriptor, [data], start) == len(data)
+    finally:
+        os.close(descriptor)
+
+
 def write_file(path: Path, data: memoryview, tail: bytes) -> None:
     """Write a new file: data, zeros to the alignment, tail. Its group may do what `mode_in` says.
 

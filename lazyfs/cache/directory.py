@@ -18,13 +18,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lazyfs.cache.block_files import BlockFiles, new_name
-from lazyfs.cache.block_format import Content, DamagedBlockError
+from lazyfs.cache.block_format import Content, DamagedBlockError, sums_length
 from lazyfs.cache.current_load import CurrentLoad
 from lazyfs.cache.guarded_index import GuardedIndex, Side, locked
 from lazyfs.cache.index import BlockIndex, Entered, Entry, Stored
@@ -118,10 +118,27 @@ class CacheDirectory:
         if data is None:
             self.counters.misses += 1
         else:
-            self.counters.hits += 1
-            self._given_up.discard(key)
-            self._used[key] = time.time()
+            self._was_read(key)
         return data
+
+    def load_part(self, content: Content, number: int, start: int, stop: int) -> memoryview | None:
+        """Bytes `start` to `stop` of a block, checked.
+
+        None: the block is not here, or only as a whole, because its running sums are not known.
+        """
+        self._load.used()
+        key = _key(content, number)
+        data = self._index.attempt(
+            Side.READING, lambda index: self._read_part(index, content, number, start, stop), None
+        )
+        if data is not None:
+            self._was_read(key)
+        return data
+
+    def _was_read(self, key: str) -> None:
+        self.counters.hits += 1
+        self._given_up.discard(key)
+        self._used[key] = time.time()
 
     def verify(self, content: Content, number: int) -> bool:
         """Read a block and check it; a damaged one is dropped. True if it is not here."""
@@ -320,12 +337,32 @@ class CacheDirectory:
         self._told = counts
 
     def _read(self, index: BlockIndex, content: Content, number: int) -> memoryview | None:
-        key = _key(content, number)
-        filename = index.filename(key)
+        filename = index.filename(_key(content, number))
         if filename is None:
             return None
+        return self._kept(
+            index, _key(content, number), filename,
+            lambda: self._files.read(filename, content, number),
+        )  # fmt: skip
+
+    def _read_part(
+        self, index: BlockIndex, content: Content, number: int, start: int, stop: int
+    ) -> memoryview | None:
+        filename, sums = index.place(_key(content, number)) or ("", b"")
+        length = content.length(number)
+        if len(sums) != sums_length(length):
+            return None
+        return self._kept(
+            index, _key(content, number), filename,
+            lambda: self._files.read_part(filename, length, sums, start, stop),
+        )  # fmt: skip
+
+    def _kept(
+        self, index: BlockIndex, key: str, filename: str, read: Callable[[], memoryview]
+    ) -> memoryview | None:
+        """What is read of a block's file; None if it is gone or damaged, and then its row is."""
         try:
-            return self._files.read(filename, content, number)
+            return read()
         except FileNotFoundError:
             index.discard(key, filename)  # evicted meanwhile, or deleted
             return None
@@ -351,8 +388,8 @@ class CacheDirectory:
         entered, left = index.reserve(entries, time.time(), allowed, self._load.may_leave_before_s)
         self._evict(left)
         new = [at for at, state in enumerate(entered) if state is Entered.NEW]
-        count, error = self._files.write_all([(entries[at].filename, *blocks[at]) for at in new])
-        self._enter(index, entries, entered, new[:count], kept)
+        sums, error = self._files.write_all([(entries[at].filename, *blocks[at]) for at in new])
+        self._enter(index, entries, entered, dict(zip(new, sums, strict=False)), kept)
         if error is not None:
             raise error
         declined = entered.count(Entered.DECLINED)
@@ -363,10 +400,10 @@ class CacheDirectory:
 
     def _enter(
         self, index: BlockIndex, entries: Sequence[Entry], entered: Sequence[Entered],
-        written: Sequence[int], kept: list[bool],
+        written: Mapping[int, bytes], kept: list[bool],
     ) -> None:  # fmt: skip
-        """Mark written files in the index, and remove the others."""
-        completed = index.complete([entries[at] for at in written])
+        """Mark written files in the index, with their running sums, and remove the others."""
+        completed = index.complete([(entries[at], sums) for at, sums in written.items()])
         for at, is_complete in zip(written, completed, strict=True):
             kept[at] = is_complete
         for at, state in enumerate(entered):
@@ -388,7 +425,7 @@ class CacheDirectory:
         entry = _entry(filename, found.content, found.number)
         entered, left = index.reserve([entry], found.modified_s, allowed, 0)
         self._evict(left)
-        adopted = entered == [Entered.NEW] and index.complete([entry])[0]
+        adopted = entered == [Entered.NEW] and index.complete([(entry, None)])[0]
         self.counters.adopted += adopted
         return adopted
 

@@ -5,7 +5,9 @@ triggers. The queries are ours, because a cache of models evicts by other rules 
 values: a read writes nothing here, and uses are recorded in batches.
 
 A block's row exists before its file and until after it: `PENDING` while it is written. So the space
-of files that are being written counts, and a file without a row is an orphan.
+of files that are being written counts, and a file without a row is an orphan. The value of a row
+that is ready is the running sums of the block's pieces. It has none if an older version of lazyfs
+wrote the block, or if the row was made again from the file.
 """
 
 from __future__ import annotations
@@ -182,6 +184,14 @@ class BlockIndex(diskcache.Cache):  # type: ignore[misc]
         return row[0] if row else None
 
     @_asks
+    def place(self, key: str) -> tuple[str, bytes] | None:
+        """The file of a block that is ready, and its running sums; none are empty."""
+        row = self._sql(
+            "SELECT filename, value FROM Cache WHERE key = ? AND raw = 1 AND mode = ?", (key, READY)
+        ).fetchone()
+        return (row[0], row[1] if isinstance(row[1], bytes) else b"") if row else None
+
+    @_asks
     def numbers(self, content: str) -> list[int]:
         """Which blocks of a content are ready."""
         rows = self._sql(
@@ -242,16 +252,21 @@ class BlockIndex(diskcache.Cache):  # type: ignore[misc]
         return Entered.NEW, left
 
     @_asks
-    def complete(self, entries: Sequence[Entry]) -> list[bool]:
-        """Mark blocks as written; False for those whose rows are gone meanwhile."""
+    def complete(self, entries: Sequence[tuple[Entry, bytes | None]]) -> list[bool]:
+        """Mark blocks as written; False for those whose rows are gone meanwhile.
+
+        Args:
+            entries: each with the running sums of its block, if they are known.
+        """
         with self._transact() as (sql, _):
             return [
                 sql(
-                    "UPDATE Cache SET mode = ? WHERE key = ? AND raw = 1 AND filename = ?",
-                    (READY, entry.key, entry.filename),
+                    "UPDATE Cache SET mode = ?, value = ?"
+                    " WHERE key = ? AND raw = 1 AND filename = ?",
+                    (READY, sums, entry.key, entry.filename),
                 ).rowcount
                 == 1
-                for entry in entries
+                for entry, sums in entries
             ]
 
     @_asks

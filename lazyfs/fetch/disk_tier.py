@@ -28,7 +28,7 @@ from functools import partial
 
 import trio
 
-from lazyfs.blocks import BlockId
+from lazyfs.blocks import BlockId, Span
 from lazyfs.blocks.memory import Held
 from lazyfs.cache import CARE_S, BlockCache, Claim
 from lazyfs.cache.block_writer import BlockWriter
@@ -161,6 +161,25 @@ class DiskTier:
             self._others.leave(job.file, job.block, job.lease_until)
         elif isinstance(found, memoryview):
             await self._origin.check_access(job)
+        return found
+
+    async def get_part(self, file: File, span: Span) -> memoryview | None:
+        """A part of a block; None if it is not here, or comes only with all of the block.
+
+        Raises:
+            SourceError: the mount may not read the object.
+        """
+        if not self._cache.has_place_for(file, span.number):
+            return None
+        try:
+            found = await self._calls.run(
+                self._cache.load_part, file, span,
+                patience_s=DISK_PATIENCE_S, size_bytes=span.stop - span.start,
+            )  # fmt: skip
+        except DiskHangsError:
+            return None
+        if found is not None:
+            await self._origin.check_access_of(file)
         return found
 
     async def claim(self, jobs: Sequence[Job]) -> Sequence[Job]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from lazyfs.blocks import BlockId
+from lazyfs.blocks import BlockId, Span
 from lazyfs.blocks.memory import BlockMemory, Held
 from lazyfs.cache import BlockCache
 from lazyfs.cache.block_writer import BlockWriter
@@ -151,6 +151,13 @@ class Disks:
         for file in files:
             self.opened(file)
         return found
+
+    async def get_part(self, file: File, span: Span) -> memoryview | None:
+        """See `DiskTier.get_part`."""
+        for tier in self.tiers:
+            if (found := await tier.get_part(file, span)) is not None:
+                return found
+        return None
 
     def opened(self, file: File) -> None:
         """A reader opened a file. Does not block."""

@@ -24,6 +24,7 @@ from lazyfs.fetch.disks import Disks
 from lazyfs.fetch.fleet_policy import Fleet
 from lazyfs.fetch.jobs import Jobs
 from lazyfs.fetch.missed_pages import MissedPages
+from lazyfs.fetch.part_reads import PartReads
 from lazyfs.fetch.scheduler import Scheduler
 from lazyfs.fetch.shard_headers import ShardHeaders, heads_limit
 from lazyfs.fetch.tiers import OriginTier, Tiers
@@ -109,6 +110,10 @@ class BlockFetcher:
             window = DiskWindow(self._disks, prefetcher, self._memory, self._files)
         tiers = Tiers(self._disks.tiers, self._origin)
         self._jobs = Jobs(tiers, self._memory, self._map, self._pusher, recorder, self.pump)
+        self._parts = PartReads(
+            self._disks, self._memory, self._map, self._jobs, recorder,
+            ahead=prefetcher.loads_ahead,
+        )  # fmt: skip
         self._scheduler = Scheduler(
             self._files, self._jobs, self._memory, prefetcher, self._pusher, self._getter,
             self._heads, window, options.block_size, recorder,
@@ -243,6 +248,17 @@ class BlockFetcher:
             if reader:
                 self._recorder.read(file, span, tier, began_s)
             return head[span.start : span.stop]
+        if held is None and reader:
+            # If other blocks are on their way, the reader may have asked just before it arrived.
+            if not self.in_flight:
+                self.missed_pages.requested(block)
+            part = await self._parts.read(file, span)
+            if part is not None:
+                if self._reader_moved:
+                    self.pump()
+                self._recorder.read(file, span, Tier.DISK, began_s)
+                return part
+            held = self._memory.get(block)
         if held is None:
             held, tier = await self._wait_for(file, locked, reader)
             held.users -= 1
@@ -267,9 +283,6 @@ class BlockFetcher:
         if reader and (error := self._jobs.failure(block)) is not None:
             raise error
         wait = self._recorder.begin_wait(file, span, coming=block in self._jobs) if reader else None
-        # If other blocks are on their way, the reader may have asked just before this one arrived.
-        if reader and not self.in_flight:
-            self.missed_pages.requested(block)
         job = self._scheduler.demand(block, span)
         try:
             self.pump()

@@ -14,6 +14,7 @@ import trio
 from lazyfs.blocks import BlockId
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.file_blocks import Place
+from lazyfs.fetch.part_reads import MOST_PARTS
 from lazyfs.listed_object import File
 
 
@@ -62,6 +63,10 @@ class MissedPages:
     def near_after(self, block: BlockId, count: int) -> list[BlockId]:
         """The next blocks after one, at most `count`, that should be in the page cache."""
         return list(islice(self._map.near_after(block), count))
+
+    def most_gaps(self, block: BlockId) -> int:
+        """How many gaps a block may have in the page cache, because `PartReads` fills them."""
+        return MOST_PARTS if self._map.is_stored(block) else 0
 
     def wish_again(self, blocks: Iterable[BlockId]) -> None:
         """Blocks have left the page cache."""

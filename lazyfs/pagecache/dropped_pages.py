@@ -6,6 +6,10 @@ still count as near, and would be fetched one by one when the reader gets to the
 checks which of them are still there, in loading order, and has the others prefetched again. It does
 so at most once in `AGAIN_S` for each block: if memory is so short that the kernel drops unread
 pages, repeated prefetching would only cost more.
+
+Some kernels also drop single pages that nobody used, long before memory is short (DAMON,
+https://docs.kernel.org/admin-guide/mm/damon/reclaim.html): of 160 MiB, some hundred pages within
+seconds. A block on the disk counts as there in spite of a few gaps (`PageWishes.most_gaps`).
 """
 
 from __future__ import annotations
@@ -46,6 +50,9 @@ class PageWishes(Protocol):
 
     def near_after(self, block: BlockId, count: int) -> list[BlockId]:
         """The next blocks that should be in the page cache, in loading order."""
+
+    def most_gaps(self, block: BlockId) -> int:
+        """How many gaps a block may have in the page cache that are filled as readers meet them."""
 
     def wish_again(self, blocks: Iterable[BlockId]) -> None:
         """Record that these blocks are no longer in the page cache."""
@@ -94,16 +101,23 @@ class DroppedPages:
         self._pages.wish_again(late)
 
     async def _dropped(self, blocks: Sequence[BlockId]) -> list[BlockId]:
-        """The blocks of these that are not completely in the page cache."""
+        """The blocks of these that have left the page cache."""
         if not blocks:
             return []
-        of_files = [(self._pages.file(i), list(group)) for i, group in groupby(blocks, _inode)]
-        size = self._pages.block_size
+        pages, size = self._pages, self._pages.block_size
+        of_files = [(pages.file(i), list(group)) for i, group in groupby(blocks, _inode)]
         wanted = [
             [
                 self._path(file),
                 file.inode,
-                [(n * size, block_length(file.size_bytes, size, n)) for _, n in of_file],
+                [
+                    (
+                        at.number * size,
+                        block_length(file.size_bytes, size, at.number),
+                        pages.most_gaps(at),
+                    )
+                    for at in of_file
+                ],
             ]
             for file, of_file in of_files
         ]

@@ -10,6 +10,7 @@ import ctypes
 import json
 import mmap
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ _libc.mmap.argtypes = [
 ]  # fmt: skip
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+# The lowest bit of a page's byte says whether it is there; the other bits are reserved.
+_IS_THERE = bytes(byte & 1 for byte in range(256))
+_RUN = re.compile(b"\0+")
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
@@ -61,7 +65,12 @@ def open_known(mountpoint: Path, path: str, inode: int, flags: int = 0) -> int |
 
 
 def all_resident(descriptor: int, offset: int, length: int) -> bool:
-    """Whether all pages of a part of a file are in the page cache.
+    """Whether all pages of a part of a file are in the page cache. Raises OSError as `gaps`."""
+    return not gaps(descriptor, offset, length)
+
+
+def gaps(descriptor: int, offset: int, length: int) -> int:
+    """In how many runs of a part's pages no page is in the page cache.
 
     Raises:
         OSError: it cannot be mapped.
@@ -77,31 +86,35 @@ def all_resident(descriptor: int, offset: int, length: int) -> bool:
         if _libc.mincore(address, length, pages) != 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
-        return all(page & 1 for page in pages.raw)
+        return len(_RUN.findall(pages.raw.translate(_IS_THERE)))
     finally:
         _libc.munmap(address, length)
 
 
-def dropped(mountpoint: Path, path: str, inode: int, parts: Iterable[tuple[int, int]]) -> list[int]:
-    """The indices of the parts that are not completely in the page cache; none if not known.
+def dropped(mountpoint: Path, path: str, inode: int, parts: Iterable[Sequence[int]]) -> list[int]:
+    """The indices of the parts that are not in the page cache; none if not known.
 
     Args:
         path: below the mountpoint.
-        parts: offset and length of each part.
+        parts: offset and length of each part, and how many gaps it may have; none if not given.
     """
     try:
         descriptor = open_known(mountpoint, path, inode)
         if descriptor is None:
             return []
         try:
-            return [at for at, part in enumerate(parts) if not all_resident(descriptor, *part)]
+            return [
+                at
+                for at, (offset, length, *most) in enumerate(parts)
+                if gaps(descriptor, offset, length) > sum(most)
+            ]
         finally:
             os.close(descriptor)
     except OSError:
         return []  # the file is gone, or the mount is
 
 
-def main(mountpoint: Path, wanted: Sequence[tuple[str, int, list[tuple[int, int]]]]) -> None:
+def main(mountpoint: Path, wanted: Sequence[tuple[str, int, list[Sequence[int]]]]) -> None:
     """Print which parts of files are dropped: a list of indices for each file.
 
     Args:

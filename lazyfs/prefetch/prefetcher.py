@@ -143,6 +143,11 @@ class Prefetcher:
         self._ahead.locate(self.blocks.order, self._streams)
 
     @property
+    def loads_ahead(self) -> bool:
+        """Whether more blocks are put into the page cache than small files and what was read."""
+        return self._policy not in ("off", "headers")
+
+    @property
     def readers(self) -> int:
         """How many readers there seem to be at once."""
         return len(self._streams)

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import trio
 
+from lazyfs.blocks import Span
 from lazyfs.blocks.buffers import LEAST_SHARED
 from lazyfs.cache import Claim
 from lazyfs.listed_object import File
@@ -375,6 +376,14 @@ class Disk:
             return Claim.OURS
         self._threads.takes(self._reads.take(len(data)))
         return data
+
+    def load_part(self, file: File, span: Span) -> memoryview | None:
+        data = self._blocks.get((file.key, span.number))
+        if data is None:
+            return None
+        part = data[span.start : span.stop]
+        self._threads.takes(self._reads.take(len(part)))
+        return part
 
     def put_all(self, blocks: list[tuple[File, int, memoryview]]) -> list[bool]:
         """Declined when it is full: a load does not lose what it stored for what it stores next."""

@@ -12,7 +12,7 @@ import pytest
 
 from lazyfs.blocks.buffers import take_buffer
 from lazyfs.cache.block_files import BlockFiles, Described, new_name
-from lazyfs.cache.block_format import Content, DamagedBlockError
+from lazyfs.cache.block_format import Content, DamagedBlockError, running_sums
 from lazyfs.cache.index import FOLDERS, IndexCorruptError
 
 CONTENT = Content("http://s3", "b", "m/a", '"1"', 10_005, 5000)
@@ -34,7 +34,7 @@ def block(number: int, content: Content = CONTENT) -> memoryview:
 
 def write(files: BlockFiles, name: str, number: int, content: Content = CONTENT) -> None:
     written = files.write_all([(name, content, number, block(number, content))])
-    assert written == (1, None)
+    assert written == ([running_sums(block(number, content))], None)
 
 
 def test_folders_are_made_for_all_names_and_may_be_there(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_only_block_files_are_listed(files: BlockFiles, tmp_path: Path) -> None:
 
 def test_blocks_are_read_under_the_names_they_were_written(files: BlockFiles) -> None:
     blocks = [(NAME, CONTENT, 0, block(0)), (OTHER, CONTENT, 2, block(2))]
-    assert files.write_all(blocks) == (2, None)
+    assert files.write_all(blocks) == ([running_sums(data) for *_, data in blocks], None)
     assert files.read(NAME, CONTENT, 0) == block(0)
     assert files.read(OTHER, CONTENT, 2) == block(2)
     with pytest.raises(DamagedBlockError):

@@ -41,13 +41,13 @@ def test_a_tail_has_the_form_that_earlier_versions_stored() -> None:
     assert CONTENT.identity == IDENTITY
     assert CONTENT.digest == "4372fdc34f35959ea3e35f81a4e3a1f0"
     assert checksum(b"123456789") == 0xE3069283, "CRC-32C (RFC 3720, B.4)"
-    assert make_tail(CONTENT, 1, DATA) == tail_of()
+    assert make_tail(CONTENT, 1, len(DATA), checksum(DATA)) == tail_of()
     assert tail_of()[-32:-24] == b"lazyfs\x00\x01"
 
 
 def test_a_tail_is_read_as_it_was_written_whatever_is_before_it() -> None:
     for number, data in ((0, DATA), (1, DATA), (2, DATA[:5])):
-        tail = make_tail(CONTENT, number, data)
+        tail = make_tail(CONTENT, number, len(data), checksum(data))
         assert len(tail) == CONTENT.tail_length
         assert parse_tail(tail) == (CONTENT, number, checksum(data))
         assert parse_tail(b"\0" * 100 + tail) == (CONTENT, number, checksum(data))

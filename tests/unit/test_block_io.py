@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -11,8 +12,8 @@ import pytest
 
 from lazyfs.blocks.buffers import take_buffer
 from lazyfs.cache import block_io
-from lazyfs.cache.block_format import Content, DamagedBlockError
-from lazyfs.cache.block_io import NewFile, read_block, write_blocks
+from lazyfs.cache.block_format import PIECE, Content, DamagedBlockError, running_sums
+from lazyfs.cache.block_io import NewFile, read_block, read_pieces, write_blocks
 from lazyfs.movers.call import MoverFaultError, MoverLostError
 from lazyfs.movers.pool import Movers
 
@@ -69,7 +70,8 @@ def ways(request: pytest.FixtureRequest) -> Movers | None:
 
 
 def test_blocks_come_back_as_they_were(tmp_path: Path, ways: Movers | None) -> None:
-    assert write_blocks(files(tmp_path), ways) == (3, None)
+    sums, error = write_blocks(files(tmp_path), ways)
+    assert (sums, error) == ([running_sums(block(number)) for number in range(3)], None)
     for number in range(3):
         assert read_block(tmp_path / str(number), CONTENT, number, ways) == block(number)
         assert (tmp_path / str(number)).stat().st_size == CONTENT.file_length(number)
@@ -77,7 +79,7 @@ def test_blocks_come_back_as_they_were(tmp_path: Path, ways: Movers | None) -> N
 
 def test_writing_nothing_asks_no_mover() -> None:
     mover = Elsewhere()
-    assert write_blocks([], cast(Movers, mover)) == (0, None)
+    assert write_blocks([], cast(Movers, mover)) == ([], None)
     assert mover.called == []
 
 
@@ -86,8 +88,8 @@ def test_writing_ends_at_the_first_file_that_is_there_already(
     tmp_path: Path, where: object
 ) -> None:
     (tmp_path / "1").write_bytes(b"other")
-    count, error = write_blocks(files(tmp_path), cast("Movers | None", where))
-    assert count == 1
+    sums, error = write_blocks(files(tmp_path), cast("Movers | None", where))
+    assert sums == [running_sums(block(0))]
     assert error is not None
     assert (error.errno, error.strerror) == (errno.EEXIST, "File exists")
     assert (tmp_path / "1").read_bytes() == b"other"
@@ -102,15 +104,15 @@ def test_an_error_without_a_number_keeps_its_text(
         raise OSError("the disk is odd")
 
     monkeypatch.setattr(block_io, "write_file", fail)
-    count, error = write_blocks(files(tmp_path), cast("Movers | None", where))
-    assert count == 0
+    sums, error = write_blocks(files(tmp_path), cast("Movers | None", where))
+    assert sums == []
     assert "the disk is odd" in str(error)
 
 
 def test_a_mover_that_cannot_write_is_no_reason_to_write_here(tmp_path: Path) -> None:
     for fault in (MoverFaultError("a fault"), OSError(errno.ENOSPC, "full")):
-        count, error = write_blocks(files(tmp_path), movers(fault))
-        assert count == 0
+        sums, error = write_blocks(files(tmp_path), movers(fault))
+        assert sums == []
         assert isinstance(error, OSError)
         assert str(fault) in str(error)
     assert list(tmp_path.iterdir()) == []
@@ -139,3 +141,71 @@ def test_damage_is_told_and_a_missing_file_is_an_error(tmp_path: Path, where: ob
         read_block(tmp_path / "2", CONTENT, 2, place)
     with pytest.raises(FileNotFoundError):
         read_block(tmp_path / "3", CONTENT, 1, place)
+
+
+LONG = 5 * PIECE // 2
+PARTS = [
+    (0, 1),
+    (PIECE - 1, PIECE),
+    (PIECE - 1, PIECE + 1),
+    (PIECE, 2 * PIECE),
+    (2 * PIECE + 7, LONG),
+    (LONG - 1, LONG),
+    (0, LONG),
+]
+
+
+@pytest.fixture
+def long(tmp_path: Path) -> NewFile:
+    """The file of a block of two pieces and a half, with its path."""
+    content = Content("http://s3", "b", "m/a", '"1"', LONG - 3, LONG - 3)
+    data = take_buffer(LONG - 3)
+    data[:] = (b"".join(number.to_bytes(4, "little") for number in range(LONG // 4 + 1)))[:-7]
+    file = NewFile(tmp_path / "long", content, 0, data)
+    assert write_blocks([file], None)[1] is None
+    return file
+
+
+@pytest.mark.parametrize(("start", "stop"), PARTS)
+def test_a_part_is_read_without_the_rest(long: NewFile, start: int, stop: int) -> None:
+    """Whatever is wrong with other pieces is not seen."""
+    stop = min(stop, len(long.data))
+    start = min(start, stop - 1)
+    sums = running_sums(long.data)
+    whole = long.path.read_bytes()
+    first, last = start // PIECE * PIECE, -(-stop // PIECE) * PIECE
+    with open(long.path, "r+b") as file:
+        file.write(bytes(first))
+        file.seek(last)
+        file.write(bytes(max(0, len(whole) - last)))
+    assert read_pieces(long.path, len(long.data), sums, start, stop) == long.data[start:stop]
+
+
+@pytest.mark.parametrize(("start", "stop"), PARTS)
+def test_damage_in_a_part_is_told(long: NewFile, start: int, stop: int) -> None:
+    stop = min(stop, len(long.data))
+    start = min(start, stop - 1)
+    sums = running_sums(long.data)
+    for at in {start // PIECE * PIECE, stop - 1}:  # in its pieces, if not in itself
+        whole = bytearray(long.path.read_bytes())
+        whole[at] ^= 1
+        long.path.write_bytes(whole)
+        with pytest.raises(DamagedBlockError, match="has a wrong checksum"):
+            read_pieces(long.path, len(long.data), sums, start, stop)
+        whole[at] ^= 1
+        long.path.write_bytes(whole)
+    os.truncate(long.path, start // PIECE * PIECE + 1)
+    with pytest.raises(DamagedBlockError, match="has a wrong length"):
+        read_pieces(long.path, len(long.data), sums, start, stop)
+    long.path.unlink()
+    with pytest.raises(FileNotFoundError):
+        read_pieces(long.path, len(long.data), sums, start, stop)
+
+
+def test_a_part_of_another_block_is_damage(long: NewFile, tmp_path: Path) -> None:
+    """What the index says of a file is not believed."""
+    other = long._replace(path=tmp_path / "other", data=take_buffer(len(long.data)))
+    other.data[:] = bytes(len(other.data))
+    (sums,), _ = write_blocks([other], None)
+    with pytest.raises(DamagedBlockError, match="has a wrong checksum"):
+        read_pieces(long.path, len(long.data), sums, PIECE, PIECE + 10)

@@ -74,6 +74,46 @@ def test_what_was_read_and_missed_is_counted_for_all_processes_together(opened: 
     assert (second.counters, second.hits_and_misses()) == (CacheCounters(hits=1), (2, 2))
 
 
+def test_a_part_of_a_block_counts_as_a_use(opened: Open) -> None:
+    cache = opened()
+    store(cache, ONE, 0, 1)
+    assert cache.load_part(ONE, 1, 10, 20) == block(1)[10:20]
+    assert cache.load_part(ONE, 2, 10, 20) is None
+    assert cache.counters == CacheCounters(hits=1), "what is not here is asked for as a whole"
+    cache.care([])
+    opened().shrink(FILE_BYTES)
+    assert cache.present(ONE) == [1], "it was used last"
+
+
+def test_damage_in_a_part_drops_the_block(opened: Open, caplog: pytest.LogCaptureFixture) -> None:
+    cache = opened()
+    store(cache, ONE, 0, 1)
+    for path in files(cache):
+        path.write_bytes(bytes(FILE_BYTES))
+    assert cache.load_part(ONE, 0, 0, 10) is None
+    assert cache.counters == CacheCounters(damaged=1)
+    assert "has a wrong checksum" in caplog.text
+    assert (cache.present(ONE), len(files(cache))) == ([1], 1)
+    files(cache)[0].unlink()
+    assert cache.load_part(ONE, 1, 0, 10) is None
+    assert cache.counters == CacheCounters(damaged=1)
+    assert cache.present(ONE) == []
+
+
+@pytest.mark.parametrize("value", [None, b"", b"abc", bytes(8)])
+def test_without_the_sums_of_its_pieces_a_block_comes_as_a_whole(
+    opened: Open, value: bytes | None
+) -> None:
+    """As those that older versions stored, and those whose row was made again."""
+    cache = opened()
+    store(cache, ONE, 0)
+    with sqlite3.connect(cache.path / "cache.db") as index:
+        index.execute("UPDATE Cache SET value = ?", (value,))
+    assert cache.load_part(ONE, 0, 0, 10) is None
+    assert cache.load(ONE, 0) == block(0)
+    assert cache.counters == CacheCounters(hits=1)
+
+
 def test_a_check_of_blocks_counts_as_no_use(opened: Open) -> None:
     cache = opened()
     store(cache, ONE, 0, 1)
@@ -295,7 +335,7 @@ def test_rows_that_vanish_while_files_are_written_leave_no_files(
     complete = BlockIndex.complete
 
     def complete_late(index: BlockIndex, entries: Any) -> Any:
-        for entry in entries[:1]:
+        for entry, _ in entries[:1]:
             index.discard(entry.key, entry.filename)
         return complete(index, entries)
 

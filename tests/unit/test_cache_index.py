@@ -43,7 +43,7 @@ def enter(index: BlockIndex, *keys: str, at_s: float = NOW_S) -> None:
     """Store blocks of 10 bytes, used at that time."""
     entries = [entry(key) for key in keys]
     assert index.reserve(entries, at_s, 1 << 40, ALL) == ([NEW] * len(keys), [])
-    assert index.complete(entries) == [True] * len(keys)
+    assert index.complete([(each, None) for each in entries]) == [True] * len(keys)
 
 
 def keys(index: BlockIndex) -> set[str]:
@@ -60,12 +60,26 @@ def test_a_block_is_found_when_it_is_complete_and_its_room_counts_before(
     assert index.numbers("a") == []
     assert index.rows() == [Row("a:0", "00/a:0", 7, NOW_S, True)]
     assert index.used_bytes() == 7
-    assert index.complete([one]) == [True]
+    assert index.complete([(one, b"sums")]) == [True]
     assert index.filename("a:0") == "00/a:0"
     assert index.rows() == [Row("a:0", "00/a:0", 7, NOW_S, False)]
     assert index.used_bytes() == 7
     index.discard("a:0", "00/a:0")
     assert (index.rows(), index.used_bytes(), index.filename("a:0")) == ([], 0, None)
+
+
+def test_running_sums_are_kept_with_the_file_that_they_are_of(index: BlockIndex) -> None:
+    first, second, third = entry("a:0"), entry("a:1"), entry("a:2")
+    index.reserve([first, second, third], NOW_S, 100, ALL)
+    assert index.place("a:0") is None, "it is not written yet"
+    index.complete([(first, b"sums"), (second, None), (third, b"")])
+    assert index.place("a:0") == ("00/a:0", b"sums")
+    assert index.place("a:1") == ("00/a:1", b"")
+    assert index.place("a:2") == ("00/a:2", b"")
+    assert index.place("a:3") is None
+    for value in (7, 1.5, "text"):  # whatever another program wrote
+        index._sql("UPDATE Cache SET value = ? WHERE key = 'a:0'", (value,))
+        assert index.place("a:0") == ("00/a:0", b"")
 
 
 def test_the_blocks_of_a_content_are_found_in_order_and_no_others(index: BlockIndex) -> None:
@@ -88,9 +102,9 @@ def test_a_block_that_another_process_did_not_complete_is_entered_again(index: B
     index.reserve([first], NOW_S, 100, ALL)
     assert index.reserve([second], NOW_S, 100, ALL) == ([NEW], ["00/first"])
     assert index.used_bytes() == 20
-    assert index.complete([first]) == [False], "its row is gone"
+    assert index.complete([(first, b"first")]) == [False], "its row is gone"
     index.discard("a:0", "00/first")
-    assert index.complete([second, entry("a:9")]) == [True, False]
+    assert index.complete([(second, b"second"), (entry("a:9"), None)]) == [True, False]
     assert index.filename("a:0") == "00/second"
 
 
@@ -278,7 +292,7 @@ def test_what_fails_as_a_change_begins_decides_as_well(
     for change in (
         lambda: index.touch([(NOW_S, "a:0")]),
         lambda: index.reserve([entry("a:0")], NOW_S, 10, 0),
-        lambda: index.complete([entry("a:0")]),
+        lambda: index.complete([(entry("a:0"), None)]),
         lambda: index.discard("a:0", "00/a:0"),
         lambda: index.forget("a"),
         lambda: index.forget_older(NOW_S),
@@ -351,4 +365,4 @@ def test_rows_go_only_with_the_file_that_they_name(index: BlockIndex) -> None:
     assert keys(index) == {"a:0", "a:1"}
     index.discard("a:1", "00/a:1")
     assert keys(index) == {"a:0"}
-    assert index.complete([entry("a:0", name="00/x")]) == [False]
+    assert index.complete([(entry("a:0", name="00/x"), None)]) == [False]

@@ -60,6 +60,9 @@ class Kernel:
         after = [each for each in all_blocks if each > block]
         return after[:count]
 
+    def most_gaps(self, block: BlockId) -> int:
+        return block.number % 3
+
     def wish_again(self, blocks: Iterable[BlockId]) -> None:
         self.wished.append(list(blocks))
 
@@ -74,7 +77,7 @@ class Kernel:
         wanted = json.loads(given)
         self.asked.append(wanted)
         found = [
-            [at for at, (begin, _) in enumerate(parts) if (inode, begin // BLOCK) in self.gone]
+            [at for at, (begin, *_) in enumerate(parts) if (inode, begin // BLOCK) in self.gone]
             for _, inode, parts in wanted
         ]
         return self.answer or json.dumps(found).encode()
@@ -100,8 +103,9 @@ def test_the_blocks_after_a_missed_one_are_looked_at_and_wanted_again() -> None:
         assert kernel.wished == [[BlockId(2, COUNT - 1), BlockId(3, 0), BlockId(3, 7)], []]
         (path, inode, parts), (other, _, rest) = kernel.asked[0]
         assert (path, inode, other) == ("m/f2", 2, "m/f3")
-        assert parts == [[(COUNT - 2) * BLOCK, BLOCK], [(COUNT - 1) * BLOCK, BLOCK - 3]]
-        assert rest == [[number * BLOCK, BLOCK] for number in range(LOOK_BLOCKS - 2)]
+        last = COUNT - 1
+        assert parts == [[(last - 1) * BLOCK, BLOCK, 1], [last * BLOCK, BLOCK - 3, 2]]
+        assert rest == [[number * BLOCK, BLOCK, number % 3] for number in range(LOOK_BLOCKS - 2)]
 
     play(steps)
 

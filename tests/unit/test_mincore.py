@@ -66,6 +66,18 @@ def test_the_parts_that_are_not_there_are_named(file: Path) -> None:
     assert descriptors() == before
 
 
+def test_a_part_may_have_so_many_gaps(file: Path) -> None:
+    with file.open("r+b") as made:
+        made.truncate(9 * PAGE)  # there are pages 0 and 2
+        whole = (0, 9 * PAGE)
+        assert mincore.gaps(made.fileno(), *whole) == 2
+        assert mincore.gaps(made.fileno(), 0, 3 * PAGE) == 1
+        assert mincore.gaps(made.fileno(), 2 * PAGE, PAGE) == 0
+    inode = file.stat().st_ino
+    parts = [whole, (*whole, 0), (*whole, 1), (*whole, 2), (*whole, 3)]
+    assert mincore.dropped(file.parent, file.name, inode, parts) == [0, 1, 2]
+
+
 def test_nothing_is_said_of_a_file_that_is_another_or_cannot_be_opened(file: Path) -> None:
     here, parts, inode = file.parent, [(PAGE, PAGE)], file.stat().st_ino
     (here / "link").symlink_to(file)

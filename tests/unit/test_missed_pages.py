@@ -11,6 +11,7 @@ from lazyfs.blocks import BlockId
 from lazyfs.blocks.block_map import BlockMap
 from lazyfs.blocks.file_blocks import Place
 from lazyfs.fetch.missed_pages import MissedPages
+from lazyfs.fetch.part_reads import MOST_PARTS
 from lazyfs.listed_object import File
 
 FILE = File(2, 1, "f", "f", 60, "e", 0)
@@ -109,5 +110,13 @@ def test_dropped_blocks_that_wait_for_the_disk_are_still_here() -> None:
         desk.pages.wish_again([BlockId(2, 1), BlockId(2, 2)])
         places = [desk.blocks.place(BlockId(2, number)) for number in (1, 2)]
         assert places == [Place.ABSENT, Place.LOCAL]
+
+    play(scenario)
+
+
+def test_only_what_is_on_the_disk_may_have_gaps() -> None:
+    async def scenario(desk: Desk) -> None:
+        desk.blocks.stored(BlockId(2, 1))
+        assert [desk.pages.most_gaps(BlockId(2, number)) for number in (1, 2)] == [MOST_PARTS, 0]
 
     play(scenario)

@@ -18,7 +18,7 @@ import trio
 
 from lazyfs.blocks import buffers
 from lazyfs.blocks.buffers import LEAST_SHARED, MOST_IDLE_BYTES, shared_offset, take_buffer
-from lazyfs.cache.block_format import Content
+from lazyfs.cache.block_format import Content, running_sums
 from lazyfs.cache.block_io import NewFile, read_block, write_blocks
 from lazyfs.machine import stat_of
 from lazyfs.movers import pool
@@ -162,13 +162,13 @@ def test_blocks_are_written_by_one_call(movers: Movers, tmp_path: Path) -> None:
     for block in blocks:
         block[:] = os.urandom(SIZE)
     files = [NewFile(tmp_path / str(n), content, n, block) for n, block in enumerate(blocks)]
-    assert write_blocks(files, movers) == (3, None)
+    assert write_blocks(files, movers) == ([running_sums(block) for block in blocks], None)
     for file in files:
         assert read_block(file.path, content, file.number, movers) == file.data
     files[1].path.rename(tmp_path / "in the way")
     files[0].path.unlink()
-    count, error = write_blocks([files[0], files[2], files[1]], movers)
-    assert count == 1
+    sums, error = write_blocks([files[0], files[2], files[1]], movers)
+    assert sums == [running_sums(blocks[0])]
     assert isinstance(error, FileExistsError)
     assert not files[1].path.exists()
     assert movers.lost == 0

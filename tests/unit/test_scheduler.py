@@ -79,6 +79,8 @@ class Disk:
         self.released: list[int] = []
         self.stored: list[int] = []
         self.loaded: list[int] = []
+        self.read_in_part: list[Span] = []
+        self.gives_parts = True
         self.keeps = True
 
     def load_or_claim(self, file: File, number: int) -> memoryview | Claim:
@@ -86,6 +88,11 @@ class Disk:
             self.loaded.append(number)
             return memoryview(bytes(BLOCK))
         return Claim.THEIRS if number in self.claimed else Claim.OURS
+
+    def load_part(self, file: File, span: Span) -> memoryview | None:
+        self.read_in_part.append(span)
+        is_here = self.gives_parts and (file.inode == ON_DISK.inode or span.number in self.stored)
+        return memoryview(bytes(span.stop - span.start)) if is_here else None
 
     def put_all(self, blocks: Sequence[tuple[File, int, memoryview]]) -> list[bool]:
         if self.keeps:

@@ -37,7 +37,7 @@ class Place:
         """A block that is ready."""
         if row:
             self.add_pending(key, name, file=False)
-            assert self.index.complete([Entry(key, name, 10, "tag")]) == [True]
+            assert self.index.complete([(Entry(key, name, 10, "tag"), None)]) == [True]
         if file:
             self.files.path(name).write_bytes(b"block")
 
@@ -132,7 +132,7 @@ def test_blocks_that_become_complete_while_files_are_taken_again_stay(
     assert writer.claim("a:0")
 
     def adopt(_: str) -> bool:
-        assert place.index.complete([Entry("a:0", NAMES[0], 10, "tag")]) == [True]
+        assert place.index.complete([(Entry("a:0", NAMES[0], 10, "tag"), None)]) == [True]
         writer.release("a:0")
         return False
 
@@ -145,7 +145,7 @@ def test_a_block_that_becomes_complete_just_before_its_claim_is_looked_at_stays(
     place.add_pending("a:0", NAMES[0], file=True)
 
     def complete(key: str) -> bool:
-        assert place.index.complete([Entry(key, NAMES[0], 10, "tag")]) == [True]
+        assert place.index.complete([(Entry(key, NAMES[0], 10, "tag"), None)]) == [True]
         return False
 
     monkeypatch.setattr(place.claims, "is_taken", complete)

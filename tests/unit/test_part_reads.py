@@ -1,0 +1,219 @@
+"""Reads that get a part of a block from the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import trio
+from test_scheduler import BLOCK, MODEL, ON_DISK, Machine, play, until
+
+from lazyfs.blocks import BlockId, Span
+from lazyfs.blocks.file_blocks import Place
+from lazyfs.errors import AccessDeniedError
+from lazyfs.fetch.part_reads import MOST_PARTS, RECENT
+from lazyfs.listed_object import File
+from lazyfs.observe.events import Purpose
+from lazyfs.observe.recorder import Tier
+
+# More than half of a block is no part of it.
+HALF = BLOCK // 2
+
+
+def near(machine: Machine, scenario: Callable[[trio.Nursery], object]) -> None:
+    """Run a scenario with `ON_DISK` in the page cache, and out of memory."""
+
+    async def played(nursery: trio.Nursery) -> None:
+        await ready(machine)
+        await scenario(nursery)  # type: ignore[misc]
+
+    play(machine, played)
+
+
+async def ready(machine: Machine) -> None:
+    machine.order(ON_DISK)
+    await machine.fetcher.scan([ON_DISK])
+    machine.fetcher.set_known(ON_DISK, True)
+    blocks = machine.prefetcher.blocks
+    await until(lambda: blocks.files[ON_DISK.inode].counts[Place.NEAR] == 4)
+    forget(machine, ON_DISK)
+
+
+def forget(machine: Machine, file: File) -> None:
+    """Memory is needed for other blocks."""
+    memory = machine.fetcher._memory
+    for number in range(4):
+        if (held := memory.peek(BlockId(file.inode, number))) is not None:
+            assert not held.users
+            memory._drop(BlockId(file.inode, number))
+
+
+async def read(machine: Machine, span: Span, file: File = ON_DISK) -> None:
+    assert len(await machine.fetcher.read(file, span)) == span.stop - span.start
+
+
+def test_a_missing_page_comes_without_its_block() -> None:
+    machine = Machine()
+
+    async def scenario(_: trio.Nursery) -> None:
+        loaded, pushed = [*machine.disk.loaded], len(machine.pages.parts)
+        used = machine.fetcher.memory_bytes
+        await read(machine, Span(2, 4096, 8192))
+        assert machine.disk.read_in_part == [Span(2, 4096, 8192)]
+        assert machine.disk.loaded == loaded
+        assert len(machine.pages.parts) == pushed
+        assert machine.fetcher.memory_bytes == used, "its room is free again"
+        recorder = machine.fetcher._recorder
+        assert recorder.read_bytes == {Tier.DISK: 4096}
+        assert recorder.loaded_bytes[Purpose.DEMAND] == 4096
+        assert not recorder.waits
+
+    near(machine, scenario)
+
+
+def test_with_many_missing_pages_all_of_the_block_comes() -> None:
+    machine = Machine()
+
+    async def scenario(_: trio.Nursery) -> None:
+        machine.disk.loaded.clear()
+        parts = [Span(2, 8192 * at, 8192 * at + 4096) for at in reversed(range(MOST_PARTS))]
+        for part in parts:
+            await read(machine, part)
+        assert (machine.disk.read_in_part, machine.disk.loaded) == (parts, [])
+        await read(machine, Span(2, 8192 * MOST_PARTS, 8192 * MOST_PARTS + 4096))
+        assert machine.disk.read_in_part == parts
+        assert machine.disk.loaded == [2]
+        await read(machine, Span(3, 0, 10))  # its reader comes from block 2, which is in memory
+        assert machine.disk.loaded == [2, 3]
+        await read(machine, Span(0, 0, 10))
+        assert machine.disk.loaded == [2, 3]
+
+    near(machine, scenario)
+
+
+def test_a_reader_that_goes_on_gets_all_of_the_block() -> None:
+    machine = Machine()
+
+    async def scenario(_: trio.Nursery) -> None:
+        machine.disk.loaded.clear()
+        for start in (0, 20480, 4096):
+            await read(machine, Span(2, start, start + 4096))
+        assert machine.disk.read_in_part == [Span(2, 0, 4096), Span(2, 20480, 24576)]
+        assert machine.disk.loaded == [2]
+
+    near(machine, scenario)
+
+
+def test_half_of_a_block_is_a_part_and_more_is_not() -> None:
+    machine = Machine()
+
+    async def scenario(_: trio.Nursery) -> None:
+        await read(machine, Span(0, HALF, BLOCK))
+        await read(machine, Span(2, HALF - 1, BLOCK))
+        assert machine.disk.read_in_part == [Span(0, HALF, BLOCK)]
+
+    near(machine, scenario)
+
+
+def test_what_the_disk_lost_comes_from_s3() -> None:
+    machine = Machine()
+    machine.disk.gives_parts = False
+
+    async def scenario(_: trio.Nursery) -> None:
+        machine.disk.loaded.clear()
+        await read(machine, Span(2, 0, 10))
+        assert machine.disk.loaded == [2], "as a whole"
+        assert machine.fetcher._recorder.read_bytes == {Tier.DISK: 10}
+
+    near(machine, scenario)
+
+
+def test_a_block_that_came_meanwhile_is_not_asked_for_again() -> None:
+    machine = Machine()
+
+    async def scenario(nursery: trio.Nursery) -> None:
+        async def get_part(file: File, span: Span) -> None:
+            # Another read of the block comes, and all of it is loaded.
+            await read(machine, Span(2, 10, 20))
+
+        machine.disk.loaded.clear()
+        machine.fetcher._disks.get_part = get_part  # type: ignore[method-assign]
+        await read(machine, Span(2, 0, 10))
+        assert machine.disk.loaded == [2]
+        assert machine.fetcher.memory_bytes == BLOCK
+
+    near(machine, scenario)
+
+
+def test_a_mount_that_may_not_read_an_object_gets_no_part_of_it() -> None:
+    machine = Machine(**{"access-check": "1s"})
+
+    async def scenario(_: trio.Nursery) -> None:
+        machine.source.error = AccessDeniedError("no")
+        machine.fetcher._origin._access._shown_at_s.clear()
+        with pytest.raises(AccessDeniedError):
+            await read(machine, Span(2, 0, 10))
+        assert machine.disk.read_in_part == [Span(2, 0, 10)]
+        assert not machine.fetcher._recorder.waits
+
+    near(machine, scenario)
+
+
+def test_many_reads_take_no_more_memory_than_there_is() -> None:
+    """Without room for a part, the read is one of a block, which waits for room."""
+    machine = Machine()
+
+    async def scenario(_: trio.Nursery) -> None:
+        memory = machine.fetcher._memory
+        free = memory.unused_bytes
+        memory.reserve(free)
+        machine.fetcher._parts._recent.clear()
+        assert await machine.fetcher._parts.read(ON_DISK, Span(2, 0, 10)) is None
+        memory.release(free)
+        assert await machine.fetcher._parts.read(ON_DISK, Span(2, 0, 10)) == bytes(10)
+
+    near(machine, scenario)
+
+
+def test_only_the_last_parts_are_remembered() -> None:
+    machine = Machine()
+
+    async def scenario(_: trio.Nursery) -> None:
+        parts = machine.fetcher._parts
+        for number in range(RECENT + 1):
+            parts._remember(BlockId(9, number), 10)
+        assert len(parts._recent) == RECENT
+        assert BlockId(9, 0) not in parts._recent
+
+    near(machine, scenario)
+
+
+@pytest.mark.parametrize(
+    ("policy", "in_part"),
+    [("off", True), ("headers", True), ("sequential", False), ("tensor", False), ("model", False)],
+)
+def test_where_nothing_is_loaded_ahead_any_block_is_read_so(policy: str, in_part: bool) -> None:
+    machine = Machine(prefetch=policy)
+
+    async def scenario(_: trio.Nursery) -> None:
+        machine.fetcher.add_file(ON_DISK)
+        await machine.fetcher.scan([ON_DISK])
+        await read(machine, Span(1, 0, 10))
+        assert machine.disk.read_in_part == ([Span(1, 0, 10)] if in_part else [])
+        assert machine.disk.loaded == ([] if in_part else [1])
+        await read(machine, Span(1, 10, 30))
+        await read(machine, Span(2, 0, 10))
+        assert machine.disk.loaded == [1, 2], "its reader goes on"
+
+    play(machine, scenario)
+
+
+def test_what_is_not_on_the_disk_is_not_asked_for_there() -> None:
+    machine = Machine(prefetch="off")
+
+    async def scenario(_: trio.Nursery) -> None:
+        await read(machine, Span(1, 0, 10), MODEL)
+        assert machine.disk.read_in_part == []
+        assert machine.source.asked == [1]
+
+    play(machine, scenario)
