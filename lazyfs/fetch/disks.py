@@ -153,7 +153,7 @@ class Disks:
         return found
 
     async def get_part(self, file: File, span: Span) -> memoryview | None:
-        """See `DiskTier.get_part`."""
+        """See `DiskTier.get_part`; None if there is no disk."""
         for tier in self.tiers:
             if (found := await tier.get_part(file, span)) is not None:
                 return found

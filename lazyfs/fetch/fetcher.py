@@ -252,7 +252,7 @@ class BlockFetcher:
             # If other blocks are on their way, the reader may have asked just before it arrived.
             if not self.in_flight:
                 self.missed_pages.requested(block)
-            part = await self._parts.read(file, span)
+            part = await self._parts.read(file, span) if self._disks.tiers else None
             if part is not None:
                 if self._reader_moved:
                     self.pump()

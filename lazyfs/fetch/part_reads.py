@@ -15,7 +15,6 @@ from collections import OrderedDict
 
 from lazyfs.blocks import BlockId, Span
 from lazyfs.blocks.block_map import BlockMap
-from lazyfs.blocks.file_blocks import Place
 from lazyfs.blocks.memory import BlockMemory
 from lazyfs.errors import SourceError
 from lazyfs.fetch.disks import Disks
@@ -56,7 +55,10 @@ class PartReads:
         self._recent: OrderedDict[BlockId, list[int]] = OrderedDict()
 
     async def read(self, file: File, span: Span) -> memoryview | None:
-        """A part of a block that is not in memory; None: a job must bring the block."""
+        """A part of a block that is not in memory; None: a job must bring the block.
+
+        Where nothing is loaded ahead, it is not known whether the block is on the disk.
+        """
         block = BlockId(file.inode, span.number)
         size = span.stop - span.start
         if not self._suits(block, span):
@@ -78,16 +80,14 @@ class PartReads:
         return part
 
     def _suits(self, block: BlockId, span: Span) -> bool:
-        if not self._map.is_stored(block) or 2 * (span.stop - span.start) > self._map.block_size:
+        if self._ahead and not (self._map.is_missed(block) and self._map.is_stored(block)):
+            return False
+        if 2 * (span.stop - span.start) > self._map.block_size or block in self._jobs:
             return False
         ends = self._recent.get(block, ())
-        if len(ends) == MOST_PARTS or span.start in ends or block in self._jobs:
+        if len(ends) == MOST_PARTS or span.start in ends:
             return False
-        if self._memory.peek(block._replace(number=block.number - 1)) is not None:
-            return False
-        return self._map.is_missed(block) or (
-            not self._ahead and self._map.place(block) == Place.LOCAL
-        )
+        return self._memory.peek(block._replace(number=block.number - 1)) is None
 
     def _remember(self, block: BlockId, stop: int) -> None:
         self._recent.setdefault(block, []).append(stop)

@@ -196,8 +196,6 @@ def test_where_nothing_is_loaded_ahead_any_block_is_read_so(policy: str, in_part
     machine = Machine(prefetch=policy)
 
     async def scenario(_: trio.Nursery) -> None:
-        machine.fetcher.add_file(ON_DISK)
-        await machine.fetcher.scan([ON_DISK])
         await read(machine, Span(1, 0, 10))
         assert machine.disk.read_in_part == ([Span(1, 0, 10)] if in_part else [])
         assert machine.disk.loaded == ([] if in_part else [1])
@@ -208,12 +206,16 @@ def test_where_nothing_is_loaded_ahead_any_block_is_read_so(policy: str, in_part
     play(machine, scenario)
 
 
-def test_what_is_not_on_the_disk_is_not_asked_for_there() -> None:
-    machine = Machine(prefetch="off")
+@pytest.mark.parametrize("has_disk", [True, False])
+def test_what_is_not_on_the_disk_comes_as_a_whole(has_disk: bool) -> None:
+    machine = Machine(prefetch="off", has_disk=has_disk)
 
     async def scenario(_: trio.Nursery) -> None:
         await read(machine, Span(1, 0, 10), MODEL)
-        assert machine.disk.read_in_part == []
+        await read(machine, Span(1, 20, 30), MODEL)
+        assert machine.disk.read_in_part == ([Span(1, 0, 10)] if has_disk else [])
         assert machine.source.asked == [1]
+        assert machine.fetcher._recorder.read_bytes[Tier.S3] == 10
+        assert machine.fetcher._recorder.reads[Tier.DISK].count == 0
 
     play(machine, scenario)
