@@ -312,11 +312,21 @@ class BlockFetcher:
         self.add_file(file)
         if self._has_first(file) or not has_head(file):
             whole = block_length(file.size_bytes, self._block_size, 0)
-            data = await self.read(file, Span(0, 0, min(LENGTH_BYTES, whole)), reader=False)
+            data = await self._first_bytes(file, min(LENGTH_BYTES, whole))
             length = header_size(data, file.size_bytes)
             if length <= whole:
-                return await self.read(file, Span(0, 0, length), reader=False)
+                return await self._first_bytes(file, length)
         return await self._heads.header(file)
+
+    async def _first_bytes(self, file: File, length: int) -> memoryview:
+        """The beginning of the first block; all of the block comes unless it is wanted nowhere."""
+        first = BlockId(file.inode, 0)
+        span = Span(0, 0, length)
+        if self._map.is_missed(first) and self._memory.peek(first) is None:
+            part = await self._disks.get_part(file, span)  # a former worker pushed the block
+            if part is not None:
+                return part
+        return await self.read(file, span, reader=False)
 
     def has_header(self, file: File) -> bool:
         """Whether the header of a file is on this machine."""

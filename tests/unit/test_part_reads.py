@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -18,6 +19,7 @@ from lazyfs.observe.recorder import Tier
 
 # More than half of a block is no part of it.
 HALF = BLOCK // 2
+SHARD = dataclasses.replace(ON_DISK, name="g.safetensors")
 
 
 def near(machine: Machine, scenario: Callable[[trio.Nursery], object]) -> None:
@@ -67,6 +69,25 @@ def test_a_missing_page_comes_without_its_block() -> None:
         assert recorder.read_bytes == {Tier.DISK: 4096}
         assert recorder.loaded_bytes[Purpose.DEMAND] == 4096
         assert not recorder.waits
+
+    near(machine, scenario)
+
+
+def test_the_header_of_a_file_in_the_page_cache_comes_without_its_block() -> None:
+    """After a resume, when a file is opened again."""
+    machine = Machine()
+
+    async def scenario(_: trio.Nursery) -> None:
+        machine.disk.loaded.clear()
+        assert await machine.fetcher.header(SHARD) == bytes(8), "zeros"
+        assert machine.disk.loaded == []
+        assert machine.disk.read_in_part == 2 * [Span(0, 0, 8)], "the length of the header, and all"
+        machine.disk.gives_parts = False
+        assert await machine.fetcher.header(SHARD) == bytes(8)
+        assert machine.disk.loaded == [0]
+        machine.disk.read_in_part.clear()
+        assert await machine.fetcher.header(SHARD) == bytes(8)
+        assert machine.disk.read_in_part == [], "it is in memory"
 
     near(machine, scenario)
 
