@@ -15,7 +15,9 @@ def make_certificates(directory: Path, *names: str) -> tuple[Path, Path, Path]:
         names: other ones that it is for, such as `DNS:s3.test`.
     """
     directory.mkdir(exist_ok=True)
-    authority, authority_key = make_certificate(directory, "authority")
+    # Python 3.13 and newer want to know the use of the key.
+    use = ["-addext", "keyUsage=critical,keyCertSign,cRLSign"]
+    authority, authority_key = make_certificate(directory, "authority", *use)
     signed = ["-CA", str(authority), "-CAkey", str(authority_key)]
     leaf = ["-addext", "basicConstraints=critical,CA:FALSE"]
     address = ["-addext", f"subjectAltName={','.join(['IP:127.0.0.1', *names])}"]

@@ -35,7 +35,7 @@ static struct {
     int (*get_fd)(const SSL *);
     void (*set_read_ahead)(SSL *, int);
     void (*clear_error)(void);
-    unsigned long (*peek_last_error)(void);
+    unsigned long (*peek_error)(void);
     const char *(*reason_error_string)(unsigned long);
     int is_known;
 } openssl;
@@ -118,7 +118,7 @@ static int take(Receipt *receipt) {
         return 1;
     }
     int was = errno;
-    unsigned long last;
+    unsigned long first;
     const char *reason;
     switch (openssl.get_error(receipt->ssl, result)) {
     case SSL_ERROR_WANT_READ:
@@ -129,8 +129,9 @@ static int take(Receipt *receipt) {
         tell(receipt, was ? strerror(was) : CLOSED);
         break;
     case SSL_ERROR_SSL:
-        last = openssl.peek_last_error();
-        reason = last ? openssl.reason_error_string(last) : NULL;
+        /* What the record layer found. OpenSSL 3.2 and newer add that the record layer failed. */
+        first = openssl.peek_error();
+        reason = first ? openssl.reason_error_string(first) : NULL;
         tell(receipt, reason ? reason : "an error of TLS");
         break;
     default:
@@ -240,7 +241,7 @@ static void find_openssl(void) {
             {"SSL_get_fd", &openssl.get_fd},
             {"SSL_set_read_ahead", &openssl.set_read_ahead},
             {"ERR_clear_error", &openssl.clear_error},
-            {"ERR_peek_last_error", &openssl.peek_last_error},
+            {"ERR_peek_error", &openssl.peek_error},
             {"ERR_reason_error_string", &openssl.reason_error_string},
         };
         openssl.is_known = 1;

@@ -175,6 +175,7 @@ def test_which_calls_may_wait() -> None:
         assert at_most_s == math.inf
 
 
+@pytest.mark.usefixtures("for_all")
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_workers_of_two_tenants_are_two_users(make_node: Callable[..., TestNode], s3: S3) -> None:
     """Each without rights; and the cache that they share is nobody else's."""

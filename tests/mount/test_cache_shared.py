@@ -60,7 +60,9 @@ def warm(s3: S3, cache: Path) -> Callable[..., subprocess.CompletedProcess[str]]
 
 def sums(mounted: Mounted) -> dict[str, str]:
     """What a reader sees of all files."""
-    lines = shell("sha256sum *", mounted.path).stdout.splitlines()
+    # Some versions of sha256sum stop at the first file that they cannot read.
+    each = 'for file in *; do sha256sum "$file"; done'
+    lines = shell(each, mounted.path).stdout.splitlines()
     return {line.split()[1]: line.split()[0] for line in lines}
 
 

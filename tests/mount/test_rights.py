@@ -100,6 +100,7 @@ def check(status: dict[str, str], allowed: int = 0) -> None:
     assert status["Seccomp"] == "2", status
 
 
+@pytest.mark.usefixtures("for_all")
 def test_no_process_of_a_mount_has_rights(
     open_cache: Path, mount: Callable[..., Mounted], tmp_path: Path
 ) -> None:
@@ -122,6 +123,7 @@ def test_no_process_of_a_mount_has_rights(
         assert path.stat().st_gid >= 61184
 
 
+@pytest.mark.usefixtures("for_all")
 @pytest.mark.parametrize("is_private", [False, True])
 def test_processes_that_move_bytes_have_the_rights_of_the_worker(
     open_cache: Path, mount: Callable[..., Mounted], tmp_path: Path, s3: S3, is_private: bool

@@ -138,6 +138,7 @@ def opened_by_command(cache: Path) -> list[int]:
     return [int(word) for word in done.stdout.split()]
 
 
+@pytest.mark.usefixtures("for_all")
 def test_a_command_of_root_opens_a_shared_cache_as_a_worker_does(place: Path) -> None:
     """Links that a worker left there lead it to nothing that is root's."""
     cache, group = place / "cache", user.cache_group()

@@ -67,8 +67,12 @@ except PermissionError:
 
 
 @pytest.mark.parametrize("rights", [Rights.NONE, Rights.READ_ALL_FILES, Rights.USER])
-def test_system_calls_that_a_worker_may_make(rights: Rights) -> None:
+def test_system_calls_that_a_worker_may_make(
+    rights: Rights, request: pytest.FixtureRequest
+) -> None:
     """Threads, programs and the network; no namespaces, tracing and odd sockets."""
+    if rights is Rights.NONE:
+        request.getfixturevalue("for_all")
     user = worker_user(rights)
     read, write = os.pipe()
     process = start(

@@ -167,6 +167,8 @@ FAILURES = [
     (TimeoutError("timed out"), UnavailableError, f"{NOTHING_USABLE} (no answer for 20 s)"),
     (of_tls("WRONG_VERSION_NUMBER"), UnavailableError,
      f"{NOTHING_USABLE} (it does not answer in TLS; is it http://?)"),
+    (of_tls("RECORD_LAYER_FAILURE"), UnavailableError,
+     f"{NOTHING_USABLE} (it does not answer in TLS; is it http://?)"),
     (of_tls("DECODE_ERROR"), UnavailableError, f"{NOTHING_USABLE} ([SSL] DECODE_ERROR)"),
     (OSError(113, "No route to host"), UnavailableError, f"{NOTHING_USABLE} (No route to host)"),
     (ConnectionError("cut off"), UnavailableError, f"{NOTHING_USABLE} (cut off)"),

@@ -207,6 +207,7 @@ def test_names_are_looked_up_below_the_mountpoint(tmp_path, directories, is_insi
     assert (done.returncode == 0) == is_inside, done.stderr
 
 
+@pytest.mark.usefixtures("for_all")
 def test_a_worker_gets_the_rights_that_its_files_need(monkeypatch):
     if worker_ids() is None:
         pytest.skip("needs root")
