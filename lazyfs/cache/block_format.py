@@ -1,7 +1,7 @@
 """The format of a block's file, and its checks. Pure.
 
-A file describes itself, so that nothing is served just because the index says so, and a lost index
-can be rebuilt from the files:
+A file describes itself, so that it is known whose block it is, and a lost index can be rebuilt from
+the files:
 
     the bytes of the block
     zeros up to a multiple of 4096, so that the rest can be read directly as well
@@ -10,8 +10,9 @@ can be rebuilt from the files:
     block, CRC-32C of JSON and footer; 32 bytes, little-endian
 
 The index may have the sums of a block's pieces as well (`running_sums`), so that a part of a block
-can be read and checked without the rest. They are not in the file, because older versions of
-lazyfs, which may use the same directory, would take it for damaged.
+can be read and checked without the rest: bytes of another block do not match them. They are not in
+the file, because older versions of lazyfs, which may use the same directory, would take it for
+damaged.
 """
 
 from __future__ import annotations
@@ -133,6 +134,11 @@ def block_sum(sums: bytes) -> int:
 def pieces_of(start: int, stop: int) -> range:
     """The pieces that have bytes `start` to `stop` of a block."""
     return range(start // PIECE, -(-stop // PIECE))
+
+
+def bytes_of_pieces(start: int, stop: int) -> int:
+    """How many bytes the pieces have that have bytes `start` to `stop`, at most."""
+    return len(pieces_of(start, stop)) * PIECE
 
 
 def check_pieces(sums: bytes, pieces: range, data: memoryview) -> None:

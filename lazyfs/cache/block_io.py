@@ -129,8 +129,11 @@ def read_pieces(path: Path, length: int, sums: bytes, start: int, stop: int) -> 
 def write(
     named: Sequence[tuple[str, str, int]], *parts: memoryview
 ) -> tuple[list[str], tuple[int, str] | None]:
-    """Write new files: path, content and number of each. Returns as `write_blocks`, the sums in
-    hexadecimal digits."""
+    """Write new files: path, content and number of each.
+
+    Returns:
+        The same as `write_blocks`, the sums in hexadecimal digits.
+    """
     sums, error = _write(
         [
             NewFile(Path(path), Content.from_identity(identity.encode()), number, data)

@@ -1,4 +1,4 @@
-"""Reads and writes whole files past the kernel's page cache.
+"""Reads and writes files of blocks past the kernel's page cache.
 
 The page cache is for the files of the mount, not for a second copy of each block in the cache
 directory. And a direct write costs a fortieth of the processor time of a buffered one, because no

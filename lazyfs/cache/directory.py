@@ -118,13 +118,14 @@ class CacheDirectory:
         if data is None:
             self.counters.misses += 1
         else:
-            self._was_read(key)
+            self.counters.hits += 1
+            self._was_used(key)
         return data
 
     def load_part(self, content: Content, number: int, start: int, stop: int) -> memoryview | None:
-        """Bytes `start` to `stop` of a block, checked.
+        """Bytes `start` to `stop` of a block, checked; counts as a use, and not as a hit.
 
-        None: the block is not here, or only as a whole, because its running sums are not known.
+        None: the block is not here, or can only be read whole: its running sums are not known.
         """
         self._load.used()
         key = _key(content, number)
@@ -132,11 +133,10 @@ class CacheDirectory:
             Side.READING, lambda index: self._read_part(index, content, number, start, stop), None
         )
         if data is not None:
-            self._was_read(key)
+            self._was_used(key)
         return data
 
-    def _was_read(self, key: str) -> None:
-        self.counters.hits += 1
+    def _was_used(self, key: str) -> None:
         self._given_up.discard(key)
         self._used[key] = time.time()
 
@@ -340,7 +340,7 @@ class CacheDirectory:
         filename = index.filename(_key(content, number))
         if filename is None:
             return None
-        return self._kept(
+        return self._read_or_drop(
             index, _key(content, number), filename,
             lambda: self._files.read(filename, content, number),
         )  # fmt: skip
@@ -348,16 +348,16 @@ class CacheDirectory:
     def _read_part(
         self, index: BlockIndex, content: Content, number: int, start: int, stop: int
     ) -> memoryview | None:
-        filename, sums = index.place(_key(content, number)) or ("", b"")
+        filename, sums = index.file_and_sums(_key(content, number)) or ("", b"")
         length = content.length(number)
         if len(sums) != sums_length(length):
             return None
-        return self._kept(
+        return self._read_or_drop(
             index, _key(content, number), filename,
             lambda: self._files.read_part(filename, length, sums, start, stop),
         )  # fmt: skip
 
-    def _kept(
+    def _read_or_drop(
         self, index: BlockIndex, key: str, filename: str, read: Callable[[], memoryview]
     ) -> memoryview | None:
         """What is read of a block's file; None if it is gone or damaged, and then its row is."""

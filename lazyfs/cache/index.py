@@ -86,8 +86,8 @@ class Stored(NamedTuple):
 
 
 class _NoValues(diskcache.Disk):  # type: ignore[misc]
-    """Keys are texts, and there are no values: diskcache's serialiser unpickles what it finds on
-    disk (CVE-2025-69872), and nothing here may ever reach it."""
+    """Keys are texts, and diskcache stores no values: its serialiser unpickles what it finds on
+    disk (CVE-2025-69872), and nothing here may ever reach it. Running sums are read as they are."""
 
     def put(self, key: Any) -> tuple[str, bool]:
         if not isinstance(key, str):
@@ -184,8 +184,8 @@ class BlockIndex(diskcache.Cache):  # type: ignore[misc]
         return row[0] if row else None
 
     @_asks
-    def place(self, key: str) -> tuple[str, bytes] | None:
-        """The file of a block that is ready, and its running sums; none are empty."""
+    def file_and_sums(self, key: str) -> tuple[str, bytes] | None:
+        """The file of a block that is ready, and its running sums; empty if there are none."""
         row = self._sql(
             "SELECT filename, value FROM Cache WHERE key = ? AND raw = 1 AND mode = ?", (key, READY)
         ).fetchone()

@@ -31,6 +31,7 @@ import trio
 from lazyfs.blocks import BlockId, Span
 from lazyfs.blocks.memory import Held
 from lazyfs.cache import CARE_S, BlockCache, Claim
+from lazyfs.cache.block_format import bytes_of_pieces
 from lazyfs.cache.block_writer import BlockWriter
 from lazyfs.cache.disk_calls import DISK_PATIENCE_S, DiskCalls, DiskHangsError
 from lazyfs.cache.other_daemons import OtherDaemons
@@ -164,23 +165,20 @@ class DiskTier:
         return found
 
     async def get_part(self, file: File, span: Span) -> memoryview | None:
-        """A part of a block; None if it is not here, or comes only with all of the block.
+        """A part of a block; None if `get` must bring the block.
 
-        Raises:
-            SourceError: the mount may not read the object.
+        That is so if it is not here, or can only be read whole, or if S3 must be asked whether the
+        mount may read the object.
         """
-        if not self._cache.has_place_for(file, span.number):
+        if not self._cache.has_place_for(file, span.number) or not self._origin.may_read(file):
             return None
         try:
-            found = await self._calls.run(
-                self._cache.load_part, file, span,
-                patience_s=DISK_PATIENCE_S, size_bytes=span.stop - span.start,
+            return await self._calls.run(
+                self._cache.load_part, file, span, patience_s=DISK_PATIENCE_S,
+                size_bytes=bytes_of_pieces(span.start, span.stop),
             )  # fmt: skip
         except DiskHangsError:
             return None
-        if found is not None:
-            await self._origin.check_access_of(file)
-        return found
 
     async def claim(self, jobs: Sequence[Job]) -> Sequence[Job]:
         """See `CacheTier`."""

@@ -252,7 +252,7 @@ class BlockFetcher:
             # If other blocks are on their way, the reader may have asked just before it arrived.
             if not self.in_flight:
                 self.missed_pages.requested(block)
-            part = await self._parts.read(file, span) if self._disks.tiers else None
+            part = await self._parts.read(file, span)
             if part is not None:
                 if self._reader_moved:
                     self.pump()
@@ -312,21 +312,19 @@ class BlockFetcher:
         self.add_file(file)
         if self._has_first(file) or not has_head(file):
             whole = block_length(file.size_bytes, self._block_size, 0)
-            data = await self._first_bytes(file, min(LENGTH_BYTES, whole))
+            data = await self._beginning(file, min(LENGTH_BYTES, whole))
             length = header_size(data, file.size_bytes)
             if length <= whole:
-                return await self._first_bytes(file, length)
+                return await self._beginning(file, length)
         return await self._heads.header(file)
 
-    async def _first_bytes(self, file: File, length: int) -> memoryview:
-        """The beginning of the first block; all of the block comes unless it is wanted nowhere."""
-        first = BlockId(file.inode, 0)
+    async def _beginning(self, file: File, length: int) -> memoryview:
+        """The first bytes of a file, without the rest of its block if a former worker pushed it."""
         span = Span(0, 0, length)
-        if self._map.is_missed(first) and self._memory.peek(first) is None:
-            part = await self._disks.get_part(file, span)  # a former worker pushed the block
-            if part is not None:
-                return part
-        return await self.read(file, span, reader=False)
+        part = None
+        if self._memory.peek(BlockId(file.inode, 0)) is None:
+            part = await self._parts.read(file, span, reader=False)
+        return part if part is not None else await self.read(file, span, reader=False)
 
     def has_header(self, file: File) -> bool:
         """Whether the header of a file is on this machine."""

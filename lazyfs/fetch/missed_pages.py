@@ -64,8 +64,8 @@ class MissedPages:
         """The next blocks after one, at most `count`, that should be in the page cache."""
         return list(islice(self._map.near_after(block), count))
 
-    def most_gaps(self, block: BlockId) -> int:
-        """How many gaps a block may have in the page cache, because `PartReads` fills them."""
+    def most_broken(self, block: BlockId) -> int:
+        """Of how many pieces of a block pages may be missing, because `PartReads` reads them."""
         return MOST_PARTS if self._map.is_stored(block) else 0
 
     def wish_again(self, blocks: Iterable[BlockId]) -> None:

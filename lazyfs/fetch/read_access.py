@@ -66,7 +66,7 @@ class ReadAccess:
         Raises:
             SourceError: S3 refuses it to this mount.
         """
-        while not self._is_fresh(file):
+        while not self.is_fresh(file):
             question = self._questions.get(file.inode)
             if question is None:
                 await self._ask(file, ask)
@@ -100,7 +100,8 @@ class ReadAccess:
             for _ in range(min(AHEAD, at_once)):
                 nursery.start_soon(work)
 
-    def _is_fresh(self, file: File) -> bool:
+    def is_fresh(self, file: File) -> bool:
+        """Whether the mount may read an object, without asking S3."""
         if not self._lasts_s:
             return True
         shown_at_s, now_s = self._shown_at_s.get(file.inode), trio.current_time()

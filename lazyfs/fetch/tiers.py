@@ -244,10 +244,9 @@ class OriginTier:
         patience_s = self._patience_of(job)
         await self._access.check(job.file, lambda: self.get_part(job.file, 0, 1, patience_s))
 
-    async def check_access_of(self, file: File) -> None:
-        """The same for a reader that waits for a part of a block."""
-        patience_s = self._io_timeout_s
-        await self._access.check(file, lambda: self.get_part(file, 0, 1, lambda: patience_s))
+    def may_read(self, file: File) -> bool:
+        """Whether S3 has shown it, and need not be asked again now."""
+        return self._access.is_fresh(file)
 
     async def check_access_ahead(self, files: Iterable[File]) -> None:
         """Ask S3 about files, none of them empty, before a reader needs them."""

@@ -266,6 +266,10 @@ class Recorder:
             at_s, kind, purpose, self._number(file), block.number, size, now_s - began_s
         )
 
+    def part_loaded(self, size: int) -> None:
+        """A part of a block was read from the disk for a reader."""
+        self.loaded_bytes[Purpose.DEMAND] += size
+
     def failed(self, file: File, block: BlockId, error: SourceError) -> None:
         """A block could not be fetched."""
         cause = cause_of(error)

@@ -9,7 +9,8 @@ pages, repeated prefetching would only cost more.
 
 Some kernels also drop single pages that nobody used, long before memory is short (DAMON,
 https://docs.kernel.org/admin-guide/mm/damon/reclaim.html): of 160 MiB, some hundred pages within
-seconds. A block on the disk counts as there in spite of a few gaps (`PageWishes.most_gaps`).
+seconds. A block on the disk counts as there if only a few pieces of it have such pages
+(`PageWishes.most_broken`).
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class PageWishes(Protocol):
     def near_after(self, block: BlockId, count: int) -> list[BlockId]:
         """The next blocks that should be in the page cache, in loading order."""
 
-    def most_gaps(self, block: BlockId) -> int:
-        """How many gaps a block may have in the page cache that are filled as readers meet them."""
+    def most_broken(self, block: BlockId) -> int:
+        """Of how many pieces of a block pages may be missing, to be read when a reader asks."""
 
     def wish_again(self, blocks: Iterable[BlockId]) -> None:
         """Record that these blocks are no longer in the page cache."""
@@ -101,7 +102,7 @@ class DroppedPages:
         self._pages.wish_again(late)
 
     async def _dropped(self, blocks: Sequence[BlockId]) -> list[BlockId]:
-        """The blocks of these that have left the page cache."""
+        """The blocks of these of which much has left the page cache."""
         if not blocks:
             return []
         pages, size = self._pages, self._pages.block_size
@@ -114,7 +115,7 @@ class DroppedPages:
                     (
                         at.number * size,
                         block_length(file.size_bytes, size, at.number),
-                        pages.most_gaps(at),
+                        pages.most_broken(at),
                     )
                     for at in of_file
                 ],

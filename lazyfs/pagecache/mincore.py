@@ -10,7 +10,6 @@ import ctypes
 import json
 import mmap
 import os
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,7 +26,8 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 # The lowest bit of a page's byte says whether it is there; the other bits are reserved.
 _IS_THERE = bytes(byte & 1 for byte in range(256))
-_RUN = re.compile(b"\0+")
+# What the disk reads for a missing page (`PIECE` of `cache/block_format.py`), in pages.
+_PIECE_PAGES = (256 << 10) // _PAGE
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
@@ -65,12 +65,12 @@ def open_known(mountpoint: Path, path: str, inode: int, flags: int = 0) -> int |
 
 
 def all_resident(descriptor: int, offset: int, length: int) -> bool:
-    """Whether all pages of a part of a file are in the page cache. Raises OSError as `gaps`."""
-    return not gaps(descriptor, offset, length)
+    """Whether all pages of a part of a file are in the page cache. Raises OSError if not known."""
+    return not broken_pieces(descriptor, offset, length)
 
 
-def gaps(descriptor: int, offset: int, length: int) -> int:
-    """In how many runs of a part's pages no page is in the page cache.
+def broken_pieces(descriptor: int, offset: int, length: int) -> int:
+    """How many pieces of a part of a file have pages that are not in the page cache.
 
     Raises:
         OSError: it cannot be mapped.
@@ -86,17 +86,20 @@ def gaps(descriptor: int, offset: int, length: int) -> int:
         if _libc.mincore(address, length, pages) != 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
-        return len(_RUN.findall(pages.raw.translate(_IS_THERE)))
+        there = pages.raw.translate(_IS_THERE)
+        starts = range(0, len(there), _PIECE_PAGES)
+        return sum(there.find(0, start, start + _PIECE_PAGES) >= 0 for start in starts)
     finally:
         _libc.munmap(address, length)
 
 
 def dropped(mountpoint: Path, path: str, inode: int, parts: Iterable[Sequence[int]]) -> list[int]:
-    """The indices of the parts that are not in the page cache; none if not known.
+    """The indices of the parts that miss more than they may; none if not known.
 
     Args:
         path: below the mountpoint.
-        parts: offset and length of each part, and how many gaps it may have; none if not given.
+        parts: offset and length of each part, and of how many pieces pages may be missing; of none
+            if that is not given.
     """
     try:
         descriptor = open_known(mountpoint, path, inode)
@@ -106,7 +109,7 @@ def dropped(mountpoint: Path, path: str, inode: int, parts: Iterable[Sequence[in
             return [
                 at
                 for at, (offset, length, *most) in enumerate(parts)
-                if gaps(descriptor, offset, length) > sum(most)
+                if broken_pieces(descriptor, offset, length) > sum(most)
             ]
         finally:
             os.close(descriptor)

@@ -197,7 +197,7 @@ static PyObject *receive(PyObject *Py_UNUSED(module), PyObject *arguments) {
             PyBuffer_Release(&into);
             return Py_BuildValue("ns", (Py_ssize_t)0, NULL);
         }
-        openssl.clear_error();
+        openssl.clear_error(); /* so that the first one is of this call */
         openssl.set_read_ahead(receipt.ssl, 1); /* one system call for each record, not two */
     }
     End end;

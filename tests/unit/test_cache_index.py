@@ -71,15 +71,15 @@ def test_a_block_is_found_when_it_is_complete_and_its_room_counts_before(
 def test_running_sums_are_kept_with_the_file_that_they_are_of(index: BlockIndex) -> None:
     first, second, third = entry("a:0"), entry("a:1"), entry("a:2")
     index.reserve([first, second, third], NOW_S, 100, ALL)
-    assert index.place("a:0") is None, "it is not written yet"
+    assert index.file_and_sums("a:0") is None, "it is not written yet"
     index.complete([(first, b"sums"), (second, None), (third, b"")])
-    assert index.place("a:0") == ("00/a:0", b"sums")
-    assert index.place("a:1") == ("00/a:1", b"")
-    assert index.place("a:2") == ("00/a:2", b"")
-    assert index.place("a:3") is None
+    assert index.file_and_sums("a:0") == ("00/a:0", b"sums")
+    assert index.file_and_sums("a:1") == ("00/a:1", b"")
+    assert index.file_and_sums("a:2") == ("00/a:2", b"")
+    assert index.file_and_sums("a:3") is None
     for value in (7, 1.5, "text"):  # whatever another program wrote
         index._sql("UPDATE Cache SET value = ? WHERE key = 'a:0'", (value,))
-        assert index.place("a:0") == ("00/a:0", b"")
+        assert index.file_and_sums("a:0") == ("00/a:0", b"")
 
 
 def test_the_blocks_of_a_content_are_found_in_order_and_no_others(index: BlockIndex) -> None:

@@ -60,7 +60,7 @@ class Kernel:
         after = [each for each in all_blocks if each > block]
         return after[:count]
 
-    def most_gaps(self, block: BlockId) -> int:
+    def most_broken(self, block: BlockId) -> int:
         return block.number % 3
 
     def wish_again(self, blocks: Iterable[BlockId]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from descriptors import descriptors
 
+from lazyfs.cache import block_format
 from lazyfs.pagecache import mincore
 
 PAGE = mmap.PAGESIZE
@@ -66,16 +67,31 @@ def test_the_parts_that_are_not_there_are_named(file: Path) -> None:
     assert descriptors() == before
 
 
-def test_a_part_may_have_so_many_gaps(file: Path) -> None:
-    with file.open("r+b") as made:
-        made.truncate(9 * PAGE)  # there are pages 0 and 2
-        whole = (0, 9 * PAGE)
-        assert mincore.gaps(made.fileno(), *whole) == 2
-        assert mincore.gaps(made.fileno(), 0, 3 * PAGE) == 1
-        assert mincore.gaps(made.fileno(), 2 * PAGE, PAGE) == 0
-    inode = file.stat().st_ino
-    parts = [whole, (*whole, 0), (*whole, 1), (*whole, 2), (*whole, 3)]
-    assert mincore.dropped(file.parent, file.name, inode, parts) == [0, 1, 2]
+PIECE = 256 << 10
+
+
+def test_of_so_many_pieces_pages_may_be_missing(tmp_path: Path) -> None:
+    path = tmp_path / "pieces"
+    with path.open("w+b") as made:
+        made.truncate(6 * PIECE)
+        for piece in (0, 2, 3):
+            made.seek(piece * PIECE)
+            made.write(b"x" * (PIECE if piece != 2 else PIECE - PAGE))
+        made.flush()
+        # Of pieces 1, 4 and 5 nothing is there, and of piece 2 a page is missing.
+        parts = {(0, 6): 4, (0, 1): 0, (0, 2): 1, (2, 1): 1, (2, 2): 1, (3, 1): 0, (1, 5): 4}
+        for (first, count), broken in parts.items():
+            found = mincore.broken_pieces(made.fileno(), first * PIECE, count * PIECE)
+            assert found == broken, (first, count)
+        assert mincore.broken_pieces(made.fileno(), PIECE, PIECE + PAGE) == 1
+        assert mincore.broken_pieces(made.fileno(), 4 * PIECE, PIECE + PAGE) == 2
+    whole = (0, 6 * PIECE)
+    allowed = [whole, (*whole, 0), (*whole, 3), (*whole, 4), (*whole, 5)]
+    assert mincore.dropped(tmp_path, path.name, path.stat().st_ino, allowed) == [0, 1, 2]
+
+
+def test_the_pieces_are_those_that_the_disk_reads() -> None:
+    assert mincore._PIECE_PAGES * PAGE == PIECE == block_format.PIECE
 
 
 def test_nothing_is_said_of_a_file_that_is_another_or_cannot_be_opened(file: Path) -> None:

@@ -114,9 +114,9 @@ def test_dropped_blocks_that_wait_for_the_disk_are_still_here() -> None:
     play(scenario)
 
 
-def test_only_what_is_on_the_disk_may_have_gaps() -> None:
+def test_only_of_what_is_on_the_disk_pages_may_be_missing() -> None:
     async def scenario(desk: Desk) -> None:
         desk.blocks.stored(BlockId(2, 1))
-        assert [desk.pages.most_gaps(BlockId(2, number)) for number in (1, 2)] == [MOST_PARTS, 0]
+        assert [desk.pages.most_broken(BlockId(2, number)) for number in (1, 2)] == [MOST_PARTS, 0]
 
     play(scenario)

@@ -11,7 +11,9 @@ from test_scheduler import BLOCK, MODEL, ON_DISK, Machine, play, until
 
 from lazyfs.blocks import BlockId, Span
 from lazyfs.blocks.file_blocks import Place
+from lazyfs.cache import block_format
 from lazyfs.errors import AccessDeniedError
+from lazyfs.fetch import part_reads
 from lazyfs.fetch.part_reads import MOST_PARTS, RECENT
 from lazyfs.listed_object import File
 from lazyfs.observe.events import Purpose
@@ -19,7 +21,15 @@ from lazyfs.observe.recorder import Tier
 
 # More than half of a block is no part of it.
 HALF = BLOCK // 2
+PIECE = 4096
 SHARD = dataclasses.replace(ON_DISK, name="g.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of `Machine` have the size of a piece."""
+    monkeypatch.setattr(block_format, "PIECE", PIECE)
+    monkeypatch.setattr(part_reads, "PIECE", PIECE)
 
 
 def near(machine: Machine, scenario: Callable[[trio.Nursery], object]) -> None:
@@ -68,6 +78,7 @@ def test_a_missing_page_comes_without_its_block() -> None:
         recorder = machine.fetcher._recorder
         assert recorder.read_bytes == {Tier.DISK: 4096}
         assert recorder.loaded_bytes[Purpose.DEMAND] == 4096
+        assert recorder.loaded_blocks[Purpose.DEMAND] == 0
         assert not recorder.waits
 
     near(machine, scenario)
@@ -166,34 +177,102 @@ def test_a_block_that_came_meanwhile_is_not_asked_for_again() -> None:
     near(machine, scenario)
 
 
-def test_a_mount_that_may_not_read_an_object_gets_no_part_of_it() -> None:
+def test_before_s3_has_shown_that_an_object_may_be_read_a_job_asks() -> None:
     machine = Machine(**{"access-check": "1s"})
 
     async def scenario(_: trio.Nursery) -> None:
-        machine.source.error = AccessDeniedError("no")
         machine.fetcher._origin._access._shown_at_s.clear()
-        with pytest.raises(AccessDeniedError):
-            await read(machine, Span(2, 0, 10))
-        assert machine.disk.read_in_part == [Span(2, 0, 10)]
-        assert not machine.fetcher._recorder.waits
+        machine.source.error = AccessDeniedError("no")
+        machine.source.asked.clear()
+        for _ in range(2):
+            with pytest.raises(AccessDeniedError):
+                await read(machine, Span(2, 0, 10))
+        assert machine.source.asked == [0, 0], "once for each read"
+        machine.source.error = None
+        await read(machine, Span(2, 0, 10))
+        assert machine.disk.read_in_part == []
+        forget(machine, ON_DISK)
+        await read(machine, Span(2, 20, 30))
+        assert machine.disk.read_in_part == [Span(2, 20, 30)]
 
     near(machine, scenario)
 
 
-def test_many_reads_take_no_more_memory_than_there_is() -> None:
-    """Without room for a part, the read is one of a block, which waits for room."""
+def test_parts_take_no_more_memory_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without room for its pieces, the read is one of a block, which waits for room."""
     machine = Machine()
 
     async def scenario(_: trio.Nursery) -> None:
-        memory = machine.fetcher._memory
-        free = memory.unused_bytes
-        memory.reserve(free)
-        machine.fetcher._parts._recent.clear()
-        assert await machine.fetcher._parts.read(ON_DISK, Span(2, 0, 10)) is None
-        memory.release(free)
-        assert await machine.fetcher._parts.read(ON_DISK, Span(2, 0, 10)) == bytes(10)
+        memory, parts = machine.fetcher._memory, machine.fetcher._parts
+        used: list[int] = []
+
+        async def get_part(file: File, span: Span) -> None:
+            used.append(memory.used_bytes)
+
+        monkeypatch.setattr(machine.fetcher._disks, "get_part", get_part)
+        for span in (Span(0, 0, 10), Span(2, PIECE - 1, PIECE + 1), Span(0, PIECE, 2 * PIECE)):
+            before = memory.used_bytes
+            assert await parts.read(ON_DISK, span) is None
+            assert memory.used_bytes == before
+        assert used == [PIECE, 2 * PIECE, PIECE]
+        memory.reserve(memory.unused_bytes)
+        assert await parts.read(ON_DISK, Span(0, 4 * PIECE, 5 * PIECE)) is None
+        assert len(used) == 3
 
     near(machine, scenario)
+
+
+def test_reads_at_the_same_time_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's read-ahead sends several. They begin where others end, before these do."""
+    machine = Machine()
+
+    async def scenario(_: trio.Nursery) -> None:
+        machine.disk.loaded.clear()
+        async with trio.open_nursery() as readers:
+            for at in range(8):
+                readers.start_soon(read, machine, Span(2, at * PIECE, (at + 1) * PIECE))
+        assert len(machine.disk.read_in_part) <= 4
+        assert machine.disk.loaded == [2]
+
+    near(machine, scenario)
+
+
+def test_when_all_of_a_block_came_counting_begins_anew() -> None:
+    machine = Machine()
+
+    async def scenario(_: trio.Nursery) -> None:
+        machine.disk.loaded.clear()
+        for at in range(3 * (MOST_PARTS + 1)):
+            await read(machine, Span(2, 2 * at * PIECE, (2 * at + 1) * PIECE))
+            forget(machine, ON_DISK)
+        assert machine.disk.loaded == [2] * 3
+        assert len(machine.disk.read_in_part) == 3 * MOST_PARTS
+
+    near(machine, scenario)
+
+
+def test_what_was_read_in_part_counts_as_read_when_the_block_comes() -> None:
+    machine = Machine(prefetch="off")
+
+    async def scenario(_: trio.Nursery) -> None:
+        await read(machine, Span(1, 0, HALF))
+        await read(machine, Span(1, HALF, BLOCK))
+        held = machine.fetcher._memory.peek(BlockId(ON_DISK.inode, 1))
+        assert held is not None and held.unread == 0
+
+    play(machine, scenario)
+
+
+def test_a_block_that_is_no_longer_than_a_piece_comes_as_a_whole() -> None:
+    machine = Machine(prefetch="off")
+    file = dataclasses.replace(ON_DISK, size_bytes=BLOCK + PIECE)
+
+    async def scenario(_: trio.Nursery) -> None:
+        await read(machine, Span(1, 0, 10), file)
+        await read(machine, Span(0, 0, 10), dataclasses.replace(file, inode=9, size_bytes=20))
+        assert machine.disk.read_in_part == []
+
+    play(machine, scenario)
 
 
 def test_only_the_last_parts_are_remembered() -> None:
@@ -202,7 +281,7 @@ def test_only_the_last_parts_are_remembered() -> None:
     async def scenario(_: trio.Nursery) -> None:
         parts = machine.fetcher._parts
         for number in range(RECENT + 1):
-            parts._remember(BlockId(9, number), 10)
+            parts._remember(BlockId(9, number), Span(number, 0, 10))
         assert len(parts._recent) == RECENT
         assert BlockId(9, 0) not in parts._recent
 
