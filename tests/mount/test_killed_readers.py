@@ -149,13 +149,13 @@ def beyond(bucket: None, gate: Gate, tmp_path: Path) -> Iterator[tuple[Path, int
         *(sys.executable, "-m", "lazyfs", "mount", "s3://killed/m", path),
         *(f"--cache-dir={tmp_path / 'cache'}", f"--endpoint-url={gate.url}", *OPTIONS),
     ]
-    script = f"{shlex.join(map(str, command))} && stat {path}/file && exec sleep 600"
+    script = f"{shlex.join(map(str, command))} && test -f {path}/file && echo seen && exec sleep 600"
     namespace = subprocess.Popen(
         ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script],
         stdout=subprocess.PIPE, text=True, env=environment(),
     )  # fmt: skip
     assert namespace.stdout is not None
-    while "Size:" not in (line := namespace.stdout.readline()):
+    while (line := namespace.stdout.readline()) != "seen\n":
         assert line, "it could not be mounted"
     children = Path(f"/proc/{namespace.pid}/task/{namespace.pid}/children").read_text()
     gate.stick()
