@@ -27,6 +27,8 @@ CONNECT_TIMEOUT_S = 5.0
 SILENCE_TIMEOUT_S = 20.0
 # A connection that is idle for this long is closed: servers do so too, after a minute or less.
 MOST_IDLE_S = 30.0
+# What OpenSSL says when the first bytes of an answer are no TLS; the second one since version 3.2.
+_NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +188,12 @@ class Transport:
         # http.client calls this to make its socket; by default it would resolve the name again.
         connection._create_connection = self._dial  # type: ignore[attr-defined]
         with _closed_on_error(connection):
-            connection.connect()
+            try:
+                connection.connect()
+            except ssl.SSLError as error:
+                if error.reason in _NO_TLS:
+                    raise ConnectionError("it does not answer in TLS; is it http://?") from error
+                raise
             self.address = connection.sock.getpeername()[0]
             connection.sock.settimeout(silence_s)
         return connection

@@ -57,8 +57,6 @@ log = logging.getLogger(__name__)
 MOST_REDIRECTS = 5
 # How many peculiarities of a service are logged.
 MOST_NOTED = 50
-# What OpenSSL says of bytes that are no TLS; the second one since version 3.2.
-NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")
 _AGENT = f"lazyfs/{__version__}"
 
 
@@ -313,6 +311,4 @@ def _cause(error: OSError) -> str:
     """Why a connection failed, in a few words."""
     if isinstance(error, TimeoutError):
         return f"no answer for {SILENCE_TIMEOUT_S:g} s"
-    if isinstance(error, ssl.SSLError) and error.reason in NO_TLS:
-        return "it does not answer in TLS; is it http://?"
     return error.strerror or str(error) or type(error).__name__

@@ -149,7 +149,9 @@ def beyond(bucket: None, gate: Gate, tmp_path: Path) -> Iterator[tuple[Path, int
         *(sys.executable, "-m", "lazyfs", "mount", "s3://killed/m", path),
         *(f"--cache-dir={tmp_path / 'cache'}", f"--endpoint-url={gate.url}", *OPTIONS),
     ]
-    script = f"{shlex.join(map(str, command))} && test -f {path}/file && echo seen && exec sleep 600"
+    script = (
+        f"{shlex.join(map(str, command))} && test -f {path}/file && echo seen && exec sleep 600"
+    )
     namespace = subprocess.Popen(
         ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script],
         stdout=subprocess.PIPE, text=True, env=environment(),

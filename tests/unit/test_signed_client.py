@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import logging
+import re
 import ssl
 import time
 from collections.abc import Callable
@@ -165,10 +167,6 @@ FAILURES = [
     (refused_certificate(), UntrustedError,
      "certificate refused: certificate has expired; see --ca-bundle"),
     (TimeoutError("timed out"), UnavailableError, f"{NOTHING_USABLE} (no answer for 20 s)"),
-    (of_tls("WRONG_VERSION_NUMBER"), UnavailableError,
-     f"{NOTHING_USABLE} (it does not answer in TLS; is it http://?)"),
-    (of_tls("RECORD_LAYER_FAILURE"), UnavailableError,
-     f"{NOTHING_USABLE} (it does not answer in TLS; is it http://?)"),
     (of_tls("DECODE_ERROR"), UnavailableError, f"{NOTHING_USABLE} ([SSL] DECODE_ERROR)"),
     (OSError(113, "No route to host"), UnavailableError, f"{NOTHING_USABLE} (No route to host)"),
     (ConnectionError("cut off"), UnavailableError, f"{NOTHING_USABLE} (cut off)"),
@@ -222,6 +220,25 @@ def test_an_endpoint_that_speaks_no_tls_is_told_from_one_that_is_away(serve: Ser
     url = serve(part).url.replace("http:", "https:")
     with pytest.raises(UnavailableError, match=r"does not answer in TLS; is it http://\?"):
         status_of(client_of(url))
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        ("WRONG_VERSION_NUMBER", "it does not answer in TLS; is it http://?"),
+        ("RECORD_LAYER_FAILURE", "it does not answer in TLS; is it http://?"),
+        ("DECODE_ERROR", "[SSL] DECODE_ERROR"),
+    ],
+)
+def test_what_openssl_says_of_bytes_that_are_no_tls_is_explained(
+    monkeypatch: pytest.MonkeyPatch, reason: str, told: str
+) -> None:
+    def connect(_: object) -> None:
+        raise of_tls(reason)
+
+    monkeypatch.setattr(http.client.HTTPSConnection, "connect", connect)
+    with pytest.raises(UnavailableError, match=re.escape(f"({told})")):
+        status_of(client_of("https://127.0.0.1:9"))
 
 
 def test_an_endpoint_of_another_authority_is_not_trusted(tmp_path: Path) -> None:
