@@ -148,7 +148,7 @@ def test_a_volume_is_made_for_a_source_in_s3(controller: ControllerStub, model: 
         controller.DeleteVolume(delete, timeout=60)
     assert not controller.ListVolumes(csi_pb2.ListVolumesRequest(), timeout=60).entries
     kept = model.client.list_objects_v2(Bucket="models")["Contents"]
-    assert {each["Key"] for each in kept} == set(MODEL)
+    assert set(MODEL) <= {each["Key"] for each in kept}, "other tests may have put more there"
 
 
 def test_hidden_objects_do_not_count(controller: ControllerStub, model: S3) -> None:

@@ -155,7 +155,8 @@ def test_bytes_that_are_no_tls_are_told(certificates: tuple[Path, Path, Path]) -
     with connected(certificates, serve) as wire:
         came, why = take(wire, 1_000_000)
         assert came == DATA[:20_000]
-        assert why == "wrong version number"
+        # The length of the record is looked at before its version by OpenSSL 3.2 and newer.
+        assert why in ("wrong version number", "packet length too long")
     with connected(certificates, lambda wire: wire.sendall(DATA)) as wire:
         assert take(wire, 100_000) == (DATA[:100_000], None)
 
