@@ -18,6 +18,7 @@ import pytest
 
 from lazyfs import cache_place, user
 from lazyfs.cache import BlockCache
+from lazyfs.cache.block_format import checksum
 from lazyfs.cache.space import Limits
 from lazyfs.errors import CacheError
 from lazyfs.listed_object import File
@@ -41,6 +42,7 @@ def place() -> Iterator[Path]:
 
 def as_user(uid: int, groups: Sequence[int], action: Callable[[], str]) -> str:
     """What an action returns in a process of that user."""
+    checksum(b"")  # imports what the user could not, where only root can read this directory
     ours, theirs = os.pipe()
     child = os.fork()
     if child == 0:
