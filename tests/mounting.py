@@ -237,6 +237,21 @@ def _stat(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
+_DROPPED = """
+import pathlib, sys
+from lazyfs.pagecache.mincore import dropped
+path, block = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+status = path.stat()
+parts = [(at, min(block, status.st_size - at)) for at in range(0, status.st_size, block)]
+print(len(dropped(path.parent, path.name, status.st_ino, parts)))
+"""
+
+
+def dropped_blocks(path: Path, block_size: int) -> int:
+    """Of how many blocks of a file the kernel has dropped pages, which it may do at any time."""
+    return int(python(_DROPPED, path, block_size))
+
+
 def descriptors(pid: int) -> int:
     """How many descriptors a process has open."""
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))

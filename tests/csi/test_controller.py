@@ -132,7 +132,13 @@ def replicas(cluster: FakeApiServer, short_path: Path) -> Iterator[list[Controll
     made.stop()
 
 
+def keys_of(s3: S3) -> set[str]:
+    return {each["Key"] for each in s3.client.list_objects_v2(Bucket="models")["Contents"]}
+
+
 def test_a_volume_is_made_for_a_source_in_s3(controller: ControllerStub, model: S3) -> None:
+    before = keys_of(model)
+    assert before >= set(MODEL)
     volume = controller.CreateVolume(request(model), timeout=60).volume
     assert volume.volume_id.startswith("pvc-1-")
     assert volume.capacity_bytes == SIZE
@@ -147,8 +153,7 @@ def test_a_volume_is_made_for_a_source_in_s3(controller: ControllerStub, model: 
     for _ in range(2):
         controller.DeleteVolume(delete, timeout=60)
     assert not controller.ListVolumes(csi_pb2.ListVolumesRequest(), timeout=60).entries
-    kept = model.client.list_objects_v2(Bucket="models")["Contents"]
-    assert set(MODEL) <= {each["Key"] for each in kept}, "other tests may have put more there"
+    assert keys_of(model) == before, "other tests may have put more there than this model"
 
 
 def test_hidden_objects_do_not_count(controller: ControllerStub, model: S3) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mounting import Mounted, python, wait_until_gone
+from mounting import Mounted, python
 from s3 import S3
+from test_resuming import by_killing, wait_for_successor
 
 pytestmark = pytest.mark.fuse
 
@@ -24,8 +23,7 @@ LAST = 32 * MIB
 NAME = "pytorch_model.bin"  # its header is not read
 # Has the kernel drop pages, and reads some: prints whether the first was gone, and what was read.
 DROP_AND_READ = f"""
-import mmap, os, sys
-from pathlib import Path
+import os, sys
 from lazyfs.pagecache.mincore import all_resident
 start, length, *places = map(int, sys.argv[2:])
 file = os.open(sys.argv[1], os.O_RDONLY)
@@ -47,18 +45,9 @@ def local(mount: Callable[..., Mounted]) -> Mounted:
     """A mount whose blocks are all on the disk and in the page cache, and none in memory."""
     mounted = mount("s3://dropped/m")
     wait_until(mounted, is_all_here)
-    worker = mounted.worker
-    os.kill(worker, signal.SIGKILL)
-    wait_until_gone(worker)
-    wait_until(mounted, has_resumed)
+    by_killing(mounted)
+    wait_for_successor(mounted)
     return mounted
-
-
-def has_resumed(status: dict[str, Any]) -> bool:
-    """Whether another worker serves the mount, and knows what is local."""
-    if "error" in status:
-        return False
-    return bool(status["resumes"] and status["ready"]["model"] and not status["in_flight"])
 
 
 def wait_until(mounted: Mounted, is_true: Callable[[dict[str, Any]], bool]) -> None:

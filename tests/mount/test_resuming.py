@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from mounting import TIMEOUT_S, Mounted, lazyfs, python, wait_until_gone
+from mounting import TIMEOUT_S, Mounted, dropped_blocks, lazyfs, python, wait_until_gone
 from s3 import S3
 from safetensors.numpy import save
 
@@ -94,6 +94,10 @@ def wait_for_successor(mounted: Mounted) -> None:
     wait_until(has_all)
 
 
+def dropped(mounted: Mounted) -> int:
+    return sum(dropped_blocks(path, MIB) for path in mounted.path.glob("*.safetensors"))
+
+
 def fetched_mib(s3: S3) -> float:
     """How much S3 was asked for."""
     size = 0
@@ -114,11 +118,10 @@ def test_without_a_cache_a_loaded_model_is_loaded_again_without_s3(
     for _ in range(2):  # what is carried is carried on
         replace(mounted)
         wait_for_successor(mounted)
-    # A successor knows what is in the page cache.
-    assert fetched_mib(s3) <= FEW
+    assert fetched_mib(s3) <= FEW, "a successor knows what is in the page cache"
+    lost = dropped(mounted)
     assert digest(mounted) == expected
-    # The kernel drops pages at any time, but nothing is fetched twice, or by each successor.
-    assert fetched_mib(s3) <= BLOCKS
+    assert fetched_mib(s3) <= lost + BLOCKS // 4  # and not twice that many, for each successor
 
 
 def by_nothing(mounted: Mounted) -> None:

@@ -222,7 +222,7 @@ def test_parts_take_no_more_memory_than_there_is(monkeypatch: pytest.MonkeyPatch
     near(machine, scenario)
 
 
-def test_reads_at_the_same_time_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_at_the_same_time_are_counted() -> None:
     """The kernel's read-ahead sends several. They begin where others end, before these do."""
     machine = Machine()
 
