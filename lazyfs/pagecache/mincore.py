@@ -64,11 +64,6 @@ def open_known(mountpoint: Path, path: str, inode: int, flags: int = 0) -> int |
     return None
 
 
-def all_resident(descriptor: int, offset: int, length: int) -> bool:
-    """Whether all pages of a part of a file are in the page cache. Raises OSError if not known."""
-    return not broken_pieces(descriptor, offset, length)
-
-
 def broken_pieces(descriptor: int, offset: int, length: int) -> int:
     """How many pieces of a part of a file have pages that are not in the page cache.
 

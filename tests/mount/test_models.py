@@ -28,11 +28,11 @@ with safe_open(sys.argv[1], framework="np") as opened:
 WITH_HEADERS = """
 import sys
 from pathlib import Path
-from lazyfs.pagecache.mincore import all_resident
+from lazyfs.pagecache.mincore import broken_pieces
 mountpoint, *names = Path(sys.argv[1]), *sys.argv[2:]
 for name in names:
     with open(mountpoint / name, "rb") as file:
-        if all_resident(file.fileno(), 0, 64 << 10):
+        if not broken_pieces(file.fileno(), 0, 64 << 10):
             print(name)
 """
 

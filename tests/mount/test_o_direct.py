@@ -34,15 +34,15 @@ READ = """
 import hashlib, json, mmap, os, sys
 sys.path.insert(0, sys.argv[4])
 from lazyfs.pagecache.direct_probe import read_asynchronously
-from lazyfs.pagecache.mincore import all_resident
+from lazyfs.pagecache.mincore import broken_pieces
 how, path, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
 fd = os.open(path, os.O_RDONLY | (0 if how == "buffered" else os.O_DIRECT))
 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 pieces = [(at, min(2 << 20, size - at)) for at in range(0, size, 2 << 20)]
-before = [at for at, length in pieces if not all_resident(fd, at, length)]
+before = [at for at, length in pieces if broken_pieces(fd, at, length)]
 after, digest = [], hashlib.sha256()
 for at, length in pieces:
-    if not all_resident(fd, at, length):
+    if broken_pieces(fd, at, length):
         before.append(at)
     buffer = mmap.mmap(-1, 2 << 20)
     if how == "asynchronous":
@@ -50,7 +50,7 @@ for at, length in pieces:
     else:
         n = os.preadv(fd, [buffer], at)
     assert n == length, (at, n)
-    if not all_resident(fd, at, length):
+    if broken_pieces(fd, at, length):
         after.append(at)
     digest.update(buffer[:n])
 print(json.dumps({"digest": digest.hexdigest(), "before": before, "after": after}))

@@ -46,14 +46,14 @@ def test_a_part_is_there_if_all_its_pages_are(
     file: Path, offset: int, length: int, there: bool
 ) -> None:
     with file.open("rb") as opened:
-        assert mincore.all_resident(opened.fileno(), offset, length) is there
+        assert (mincore.broken_pieces(opened.fileno(), offset, length) == 0) is there
 
 
 def test_what_cannot_be_mapped_is_an_error(tmp_path: Path) -> None:
     directory = os.open(tmp_path, os.O_RDONLY)
     try:
         with pytest.raises(OSError, match="No such device"):
-            mincore.all_resident(directory, 0, PAGE)
+            mincore.broken_pieces(directory, 0, PAGE)
     finally:
         os.close(directory)
 
